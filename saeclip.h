@@ -1,0 +1,286 @@
+/* saeclip.h: the C API of saeclip, sparse autoencoders on a vision transformer's activations.
+ *
+ *     cc -DSAECLIP_NO_MAIN -ffp-contract=off -c saeclip.c        and link with -lm -pthread
+ *
+ * Functions that can fail return SC_OK, SC_FAILED (the input or the machine) or SC_USAGE (the
+ * caller), and sc_error() then says why, in one line, to the thread that called. Call
+ * sc_instruction_set() and sc_threads_start() once, before anything else; all other functions are
+ * called from one thread, and use the pool's. Every number they compute is the same bit for bit on
+ * every machine. Shapes are written [rows, columns], row by row. The licence is at the end.
+ */
+#ifndef SAECLIP_H
+#define SAECLIP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define SC_VERSION "0.1"
+
+enum { SC_OK = 0, SC_FAILED = 1, SC_USAGE = 2 };
+
+enum {
+    SC_MAX_THREADS = 1024,
+    SC_MAX_RANK = 8,                 /* dimensions of a tensor */
+    SC_MAX_TAPS = 16,                /* hook points, or SAEs, in one pass */
+    SC_MAX_WIDTH = 1 << 20,
+    SC_MAX_LATENTS = 1 << 28,
+    SC_MAX_TOKENS = 1 << 20,         /* of an image */
+    SC_MAX_CLASSES = 1 << 24,
+    SC_MAX_BATCH_TOKENS = 1 << 28
+};
+
+/* The reason of this thread's last failure: "FILE: what is wrong and what was expected". */
+const char *sc_error(void);
+
+/* Chooses the kernels: "avx512", "avx2", "neon", "scalar", or NULL for the fastest the machine has.
+ * Before any model or SAE is opened. SC_USAGE where the machine has it not; SC_FAILED where the
+ * build contracts floating-point expressions. */
+int sc_instruction_set(const char *name);
+
+/* Starts the pool: `threads` in all, 0 for one a core. No result depends on how many. */
+int sc_threads_start(int threads);
+void sc_threads_stop(void);
+
+/* The definitions that all matrix products and dot products are held to, as plain loops.
+ * c = a b + bias + residual: each element is the sum of chains of 256 fused multiply-adds over k,
+ * then bias, residual and +0. a: [M, K]; b: [K, N]; bias: [N] or NULL; residual: [M, N] or NULL */
+void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *b,
+                     const float *bias, const float *residual, float *c);
+/* 16 interleaved partial sums, joined by halves. a, b: [n] */
+float sc_dot_plain(const float *a, const float *b, size_t n);
+
+/* --- Safetensors (github.com/huggingface/safetensors) --- */
+
+/* The first seven can be read as numbers, the others only named and measured. */
+typedef enum {
+    SC_F32, SC_F16, SC_BF16, SC_F64, SC_I64, SC_I32, SC_U8,
+    SC_BOOL, SC_I8, SC_I16, SC_U16, SC_U32, SC_U64, SC_C64,
+    SC_F8_E4M3, SC_F8_E5M2, SC_F8_E8M0, SC_F8_E4M3FNUZ, SC_F8_E5M2FNUZ
+} sc_dtype;
+
+typedef struct {
+    const char *name;
+    sc_dtype dtype;
+    int rank;
+    size_t shape[SC_MAX_RANK];
+    size_t count, bytes;             /* values, and the bytes they take in the file */
+    const unsigned char *data;       /* in the mapped file: little-endian, aligned to nothing */
+} sc_tensor;
+
+typedef struct { const char *key, *value; } sc_entry;
+
+typedef struct {
+    char *path;
+    const unsigned char *map, *data; /* the whole file; where its data begin */
+    size_t size;                     /* of the whole file */
+    char *text;                      /* the header; names and metadata point into it */
+    sc_tensor *tensor;               /* in byte order of their names */
+    size_t tensors, tensor_capacity;
+    sc_entry *metadata;              /* in byte order of their keys */
+    size_t entries, entry_capacity;
+} sc_safetensors;
+
+const char *sc_dtype_name(sc_dtype dtype);
+size_t sc_dtype_size(sc_dtype dtype);
+
+/* Maps a file and checks everything its header claims. SC_FAILED leaves nothing to close. */
+int sc_safetensors_open(sc_safetensors *file, const char *path);
+void sc_safetensors_close(sc_safetensors *file);
+const sc_tensor *sc_tensor_find(const sc_safetensors *file, const char *name);
+const char *sc_metadata_find(const sc_safetensors *file, const char *key);
+
+/* Values first .. first + count - 1: F32, F16, BF16, F64 as floats (F64 is rounded; what is not
+ * finite is refused), I64, I32, U8 as integers. */
+int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
+                     size_t count, float *out);
+int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
+                       size_t count, int64_t *out);
+
+/* A file that appears under its name only when it is complete. */
+typedef struct {
+    char *path, *temporary;          /* path NULL: gathered in memory; temporary NULL: not atomic */
+    int fd, seekable, error;         /* error: the first errno; all that follows fails with it */
+    unsigned char *buffer;
+    size_t used, capacity;
+    uint64_t written;                /* where in the file the buffer's bytes will go */
+} sc_output;
+
+#define SC_ROWS SIZE_MAX             /* as a tensor's first dimension: as many rows as come */
+
+typedef struct {
+    sc_output out;
+    uint64_t data;                   /* where in the file the data begin */
+    sc_tensor *tensor;
+    size_t tensors, tensor_capacity;
+    sc_entry *metadata;
+    size_t entries, entry_capacity;
+    size_t values;                   /* written of the last tensor so far */
+    int rows_open;                   /* its first dimension is SC_ROWS */
+} sc_writer;
+
+/* Writes tensors one after the other; header_room: bytes the header may take without moving what
+ * follows. After a failure call sc_writer_discard(); a finished writer needs nothing more. */
+int sc_writer_open(sc_writer *w, const char *path, size_t header_room);
+int sc_writer_metadata(sc_writer *w, const char *key, const char *value);
+int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
+                     const size_t *shape);
+int sc_writer_floats(sc_writer *w, const float *values, size_t count);      /* F32, F16 */
+int sc_writer_doubles(sc_writer *w, const double *values, size_t count);    /* F64 */
+int sc_writer_integers(sc_writer *w, const int64_t *values, size_t count);  /* I64, I32 */
+int sc_writer_bytes(sc_writer *w, const unsigned char *values, size_t count); /* U8 */
+int sc_writer_finish(sc_writer *w);
+void sc_writer_discard(sc_writer *w);
+
+/* --- Images --- */
+
+#define SC_UNKNOWN SIZE_MAX
+
+/* From a picture of any size to what the model takes: [3, size, size]. Resized and cropped as
+ * Pillow (bicubic, 8 bits) and torchvision do it, bit for bit. */
+typedef struct {
+    int size;                        /* 1 .. 16384 */
+    int square;                      /* first the centre square at this size; 0: no */
+    int crop_hf;                     /* crop at floor((n - S) / 2), as Hugging Face does */
+    float mean[3], std[3];           /* of pixels in 0 .. 1 */
+} sc_preprocess;
+
+typedef struct {
+    const char *name;                /* relative to the set's root; "" if a packed set has no names */
+    int64_t label;                   /* class index, -1: none */
+} sc_image;
+
+typedef struct {
+    size_t count;                    /* SC_UNKNOWN: a stream on standard input */
+    sc_image *image;                 /* [count] */
+    int labelled;
+    size_t classes;                  /* class names, else largest label + 1, 0 without labels */
+    char **class_name;               /* [classes], NULL if the classes have numbers only */
+    uint64_t digest;                 /* of names, labels, class names and count; 0: a stream */
+    char *root;                      /* the folder names are relative to, or the packed set */
+    size_t limit;                    /* at most so many images; SIZE_MAX: all */
+    sc_safetensors *packed;          /* NULL: not a packed set */
+    char **file_name;                /* [count] of a packed set, NULL if it has none */
+    struct sc_names *names;          /* where the names lie */
+} sc_images;
+
+/* A folder of class folders, a flat folder, a list, a packed set, one image, or "-"; limit: how
+ * many images to take, 0 for all. */
+int sc_images_open(sc_images *set, const char *path, size_t limit);
+void sc_images_close(sc_images *set);
+/* pixels: [size, size, 3] */
+int sc_image_load(const sc_images *set, size_t index, const sc_preprocess *prep,
+                  unsigned char *pixels);
+/* pixels: [S, S, 3]; chw: [3, S, S], (v / 255 - mean) / std */
+void sc_normalise(const sc_preprocess *prep, const unsigned char *pixels, float *chw);
+
+/* --- The vision transformer (Dosovitskiy et al., 2021; Radford et al., 2021) --- */
+
+typedef enum { SC_ATTN, SC_MLP, SC_RESID } sc_hook;
+
+/* One hook point of a forward pass. */
+typedef struct {
+    size_t layer;                    /* block, from 1 */
+    sc_hook hook;
+    float *out;                      /* [images tokens, width], `stride` floats from row to row */
+    size_t stride;
+} sc_tap;
+
+/* A matrix as the kernels take it; see saeclip.c. */
+typedef struct { size_t K, N, panels; float *data; } sc_matrix;
+
+/* D: width, H: hidden; weights are [K, N] for x W. */
+typedef struct {
+    float *norm1_weight, *norm1_bias;                /* [D] */
+    sc_matrix qkv;                                   /* [D, 3 D] */
+    float *qkv_bias;                                 /* [3 D] */
+    sc_matrix out;                                   /* [D, D] */
+    float *out_bias, *norm2_weight, *norm2_bias;     /* [D] */
+    sc_matrix fc1;                                   /* [D, H] */
+    float *fc1_bias;                                 /* [H] */
+    sc_matrix fc2;                                   /* [H, D] */
+    float *fc2_bias;                                 /* [D] */
+} sc_block;
+
+typedef struct {
+    sc_safetensors file;
+    int naming;                      /* Hugging Face, OpenAI, timm */
+    size_t width, heads, hidden, blocks, patch;
+    size_t grid, tokens, image_size; /* tokens = 1 + grid^2, image_size = grid patch */
+    size_t outputs, classes;         /* of the head; classes: prompts, where it has text_embeds */
+    int activation;                  /* 1 QuickGELU, 2 exact GELU */
+    float epsilon, mean[3], std[3];
+    size_t loaded;                   /* blocks whose weights are in memory */
+    float *class_token;              /* [D] */
+    float *positions;                /* [tokens, D] */
+    sc_matrix patches;               /* [3 patch^2, D] */
+    float *patch_bias, *pre_weight, *pre_bias;       /* [D] or NULL */
+    sc_block *block;                 /* [loaded] */
+    float *post_weight, *post_bias;  /* [D] */
+    sc_matrix head;                  /* [D, outputs] */
+    float *head_bias;                /* [outputs] or NULL */
+    float *text;                     /* [classes, outputs], unit rows, or NULL */
+} sc_model;
+
+/* What overrules the metadata; NULL: the metadata, else the layout's usual value. */
+typedef struct { const char *gelu, *epsilon, *heads, *mean, *std; } sc_model_options;
+
+/* Recognises a model by its tensors' names; weights are read by sc_model_load(). */
+int sc_model_open(sc_model *model, const char *path, const sc_model_options *options);
+int sc_model_load(sc_model *model, size_t blocks, int head);
+void sc_model_close(sc_model *model);
+
+/* pixels: [images, S, S, 3]; writes each tap's out; head: [images, classes] logits, or cosines with
+ * the text embeddings, or NULL. Stops where nothing later is asked for. */
+int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
+                     const sc_tap *taps, size_t count, float *head);
+
+/* --- The sparse autoencoder (Bricken et al., 2023; Gao et al., 2024; Lim et al., 2025) ---
+ *
+ *     h = W_enc^T (x - b_dec) + b_enc      f = relu(h), or relu of the k largest      x' = W_dec^T f + b_dec
+ */
+
+typedef struct {
+    size_t d_in, d_sae, stride;      /* D, n; floats from row to row, D padded to 16 */
+    int topk;
+    size_t k;
+    size_t layer;                    /* 0: not known */
+    int hook;                        /* an sc_hook, -1: not known */
+    float *W_enc;                    /* [n, stride]: latent by latent, transposed against the file */
+    float *b_enc;                    /* [n] */
+    float *W_dec;                    /* [n, stride] */
+    float *b_dec;                    /* [stride] */
+    char *path, *model, *b_dec_start;/* NULL: not known */
+} sc_sae;
+
+int sc_sae_open(sc_sae *sae, const char *path);
+/* W_enc uniform in +-sqrt(6 / n), W_dec uniform then unit rows, biases 0. */
+int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed);
+void sc_sae_close(sc_sae *sae);
+
+typedef struct {
+    double l1, lr;
+    size_t warmup, dead_window;      /* steps */
+    int ghost;
+} sc_train_options;
+
+#endif
+
+/* MIT License
+ *
+ * Copyright (c) 2026 the saeclip authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+ * associated documentation files (the "Software"), to deal in the Software without restriction,
+ * including without limitation the rights to use, copy, modify, merge, publish, distribute,
+ * sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+ * furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all copies or
+ * substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+ * NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+ * NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+ * DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+ * OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ */
