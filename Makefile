@@ -1,0 +1,58 @@
+# saeclip needs a C11 compiler and POSIX; nothing else, neither to build nor to run.
+#     make CC=aarch64-linux-gnu-gcc CFLAGS_EXTRA=-static        as an example
+
+CFLAGS  = -O3
+PREFIX  = /usr/local
+INSTALL = install
+
+# Fused and reordered floating-point operations would change results: these flags keep them out.
+EXACT  = -std=c11 -ffp-contract=off -fno-math-errno -fno-trapping-math -D_DEFAULT_SOURCE
+WARN   = -Wall -Wextra -Wpedantic -Wshadow -Wvla
+BUILD  = $(CC) $(EXACT) $(CFLAGS) $(WARN) -pthread $(CFLAGS_EXTRA)
+LIBS   = -lm
+# What only the tests add: they call part of the functions that are static.
+TEST   = -Wno-unused-function
+GUARD  = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+RACES  = -O1 -g -fsanitize=thread
+SOURCE = saeclip.c saeclip.h
+TESTS  = tests/test.c tests/check.h tests/test_*.c
+
+.PHONY: all test check install clean help
+
+all: saeclip
+
+saeclip: $(SOURCE)
+	$(BUILD) -o $@ saeclip.c $(LIBS)
+
+tests/test: $(SOURCE) $(TESTS)
+	$(BUILD) $(TEST) -o $@ tests/test.c $(LIBS)
+
+test: saeclip tests/test
+	tests/test
+
+build/guard_saeclip build/guard_test build/races_saeclip build/races_test: $(SOURCE) $(TESTS)
+	@mkdir -p build
+	case $@ in *guard*) add="$(GUARD)";; *) add="$(RACES)";; esac; \
+	case $@ in *test) add="$$add $(TEST)" source=tests/test.c;; *) source=saeclip.c;; esac; \
+	$(BUILD) $$add -o $@ $$source $(LIBS)
+
+check: build/guard_saeclip build/guard_test build/races_saeclip build/races_test
+	SAECLIP=build/guard_saeclip build/guard_test
+	SAECLIP=build/races_saeclip build/races_test threads
+
+install: saeclip
+	$(INSTALL) -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include
+	$(INSTALL) saeclip $(DESTDIR)$(PREFIX)/bin
+	$(INSTALL) -m 644 saeclip.h $(DESTDIR)$(PREFIX)/include
+
+clean:
+	rm -rf saeclip tests/test build
+
+help:
+	@echo "make           builds ./saeclip                 (CC=... the compiler, CFLAGS_EXTRA=... more flags)"
+	@echo "make test      builds and runs the tests        (SAECLIP_DATA=DIR: with the real photos there)"
+	@echo "make check     the tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the"
+	@echo "               threads under ThreadSanitizer"
+	@echo "make install   copies saeclip and saeclip.h     (PREFIX=/usr/local DESTDIR=)"
+	@echo "make clean     removes what was built"
+	@echo "make help      prints this"

@@ -1,0 +1,318 @@
+/* A small harness for saeclip's tests, included once, by test.c.
+ *
+ *     check(condition, "name of what would be wrong, %d of it", i);   counts; prints where it fails
+ *     skip("why, %s", reason);                                        counts; prints
+ *     const char *path = in_folder("a.safetensors");   in a temporary folder, removed at the end
+ *     put_text(path, "text");  put_file(path, bytes, count);  get_file(path, &count);
+ *     run("eval -s %s --acts %s", in_folder("s"), in_folder("a"));   starts ./saeclip, waits for it
+ *     check(ran.status == 1 && strstr(ran.err, "no such"), "...");   what it did
+ *
+ * Every test file (test_*.c) is included by test.c after saeclip.c, so tests may call what is static
+ * there; all of them share one name space: begin the names of a file's own helpers with its subject
+ * (cli_..., look_...). A file offers one function, void test_SUBJECT(void), named in test.c's table;
+ * `tests/test SUBJECT...` runs only those. Tests run in the checkout's root, golden files are at
+ * GOLDEN "name". Names say what would be wrong; nothing is printed for what passes. */
+#ifndef CHECK_H
+#define CHECK_H
+
+#include <sys/resource.h>
+
+#define GOLDEN "tests/golden/"
+
+static size_t passed, failed, skipped;
+
+/* Counts a check and returns whether it passed; of those that fail, says which and the library's
+ * last reason. */
+SC_PRINTF(2, 3) static int check(_Bool condition, const char *name, ...)
+{
+    va_list arguments;
+    if (condition) {
+        passed++;
+        return 1;
+    }
+    failed++;
+    va_start(arguments, name);
+    printf("FAILED: ");
+    vprintf(name, arguments);
+    printf("   [last reason: %s]\n", sc_error());
+    va_end(arguments);
+    fflush(stdout);
+    return 0;
+}
+
+/* Counts tests that this machine cannot run and says why. */
+SC_PRINTF(1, 2) static void skip(const char *reason, ...)
+{
+    va_list arguments;
+    skipped++;
+    va_start(arguments, reason);
+    printf("skipped: ");
+    vprintf(reason, arguments);
+    printf("\n");
+    va_end(arguments);
+}
+
+/* Whether the library's last reason holds a text. */
+static int says(const char *text) { return strstr(sc_error(), text) != NULL; }
+
+/* What no test can go on without. */
+SC_PRINTF(1, 2) static void need(const char *what, ...)
+{
+    va_list arguments;
+    va_start(arguments, what);
+    fflush(stdout);
+    vfprintf(stderr, what, arguments);
+    fprintf(stderr, ": %s; the tests cannot go on\n", strerror(errno));
+    va_end(arguments);
+    exit(1);
+}
+
+/* --- Files --- */
+
+static char folder[256];             /* the tests' temporary folder, without a slash at the end */
+
+/* A path in the temporary folder; 16 may be in use at a time. */
+SC_PRINTF(1, 2) static const char *in_folder(const char *name, ...)
+{
+    static char paths[16][4200];
+    static int turn;
+    va_list arguments;
+    char *path = paths[turn = (turn + 1) % 16];
+    size_t length = (size_t)snprintf(path, sizeof paths[0], "%s/", folder);
+    va_start(arguments, name);
+    vsnprintf(path + length, sizeof paths[0] - length, name, arguments);
+    va_end(arguments);
+    return path;
+}
+
+static void put_file(const char *path, const void *bytes, size_t count)
+{
+    FILE *file = fopen(path, "wb");
+    if (!file || fwrite(bytes, 1, count, file) != count || fclose(file) != 0) need("%s", path);
+}
+
+static void put_text(const char *path, const char *text) { put_file(path, text, strlen(text)); }
+
+/* All of a file and a zero byte; NULL where there is none. 8 may be in use at a time. */
+static char *get_file(const char *path, size_t *count)
+{
+    static char *kept[8];
+    static int turn;
+    size_t room = 65536, length = 0, got;
+    FILE *file = fopen(path, "rb");
+    if (count) *count = 0;
+    if (!file) return NULL;
+    char *bytes = malloc(room);
+    while (bytes && (got = fread(bytes + length, 1, room - 1 - length, file)) > 0)
+        if ((length += got) == room - 1) bytes = realloc(bytes, room *= 2);
+    fclose(file);
+    if (!bytes) need("%s", path);
+    bytes[length] = '\0';
+    free(kept[turn = (turn + 1) % 8]);
+    kept[turn] = bytes;
+    if (count) *count = length;
+    return bytes;
+}
+
+static int exists(const char *path)
+{
+    struct stat about;
+    return lstat(path, &about) == 0;
+}
+
+/* Whether a file holds exactly a text. */
+static int holds(const char *path, const char *text)
+{
+    size_t count;
+    const char *bytes = get_file(path, &count);
+    return bytes && count == strlen(text) && memcmp(bytes, text, count) == 0;
+}
+
+/* Whether two files are there and equal. */
+static int same_files(const char *a, const char *b)
+{
+    size_t count_a, count_b;
+    const char *bytes_a = get_file(a, &count_a), *bytes_b = get_file(b, &count_b);
+    return bytes_a && bytes_b && count_a == count_b && memcmp(bytes_a, bytes_b, count_a) == 0;
+}
+
+/* Removes a file or a folder with all it holds. */
+static void remove_tree(const char *path)
+{
+    struct dirent *entry;
+    DIR *inside = remove(path) == 0 || errno == ENOENT ? NULL : opendir(path);
+    if (!inside) return;
+    while ((entry = readdir(inside)) != NULL) {
+        char name[4200];
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
+        snprintf(name, sizeof name, "%s/%s", path, entry->d_name);
+        remove_tree(name);
+    }
+    closedir(inside);
+    if (remove(path) != 0) printf("%s stays: %s\n", path, strerror(errno));
+}
+
+static void make_folder(void)
+{
+    const char *base = getenv("TMPDIR");
+    snprintf(folder, sizeof folder, "%s/saeclip-tests-XXXXXX", base && *base ? base : "/tmp");
+    if (!mkdtemp(folder)) need("%s", folder);
+}
+
+/* The device "full" or "null" to write to; NULL where there is none. For root a node in the temporary
+ * folder: a program that is wrong would replace the machine's own. */
+static const char *device(const char *name)
+{
+    struct stat about;
+    static char ours[2][300];
+    int full = strcmp(name, "full") == 0;
+    const char *path = ours[full], *system = full ? "/dev/full" : "/dev/null";
+    snprintf(ours[full], sizeof ours[full], "%s/%s", folder, name);
+    if (stat(system, &about) != 0 || !S_ISCHR(about.st_mode)) return NULL;
+    if (geteuid() != 0) return system;
+    if (!exists(path) && mknod(path, S_IFCHR | 0666, about.st_rdev) != 0) return NULL;
+    int opened = open(path, O_WRONLY);               /* a file system may forbid it */
+    if (opened >= 0) close(opened);
+    return opened >= 0 ? path : NULL;
+}
+
+/* --- The program --- */
+
+/* What the last run did. status is the exit status, or minus the signal that ended it. */
+static struct { int status; char *out, *err; size_t out_count, err_count; } ran;
+
+/* What the next run gets, until changed: its standard input (NULL: an empty one), the most bytes of
+ * memory it may address (0: any; not under a sanitizer), and the seconds until it is killed.
+ * Environment variables are inherited: setenv() and unsetenv() before. */
+static struct { const char *input; size_t memory; unsigned seconds; } with = { NULL, 0, 300 };
+
+/* The program under test: ./saeclip, or what the environment's SAECLIP names. */
+static const char *program(void)
+{
+    const char *name = getenv("SAECLIP");
+    return name && *name ? name : "./saeclip";
+}
+
+static void become_program(char *const *arguments, const char *out, const char *err)
+{
+    int in = open(with.input ? with.input : "/dev/null", O_RDONLY);
+    int to = open(out, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    int error = open(err, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    if (in < 0 || to < 0 || error < 0) _exit(126);
+    if (dup2(in, 0) < 0 || dup2(to, 1) < 0 || dup2(error, 2) < 0) _exit(126);
+    for (int i = 3; i < 64; i++) close(i);
+    if (with.memory) {
+        struct rlimit limit = { with.memory, with.memory };
+        if (setrlimit(RLIMIT_AS, &limit) != 0) _exit(126);
+    }
+    alarm(with.seconds);
+    execv(program(), arguments);
+    _exit(127);
+}
+
+/* Starts the program with arguments (its own name first, NULL last) and waits; returns its status. */
+static int run_list(char *const *arguments)
+{
+    int status;
+    const char *out = in_folder(".out"), *err = in_folder(".err");
+    fflush(stdout);
+    pid_t child = fork();
+    if (child < 0) need("fork");
+    if (child == 0) become_program(arguments, out, err);
+    while (waitpid(child, &status, 0) < 0)
+        if (errno != EINTR) need("waitpid");
+    ran.status = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+    if (ran.status == 126 || ran.status == 127) need("%s could not be started", program());
+    free(ran.out);
+    free(ran.err);
+    char *text = get_file(out, &ran.out_count);
+    ran.out = malloc(ran.out_count + 1);
+    memcpy(ran.out, text, ran.out_count + 1);
+    text = get_file(err, &ran.err_count);
+    ran.err = malloc(ran.err_count + 1);
+    memcpy(ran.err, text, ran.err_count + 1);
+    return ran.status;
+}
+
+/* Starts the program with arguments written as one line, split at blanks (a path with a blank needs
+ * run_list); no word for its own name. Returns its status. */
+SC_PRINTF(1, 2) static int run(const char *format, ...)
+{
+    static char line[65536];
+    char *arguments[256], *rest = line;
+    int count = 0;
+    va_list list;
+    va_start(list, format);
+    vsnprintf(line, sizeof line, format, list);
+    va_end(list);
+    arguments[count++] = (char *)(uintptr_t)program();
+    for (char *word; count < 255 && (word = strtok_r(rest, " ", &rest)) != NULL;)
+        arguments[count++] = word;
+    arguments[count] = NULL;
+    return run_list(arguments);
+}
+
+/* Runs the program and checks that it does what it is asked to. */
+SC_PRINTF(1, 2) static int works(const char *format, ...)
+{
+    static char line[65536];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(line, sizeof line, format, list);
+    va_end(list);
+    int status = run("%s", line);
+    return check(status == 0, "saeclip %s: status %d, %s", line, status, ran.err);
+}
+
+/* Runs the program and checks that it refuses: its status, and one line on standard error that holds
+ * a text (and nothing on standard output). */
+SC_PRINTF(3, 4) static int refuses(int status, const char *text, const char *format, ...)
+{
+    static char line[65536];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(line, sizeof line, format, list);
+    va_end(list);
+    run("%s", line);
+    const char *end = strchr(ran.err, '\n');
+    return check(ran.status == status && strncmp(ran.err, "saeclip: ", 9) == 0 && end && !end[1]
+                 && strstr(ran.err, text) && ran.out_count == 0,
+                 "saeclip %s: status %d and a line with '%s' expected, got %d and %s", line, status,
+                 text, ran.status, ran.err);
+}
+
+/* --- Numbers --- */
+
+/* The largest difference over the largest value: what golden files' tolerances are stated in. */
+static double off(const float *a, const double *b, size_t count)
+{
+    double worst = 0, largest = 0;
+    for (size_t i = 0; i < count; i++) {
+        double error = fabs((double)a[i] - b[i]), value = fabs(b[i]);
+        if (!(error <= worst)) worst = error;        /* a NaN stays */
+        if (value > largest) largest = value;
+    }
+    return worst == 0 ? 0 : largest > 0 ? worst / largest : (double)INFINITY;
+}
+
+static uint32_t bits_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* Random numbers for tests (xorshift64*, Vigna, 2016). */
+static uint64_t test_random_state = 88172645463325252u;
+
+static uint64_t random64(void)
+{
+    test_random_state ^= test_random_state >> 12;
+    test_random_state ^= test_random_state << 25;
+    test_random_state ^= test_random_state >> 27;
+    return test_random_state * 2685821657736338717u;
+}
+
+static float random_float(void) { return (float)(int32_t)(random64() >> 32) * 0x1p-31f; } /* [-1, 1) */
+
+#endif

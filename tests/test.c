@@ -1,0 +1,34 @@
+/* saeclip's tests: `make test`, or tests/test [SUBJECT...] in the checkout's root for some of them.
+ * One translation unit with the program, so that tests reach what is static there. */
+#define SAECLIP_NO_MAIN
+#include "../saeclip.c"
+
+#include "check.h"
+#include "test_files.c"
+#include "test_images.c"
+
+static const struct { const char *name; void (*test)(void); } subjects[] = {
+    { "files", test_files },
+    { "images", test_images },
+    { NULL, NULL }
+};
+
+int main(int count, char **names)
+{
+    make_folder();
+    quiet = 1;
+    if (sc_instruction_set(NULL) != SC_OK || sc_threads_start(2) != SC_OK) need("%s", sc_error());
+    for (int i = 3; i < 256; i++) fcntl(i, F_SETFD, FD_CLOEXEC);   /* what we were started with */
+    for (size_t i = 0; subjects[i].name; i++) {
+        int wanted = count < 2;
+        for (int n = 1; n < count; n++) wanted |= strcmp(names[n], subjects[i].name) == 0;
+        if (!wanted) continue;
+        double start = seconds_now();
+        subjects[i].test();
+        fprintf(stderr, "%s: %.1f s\n", subjects[i].name, seconds_now() - start);
+    }
+    sc_threads_stop();
+    remove_tree(folder);
+    printf("%zu passed, %zu failed, %zu skipped\n", passed, failed, skipped);
+    return failed != 0;
+}

@@ -1,0 +1,643 @@
+/* Tests of images: PNM, decoders, data sets, Pillow's resize, the reader. */
+
+static const char *images_file(const char *name) { return in_folder("images/%s", name); }
+
+static void images_write(const char *name, const void *bytes, size_t count)
+{
+    put_file(images_file(name), bytes, count);
+}
+
+static void images_write_text(const char *name, const char *text)
+{
+    put_text(images_file(name), text);
+}
+
+/* --- What is said on standard error --- */
+
+static int images_stderr = -1;
+
+static void images_listen(void)
+{
+    int to = open(images_file("said"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    images_stderr = dup(2);
+    if (to < 0 || images_stderr < 0 || dup2(to, 2) < 0) need("listening");
+    close(to);
+    quiet = 0;
+}
+
+/* Ends listening: how many lines there were, and whether the last holds a text. */
+static int images_heard(const char *text)
+{
+    int lines = 0;
+    quiet = 1;
+    if (dup2(images_stderr, 2) < 0) need("listening");
+    close(images_stderr);
+    const char *said = get_file(images_file("said"), NULL);
+    for (const char *c = said; *c; c++) lines += *c == '\n';
+    return strstr(said, text) ? lines : -lines;
+}
+
+/* A P6 of one colour: 11 + 3 w h bytes for one-digit sizes. */
+static void images_write_ppm(const char *name, int width, int height, int value)
+{
+    unsigned char bytes[4096];
+    int head = snprintf((char *)bytes, sizeof bytes, "P6\n%d %d\n255\n", width, height);
+    memset(bytes + head, value, (size_t)(3 * width * height));
+    images_write(name, bytes, (size_t)(head + 3 * width * height));
+}
+
+static unsigned char images_formula(uint32_t x, uint32_t y, uint32_t c)
+{
+    uint32_t h = x * 374761393u + y * 668265263u + c * 2246822519u;
+    h = (h ^ h >> 13) * 1274126177u;
+    return (unsigned char)(((x >> 4) + (y >> 4)) & 1 ? h >> 16 : x * 5 + y * 3 + c * 85);
+}
+
+static void images_write_formula(const char *name, uint32_t width, uint32_t height)
+{
+    char head[64];
+    size_t length = (size_t)snprintf(head, sizeof head, "P6 %u %u 255\n", width, height);
+    unsigned char *bytes = new_array(length + (size_t)3 * width * height, 1), *to = bytes + length;
+    memcpy(bytes, head, length);
+    for (uint32_t y = 0; y < height; y++)
+        for (uint32_t x = 0; x < width; x++)
+            for (uint32_t c = 0; c < 3; c++) *to++ = images_formula(x, y, c);
+    images_write(name, bytes, length + (size_t)3 * width * height);
+    free(bytes);
+}
+
+static const sc_preprocess images_one = { .size = 1, .std = { 1, 1, 1 } };
+
+/* --- PNM --- */
+
+static int images_parse(const char *bytes, size_t count, byte_buffer *buffer, picture *result)
+{
+    byte_source source = { .name = "memory", .next = (const unsigned char *)bytes,
+                           .end = (const unsigned char *)bytes + count };
+    return pnm_read(&source, buffer, result);
+}
+
+static void images_test_pnm(void)
+{
+    static const struct { const char *text; size_t count; int width,
+        height; const char *rgb; } good[] = {
+        { "P2 2 1 255 7 9", 14, 2, 1, "\7\7\7\11\11\11" },
+        { "P2\n# a comment\n2#x\n1 255\n7 #\n 9 ", 32, 2, 1, "\7\7\7\11\11\11" },
+        { "\n\r P3 1 1 255 1 2 3", 19, 1, 1, "\1\2\3" },
+        { "P5 2 1 255\n\7\11", 13, 2, 1, "\7\7\7\11\11\11" },
+        { "P5 1 1 255\n#", 12, 1, 1, "###" },
+        { "P6 1 2 255\n\1\2\3\4\5\6", 17, 1, 2, "\1\2\3\4\5\6" },
+        { "P6 1 1 65535\n\377\377\200\0\0\1", 19, 1, 1, "\377\200\0" },
+        { "P6 1 1 256\n\1\0\0\200\0\0", 17, 1, 1, "\377\200\0" },
+        { "P5 4 1 2\n\0\1\2\1", 13, 4, 1, "\0\0\0\200\200\200\377\377\377\200\200\200" },
+        { "P5 3 1 102\n\1\3\5", 14, 3, 1, "\2\2\2\10\10\10\14\14\14" },   /* 2.5, 7.5, 12.5 */
+        { "P4 3 2\n\100\240", 9, 3, 2, "\377\377\377\0\0\0\377\377\377\0\0\0\377\377\377\0\0\0" },
+    };
+    static const struct { const char *text; size_t count; const char *says; } bad[] = {
+        { "P7 1 1 255\n...", 14, "not a PNM" }, { "hello", 5, "not a PNM" }, { "P", 1,
+            "not a PNM" },
+        { "P6", 2, "width" }, { "P6 0 1 255\n", 11, "at least 1" }, { "P6 1 1 0\n", 9,
+            "at least 1" },
+        { "P6 1 1 65536\n", 13, "maxval" }, { "P6 -1 1 255\n", 12, "byte 0x2d" },
+        { "P6 16385 16384 255\n", 19, "at most" }, { "P6 99999999999999999999 1 255\n", 30,
+            "width" },
+        { "P6 268435456 268435456 255\n", 27, "at most" }, { "P6 1 1 255", 10, "after 0 of 3" },
+        { "P6 16384 16384 255\nabc", 22, "after 3 of 805306368 samples" },
+        { "P5 2 1 65535\nabc", 16, "after 1 of 2" }, { "P2 1 1 9 10", 11, "more than 9" },
+        { "P5 2 1 9\n\1\12", 11, "sample 1 is 10" }, { "P2 2 1 255 7", 12, "ends" },
+        { "P2 1 1 255 x", 12, "byte 0x78" }, { "P3 1 1 255 1 2 3x", 17, "byte 0x78" },
+    };
+    byte_buffer buffer = { 0 };
+    picture result;
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        int status = images_parse(good[i].text, good[i].count, &buffer, &result);
+        check(status == SC_OK && result.width == (size_t)good[i].width &&
+              result.height == (size_t)good[i].height &&
+              memcmp(result.rgb, good[i].rgb, 3 * result.width * result.height) == 0,
+              "PNM number %zu is read", i);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        int status = images_parse(bad[i].text, bad[i].count, &buffer, &result);
+        check(status == SC_FAILED && strstr(sc_error(), bad[i].says),
+              "bad PNM number %zu is refused with '%s'", i, bad[i].says);
+    }
+    check(buffer.capacity < 1 << 20, "a header's claims take no memory");
+    check(images_parse(" \n", 2, &buffer, &result) == SC_END, "blanks alone are the end");
+    int worst = 0;
+    for (size_t m = 1; m <= 65535; m = m < 600 ? m + 1 : m * 2 + 1)
+        for (size_t v = 0; v <= m; v++)
+            if (to_8_bits(v, m) != (int)rint(255.0 * (double)v / (double)m)) worst++;
+    check(worst == 0, "255 v / maxval is rounded half to even (%d differ)", worst);
+    free(buffer.bytes);
+}
+
+/* --- Resize --- */
+
+static void images_test_golden(void)
+{
+    unsigned char head[24], *expected = NULL, *pixels = NULL;
+    FILE *file = fopen(GOLDEN "images.bin", "rb");
+    if (!check(file != NULL, GOLDEN "images.bin is missing")) return;
+    while (fread(head, 1, 24, file) == 24 && load32(head) > 0) {
+        uint32_t width = load32(head), height = load32(head + 4);
+        sc_preprocess prep = { .size = (int)load32(head + 8), .square = (int)load32(head + 12),
+                               .crop_hf = (int)load32(head + 16) };
+        size_t bytes = 3 * (size_t)prep.size * (size_t)prep.size,
+            stored = load32(head + 20) ? 8 : bytes;
+        expected = new_array(stored, 1);
+        pixels = new_array(bytes, 1);
+        if (fread(expected, 1, stored, file) != stored) break;
+        images_write_formula("formula.ppm", width, height);
+        sc_images set;
+        int status = sc_images_open(&set, images_file("formula.ppm"), 0);
+        if (status == SC_OK) status = sc_image_load(&set, 0, &prep, pixels);
+        digest64 digest = { 0 };
+        digest64_add(&digest, pixels, bytes);
+        int same = stored == bytes ? memcmp(pixels, expected, bytes) == 0
+                                   : digest64_value(&digest) == load64(expected);
+        check(status == SC_OK && same, "%ux%u to %d (square %d, hf %d) is Pillow's", width, height,
+              prep.size, prep.square, prep.crop_hf);
+        sc_images_close(&set);
+        free(expected);
+        free(pixels);
+    }
+    static const sc_preprocess clip = { .size = 16, .mean = { 0.48145466f, 0.4578275f,
+        0.40821073f },
+                                        .std = { 0.26862954f, 0.26130258f, 0.27577711f } };
+    unsigned char grey[768], bytes[3072];
+    float chw[768];
+    for (int i = 0; i < 768; i++) grey[i] = (unsigned char)(i / 3);
+    sc_normalise(&clip, grey, chw);
+    copy_numbers(bytes, chw, 768, 4);
+    digest64 digest = { 0 };
+    digest64_add(&digest, bytes, sizeof bytes);
+    check(fread(head, 1, 8, file) == 8 && load64(head) == digest64_value(&digest),
+          "normalised values are torchvision's");
+    fclose(file);
+}
+
+/* --- Data sets --- */
+
+static int images_said;              /* lines; negative if none tells of files passed over */
+
+static int images_opens(sc_images *set, const char *name, size_t limit)
+{
+    images_listen();
+    int status = sc_images_open(set, images_file(name), limit);
+    images_said = images_heard("passed over");
+    return status == SC_OK;
+}
+
+static int images_refuses(const char *name, const char *says)
+{
+    sc_images set;
+    int status = sc_images_open(&set, images_file(name), 0);
+    if (status == SC_OK) sc_images_close(&set);
+    return status == SC_FAILED && strstr(sc_error(), says) != NULL;
+}
+
+static int images_named(const sc_images *set, size_t i, const char *name, int label)
+{
+    return i < set->count && strcmp(set->image[i].name, name) == 0 && set->image[i].label == label;
+}
+
+static void images_make_folder(const char *name) { mkdir(images_file(name), 0777); }
+
+static void images_test_folder(void)
+{
+    sc_images set, other;
+    images_make_folder("set");
+    check(images_refuses("set", "no image"), "an empty folder is refused");
+    images_write_text("set/notes", "hello");
+    check(images_refuses("set", "no image among the 1 files"), "a folder without an image is refused");
+    images_write_ppm("set/loose.ppm", 2, 2, 1);
+    images_write_ppm("set/Loose.ppm", 2, 2, 1);
+    images_make_folder("set/empty");
+    check(images_opens(&set, "set", 0) && set.count == 2 && !set.labelled && !set.classes &&
+          !set.class_name &&
+          images_named(&set, 0, "Loose.ppm", -1) && images_named(&set, 1, "loose.ppm", -1), "a flat folder");
+    check(images_said == 1, "files that are no images are counted in one line");
+    sc_images_close(&set);
+    images_make_folder("set/b");
+    images_make_folder("set/b-1");
+    images_make_folder("set/b/deep");
+    images_make_folder("set/.hidden");
+    images_write_ppm("set/b/x", 2, 2, 1);
+    images_write_ppm("set/b/deep/x", 2, 2, 1);
+    images_write_ppm("set/b-1/x", 2, 2, 1);
+    images_write_ppm("set/.hidden/x", 2, 2, 1);
+    images_write_ppm("set/b/.x", 2, 2, 1);
+    check(symlink("x", images_file("set/b/link")) == 0 && symlink("nowhere", images_file("set/b/gone")) == 0,
+          "links");
+    check(images_opens(&set, "set", 0) && set.count == 4 && set.labelled && set.classes == 3 &&
+          images_named(&set, 0, "b-1/x", 1) && images_named(&set, 1, "b/deep/x", 0) && images_named(&set, 2, "b/link",
+              0) &&
+          images_named(&set, 3, "b/x", 0) && strcmp(set.class_name[1], "b-1") == 0, "class folders win");
+    check(images_said == 1, "files outside class folders are counted in one line");
+    check(rename(images_file("set"), images_file("moved")) == 0 && images_opens(&other, "moved///", 0) &&
+          other.digest == set.digest && other.digest != 0 && !strcmp(other.root, images_file("moved")),
+          "a moved folder keeps its digest");
+    sc_images_close(&other);
+    check(images_opens(&other, "moved", 2) && other.count == 2 && other.classes == 3 &&
+          other.digest != set.digest, "--limit takes the first");
+    sc_images_close(&other);
+    rename(images_file("moved/b-1"), images_file("moved/a"));
+    check(images_opens(&other, "moved", 0) && other.digest != set.digest, "class names are in the digest");
+    sc_images_close(&other);
+    sc_images_close(&set);
+    check(symlink("..", images_file("moved/b/loop")) == 0 && images_refuses("moved", "more than 16 deep"),
+          "a folder in itself ends");
+    unlink(images_file("moved/b/loop"));
+    check(images_refuses("absent", "No such file"), "a missing folder is refused");
+    check(images_opens(&set, "moved/b/x", 0) && set.count == 1 && images_named(&set, 0, "x", -1),
+          "one image file");
+    sc_images_close(&set);
+    check(images_refuses("moved/notes", "not an image"), "a file that is none is refused");
+    check(mkfifo(images_file("fifo"), 0600) == 0 && images_refuses("fifo", "not a file or folder"),
+          "a fifo is refused");
+}
+
+static void images_test_list(void)
+{
+    sc_images set;
+    unsigned char pixel[3];
+    images_write_text("list.txt", "# c\r\n\r\nmoved/b/x\t7\r\n  moved/a/x\t0 # d\n#e\nmoved/b/deep/x\t2");
+    check(images_opens(&set, "list.txt", 0) && set.count == 3 && set.labelled && set.classes == 8 &&
+          !set.class_name && images_named(&set, 0, "moved/b/x", 7) && images_named(&set, 1, "moved/a/x", 0) &&
+          images_named(&set, 2, "moved/b/deep/x", 2), "a labelled list");
+    check(sc_image_load(&set, 2, &images_one, pixel) == SC_OK && pixel[0] == 1, "paths are the list's");
+    check(sc_image_load(&set, 3, &images_one, pixel) == SC_USAGE, "no image beyond the last");
+    sc_images_close(&set);
+    images_write_text("list.txt", "fifo\nmoved\nnone\nmoved/notes\n");
+    static const char *const says[] = { "seek", "directory", "No such", "not an image" };
+    check(images_opens(&set, "list.txt", 0) && set.count == 4, "a list of what is no image");
+    for (size_t i = 0; i < 4; i++)
+        check(sc_image_load(&set, i, &images_one, pixel) == SC_FAILED && strstr(sc_error(), says[i]),
+              "%s is refused when its turn comes", set.image[i].name);
+    sc_images_close(&set);
+    images_write_text("list.txt", "moved/b/x\nwith #1 blank\na#b\n");
+    check(images_opens(&set, "list.txt", 0) && set.count == 3 && !set.labelled && !set.classes &&
+          images_named(&set, 1, "with", -1) && images_named(&set, 2, "a#b", -1), "an unlabelled list");
+    sc_images_close(&set);
+    static const struct { const char *text, *says; } bad[] = {
+        { "a\t1\nb\n", "line 2 has no label" }, { "a\nb\t1\n", "line 2 has a label" },
+        { "a\t-1\n", "label of line 1" }, { "#\na\tx\n", "label of line 2" }, { "a\t1.5\n",
+            "label of" },
+        { "a\t99999999999999999999\n", "label of line 1" }, { "a\t2147483647\n",
+            "label of line 1" },
+        { "a\t1\t2\n", "label of" }, { "# nothing\n", "without an image" }, { "",
+            "without an image" },
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        images_write_text("list.txt", bad[i].text);
+        check(images_refuses("list.txt", bad[i].says), "bad list %zu is refused with '%s'", i,
+              bad[i].says);
+    }
+    char *line = new_array(6000, 1);
+    memset(line, 'a', 5999);
+    images_write_text("list.txt", line);
+    check(images_refuses("list.txt", "line 1 is longer"), "an endless line is refused");
+    free(line);
+}
+
+static void images_test_packed(void)
+{
+    static const size_t images[4] = { 2, 2, 3, 3 }, two[1] = { 2 };
+    static const int64_t labels[2] = { 1, 0 }, wrong[2] = { 1, 2 };
+    unsigned char bytes[36], pixels[12];
+    sc_images set, same;
+    for (int i = 0; i < 36; i++) bytes[i] = (unsigned char)i;
+    for (int kind = 0; kind < 3; kind++) {
+        sc_writer w;
+        int status = sc_writer_open(&w, images_file("packed.safetensors"), 1000);
+        if (kind != 1) {
+            status |= sc_writer_metadata(&w, "class_names", "[\"a\",\"b\"]");
+            status |= sc_writer_metadata(&w, "file_names", "[\"b/x\",\"a/y\"]");
+        }
+        status |= sc_writer_tensor(&w, "images", SC_U8, 4, images);
+        status |= sc_writer_bytes(&w, bytes, 36);
+        if (kind != 1) {
+            status |= sc_writer_tensor(&w, "labels", SC_I64, 1, two);
+            status |= sc_writer_integers(&w, kind == 0 ? labels : wrong, 2);
+        }
+        check(status == SC_OK && sc_writer_finish(&w) == SC_OK, "a packed set is written");
+        if (kind == 2) {
+            check(images_refuses("packed.safetensors", "label 2"), "a label beyond the names is refused");
+            break;
+        }
+        check(images_opens(&set, "packed.safetensors", 0) && set.count == 2, "a packed set is opened");
+        sc_preprocess prep = { .size = 2 };
+        check(sc_image_load(&set, 1, &prep, pixels) == SC_OK && pixels[0] == 18 && pixels[6] == 27,
+              "its images are the tensor's, cropped");
+        if (kind == 0)
+            check(images_named(&set, 0, "b/x", 1) && images_named(&set, 1, "a/y", 0) && set.classes == 2,
+                  "its names");
+        else check(images_named(&set, 0, "", -1) && !set.labelled && !set.classes, "no names");
+        sc_images_close(&set);
+    }
+    images_make_folder("as");
+    images_make_folder("as/a");
+    images_make_folder("as/b");
+    images_write_ppm("as/a/y", 2, 2, 1);
+    images_write_ppm("as/b/x", 2, 2, 1);
+    sc_writer w;
+    static const int64_t sorted[2] = { 0, 1 };
+    int status = sc_writer_open(&w, images_file("packed.safetensors"), 1000);
+    status |= sc_writer_metadata(&w, "class_names", "[\"a\",\"b\"]");
+    status |= sc_writer_metadata(&w, "file_names", "[\"a/y\",\"b/x\"]");
+    status |= sc_writer_tensor(&w, "images", SC_U8, 4, images) | sc_writer_bytes(&w, bytes, 36);
+    status |= sc_writer_tensor(&w, "labels", SC_I64, 1, two) | sc_writer_integers(&w, sorted, 2);
+    check(status == SC_OK && sc_writer_finish(&w) == SC_OK, "a packed set is written");
+    check(images_opens(&set, "as", 0) && images_opens(&same, "packed.safetensors", 0) &&
+          set.digest == same.digest,
+          "a folder and its packed set have one digest");
+    sc_images_close(&set);
+    sc_images_close(&same);
+    images_write_text("not.safetensors", "hello hello");
+    check(images_refuses("not.safetensors", "safetensors"), "a broken packed set is refused");
+}
+
+/* --- Decoders --- */
+
+/* What loading `name` as one pixel says with a shell script as decoder; "" if all is well. */
+static const char *images_decoded(const char *script, const char *name, unsigned char pixel[3])
+{
+    char command[600];
+    sc_images set;
+    images_write_text("decode.sh", script);
+    snprintf(command, sizeof command, "  sh  %s", images_file("decode.sh"));
+    setenv("SAECLIP_DECODER", command, 1);
+    int status = sc_images_open(&set, images_file(name), 0);
+    if (status == SC_OK) status = sc_image_load(&set, 0, &images_one, pixel);
+    sc_images_close(&set);
+    unsetenv("SAECLIP_DECODER");
+    return status == SC_OK ? "" : sc_error();
+}
+
+static int images_have(const char *program)
+{
+    char command[256];
+    snprintf(command, sizeof command, "command -v %s >/dev/null 2>&1", program);
+    return system(command) == 0;
+}
+
+static void images_test_decoders(void)
+{
+    unsigned char pixel[3] = { 0 };
+    images_write_text("fake.jpg", "\xff\xd8\xff hello");
+    check(!*images_decoded("printf 'P6 1 1 255\\nabc'", "fake.jpg", pixel) && memcmp(pixel, "abc", 3) == 0,
+          "a decoder's picture is taken");
+    check(!*images_decoded("printf 'P2 1 1 255 '; wc -c", "fake.jpg", pixel) && pixel[0] == 9,
+          "the whole file is on its standard input");
+    check(!*images_decoded("head -c 300000 /dev/zero >&2; printf 'P2 1 1 255 7 ';"
+                    "head -c 300000 /dev/zero;"
+                    "head -c 300000 /dev/zero >&2", "fake.jpg", pixel) && pixel[0] == 7,
+          "much on both outputs is no deadlock");
+    check(strstr(images_decoded("printf 'P2 1 1 255 7'; echo; echo ' bad thing\nmore' >&2; exit 3",
+          "fake.jpg",
+                         pixel), "fake.jpg: sh ended with status 3: bad thing") &&
+          !strstr(sc_error(), "more"), "a complaint counts, and is quoted in one line");
+    check(strstr(images_decoded("printf '\\n a\\033b\\n' >&2; exit 1", "fake.jpg", pixel), ": a?b"),
+          "control characters are not passed on");
+    check(strstr(images_decoded("kill -9 $$", "fake.jpg", pixel), "signal 9"),
+          "a killed decoder is named");
+    check(strstr(images_decoded("exit 0", "fake.jpg", pixel), "status 0"), "no picture is an error");
+    check(strstr(images_decoded("printf 'P6 2 2 255\\nabc'", "fake.jpg", pixel), "after 3 of 12"),
+          "half a picture is an error");
+    check(!*images_decoded("ls -l /proc/$$/fd >$0.fd; echo P2 1 1 255 $(grep -c -e pipe: -e fake $0.fd)",
+                    "fake.jpg", pixel) && pixel[0] == 3, "no other file is inherited");
+    setenv("SAECLIP_DECODER", "no-such-program-here -x", 1);
+    sc_images set;
+    check(sc_images_open(&set, images_file("fake.jpg"), 0) == SC_OK &&
+          sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED &&
+          strstr(sc_error(), "'no-such-program-here -x' that SAECLIP_DECODER"), "it must be there");
+    setenv("SAECLIP_DECODER", "", 1);
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "not a program"),
+          "none");
+    unsetenv("SAECLIP_DECODER");
+    char *path = copy_string(getenv("PATH"));
+    setenv("PATH", in_folder("images"), 1);
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(),
+          "libjpeg-turbo-progs"),
+          "a missing decoder's package is named");
+    images_write_text("djpeg", "#!/bin/sh\nread all\necho first >&2\nexit 1\n");
+    images_write_text("convert", "#!/bin/sh\nread all && exit 2\nprintf \"P2 1 1 255 ${#all}\"\n");
+    chmod(images_file("djpeg"), 0755);
+    chmod(images_file("convert"), 0755);
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_OK && pixel[0] >= 6,
+          "the next decoder's turn comes if the first refuses");
+    images_write_text("convert", "#!/bin/sh\necho second >&2\nexit 1\n");
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "first"),
+          "the first one's words are quoted");
+    images_write_text("djpeg", "#!/bin/sh\nprintf 'P2 1 1 255 7'\necho first >&2\nexit 2\n");
+    images_write_text("convert", "#!/bin/sh\nprintf 'P2 1 1 255 9'\n");
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "first"),
+          "but not if it has written");
+    setenv("PATH", path, 1);
+    free(path);
+    sc_images_close(&set);
+}
+
+/* Formats by their real decoders: a grey step through each encoder. */
+static void images_test_formats(void)
+{
+    static const struct { const char *encoder, *command, *name; int tolerance; } format[] = {
+        { "cjpeg", "cjpeg -quality 100", "f.jpg", 2 }, { "pnmtopng", "pnmtopng", "f.png", 0 },
+        { "pnmtopng", "pamdepth 65535 | pnmtopng", "f16.png", 0 },
+        { "convert", "convert - bmp:-", "f.bmp", 0 }, { "convert", "convert - gif:-", "f.gif", 0 },
+        { "convert", "convert - tiff:-", "f.tif", 0 },
+        { "pnmtopng", "ppmtopgm | pgmtopbm -threshold | pnmtopng", "f1.png", 155 },
+    };
+    images_write_ppm("f.ppm", 9, 7, 100);
+    for (size_t i = 0; i < sizeof format / sizeof *format; i++) {
+        char command[2048];
+        unsigned char pixel[3] = { 0 };
+        sc_images set = { 0 };
+        snprintf(command, sizeof command, "%s <%s 2>/dev/null >%s", format[i].command, images_file("f.ppm"),
+                 images_file(format[i].name));
+        if (strncmp(format[i].command, "pamdepth", 8) == 0 || strncmp(format[i].command,
+            "ppmtopgm", 8) == 0)
+            snprintf(command, sizeof command, "cat %s | %s 2>/dev/null >%s", images_file("f.ppm"),
+                     format[i].command, images_file(format[i].name));
+        if (!images_have(format[i].encoder) || system(command) != 0) { skip("no '%s' to make a picture with", format[i].command); continue; }
+        int status = sc_images_open(&set, images_file(format[i].name), 0);
+        if (status == SC_OK) status = sc_image_load(&set, 0, &images_one, pixel);
+        check(status == SC_OK && abs(pixel[0] - 100) <= format[i].tolerance && pixel[0] == pixel[2],
+              "%s is decoded (%d)", format[i].name, pixel[0]);
+        sc_images_close(&set);
+    }
+}
+
+/* --- The reader --- */
+
+typedef struct { size_t count, end; } images_circle;
+
+static int images_in_circles(void *context, size_t draw, size_t *image)
+{
+    const images_circle *order = context;
+    *image = draw * 7 % order->count;
+    return draw < order->end ? SC_OK : SC_END;
+}
+
+static int images_broken_order(void *context, size_t draw, size_t *image)
+{
+    (void)context;
+    *image = 0;
+    return draw < 2 ? SC_OK : fail("the order is broken");
+}
+
+static void images_test_reader(void)
+{
+    enum { N = 40 };
+    sc_images set;
+    image_reader reader;
+    const image_slot *slot;
+    char name[32];
+    images_make_folder("many");
+    for (int i = 0; i < N; i++) {
+        snprintf(name, sizeof name, "many/%02d.ppm", i);
+        images_write_ppm(name, 1 + i % 9, 1 + i % 7, i);
+    }
+    check(images_opens(&set, "many", 0) && set.count == N, "forty images");
+    images_circle order = { N, 3 * N + 5 };
+    for (int threads = 1; threads <= 8; threads *= 2) {
+        size_t draw = 0, wrong = 0;
+        int status = reader_open(&reader, &set, &images_one, images_in_circles, &order, threads, 0);
+        while (status == SC_OK && (status = reader_next(&reader, &slot)) == SC_OK) {
+            wrong += slot->draw != draw || slot->image != draw * 7 % N ||
+                slot->pixels[0] != slot->image;
+            draw++;
+        }
+        check(status == SC_END && draw == 3 * N + 5 && wrong == 0, "in order with %d threads",
+              threads);
+        check(reader_next(&reader, &slot) == SC_END, "the end stays the end");
+        reader_close(&reader);
+        reader_close(&reader);
+    }
+    check(reader_open(&reader, &set, &images_one, NULL, NULL, 4, 0) == SC_OK &&
+          reader_next(&reader, &slot) == SC_OK && slot->pixels[0] == 0, "in the set's order");
+    reader_close(&reader);                     /* in the middle */
+    check(reader_open(&reader, &set, &images_one, images_broken_order, NULL, 3, 1) == SC_OK &&
+          reader_next(&reader, &slot) == SC_OK && reader_next(&reader, &slot) == SC_OK &&
+          reader_next(&reader, &slot) == SC_FAILED && strstr(sc_error(), "order is broken"),
+          "an order's error is not passed over");
+    reader_close(&reader);
+    images_write_text("many/07.ppm", "P6 9 9 255\nshort");
+    images_write_text("many/11.ppm", "P6 9 9 255\nshort");
+    size_t good = 0;
+    int status = reader_open(&reader, &set, &images_one, NULL, NULL, 4, 0);
+    while (status == SC_OK && (status = reader_next(&reader, &slot)) == SC_OK) good++;
+    check(status == SC_FAILED && good == 7 && strstr(sc_error(), "07.ppm") && slot->draw == 7,
+          "an error comes in its turn (%zu)", good);
+    check(reader_next(&reader, &slot) == SC_FAILED && strstr(sc_error(), "07.ppm"), "and stays");
+    reader_close(&reader);
+    size_t last = 0, gaps = 0;
+    good = 0;
+    images_listen();
+    status = reader_open(&reader, &set, &images_one, images_in_circles, &order, 4, 1);
+    while (status == SC_OK && (status = reader_next(&reader, &slot)) == SC_OK) {
+        gaps += slot->draw > last + 1;
+        last = slot->draw;
+        good++;
+    }
+    int lines = images_heard("short");
+    check(status == SC_END && abs(lines) == 2 && good == 3 * N + 5 - 7 && gaps == 7,
+          "bad images are passed over, and named once (%d lines, %zu good, %zu gaps)",
+          lines, good, gaps);
+    reader_close(&reader);
+    for (int i = 0; i < N; i++) {
+        snprintf(name, sizeof name, "many/%02d.ppm", i);
+        images_write_text(name, "P6 9 9 255\nshort");
+    }
+    images_circle endless = { N, SIZE_MAX };
+    check(reader_open(&reader, &set, &images_one, images_in_circles, &endless, 3, 1) == SC_OK &&
+          reader_next(&reader, &slot) == SC_FAILED && strstr(sc_error(), "none of 40"),
+          "an endless order of bad images ends");
+    reader_close(&reader);
+    for (int i = 0; i < N; i++) {
+        snprintf(name, sizeof name, "many/%02d.ppm", i);
+        images_write_text(name, "\xff\xd8\xff fake");
+    }
+    setenv("SAECLIP_DECODER", "sleep 1000", 1);
+    time_t before = time(NULL);
+    check(reader_open(&reader, &set, &images_one, NULL, NULL, 4, 0) == SC_OK,
+          "a reader of silent decoders");
+    nanosleep(&(struct timespec){ 0, 200000000 }, NULL);
+    reader_close(&reader);
+    check(time(NULL) - before < 5, "closing ends the decoders");
+    setenv("SAECLIP_DECODER", "no-such-program-here", 1);
+    check(reader_open(&reader, &set, &images_one, NULL, NULL, 4, 1) == SC_OK &&
+          reader_next(&reader, &slot) == SC_FAILED && strstr(sc_error(), "no-such"),
+          "--skip-bad does not skip a missing decoder");
+    reader_close(&reader);
+    unsetenv("SAECLIP_DECODER");
+    check(waitpid(-1, NULL, WNOHANG) < 0, "no child is left");
+    sc_images_close(&set);
+}
+
+/* Feeds bytes on standard input, in two parts; returns how many pictures came, and how it ended. */
+static size_t images_stream(const char *bytes, size_t count, size_t limit, int *status)
+{
+    sc_images set;
+    image_reader reader;
+    const image_slot *slot;
+    int end[2], stdin_copy = dup(0);
+    size_t pictures = 0;
+    if (pipe(end) != 0 || write(end[1], bytes, count) != (ssize_t)count) exit(1);
+    dup2(end[0], 0);
+    close(end[1]);
+    *status = sc_images_open(&set, "-", limit);
+    if (*status == SC_OK) *status = reader_open(&reader, &set, &images_one, NULL, NULL, 4, 1);
+    while (*status == SC_OK && (*status = reader_next(&reader, &slot)) == SC_OK) {
+        if (slot->image == pictures && slot->pixels[0] == 'a' + (int)pictures) pictures++;
+    }
+    reader_close(&reader);
+    sc_images_close(&set);
+    dup2(stdin_copy, 0);
+    close(stdin_copy);
+    close(end[0]);
+    return pictures;
+}
+
+static void images_test_stream(void)
+{
+    static const char three[] = "P6 1 1 255\naaaP2 1 1 255 98\n\nP5 1 1 255\nc\n";
+    int status;
+    check(images_stream(three, sizeof three - 1, 0, &status) == 3 && status == SC_END,
+          "a stream of three");
+    check(images_stream(three, sizeof three - 1, 2, &status) == 2 && status == SC_END, "two of a stream");
+    check(images_stream("", 0, 0, &status) == 0 && status == SC_END, "an empty stream");
+    check(images_stream(three, 20, 0, &status) == 1 && status == SC_FAILED, "a cut stream is an error");
+    check(images_stream("P6 1 1 255\naaa\xff\xd8\xff", 17, 0, &status) == 1 && status == SC_FAILED &&
+          strstr(sc_error(), "standard input: not a PNM"), "a JPEG in a stream is an error");
+    sc_images set;
+    image_reader reader;
+    int end[2], stdin_copy = dup(0);
+    if (pipe(end) != 0) exit(1);
+    dup2(end[0], 0);
+    time_t before = time(NULL);
+    check(sc_images_open(&set, "-", 0) == SC_OK && set.count == SC_UNKNOWN &&
+          reader_open(&reader, &set, &images_one, NULL, NULL, 1, 0) == SC_OK, "a silent stream");
+    nanosleep(&(struct timespec){ 0, 200000000 }, NULL);
+    reader_close(&reader);
+    check(time(NULL) - before < 5, "closing ends the wait for a stream");
+    dup2(stdin_copy, 0);
+    close(stdin_copy);
+    close(end[0]);
+    close(end[1]);
+    sc_images_close(&set);
+}
+
+static void test_images(void)
+{
+    mkdir(in_folder("images"), 0700);
+    images_test_pnm();
+    images_test_golden();
+    images_test_folder();
+    images_test_list();
+    images_test_packed();
+    images_test_decoders();
+    images_test_formats();
+    images_test_reader();
+    images_test_stream();
+}
