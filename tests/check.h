@@ -5,6 +5,7 @@
  *     const char *path = in_folder("a.safetensors");   in a temporary folder, removed at the end
  *     put_text(path, "text");  put_file(path, bytes, count);  get_file(path, &count);
  *     run("eval -s %s --acts %s", in_folder("s"), in_folder("a"));   starts ./saeclip, waits for it
+ *     works("...");  refuses(2, "no number", "...");      run and check what it did
  *     check(ran.status == 1 && strstr(ran.err, "no such"), "...");   what it did
  *
  * Every test file (test_*.c) is included by test.c after saeclip.c, so tests may call what is static
@@ -71,13 +72,13 @@ SC_PRINTF(1, 2) static void need(const char *what, ...)
 
 static char folder[256];             /* the tests' temporary folder, without a slash at the end */
 
-/* A path in the temporary folder; 16 may be in use at a time. */
+/* A path in the temporary folder; 64 may be in use at a time. */
 SC_PRINTF(1, 2) static const char *in_folder(const char *name, ...)
 {
-    static char paths[16][4200];
+    static char paths[64][1024];
     static int turn;
     va_list arguments;
-    char *path = paths[turn = (turn + 1) % 16];
+    char *path = paths[turn = (turn + 1) % 64];
     size_t length = (size_t)snprintf(path, sizeof paths[0], "%s/", folder);
     va_start(arguments, name);
     vsnprintf(path + length, sizeof paths[0] - length, name, arguments);
@@ -93,25 +94,31 @@ static void put_file(const char *path, const void *bytes, size_t count)
 
 static void put_text(const char *path, const char *text) { put_file(path, text, strlen(text)); }
 
-/* All of a file and a zero byte; NULL where there is none. 8 may be in use at a time. */
-static char *get_file(const char *path, size_t *count)
+/* All of a file and a zero byte, to be freed; NULL where there is none. */
+static char *read_whole(const char *path, size_t *count)
 {
-    static char *kept[8];
-    static int turn;
-    size_t room = 65536, length = 0, got;
+    size_t room = 65536, got;
     FILE *file = fopen(path, "rb");
-    if (count) *count = 0;
+    *count = 0;
     if (!file) return NULL;
     char *bytes = malloc(room);
-    while (bytes && (got = fread(bytes + length, 1, room - 1 - length, file)) > 0)
-        if ((length += got) == room - 1) bytes = realloc(bytes, room *= 2);
+    while (bytes && (got = fread(bytes + *count, 1, room - 1 - *count, file)) > 0)
+        if ((*count += got) == room - 1) bytes = realloc(bytes, room *= 2);
     fclose(file);
     if (!bytes) need("%s", path);
-    bytes[length] = '\0';
-    free(kept[turn = (turn + 1) % 8]);
-    kept[turn] = bytes;
-    if (count) *count = length;
+    bytes[*count] = '\0';
     return bytes;
+}
+
+/* The same, freed by itself: 16 may be in use at a time. */
+static char *get_file(const char *path, size_t *count)
+{
+    static char *kept[16];
+    static int turn;
+    size_t length;
+    free(kept[turn = (turn + 1) % 16]);
+    kept[turn] = read_whole(path, count ? count : &length);
+    return kept[turn];
 }
 
 static int exists(const char *path)
@@ -225,12 +232,9 @@ static int run_list(char *const *arguments)
     if (ran.status == 126 || ran.status == 127) need("%s could not be started", program());
     free(ran.out);
     free(ran.err);
-    char *text = get_file(out, &ran.out_count);
-    ran.out = malloc(ran.out_count + 1);
-    memcpy(ran.out, text, ran.out_count + 1);
-    text = get_file(err, &ran.err_count);
-    ran.err = malloc(ran.err_count + 1);
-    memcpy(ran.err, text, ran.err_count + 1);
+    ran.out = read_whole(out, &ran.out_count);
+    ran.err = read_whole(err, &ran.err_count);
+    if (!ran.out || !ran.err) need("%s", out);
     return ran.status;
 }
 
@@ -283,16 +287,85 @@ SC_PRINTF(3, 4) static int refuses(int status, const char *text, const char *for
 
 /* --- Numbers --- */
 
+/* A tensor's values as float64, whatever it holds; NULL (and a failed check) where the file has none
+ * of that name. 16 may be in use at a time. */
+static double *numbers_of(const char *path, const char *name, size_t *count)
+{
+    static double *kept[16];
+    static int turn;
+    sc_safetensors file;
+    *count = 0;
+    if (!check(sc_safetensors_open(&file, path) == SC_OK, "%s cannot be read", path)) return NULL;
+    const sc_tensor *t = sc_tensor_find(&file, name);
+    double *out = NULL;
+    if (check(t != NULL, "%s has no tensor %s", path, name)) {
+        free(kept[turn = (turn + 1) % 16]);
+        out = kept[turn] = malloc((t->count + 1) * sizeof *out);
+        for (size_t i = 0; i < t->count; i++) {
+            float value;
+            int64_t whole;
+            uint64_t bits = 0;
+            if (t->dtype == SC_F64) {
+                for (int b = 0; b < 8; b++) bits |= (uint64_t)t->data[8 * i + (size_t)b] << 8 * b;
+                memcpy(&out[i], &bits, sizeof bits);
+            } else if (t->dtype < SC_F64) {
+                out[i] = sc_tensor_floats(&file, t, i, 1, &value) == SC_OK ? (double)value : (double)NAN;
+            } else out[i] = sc_tensor_integers(&file, t, i, 1, &whole) == SC_OK ? (double)whole : (double)NAN;
+        }
+        *count = t->count;
+    }
+    sc_safetensors_close(&file);
+    return out;
+}
+
 /* The largest difference over the largest value: what golden files' tolerances are stated in. */
-static double off(const float *a, const double *b, size_t count)
+static double off(const double *a, const double *b, size_t count)
 {
     double worst = 0, largest = 0;
     for (size_t i = 0; i < count; i++) {
-        double error = fabs((double)a[i] - b[i]), value = fabs(b[i]);
+        double error = fabs(a[i] - b[i]), value = fabs(b[i]);
         if (!(error <= worst)) worst = error;        /* a NaN stays */
         if (value > largest) largest = value;
     }
     return worst == 0 ? 0 : largest > 0 ? worst / largest : (double)INFINITY;
+}
+
+/* Checks tensor `name` of a file against tensor `golden` of another. */
+static void check_tensor(const char *path, const char *name, const char *golden_path,
+                         const char *golden, double tolerance)
+{
+    size_t count, golden_count;
+    const double *a = numbers_of(path, name, &count), *b = numbers_of(golden_path, golden, &golden_count);
+    if (!a || !b || !check(count == golden_count, "%s: %s has %zu values, %s has %zu", path, name,
+                           count, golden_path, golden_count)) return;
+    double error = off(a, b, count);
+    check(error <= tolerance, "%s: %s is off %s's %s by %.2g, more than %g", path, name, golden_path,
+          golden, error, tolerance);
+}
+
+/* The number in a CSV's row (from 0, after the header) under a column's name; NaN where there is none.
+ * A cell may be quoted, but holds no comma. */
+static double csv_number(const char *text, size_t row, const char *column)
+{
+    size_t at = 0, width = strlen(column);
+    const char *cell = text;
+    while (strncmp(cell, column, width) != 0 || (cell[width] != ',' && cell[width] != '\n')) {
+        cell += strcspn(cell, ",\n");
+        if (*cell++ != ',') return (double)NAN;
+        at++;
+    }
+    for (cell = text; row + 1 > 0; row--) {
+        cell += strcspn(cell, "\n");
+        if (*cell++ == '\0') return (double)NAN;
+        if (row == 0) break;
+    }
+    for (; at > 0; at--) {
+        cell += strcspn(cell, ",\n");
+        if (*cell++ != ',') return (double)NAN;
+    }
+    char *end;
+    double value = strtod(cell, &end);
+    return end == cell ? (double)NAN : value;
 }
 
 static uint32_t bits_of(float value)

@@ -4,12 +4,22 @@
 #include "../saeclip.c"
 
 #include "check.h"
+#include "test_numbers.c"
 #include "test_files.c"
 #include "test_images.c"
+#include "test_model.c"
+#include "test_sae.c"
+#include "test_stats.c"
+#include "test_threads.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
+    { "numbers", test_numbers },
     { "files", test_files },
     { "images", test_images },
+    { "model", test_model },
+    { "sae", test_sae },
+    { "stats", test_stats },
+    { "threads", test_threads },
     { NULL, NULL }
 };
 
