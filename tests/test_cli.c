@@ -5,8 +5,8 @@
 /* How the program is started beyond what `with` says. */
 static struct { const char *in, *out; rlim_t most_bytes; int closed; } cli_with;
 
-/* line with each @ replaced by the folder's name and a prefix of ours. 8 may be in use at a time. */
-SC_PRINTF(1, 2) static const char *at(const char *line, ...)
+/* line with each @ replaced by the folder and a prefix of ours. 8 may be in use at a time. */
+SC_PRINTF(1, 2) static const char *cli(const char *line, ...)
 {
     static char texts[8][16384];
     static int turn;
@@ -42,7 +42,8 @@ static pid_t cli_start(const char *line)
     if (child < 0) need("fork");
     if (child > 0) return child;
     int in = open(with.input ? with.input : "/dev/null", O_RDONLY);
-    int out = open(cli_with.out ? cli_with.out : in_folder(".out"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    int out = open(cli_with.out ? cli_with.out : in_folder(".out"), O_WRONLY | O_CREAT | O_TRUNC,
+                   0600);
     int err = open(in_folder(".err"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
     struct rlimit files = { cli_with.most_bytes, cli_with.most_bytes };
     if (dup2(in, 0) < 0 || dup2(out, 1) < 0 || dup2(err, 2) < 0) _exit(126);
@@ -81,12 +82,12 @@ static int cli_said(int status, const char *text)
 static int cli_refuses(int status, const char *text, const char *line)
 {
     char wanted[1024];
-    snprintf(wanted, sizeof wanted, "%s", at("%s", text));
-    int right = refuses(status, wanted, "%s", at("%s", line));
-    right = check(!exists(at("@out")) && !exists(at("@out.tmp")), "%s leaves output behind", line)
+    snprintf(wanted, sizeof wanted, "%s", cli("%s", text));
+    int right = refuses(status, wanted, "%s", cli("%s", line));
+    right = check(!exists(cli("@out")) && !exists(cli("@out.tmp")), "%s leaves output behind", line)
             && right;
-    remove_tree(at("@out"));
-    remove(at("@out.tmp"));
+    remove_tree(cli("@out"));
+    remove(cli("@out.tmp"));
     return right;
 }
 
@@ -97,17 +98,17 @@ static void cli_all(const cli_case *cases)
     for (; cases->line; cases++) cli_refuses(cases->status, cases->text, cases->line);
 }
 
-static void cli_works(const char *line) { works("%s", at("%s", line)); }
+static void cli_works(const char *line) { works("%s", cli("%s", line)); }
 
 /* Standard input of the runs that follow. */
 static void cli_input(const char *name)
 {
     static char path[400];
-    snprintf(path, sizeof path, "%s", at("%s", name ? name : ""));
+    snprintf(path, sizeof path, "%s", cli("%s", name ? name : ""));
     with.input = name ? path : NULL;
 }
 
-static int cli_same(const char *a, const char *b) { return same_files(at("%s", a), at("%s", b)); }
+static int cli_same(const char *a, const char *b) { return same_files(cli("%s", a), cli("%s", b)); }
 
 /* --- Inputs --- */
 
@@ -126,7 +127,8 @@ typedef struct {
 static void cli_write_tensor(sc_writer *w, const sc_safetensors *file, const sc_tensor *t,
                              const cli_change *c)
 {
-    int shaped = c->shape_of && strcmp(c->shape_of, t->name) == 0, rank = shaped ? c->rank : t->rank;
+    int shaped = c->shape_of && strcmp(c->shape_of, t->name) == 0;
+    int rank = shaped ? c->rank : t->rank;
     const size_t *shape = shaped ? c->shape : t->shape;
     size_t count = 1;
     for (int d = 0; d < rank; d++) count *= shape[d];
@@ -218,12 +220,12 @@ static void cli_make_inputs(void)
     char list[4096] = "# the pictures of @photos\n\n";
     static char stream[65536];
     size_t count, used = 0;
-    mkdir(at("@photos"), 0777);
-    mkdir(at("@photos/birds"), 0777);
-    mkdir(at("@photos/cats"), 0777);
-    mkdir(at("@photos/dogs"), 0777);
+    mkdir(cli("@photos"), 0777);
+    mkdir(cli("@photos/birds"), 0777);
+    mkdir(cli("@photos/cats"), 0777);
+    mkdir(cli("@photos/dogs"), 0777);
     for (int i = 0; i < CLI_PICTURES; i++) {
-        const char *path = at("@photos/%s", cli_pictures[i]);
+        const char *path = cli("@photos/%s", cli_pictures[i]);
         cli_picture(path, (unsigned)i + 1, (size_t)(40 + 3 * (i % 3)), (size_t)(40 + 2 * (i % 4)));
         sprintf(list + strlen(list), "cli_photos/%s\t%d%s", cli_pictures[i], cli_labels[i],
                 i == 3 ? "   # with a remark\r\n" : "\n");
@@ -231,98 +233,100 @@ static void cli_make_inputs(void)
         memcpy(stream + used, bytes, count);
         used += count;
     }
-    put_text(at("@list.txt"), list);
-    put_file(at("@stream"), stream, used);
-    cli_edit(GOLDEN "clip_timm.safetensors", at("@model"), (cli_change){ 0 });
+    put_text(cli("@list.txt"), list);
+    put_file(cli("@stream"), stream, used);
+    cli_edit(GOLDEN "clip_timm.safetensors", cli("@model"), (cli_change){ 0 });
     cli_works("extract --quiet -m @model --layer 2 --hook mlp @photos -o @acts");
     cli_works("train --quiet --acts @acts --latents 24 --steps 3 --batch 4 -o @sae");
-    cli_works("train --quiet --acts @acts --latents 24 --arch topk --k 5 --steps 3 --batch 4 -o @topk");
+    cli_works("train --quiet --acts @acts --latents 24 --arch topk --k 5 --steps 3 --batch 4 "
+              "-o @topk");
     cli_works("stats --quiet -s @sae --acts @acts -o @stats");
 }
 
 /* --- The command line itself --- */
 
+static const cli_case cli_usage[] = {
+    { 2, "a command was expected", "" },
+    { 2, "'trian' is no command", "trian --acts @acts -o @out" },
+    { 2, "extract takes no option --lr", "extract -m @model @photos --lr 1 -o @out" },
+    { 2, "takes no option --no-such", "train --acts @acts --no-such 1 -o @out" },
+    { 2, "takes no option --layers", "train --acts @acts --layers 1 -o @out" },
+    { 2, "takes no option -x", "info -x" },
+    { 2, "-o: a value PATH was expected", "train --acts @acts -o" },
+    { 2, "-o was given twice", "train --acts @acts -o @out -o @out" },
+    { 2, "--lr was given twice", "train --acts @acts --lr 1 --lr=1 -o @out" },
+    { 2, "--ghost takes no value", "train --acts @acts --ghost=1 -o @out" },
+    { 2, "-o is missing", "train --acts @acts" },
+    { 2, "-m is missing", "extract @photos -o @out" },
+    { 2, "-s is missing", "stats --acts @acts -o @out" },
+    { 2, "-l is missing", "mask -s @sae -m @model @photos -o @out" },
+    { 2, "-t is missing", "top -s @sae -m @model @photos -l 1 -o @out" },
+    { 2, "extract: ", "extract -m @model -o @out" },
+    { 2, "extract: ", "extract -m @model @photos @photos -o @out" },
+    { 2, "compare: ", "compare @acts" },
+    { 2, "info: ", "info @acts @acts" },
+    { 2, "--acts and IMAGES exclude", "train --acts @acts @photos -o @out" },
+    { 2, "no data", "train -o @out" },
+    { 2, "no data", "train -m @model -o @out" },
+    { 2, "no data", "eval -s @sae --also @acts" },
+    { 2, "--lr: 'fast'", "train --acts @acts --lr fast -o @out" },
+    { 2, "--lr: '1x'", "train --acts @acts --lr 1x -o @out" },
+    { 2, "--lr: '-1'", "train --acts @acts --lr -1 -o @out" },
+    { 2, "--lr: 'nan'", "train --acts @acts --lr nan -o @out" },
+    { 2, "--lr: 'inf'", "train --acts @acts --lr inf -o @out" },
+    { 2, "--lr: ", "train --acts @acts --lr= -o @out" },
+    { 2, "--acts: a value FILE was expected", "eval -s @sae --acts=" },
+    { 2, "--batch: '0'", "train --acts @acts --batch 0 -o @out" },
+    { 2, "--batch: '2.5'", "train --acts @acts --batch 2.5 -o @out" },
+    { 2, "--batch: '1e30'", "train --acts @acts --batch 1e30 -o @out" },
+    { 2, "--steps: '-1'", "train --acts @acts --steps -1 -o @out" },
+    { 2, "--epochs: '-1'", "train --acts @acts --epochs -1 -o @out" },
+    { 2, "--k: '0'", "train --acts @acts --k 0 -o @out" },
+    { 2, "--latents: '0'", "train --acts @acts --latents 0 -o @out" },
+    { 2, "--seed: '1.5'", "train --acts @acts --seed 1.5 -o @out" },
+    { 2, "--seed: '-1'", "train --acts @acts --seed -1 -o @out" },
+    { 2, "--threads: '0'", "train --acts @acts --threads 0 -o @out" },
+    { 2, "--threads: 'many'", "train --acts @acts --threads many -o @out" },
+    { 2, "--limit: '0'", "train --acts @acts --limit 0 -o @out" },
+    { 2, "--top: '0'", "stats -s @sae --acts @acts --top 0 -o @out" },
+    { 2, "--threshold: '-1'", "stats -s @sae --acts @acts --threshold -1 -o @out" },
+    { 2, "--rtol: '-1'", "compare --rtol -1 @acts @acts" },
+    { 2, "--size: '0'", "pack @photos --size 0 -o @out" },
+    { 2, "--square: '99999'", "pack @photos --square 99999 -o @out" },
+    { 2, "--hook: 'residual'", "extract -m @model --hook residual @photos -o @out" },
+    { 2, "--hook: 'm'", "extract -m @model --hook m @photos -o @out" },
+    { 2, "--tokens: 'none'", "extract -m @model --tokens none @photos -o @out" },
+    { 2, "--dtype: 'f64'", "extract -m @model --dtype f64 @photos -o @out" },
+    { 2, "--arch: 'gated'", "train --acts @acts --arch gated -o @out" },
+    { 2, "--b-dec: 'median'", "train --acts @acts --b-dec median -o @out" },
+    { 2, "--order: 'random'", "train --acts @acts --order random -o @out" },
+    { 2, "--mask: 'all'", "mask -s @sae --acts @acts -l 1 --mask all -o @out" },
+    { 2, "--format: 'xml'", "eval -s @sae --acts @acts --format xml" },
+    { 2, "--format: 'markdown'", "zeroshot -m @model @photos --format markdown" },
+    { 2, "--gelu: 'tanh'", "extract -m @model --gelu tanh @photos -o @out" },
+    { 2, "--eps: 'small'", "extract --quiet -m @model --eps small @photos -o @out" },
+    { 2, "--heads: 'two'", "extract --quiet -m @model --heads two @photos -o @out" },
+    { 2, "--mean: ", "extract --quiet -m @model --mean 1,2 @photos -o @out" },
+    { 2, "--std: ", "extract --quiet -m @model --std 1,2,3,4 @photos -o @out" },
+    { 2, "--steps and --epochs", "train --acts @acts --steps 1 --epochs 1 -o @out" },
+    { 2, "--init and --expansion", "train --acts @acts --init @sae --expansion 2 -o @out" },
+    { 2, "--init and --latents", "train --acts @acts --init @sae --latents 2 -o @out" },
+    { 2, "--init and --b-dec", "train --acts @acts --init @sae --b-dec mean -o @out" },
+    { 2, "--square and --size", "pack @photos --size 8 --square 8 -o @out" },
+    { 2, "--layer", "extract --quiet -m @model --layer 0 @photos -o @out" },
+    { 2, "stats takes one SAE", "stats -s @sae -s @sae --acts @acts -o @out" },
+    { 2, "encode takes one SAE", "encode -s @sae -s @sae --acts @acts -o @out" },
+    { 2, "-l: ", "mask -s @sae --acts @acts -l 1, -o @out" },
+    { 2, "-l: ", "mask -s @sae --acts @acts -l x -o @out" },
+    { 2, "-l: ", "mask -s @sae --acts @acts -l -1 -o @out" },
+    { 2, "-t FILE", "mask -s @sae --acts @acts -l 1 --mask top -o @out" },
+    { 2, "a stream", "top --quiet -s @sae -t @stats -m @model - -l 1 -o @out" },
+    { 2, "--order sequential", "train --quiet -m @model - --latents 8 -o @out" },
+    { 0, NULL, NULL } };
+
 static void cli_test_usage(void)
 {
-    static const cli_case cases[] = {
-        { 2, "a command was expected", "" },
-        { 2, "'trian' is no command", "trian --acts @acts -o @out" },
-        { 2, "extract takes no option --lr", "extract -m @model @photos --lr 1 -o @out" },
-        { 2, "takes no option --no-such", "train --acts @acts --no-such 1 -o @out" },
-        { 2, "takes no option --layers", "train --acts @acts --layers 1 -o @out" },
-        { 2, "takes no option -x", "info -x" },
-        { 2, "-o: a value PATH was expected", "train --acts @acts -o" },
-        { 2, "-o was given twice", "train --acts @acts -o @out -o @out" },
-        { 2, "--lr was given twice", "train --acts @acts --lr 1 --lr=1 -o @out" },
-        { 2, "--ghost takes no value", "train --acts @acts --ghost=1 -o @out" },
-        { 2, "-o is missing", "train --acts @acts" },
-        { 2, "-m is missing", "extract @photos -o @out" },
-        { 2, "-s is missing", "stats --acts @acts -o @out" },
-        { 2, "-l is missing", "mask -s @sae -m @model @photos -o @out" },
-        { 2, "-t is missing", "top -s @sae -m @model @photos -l 1 -o @out" },
-        { 2, "extract: ", "extract -m @model -o @out" },
-        { 2, "extract: ", "extract -m @model @photos @photos -o @out" },
-        { 2, "compare: ", "compare @acts" },
-        { 2, "info: ", "info @acts @acts" },
-        { 2, "--acts and IMAGES exclude", "train --acts @acts @photos -o @out" },
-        { 2, "no data", "train -o @out" },
-        { 2, "no data", "train -m @model -o @out" },
-        { 2, "no data", "eval -s @sae --also @acts" },
-        { 2, "--lr: 'fast'", "train --acts @acts --lr fast -o @out" },
-        { 2, "--lr: '1x'", "train --acts @acts --lr 1x -o @out" },
-        { 2, "--lr: '-1'", "train --acts @acts --lr -1 -o @out" },
-        { 2, "--lr: 'nan'", "train --acts @acts --lr nan -o @out" },
-        { 2, "--lr: 'inf'", "train --acts @acts --lr inf -o @out" },
-        { 2, "--lr: ", "train --acts @acts --lr= -o @out" },
-        { 2, "--acts: a value FILE was expected", "eval -s @sae --acts=" },
-        { 2, "--batch: '0'", "train --acts @acts --batch 0 -o @out" },
-        { 2, "--batch: '2.5'", "train --acts @acts --batch 2.5 -o @out" },
-        { 2, "--batch: '1e30'", "train --acts @acts --batch 1e30 -o @out" },
-        { 2, "--steps: '-1'", "train --acts @acts --steps -1 -o @out" },
-        { 2, "--epochs: '-1'", "train --acts @acts --epochs -1 -o @out" },
-        { 2, "--k: '0'", "train --acts @acts --k 0 -o @out" },
-        { 2, "--latents: '0'", "train --acts @acts --latents 0 -o @out" },
-        { 2, "--seed: '1.5'", "train --acts @acts --seed 1.5 -o @out" },
-        { 2, "--seed: '-1'", "train --acts @acts --seed -1 -o @out" },
-        { 2, "--threads: '0'", "train --acts @acts --threads 0 -o @out" },
-        { 2, "--threads: 'many'", "train --acts @acts --threads many -o @out" },
-        { 2, "--limit: '0'", "train --acts @acts --limit 0 -o @out" },
-        { 2, "--top: '0'", "stats -s @sae --acts @acts --top 0 -o @out" },
-        { 2, "--threshold: '-1'", "stats -s @sae --acts @acts --threshold -1 -o @out" },
-        { 2, "--rtol: '-1'", "compare --rtol -1 @acts @acts" },
-        { 2, "--size: '0'", "pack @photos --size 0 -o @out" },
-        { 2, "--square: '99999'", "pack @photos --square 99999 -o @out" },
-        { 2, "--hook: 'residual'", "extract -m @model --hook residual @photos -o @out" },
-        { 2, "--hook: 'm'", "extract -m @model --hook m @photos -o @out" },
-        { 2, "--tokens: 'none'", "extract -m @model --tokens none @photos -o @out" },
-        { 2, "--dtype: 'f64'", "extract -m @model --dtype f64 @photos -o @out" },
-        { 2, "--arch: 'gated'", "train --acts @acts --arch gated -o @out" },
-        { 2, "--b-dec: 'median'", "train --acts @acts --b-dec median -o @out" },
-        { 2, "--order: 'random'", "train --acts @acts --order random -o @out" },
-        { 2, "--mask: 'all'", "mask -s @sae --acts @acts -l 1 --mask all -o @out" },
-        { 2, "--format: 'xml'", "eval -s @sae --acts @acts --format xml" },
-        { 2, "--format: 'markdown'", "zeroshot -m @model @photos --format markdown" },
-        { 2, "--gelu: 'tanh'", "extract -m @model --gelu tanh @photos -o @out" },
-        { 2, "--eps: 'small'", "extract --quiet -m @model --eps small @photos -o @out" },
-        { 2, "--heads: 'two'", "extract --quiet -m @model --heads two @photos -o @out" },
-        { 2, "--mean: ", "extract --quiet -m @model --mean 1,2 @photos -o @out" },
-        { 2, "--std: ", "extract --quiet -m @model --std 1,2,3,4 @photos -o @out" },
-        { 2, "--steps and --epochs", "train --acts @acts --steps 1 --epochs 1 -o @out" },
-        { 2, "--init and --expansion", "train --acts @acts --init @sae --expansion 2 -o @out" },
-        { 2, "--init and --latents", "train --acts @acts --init @sae --latents 2 -o @out" },
-        { 2, "--init and --b-dec", "train --acts @acts --init @sae --b-dec mean -o @out" },
-        { 2, "--square and --size", "pack @photos --size 8 --square 8 -o @out" },
-        { 2, "--layer", "extract --quiet -m @model --layer 0 @photos -o @out" },
-        { 2, "stats takes one SAE", "stats -s @sae -s @sae --acts @acts -o @out" },
-        { 2, "encode takes one SAE", "encode -s @sae -s @sae --acts @acts -o @out" },
-        { 2, "-l: ", "mask -s @sae --acts @acts -l 1, -o @out" },
-        { 2, "-l: ", "mask -s @sae --acts @acts -l x -o @out" },
-        { 2, "-l: ", "mask -s @sae --acts @acts -l -1 -o @out" },
-        { 2, "-t FILE", "mask -s @sae --acts @acts -l 1 --mask top -o @out" },
-        { 2, "a stream", "top --quiet -s @sae -t @stats -m @model - -l 1 -o @out" },
-        { 2, "--order sequential", "train --quiet -m @model - --latents 8 -o @out" },
-        { 0, NULL, NULL } };
-    cli_all(cases);
+    cli_all(cli_usage);
     setenv("SAECLIP_ISA", "mmx", 1);
     cli_refuses(2, "SAECLIP_ISA=mmx", "train --acts @acts --steps 1 -o @out");
     unsetenv("SAECLIP_ISA");
@@ -376,22 +380,23 @@ static void cli_write_deep_model(const char *path)
 static void cli_copy(const char *from, const char *to)
 {
     size_t count;
-    const char *bytes = get_file(at("%s", from), &count);
+    const char *bytes = get_file(cli("%s", from), &count);
     if (!bytes) need("%s", from);
-    put_file(at("%s", to), bytes, count);
+    put_file(cli("%s", to), bytes, count);
 }
 
 /* Every command's example, as printed, in a folder that has what it names. */
 static void cli_test_help(void)
 {
-    char text[1024];
-    mkdir(at("@example"), 0777);
-    if (symlink(at("@photos"), at("@example/photos")) != 0) need("a link");
-    cli_write_deep_model(at("@example/clip.safetensors"));
+    char text[1024], place[400];
+    snprintf(place, sizeof place, "%s", cli("@example"));
+    mkdir(place, 0777);
+    if (symlink(cli("@photos"), cli("@example/photos")) != 0) need("a link");
+    cli_write_deep_model(cli("@example/clip.safetensors"));
     cli_copy("@example/clip.safetensors", "@example/vit.safetensors");
-    cli_picture(at("@example/photo.jpg"), 5, 50, 40);         /* the first bytes count */
-    put_text(at("@example/photos.txt"), "photo.jpg\t3\n");
-    cli_with.in = at("@example");
+    cli_picture(cli("@example/photo.jpg"), 5, 50, 40);         /* the first bytes count */
+    put_text(cli("@example/photos.txt"), "photo.jpg\t3\n");
+    cli_with.in = place;
     for (size_t i = 0; i < CLI_COMMANDS; i++) {
         works("%s --help", cli_commands[i]);
         const char *example = strstr(ran.out, "\nexample: saeclip ");
@@ -435,7 +440,7 @@ static void cli_test_layers(void)
     cli_all(cases);
     cli_works("extract --quiet -m @model --layer -2 --hook mlp @photos -o @out");
     check(cli_same("@out", "@acts"), "layer -2 of 3 is not layer 2");
-    remove(at("@out"));
+    remove(cli("@out"));
 }
 
 static void cli_test_models(void)
@@ -452,15 +457,23 @@ static void cli_test_models(void)
         { "position embedding", { .shape_of = "pos_embed", .rank = 3, .shape = { 1, 34, 16 } } },
         { "square", { .shape_of = "pos_embed", .rank = 3, .shape = { 1, 16, 32 } } },
         { "square", { .shape_of = "pos_embed", .rank = 3, .shape = { 1, 1, 32 } } },
-        { "patch embedding", { .shape_of = "patch_embed.proj.weight", .rank = 4, .shape = { 32, 1, 10, 10 } } },
-        { "patch embedding", { .shape_of = "patch_embed.proj.weight", .rank = 4, .shape = { 32, 3, 10, 20 } } },
-        { "patch embedding", { .shape_of = "patch_embed.proj.weight", .rank = 1, .shape = { 9600 } } },
+        { "patch embedding", { .shape_of = "patch_embed.proj.weight", .rank = 4,
+                               .shape = { 32, 1, 10, 10 } } },
+        { "patch embedding", { .shape_of = "patch_embed.proj.weight", .rank = 4,
+                               .shape = { 32, 3, 10, 20 } } },
+        { "patch embedding", { .shape_of = "patch_embed.proj.weight", .rank = 1,
+                               .shape = { 9600 } } },
         { "cls_token", { .shape_of = "cls_token", .rank = 3, .shape = { 1, 1, 31 } } },
-        { "block 0's MLP", { .shape_of = "blocks.0.mlp.fc1.weight", .rank = 2, .shape = { 32, 100 } } },
-        { "blocks.1.mlp.fc2.weight", { .shape_of = "blocks.1.mlp.fc2.weight", .rank = 2, .shape = { 100, 32 } } },
-        { "blocks.1.mlp.fc1.weight", { .shape_of = "blocks.1.mlp.fc1.weight", .rank = 2, .shape = { 99, 32 } } },
-        { "blocks.0.mlp", { .shape_of = "blocks.0.mlp.fc1.weight", .rank = 2, .shape = { 0, 32 } } },
-        { "qkv.weight", { .shape_of = "blocks.0.attn.qkv.weight", .rank = 2, .shape = { 32, 32 } } },
+        { "block 0's MLP", { .shape_of = "blocks.0.mlp.fc1.weight", .rank = 2,
+                             .shape = { 32, 100 } } },
+        { "blocks.1.mlp.fc2.weight", { .shape_of = "blocks.1.mlp.fc2.weight", .rank = 2,
+                                       .shape = { 100, 32 } } },
+        { "blocks.1.mlp.fc1.weight", { .shape_of = "blocks.1.mlp.fc1.weight", .rank = 2,
+                                       .shape = { 99, 32 } } },
+        { "blocks.0.mlp", { .shape_of = "blocks.0.mlp.fc1.weight", .rank = 2,
+                            .shape = { 0, 32 } } },
+        { "qkv.weight", { .shape_of = "blocks.0.attn.qkv.weight", .rank = 2,
+                          .shape = { 32, 32 } } },
         { "qkv.bias", { .shape_of = "blocks.0.attn.qkv.bias", .rank = 1, .shape = { 32 } } },
         { "norm1.bias", { .shape_of = "blocks.0.norm1.bias", .rank = 1, .shape = { 33 } } },
         { "metadata num_attention_heads", { .key = "num_attention_heads", .text = "two" } },
@@ -474,19 +487,20 @@ static void cli_test_models(void)
         { "not positive", { .key = "image_std", .text = "1,0,1" } } };
     char text[300];
     for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
-        cli_edit(at("@model"), at("@bad"), broken[i].change);
+        cli_edit(cli("@model"), cli("@bad"), broken[i].change);
         cli_refuses(1, "@bad: ", "extract --quiet -m @bad --layer 3 --hook resid @photos -o @out");
         snprintf(text, sizeof text, "%s", broken[i].text);
         check(strstr(ran.err, text) != NULL, "'%s' is not said, but %s", text, ran.err);
     }
     static const struct { const char *tensor; size_t element; } spoilt[] = {
         { "cls_token", 31 }, { "pos_embed", 500 }, { "patch_embed.proj.weight", 1 },
-        { "norm_pre.weight", 0 }, { "blocks.2.mlp.fc2.weight", 7 }, { "blocks.0.attn.qkv.bias", 95 } };
+        { "norm_pre.weight", 0 }, { "blocks.2.mlp.fc2.weight", 7 },
+        { "blocks.0.attn.qkv.bias", 95 } };
     for (size_t i = 0; i < sizeof spoilt / sizeof *spoilt; i++) {
         const uint32_t odd[] = { 0x7fc00000, 0x7f800000, 0xff800000 };
         snprintf(text, sizeof text, "@bad: tensor '%s', element %zu", spoilt[i].tensor,
                  spoilt[i].element);
-        cli_poke(at("@model"), at("@bad"), spoilt[i].tensor, spoilt[i].element, odd[i % 3]);
+        cli_poke(cli("@model"), cli("@bad"), spoilt[i].tensor, spoilt[i].element, odd[i % 3]);
         cli_refuses(1, text, "train --quiet -m @bad --layer 3 --hook resid @photos -o @out");
     }
 }
@@ -514,21 +528,21 @@ static void cli_test_more_models(void)
         { 1, "step 1: image", "train --quiet -m @loud --layer 3 --latents 8 @photos -o @out" },
         { 0, NULL, NULL } };
     size_t count;
-    const char *bytes = get_file(at("@model"), &count);
-    put_file(at("@half"), bytes, count / 2);
-    put_text(at("@empty"), "");
-    cli_replace(GOLDEN "clip_timm.safetensors", at("@whole"), "\"cls_token\": {\"dtype\": \"F32\"",
+    const char *bytes = get_file(cli("@model"), &count);
+    put_file(cli("@half"), bytes, count / 2);
+    put_text(cli("@empty"), "");
+    cli_replace(GOLDEN "clip_timm.safetensors", cli("@whole"), "\"cls_token\": {\"dtype\": \"F32\"",
                 "\"cls_token\": {\"dtype\": \"I32\"");
-    cli_replace(GOLDEN "clip_hf.safetensors", at("@text"),
+    cli_replace(GOLDEN "clip_hf.safetensors", cli("@text"),
                 "\"text_embeds\": {\"dtype\": \"F32\", \"shape\": [10, 20]",
                 "\"text_embeds\": {\"dtype\": \"F32\", \"shape\": [20, 10]");
-    cli_edit(at("@model"), at("@nohead"), (cli_change){ .drop = "head.weight" });
-    cli_edit(at("@model"), at("@nonorm"), (cli_change){ .drop = "norm.weight" });
-    cli_edit(at("@model"), at("@loud"), (cli_change){
+    cli_edit(cli("@model"), cli("@nohead"), (cli_change){ .drop = "head.weight" });
+    cli_edit(cli("@model"), cli("@nonorm"), (cli_change){ .drop = "norm.weight" });
+    cli_edit(cli("@model"), cli("@loud"), (cli_change){
         .value_of = "blocks.2.mlp.fc2.bias", .element = 3, .value = 3e38f });
-    cli_edit(at("@loud"), at("@louder"), (cli_change){
+    cli_edit(cli("@loud"), cli("@louder"), (cli_change){
         .value_of = "blocks.2.mlp.fc2.weight", .element = 300, .value = 3e38f });
-    cli_edit(at("@louder"), at("@loud"), (cli_change){
+    cli_edit(cli("@louder"), cli("@loud"), (cli_change){
         .value_of = "blocks.2.mlp.fc1.bias", .element = 0, .value = 1e30f });
     cli_all(cases);
 }
@@ -561,14 +575,14 @@ static void cli_test_saes(void)
         "encode -s @bad --acts @acts -o @out", "mask -s @bad --acts @acts -l 0 -o @out" };
     char text[300];
     for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
-        cli_edit(at("@topk"), at("@bad"), broken[i].change);
+        cli_edit(cli("@topk"), cli("@bad"), broken[i].change);
         cli_refuses(1, "@bad: ", lines[i % 4]);
         check(strstr(ran.err, broken[i].text) != NULL, "'%s' is not said, but %s", broken[i].text,
               ran.err);
     }
     static const char *const tensors[] = { "W_enc", "W_dec", "b_enc", "b_dec" };
     for (size_t i = 0; i < 4; i++) {
-        cli_poke(at("@sae"), at("@bad"), tensors[i], 20, i % 2 ? 0x7fc00000 : 0x7f800000);
+        cli_poke(cli("@sae"), cli("@bad"), tensors[i], 20, i % 2 ? 0x7fc00000 : 0x7f800000);
         snprintf(text, sizeof text, "@bad: tensor '%s', element 20", tensors[i]);
         cli_refuses(1, text, lines[i]);
         cli_refuses(1, text, "train --acts @acts --init @bad --steps 1 -o @out");
@@ -578,40 +592,54 @@ static void cli_test_saes(void)
 static void cli_test_mismatches(void)
 {
     static const cli_case cases[] = {
-        { 1, "init_90.safetensors: an SAE of width 20", "eval -s " GOLDEN "init_90.safetensors --acts @acts" },
+        { 1, "init_90.safetensors: an SAE of width 20",
+          "eval -s " GOLDEN "init_90.safetensors --acts @acts" },
         { 1, "width 20", "stats -s " GOLDEN "init_90.safetensors --acts @acts -o @out" },
         { 1, "width 20", "encode -s " GOLDEN "init_90.safetensors --acts @acts -o @out" },
-        { 1, "width 20", "mask --quiet -s " GOLDEN "init_90.safetensors -m @model @photos -l 1 -o @out" },
+        { 1, "width 20",
+          "mask --quiet -s " GOLDEN "init_90.safetensors -m @model @photos -l 1 -o @out" },
         { 1, "width 20", "train --acts @acts --init " GOLDEN "init_90.safetensors -o @out" },
         { 1, "@model: this is no SAE", "eval -s @model --acts @acts" },
         { 1, "@no-such: cannot be opened", "eval -s @sae -s @no-such --acts @acts" },
         { 1, "@acts: activations of layer 2 where layer 3", "eval -s @layer3 --acts @acts" },
-        { 1, "@acts: activations of layer 2 where layer 3", "stats -s @layer3 --acts @acts -o @out" },
-        { 1, "@acts: activations of layer 2 where layer 3", "train --init @layer3 --acts @acts -o @out" },
+        { 1, "@acts: activations of layer 2 where layer 3",
+          "stats -s @layer3 --acts @acts -o @out" },
+        { 1, "@acts: activations of layer 2 where layer 3",
+          "train --init @layer3 --acts @acts -o @out" },
         { 1, "@acts: activations of hook mlp where attn", "encode -s @attn --acts @acts -o @out" },
-        { 1, "@acts: activations of hook mlp where attn", "train --init @attn --acts @acts -o @out" },
+        { 1, "@acts: activations of hook mlp where attn",
+          "train --init @attn --acts @acts -o @out" },
         { 1, "layer 9 of 3", "eval --quiet -s @layer9 -m @model @photos" },
-        { 2, "@nowhere does not say where it listens", "eval --quiet -s @nowhere -m @model @photos" },
+        { 2, "@nowhere does not say where it listens",
+          "eval --quiet -s @nowhere -m @model @photos" },
         { 1, "from 1 to 24 (--k)", "eval -s @sae --arch topk --k 25 --acts @acts" },
         { 1, "from 1 to 24 (--k)", "eval -s @sae --arch topk --acts @acts" },
-        { 1, "--k 25 is more than the 24 latents", "train --acts @acts --latents 24 --arch topk --k 25 -o @out" },
+        { 1, "--k 25 is more than the 24 latents",
+          "train --acts @acts --latents 24 --arch topk --k 25 -o @out" },
         { 1, "@sae: there is no latent 24", "mask -s @sae --acts @acts -l 3,24 -o @out" },
-        { 1, "@stats: statistics of another SAE", "top --quiet -s @topk -t @stats -m @model @photos -l 1 -o @out" },
-        { 1, "@stats: statistics of other data", "top --quiet -s @sae -t @stats -m @model @photos --limit 5 -l 1 -o @out" },
-        { 1, "@acts: these are no statistics", "mask --quiet -s @sae -t @acts -m @model @photos --mask top -l 1 -o @out" },
-        { 1, "--class 7: no image", "mask --quiet -s @sae -m @model @photos --class 7 -l 1 -o @out" },
+        { 1, "@stats: statistics of another SAE",
+          "top --quiet -s @topk -t @stats -m @model @photos -l 1 -o @out" },
+        { 1, "@stats: statistics of other data",
+          "top --quiet -s @sae -t @stats -m @model @photos --limit 5 -l 1 -o @out" },
+        { 1, "@acts: these are no statistics",
+          "mask --quiet -s @sae -t @acts -m @model @photos --mask top -l 1 -o @out" },
+        { 1, "--class 7: no image",
+          "mask --quiet -s @sae -m @model @photos --class 7 -l 1 -o @out" },
         { 1, "--class-counts: ", "stats -s @sae --acts @bare --class-counts -o @out" },
         { 0, NULL, NULL } };
-    cli_edit(at("@sae"), at("@layer3"), (cli_change){ .key = "layer", .text = "3" });
-    cli_edit(at("@sae"), at("@layer9"), (cli_change){ .key = "layer", .text = "9" });
-    cli_edit(at("@sae"), at("@attn"), (cli_change){ .key = "hook", .text = "attn" });
-    cli_edit(at("@sae"), at("@nowhere"), (cli_change){ .key = "layer" });
-    cli_edit(at("@acts"), at("@bare"), (cli_change){ .drop = "labels", .key = "class_names" });
+    cli_edit(cli("@sae"), cli("@layer3"), (cli_change){ .key = "layer", .text = "3" });
+    cli_edit(cli("@sae"), cli("@layer9"), (cli_change){ .key = "layer", .text = "9" });
+    cli_edit(cli("@sae"), cli("@attn"), (cli_change){ .key = "hook", .text = "attn" });
+    cli_edit(cli("@sae"), cli("@nowhere"), (cli_change){ .key = "layer" });
+    cli_edit(cli("@acts"), cli("@bare"), (cli_change){ .drop = "labels", .key = "class_names" });
     cli_all(cases);
     cli_works("eval -s @layer3 --layer 2 --acts @acts");      /* options overrule metadata */
     cli_works("eval -s @attn --hook mlp --acts @acts");
-    cli_edit(at("@acts"), at("@silent"), (cli_change){ .key = "layer" });
+    cli_edit(cli("@acts"), cli("@silent"), (cli_change){ .key = "layer" });
     cli_works("eval -s @layer3 --acts @silent");              /* activations that do not say */
+    cli_works("mask -s @sae --acts @acts -l 1,2 -o @masks");  /* no pictures, so no overlays */
+    check(exists(cli("@masks/latent_2_6_.pgm")) && !exists(cli("@masks/latent_2_6_.ppm")),
+          "masks of activations are missing");
 }
 
 static void cli_test_activations(void)
@@ -621,7 +649,8 @@ static void cli_test_activations(void)
         { 1, "@nan: tensor 'activations', element 1000", "stats -s @sae --acts @nan -o @out" },
         { 1, "image 1, token 14", "encode -s @sae --acts @nan -o @out" },
         { 1, "step 1: image 1, token 14: @nan", "train --acts @nan --latents 8 --batch 7 -o @out" },
-        { 1, "step 2, image 4, token 3: ", "train --acts @zero --latents 8 --batch 3 --order sequential -o @out" },
+        { 1, "step 2, image 4, token 3: ",
+          "train --acts @zero --latents 8 --batch 3 --order sequential -o @out" },
         { 1, "image 4, token 3: ||x|| is 0", "eval -s @sae --acts @zero" },
         { 1, "image 4, token 3: ||x|| is 0", "train --acts @zero --latents 8 --batch 7 -o @out" },
         { 1, "@flat: a tensor activations [images, tokens, width]", "eval -s @sae --acts @flat" },
@@ -634,18 +663,21 @@ static void cli_test_activations(void)
         { 1, "@no-such: cannot be opened", "eval -s @sae --acts @acts --also @no-such" },
         { 0, NULL, NULL } };
     const char *activations = "activations", *labels = "labels";
-    cli_poke(at("@acts"), at("@nan"), activations, 1000, 0x7fc00000);      /* 17 x 32 an image */
-    cli_edit(at("@acts"), at("@zero"), (cli_change){ 0 });
+    cli_poke(cli("@acts"), cli("@nan"), activations, 1000, 0x7fc00000);      /* 17 x 32 an image */
+    cli_edit(cli("@acts"), cli("@zero"), (cli_change){ 0 });
     for (size_t d = 0; d < 32; d++)
-        cli_poke(at("@zero"), at("@zero"), activations, (4 * 17 + 3) * 32 + d, 0);
-    cli_edit(at("@acts"), at("@flat"), (cli_change){
+        cli_poke(cli("@zero"), cli("@zero"), activations, (4 * 17 + 3) * 32 + d, 0);
+    cli_edit(cli("@acts"), cli("@flat"), (cli_change){
         .shape_of = activations, .rank = 2, .shape = { 119, 32 } });
-    cli_edit(at("@acts"), at("@none"), (cli_change){
+    cli_edit(cli("@acts"), cli("@none"), (cli_change){
         .shape_of = activations, .rank = 3, .shape = { 0, 17, 32 } });
-    cli_edit(at("@acts"), at("@few"), (cli_change){ .shape_of = labels, .rank = 1, .shape = { 6 } });
-    cli_edit(at("@acts"), at("@below"), (cli_change){ .value_of = labels, .element = 2, .value = -5 });
-    cli_edit(at("@acts"), at("@above"), (cli_change){ .value_of = labels, .element = 2, .value = 3 });
-    cli_edit(at("@acts"), at("@names"), (cli_change){ .key = "class_names", .text = "[\"a\",]" });
+    cli_edit(cli("@acts"), cli("@few"), (cli_change){ .shape_of = labels, .rank = 1,
+                                                      .shape = { 6 } });
+    cli_edit(cli("@acts"), cli("@below"), (cli_change){ .value_of = labels, .element = 2,
+                                                        .value = -5 });
+    cli_edit(cli("@acts"), cli("@above"), (cli_change){ .value_of = labels, .element = 2,
+                                                        .value = 3 });
+    cli_edit(cli("@acts"), cli("@names"), (cli_change){ .key = "class_names", .text = "[\"a\",]" });
     cli_all(cases);
 }
 
@@ -657,17 +689,20 @@ static void cli_test_pictures(void)
         { "not an image", "" }, { "not an image", "hello" }, { "not an image", "P7\nWIDTH 2\n" },
         { "ends after 11 of 12 samples", "P6\n2 2\n255\n12345678901" },
         { "ends after 5 of 6 samples", "P6\n2 1\n65535\n12345678901" },
-        { "maxval 0", "P6\n2 2\n0\n123456789012" }, { "maxval of more", "P6\n2 2\n65536\n123456789012" },
+        { "maxval 0", "P6\n2 2\n0\n123456789012" },
+        { "maxval of more", "P6\n2 2\n65536\n123456789012" },
         { "0 x 2", "P6\n0 2\n255\n" }, { "ends before the PNM picture's maxval", "P6\n2 2" },
         { "byte 0x2d where", "P5\n-2 2\n255\n1234" }, { "width of more", "P5 99999999999 1 255 x" },
-        { "at most", "P6\n268435456 2\n255\n" }, { "ends after 4 of", "P5\n16384 16384\n255\n1234" },
-        { "sample of more than 15", "P2\n2 2\n15\n1 2 3 16\n" }, { "sample 2 is 200", "P5\n2 2\n100\n12\xc8\x01" },
+        { "at most", "P6\n268435456 2\n255\n" },
+        { "ends after 4 of", "P5\n16384 16384\n255\n1234" },
+        { "sample of more than 15", "P2\n2 2\n15\n1 2 3 16\n" },
+        { "sample 2 is 200", "P5\n2 2\n100\n12\xc8\x01" },
         { "ends before the PNM picture's sample", "P2\n2 2\n255\n1 2 3" },
         { "byte 0x78", "P3\n1 1\n255\n1 2 x" } };
     char text[100];
-    mkdir(at("@one"), 0777);
+    mkdir(cli("@one"), 0777);
     for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
-        put_text(at("@one/a.ppm"), broken[i].bytes);
+        put_text(cli("@one/a.ppm"), broken[i].bytes);
         cli_refuses(1, "@one/a.ppm: ", i % 2 ? "pack @one/a.ppm -o @out"
                                              : "extract --quiet -m @model @one/a.ppm -o @out");
         check(strstr(ran.err, broken[i].text) != NULL, "'%s' is not said, but %s", broken[i].text,
@@ -676,7 +711,7 @@ static void cli_test_pictures(void)
         cli_refuses(1, text, i % 2 ? "zeroshot --quiet -m @model @one"
                                    : "train --quiet -m @model @one --latents 8 --steps 1 -o @out");
     }
-    remove(at("@one/a.ppm"));
+    remove(cli("@one/a.ppm"));
     static const cli_case cases[] = {
         { 1, "@one: no image among the 0 files", "extract --quiet -m @model @one -o @out" },
         { 1, "@no-such: cannot be opened", "extract --quiet -m @model @no-such -o @out" },
@@ -688,11 +723,11 @@ static void cli_test_pictures(void)
         { 1, "folders lie more than 16 deep", "pack @deep -o @out" },
         { 0, NULL, NULL } };
     cli_copy("@acts", "@p.safetensors");
-    mkdir(at("@deep"), 0777);
-    if (symlink(".", at("@deep/again")) != 0) need("a link");
+    mkdir(cli("@deep"), 0777);
+    if (symlink(".", cli("@deep/again")) != 0) need("a link");
     cli_all(cases);
-    mkdir(at("@locked"), 0);
-    if (access(at("@locked"), R_OK) == 0) skip("this user may read every folder");
+    mkdir(cli("@locked"), 0);
+    if (access(cli("@locked"), R_OK) == 0) skip("this user may read every folder");
     else cli_refuses(1, "@locked: cannot be opened", "extract --quiet -m @model @locked -o @out");
 }
 
@@ -705,14 +740,16 @@ static void cli_test_packed(void)
         { "none, or too large", { .shape_of = "images", .rank = 4, .shape = { 0, 8, 8, 3 } } },
         { "'labels' must be I64 [7]", { .shape_of = "labels", .rank = 1, .shape = { 8 } } },
         { "the label of image 3", { .value_of = "labels", .element = 3, .value = -2 } },
-        { "image 3 has label 3, but there are 3 class_names", { .value_of = "labels", .element = 3, .value = 3 } },
+        { "image 3 has label 3, but there are 3 class_names", { .value_of = "labels", .element = 3,
+                                                                .value = 3 } },
         { "metadata class_names", { .key = "class_names", .text = "birds" } },
-        { "6 file_names for 7 images", { .key = "file_names", .text = "[\"a\",\"b\",\"c\",\"d\",\"e\",\"f\"]" } } };
+        { "6 file_names for 7 images", { .key = "file_names",
+                                         .text = "[\"a\",\"b\",\"c\",\"d\",\"e\",\"f\"]" } } };
     cli_works("pack --size 8 @photos -o @small.safetensors");
     for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
-        cli_edit(at("@small.safetensors"), at("@bad.safetensors"), broken[i].change);
+        cli_edit(cli("@small.safetensors"), cli("@bad.safetensors"), broken[i].change);
         cli_refuses(1, broken[i].text, "extract --quiet -m @model @bad.safetensors -o @out");
-        check(strstr(ran.err, at("@bad.safetensors")) != NULL, "no file named, but %s", ran.err);
+        check(strstr(ran.err, cli("@bad.safetensors")) != NULL, "no file named, but %s", ran.err);
     }
 }
 
@@ -720,20 +757,24 @@ static void cli_test_decoders(void)
 {
     char path[4096];
     snprintf(path, sizeof path, "%s", getenv("PATH") ? getenv("PATH") : "/bin:/usr/bin");
-    put_file(at("@shot.jpg"), "\xff\xd8\xff\xe0 no more", 12);
-    put_file(at("@shot.png"), "\x89PNG\r\n\x1a\n no more", 16);
-    put_file(at("@shot.gif"), "GIF89a no more", 14);
+    put_file(cli("@shot.jpg"), "\xff\xd8\xff\xe0 no more", 12);
+    put_file(cli("@shot.png"), "\x89PNG\r\n\x1a\n no more", 16);
+    put_file(cli("@shot.gif"), "GIF89a no more", 14);
     setenv("PATH", "/no-such", 1);
-    cli_refuses(1, "@shot.jpg: there is no program to decode JPEG; Debian's package libjpeg-turbo-progs",
+    cli_refuses(1, "@shot.jpg: there is no program to decode JPEG; Debian's package "
+                "libjpeg-turbo-progs",
                 "extract --quiet -m @model @shot.jpg -o @out");
     cli_refuses(1, "@shot.png: there is no program to decode PNG; Debian's package netpbm",
                 "zeroshot --quiet -m @model @shot.png");
     cli_refuses(1, "package imagemagick", "pack --skip-bad @shot.gif -o @out");
     setenv("PATH", path, 1);
     static const struct { const char *decoder, *text; } decoders[] = {
-        { "no-such-decoder --fast", "'no-such-decoder --fast' that SAECLIP_DECODER names is not there" },
-        { "/dev/null", "SAECLIP_DECODER names is not there" }, { "", "SAECLIP_DECODER is not a program" },
-        { "false", "false ended with status 1: it said nothing" }, { "true", "status 0: it said nothing" },
+        { "no-such-decoder --fast",
+          "'no-such-decoder --fast' that SAECLIP_DECODER names is not there" },
+        { "/dev/null", "SAECLIP_DECODER names is not there" },
+        { "", "SAECLIP_DECODER is not a program" },
+        { "false", "false ended with status 1: it said nothing" },
+        { "true", "status 0: it said nothing" },
         { "ls /no-such-folder", "/no-such-folder" }, { "echo garbage", "not a PNM picture" },
         { "printf P6\\n2\\t2\\n255\\n123", "ends after 3 of 12 samples" } };
     for (size_t i = 0; i < sizeof decoders / sizeof *decoders; i++) {
@@ -742,11 +783,11 @@ static void cli_test_decoders(void)
         check(strstr(ran.err, decoders[i].text) != NULL, "decoder '%s': '%s' is not said, but %s",
               decoders[i].decoder, decoders[i].text, ran.err);
     }
-    setenv("SAECLIP_DECODER", at("cat @photos/cats/a.ppm"), 1);
+    setenv("SAECLIP_DECODER", cli("cat @photos/cats/a.ppm"), 1);
     cli_works("extract --quiet -m @model @shot.jpg -o @decoded");
     cli_works("extract --quiet -m @model @photos/cats/a.ppm -o @direct");
     unsetenv("SAECLIP_DECODER");
-    run("%s", at("compare @decoded @direct"));
+    run("%s", cli("compare @decoded @direct"));
     check(strstr(ran.out, "the same bits") != NULL, "a decoder's pixels give another result");
 }
 
@@ -763,7 +804,7 @@ static void cli_test_lists(void)
         { "line 2 has no label, unlike", "a.ppm\t1\nb.ppm\n" },
         { "line 3 has a label, unlike", "a.ppm\n\nb.ppm\t1\n" } };
     for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
-        put_text(at("@bad.txt"), broken[i].list);
+        put_text(cli("@bad.txt"), broken[i].list);
         cli_refuses(1, "@bad.txt: ", "extract --quiet -m @model @bad.txt -o @out");
         check(strstr(ran.err, broken[i].text) != NULL, "'%s' is not said, but %s", broken[i].text,
               ran.err);
@@ -771,14 +812,14 @@ static void cli_test_lists(void)
     char text[6000];
     memset(text, 'a', sizeof text - 1);
     text[sizeof text - 1] = '\0';
-    put_text(at("@bad.txt"), text);
+    put_text(cli("@bad.txt"), text);
     cli_refuses(1, "@bad.txt: line 1 is longer", "extract --quiet -m @model @bad.txt -o @out");
-    put_text(at("@bad.txt"), "cli_photos/birds/a.ppm\nno-such.ppm\n");
+    put_text(cli("@bad.txt"), "cli_photos/birds/a.ppm\nno-such.ppm\n");
     cli_refuses(1, "no-such.ppm: cannot be opened", "extract --quiet -m @model @bad.txt -o @out");
-    put_text(at("@bad.txt"), "cli_photos/birds/a.ppm\t2\ncli_photos/birds/b.ppm\t20\n");
+    put_text(cli("@bad.txt"), "cli_photos/birds/a.ppm\t2\ncli_photos/birds/b.ppm\t20\n");
     cli_refuses(1, "image 1 cli_photos/birds/b.ppm: label 20, but the head has 20 classes",
                 "zeroshot --quiet -m @model @bad.txt");
-    put_text(at("@bad.txt"), "cli_photos/birds/a.ppm\n");
+    put_text(cli("@bad.txt"), "cli_photos/birds/a.ppm\n");
     cli_refuses(1, "image 0 cli_photos/birds/a.ppm", "zeroshot --quiet -m @model @bad.txt");
 }
 
@@ -786,9 +827,10 @@ static void cli_test_lists(void)
 static int cli_same_activations(const char *a, const char *b)
 {
     sc_safetensors one, two;
-    if (sc_safetensors_open(&one, at("%s", a)) != SC_OK) return 0;
-    if (sc_safetensors_open(&two, at("%s", b)) != SC_OK) return 0;
-    const sc_tensor *x = sc_tensor_find(&one, "activations"), *y = sc_tensor_find(&two, "activations");
+    if (sc_safetensors_open(&one, cli("%s", a)) != SC_OK) return 0;
+    if (sc_safetensors_open(&two, cli("%s", b)) != SC_OK) return 0;
+    const sc_tensor *x = sc_tensor_find(&one, "activations");
+    const sc_tensor *y = sc_tensor_find(&two, "activations");
     int same = x && y && x->bytes == y->bytes && memcmp(x->data, y->data, x->bytes) == 0;
     sc_safetensors_close(&one);
     sc_safetensors_close(&two);
@@ -813,8 +855,8 @@ static void cli_test_sources(void)
     cli_works("extract --quiet -m @model --layer 2 --hook mlp @packed.safetensors -o @again");
     check(cli_same("@acts", "@again"), "a packed set gives other bytes than its folder");
     cli_works("train --quiet --acts @acts --latents 8 --steps 9 --batch 4 -o @one_sae");
-    cli_works("train --quiet -m @model --layer 2 --hook mlp @photos --latents 8 --steps 9 --batch 4 "
-              "-o @other_sae");
+    cli_works("train --quiet -m @model --layer 2 --hook mlp @photos --latents 8 --steps 9 "
+              "--batch 4 -o @other_sae");
     check(cli_same("@one_sae", "@other_sae"), "photos train another SAE than their activations");
     cli_works("stats --quiet -s @sae -m @model @photos -o @again");
     check(cli_same("@stats", "@again"), "photos give other statistics than their activations");
@@ -823,15 +865,17 @@ static void cli_test_sources(void)
         { 1, "standard input: ", "pack - -o @out" },
         { 1, "standard input: ", "zeroshot --quiet -m @model -" },
         { 1, "standard input: ", "stats --quiet -s @sae -m @model - -o @out" },
-        { 1, "standard input: ", "train --quiet -m @model --order sequential --latents 8 - -o @out" },
+        { 1, "standard input: ",
+          "train --quiet -m @model --order sequential --latents 8 - -o @out" },
         { 0, NULL, NULL } };
     cli_all(cases);
-    put_text(at("@garbage"), "P5\n2 2\n255\n1234\nhello");
-    put_text(at("@cut"), "P5\n2 2\n255\n1234P5\n2 2\n255\n123");
+    put_text(cli("@garbage"), "P5\n2 2\n255\n1234\nhello");
+    put_text(cli("@cut"), "P5\n2 2\n255\n1234P5\n2 2\n255\n123");
     for (int i = 0; i < 2; i++) {
         cli_input(i ? "@garbage" : "@cut");
         for (int k = 0; cases[k].line; k++)
-            if (!strstr(cases[k].line, "zeroshot")) cli_refuses(1, "standard input: ", cases[k].line);
+            if (!strstr(cases[k].line, "zeroshot")) cli_refuses(1, "standard input: ",
+                                                                cases[k].line);
     }
     cli_input(NULL);
 }
@@ -840,7 +884,7 @@ static size_t cli_images_in(const char *path)
 {
     sc_safetensors file;
     size_t images = 0;
-    if (sc_safetensors_open(&file, at("%s", path)) != SC_OK) return 0;
+    if (sc_safetensors_open(&file, cli("%s", path)) != SC_OK) return 0;
     const sc_tensor *t = sc_tensor_find(&file, "activations");
     const char *text = sc_metadata_find(&file, "images");
     images = t ? t->shape[0] : text ? strtoul(text, NULL, 10) : 0;
@@ -857,21 +901,26 @@ static size_t cli_count(const char *text, const char *part)
 
 static void cli_test_skipping(void)
 {
-    put_text(at("@photos/cats/aa.ppm"), "P6\n2 2\n255\n123");
-    put_text(at("@photos/cats/notes.md"), "not a picture\n");
+    put_text(cli("@photos/cats/aa.ppm"), "P6\n2 2\n255\n123");
+    put_text(cli("@photos/cats/notes.md"), "not a picture\n");
     cli_refuses(1, "@photos/cats/aa.ppm: ", "extract --quiet -m @model @photos -o @out");
     cli_refuses(1, "@photos/cats/aa.ppm: ",
                 "train --quiet -m @model @photos --latents 8 --steps 30 --batch 4 -o @out");
     cli_works("extract --skip-bad -m @model --layer 2 --hook mlp @photos -o @again");
-    check(cli_count(ran.err, "aa.ppm") == 1, "--skip-bad names a bad image not once but: %s", ran.err);
-    check(strstr(ran.err, "1 files passed over") != NULL, "other files are not counted: %s", ran.err);
+    check(cli_count(ran.err, "aa.ppm") == 1, "--skip-bad names a bad image not once but: %s",
+          ran.err);
+    check(strstr(ran.err, "1 files passed over") != NULL, "other files are not counted: %s",
+          ran.err);
     check(cli_same_activations("@again", "@acts"), "--skip-bad changes the good images");
     cli_works("stats --skip-bad -s @sae -m @model @photos -o @bad_stats");
-    check(cli_count(ran.err, "aa.ppm") == 1, "--skip-bad names a bad image not once but: %s", ran.err);
-    check(cli_images_in("@bad_stats") == 7, "statistics over %zu images", cli_images_in("@bad_stats"));
+    check(cli_count(ran.err, "aa.ppm") == 1, "--skip-bad names a bad image not once but: %s",
+          ran.err);
+    check(cli_images_in("@bad_stats") == 7, "statistics over %zu images",
+          cli_images_in("@bad_stats"));
     cli_works("train --skip-bad -m @model @photos --latents 8 --steps 30 --batch 4 -o @skipped "
               "--threads 2");
-    check(cli_count(ran.err, "aa.ppm") == 1, "--skip-bad names a bad image not once but: %s", ran.err);
+    check(cli_count(ran.err, "aa.ppm") == 1, "--skip-bad names a bad image not once but: %s",
+          ran.err);
     cli_works("train --quiet --skip-bad -m @model @photos --latents 8 --steps 30 --batch 4 "
               "-o @again --threads 1");
     check(cli_same("@skipped", "@again"), "a bad image makes training depend on the threads");
@@ -882,16 +931,18 @@ static void cli_test_skipping(void)
           cli_images_in("@again"));
     cli_works("extract --quiet -m @model --limit 99 --skip-bad @photos -o @again");
     check(cli_images_in("@again") == 7, "--limit 99 takes %zu of 7", cli_images_in("@again"));
-    mkdir(at("@allbad"), 0777);
-    put_text(at("@allbad/a.ppm"), "P6\n2 2\n255\n123");
-    put_text(at("@allbad/b.ppm"), "P6\n2 2\n255\n123");
-    cli_refuses(1, "@allbad: none of 2 images", "extract --quiet --skip-bad -m @model @allbad -o @out");
+    mkdir(cli("@allbad"), 0777);
+    put_text(cli("@allbad/a.ppm"), "P6\n2 2\n255\n123");
+    put_text(cli("@allbad/b.ppm"), "P6\n2 2\n255\n123");
+    cli_refuses(1, "@allbad: none of 2 images",
+                "extract --quiet --skip-bad -m @model @allbad -o @out");
     cli_refuses(1, "@allbad: none of 2 images",
                 "train --quiet --skip-bad -m @model @allbad --latents 8 --epochs 9 -o @out");
-    remove(at("@photos/cats/aa.ppm"));
-    remove(at("@photos/cats/notes.md"));
+    remove(cli("@photos/cats/aa.ppm"));
+    remove(cli("@photos/cats/notes.md"));
     cli_works("stats --quiet -s @sae --limit 3 --acts @acts -o @again");
-    check(cli_images_in("@again") == 3, "--limit 3 of activations takes %zu", cli_images_in("@again"));
+    check(cli_images_in("@again") == 3, "--limit 3 of activations takes %zu",
+          cli_images_in("@again"));
 }
 
 /* --- Outputs --- */
@@ -903,7 +954,7 @@ static void cli_test_outputs(void)
         "train --acts @acts --latents 8 --steps 1 -o %s", "encode -s @sae --acts @acts -o %s",
         "stats -s @sae --acts @acts -o %s" };
     char line[500], text[500];
-    put_text(at("@file"), "a file\n");
+    put_text(cli("@file"), "a file\n");
     for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
         const char *places[] = { "@file/x", "@no-such/x", "@photos" };
         for (int p = 0; p < 3; p++) {
@@ -917,25 +968,29 @@ static void cli_test_outputs(void)
         snprintf(line, sizeof line, lines[i], "@out");       /* a disk that fills up */
         snprintf(text, sizeof text, i == 3 ? "a temporary file cannot" : "@out: cannot");
         cli_with.most_bytes = 600;
-        cli_end(cli_start(at("%s", line)));
+        cli_end(cli_start(cli("%s", line)));
         cli_with.most_bytes = 0;
-        check(cli_said(1, at("%s be written", text)), "%s, disk full: %d %s", line, ran.status,
+        check(cli_said(1, cli("%s be written", text)), "%s, disk full: %d %s", line, ran.status,
               ran.err);
-        check(!exists(at("@out")) && !exists(at("@out.tmp")), "%s, disk full: output is left", line);
+        check(!exists(cli("@out")) && !exists(cli("@out.tmp")), "%s, disk full: output is left",
+              line);
     }
-    for (int i = 0; i < 2; i++) {
-        snprintf(line, sizeof line, i ? "top --quiet -s @sae -t @stats -m @model @photos -l 1 -o %s"
-                                      : "mask --quiet -s @sae -m @model @photos -l 1 -o %s", "@file/x");
-        cli_refuses(1, "@file/x: the folder cannot be made", line);
-        snprintf(line, sizeof line, i ? "top --quiet -s @sae -t @stats -m @model @photos -l 1 -o %s"
-                                      : "mask --quiet -s @sae -m @model @photos -l 1 -o %s", "@file");
-        cli_refuses(1, "@file", line);
-    }
-    check(holds(at("@file"), "a file\n"), "a file where a folder was expected is not kept");
-    cli_refuses(1, "@file/log: cannot be written",
-                "train --acts @acts --latents 8 --steps 1 --log @file/log -o @out");
-    cli_refuses(1, "@file/c: cannot be written", "train --acts @acts --latents 8 --steps 3 "
-                                                 "--checkpoint @file/c --checkpoint-every 1 -o @out");
+    static const cli_case cases[] = {
+        { 1, "@file/x: the folder cannot be made",
+          "mask --quiet -s @sae -m @model @photos -l 1 -o @file/x" },
+        { 1, "@file/x: the folder cannot be made",
+          "top --quiet -s @sae -t @stats -m @model @photos -l 1 -o @file/x" },
+        { 1, "@file/latent_1_0_a.ppm.pgm: cannot be written",
+          "mask --quiet -s @sae -m @model @photos -l 1 -o @file" },
+        { 1, "@file/latent_1.ppm: cannot be written",
+          "top --quiet -s @sae -t @stats -m @model @photos -l 1 -o @file" },
+        { 1, "@file/log: cannot be written",
+          "train --acts @acts --latents 8 --steps 1 --log @file/log -o @out" },
+        { 1, "@file/c: cannot be written",
+          "train --acts @acts --latents 8 --steps 3 --checkpoint @file/c -o @out" },
+        { 0, NULL, NULL } };
+    cli_all(cases);
+    check(holds(cli("@file"), "a file\n"), "a file where a folder was expected is not kept");
     if (exists("/dev/full"))
         cli_refuses(1, "/dev/full: cannot be written: No space left",
                     "train --acts @acts --latents 8 --steps 1 --log /dev/full -o @out");
@@ -944,31 +999,33 @@ static void cli_test_outputs(void)
 /* What stood under the name stays if a run fails; what a killed run left is used again. */
 static void cli_test_keeping(void)
 {
-    put_text(at("@kept"), "what was there before");
-    run("%s", at("train --acts @zero --latents 8 --batch 7 --steps 3 -o @kept"));
+    put_text(cli("@kept"), "what was there before");
+    run("%s", cli("train --acts @zero --latents 8 --batch 7 --steps 3 -o @kept"));
     check(ran.status == 1, "a token of 0 is taken");
-    run("%s", at("extract --quiet -m @loud --layer 3 @photos -o @kept"));
+    run("%s", cli("extract --quiet -m @loud --layer 3 @photos -o @kept"));
     check(ran.status == 1, "infinite activations are written");
     cli_with.most_bytes = 600;
-    cli_end(cli_start(at("stats -s @sae --acts @acts -o @kept")));
+    cli_end(cli_start(cli("stats -s @sae --acts @acts -o @kept")));
     cli_with.most_bytes = 0;
-    check(ran.status == 1 && holds(at("@kept"), "what was there before"), "an older file is not kept");
-    check(!exists(at("@kept.tmp")), "a failed run leaves @kept.tmp");
-    put_text(at("@kept.tmp"), "what a killed run left");
+    check(ran.status == 1 && holds(cli("@kept"), "what was there before"),
+          "an older file is not kept");
+    check(!exists(cli("@kept.tmp")), "a failed run leaves @kept.tmp");
+    put_text(cli("@kept.tmp"), "what a killed run left");
     cli_works("stats -s @sae --acts @acts -o @kept");
-    check(cli_same("@kept", "@stats") && !exists(at("@kept.tmp")), "a stale .tmp does harm");
-    int fd = open(at("@kept.tmp"), O_RDWR | O_CREAT, 0600);
+    check(cli_same("@kept", "@stats") && !exists(cli("@kept.tmp")), "a stale .tmp does harm");
+    int fd = open(cli("@kept.tmp"), O_RDWR | O_CREAT, 0600);
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     if (fd < 0 || fcntl(fd, F_SETLK, &lock) != 0) need("a lock");
-    run("%s", at("stats -s @topk --acts @acts -o @kept"));
-    check(cli_said(1, at("@kept: another process")), "two write one file: %d %s", ran.status, ran.err);
-    check(exists(at("@kept.tmp")) && cli_same("@kept", "@stats"), "another's .tmp is taken away");
+    run("%s", cli("stats -s @topk --acts @acts -o @kept"));
+    check(cli_said(1, cli("@kept: another process")), "two write one file: %d %s", ran.status,
+          ran.err);
+    check(exists(cli("@kept.tmp")) && cli_same("@kept", "@stats"), "another's .tmp is taken away");
     close(fd);
-    remove(at("@kept.tmp"));
-    if (symlink(at("@kept"), at("@link")) != 0) need("a link");
+    remove(cli("@kept.tmp"));
+    if (symlink(cli("@kept"), cli("@link")) != 0) need("a link");
     cli_works("stats -s @topk --acts @acts -o @link");
     struct stat about;
-    check(lstat(at("@link"), &about) == 0 && S_ISLNK(about.st_mode), "a link was replaced");
+    check(lstat(cli("@link"), &about) == 0 && S_ISLNK(about.st_mode), "a link was replaced");
     check(!cli_same("@kept", "@stats"), "what a link leads to was not written");
 }
 
@@ -983,26 +1040,27 @@ static void cli_test_streams(void)
     for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
         cli_with.out = "/dev/full";
         if (exists(cli_with.out)) {
-            cli_end(cli_start(at("%s", lines[i])));
+            cli_end(cli_start(cli("%s", lines[i])));
             check(cli_said(1, "standard output: cannot be written: No space left"),
                   "%s, output full: %d %s", lines[i], ran.status, ran.err);
         }
         cli_with.out = NULL;
         cli_with.closed = 1 << 1;
-        cli_end(cli_start(at("%s", lines[i])));
-        check(cli_said(1, "standard output: cannot be written"), "%s, output closed: %d %s", lines[i],
-              ran.status, ran.err);
+        cli_end(cli_start(cli("%s", lines[i])));
+        check(cli_said(1, "standard output: cannot be written"), "%s, output closed: %d %s",
+              lines[i], ran.status, ran.err);
         cli_with.closed = 0;
     }
-    cli_with.closed = 7;                         /* a file opened must not become stream 0, 1 or 2 */
-    cli_end(cli_start(at("stats -s @sae --acts @acts -o @again")));
+    cli_with.closed = 7;             /* what is opened must not become stream 0, 1 or 2 */
+    cli_end(cli_start(cli("stats -s @sae --acts @acts -o @again")));
     check(ran.status == 0 && cli_same("@again", "@stats"), "closed streams: status %d", ran.status);
-    cli_end(cli_start(at("extract -m @model --layer 2 --hook mlp @photos -o @again")));
+    cli_end(cli_start(cli("extract -m @model --layer 2 --hook mlp @photos -o @again")));
     check(ran.status == 0 && cli_same("@again", "@acts"), "closed streams: status %d", ran.status);
     cli_with.closed = 1;
-    cli_end(cli_start(at("extract --quiet -m @model - -o @out")));
-    check(cli_said(1, "standard input: cannot be read"), "input closed: %d %s", ran.status, ran.err);
-    check(!exists(at("@out")), "closed input gives output");
+    cli_end(cli_start(cli("extract --quiet -m @model - -o @out")));
+    check(cli_said(1, "standard input: cannot be read"), "input closed: %d %s", ran.status,
+          ran.err);
+    check(!exists(cli("@out")), "closed input gives output");
     cli_with.closed = 0;
 }
 
@@ -1031,20 +1089,21 @@ static void cli_test_memory(void)
 /* Escapes that a terminal would obey, in names that come from anywhere. */
 static void cli_test_escapes(void)
 {
-    static const char *const names[] = { "a\033[31mb.ppm", "a\x9b" "31mb.ppm", "a\xc2\x9b" "31m.ppm",
+    static const char *const names[] = { "a\033[31mb.ppm", "a\x9b" "31mb.ppm",
+                                         "a\xc2\x9b" "31m.ppm",
                                          "a\nb.ppm", "a\rb.ppm", "a\177.ppm" };
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        mkdir(at("@odd"), 0777);
-        put_text(at("@odd/%s", names[i]), "P6\n2 2\n255\n123");
+        mkdir(cli("@odd"), 0777);
+        put_text(cli("@odd/%s", names[i]), "P6\n2 2\n255\n123");
         cli_refuses(1, "@odd/a", "extract --quiet -m @model @odd -o @out");
         int harmless = 1;
         for (const char *c = ran.err; *c; c++)
             if (((unsigned char)*c < ' ' && *c != '\n') || *c == 127 || (unsigned char)*c == 0x9b)
                 harmless = 0;
         check(harmless, "name %zu reaches the terminal as it is: %s", i, ran.err);
-        remove_tree(at("@odd"));
+        remove_tree(cli("@odd"));
     }
-    put_text(at("@odd"), "");
+    put_text(cli("@odd"), "");
     cli_copy("@sae", "@od\033[31md");
     static const char *const lines[] = { "eval -s @od\033[31md --acts @acts",
         "eval -s @od\033[31md --acts @acts --format markdown",
@@ -1052,7 +1111,7 @@ static void cli_test_escapes(void)
         "eval -s @od\033[31md --acts @acts --format json", "info @od\033[31md",
         "compare @od\033[31md @acts" };
     for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
-        run("%s", at("%s", lines[i]));
+        run("%s", cli("%s", lines[i]));
         check(ran.status == (i == 5), "%s: status %d, %s", lines[i], ran.status, ran.err);
         check(!strchr(ran.out, '\033') && !strchr(ran.err, '\033'), "line %zu prints an escape", i);
     }
@@ -1068,7 +1127,7 @@ static const char *cli_log(const char *name)
 {
     static char texts[2][65536];
     static int turn;
-    const char *from = get_file(at("%s", name), NULL);
+    const char *from = get_file(cli("%s", name), NULL);
     char *to = texts[turn = !turn];
     size_t used = 0;
     while (from && *from && used + 600 < sizeof texts[0]) {
@@ -1092,7 +1151,7 @@ static void cli_test_steps(void)
     cli_works("train --acts @acts --init @zero_steps --steps 3 --batch 4 -o @one_sae");
     cli_works("eval -s @zero_steps --acts @acts");
     sc_sae initial, file;
-    int same = sc_sae_open(&file, at("@zero_steps")) == SC_OK;
+    int same = sc_sae_open(&file, cli("@zero_steps")) == SC_OK;
     same = sc_sae_init(&initial, 32, 24, 42) == SC_OK && same;
     same = same && memcmp(initial.W_enc, file.W_enc, 24 * 32 * sizeof(float)) == 0
            && memcmp(initial.W_dec, file.W_dec, 24 * 32 * sizeof(float)) == 0;
@@ -1100,19 +1159,21 @@ static void cli_test_steps(void)
     sc_sae_close(&initial);
     sc_sae_close(&file);
     cli_works("train --acts @acts --latents 8 --batch 4 --epochs 2 -o @again --log @log");
-    check(cli_count(cli_log("@log"), "\n") == 1 + 4, "2 epochs of 7 images by 4 are %zu steps, not 4",
+    check(cli_count(cli_log("@log"), "\n") == 1 + 4,
+          "2 epochs of 7 images by 4 are %zu steps, not 4",
           cli_count(cli_log("@log"), "\n") - 1);
     check(strstr(cli_log("@log"), "\n4,16,272,") != NULL, "step 4 is not after 16 images");
     cli_works("train --acts @acts --latents 8 --batch 20 --steps 2 -o @again --log @log");
     check(strstr(cli_log("@log"), "\n2,40,680,") != NULL, "batches beyond one epoch are not full");
     cli_input("@stream");
-    cli_works("train --quiet -m @model --layer 2 --hook mlp - --order sequential --latents 8 --batch 3 "
-              "-o @streamed --log @log");
+    cli_works("train --quiet -m @model --layer 2 --hook mlp - --order sequential --latents 8 "
+              "--batch 3 -o @streamed --log @log");
     cli_input(NULL);
     check(cli_count(cli_log("@log"), "\n") == 1 + 2, "a stream of 7 by 3 is not 2 steps");
     cli_works("train --acts @acts --order sequential --latents 8 --batch 3 --steps 2 -o @again");
     sc_sae one, two;
-    same = sc_sae_open(&one, at("@streamed")) == SC_OK && sc_sae_open(&two, at("@again")) == SC_OK;
+    same = sc_sae_open(&one, cli("@streamed")) == SC_OK;
+    same = sc_sae_open(&two, cli("@again")) == SC_OK && same;
     check(same && memcmp(one.W_enc, two.W_enc, 8 * 32 * sizeof(float)) == 0,
           "a stream trains another SAE than its activations");
     sc_sae_close(&one);
@@ -1123,21 +1184,22 @@ static void cli_test_resume(void)
 {
     char line[1200];
     const char *recipe = cli_recipe;
-    works("%s", at("%s--steps 30 -o @whole_sae --log @whole.csv", recipe));
-    works("%s", at("%s--steps 12 -o @part --log @part.csv --checkpoint @ckpt --checkpoint-every 5",
+    works("%s", cli("%s--steps 30 -o @whole_sae --log @whole.csv", recipe));
+    works("%s", cli("%s--steps 12 -o @part --log @part.csv --checkpoint @ckpt --checkpoint-every 5",
                    recipe));
-    check(exists(at("@ckpt")) && exists(at("@ckpt.prev")), "there is no checkpoint, or none before");
-    works("info %s", at("@ckpt"));
+    check(exists(cli("@ckpt")) && exists(cli("@ckpt.prev")),
+          "there is no checkpoint, or none before");
+    works("info %s", cli("@ckpt"));
     check(strstr(ran.out, "checkpoint") != NULL && strstr(ran.out, "step 12") != NULL,
           "info does not know the checkpoint of step 12: %s", ran.out);
     cli_copy("@ckpt", "@ckpt12");
     cli_copy("@ckpt.prev", "@ckpt10");
-    works("%s", at("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume --threads 1",
+    works("%s", cli("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume --threads 1",
                    recipe));
     check(cli_same("@part", "@whole_sae"), "a resumed run ends with another SAE");
     check(strcmp(cli_log("@part.csv"), cli_log("@whole.csv")) == 0, "a resumed run's log differs");
     cli_copy("@ckpt10", "@ckpt");                /* as if killed after step 12, the log ahead */
-    works("%s", at("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume", recipe));
+    works("%s", cli("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume", recipe));
     check(cli_same("@part", "@whole_sae"), "a second resumed run ends with another SAE");
     check(strcmp(cli_log("@part.csv"), cli_log("@whole.csv")) == 0, "a log is not cut back");
     static const char *const others[] = {
@@ -1150,32 +1212,35 @@ static void cli_test_resume(void)
         snprintf(changed, sizeof changed, "%s", cli_recipe);
         char *old = strstr(changed, option), *value = old ? strchr(old + 1, ' ') + 1 : NULL;
         if (old) memmove(old, strchr(value, ' '), strlen(strchr(value, ' ')) + 1);
-        snprintf(line, sizeof line, "%s%s --steps 30 -o @out --checkpoint @ckpt12 --resume", changed,
-                 others[i]);
+        snprintf(line, sizeof line, "%s%s --steps 30 -o @out --checkpoint @ckpt12 --resume",
+                 changed, others[i]);
         cli_refuses(1, "@ckpt12: the checkpoint is of other options or data", line);
     }
     snprintf(line, sizeof line, "%s--steps 30 -o @out --checkpoint @fresh --resume", recipe);
-    works("%s", at("%s", line));
-    check(cli_same("@out", "@whole_sae") && strstr(ran.err, at("@fresh: there is no checkpoint yet")),
+    works("%s", cli("%s", line));
+    check(cli_same("@out", "@whole_sae")
+          && strstr(ran.err, cli("@fresh: there is no checkpoint yet")),
           "--resume without a checkpoint: %s", ran.err);
-    remove(at("@out"));
+    remove(cli("@out"));
 }
 
 /* Options and data of a run from photos. */
 static void cli_test_resume_photos(void)
 {
-    static const char recipe[] = "train --quiet --layer 2 --hook mlp --latents 8 --batch 3 --lr 1e-2 ";
+    static const char recipe[] =
+        "train --quiet --layer 2 --hook mlp --latents 8 --batch 3 --lr 1e-2 ";
     static const char *const others[] = {
         "-m @model @list.txt", "-m @other @photos", "-m @model @photos --square 32",
         "-m @model @photos --mean 0.5,0.5,0.5", "-m @model @photos --std 0.5,0.5,0.5",
-        "-m @model @photos --gelu erf", "-m @model @photos --eps 1e-3", "-m @model @photos --heads 4",
+        "-m @model @photos --gelu erf", "-m @model @photos --eps 1e-3",
+        "-m @model @photos --heads 4",
         "-m @model @photos --crop hf" };
     char line[1000];
     cli_copy("@model", "@other");
-    works("%s", at("%s-m @model @photos --steps 20 -o @whole_sae", recipe));
-    works("%s", at("%s-m @model @photos --steps 8 -o @part --checkpoint @pc", recipe));
+    works("%s", cli("%s-m @model @photos --steps 20 -o @whole_sae", recipe));
+    works("%s", cli("%s-m @model @photos --steps 8 -o @part --checkpoint @pc", recipe));
     cli_copy("@pc", "@pc8");
-    works("%s", at("%s-m @model @photos --steps 20 -o @part --checkpoint @pc --resume", recipe));
+    works("%s", cli("%s-m @model @photos --steps 20 -o @part --checkpoint @pc --resume", recipe));
     check(cli_same("@part", "@whole_sae"), "a run from photos, resumed, ends with another SAE");
     for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
         snprintf(line, sizeof line, "%s%s --steps 20 -o @out --checkpoint @pc8 --resume", recipe,
@@ -1183,9 +1248,10 @@ static void cli_test_resume_photos(void)
         cli_refuses(1, "@pc8: the checkpoint is of other options or data", line);
     }
     cli_input("@stream");
-    works("%s", at("%s-m @model - --order sequential --steps 2 -o @whole_sae", recipe));
-    works("%s", at("%s-m @model - --order sequential --steps 1 -o @part --checkpoint @sc", recipe));
-    works("%s", at("%s-m @model - --order sequential --steps 2 -o @part --checkpoint @sc --resume",
+    works("%s", cli("%s-m @model - --order sequential --steps 2 -o @whole_sae", recipe));
+    works("%s", cli("%s-m @model - --order sequential --steps 1 -o @part --checkpoint @sc",
+                    recipe));
+    works("%s", cli("%s-m @model - --order sequential --steps 2 -o @part --checkpoint @sc --resume",
                    recipe));
     check(cli_same("@part", "@whole_sae"), "a run from a stream, resumed, ends with another SAE");
     cli_input(NULL);
@@ -1197,55 +1263,56 @@ static void cli_test_damage(void)
     size_t count, header;
     snprintf(line, sizeof line, "%s--steps 30 -o @out --checkpoint @hurt --resume", cli_recipe);
     cli_copy("@ckpt10", "@hurt.prev");
-    char *bytes = get_file(at("@ckpt12"), &count);
+    char *bytes = get_file(cli("@ckpt12"), &count);
     header = 8 + (size_t)load64((const unsigned char *)bytes);
     for (int i = 0; i < 12; i++) {
-        bytes = get_file(at("@ckpt12"), &count);
+        bytes = get_file(cli("@ckpt12"), &count);
         size_t place = header + (count - header) / 12 * (size_t)i + 2;
         bytes[place] = (char)(bytes[place] ^ 1);
-        put_file(at("@hurt"), bytes, count);
+        put_file(cli("@hurt"), bytes, count);
         cli_refuses(1, "@hurt.prev", line);
-        check(strstr(ran.err, at("@hurt: ")) != NULL, "byte %zu changed: %s", place, ran.err);
+        check(strstr(ran.err, cli("@hurt: ")) != NULL, "byte %zu changed: %s", place, ran.err);
     }
-    bytes = get_file(at("@ckpt12"), &count);
-    put_file(at("@hurt"), bytes, count - 5);
+    bytes = get_file(cli("@ckpt12"), &count);
+    put_file(cli("@hurt"), bytes, count - 5);
     cli_refuses(1, "@hurt.prev", line);
-    put_text(at("@hurt"), "");
+    put_text(cli("@hurt"), "");
     cli_refuses(1, "@hurt.prev", line);
     cli_copy("@sae", "@hurt");
     cli_refuses(1, "@hurt: this is no checkpoint; the checkpoint before it is @hurt.prev", line);
-    cli_edit(at("@ckpt12"), at("@hurt"), (cli_change){ .key = "position", .text = "x" });
+    cli_edit(cli("@ckpt12"), cli("@hurt"), (cli_change){ .key = "position", .text = "x" });
     cli_refuses(1, "@hurt: this is no checkpoint", line);
     sc_safetensors file;                         /* a step far away must not be counted up to */
     unsigned long long position[4];
     char text[100] = "";
-    if (sc_safetensors_open(&file, at("@ckpt12")) != SC_OK) need("%s", sc_error());
+    if (sc_safetensors_open(&file, cli("@ckpt12")) != SC_OK) need("%s", sc_error());
     const char *old = sc_metadata_find(&file, "position");
-    if (sscanf(old, "%llx %llx %llx %llx", &position[0], &position[1], &position[2], &position[3]) == 4)
+    if (sscanf(old, "%llx %llx %llx %llx", &position[0], &position[1], &position[2],
+               &position[3]) == 4)
         snprintf(text, sizeof text, "ffffffffffffffff %llx %llx %llx", position[1], position[2],
                  position[3]);
     sc_safetensors_close(&file);
-    cli_edit(at("@ckpt12"), at("@hurt"), (cli_change){ .key = "position", .text = text });
+    cli_edit(cli("@ckpt12"), cli("@hurt"), (cli_change){ .key = "position", .text = text });
     with.seconds = 60;
     cli_refuses(1, "@hurt: the checksum does not match", line);
     with.seconds = 300;
-    remove(at("@hurt"));
+    remove(cli("@hurt"));
     cli_refuses(1, "@hurt: there is none, but the one before it is @hurt.prev", line);
 }
 
-/* A signal in the middle: the log is a pipe that this test empties, so training cannot run ahead. */
+/* A signal in the middle: the log is a pipe that this test empties, so training cannot run away. */
 static void cli_test_signals(void)
 {
     static const char recipe[] = "train --acts @acts --latents 8 --batch 1 --lr 1e-2 --quiet "
                                  "--steps 3000 ";
     const int signals[] = { SIGTERM, SIGINT };
     char line[200];
-    works("%s", at("%s-o @whole_sae", recipe));
-    if (mkfifo(at("@fifo"), 0600) != 0) need("a pipe");
+    works("%s", cli("%s-o @whole_sae", recipe));
+    if (mkfifo(cli("@fifo"), 0600) != 0) need("a pipe");
     for (int i = 0; i < 2; i++) {
-        pid_t child = cli_start(at("%s-o @stopped --log @fifo%s", recipe,
+        pid_t child = cli_start(cli("%s-o @stopped --log @fifo%s", recipe,
                                    i ? "" : " --checkpoint @signal.ckpt"));
-        FILE *log = fopen(at("@fifo"), "r");
+        FILE *log = fopen(cli("@fifo"), "r");
         if (!log) need("a pipe");
         for (int row = 0; row < 20; row++)
             if (!fgets(line, sizeof line, log)) break;
@@ -1253,14 +1320,14 @@ static void cli_test_signals(void)
         while (fgets(line, sizeof line, log)) {}
         fclose(log);
         cli_end(child);
-        const char *checkpoint = at(i ? "@stopped.ckpt" : "@signal.ckpt");
+        const char *checkpoint = cli(i ? "@stopped.ckpt" : "@signal.ckpt");
         check(cli_said(1, checkpoint) && strstr(ran.err, "--resume"), "signal %d: status %d, %s",
               signals[i], ran.status, ran.err);
-        check(exists(checkpoint) && !exists(at("@stopped")) && !exists(at("@stopped.tmp")),
+        check(exists(checkpoint) && !exists(cli("@stopped")) && !exists(cli("@stopped.tmp")),
               "signal %d: no checkpoint, or output", signals[i]);
-        works("%s", at("%s-o @stopped --resume%s", recipe, i ? "" : " --checkpoint @signal.ckpt"));
+        works("%s", cli("%s-o @stopped --resume%s", recipe, i ? "" : " --checkpoint @signal.ckpt"));
         check(cli_same("@stopped", "@whole_sae"), "signal %d, resumed: another SAE", signals[i]);
-        remove(at("@stopped"));
+        remove(cli("@stopped"));
     }
 }
 
