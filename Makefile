@@ -30,11 +30,16 @@ tests/test: $(SOURCE) $(TESTS)
 test: saeclip tests/test
 	tests/test
 
-build/guard_saeclip build/guard_test build/races_saeclip build/races_test: $(SOURCE) $(TESTS)
+build/guard_saeclip build/guard_test: MODE = $(GUARD)
+build/races_saeclip build/races_test: MODE = $(RACES)
+
+build/guard_saeclip build/races_saeclip: $(SOURCE)
 	@mkdir -p build
-	case $@ in *guard*) add="$(GUARD)";; *) add="$(RACES)";; esac; \
-	case $@ in *test) add="$$add $(TEST)" source=tests/test.c;; *) source=saeclip.c;; esac; \
-	$(BUILD) $$add -o $@ $$source $(LIBS)
+	$(BUILD) $(MODE) -o $@ saeclip.c $(LIBS)
+
+build/guard_test build/races_test: $(SOURCE) $(TESTS)
+	@mkdir -p build
+	$(BUILD) $(MODE) $(TEST) -o $@ tests/test.c $(LIBS)
 
 check: build/guard_saeclip build/guard_test build/races_saeclip build/races_test
 	SAECLIP=build/guard_saeclip build/guard_test

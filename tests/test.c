@@ -11,6 +11,7 @@
 #include "test_sae.c"
 #include "test_stats.c"
 #include "test_threads.c"
+#include "test_cli.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "numbers", test_numbers },
@@ -20,6 +21,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "sae", test_sae },
     { "stats", test_stats },
     { "threads", test_threads },
+    { "cli", test_cli },
     { NULL, NULL }
 };
 

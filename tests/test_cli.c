@@ -660,6 +660,8 @@ static void cli_test_activations(void)
         { 1, "@below: label -5 of image 2", "stats -s @sae --acts @below -o @out" },
         { 1, "@above: label 3 of image 2", "stats -s @sae --acts @above -o @out" },
         { 1, "@names: ", "stats -s @sae --acts @names -o @out" },
+        { 1, "@ear: metadata hook = 'ear'", "train --acts @ear -o @out" },
+        { 1, "@ear: activations of hook ear where mlp", "eval -s @sae --acts @ear" },
         { 1, "@no-such: cannot be opened", "eval -s @sae --acts @acts --also @no-such" },
         { 0, NULL, NULL } };
     const char *activations = "activations", *labels = "labels";
@@ -677,6 +679,7 @@ static void cli_test_activations(void)
                                                         .value = -5 });
     cli_edit(cli("@acts"), cli("@above"), (cli_change){ .value_of = labels, .element = 2,
                                                         .value = 3 });
+    cli_edit(cli("@acts"), cli("@ear"), (cli_change){ .key = "hook", .text = "ear" });
     cli_edit(cli("@acts"), cli("@names"), (cli_change){ .key = "class_names", .text = "[\"a\",]" });
     cli_all(cases);
 }
@@ -1282,6 +1285,12 @@ static void cli_test_damage(void)
     cli_refuses(1, "@hurt: this is no checkpoint; the checkpoint before it is @hurt.prev", line);
     cli_edit(cli("@ckpt12"), cli("@hurt"), (cli_change){ .key = "position", .text = "x" });
     cli_refuses(1, "@hurt: this is no checkpoint", line);
+    static const char *const tensors[] = { "W_enc", "W_dec", "b_enc", "W_enc_m", "b_dec_v", "silent" };
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
+        cli_edit(cli("@ckpt12"), cli("@hurt"), (cli_change){ .drop = tensors[i] });
+        cli_refuses(1, "@hurt: ", line);
+        check(strstr(ran.err, tensors[i]) != NULL, "no %s: %s", tensors[i], ran.err);
+    }
     sc_safetensors file;                         /* a step far away must not be counted up to */
     unsigned long long position[4];
     char text[100] = "";

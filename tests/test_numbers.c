@@ -23,13 +23,17 @@ static void numbers_fma(void)
     size_t wrong = 0, tiny = 0, huge = 0, zero = 0;
     for (size_t i = 0; i < 3000000; i++) {
         float a = numbers_any_float(), b = numbers_any_float(), c = numbers_any_float();
-        switch (i % 6) {
+        switch (i % 7) {
         case 1: c = -(a * b); if (!isfinite(c)) c = 1; break;           /* cancels all but the rest */
         case 2: a = numbers_short_float(), b = numbers_short_float(), c = numbers_short_float(); break;
         case 3: a = ldexpf(numbers_short_float(), -70), b = ldexpf(numbers_short_float(), -70),
                 c = ldexpf(numbers_short_float(), -136); break;         /* subnormal results */
         case 4: a = ldexpf(numbers_short_float(), 62), b = ldexpf(numbers_short_float(), 62),
                 c = ldexpf(numbers_short_float(), 115); break;          /* about the largest */
+        case 6: a = ldexpf(0x800000 + (float)(random64() % 64), (int)(random64() % 40) - 50);
+                b = ldexpf(0x800000 - (float)(random64() % 64), -23);   /* about half of c's last place */
+                c = copysignf(ldexpf(a, 24) + ldexpf((float)(int)(random64() % 99), ilogbf(a) + 1),
+                              random64() % 2 ? 1.0f : -1.0f); break;
         case 5: c = ldexpf(a * b, 24 - (int)(random64() % 50)); if (!isfinite(c)) c = -1; break;
         }
         float expected = fmaf(a, b, c), got = fma32(a, b, c);
@@ -88,6 +92,29 @@ static void numbers_functions(void)
           && log64(1) == 0 && fabs(log64(0x1p-1060) + 1060 * 0.693147180559945309) < 1e-12,
           "a function is wrong where its value is known");
     check(check_arithmetic() == SC_OK && FLT_EVAL_METHOD == 0, "this build contracts or widens arithmetic");
+}
+
+/* The functions' bits are part of every result: pinned, for other machines and compilers. */
+static void numbers_pinned(void)
+{
+    uint64_t digests[4] = { 0 };
+    static const uint64_t pinned[4] = {
+        0x43d7ffe2d0875f42, 0xf668d897838edc6a, 0x650a5bae044877ad, 0x27f705f60637e863 };
+    static const char *const names[] = { "exp32", "quick_gelu", "gelu", "log64" };
+    for (int f = 0; f < 4; f++) {
+        digest64 digest = { 0 };
+        for (int i = -40000; i < 40000; i++) {
+            float x = (float)i * 0x1.91p-9f;
+            double logarithm = f == 3 ? log64(ldexp(1 + (double)(i + 40000) * 0x1.3p-17, i / 64)) : 0;
+            uint64_t bits;
+            memcpy(&bits, &logarithm, sizeof bits);
+            digest64_number(&digest, f == 0 ? bits_of(exp32(x)) : f == 1 ? bits_of(quick_gelu(x))
+                                     : f == 2 ? bits_of(gelu(x)) : bits);
+        }
+        digests[f] = digest64_value(&digest);
+        check(digests[f] == pinned[f], "the bits of %s have the digest 0x%016llx, elsewhere 0x%016llx", names[f],
+              (unsigned long long)digests[f], (unsigned long long)pinned[f]);
+    }
 }
 
 /* --- Random numbers --- */
@@ -197,6 +224,31 @@ static float numbers_row_sum(const float *row, size_t n)
     for (int h = 8; h > 0; h /= 2)
         for (int i = 0; i < h; i++) p[i] += p[i + h];
     return p[0];
+}
+
+/* The definition's chains and partial sums, with their lengths spelled out: what the plain loops are held to. */
+static void numbers_definition(void)
+{
+    enum { K = 700, N = 3 };
+    float a[K], b[K * N], bias[N], residual[N], c[N], p[16] = { 0 };
+    numbers_fill(a, K);
+    numbers_fill(b, K * N);
+    numbers_fill(bias, N);
+    numbers_fill(residual, N);
+    sc_matmul_plain(1, N, K, a, b, bias, residual, c);
+    for (size_t j = 0; j < N; j++) {
+        float chain[3] = { 0, 0, 0 };
+        for (size_t k = 0; k < K; k++) chain[k / 256] = fmaf(a[k], b[k * N + j], chain[k / 256]);
+        float sum = ((chain[0] + chain[1] + chain[2]) + bias[j]) + residual[j];
+        check(bits_of(c[j]) == bits_of(sum), "column %zu of the plain product is not the definition's", j);
+    }
+    for (size_t e = 0; e < K; e++) p[e % 16] = fmaf(a[e], b[e], p[e % 16]);
+    for (int h = 8; h > 0; h /= 2)
+        for (int i = 0; i < h; i++) p[i] += p[i + h];
+    check(bits_of(sc_dot_plain(a, b, K)) == bits_of(p[0]), "the plain dot product is not the definition's");
+    a[0] = -0x1p-100f, b[0] = 0x1p-100f;
+    sc_matmul_plain(1, 1, 1, a, b, NULL, NULL, c);
+    check(bits_of(c[0]) == 0, "a product is -0 where +0 was to be added last");
 }
 
 static int numbers_same(const float *a, const float *b, size_t n) { return memcmp(a, b, n * sizeof *a) == 0; }
@@ -370,8 +422,10 @@ static void test_numbers(void)
 {
     numbers_fma();
     numbers_functions();
+    numbers_pinned();
     numbers_random();
     numbers_exact();
+    numbers_definition();
     for (size_t i = 0; i < 4; i++) {
         const char *isa = instruction_set_names[i];
         if (sc_instruction_set(isa) != SC_OK) {

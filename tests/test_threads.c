@@ -39,6 +39,7 @@ static void threads_pool(void)
 static void threads_pictures(void)
 {
     unsigned char bytes[3 * 64 * 48 + 16];
+    test_random_state = 1;                           /* the same pictures everywhere */
     mkdir(in_folder("threads"), 0700);
     mkdir(in_folder("threads/a"), 0700);
     mkdir(in_folder("threads/b"), 0700);
@@ -52,27 +53,51 @@ static void threads_pictures(void)
 
 #define THREADS_ACTS "--acts " GOLDEN "acts.safetensors --batch 11 --lr 0.00390625 --warmup 4 "
 
-static const struct { const char *name, *command; } threads_commands[] = {
+/* digest: of the tensors' names and bytes as every machine and compiler writes them. */
+static const struct { const char *name, *command; uint64_t digest; } threads_commands[] = {
     { "extract of a CLIP", "extract -m " GOLDEN "clip_hf.safetensors --layer 3 --hook resid " GOLDEN
-      "images.safetensors -o" },
+      "images.safetensors -o",
+      0x3a7dd752b5f07997 },
     { "extract of a ViT", "extract -m " GOLDEN "vit_timm.safetensors --layer 1 --hook mlp " GOLDEN
-      "images.safetensors -o" },
-    { "extract of files", "extract -m " GOLDEN "clip_timm.safetensors --layer 1 --hook attn --dtype f16 FOLDER -o" },
+      "images.safetensors -o",
+      0x421d7085da330275 },
+    { "extract of files", "extract -m " GOLDEN "clip_timm.safetensors --layer 1 --hook attn --dtype f16 FOLDER -o",
+      0x4c30f55f3453beee },
     { "train of ReLU with ghosts", "train " THREADS_ACTS "--arch relu --latents 300 --l1 0.004 --ghost "
-      "--dead-window 1 --b-dec geomedian-images --steps 12 -o" },
+      "--dead-window 1 --b-dec geomedian-images --steps 12 -o",
+      0x13a8d57a5092b18a },
     { "train of a dense ReLU", "train " THREADS_ACTS "--arch relu --init " GOLDEN "init_300.safetensors "
-      "--l1 0.001 --steps 12 -o" },
+      "--l1 0.001 --steps 12 -o",
+      0x5c42d59c367e7e6f },
     { "train of TopK with ghosts", "train " THREADS_ACTS "--arch topk --k 5 --latents 515 --b-dec geomedian "
-      "--ghost --dead-window 1 --steps 12 -o" },
+      "--ghost --dead-window 1 --steps 12 -o",
+      0xc2c6af75b63177f0 },
     { "train from pictures", "train -m " GOLDEN "clip_timm.safetensors --layer 2 --hook attn FOLDER --arch topk "
-      "--k 4 --latents 96 --batch 5 --epochs 2 --b-dec mean -o" },
+      "--k 4 --latents 96 --batch 5 --epochs 2 --b-dec mean -o",
+      0x12fdcd0e6acd8813 },
     { "stats of ReLU", "stats -s " GOLDEN "stats_exact_sae.safetensors --acts " GOLDEN
-      "stats_exact_acts.safetensors --class-counts -o" },
+      "stats_exact_acts.safetensors --class-counts -o",
+      0xace038db1ffad967 },
     { "stats of TopK", "stats -s " GOLDEN "stats_small_sae.safetensors --acts " GOLDEN
-      "stats_small_acts.safetensors -o" },
+      "stats_small_acts.safetensors -o",
+      0x59e5f6db610e7af3 },
     { "encode", "encode -s " GOLDEN "train_relu.safetensors --layer 2 --hook mlp --acts " GOLDEN
-      "acts.safetensors --reconstruction -o" },
+      "acts.safetensors --reconstruction -o",
+      0x6a1141a9f071822e },
 };
+
+static uint64_t threads_digest(const char *path)
+{
+    sc_safetensors file;
+    digest64 digest = { 0 };
+    if (sc_safetensors_open(&file, path) != SC_OK) return 0;
+    for (size_t i = 0; i < file.tensors; i++) {      /* in the order of their names */
+        digest64_add(&digest, file.tensor[i].name, strlen(file.tensor[i].name));
+        digest64_add(&digest, file.tensor[i].data, file.tensor[i].bytes);
+    }
+    sc_safetensors_close(&file);
+    return digest64_value(&digest);
+}
 
 static void threads_same_bytes(void)
 {
@@ -99,6 +124,12 @@ static void threads_same_bytes(void)
                     check(same_files(in_folder("first%zu", c), in_folder("other")),
                           "%s with %d threads and %s gives other bytes", threads_commands[c].name, threads[t],
                           instruction_set_names[i]);
+            }
+            for (size_t c = 0; c < COMMANDS && firsts; c++) {
+                uint64_t digest = threads_digest(in_folder("first%zu", c));
+                check(digest == threads_commands[c].digest, "%s writes tensors of digest 0x%016llx, elsewhere "
+                      "0x%016llx", threads_commands[c].name, (unsigned long long)digest,
+                      (unsigned long long)threads_commands[c].digest);
             }
             firsts = 0;
         }
