@@ -745,7 +745,7 @@ static void cli_test_packed(void)
         { "the label of image 3", { .value_of = "labels", .element = 3, .value = -2 } },
         { "image 3 has label 3, but there are 3 class_names", { .value_of = "labels", .element = 3,
                                                                 .value = 3 } },
-        { "metadata class_names", { .key = "class_names", .text = "birds" } },
+        { "JSON byte 0: expected '['", { .key = "class_names", .text = "birds" } },
         { "6 file_names for 7 images", { .key = "file_names",
                                          .text = "[\"a\",\"b\",\"c\",\"d\",\"e\",\"f\"]" } } };
     cli_works("pack --size 8 @photos -o @small.safetensors");
@@ -927,6 +927,11 @@ static void cli_test_skipping(void)
     cli_works("train --quiet --skip-bad -m @model @photos --latents 8 --steps 30 --batch 4 "
               "-o @again --threads 1");
     check(cli_same("@skipped", "@again"), "a bad image makes training depend on the threads");
+    cli_works("train --quiet --skip-bad -m @model @photos --latents 8 --steps 11 --batch 4 "
+              "-o @again --checkpoint @bad_ckpt");
+    cli_works("train --quiet --skip-bad -m @model @photos --latents 8 --steps 30 --batch 4 "
+              "-o @again --checkpoint @bad_ckpt --resume");
+    check(cli_same("@skipped", "@again"), "with a bad image, resumed, another SAE");
     cli_works("extract --quiet --skip-bad -m @model --limit 4 @photos -o @again");
     check(cli_images_in("@again") == 4, "--limit 4 takes %zu", cli_images_in("@again"));
     cli_works("extract --quiet --skip-bad -m @model --limit 5 @photos -o @again");
@@ -1013,7 +1018,12 @@ static void cli_test_keeping(void)
     check(ran.status == 1 && holds(cli("@kept"), "what was there before"),
           "an older file is not kept");
     check(!exists(cli("@kept.tmp")), "a failed run leaves @kept.tmp");
-    put_text(cli("@kept.tmp"), "what a killed run left");
+    static char stale[300000];                   /* more than the run that comes writes */
+    memset(stale, 'x', sizeof stale);
+    put_file(cli("@kept.tmp"), stale, sizeof stale);
+    cli_works("extract --quiet -m @model --layer 2 --hook mlp @photos -o @kept");
+    check(cli_same("@kept", "@acts") && !exists(cli("@kept.tmp")), "a stale .tmp does harm");
+    put_file(cli("@kept.tmp"), stale, sizeof stale);
     cli_works("stats -s @sae --acts @acts -o @kept");
     check(cli_same("@kept", "@stats") && !exists(cli("@kept.tmp")), "a stale .tmp does harm");
     int fd = open(cli("@kept.tmp"), O_RDWR | O_CREAT, 0600);
@@ -1183,6 +1193,40 @@ static void cli_test_steps(void)
     sc_sae_close(&two);
 }
 
+/* Without a step that changes anything, the mse of a batch of one tells which image it is. */
+static void cli_test_epochs(void)
+{
+    static const char *const variants[] = { "--init @zero8 --order sequential", "--init @zero8",
+                                            "--init @zero8 --seed 1" };
+    char image[3][2 * CLI_PICTURES][24] = { { "" } };
+    cli_works("train --acts @acts --latents 8 --steps 1 --lr 0 -o @zero8");
+    for (int v = 0; v < 3; v++) {
+        works("%s", cli("train --acts @acts --lr 0 --batch 1 --epochs 2 -o @again --log @log %s",
+                        variants[v]));
+        const char *row = cli_log("@log");
+        for (int i = 0; i < 2 * CLI_PICTURES && (row = strchr(row, '\n')) != NULL; i++) {
+            const char *mse = ++row;
+            for (int comma = 0; comma < 5 && mse; comma++)
+                if ((mse = strchr(mse, ',')) != NULL) mse++;
+            if (mse) snprintf(image[v][i], 24, "%.*s", (int)strcspn(mse, ","), mse);
+        }
+    }
+    for (int k = 0; k < 6; k++) {                /* every epoch takes each image once */
+        unsigned seen = 0;
+        for (int i = 0; i < CLI_PICTURES; i++)
+            for (int j = 0; j < CLI_PICTURES; j++)
+                if (strcmp(image[k / 2][k % 2 * CLI_PICTURES + i], image[0][j]) == 0)
+                    seen |= 1u << j;
+        check(seen == (1u << CLI_PICTURES) - 1, "run %d, epoch %d takes not every image", k / 2,
+              k % 2);
+    }
+    size_t epoch = sizeof image[0] / 2;
+    check(memcmp(image[0], image[0][CLI_PICTURES], epoch) == 0, "the sequential order changes");
+    check(memcmp(image[1], image[1][CLI_PICTURES], epoch) != 0, "two epochs have one order");
+    check(memcmp(image[1], image[0], epoch) != 0, "the order is not shuffled");
+    check(memcmp(image[1], image[2], epoch) != 0, "two seeds give one order");
+}
+
 static void cli_test_resume(void)
 {
     char line[1200];
@@ -1205,6 +1249,9 @@ static void cli_test_resume(void)
     works("%s", cli("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume", recipe));
     check(cli_same("@part", "@whole_sae"), "a second resumed run ends with another SAE");
     check(strcmp(cli_log("@part.csv"), cli_log("@whole.csv")) == 0, "a log is not cut back");
+    works("%s", cli("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume", recipe));
+    check(cli_same("@part", "@whole_sae"), "a finished run, resumed, ends with another SAE");
+    check(strcmp(cli_log("@part.csv"), cli_log("@whole.csv")) == 0, "and with another log");
     static const char *const others[] = {
         "--lr 1e-3", "--warmup 11", "--batch 4", "--seed 7", "--dead-window 4", "--latents 25",
         "--order sequential", "--arch topk --k 5", "--b-dec mean", "--b-dec-images 4", "--limit 6",
@@ -1285,7 +1332,8 @@ static void cli_test_damage(void)
     cli_refuses(1, "@hurt: this is no checkpoint; the checkpoint before it is @hurt.prev", line);
     cli_edit(cli("@ckpt12"), cli("@hurt"), (cli_change){ .key = "position", .text = "x" });
     cli_refuses(1, "@hurt: this is no checkpoint", line);
-    static const char *const tensors[] = { "W_enc", "W_dec", "b_enc", "W_enc_m", "b_dec_v", "silent" };
+    static const char *const tensors[] = { "W_enc", "W_dec", "b_enc", "W_enc_m", "b_dec_v",
+                                           "silent" };
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
         cli_edit(cli("@ckpt12"), cli("@hurt"), (cli_change){ .drop = tensors[i] });
         cli_refuses(1, "@hurt: ", line);
@@ -1363,6 +1411,7 @@ static void test_cli(void)
     cli_test_memory();
     cli_test_escapes();
     cli_test_steps();
+    cli_test_epochs();
     cli_test_resume();
     cli_test_resume_photos();
     cli_test_damage();
