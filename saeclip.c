@@ -139,6 +139,54 @@ static int grow(void *list, size_t *capacity, size_t count, size_t size)
     return SC_OK;
 }
 
+/* The arrays that something owns, to be freed together. Starts as { 0 }. */
+typedef struct { void **block; size_t blocks, capacity; } memory_list;
+
+/* *pointer (the address of a typed pointer) becomes a new array on the list. */
+static int allocate(memory_list *list, void *pointer, size_t count, size_t size)
+{
+    SC_TRY(grow(&list->block, &list->capacity, list->blocks, sizeof *list->block));
+    void *memory = list->block[list->blocks] = new_array(count, size);
+    memcpy(pointer, &memory, sizeof memory);
+    if (memory) list->blocks++;
+    return memory ? SC_OK : SC_FAILED;
+}
+
+static void release(memory_list *list)
+{
+    for (size_t i = 0; i < list->blocks; i++) free(list->block[i]);
+    free(list->block);
+    *list = (memory_list){ 0 };
+}
+
+/* A table of arrays: where a pointer goes, and rows x the bytes of a row. */
+typedef struct { void *pointer; size_t rows, row_bytes; } array_spec;
+
+#define ARRAY(pointer, rows, columns) { &(pointer), rows, (columns) * sizeof *(pointer) }
+#define COUNT(list) (sizeof(list) / sizeof *(list))
+
+static int new_arrays(memory_list *list, const array_spec *array, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        SC_TRY(allocate(list, array[i].pointer, array[i].rows, array[i].row_bytes));
+    return SC_OK;
+}
+
+/* Lays arrays out from `memory` on, each on a cache line's boundary, or only measures them where
+ * that is NULL. Returns the bytes they take, SIZE_MAX if so many cannot be addressed. */
+static size_t lay_out(const array_spec *array, size_t count, void *memory)
+{
+    size_t used = 0;
+    for (size_t i = 0; i < count; i++) {
+        void *place = memory ? (unsigned char *)memory + used : NULL;
+        memcpy(array[i].pointer, &place, sizeof place);
+        if (array[i].row_bytes && array[i].rows > (SIZE_MAX - 63 - used) / array[i].row_bytes)
+            return SIZE_MAX;
+        used += (array[i].rows * array[i].row_bytes + 63) / 64 * 64;
+    }
+    return used;
+}
+
 /* What the command line says. Texts are NULL, numbers 0 where not given, unless options have a
  * default (see the table of options at the end). */
 typedef struct {
@@ -156,15 +204,13 @@ typedef struct {
 
 static int quiet;
 
-/* One line on standard error. Names come from anywhere: what a terminal might obey is shown as ?. */
+static const char *printable(const char *text, char *out, size_t room);
+
+/* One line on standard error. */
 static void print_line(const char *line)
 {
-    char safe[sizeof error_text];
-    size_t i = 0;
-    for (; line[i] && i + 1 < sizeof safe; i++)
-        safe[i] = (unsigned char)line[i] < ' ' || line[i] == 127 ? '?' : line[i];
-    safe[i] = '\0';
-    fprintf(stderr, "saeclip: %s\n", safe);
+    char safe[4 * sizeof error_text];
+    fprintf(stderr, "saeclip: %s\n", printable(line, safe, sizeof safe));
 }
 
 /* A line on standard error that is no failure. */
@@ -454,7 +500,7 @@ void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *
 static inline float exp32(float x)
 {
     const float magic = 12582912.0f;                    /* 1.5 * 2^23: adding it rounds */
-    float clipped = x < -104.0f ? -104.0f : x;
+    float clipped = x > -104.0f ? x : -104.0f;          /* also NaN, which no integer can hold */
     clipped = clipped > 89.0f ? 89.0f : clipped;
     float n = (clipped * 1.44269504f + magic) - magic;
     float r = (clipped - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -621,6 +667,8 @@ typedef struct {
     void (*tile)(size_t K, const float *a, const float *b, float *tile);
     void (*finish)(const float *tile, size_t rows, size_t columns, const tile_target *to);
     float (*dot)(const float *a, const float *b, size_t n);
+    void (*dots)(const float *a, size_t n, const float *rows, size_t stride, const uint32_t *index,
+                 size_t count, float *out);
     void (*add_scaled)(float factor, const float *x, float *sum, size_t n);
     void (*layer_norm)(const float *x, const float *weight, const float *bias, float epsilon,
                        float *out, size_t n);
@@ -635,9 +683,6 @@ typedef struct {
 #endif /* !SC_ISA */
 
 #ifdef SC_ISA
-#define PASTE2(a, b) a##_##b
-#define PASTE(a, b) PASTE2(a, b)
-#define KERNEL(name) PASTE(name, SC_ISA)
 static const float KERNEL(zeros)[PARTIALS] = { 0 };
 
 /* One tile of a product. a: [ceil(K / CHAIN)][ROWS][CHAIN_STRIDE]; b: [K][COLUMNS];
@@ -667,17 +712,15 @@ SC_TARGET static void KERNEL(tile)(size_t K, const float *a, const float *b, flo
 }
 
 /* c = activation(tile + bias + residual + 0). tile: [rows][COLUMNS] */
-SC_TARGET static void KERNEL(finish)(const float *tile, size_t rows, size_t columns,
-                                     const tile_target *to)
+SC_TARGET static inline void KERNEL(finish_rows)(const float *tile, size_t rows, size_t columns,
+                                                 const tile_target *to)
 {
     for (size_t r = 0; r < rows; r++) {
         float sum[SC_VECTORS * SC_LANES];
         const float *residual = to->residual ? to->residual + r * to->residual_stride : NULL;
         for (size_t j = 0; j < columns; j++) sum[j] = tile[r * SC_VECTORS * SC_LANES + j];
-        if (to->bias)
-            for (size_t j = 0; j < columns; j++) sum[j] += to->bias[j];
-        if (residual)
-            for (size_t j = 0; j < columns; j++) sum[j] += residual[j];
+        for (size_t j = 0; to->bias && j < columns; j++) sum[j] += to->bias[j];
+        for (size_t j = 0; residual && j < columns; j++) sum[j] += residual[j];
         for (size_t j = 0; j < columns; j++) sum[j] += 0.0f;
         if (to->activation == QUICK_GELU)
             for (size_t j = 0; j < columns; j++) sum[j] = quick_gelu(sum[j]);
@@ -685,6 +728,15 @@ SC_TARGET static void KERNEL(finish)(const float *tile, size_t rows, size_t colu
             for (size_t j = 0; j < columns; j++) sum[j] = gelu(sum[j]);
         memcpy(to->c + r * to->c_stride, sum, columns * sizeof *sum);
     }
+}
+
+/* The full width is a constant, so that its loops are all vectors. */
+SC_TARGET static void KERNEL(finish)(const float *tile, size_t rows, size_t columns,
+                                     const tile_target *to)
+{
+    if (columns == SC_VECTORS * SC_LANES)
+        KERNEL(finish_rows)(tile, rows, SC_VECTORS * SC_LANES, to);
+    else KERNEL(finish_rows)(tile, rows, columns, to);
 }
 
 /* sum_e a[e] b[e] by 16 partial sums. a, b: [n], n a multiple of 16 */
@@ -699,6 +751,35 @@ SC_TARGET static float KERNEL(dot)(const float *a, const float *b, size_t n)
                                 partial[v]);
     SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++) SC_STORE(p + v * SC_LANES, partial[v]);
     return join(p);
+}
+
+/* out[i] = the dot product of a with row index[i]: four at a time, so that the sums overlap.
+ * a: [n]; rows: [.., stride]; index, out: [count] */
+SC_TARGET static void KERNEL(dots)(const float *a, size_t n, const float *rows, size_t stride,
+                                   const uint32_t *index, size_t count, float *out)
+{
+    enum { TOGETHER = 4 };
+    size_t i = 0;
+    for (; i + TOGETHER <= count; i += TOGETHER) {
+        SC_V partial[TOGETHER][PARTIALS / SC_LANES];
+        float p[PARTIALS];
+        SC_UNROLL for (int r = 0; r < TOGETHER; r++)
+            SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++) partial[r][v] = SC_SET(0.0f);
+        for (size_t e = 0; e < n; e += PARTIALS)
+            SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++) {
+                SC_V factor = SC_LOAD(a + e + v * SC_LANES);
+                SC_UNROLL for (int r = 0; r < TOGETHER; r++)
+                    partial[r][v] = SC_FMA(
+                        factor, SC_LOAD(rows + index[i + r] * stride + e + v * SC_LANES),
+                        partial[r][v]);
+            }
+        SC_UNROLL for (int r = 0; r < TOGETHER; r++) {
+            SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++)
+                SC_STORE(p + v * SC_LANES, partial[r][v]);
+            out[i + r] = join(p);
+        }
+    }
+    for (; i < count; i++) out[i] = KERNEL(dot)(a, rows + index[i] * stride, n);
 }
 
 /* sum = fma(factor, x, sum), one link of n chains. x, sum: [n], n a multiple of 16 */
@@ -801,27 +882,11 @@ SC_TARGET static void KERNEL(adam)(float *w, float *m, float *v, const float *gr
 }
 
 static const kernel_set KERNEL(kernels) = {
-    SC_NAME, SC_TILE_ROWS, SC_VECTORS * SC_LANES, KERNEL(tile), KERNEL(finish), KERNEL(dot),
-    KERNEL(add_scaled), KERNEL(layer_norm), KERNEL(softmax), KERNEL(exponentials),
+    TEXT_OF(SC_ISA), SC_TILE_ROWS, SC_VECTORS * SC_LANES, KERNEL(tile), KERNEL(finish), KERNEL(dot),
+    KERNEL(dots), KERNEL(add_scaled), KERNEL(layer_norm), KERNEL(softmax), KERNEL(exponentials),
     KERNEL(pack_positive), KERNEL(find_above), KERNEL(unit_row), KERNEL(adam)
 };
 
-#undef SC_ISA
-#undef SC_NAME
-#undef SC_TILE_ROWS
-#undef SC_VECTORS
-#undef SC_LANES
-#undef SC_GROUP
-#undef SC_TARGET
-#undef SC_V
-#undef SC_SET
-#undef SC_LOAD
-#undef SC_STORE
-#undef SC_ADD
-#undef SC_FMA
-#undef SC_ABOVE
-#undef SC_COMPRESS
-#undef SC_POPCOUNT
 #else /* !SC_ISA */
 
 #if defined(__clang__)
@@ -832,24 +897,45 @@ static const kernel_set KERNEL(kernels) = {
 #define SC_UNROLL
 #endif
 
+/* What the kernels are written in: each word stands for that of the instruction set at hand. */
+#define PASTE2(a, b) a##_##b
+#define PASTE(a, b) PASTE2(a, b)
+#define TEXT_OF2(a) #a
+#define TEXT_OF(a) TEXT_OF2(a)
+#define KERNEL(name) PASTE(name, SC_ISA)
+#define SC_TARGET PASTE(TARGET, SC_ISA)
+#define SC_TILE_ROWS PASTE(TILE_ROWS, SC_ISA)    /* rows of a product's tile */
+#define SC_VECTORS PASTE(VECTORS, SC_ISA)        /* vectors side by side in a tile's row */
+#define SC_LANES PASTE(LANES, SC_ISA)            /* floats in a vector */
+#define SC_GROUP PASTE(GROUP, SC_ISA)            /* floats that ABOVE compares at once */
+#define SC_V PASTE(V, SC_ISA)
+#define SC_SET PASTE(SET, SC_ISA)
+#define SC_LOAD PASTE(LOAD, SC_ISA)
+#define SC_STORE PASTE(STORE, SC_ISA)
+#define SC_ADD PASTE(ADD, SC_ISA)
+#define SC_FMA PASTE(FMA, SC_ISA)
+#define SC_ABOVE PASTE(ABOVE, SC_ISA)            /* bit i: p[i] > q[i] */
+#define SC_COMPRESS PASTE(COMPRESS, SC_ISA)      /* the floats of p whose bits are set, together */
+#define SC_POPCOUNT PASTE(POPCOUNT, SC_ISA)
+
 /* Plain C: a vector of one. */
+#define TILE_ROWS_scalar 4
+#define VECTORS_scalar 4
+#define LANES_scalar 1
+#define GROUP_scalar 1
+#define TARGET_scalar
+#define V_scalar float
+#define SET_scalar(x) (x)
+#define LOAD_scalar(p) (*(p))
+#define STORE_scalar(p, v) (*(p) = (v))
+#define ADD_scalar(a, b) ((a) + (b))
+#define FMA_scalar(a, b, c) fma32(a, b, c)
+#define ABOVE_scalar(p, q) (*(p) > *(q))
+#define COMPRESS_scalar(out, p, bits) (*(out) = *(p))
+#define POPCOUNT_scalar(bits) (bits)
 #define SC_ISA scalar
-#define SC_NAME "scalar"
-#define SC_TILE_ROWS 4
-#define SC_VECTORS 4
-#define SC_LANES 1
-#define SC_GROUP 1
-#define SC_TARGET
-#define SC_V float
-#define SC_SET(x) (x)
-#define SC_LOAD(p) (*(p))
-#define SC_STORE(p, v) (*(p) = (v))
-#define SC_ADD(a, b) ((a) + (b))
-#define SC_FMA(a, b, c) fma32(a, b, c)
-#define SC_ABOVE(p, q) (*(p) > *(q))
-#define SC_COMPRESS(out, p, bits) (*(out) = *(p))
-#define SC_POPCOUNT(bits) (bits)
 #include "saeclip.c"
+#undef SC_ISA
 
 /* The instruction sets that need extensions of the language: intrinsics, nowhere else. */
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -865,45 +951,45 @@ TARGET_AVX2 static inline void compress8(float *out, const float *p, unsigned bi
     _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), index));
 }
 
-#define SC_ISA avx2
-#define SC_NAME "avx2"
-#define SC_TILE_ROWS 6
-#define SC_VECTORS 2
-#define SC_LANES 8
-#define SC_GROUP 8
-#define SC_TARGET TARGET_AVX2
-#define SC_V __m256
-#define SC_SET(x) _mm256_set1_ps(x)
-#define SC_LOAD(p) _mm256_loadu_ps(p)
-#define SC_STORE(p, v) _mm256_storeu_ps(p, v)
-#define SC_ADD(a, b) _mm256_add_ps(a, b)
-#define SC_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define SC_ABOVE(p, q)                                                                             \
+#define TILE_ROWS_avx2 6
+#define VECTORS_avx2 2
+#define LANES_avx2 8
+#define GROUP_avx2 8
+#define TARGET_avx2 TARGET_AVX2
+#define V_avx2 __m256
+#define SET_avx2(x) _mm256_set1_ps(x)
+#define LOAD_avx2(p) _mm256_loadu_ps(p)
+#define STORE_avx2(p, v) _mm256_storeu_ps(p, v)
+#define ADD_avx2(a, b) _mm256_add_ps(a, b)
+#define FMA_avx2(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define ABOVE_avx2(p, q)                                                                             \
     (unsigned)_mm256_movemask_ps(                                                                  \
         _mm256_cmp_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(q), _CMP_GT_OQ))
-#define SC_COMPRESS(out, p, bits) compress8(out, p, (unsigned)(bits))
-#define SC_POPCOUNT(bits) _mm_popcnt_u32((unsigned)(bits))
+#define COMPRESS_avx2(out, p, bits) compress8(out, p, (unsigned)(bits))
+#define POPCOUNT_avx2(bits) _mm_popcnt_u32((unsigned)(bits))
+#define SC_ISA avx2
 #include "saeclip.c"
+#undef SC_ISA
 
-#define SC_ISA avx512
-#define SC_NAME "avx512"
-#define SC_TILE_ROWS 14
-#define SC_VECTORS 2
-#define SC_LANES 16
-#define SC_GROUP 16
-#define SC_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,popcnt")))
-#define SC_V __m512
-#define SC_SET(x) _mm512_set1_ps(x)
-#define SC_LOAD(p) _mm512_loadu_ps(p)
-#define SC_STORE(p, v) _mm512_storeu_ps(p, v)
-#define SC_ADD(a, b) _mm512_add_ps(a, b)
-#define SC_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SC_ABOVE(p, q)                                                                             \
+#define TILE_ROWS_avx512 14
+#define VECTORS_avx512 2
+#define LANES_avx512 16
+#define GROUP_avx512 16
+#define TARGET_avx512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,popcnt")))
+#define V_avx512 __m512
+#define SET_avx512(x) _mm512_set1_ps(x)
+#define LOAD_avx512(p) _mm512_loadu_ps(p)
+#define STORE_avx512(p, v) _mm512_storeu_ps(p, v)
+#define ADD_avx512(a, b) _mm512_add_ps(a, b)
+#define FMA_avx512(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define ABOVE_avx512(p, q)                                                                             \
     (unsigned)_mm512_cmp_ps_mask(_mm512_loadu_ps(p), _mm512_loadu_ps(q), _CMP_GT_OQ)
-#define SC_COMPRESS(out, p, bits)                                                                  \
+#define COMPRESS_avx512(out, p, bits)                                                                  \
     _mm512_storeu_ps(out, _mm512_maskz_compress_ps((__mmask16)(bits), _mm512_loadu_ps(p)))
-#define SC_POPCOUNT(bits) _mm_popcnt_u32((unsigned)(bits))
+#define POPCOUNT_avx512(bits) _mm_popcnt_u32((unsigned)(bits))
+#define SC_ISA avx512
 #include "saeclip.c"
+#undef SC_ISA
 
 static int has_avx2(void)
 {
@@ -920,23 +1006,23 @@ static int has_avx512(void)
 #elif defined(__aarch64__) && defined(__ARM_NEON)
 #include <arm_neon.h>
 
+#define TILE_ROWS_neon 8
+#define VECTORS_neon 3
+#define LANES_neon 4
+#define GROUP_neon 1
+#define TARGET_neon
+#define V_neon float32x4_t
+#define SET_neon(x) vdupq_n_f32(x)
+#define LOAD_neon(p) vld1q_f32(p)
+#define STORE_neon(p, v) vst1q_f32(p, v)
+#define ADD_neon(a, b) vaddq_f32(a, b)
+#define FMA_neon(a, b, c) vfmaq_f32(c, a, b)
+#define ABOVE_neon(p, q) (*(p) > *(q))
+#define COMPRESS_neon(out, p, bits) (*(out) = *(p))
+#define POPCOUNT_neon(bits) (bits)
 #define SC_ISA neon
-#define SC_NAME "neon"
-#define SC_TILE_ROWS 8
-#define SC_VECTORS 3
-#define SC_LANES 4
-#define SC_GROUP 1
-#define SC_TARGET
-#define SC_V float32x4_t
-#define SC_SET(x) vdupq_n_f32(x)
-#define SC_LOAD(p) vld1q_f32(p)
-#define SC_STORE(p, v) vst1q_f32(p, v)
-#define SC_ADD(a, b) vaddq_f32(a, b)
-#define SC_FMA(a, b, c) vfmaq_f32(c, a, b)
-#define SC_ABOVE(p, q) (*(p) > *(q))
-#define SC_COMPRESS(out, p, bits) (*(out) = *(p))
-#define SC_POPCOUNT(bits) (bits)
 #include "saeclip.c"
+#undef SC_ISA
 
 static int has_neon(void) { return 1; }
 #endif
@@ -1029,14 +1115,17 @@ static size_t row_buffer_size(size_t K)
     return chains_of(K) * (size_t)kernels->rows * CHAIN_STRIDE;
 }
 
-/* Copies rows of A for the kernel. a: [rows, K] at a_stride; buffer: [chains][ROWS][CHAIN_STRIDE] */
-static void load_rows(float *buffer, const float *a, size_t a_stride, size_t rows, size_t K)
+/* Copies rows of A for the kernel: the first ones, or those in `index`. a: [rows, K] at a_stride;
+ * index: [rows] or NULL; buffer: [chains][ROWS][CHAIN_STRIDE] */
+static void load_rows(float *buffer, const float *a, size_t a_stride, const size_t *index,
+                      size_t rows, size_t K)
 {
     size_t tile_rows = (size_t)kernels->rows;
     for (size_t block = 0; block < K; block += CHAIN, buffer += tile_rows * CHAIN_STRIDE) {
         size_t terms = K - block < CHAIN ? K - block : CHAIN;
         for (size_t r = 0; r < rows; r++)
-            memcpy(buffer + r * CHAIN_STRIDE, a + r * a_stride + block, terms * sizeof *a);
+            memcpy(buffer + r * CHAIN_STRIDE, a + (index ? index[r] : r) * a_stride + block,
+                   terms * sizeof *a);
         for (size_t r = rows; r < tile_rows; r++)
             memset(buffer + r * CHAIN_STRIDE, 0, terms * sizeof *a);
     }
@@ -1051,7 +1140,7 @@ static void product_rows(const float *a, size_t a_stride, size_t rows, const pac
     float tile[MAX_ROWS * MAX_COLUMNS];
     for (size_t i = 0; i < rows; i += tile_rows) {
         size_t height = rows - i < tile_rows ? rows - i : tile_rows;
-        load_rows(buffer, a + i * a_stride, a_stride, height, b->K);
+        load_rows(buffer, a + i * a_stride, a_stride, NULL, height, b->K);
         for (size_t panel = first; panel < last; panel++) {
             size_t j = panel * columns, width = b->N - j < columns ? b->N - j : columns;
             tile_target corner = *to;
@@ -2197,7 +2286,39 @@ int sc_writer_finish(sc_writer *w)
     return status;
 }
 
+/* Writes a safetensors file by `write`: the whole file stands under its name, or nothing does. */
+static int save_tensors(const char *path, size_t header_room,
+                        int (*write)(sc_writer *w, void *context), void *context)
+{
+    sc_writer w;
+    int status = sc_writer_open(&w, path, header_room);
+    if (status == SC_OK) status = write(&w, context);
+    if (status == SC_OK) return sc_writer_finish(&w);
+    sc_writer_discard(&w);
+    return status;
+}
+
 /* --- Names as text: they come from anywhere --- */
+
+/* text as a terminal may show it, cut short where there is no room. What a terminal might obey
+ * comes out as \xNN: control bytes, Latin-1's too (in UTF-8 C2 80 to C2 9F), what is no UTF-8. */
+static const char *printable(const char *text, char *out, size_t room)
+{
+    size_t used = 0;
+    while (*text) {
+        const unsigned char *byte = (const unsigned char *)text;
+        size_t length = utf8_length(text), n = length ? length : 1;
+        int harmless = length && byte[0] >= ' ' && byte[0] != 127
+                       && !(byte[0] == 0xc2 && byte[1] < 0xa0);
+        if (used + 8 + sizeof "..." > room) return strcpy(out + used, "..."), out;
+        for (; n > 0; n--, text++) {
+            if (harmless) out[used++] = *text;
+            else used += (size_t)sprintf(out + used, "\\x%02x", (unsigned char)*text);
+        }
+    }
+    out[used] = '\0';
+    return out;
+}
 
 /* A list of names as metadata, a JSON array in a string. */
 static int write_name_list(sc_writer *w, const char *key, char **name, size_t count)
@@ -3471,172 +3592,124 @@ static int reader_next(image_reader *reader, const image_slot **slot)
  * needed.
  * ============================================================================================ */
 
-/* What each role is called under the three namings; # stands for the block, ? for q, k or v. */
+/* The layers of a model; NORM1 to FC2 are each block's, the others lie with the first block's. */
 enum role {
-    CLASS_TOKEN, POSITIONS, PATCH_WEIGHT, PATCH_BIAS, PRE_WEIGHT, PRE_BIAS, NORM1_WEIGHT,
-    NORM1_BIAS, QKV_WEIGHT, QKV_BIAS, OUT_WEIGHT, OUT_BIAS, NORM2_WEIGHT, NORM2_BIAS, FC1_WEIGHT,
-    FC1_BIAS, FC2_WEIGHT, FC2_BIAS, POST_WEIGHT, POST_BIAS, HEAD_WEIGHT, HEAD_BIAS, ROLES
+    CLASS_TOKEN, POSITIONS, PATCHES, PRE, NORM1, QKV, OUT, NORM2, FC1, FC2, POST, HEAD, ROLES
 };
 
-static const struct naming { const char *name, *tensor[ROLES]; } namings[] = {
-    { "Hugging Face CLIP", {
-        "vision_model.embeddings.class_embedding",
-        "vision_model.embeddings.position_embedding.weight",
-        "vision_model.embeddings.patch_embedding.weight",
-        "vision_model.embeddings.patch_embedding.bias",
-        "vision_model.pre_layrnorm.weight", "vision_model.pre_layrnorm.bias",
-        "vision_model.encoder.layers.#.layer_norm1.weight",
-        "vision_model.encoder.layers.#.layer_norm1.bias",
-        "vision_model.encoder.layers.#.self_attn.?_proj.weight",
-        "vision_model.encoder.layers.#.self_attn.?_proj.bias",
-        "vision_model.encoder.layers.#.self_attn.out_proj.weight",
-        "vision_model.encoder.layers.#.self_attn.out_proj.bias",
-        "vision_model.encoder.layers.#.layer_norm2.weight",
-        "vision_model.encoder.layers.#.layer_norm2.bias",
-        "vision_model.encoder.layers.#.mlp.fc1.weight",
-        "vision_model.encoder.layers.#.mlp.fc1.bias",
-        "vision_model.encoder.layers.#.mlp.fc2.weight",
-        "vision_model.encoder.layers.#.mlp.fc2.bias",
-        "vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias",
-        "visual_projection.weight", "visual_projection.bias" } },
-    { "OpenAI / OpenCLIP", {
-        "visual.class_embedding", "visual.positional_embedding",
-        "visual.conv1.weight", "visual.conv1.bias",
-        "visual.ln_pre.weight", "visual.ln_pre.bias",
-        "visual.transformer.resblocks.#.ln_1.weight", "visual.transformer.resblocks.#.ln_1.bias",
-        "visual.transformer.resblocks.#.attn.in_proj_weight",
-        "visual.transformer.resblocks.#.attn.in_proj_bias",
-        "visual.transformer.resblocks.#.attn.out_proj.weight",
-        "visual.transformer.resblocks.#.attn.out_proj.bias",
-        "visual.transformer.resblocks.#.ln_2.weight", "visual.transformer.resblocks.#.ln_2.bias",
-        "visual.transformer.resblocks.#.mlp.c_fc.weight",
-        "visual.transformer.resblocks.#.mlp.c_fc.bias",
-        "visual.transformer.resblocks.#.mlp.c_proj.weight",
-        "visual.transformer.resblocks.#.mlp.c_proj.bias",
-        "visual.ln_post.weight", "visual.ln_post.bias", "visual.proj", NULL } },
-    { "timm", {
-        "cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
-        "norm_pre.weight", "norm_pre.bias", "blocks.#.norm1.weight", "blocks.#.norm1.bias",
-        "blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.bias",
-        "blocks.#.attn.proj.weight", "blocks.#.attn.proj.bias",
-        "blocks.#.norm2.weight", "blocks.#.norm2.bias",
-        "blocks.#.mlp.fc1.weight", "blocks.#.mlp.fc1.bias",
-        "blocks.#.mlp.fc2.weight", "blocks.#.mlp.fc2.bias",
-        "norm.weight", "norm.bias", "head.weight", "head.bias" } },
+enum { HUGGING_FACE, OPENAI, TIMM, NAMINGS };
+
+static const char *const naming_names[] = { "Hugging Face CLIP", "OpenAI / OpenCLIP", "timm" };
+static const char *const name_begins[] = { "vision_model.", "visual.", "" };
+static const char *const block_begins[] = { "encoder.layers.", "transformer.resblocks.",
+                                            "blocks." };
+
+enum size { ONE, WIDTH, WIDTH3, HIDDEN, TOKENS, PIXELS, OUTPUTS };
+
+/* What a layer's tensors are called under the three namings (* stands for weight or bias, # for the
+ * block, ? for q, k or v, and ~ for what the naming's names begin with), the weight's shape in the
+ * file, and whether it is a matrix to multiply by. */
+static const struct {
+    const char *name[NAMINGS];
+    enum size rows, columns;
+    int linear;
+} layers[ROLES] = {
+    { { "~embeddings.class_embedding", "~class_embedding", "cls_token" }, ONE, WIDTH, 0 },
+    { { "~embeddings.position_embedding.weight", "~positional_embedding", "pos_embed" },
+      TOKENS, WIDTH, 0 },
+    { { "~embeddings.patch_embedding.*", "~conv1.*", "patch_embed.proj.*" }, WIDTH, PIXELS, 1 },
+    { { "~pre_layrnorm.*", "~ln_pre.*", "norm_pre.*" }, ONE, WIDTH, 0 },
+    { { "~#layer_norm1.*", "~#ln_1.*", "#norm1.*" }, ONE, WIDTH, 0 },
+    { { "~#self_attn.?_proj.*", "~#attn.in_proj_*", "#attn.qkv.*" }, WIDTH3, WIDTH, 1 },
+    { { "~#self_attn.out_proj.*", "~#attn.out_proj.*", "#attn.proj.*" }, WIDTH, WIDTH, 1 },
+    { { "~#layer_norm2.*", "~#ln_2.*", "#norm2.*" }, ONE, WIDTH, 0 },
+    { { "~#mlp.fc1.*", "~#mlp.c_fc.*", "#mlp.fc1.*" }, HIDDEN, WIDTH, 1 },
+    { { "~#mlp.fc2.*", "~#mlp.c_proj.*", "#mlp.fc2.*" }, WIDTH, HIDDEN, 1 },
+    { { "~post_layernorm.*", "~ln_post.*", "norm.*" }, ONE, WIDTH, 0 },
+    { { "visual_projection.*", "~proj", "head.*" }, OUTPUTS, WIDTH, 1 },
 };
 
-enum { NAMINGS = sizeof namings / sizeof *namings, OPENAI = 1, TIMM = 2 };
+enum { NAME_LENGTH = 128 };
 
-/* Spells a tensor's name out. name: [160] */
-static void tensor_name(char *name, const struct naming *naming, enum role role, size_t block,
-                        char part)
+/* Spells a tensor's name out. name: [NAME_LENGTH] */
+static void spell_name(char *name, int naming, enum role role, size_t block, int bias, char part)
 {
     size_t used = 0;
-    for (const char *c = naming->tensor[role]; *c && used + 24 < 160; c++) {
-        if (*c == '#') used += (size_t)snprintf(name + used, 24, "%zu", block);
-        else name[used++] = *c == '?' ? part : *c;
+    *name = '\0';
+    for (const char *c = layers[role].name[naming]; *c; c++) {
+        size_t room = NAME_LENGTH - used;
+        if (*c == '~') snprintf(name + used, room, "%s", name_begins[naming]);
+        else if (*c == '#') snprintf(name + used, room, "%s%zu.", block_begins[naming], block);
+        else if (*c == '*') snprintf(name + used, room, "%s", bias ? "bias" : "weight");
+        else snprintf(name + used, room, "%c", *c == '?' ? part : *c);
+        used += strlen(name + used);
     }
-    name[used] = '\0';
 }
 
-static const sc_tensor *role_tensor(const sc_model *model, enum role role, size_t block, char part)
+static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t block, int bias)
 {
-    char name[160];
-    const struct naming *naming = &namings[model->naming];
-    if (!naming->tensor[role]) return NULL;
-    tensor_name(name, naming, role, block, part);
+    char name[NAME_LENGTH];
+    spell_name(name, model->naming, role, block, bias, 'q');
     return sc_tensor_find(&model->file, name);
 }
 
-/* Reads a tensor of rows x columns numbers (leading dimensions of 1 do not count), or says what is
- * missing or misshapen. */
-static int read_role(const sc_model *model, enum role role, size_t block, char part, size_t rows,
-                     size_t columns, float *out)
+/* Reads a layer's weight or bias of rows x columns numbers (leading dimensions of 1 do not count),
+ * or says what is missing or misshapen. Hugging Face has q, k and v apart. */
+static int read_layer_tensor(const sc_model *model, enum role role, size_t block, int bias,
+                             size_t rows, size_t columns, float *out)
 {
-    char name[160];
-    const sc_tensor *tensor = role_tensor(model, role, block, part);
-    tensor_name(name, &namings[model->naming], role, block, part);
-    if (!tensor) return fail("%s: there is no tensor %s", model->file.path, name);
-    if (rows != 0 && columns > SIZE_MAX / rows)
-        return fail("%s: tensor %s would be too large", model->file.path, name);
-    int first = 0;
-    while (first < tensor->rank && tensor->shape[first] == 1 && rows != 1) first++;
-    if (tensor->count != rows * columns || (rows > 1 && tensor->shape[first] != rows))
-        return fail("%s: tensor %s has %zu numbers where %zu x %zu were expected",
-                    model->file.path, name, tensor->count, rows, columns);
-    return sc_tensor_floats(&model->file, tensor, 0, tensor->count, out);
-}
-
-/* A vector of a model, NULL with SC_OK where it is optional and absent. */
-static int read_vector(const sc_model *model, enum role role, size_t block, size_t count,
-                       int optional, float **out)
-{
-    if (optional && !role_tensor(model, role, block, 'q')) return SC_OK;
-    *out = new_array(padded(count), sizeof **out);
-    return *out ? read_role(model, role, block, 'q', 1, count, *out) : SC_FAILED;
-}
-
-/* Packs the weight of a linear layer, [N, K] as PyTorch stores it ([K, N] where transposed). */
-static int read_linear(const sc_model *model, enum role role, size_t block, size_t K, size_t N,
-                       int transposed, packed_matrix *out)
-{
-    int separate = role == QKV_WEIGHT && strchr(namings[model->naming].tensor[role], '?');
-    size_t parts = separate ? 3 : 1;
-    float *weight = new_array(N, K * sizeof *weight);
-    int status = weight ? SC_OK : SC_FAILED;
-    for (size_t part = 0; part < parts && status == SC_OK; part++)
-        status = read_role(model, role, block, "qkv"[part], transposed ? K : N / parts,
-                           transposed ? N / parts : K, weight + part * (N / parts) * K);
-    if (status == SC_OK) status = new_packed(out, K, N);
-    if (status == SC_OK)
-        pack_panels(out, 0, out->panels, weight, transposed ? N : 1, transposed ? 1 : K);
-    free(weight);
-    return status;
-}
-
-static int read_qkv_bias(const sc_model *model, size_t block, float **out)
-{
-    size_t width = model->width;
-    if (!strchr(namings[model->naming].tensor[QKV_BIAS], '?'))
-        return read_vector(model, QKV_BIAS, block, 3 * width, model->naming == TIMM, out);
-    *out = new_array(padded(3 * width), sizeof **out);
-    if (!*out) return SC_FAILED;
-    for (size_t part = 0; part < 3; part++)
-        SC_TRY(read_role(model, QKV_BIAS, block, "qkv"[part], 1, width, *out + part * width));
+    char name[NAME_LENGTH];
+    const char *path = model->file.path;
+    size_t parts = role == QKV && model->naming == HUGGING_FACE ? 3 : 1;
+    if (bias) columns /= parts;
+    else rows /= parts;
+    for (size_t i = 0; i < parts; i++) {
+        int first = 0;
+        spell_name(name, model->naming, role, block, bias, "qkv"[i]);
+        const sc_tensor *tensor = sc_tensor_find(&model->file, name);
+        if (!tensor) return fail("%s: there is no tensor %s", path, name);
+        if (rows != 0 && columns > SIZE_MAX / rows)
+            return fail("%s: tensor %s would be too large", path, name);
+        while (first < tensor->rank && tensor->shape[first] == 1 && rows != 1) first++;
+        if (tensor->count != rows * columns || (rows > 1 && tensor->shape[first] != rows))
+            return fail("%s: tensor %s has %zu numbers where %zu x %zu were expected", path, name,
+                        tensor->count, rows, columns);
+        SC_TRY(sc_tensor_floats(&model->file, tensor, 0, tensor->count, out + i * rows * columns));
+    }
     return SC_OK;
 }
 
-static int load_block(void *context, size_t index, int worker)
+/* Reads a layer. A linear layer's weight lies [N, K] in the file, as PyTorch has it (OpenAI's
+ * projection [K, N]), and is packed. */
+static int read_layer(const sc_model *model, enum role role, size_t block)
 {
-    sc_model *model = context;
-    sc_block *block = &model->block[index];
-    size_t width = model->width, hidden = model->hidden;
-    (void)worker;
-    SC_TRY(read_vector(model, NORM1_WEIGHT, index, width, 0, &block->norm1_weight));
-    SC_TRY(read_vector(model, NORM1_BIAS, index, width, 0, &block->norm1_bias));
-    SC_TRY(read_linear(model, QKV_WEIGHT, index, width, 3 * width, 0, &block->qkv));
-    SC_TRY(read_qkv_bias(model, index, &block->qkv_bias));
-    SC_TRY(read_linear(model, OUT_WEIGHT, index, width, width, 0, &block->out));
-    SC_TRY(read_vector(model, OUT_BIAS, index, width, 0, &block->out_bias));
-    SC_TRY(read_vector(model, NORM2_WEIGHT, index, width, 0, &block->norm2_weight));
-    SC_TRY(read_vector(model, NORM2_BIAS, index, width, 0, &block->norm2_bias));
-    SC_TRY(read_linear(model, FC1_WEIGHT, index, width, hidden, 0, &block->fc1));
-    SC_TRY(read_vector(model, FC1_BIAS, index, hidden, 0, &block->fc1_bias));
-    SC_TRY(read_linear(model, FC2_WEIGHT, index, hidden, width, 0, &block->fc2));
-    return read_vector(model, FC2_BIAS, index, width, 0, &block->fc2_bias);
+    const size_t sizes[] = { 1, model->width, 3 * model->width, model->hidden, model->tokens,
+                             3 * model->patch * model->patch, model->outputs };
+    size_t N = sizes[layers[role].rows], K = sizes[layers[role].columns], biases = N == 1 ? K : N;
+    int swapped = role == HEAD && model->naming == OPENAI;
+    int has_bias = strchr(layers[role].name[model->naming], '*') != NULL;
+    int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
+    sc_layer *layer = &model->layer[block * ROLES + role];
+    if (!(layer->weight = new_array(N, padded(K) * sizeof(float)))) return SC_FAILED;
+    SC_TRY(read_layer_tensor(model, role, block, 0, swapped ? K : N, swapped ? N : K,
+                             layer->weight));
+    if (layers[role].linear) {
+        SC_TRY(new_packed(&layer->matrix, K, N));
+        pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, swapped ? N : 1,
+                    swapped ? 1 : K);
+        free(layer->weight);
+        layer->weight = NULL;
+    }
+    if (!has_bias || (may_lack && !find_layer(model, role, block, 1))) return SC_OK;
+    if (!(layer->bias = new_array(padded(biases), sizeof(float)))) return SC_FAILED;
+    return read_layer_tensor(model, role, block, 1, 1, biases, layer->bias);
 }
 
-static int load_embedding(sc_model *model)
+static int load_block(void *context, size_t block, int worker)
 {
-    size_t width = model->width, terms = 3 * model->patch * model->patch;
-    SC_TRY(read_vector(model, CLASS_TOKEN, 0, width, 0, &model->class_token));
-    model->positions = new_array(model->tokens, width * sizeof *model->positions);
-    if (!model->positions) return SC_FAILED;
-    SC_TRY(read_role(model, POSITIONS, 0, 'q', model->tokens, width, model->positions));
-    SC_TRY(read_linear(model, PATCH_WEIGHT, 0, terms, width, 0, &model->patches));
-    SC_TRY(read_vector(model, PATCH_BIAS, 0, width, 1, &model->patch_bias));
-    SC_TRY(read_vector(model, PRE_WEIGHT, 0, width, 1, &model->pre_weight));
-    return model->pre_weight ? read_vector(model, PRE_BIAS, 0, width, 0, &model->pre_bias) : SC_OK;
+    (void)worker;
+    for (enum role role = NORM1; role <= FC2; role++) SC_TRY(read_layer(context, role, block));
+    return SC_OK;
 }
 
 /* text_embeds [C, P], rows to unit length: what images' embeddings are compared with. */
@@ -3662,17 +3735,13 @@ static int load_text(sc_model *model)
 /* The final norm, the projection or classifier, the class prompts' embeddings. */
 static int load_head(sc_model *model)
 {
-    const sc_tensor *head = role_tensor(model, HEAD_WEIGHT, 0, 'q');
-    int transposed = model->naming == OPENAI;
+    const sc_tensor *head = find_layer(model, HEAD, 0, 0);
     if (!head || head->rank != 2)
-        return fail("%s: this model has no head (%s of two dimensions was expected)",
-                    model->file.path, namings[model->naming].tensor[HEAD_WEIGHT]);
-    model->outputs = model->classes = head->shape[transposed ? 1 : 0];
-    SC_TRY(read_vector(model, POST_WEIGHT, 0, model->width, 0, &model->post_weight));
-    SC_TRY(read_vector(model, POST_BIAS, 0, model->width, 0, &model->post_bias));
-    SC_TRY(read_linear(model, HEAD_WEIGHT, 0, model->width, model->outputs, transposed,
-                       &model->head));
-    SC_TRY(read_vector(model, HEAD_BIAS, 0, model->outputs, 1, &model->head_bias));
+        return fail("%s: this model has no head (%s [outputs, width] was expected)",
+                    model->file.path, layers[HEAD].name[model->naming]);
+    model->outputs = model->classes = head->shape[model->naming == OPENAI ? 1 : 0];
+    SC_TRY(read_layer(model, POST, 0));
+    SC_TRY(read_layer(model, HEAD, 0));
     return load_text(model);
 }
 
@@ -3680,76 +3749,99 @@ static int load_head(sc_model *model)
 static int measure_model(sc_model *model)
 {
     const char *path = model->file.path;
-    const sc_tensor *patch = role_tensor(model, PATCH_WEIGHT, 0, 'q');
-    const sc_tensor *positions = role_tensor(model, POSITIONS, 0, 'q');
-    const sc_tensor *fc1 = role_tensor(model, FC1_WEIGHT, 0, 'q');
-    char name[160];
-    tensor_name(name, &namings[model->naming], FC1_WEIGHT, 0, 'q');
+    const sc_tensor *patch = find_layer(model, PATCHES, 0, 0), *fc1 = find_layer(model, FC1, 0, 0);
+    const sc_tensor *positions = find_layer(model, POSITIONS, 0, 0);
     if (!patch || patch->rank != 4 || patch->shape[1] != 3 || patch->shape[2] != patch->shape[3]
-        || patch->shape[2] == 0 || patch->shape[2] > 1024)
-        return fail("%s: tensor %s should be [width, 3, patch, patch]", path,
-                    namings[model->naming].tensor[PATCH_WEIGHT]);
+        || patch->shape[2] == 0 || patch->shape[2] > 1024 || patch->shape[0] == 0
+        || patch->shape[0] > SC_MAX_WIDTH)
+        return fail("%s: the patch embedding's weight should be [width, 3, patch, patch]", path);
     model->width = patch->shape[0];
     model->patch = patch->shape[2];
-    if (!positions || positions->rank < 2 || model->width == 0 || model->width > 1 << 20
-        || positions->shape[positions->rank - 1] != model->width)
-        return fail("%s: tensor %s should be [tokens, %zu]", path,
-                    namings[model->naming].tensor[POSITIONS], model->width);
+    if (!positions || positions->rank < 2 || positions->shape[positions->rank - 1] != model->width)
+        return fail("%s: the position embedding should be [tokens, %zu]", path, model->width);
     model->tokens = positions->count / model->width;
     while ((model->grid + 1) * (model->grid + 1) < model->tokens) model->grid++;
-    if (model->tokens < 2 || model->tokens > 1 << 20
+    if (model->tokens < 2 || model->tokens > SC_MAX_TOKENS
         || model->grid * model->grid + 1 != model->tokens)
         return fail("%s: %zu positions are not a class token and a square of patches", path,
                     model->tokens);
-    if (!fc1 || fc1->rank != 2 || fc1->shape[1] != model->width || fc1->shape[0] > 1 << 24)
-        return fail("%s: tensor %s should be [hidden, %zu]", path, name, model->width);
+    if (!fc1 || fc1->rank != 2 || fc1->shape[1] != model->width || fc1->shape[0] > SC_MAX_WIDTH)
+        return fail("%s: the first layer of block 0's MLP should be [hidden, %zu]", path,
+                    model->width);
     model->hidden = fc1->shape[0];
     model->image_size = model->grid * model->patch;
-    while (role_tensor(model, NORM1_WEIGHT, model->blocks, 'q')) model->blocks++;
+    while (find_layer(model, NORM1, model->blocks, 0)) model->blocks++;
+    return model->blocks ? SC_OK : fail("%s: the model has no blocks", path);
+}
+
+enum setting { GELU, EPSILON, HEADS, MEAN, STD, SETTINGS };
+
+/* Takes a setting from its text; what: how errors name it. */
+static int apply_setting(sc_model *model, enum setting setting, const char *what, const char *text)
+{
+    double number = 0;
+    if (setting == MEAN) return parse_triple(text, what, model->mean);
+    if (setting == STD) {
+        SC_TRY(parse_triple(text, what, model->std));
+        for (int c = 0; c < 3; c++)
+            if (!(model->std[c] > 0)) return usage("%s: a deviation is not positive", what);
+    } else if (setting == EPSILON) {
+        SC_TRY(parse_number(text, what, 0, 1, &number));
+        model->epsilon = (float)number;
+    } else if (setting == HEADS) {
+        SC_TRY(parse_number(text, what, 1, 1 << 20, &number));
+        model->heads = (size_t)number;
+        if ((double)model->heads != number || model->width % model->heads != 0)
+            return usage("%s: width %zu cannot be split into %g heads", what, model->width, number);
+    } else {
+        int quick = strcmp(text, "quick_gelu") == 0 || strcmp(text, "quick") == 0;
+        model->activation = quick ? QUICK_GELU : ERF_GELU;
+        if (!quick && strcmp(text, "gelu") != 0 && strcmp(text, "erf") != 0)
+            return usage("%s: '%s' is neither quick_gelu nor gelu", what, text);
+    }
     return SC_OK;
 }
 
-/* What is neither in the tensors' shapes nor in the metadata, nor given as an option. */
+/* What the tensors' shapes do not tell: an option, else the metadata, else what is usual. A bad
+ * setting is the caller's fault if it is an option, else the file's. */
 static int read_settings(sc_model *model, const sc_model_options *given)
 {
-    const sc_safetensors *file = &model->file;
-    int plain = model->naming == TIMM && !role_tensor(model, PRE_WEIGHT, 0, 'q');
-    const char *gelu_name = given->gelu ? given->gelu : sc_metadata_find(file, "hidden_act");
-    const char *epsilon = given->epsilon ? given->epsilon
-                                           : sc_metadata_find(file, "layer_norm_eps");
-    const char *heads = given->heads ? given->heads
-                                       : sc_metadata_find(file, "num_attention_heads");
-    const char *mean = given->mean ? given->mean : sc_metadata_find(file, "image_mean");
-    const char *std = given->std ? given->std : sc_metadata_find(file, "image_std");
-    char assumed[256] = "";
-    size_t used = 0;
-    double number = plain ? 1e-6 : 1e-5, count = (double)(model->width / 64);
-    if (!gelu_name)
-        used += (size_t)snprintf(assumed, 64, ", %s GELU", plain ? "exact" : "quick");
-    if (!epsilon) used += (size_t)snprintf(assumed + used, 64, ", epsilon %g", number);
-    if (!heads) used += (size_t)snprintf(assumed + used, 64, ", %.0f heads", count);
-    if (!mean || !std) snprintf(assumed + used, 64, ", CLIP's mean and standard deviation");
-    model->activation = plain ? ERF_GELU : QUICK_GELU;
-    if (gelu_name) {
-        if (strcmp(gelu_name, "quick_gelu") == 0 || strcmp(gelu_name, "quick") == 0)
-            model->activation = QUICK_GELU;
-        else if (strcmp(gelu_name, "gelu") == 0 || strcmp(gelu_name, "erf") == 0)
-            model->activation = ERF_GELU;
-        else return fail("%s: activation '%s' is neither quick_gelu nor gelu", file->path, gelu_name);
+    int plain = model->naming == TIMM && !find_layer(model, PRE, 0, 0);
+    char heads[24], assumed[256] = "", reason[sizeof error_text];
+    const struct { const char *text, *option, *key, *usual; } settings[SETTINGS] = {
+        { given->gelu, "--gelu", "hidden_act", plain ? "gelu" : "quick_gelu" },
+        { given->epsilon, "--eps", "layer_norm_eps", plain ? "1e-6" : "1e-5" },
+        { given->heads, "--heads", "num_attention_heads", heads },
+        { given->mean, "--mean", "image_mean", "0.48145466,0.4578275,0.40821073" },
+        { given->std, "--std", "image_std", "0.26862954,0.26130258,0.27577711" } };
+    snprintf(heads, sizeof heads, "%zu", model->width / 64);
+    for (enum setting i = 0; i < SETTINGS; i++) {
+        const char *text = settings[i].text, *what = text ? settings[i].option : settings[i].key;
+        const char *saved = sc_metadata_find(&model->file, settings[i].key);
+        size_t used = strlen(assumed);
+        if (!text) text = saved ? saved : settings[i].usual;
+        if (text == settings[i].usual)
+            snprintf(assumed + used, sizeof assumed - used, ", %s %s", settings[i].key, text);
+        int status = apply_setting(model, i, what, text);
+        if (settings[i].text) SC_TRY(status);
+        memcpy(reason, error_text, sizeof reason);
+        if (status != SC_OK)
+            return fail("%s: %s %.900s", model->file.path, saved ? "metadata" : "assumed", reason);
     }
-    if (epsilon) SC_TRY(parse_number(epsilon, "layer_norm_eps", 0, 1, &number));
-    model->epsilon = (float)number;
-    if (heads) SC_TRY(parse_number(heads, "num_attention_heads", 1, 1 << 20, &count));
-    model->heads = (size_t)count;
-    if (model->heads == 0 || (double)model->heads != count || model->width % model->heads != 0)
-        return fail("%s: width %zu cannot be split into %g heads (--heads)", file->path,
-                    model->width, count);
-    SC_TRY(parse_triple(mean ? mean : "0.48145466,0.4578275,0.40821073", "mean", model->mean));
-    SC_TRY(parse_triple(std ? std : "0.26862954,0.26130258,0.27577711", "std", model->std));
-    for (int c = 0; c < 3; c++)
-        if (!(model->std[c] > 0)) return fail("%s: a standard deviation is not positive", file->path);
-    if (assumed[0]) note("%s does not say, assumed: %s", file->path, assumed + 2);
+    if (*assumed) note("%s does not say, assumed: %s", model->file.path, assumed + 2);
     return SC_OK;
+}
+
+/* Which naming a file's tensors have, NAMINGS for none. */
+static int naming_of(const sc_safetensors *file)
+{
+    char name[NAME_LENGTH];
+    int naming = 0;
+    for (; naming < NAMINGS; naming++) {
+        spell_name(name, naming, CLASS_TOKEN, 0, 0, 'q');
+        if (sc_tensor_find(file, name)) break;
+    }
+    return naming;
 }
 
 int sc_model_open(sc_model *model, const char *path, const sc_model_options *given)
@@ -3757,16 +3849,10 @@ int sc_model_open(sc_model *model, const char *path, const sc_model_options *giv
     static const sc_model_options none = { 0 };
     *model = (sc_model){ 0 };
     SC_TRY(sc_safetensors_open(&model->file, path));
-    while (model->naming < NAMINGS && !role_tensor(model, CLASS_TOKEN, 0, 'q')) model->naming++;
-    if (model->naming == NAMINGS) {
-        int status = fail("%s: this is no vision transformer under Hugging Face's, OpenAI's or "
-                          "timm's names (%s, %s or %s was expected)", path,
-                          namings[0].tensor[0], namings[1].tensor[0], namings[2].tensor[0]);
-        sc_model_close(model);
-        return status;
-    }
-    int status = measure_model(model);
-    if (status == SC_OK && model->blocks == 0) status = fail("%s: the model has no blocks", path);
+    model->naming = naming_of(&model->file);
+    int status = model->naming < NAMINGS ? measure_model(model)
+        : fail("%s: this is no vision transformer under Hugging Face's, OpenAI's or timm's names "
+               "(a tensor visual.class_embedding or the like was expected)", path);
     if (status == SC_OK) status = read_settings(model, given ? given : &none);
     if (status != SC_OK) sc_model_close(model);
     return status;
@@ -3776,28 +3862,25 @@ int sc_model_open(sc_model *model, const char *path, const sc_model_options *giv
 int sc_model_load(sc_model *model, size_t blocks, int head)
 {
     if (blocks > model->blocks) blocks = model->blocks;
-    model->block = new_array(blocks, sizeof *model->block);
-    if (!model->block) return SC_FAILED;
     model->loaded = blocks;
-    SC_TRY(load_embedding(model));
+    model->layer = new_array(blocks ? blocks : 1, ROLES * sizeof *model->layer);
+    if (!model->layer) return SC_FAILED;
+    for (enum role role = CLASS_TOKEN; role <= PATCHES; role++) SC_TRY(read_layer(model, role, 0));
+    if (find_layer(model, PRE, 0, 0)) SC_TRY(read_layer(model, PRE, 0));
     SC_TRY(parallel_for(blocks, load_block, model));
     return head ? load_head(model) : SC_OK;
 }
 
 void sc_model_close(sc_model *model)
 {
-    for (size_t i = 0; model->block && i < model->loaded; i++) {
-        sc_block *b = &model->block[i];
-        float *arrays[] = { b->norm1_weight, b->norm1_bias, b->qkv.data, b->qkv_bias, b->out.data,
-                            b->out_bias, b->norm2_weight, b->norm2_bias, b->fc1.data, b->fc1_bias,
-                            b->fc2.data, b->fc2_bias };
-        for (size_t k = 0; k < sizeof arrays / sizeof *arrays; k++) free(arrays[k]);
+    size_t count = (model->loaded ? model->loaded : 1) * ROLES;
+    for (size_t i = 0; model->layer && i < count; i++) {
+        free(model->layer[i].matrix.data);
+        free(model->layer[i].weight);
+        free(model->layer[i].bias);
     }
-    float *arrays[] = { model->class_token, model->positions, model->patches.data,
-                        model->patch_bias, model->pre_weight, model->pre_bias, model->post_weight,
-                        model->post_bias, model->head.data, model->head_bias, model->text };
-    for (size_t k = 0; k < sizeof arrays / sizeof *arrays; k++) free(arrays[k]);
-    free(model->block);
+    free(model->text);
+    free(model->layer);
     sc_safetensors_close(&model->file);
     *model = (sc_model){ 0 };
 }
@@ -3820,14 +3903,16 @@ typedef struct {
     const sc_model *model;
     size_t images, rows;             /* B, M */
     const unsigned char *pixels;     /* [B, S, S, 3] */
+    const sc_tap *taps;              /* [count] */
+    size_t count, last;              /* last: the block after which nothing is needed, */
+    int stops_at_attn;               /* and whether its MLP is not needed either */
     float *x;                        /* [M, D], the residual stream */
     float *normed;                   /* [M, padded D], a norm's or the attention's output */
     float *wide;                     /* [M, max(3 D, H, 3 patch^2)], qkv, hidden or patches */
     float *head_scratch;             /* [workers][head_scratch_size] */
     size_t head_scratch_size, wide_stride, normed_stride;
-    const float *norm_weight, *norm_bias;
-    size_t last;                     /* the block after which nothing is needed, */
-    int stops_at_attn;               /* and whether its MLP is not needed either */
+    memory_list memory;
+    const sc_layer *norm;            /* what norm_task applies */
 } forward_pass;
 
 enum { ROWS_A_TASK = 32 };
@@ -3839,15 +3924,14 @@ static int norm_task(void *context, size_t task, int worker)
     size_t D = pass->model->width, first = task * ROWS_A_TASK;
     (void)worker;
     for (size_t i = first; i < pass->rows && i < first + ROWS_A_TASK; i++)
-        kernels->layer_norm(pass->x + i * D, pass->norm_weight, pass->norm_bias,
+        kernels->layer_norm(pass->x + i * D, pass->norm->weight, pass->norm->bias,
                             pass->model->epsilon, pass->normed + i * pass->normed_stride, D);
     return SC_OK;
 }
 
-static int norm_rows(forward_pass *pass, const float *weight, const float *bias)
+static int norm_rows(forward_pass *pass, const sc_layer *norm)
 {
-    pass->norm_weight = weight;
-    pass->norm_bias = bias;
+    pass->norm = norm;
     return parallel_for((pass->rows + ROWS_A_TASK - 1) / ROWS_A_TASK, norm_task, pass);
 }
 
@@ -3873,35 +3957,24 @@ static int patch_task(void *context, size_t image, int worker)
     return SC_OK;
 }
 
-/* The class token or a patch, plus its position. */
-static int position_task(void *context, size_t image, int worker)
-{
-    forward_pass *pass = context;
-    const sc_model *model = pass->model;
-    size_t D = model->width, T = model->tokens;
-    (void)worker;
-    for (size_t t = 0; t < T; t++) {
-        const float *token = t == 0 ? model->class_token
-                                    : pass->normed + (image * (T - 1) + t - 1) * pass->normed_stride;
-        float *out = pass->x + (image * T + t) * D;
-        for (size_t d = 0; d < D; d++) out[d] = token[d] + model->positions[t * D + d] + 0.0f;
-    }
-    return SC_OK;
-}
-
 /* x = [class token; patches] + positions, then the pre-norm where the model has one. */
 static int embed(forward_pass *pass)
 {
     const sc_model *model = pass->model;
-    size_t D = model->width;
-    tile_target to = { .c = pass->normed, .c_stride = pass->normed_stride,
-                       .bias = model->patch_bias };
+    size_t D = model->width, T = model->tokens;
+    const float *class_token = model->layer[CLASS_TOKEN].weight;
+    const float *positions = model->layer[POSITIONS].weight;
     SC_TRY(parallel_for(pass->images, patch_task, pass));
-    SC_TRY(multiply(pass->wide, pass->images * (model->tokens - 1), pass->wide_stride,
-                    &model->patches, to));
-    SC_TRY(parallel_for(pass->images, position_task, pass));
-    if (!model->pre_weight) return SC_OK;
-    SC_TRY(norm_rows(pass, model->pre_weight, model->pre_bias));
+    for (size_t image = 0; image < pass->images; image++) {
+        float *x = pass->x + image * T * D;
+        tile_target to = { .c = x + D, .c_stride = D, .bias = model->layer[PATCHES].bias,
+                           .residual = positions + D, .residual_stride = D };
+        for (size_t d = 0; d < D; d++) x[d] = class_token[d] + positions[d] + 0.0f;
+        SC_TRY(multiply(pass->wide + image * (T - 1) * pass->wide_stride, T - 1, pass->wide_stride,
+                        &model->layer[PATCHES].matrix, to));
+    }
+    if (!model->layer[PRE].weight) return SC_OK;
+    SC_TRY(norm_rows(pass, &model->layer[PRE]));
     for (size_t i = 0; i < pass->rows; i++)
         memcpy(pass->x + i * D, pass->normed + i * pass->normed_stride, D * sizeof(float));
     return SC_OK;
@@ -3934,60 +4007,58 @@ static int head_task(void *context, size_t task, int worker)
     return SC_OK;
 }
 
-/* Gives a layer's output to whoever taps it, and adds it to the residual stream. */
-static void tap_output(forward_pass *pass, const sc_tap *taps, size_t count, size_t layer,
-                       sc_hook hook, const float *output, size_t stride)
+static int taps_at(const sc_tap *tap, size_t layer, sc_hook hook)
 {
-    size_t D = pass->model->width;
-    for (size_t i = 0; i < count; i++)
-        if (taps[i].layer == layer && taps[i].hook == hook)
-            for (size_t row = 0; row < pass->rows; row++)
-                memcpy(taps[i].out + row * taps[i].stride, output + row * stride,
-                       D * sizeof *output);
+    return tap->layer == layer && tap->hook == hook;
 }
 
-/* x += a b + bias, through the hook point if somebody taps it. */
-static int add_layer(forward_pass *pass, const float *a, size_t a_stride, const packed_matrix *b,
-                     const float *bias, const sc_tap *taps, size_t count, size_t layer,
+/* Gives an output to whoever taps it. output: [M, D] at stride */
+static void tap_output(const forward_pass *pass, size_t layer, sc_hook hook, const float *output,
+                       size_t stride)
+{
+    for (const sc_tap *tap = pass->taps; tap < pass->taps + pass->count; tap++)
+        for (size_t row = 0; taps_at(tap, layer, hook) && row < pass->rows; row++)
+            memcpy(tap->out + row * tap->stride, output + row * stride,
+                   pass->model->width * sizeof *output);
+}
+
+/* x += a W + bias, by way of normed or wide, whichever is not a, if somebody taps it. */
+static int add_layer(forward_pass *pass, const float *a, const sc_layer *layer, size_t number,
                      sc_hook hook)
 {
-    size_t D = pass->model->width;
+    size_t D = pass->model->width, wide = pass->wide_stride, normed = pass->normed_stride;
+    size_t a_stride = a == pass->wide ? wide : normed, stride = a == pass->wide ? normed : wide;
+    float *output = a == pass->wide ? pass->normed : pass->wide;
     int tapped = 0;
-    tile_target to = { .c = pass->x, .c_stride = D, .bias = bias,
-                       .residual = pass->x, .residual_stride = D };
-    for (size_t i = 0; i < count; i++) tapped |= taps[i].layer == layer && taps[i].hook == hook;
-    if (!tapped) return multiply(a, pass->rows, a_stride, b, to);
-    float *output = new_array(pass->rows, D * sizeof *output);
-    if (!output) return SC_FAILED;
-    to = (tile_target){ .c = output, .c_stride = D, .bias = bias };
-    int status = multiply(a, pass->rows, a_stride, b, to);
-    if (status == SC_OK) {
-        tap_output(pass, taps, count, layer, hook, output, D);
-        for (size_t e = 0; e < pass->rows * D; e++) pass->x[e] = output[e] + pass->x[e] + 0.0f;
-    }
-    free(output);
-    return status;
+    for (size_t i = 0; i < pass->count; i++) tapped |= taps_at(&pass->taps[i], number, hook);
+    tile_target to = { .c = tapped ? output : pass->x, .c_stride = tapped ? stride : D,
+                       .bias = layer->bias, .residual = tapped ? NULL : pass->x,
+                       .residual_stride = D };
+    SC_TRY(multiply(a, pass->rows, a_stride, &layer->matrix, to));
+    tap_output(pass, number, hook, output, stride);
+    for (size_t i = 0; tapped && i < pass->rows; i++)
+        for (size_t d = 0; d < D; d++)
+            pass->x[i * D + d] = output[i * stride + d] + pass->x[i * D + d] + 0.0f;
+    return SC_OK;
 }
 
 /* One block. x: [M, D] */
-static int forward_block(forward_pass *pass, const sc_tap *taps, size_t count, size_t layer)
+static int forward_block(forward_pass *pass, size_t number)
 {
     const sc_model *model = pass->model;
-    const sc_block *block = &model->block[layer - 1];
-    tile_target wide = { .c = pass->wide, .c_stride = pass->wide_stride, .bias = block->qkv_bias };
-    SC_TRY(norm_rows(pass, block->norm1_weight, block->norm1_bias));
-    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block->qkv, wide));
+    const sc_layer *block = &model->layer[(number - 1) * ROLES];
+    tile_target wide = { .c = pass->wide, .c_stride = pass->wide_stride, .bias = block[QKV].bias };
+    SC_TRY(norm_rows(pass, &block[NORM1]));
+    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[QKV].matrix, wide));
     SC_TRY(parallel_for(pass->images * model->heads, head_task, pass));
-    SC_TRY(add_layer(pass, pass->normed, pass->normed_stride, &block->out, block->out_bias, taps,
-                     count, layer, SC_ATTN));
-    if (layer == pass->last && pass->stops_at_attn) return SC_OK;
-    wide.bias = block->fc1_bias;
+    SC_TRY(add_layer(pass, pass->normed, &block[OUT], number, SC_ATTN));
+    if (number == pass->last && pass->stops_at_attn) return SC_OK;
+    wide.bias = block[FC1].bias;
     wide.activation = (activation_kind)model->activation;
-    SC_TRY(norm_rows(pass, block->norm2_weight, block->norm2_bias));
-    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block->fc1, wide));
-    SC_TRY(add_layer(pass, pass->wide, pass->wide_stride, &block->fc2, block->fc2_bias, taps,
-                     count, layer, SC_MLP));
-    tap_output(pass, taps, count, layer, SC_RESID, pass->x, model->width);
+    SC_TRY(norm_rows(pass, &block[NORM2]));
+    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[FC1].matrix, wide));
+    SC_TRY(add_layer(pass, pass->wide, &block[FC2], number, SC_MLP));
+    tap_output(pass, number, SC_RESID, pass->x, model->width);
     return SC_OK;
 }
 
@@ -3996,19 +4067,17 @@ static int forward_block(forward_pass *pass, const sc_tap *taps, size_t count, s
 static int forward_head(forward_pass *pass, float *out)
 {
     const sc_model *model = pass->model;
+    const sc_layer *post = &model->layer[POST], *projection = &model->layer[HEAD];
     size_t D = model->width, P = padded(model->outputs);
     float *embedding = new_array(pass->images, P * sizeof *embedding);
     if (!embedding) return SC_FAILED;
     for (size_t b = 0; b < pass->images; b++)
-        kernels->layer_norm(pass->x + b * model->tokens * D, model->post_weight, model->post_bias,
+        kernels->layer_norm(pass->x + b * model->tokens * D, post->weight, post->bias,
                             model->epsilon, pass->normed + b * pass->normed_stride, D);
-    tile_target to = { .c = embedding, .c_stride = P, .bias = model->head_bias };
-    int status = multiply(pass->normed, pass->images, pass->normed_stride, &model->head, to);
-    for (size_t b = 0; b < pass->images && status == SC_OK; b++) {
-        if (!model->text) {
-            memcpy(out + b * model->outputs, embedding + b * P, model->outputs * sizeof *out);
-            continue;
-        }
+    tile_target to = { .c = model->text ? embedding : out,
+                       .c_stride = model->text ? P : model->outputs, .bias = projection->bias };
+    int status = multiply(pass->normed, pass->images, pass->normed_stride, &projection->matrix, to);
+    for (size_t b = 0; b < pass->images && model->text && status == SC_OK; b++) {
         kernels->unit_row(embedding + b * P, P);
         for (size_t c = 0; c < model->classes; c++)
             out[b * model->classes + c] = kernels->dot(embedding + b * P, model->text + c * P, P);
@@ -4017,47 +4086,41 @@ static int forward_head(forward_pass *pass, float *out)
     return status;
 }
 
-static int new_forward_pass(forward_pass *pass, const sc_model *model, size_t images)
+static int new_forward_pass(forward_pass *pass, const sc_model *model)
 {
-    size_t D = model->width, T = model->tokens, d = D / model->heads;
+    size_t D = model->width, T = model->tokens, d = D / model->heads, longest = T > d ? T : d;
+    size_t pixels = 3 * model->patch * model->patch, columns = (size_t)kernels->columns;
     size_t widest = 3 * D > model->hidden ? 3 * D : model->hidden;
-    size_t terms = 3 * model->patch * model->patch, columns = (size_t)kernels->columns;
-    if (terms > widest) widest = terms;
-    *pass = (forward_pass){ .model = model, .images = images, .rows = images * T };
-    pass->wide_stride = padded(widest);
+    pass->model = model;
+    pass->rows = pass->images * T;
+    pass->wide_stride = padded(widest > pixels ? widest : pixels);
     pass->normed_stride = padded(D);
-    size_t longest = T > d ? T : d;
     pass->head_scratch_size = padded(panels_of(T) * columns * d + panels_of(d) * columns * T
                                      + T * padded(T) + row_buffer_size(longest));
-    pass->x = new_array(pass->rows, D * sizeof *pass->x);
-    pass->normed = new_array(pass->rows, pass->normed_stride * sizeof *pass->normed);
-    pass->wide = new_array(pass->rows, pass->wide_stride * sizeof *pass->wide);
-    pass->head_scratch = new_array((size_t)thread_count(),
-                                   pass->head_scratch_size * sizeof *pass->head_scratch);
-    return pass->x && pass->normed && pass->wide && pass->head_scratch ? SC_OK : SC_FAILED;
+    const array_spec arrays[] = {
+        ARRAY(pass->x, pass->rows, D), ARRAY(pass->normed, pass->rows, pass->normed_stride),
+        ARRAY(pass->wide, pass->rows, pass->wide_stride),
+        ARRAY(pass->head_scratch, (size_t)thread_count(), pass->head_scratch_size) };
+    return new_arrays(&pass->memory, arrays, COUNT(arrays));
 }
 
 int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
                      const sc_tap *taps, size_t count, float *head)
 {
-    forward_pass pass;
-    size_t last = head ? model->blocks : 0;
-    for (size_t i = 0; i < count; i++) last = taps[i].layer > last ? taps[i].layer : last;
-    if (last > model->loaded) return fail("%s: block %zu is not loaded", model->file.path, last);
-    int status = new_forward_pass(&pass, model, images);
-    pass.pixels = pixels;
-    pass.last = last;
-    pass.stops_at_attn = !head;
+    forward_pass pass = { .images = images, .pixels = pixels, .taps = taps, .count = count,
+                          .last = head ? model->blocks : 0, .stops_at_attn = !head };
     for (size_t i = 0; i < count; i++)
-        if (taps[i].layer == last && taps[i].hook != SC_ATTN) pass.stops_at_attn = 0;
+        pass.last = taps[i].layer > pass.last ? taps[i].layer : pass.last;
+    for (size_t i = 0; i < count; i++)
+        if (taps[i].layer == pass.last && taps[i].hook != SC_ATTN) pass.stops_at_attn = 0;
+    if (pass.last > model->loaded)
+        return fail("%s: block %zu is not loaded", model->file.path, pass.last);
+    int status = new_forward_pass(&pass, model);
     if (status == SC_OK) status = embed(&pass);
-    for (size_t layer = 1; layer <= last && status == SC_OK; layer++)
-        status = forward_block(&pass, taps, count, layer);
+    for (size_t number = 1; number <= pass.last && status == SC_OK; number++)
+        status = forward_block(&pass, number);
     if (status == SC_OK && head) status = forward_head(&pass, head);
-    free(pass.x);
-    free(pass.normed);
-    free(pass.wide);
-    free(pass.head_scratch);
+    release(&pass.memory);
     return status;
 }
 
@@ -4082,23 +4145,43 @@ typedef struct {
     uint64_t *image, *draw;          /* [room], their indices in the data set and in the order */
     int64_t *label;                  /* [room], -1 without */
     unsigned char *pixels;           /* [room, S, S, 3] */
-    size_t room, drawn;
+    float *logits;                   /* [room, classes], where asked for */
+    size_t drawn;
+    size_t kept, kept_at;            /* images read ahead: how many, and where they begin */
+    memory_list memory;
     int is_file, skip_bad;
     sc_safetensors file;             /* activations, where is_file */
     const sc_tensor *activations, *labels;
-    char **file_class_name;
     sc_images set;                   /* photos otherwise */
     sc_model model;
     sc_preprocess preprocess;
     image_reader reader;
     draw_function *order;
     void *order_context;
-    float *kept;                     /* [kept_images, T, stride], to be handed out first */
-    uint64_t *kept_image, *kept_draw;
-    size_t kept_images, kept_next;
 } feed;
 
-enum { FORWARD_IMAGES = 16 };        /* images a forward pass takes at once */
+enum {
+    FORWARD_IMAGES = 16,             /* images a forward pass takes at once */
+    MEASURE_IMAGES = 16              /* images a batch, where nobody asks for a size */
+};
+
+/* What an image is called in messages and tables. */
+static const char *image_name(const feed *f, size_t image)
+{
+    if (f->is_file || !f->set.image || image >= f->set.count) return "";
+    return f->set.image[image].name;
+}
+
+/* Adds to an error the image and token at fault; token: of the batch at hand. */
+static int blame_token(const feed *f, size_t token)
+{
+    char reason[sizeof error_text];
+    size_t image = (size_t)f->image[token / f->T];
+    const char *name = image_name(f, image);
+    memcpy(reason, error_text, sizeof reason);
+    return fail("image %zu%s%.300s, token %zu: %.600s", image, *name ? " " : "", name, token % f->T,
+                reason);
+}
 
 static int64_t feed_label(const feed *f, size_t image)
 {
@@ -4117,14 +4200,12 @@ static int read_feed_labels(feed *f)
     f->labels = sc_tensor_find(&f->file, "labels");
     if (f->labels && f->labels->count != f->images)
         return fail("%s: %zu labels for %zu images", f->file.path, f->labels->count, f->images);
-    if (names && f->labels) {
-        SC_TRY(json_string_array(names, f->file.path, &f->file_class_name, &f->classes));
-        f->class_name = f->file_class_name;
-    }
+    if (names && f->labels)
+        SC_TRY(json_string_array(names, f->file.path, &f->class_name, &f->classes));
+    int64_t label = -1, largest = f->class_name ? (int64_t)f->classes - 1 : SC_MAX_CLASSES - 1;
     for (size_t i = 0; i < f->images; i++) {
-        int64_t label = -1;
         if (f->labels) SC_TRY(sc_tensor_integers(&f->file, f->labels, i, 1, &label));
-        if (label < -1 || label >= SC_MAX_CLASSES || (f->class_name && label >= (int64_t)f->classes))
+        if (label < -1 || label > largest)
             return fail("%s: label %lld of image %zu is out of range", f->file.path,
                         (long long)label, i);
         if (label >= (int64_t)f->classes) f->classes = (size_t)label + 1;
@@ -4151,20 +4232,6 @@ static int open_activations(feed *f, const char *path, size_t limit)
         return fail("%s: activations of %zu tokens x %zu are too large", path, f->T, f->D);
     SC_TRY(read_feed_labels(f));
     if (limit && limit < f->images) f->images = limit;
-    return SC_OK;
-}
-
-/* Saved activations that say where they come from must come from where the SAE listens. */
-static int check_origin(const feed *f, size_t layer, int hook)
-{
-    const char *file_layer = sc_metadata_find(&f->file, "layer");
-    const char *file_hook = sc_metadata_find(&f->file, "hook");
-    if (file_layer && layer && strtoul(file_layer, NULL, 10) != layer)
-        return fail("%s: activations of layer %s where layer %zu was expected", f->file.path,
-                    file_layer, layer);
-    if (file_hook && hook >= 0 && strcmp(file_hook, hook_names[hook]) != 0)
-        return fail("%s: activations of hook %s where %s was expected", f->file.path, file_hook,
-                    hook_names[hook]);
     return SC_OK;
 }
 
@@ -4200,16 +4267,15 @@ static int open_feed(feed *f, const options *o, const char *images)
     return SC_OK;
 }
 
-/* Asks for a hook point; layer -1 is the last. Returns its place among the taps in *place. */
+/* Asks for a hook point; layer -1 is the last. Returns its place among the taps in *place. Saved
+ * activations have one, wherever it is (layer 0: not known). */
 static int add_tap(feed *f, long layer, sc_hook hook, size_t *place)
 {
-    size_t blocks = f->model.blocks, number = (size_t)layer;
-    if (!f->is_file) {
-        if (layer == 0 || layer > (long)blocks || -layer > (long)blocks)
-            return fail("%s: layer %ld of %zu: 1 to %zu or -1 to -%zu was expected",
-                        f->model.file.path, layer, blocks, blocks, blocks);
-        number = layer > 0 ? (size_t)layer : blocks + 1 - (size_t)-layer;
-    }
+    long blocks = (long)f->model.blocks;
+    if (!f->is_file && (layer == 0 || layer > blocks || -layer > blocks))
+        return fail("%s: layer %ld of %ld: 1 to %ld or -1 to -%ld was expected", f->model.file.path,
+                    layer, blocks, blocks, blocks);
+    size_t number = layer > 0 ? (size_t)layer : f->is_file ? 0 : (size_t)(blocks + 1 + layer);
     for (*place = 0; *place < f->taps; ++*place)
         if (f->is_file || (f->tap[*place].layer == number && f->tap[*place].hook == hook))
             return SC_OK;
@@ -4218,37 +4284,71 @@ static int add_tap(feed *f, long layer, sc_hook hook, size_t *place)
     return SC_OK;
 }
 
-static int first_to_last(void *context, size_t draw, size_t *image)
+/* Options overrule what an SAE's file says. */
+static int overrule_sae(sc_sae *sae, const options *o)
 {
-    const feed *f = context;
-    *image = draw;
-    return draw < f->images ? SC_OK : SC_END;
+    if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
+    if (o->k) sae->k = (size_t)o->k;
+    if (sae->topk && sae->k > sae->d_sae && !sae->path)
+        return fail("--k %zu is more than the %zu latents", sae->k, sae->d_sae);
+    if (sae->topk && (sae->k == 0 || sae->k > sae->d_sae))
+        return fail("%s: a TopK SAE whose k is not from 1 to %zu (--k)", sae->path, sae->d_sae);
+    if (o->hook)
+        for (sae->hook = 0; strcmp(o->hook, hook_names[sae->hook]) != 0;) sae->hook++;
+    return SC_OK;
+}
+
+/* An SAE takes activations of its width; saved ones that say where they come from must come from
+ * where it listens, unless options overrule that. */
+static int check_origin(const feed *f, const sc_sae *sae, const options *o)
+{
+    const char *layer = sc_metadata_find(&f->file, "layer");
+    const char *hook = sc_metadata_find(&f->file, "hook");
+    if (sae->d_in != f->D)
+        return fail("%s: an SAE of width %zu, but the activations have %zu", sae->path, sae->d_in,
+                    f->D);
+    if (layer && sae->layer && !o->layer && strtoul(layer, NULL, 10) != sae->layer)
+        return fail("%s: activations of layer %s where layer %zu was expected", f->file.path, layer,
+                    sae->layer);
+    if (hook && sae->hook >= 0 && !o->hook && strcmp(hook, hook_names[sae->hook]) != 0)
+        return fail("%s: activations of hook %s where %s was expected", f->file.path, hook,
+                    hook_names[sae->hook]);
+    return SC_OK;
+}
+
+/* Where an SAE listens: its metadata say, or the options. */
+static int tap_for(feed *f, const sc_sae *sae, const options *o, size_t *place)
+{
+    long layer = o->layer ? o->layer : (long)sae->layer;
+    SC_TRY(check_origin(f, sae, o));
+    if (!f->is_file && (!layer || sae->hook < 0))
+        return usage("%s does not say where it listens: --layer and --hook", sae->path);
+    return add_tap(f, layer, sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook, place);
 }
 
 /* Starts handing out batches of up to `room` images, in the order given (NULL: first to last),
  * from draw number `from` on. */
-static int start_feed(feed *f, size_t room, draw_function *order, void *context, int with_head)
+static int start_feed(feed *f, size_t room, draw_function *order, void *context,
+                      int with_logits)
 {
     size_t S = f->model.image_size, deepest = 0;
-    f->room = room;
-    f->order = order ? order : first_to_last;
-    f->order_context = order ? context : f;
-    f->image = new_array(room, sizeof *f->image);
-    f->draw = new_array(room, sizeof *f->draw);
-    f->label = new_array(room, sizeof *f->label);
-    if (!f->image || !f->draw || !f->label) return SC_FAILED;
+    const array_spec arrays[] = {
+        ARRAY(f->image, room, 1), ARRAY(f->draw, room, 1), ARRAY(f->label, room, 1),
+        ARRAY(f->pixels, room, S * S * 3) };
+    f->order = order;
+    f->order_context = context;
     if (f->T > SIZE_MAX / room) return fail("a batch of %zu images is too large", room);
+    SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
     for (size_t i = 0; i < f->taps; i++) {
-        f->tap[i].out = new_array(room * f->T, f->stride * sizeof(float));
-        if (!f->tap[i].out) return SC_FAILED;
+        SC_TRY(allocate(&f->memory, &f->tap[i].out, room * f->T, f->stride * sizeof(float)));
         deepest = f->tap[i].layer > deepest ? f->tap[i].layer : deepest;
     }
     if (f->is_file) return SC_OK;
-    f->pixels = new_array(room, S * S * 3);
-    if (!f->pixels) return SC_FAILED;
-    SC_TRY(sc_model_load(&f->model, with_head ? f->model.blocks : deepest, with_head));
-    return reader_open(&f->reader, &f->set, &f->preprocess, f->order, f->order_context,
-                       thread_count(), f->skip_bad);
+    SC_TRY(sc_model_load(&f->model, with_logits ? f->model.blocks : deepest, with_logits));
+    if (with_logits)
+        SC_TRY(allocate(&f->memory, &f->logits, room, f->model.classes * sizeof *f->logits));
+    return reader_open(&f->reader, &f->set, &f->preprocess, order, context, thread_count(),
+                       f->skip_bad);
 }
 
 static int read_activations_task(void *context, size_t i, int worker)
@@ -4259,34 +4359,47 @@ static int read_activations_task(void *context, size_t i, int worker)
     f->label[i] = feed_label(f, f->image[i]);
     for (size_t t = 0; t < f->T; t++) {
         size_t row = (size_t)f->image[i] * f->T + t;
-        SC_TRY(sc_tensor_floats(&f->file, f->activations, row * f->D, f->D,
-                                f->tap[0].out + (i * f->T + t) * f->stride));
+        if (sc_tensor_floats(&f->file, f->activations, row * f->D, f->D,
+                             f->tap[0].out + (i * f->T + t) * f->stride) != SC_OK)
+            return blame_token(f, i * f->T + t);
     }
     return SC_OK;
 }
 
 static int next_from_file(feed *f, size_t want)
 {
-    int status = SC_OK;
-    while (f->count < want) {
-        size_t image;
-        status = f->order(f->order_context, f->drawn, &image);
-        if (status != SC_OK) break;
+    for (; f->count < want; f->count++, f->drawn++) {
+        size_t image = f->drawn;
+        int status = f->order ? f->order(f->order_context, f->drawn, &image)
+                              : image < f->images ? SC_OK : SC_END;
+        if (status == SC_END) break;
+        SC_TRY(status);
         f->image[f->count] = image;
-        f->draw[f->count++] = f->drawn++;
+        f->draw[f->count] = f->drawn;
     }
-    if (status != SC_OK && status != SC_END) return status;
     return parallel_for(f->count - f->begin, read_activations_task, f);
 }
 
-static int next_from_photos(feed *f, size_t want, float *head)
+/* Finite weights may still give numbers that are not. rows: [images, count, stride] of the batch */
+static int check_finite(const feed *f, const float *rows, size_t count, size_t stride)
 {
-    size_t S = f->model.image_size, bytes = S * S * 3, outputs = f->model.classes;
+    size_t first = f->begin * count * stride, end = f->count * count * stride;
+    size_t bad = first + first_beyond(rows + first, end - first, LARGEST_FLOAT);
+    if (bad == end) return SC_OK;
+    fail("%s gives %g where a finite number was expected", f->model.file.path, (double)rows[bad]);
+    return blame_token(f, bad / stride * (f->T / count));
+}
+
+static int next_from_photos(feed *f, size_t want)
+{
+    size_t S = f->model.image_size, bytes = S * S * 3;
     const image_slot *slot;
     while (f->count < want) {
         int status = reader_next(&f->reader, &slot);
+        if (status == SC_END && f->drawn == 0) return fail("standard input: no picture came");
         if (status == SC_END) break;
         SC_TRY(status);
+        f->drawn++;
         memcpy(f->pixels + f->count * bytes, slot->pixels, bytes);
         f->image[f->count] = slot->image;
         f->draw[f->count] = slot->draw;
@@ -4298,58 +4411,60 @@ static int next_from_photos(feed *f, size_t want, float *head)
         memcpy(tap, f->tap, sizeof tap);
         for (size_t i = 0; i < f->taps; i++) tap[i].out += first * f->T * f->stride;
         SC_TRY(sc_model_forward(&f->model, f->pixels + first * bytes, images, tap, f->taps,
-                                head ? head + first * outputs : NULL));
+                                f->logits ? f->logits + first * f->model.classes : NULL));
     }
-    return SC_OK;
+    for (size_t i = 0; i < f->taps; i++) SC_TRY(check_finite(f, f->tap[i].out, f->T, f->stride));
+    return f->logits ? check_finite(f, f->logits, 1, f->model.classes) : SC_OK;
 }
 
-/* Images kept aside come out again before any new one. */
+/* Images that were read ahead come first: they move to the front of the arrays. */
 static void next_from_kept(feed *f, size_t want)
 {
-    size_t row = f->T * f->stride;
-    while (f->count < want && f->kept_next < f->kept_images) {
-        f->image[f->count] = f->kept_image[f->kept_next];
-        f->draw[f->count] = f->kept_draw[f->kept_next];
-        memcpy(f->tap[0].out + f->count++ * row, f->kept + f->kept_next++ * row, row * sizeof(float));
+    size_t row = f->T * f->stride, some = f->kept < want ? f->kept : want;
+    for (; f->count < some; f->count++, f->kept_at++) {
+        f->image[f->count] = f->image[f->kept_at];
+        f->draw[f->count] = f->draw[f->kept_at];
+        memmove(f->tap[0].out + f->count * row, f->tap[0].out + f->kept_at * row,
+                row * sizeof(float));
     }
-    if (f->kept_next < f->kept_images) return;
-    free(f->kept);
-    free(f->kept_image);
-    free(f->kept_draw);
-    f->kept = NULL;
-    f->kept_image = f->kept_draw = NULL;
-    f->kept_images = f->kept_next = 0;
+    f->kept -= some;
 }
 
-/* The next batch: f->count images, 0 at the end. head: [want, classes] or NULL */
-static int next_batch(feed *f, size_t want, float *head)
+/* The next batch: f->count images, 0 at the end. */
+static int next_batch(feed *f, size_t want)
 {
     f->count = 0;
-    if (f->kept) next_from_kept(f, want);
+    next_from_kept(f, want);
     f->begin = f->count;
     if (f->count == want) return SC_OK;
-    return f->is_file ? next_from_file(f, want) : next_from_photos(f, want, head);
+    return f->is_file ? next_from_file(f, want) : next_from_photos(f, want);
 }
 
-/* What an image is called in messages and tables. */
-static const char *image_name(const feed *f, size_t image)
+/* Hands every batch of a data set to `take`. */
+static int for_each_batch(feed *f, int with_logits, int (*take)(void *context), void *context)
 {
-    if (f->is_file || !f->set.image || image >= f->set.count) return "";
-    return f->set.image[image].name;
+    uint64_t done = 0;
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, with_logits));
+    for (;; done += f->count) {
+        SC_TRY(next_batch(f, MEASURE_IMAGES));
+        if (f->count == 0) return SC_OK;
+        SC_TRY(take(context));
+        show_progress("image", done + f->count, f->images, done + f->count, "images", "%s", "");
+    }
+}
+
+/* A path without its folders. */
+static const char *base_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
 }
 
 static void close_feed(feed *f)
 {
-    if (!f->is_file) reader_close(&f->reader);
-    for (size_t i = 0; i < f->taps; i++) free(f->tap[i].out);
-    free(f->image);
-    free(f->draw);
-    free(f->label);
-    free(f->pixels);
-    free(f->kept);
-    free(f->kept_image);
-    free(f->kept_draw);
-    free(f->file_class_name);
+    release(&f->memory);
+    if (f->is_file) free(f->class_name);
+    else reader_close(&f->reader);
     sc_safetensors_close(&f->file);
     sc_images_close(&f->set);
     sc_model_close(&f->model);
@@ -4360,10 +4475,10 @@ static void close_feed(feed *f)
  * 8. The sparse autoencoder
  *
  *     h = W_enc^T (x - b_dec) + b_enc       f = relu(h), or relu of the k largest of h
- *     x' = W_dec^T f + b_dec                                  (Bricken et al., 2023; Gao et al., 2024)
+ *     x' = W_dec^T f + b_dec                 (Bricken et al., 2023; Gao et al., 2024)
  *
  * Weights lie latent by latent. A batch's tokens are cut into tiles of at most 256; a tile's
- * pre-activations become sparse codes while they are in cache, so no tokens x latents matrix exists.
+ * pre-activations become sparse codes while in cache, so there is no tokens x latents matrix.
  * ============================================================================================ */
 
 static const char *const architecture_names[] = { "standard", "topk" };
@@ -4392,64 +4507,66 @@ void sc_sae_close(sc_sae *sae)
     *sae = (sc_sae){ 0 };
 }
 
+typedef struct { sc_sae *sae; uint64_t seed; } initialisation;
+
 /* Kaiming's bound for the encoder, unit rows for the decoder. */
 static int initial_row(void *context, size_t j, int worker)
 {
-    const sc_sae *sae = ((void **)context)[0];
-    uint64_t seed = *(uint64_t *)((void **)context)[1];
+    const initialisation *start = context;
+    const sc_sae *sae = start->sae;
+    float *encoder = sae->W_enc + j * sae->stride, *decoder = sae->W_dec + j * sae->stride;
     float bound = sqrtf(6.0f / (float)sae->d_sae);
     (void)worker;
     for (size_t d = 0; d < sae->d_in; d++) {
         uint64_t index = (uint64_t)j * sae->d_in + d;
-        sae->W_enc[j * sae->stride + d] = bound * uniform(seed, STREAM_W_ENC, index);
-        sae->W_dec[j * sae->stride + d] = uniform(seed, STREAM_W_DEC, index);
+        encoder[d] = bound * uniform(start->seed, STREAM_W_ENC, index);
+        decoder[d] = uniform(start->seed, STREAM_W_DEC, index);
     }
-    kernels->unit_row(sae->W_dec + j * sae->stride, sae->stride);
+    kernels->unit_row(decoder, sae->stride);
     return SC_OK;
 }
 
 int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed)
 {
+    initialisation start = { sae, seed };
     int status = new_sae(sae, d_in, d_sae);
-    void *context[] = { sae, &seed };
-    if (status == SC_OK) status = parallel_for(d_sae, initial_row, context);
+    if (status == SC_OK) status = parallel_for(d_sae, initial_row, &start);
     if (status != SC_OK) sc_sae_close(sae);
     return status;
 }
 
 enum { TRANSPOSE_ROWS = 16 };
 
-/* W_enc lies [D, n] in files and latent by latent in memory: some rows at a time. */
-static int read_transposed(const sc_safetensors *file, const sc_tensor *tensor, sc_sae *sae)
+/* W_enc lies [D, n] in files and latent by latent in memory: some rows at a time are read from the
+ * tensor, or go to the writer where there is one. */
+static int move_encoder(const sc_sae *sae, const sc_safetensors *file, const sc_tensor *tensor,
+                        sc_writer *writer)
 {
     size_t n = sae->d_sae;
     float *rows = new_array(n, TRANSPOSE_ROWS * sizeof *rows);
     int status = rows ? SC_OK : SC_FAILED;
     for (size_t d = 0; d < sae->d_in && status == SC_OK; d += TRANSPOSE_ROWS) {
         size_t height = sae->d_in - d < TRANSPOSE_ROWS ? sae->d_in - d : TRANSPOSE_ROWS;
-        status = sc_tensor_floats(file, tensor, d * n, height * n, rows);
-        for (size_t j = 0; j < n && status == SC_OK; j++)
-            for (size_t i = 0; i < height; i++)
-                sae->W_enc[j * sae->stride + d + i] = rows[i * n + j];
+        if (!writer) status = sc_tensor_floats(file, tensor, d * n, height * n, rows);
+        for (size_t j = 0; j < n; j++)
+            for (size_t i = 0; i < height; i++) {
+                float *here = sae->W_enc + j * sae->stride + d + i, *there = rows + i * n + j;
+                if (writer) *there = *here;
+                else *here = *there;
+            }
+        if (writer) status = sc_writer_floats(writer, rows, height * n);
     }
     free(rows);
     return status;
 }
 
-static int write_transposed(sc_writer *writer, const sc_sae *sae)
+/* Better to fail now than when the work is done. */
+static int try_output(const char *path)
 {
-    size_t n = sae->d_sae;
-    float *rows = new_array(n, TRANSPOSE_ROWS * sizeof *rows);
-    int status = rows ? SC_OK : SC_FAILED;
-    for (size_t d = 0; d < sae->d_in && status == SC_OK; d += TRANSPOSE_ROWS) {
-        size_t height = sae->d_in - d < TRANSPOSE_ROWS ? sae->d_in - d : TRANSPOSE_ROWS;
-        for (size_t j = 0; j < n; j++)
-            for (size_t i = 0; i < height; i++)
-                rows[i * n + j] = sae->W_enc[j * sae->stride + d + i];
-        status = sc_writer_floats(writer, rows, height * n);
-    }
-    free(rows);
-    return status;
+    sc_writer w;
+    SC_TRY(sc_writer_open(&w, path, 0));
+    sc_writer_discard(&w);
+    return SC_OK;
 }
 
 /* A [n, D] tensor to and from rows with padding. */
@@ -4457,7 +4574,8 @@ static int read_rows(const sc_safetensors *file, const char *name, size_t n, siz
                      size_t stride, float *rows)
 {
     const sc_tensor *tensor = sc_tensor_find(file, name);
-    if (!tensor || tensor->count != n * D || tensor->shape[tensor->rank - 1] != D)
+    if (!tensor || tensor->rank == 0 || tensor->count != n * D
+        || tensor->shape[tensor->rank - 1] != D)
         return fail("%s: a tensor %s of %zu x %zu was expected", file->path, name, n, D);
     for (size_t j = 0; j < n; j++)
         SC_TRY(sc_tensor_floats(file, tensor, j * D, D, rows + j * stride));
@@ -4478,15 +4596,16 @@ static int write_vector(sc_writer *writer, const char *name, size_t n, const flo
     return sc_writer_floats(writer, vector, n);
 }
 
-/* A whole number in the metadata; absent leaves *value. */
-static int metadata_number(const sc_safetensors *file, const char *key, double least, double most,
-                           double *value)
+/* A whole number from 1 on in the metadata; absent leaves *value. */
+static int metadata_number(const sc_safetensors *file, const char *key, double most, size_t *value)
 {
     const char *text = sc_metadata_find(file, key);
+    double number = 0;
     if (!text) return SC_OK;
-    if (parse_number(text, key, least, most, value) != SC_OK)
-        return fail("%s: metadata %s = '%s' is no number from %g to %g", file->path, key, text,
-                    least, most);
+    if (parse_number(text, key, 1, most, &number) != SC_OK || number != floor(number))
+        return fail("%s: metadata %s = '%s' is no whole number from 1 to %g", file->path, key, text,
+                    most);
+    *value = (size_t)number;
     return SC_OK;
 }
 
@@ -4495,20 +4614,15 @@ static int read_sae_metadata(sc_sae *sae, const sc_safetensors *file)
     const char *architecture = sc_metadata_find(file, "architecture");
     const char *hook = sc_metadata_find(file, "hook"), *model = sc_metadata_find(file, "model");
     const char *start = sc_metadata_find(file, "b_dec_start");
-    double k = 0, layer = 0;
-    if (architecture && strcmp(architecture, "topk") == 0) sae->topk = 1;
-    else if (architecture && strcmp(architecture, "standard") != 0)
+    sc_hook found = SC_MLP;
+    sae->topk = architecture && strcmp(architecture, architecture_names[1]) == 0;
+    if (architecture && strcmp(architecture, architecture_names[sae->topk]) != 0)
         return fail("%s: architecture '%s' is neither standard nor topk", file->path, architecture);
-    SC_TRY(metadata_number(file, "k", 1, (double)sae->d_sae, &k));
-    SC_TRY(metadata_number(file, "layer", 1, 1e6, &layer));
-    sae->k = (size_t)k;
-    sae->layer = (size_t)layer;
-    if (hook) {
-        sc_hook found = SC_MLP;
-        if (parse_hook(hook, &found) != SC_OK)
-            return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", file->path, hook);
-        sae->hook = (int)found;
-    }
+    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
+    SC_TRY(metadata_number(file, "layer", 1e6, &sae->layer));
+    if (hook && parse_hook(hook, &found) != SC_OK)
+        return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", file->path, hook);
+    if (hook) sae->hook = (int)found;
     if (model && !(sae->model = copy_string(model))) return SC_FAILED;
     if (start && !(sae->b_dec_start = copy_string(start))) return SC_FAILED;
     return SC_OK;
@@ -4517,11 +4631,11 @@ static int read_sae_metadata(sc_sae *sae, const sc_safetensors *file)
 static int read_sae(sc_sae *sae, const sc_safetensors *file)
 {
     const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
-    if (!encoder || encoder->rank != 2)
+    if (!encoder || encoder->rank != 2 || encoder->count == 0)
         return fail("%s: this is no SAE: a tensor W_enc [d_in, d_sae] was expected", file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
     if (!(sae->path = copy_string(file->path))) return SC_FAILED;
-    SC_TRY(read_transposed(file, encoder, sae));
+    SC_TRY(move_encoder(sae, file, encoder, NULL));
     SC_TRY(read_rows(file, "W_dec", sae->d_sae, sae->d_in, sae->stride, sae->W_dec));
     SC_TRY(read_rows(file, "b_enc", 1, sae->d_sae, sae->d_sae, sae->b_enc));
     SC_TRY(read_rows(file, "b_dec", 1, sae->d_in, sae->stride, sae->b_dec));
@@ -4542,20 +4656,19 @@ int sc_sae_open(sc_sae *sae, const char *path)
 /* The tensors and what an SAE is; the caller adds how it was trained. */
 static int write_sae(sc_writer *writer, const sc_sae *sae)
 {
-    char number[32];
+    const struct { const char *key; size_t value; } numbers[] = {
+        { "k", sae->topk ? sae->k : 0 }, { "d_in", sae->d_in }, { "d_sae", sae->d_sae },
+        { "layer", sae->layer } };
     SC_TRY(sc_writer_metadata(writer, "architecture", architecture_names[sae->topk]));
-    snprintf(number, sizeof number, "%zu", sae->k);
-    if (sae->topk) SC_TRY(sc_writer_metadata(writer, "k", number));
-    snprintf(number, sizeof number, "%zu", sae->d_in);
-    SC_TRY(sc_writer_metadata(writer, "d_in", number));
-    snprintf(number, sizeof number, "%zu", sae->d_sae);
-    SC_TRY(sc_writer_metadata(writer, "d_sae", number));
-    snprintf(number, sizeof number, "%zu", sae->layer);
-    if (sae->layer) SC_TRY(sc_writer_metadata(writer, "layer", number));
+    for (size_t i = 0; i < COUNT(numbers); i++) {
+        char text[32];
+        snprintf(text, sizeof text, "%zu", numbers[i].value);
+        if (numbers[i].value) SC_TRY(sc_writer_metadata(writer, numbers[i].key, text));
+    }
     if (sae->hook >= 0) SC_TRY(sc_writer_metadata(writer, "hook", hook_names[sae->hook]));
     if (sae->model) SC_TRY(sc_writer_metadata(writer, "model", sae->model));
     SC_TRY(sc_writer_tensor(writer, "W_enc", SC_F32, 2, (size_t[]){ sae->d_in, sae->d_sae }));
-    SC_TRY(write_transposed(writer, sae));
+    SC_TRY(move_encoder(sae, NULL, NULL, writer));
     SC_TRY(write_vector(writer, "b_enc", sae->d_sae, sae->b_enc));
     SC_TRY(write_rows(writer, "W_dec", sae->d_sae, sae->d_in, sae->stride, sae->W_dec));
     return write_vector(writer, "b_dec", sae->d_in, sae->b_dec);
@@ -4585,13 +4698,6 @@ static inline int low_bit(uint64_t bits)
     while (!(bits >> i & 1)) i++;
     return i;
 #endif
-}
-
-static inline int bit_count(uint64_t bits)
-{
-    bits -= bits >> 1 & 0x5555555555555555u;
-    bits = (bits & 0x3333333333333333u) + (bits >> 2 & 0x3333333333333333u);
-    return (int)(((bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56);
 }
 
 /* Visits the tokens where latent j of a tile fires, in order: token is within the tile, value its
@@ -4637,52 +4743,33 @@ typedef struct {
     size_t tiles, tile_room;
     unsigned char *scratch;          /* [workers][scratch_bytes] */
     size_t scratch_bytes;
+    memory_list memory;
 } sae_batch;
 
 /* What a worker needs for a tile; the arrays lie in the batch's scratch. */
 typedef struct {
     float *h;                        /* [MAX_ROWS][TILE_TOKENS] */
-    float *rows;                     /* [MAX_ROWS][stride], weights gathered */
     float *buffer;                   /* for load_rows */
     float *dense;                    /* [TILE_TOKENS][CHAIN], a block's codes in full */
     packed_matrix weights;           /* [CHAIN, D], a block of W_dec */
+    float *value;                    /* [CHAIN], a token's codes in a block */
     float *sum;                      /* [stride] */
-    uint64_t *candidate;             /* [TILE_TOKENS][candidates], TopK's */
-    uint32_t *candidates;            /* [TILE_TOKENS] */
+    uint64_t *heap;                  /* [TILE_TOKENS][k], TopK's best so far */
     float *limit;                    /* [TILE_TOKENS], what a candidate must exceed */
-    uint32_t *begin;                 /* [TILE_TOKENS + 1] */
-    uint8_t *latent;                 /* [TILE_TOKENS * CHAIN] */
-    float *value;                    /* [TILE_TOKENS * CHAIN] */
 } tile_scratch;
 
-static size_t candidate_room(const sc_sae *sae) { return 2 * sae->k + 64; }
-
 /* Lays a worker's arrays out from `memory`, or only measures them where that is NULL. */
-static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, unsigned char *memory)
+static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory)
 {
-    size_t deepest = sae->d_in > CHAIN ? sae->d_in : CHAIN;
-    size_t columns = (size_t)kernels->columns, used = 0;
+    size_t deepest = sae->d_in > CHAIN ? sae->d_in : CHAIN, columns = (size_t)kernels->columns;
     s->weights = (packed_matrix){ .K = CHAIN, .N = sae->d_in, .panels = panels_of(sae->d_in) };
-    const struct { void *pointer; size_t count, size; } arrays[] = {
-        { &s->h, MAX_ROWS * TILE_TOKENS, sizeof *s->h },
-        { &s->rows, MAX_ROWS * sae->stride, sizeof *s->rows },
-        { &s->buffer, row_buffer_size(deepest), sizeof *s->buffer },
-        { &s->dense, TILE_TOKENS * CHAIN, sizeof *s->dense },
-        { &s->weights.data, s->weights.panels * columns * CHAIN, sizeof *s->weights.data },
-        { &s->sum, sae->stride, sizeof *s->sum },
-        { &s->candidate, sae->topk ? TILE_TOKENS * candidate_room(sae) : 0, sizeof *s->candidate },
-        { &s->candidates, TILE_TOKENS, sizeof *s->candidates },
-        { &s->limit, TILE_TOKENS, sizeof *s->limit },
-        { &s->begin, TILE_TOKENS + 1, sizeof *s->begin },
-        { &s->latent, TILE_TOKENS * CHAIN, sizeof *s->latent },
-        { &s->value, TILE_TOKENS * CHAIN, sizeof *s->value },
-    };
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
-        void *place = memory ? memory + used : NULL;
-        memcpy(arrays[i].pointer, &place, sizeof place);
-        used += (arrays[i].count * arrays[i].size + 63) / 64 * 64;
-    }
-    return used;
+    const array_spec arrays[] = {
+        ARRAY(s->h, MAX_ROWS, TILE_TOKENS), ARRAY(s->buffer, row_buffer_size(deepest), 1),
+        ARRAY(s->dense, TILE_TOKENS, CHAIN),
+        ARRAY(s->weights.data, s->weights.panels * columns, CHAIN), ARRAY(s->value, CHAIN, 1),
+        ARRAY(s->sum, sae->stride, 1), ARRAY(s->heap, sae->topk ? sae->k : 0, TILE_TOKENS),
+        ARRAY(s->limit, TILE_TOKENS, 1) };
+    return lay_out(arrays, COUNT(arrays), memory);
 }
 
 static tile_scratch worker_scratch(const sae_batch *batch, int worker)
@@ -4694,20 +4781,8 @@ static tile_scratch worker_scratch(const sae_batch *batch, int worker)
 
 static void free_batch(sae_batch *batch)
 {
-    for (size_t i = 0; batch->tile && i < batch->tile_room; i++) {
-        free(batch->tile[i].mask);
-        free(batch->tile[i].start);
-        free(batch->tile[i].value);
-    }
-    free(batch->tile);
-    free(batch->centred);
-    free(batch->panels.data);
-    free(batch->output);
-    free(batch->norm);
-    free(batch->squared_error);
-    free(batch->sum_f);
-    free(batch->active);
-    free(batch->scratch);
+    for (size_t i = 0; batch->tile && i < batch->tile_room; i++) free(batch->tile[i].value);
+    release(&batch->memory);
     *batch = (sae_batch){ 0 };
 }
 
@@ -4722,43 +4797,38 @@ static size_t tile_count(size_t T)
 static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room)
 {
     tile_scratch s;
-    size_t n = sae->d_sae, row = sae->stride * sizeof(float);
-    *batch = (sae_batch){ .sae = sae, .room = room, .reconstruct = 1 };
-    batch->scratch_bytes = lay_out_scratch(&s, sae, NULL);
-    batch->scratch = new_array((size_t)thread_count(), batch->scratch_bytes);
-    batch->centred = new_array(room, row);
-    batch->output = new_array(room, row);
-    batch->norm = new_array(room, sizeof *batch->norm);
-    batch->squared_error = new_array(room, sizeof *batch->squared_error);
-    batch->sum_f = new_array(room, sizeof *batch->sum_f);
-    batch->active = new_array(room, sizeof *batch->active);
-    batch->tile_room = tile_count(room);
-    batch->tile = new_array(batch->tile_room, sizeof *batch->tile);
-    int ok = batch->scratch && batch->centred && batch->output && batch->norm
-             && batch->squared_error && batch->sum_f && batch->active && batch->tile
-             && new_packed(&batch->panels, sae->d_in, room) == SC_OK;
-    for (size_t i = 0; ok && i < batch->tile_room; i++) {
-        batch->tile[i].mask = new_array(n, sizeof *batch->tile[i].mask);
-        batch->tile[i].start = new_array(n + 1, sizeof *batch->tile[i].start);
-        ok = batch->tile[i].mask && batch->tile[i].start;
+    uint64_t (*masks)[TILE_WORDS] = NULL;
+    size_t n = sae->d_sae, tiles = tile_count(room), *starts = NULL;
+    size_t columns = panels_of(room) * (size_t)kernels->columns;
+    *batch = (sae_batch){ .sae = sae, .room = room, .reconstruct = 1, .tile_room = tiles,
+                          .scratch_bytes = lay_out_scratch(&s, sae, NULL) };
+    batch->panels.K = sae->d_in;
+    const array_spec arrays[] = {
+        ARRAY(batch->centred, room, sae->stride), ARRAY(batch->output, room, sae->stride),
+        ARRAY(batch->panels.data, columns, sae->d_in), ARRAY(batch->norm, room, 1),
+        ARRAY(batch->squared_error, room, 1), ARRAY(batch->sum_f, room, 1),
+        ARRAY(batch->active, room, 1), ARRAY(batch->tile, tiles, 1), ARRAY(masks, n, tiles),
+        ARRAY(starts, n + 1, tiles),
+        ARRAY(batch->scratch, (size_t)thread_count(), batch->scratch_bytes) };
+    SC_TRY(new_arrays(&batch->memory, arrays, COUNT(arrays)));
+    for (size_t i = 0; i < tiles; i++) {
+        batch->tile[i].mask = masks + i * n;
+        batch->tile[i].start = starts + i * (n + 1);
     }
-    if (!ok) free_batch(batch);
-    return ok ? SC_OK : SC_FAILED;
+    return SC_OK;
 }
 
-/* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of `count` latents on panels first .. last - 1. Rows of h
- * are h_stride long; what lies past the last token is not meant for anyone. */
+/* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of some latents on panels first .. last - 1. latent:
+ * [count]; rows of h are h_stride long; what lies past the last token is not meant for anyone. */
 static void pre_activations(const sae_batch *batch, const size_t *latent, size_t count,
-                            size_t first, size_t last, float *h, size_t h_stride, tile_scratch *s)
+                            size_t first, size_t last, float *h, size_t h_stride, float *buffer)
 {
     const sc_sae *sae = batch->sae;
     size_t columns = (size_t)kernels->columns, D = sae->d_in;
     float tile[MAX_ROWS * MAX_COLUMNS];
-    for (size_t i = 0; i < count; i++)
-        memcpy(s->rows + i * sae->stride, sae->W_enc + latent[i] * sae->stride, D * sizeof(float));
-    load_rows(s->buffer, s->rows, sae->stride, count, D);
+    load_rows(buffer, sae->W_enc, sae->stride, latent, count, D);
     for (size_t panel = first; panel < last; panel++) {
-        kernels->tile(D, s->buffer, batch->panels.data + panel * D * columns, tile);
+        kernels->tile(D, buffer, batch->panels.data + panel * D * columns, tile);
         for (size_t i = 0; i < count; i++) {
             float *out = h + i * h_stride + (panel - first) * columns, b = sae->b_enc[latent[i]];
             for (size_t c = 0; c < columns; c++) out[c] = tile[i * columns + c] + b + 0.0f;
@@ -4780,8 +4850,8 @@ static int reserve_values(tile_codes *tile, size_t used, size_t more)
     return SC_OK;
 }
 
-/* TopK's candidates are kept as numbers that sort: positive floats order as their bits do, and of
- * equal ones the lower latent is the larger number. */
+/* TopK: a token's k best are a heap of numbers that sort: positive floats order as their bits do,
+ * and of equal ones the lower latent is the larger number; 0 is nobody. */
 static uint64_t candidate_of(float h, size_t latent)
 {
     return (uint64_t)bits_of_float(h) << 32 | (uint32_t)~(uint32_t)latent;
@@ -4790,80 +4860,52 @@ static uint64_t candidate_of(float h, size_t latent)
 static float candidate_value(uint64_t c) { return float_of_bits((uint32_t)(c >> 32)); }
 static size_t candidate_latent(uint64_t c) { return (uint32_t)~(uint32_t)c; }
 
-/* Moves the k largest of count numbers to the front (Hoare's selection). */
-static void keep_largest(uint64_t *a, size_t count, size_t k)
+/* Replaces the least number of a heap, its first, by a larger one. heap: [k] */
+static void replace_least(uint64_t *heap, size_t k, uint64_t number)
 {
-    size_t low = 0, high = count;
-    while (high - low > 1 && k > low && k < high) {
-        uint64_t pivot = a[low + (high - low) / 2];
-        size_t i = low, j = high - 1;
-        for (;;) {
-            while (a[i] > pivot) i++;
-            while (a[j] < pivot) j--;
-            if (i >= j) break;
-            uint64_t swap = a[i];
-            a[i++] = a[j];
-            a[j--] = swap;
-        }
-        size_t split = a[i] > pivot ? i + 1 : i;
-        if (split == low) split = low + 1;
-        if (k < split) high = split;
-        else low = split;
+    size_t place = 0;
+    for (size_t child = 1; child < k; child = 2 * place + 1) {
+        if (child + 1 < k && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= number) break;
+        heap[place] = heap[child];
+        place = child;
     }
+    heap[place] = number;
 }
 
-/* Takes a row of pre-activations into the candidates of its tile's tokens. h: [TILE_TOKENS] */
+/* Takes latent j's pre-activations into the heaps of its tile's tokens. h: [TILE_TOKENS] */
 static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t words,
                              tile_scratch *s)
 {
     uint64_t mask[TILE_WORDS];
-    size_t room = candidate_room(sae);
     if (!kernels->find_above(h, s->limit, words * MASK_BITS, mask)) return;
     for (size_t w = 0; w < words; w++)
         for (uint64_t bits = mask[w]; bits; bits &= bits - 1) {
             size_t t = w * MASK_BITS + (size_t)low_bit(bits);
-            uint64_t *candidate = s->candidate + t * room;
-            candidate[s->candidates[t]++] = candidate_of(h[t], j);
-            if (s->candidates[t] < room) continue;
-            keep_largest(candidate, room, sae->k);
-            s->candidates[t] = (uint32_t)sae->k;
-            uint64_t least = candidate[0];
-            for (size_t i = 1; i < sae->k; i++) least = candidate[i] < least ? candidate[i] : least;
-            s->limit[t] = candidate_value(least);
+            replace_least(s->heap + t * sae->k, sae->k, candidate_of(h[t], j));
+            s->limit[t] = candidate_value(s->heap[t * sae->k]);
         }
 }
 
-/* The k best candidates of each token become the tile's codes. */
-static int select_codes(const sc_sae *sae, tile_codes *tile, tile_scratch *s)
+/* The k best of each token become the tile's codes, ordered by counting. */
+static int select_codes(const sc_sae *sae, tile_codes *tile, const tile_scratch *s)
 {
-    size_t room = candidate_room(sae), total = 0;
-    memset(tile->mask, 0, sae->d_sae * sizeof *tile->mask);
-    for (size_t t = 0; t < tile->tokens; t++) {
-        uint64_t *candidate = s->candidate + t * room;
-        if (s->candidates[t] > sae->k) {
-            keep_largest(candidate, s->candidates[t], sae->k);
-            s->candidates[t] = (uint32_t)sae->k;
-        }
-        for (size_t i = 0; i < s->candidates[t]; i++)
-            tile->mask[candidate_latent(candidate[i])][t / MASK_BITS] |=
-                (uint64_t)1 << (t % MASK_BITS);
-        total += s->candidates[t];
+    size_t n = sae->d_sae, k = sae->k, *start = tile->start;
+    memset(tile->mask, 0, n * sizeof *tile->mask);
+    memset(start, 0, (n + 1) * sizeof *start);
+    for (size_t i = 0; i < tile->tokens * k; i++) {
+        size_t j = candidate_latent(s->heap[i]), t = i / k;
+        if (!s->heap[i]) continue;
+        tile->mask[j][t / MASK_BITS] |= (uint64_t)1 << (t % MASK_BITS);
+        start[j + 1]++;
     }
-    SC_TRY(reserve_values(tile, 0, total));
-    tile->start[0] = 0;
-    for (size_t j = 0; j < sae->d_sae; j++) {
-        size_t count = 0;
-        for (int w = 0; w < TILE_WORDS; w++) count += (size_t)bit_count(tile->mask[j][w]);
-        tile->start[j + 1] = tile->start[j] + count;
-    }
-    for (size_t t = 0; t < tile->tokens; t++)
-        for (size_t i = 0; i < s->candidates[t]; i++) {
-            uint64_t candidate = s->candidate[t * room + i];
-            size_t j = candidate_latent(candidate), place = tile->start[j];
-            for (size_t w = 0; w < t / MASK_BITS; w++) place += (size_t)bit_count(tile->mask[j][w]);
-            uint64_t before = tile->mask[j][t / MASK_BITS] & (((uint64_t)1 << (t % MASK_BITS)) - 1);
-            tile->value[place + (size_t)bit_count(before)] = candidate_value(candidate);
-        }
+    for (size_t j = 0; j < n; j++) start[j + 1] += start[j];
+    SC_TRY(reserve_values(tile, 0, start[n]));
+    for (size_t i = 0; i < tile->tokens * k; i++)            /* moves each start to its end, */
+        if (s->heap[i])
+            tile->value[start[candidate_latent(s->heap[i])]++] = candidate_value(s->heap[i]);
+    memmove(start + 1, start, n * sizeof *start);            /* which is where the next begins */
+    start[0] = 0;
     return SC_OK;
 }
 
@@ -4874,23 +4916,20 @@ static int encode_tile(const sae_batch *batch, tile_codes *tile, tile_scratch *s
     size_t columns = (size_t)kernels->columns, rows = (size_t)kernels->rows, used = 0;
     size_t first = tile->first / columns, last = first + panels_of(tile->tokens);
     size_t words = (tile->tokens + MASK_BITS - 1) / MASK_BITS, latent[MAX_ROWS];
-    memset(s->candidates, 0, TILE_TOKENS * sizeof *s->candidates);
+    if (sae->topk) memset(s->heap, 0, TILE_TOKENS * sae->k * sizeof *s->heap);
     memset(s->limit, 0, TILE_TOKENS * sizeof *s->limit);
     for (size_t group = 0; group < sae->d_sae; group += rows) {
         size_t count = sae->d_sae - group < rows ? sae->d_sae - group : rows;
         for (size_t i = 0; i < count; i++) latent[i] = group + i;
-        pre_activations(batch, latent, count, first, last, s->h, TILE_TOKENS, s);
+        pre_activations(batch, latent, count, first, last, s->h, TILE_TOKENS, s->buffer);
         if (!sae->topk) SC_TRY(reserve_values(tile, used, count * TILE_TOKENS));
         for (size_t i = 0; i < count; i++) {
             float *h = s->h + i * TILE_TOKENS;
             for (size_t t = tile->tokens; t < words * MASK_BITS; t++) h[t] = 0;
-            if (sae->topk) {
-                offer_candidates(sae, group + i, h, words, s);
-                continue;
-            }
             tile->start[group + i] = used;
-            used += kernels->pack_positive(h, words * MASK_BITS, tile->mask[group + i],
-                                           tile->value + used);
+            if (sae->topk) offer_candidates(sae, group + i, h, words, s);
+            else used += kernels->pack_positive(h, words * MASK_BITS, tile->mask[group + i],
+                                                tile->value + used);
         }
     }
     tile->start[sae->d_sae] = used;
@@ -4904,47 +4943,33 @@ static int encode_tile(const sae_batch *batch, tile_codes *tile, tile_scratch *s
 
 enum { DENSE_SHARE = 8 };            /* in full where more than one code in 8 is active */
 
-/* A block's codes, token by token: latents and values of token t from begin[t] on. */
-static void codes_by_token(const tile_codes *tile, size_t block, size_t latents, tile_scratch *s)
+/* out[t] += the chain of s->dense's row t, from the latents that fire. out: [tokens, stride] */
+static void decode_sparse(const sc_sae *sae, size_t tokens, size_t block, float *out,
+                          tile_scratch *s)
 {
-    memset(s->begin, 0, (TILE_TOKENS + 1) * sizeof *s->begin);
-    for (size_t i = 0; i < latents; i++)
-        for (int w = 0; w < TILE_WORDS; w++)
-            for (uint64_t bits = tile->mask[block + i][w]; bits; bits &= bits - 1)
-                s->begin[w * MASK_BITS + low_bit(bits) + 1]++;
-    for (size_t t = 0; t < TILE_TOKENS; t++) s->begin[t + 1] += s->begin[t];
-    for (size_t i = 0; i < latents; i++)
-        for (code_walk w = walk_codes(tile, block + i); next_code(&w);) {
-            s->latent[s->begin[w.token]] = (uint8_t)i;
-            s->value[s->begin[w.token]++] = w.value;
-        }
-    for (size_t t = TILE_TOKENS; t > 0; t--) s->begin[t] = s->begin[t - 1];
-    s->begin[0] = 0;
-}
-
-/* out[t] += the chain of token t's codes in a block. out: [tokens, stride] */
-static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t block, size_t latents,
-                          float *out, tile_scratch *s)
-{
-    codes_by_token(tile, block, latents, s);
-    for (size_t t = 0; t < tile->tokens; t++) {
-        if (s->begin[t] == s->begin[t + 1]) continue;
+    uint64_t mask[CHAIN / MASK_BITS];
+    for (size_t t = 0; t < tokens; t++) {
+        const float *value = s->value;
+        if (!kernels->pack_positive(s->dense + t * CHAIN, CHAIN, mask, s->value)) continue;
         memset(s->sum, 0, sae->stride * sizeof *s->sum);
-        for (size_t i = s->begin[t]; i < s->begin[t + 1]; i++)
-            kernels->add_scaled(s->value[i], sae->W_dec + (block + s->latent[i]) * sae->stride,
-                                s->sum, sae->stride);
+        for (size_t w = 0; w < CHAIN / MASK_BITS; w++)
+            for (uint64_t bits = mask[w]; bits; bits &= bits - 1) {
+                size_t j = block + w * MASK_BITS + (size_t)low_bit(bits);
+                kernels->add_scaled(*value++, sae->W_dec + j * sae->stride, s->sum, sae->stride);
+            }
         kernels->add_scaled(1.0f, s->sum, out + t * sae->stride, sae->stride);
     }
 }
 
-/* out[t] += the chain of s->dense's row t, its columns the latents of a block. */
+/* The same as a product over all the block's latents. */
 static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t latents,
                          float *out, tile_scratch *s)
 {
     tile_target to = { .c = out, .c_stride = sae->stride,
                        .residual = out, .residual_stride = sae->stride };
     s->weights.K = latents;
-    pack_panels(&s->weights, 0, s->weights.panels, sae->W_dec + block * sae->stride, sae->stride, 1);
+    pack_panels(&s->weights, 0, s->weights.panels, sae->W_dec + block * sae->stride, sae->stride,
+                1);
     product_rows(s->dense, CHAIN, tokens, &s->weights, 0, s->weights.panels, &to, s->buffer);
 }
 
@@ -4957,15 +4982,13 @@ static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scr
         size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
         size_t active = tile->start[block + latents] - tile->start[block];
         if (active == 0) continue;
-        if (active * DENSE_SHARE <= tile->tokens * latents) {
-            decode_sparse(sae, tile, block, latents, out, s);
-            continue;
-        }
         memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
         for (size_t i = 0; i < latents; i++)
             for (code_walk w = walk_codes(tile, block + i); next_code(&w);)
                 s->dense[w.token * CHAIN + i] = w.value;
-        decode_dense(sae, tile->tokens, block, latents, out, s);
+        if (active * DENSE_SHARE > tile->tokens * latents)
+            decode_dense(sae, tile->tokens, block, latents, out, s);
+        else decode_sparse(sae, tile->tokens, block, out, s);
     }
     for (size_t t = 0; t < tile->tokens; t++)
         for (size_t d = 0; d < sae->d_in; d++)
@@ -5080,63 +5103,43 @@ typedef struct {
     packed_matrix x_rows, g_rows, ghost_rows;/* [T, D]: centred, output and ghost for products */
     float *db_enc;                           /* [n] */
     float *W_enc_db;                         /* [chains of n][stride], chains of W_enc db_enc */
+    double *deviation;                       /* [stride], sum over tokens of (x - mean)^2 */
     unsigned char *scratch;                  /* [workers][scratch_bytes] */
     size_t scratch_bytes;
+    memory_list memory;
 } trainer;
 
-/* One worker's memory for a group of latents in the backward pass. R: the kernel's rows. */
+/* One worker's memory for a group of latents in the backward pass. R: the kernel's rows; Tp: T
+ * padded to whole panels. */
 typedef struct {
-    float *f, *dh, *e;                       /* [R, T], e = exp(h) of dead latents */
-    uint32_t *token;                         /* [T] */
-    float *term;                             /* [2, T], a latent's f and dh, packed */
+    float *f, *dh, *e;                       /* [R, Tp], e = exp(h) of dead latents */
+    uint32_t *token;                         /* [T], where a latent fires */
+    float *code_f, *code_dh;                 /* [T], its f and dh there */
     float *dW_enc, *dW_dec, *extra;          /* [R, stride] */
-    float *chain;                            /* [stride] */
+    float *chain;                            /* [2, stride] */
     float *buffer;                           /* for load_rows */
 } backward_scratch;
 
-static size_t lay_out_backward(backward_scratch *s, const trainer *t, unsigned char *memory)
+static size_t padded_tokens(const trainer *t) { return padded(t->batch.room) + MAX_COLUMNS; }
+
+static size_t lay_out_backward(backward_scratch *s, const trainer *t, void *memory)
 {
-    size_t R = (size_t)kernels->rows, T = padded(t->batch.room) + MAX_COLUMNS, used = 0;
-    size_t stride = t->sae.stride;
-    const struct { float **pointer; size_t count; } arrays[] = {
-        { &s->f, R * T }, { &s->dh, R * T }, { &s->e, t->options.ghost ? R * T : 0 },
-        { &s->term, 2 * T }, { &s->dW_enc, R * stride }, { &s->dW_dec, R * stride },
-        { &s->extra, R * stride }, { &s->chain, stride }, { &s->buffer, row_buffer_size(T) },
-    };
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
-        if (memory) *arrays[i].pointer = (float *)(void *)(memory + used);
-        used += (arrays[i].count * sizeof(float) + 63) / 64 * 64;
-    }
-    if (memory) s->token = (uint32_t *)(void *)(memory + used);
-    return used + (T * sizeof *s->token + 63) / 64 * 64;
+    size_t R = (size_t)kernels->rows, T = padded_tokens(t), stride = t->sae.stride;
+    size_t deepest = T > stride ? T : stride;        /* of a product: over tokens, or W_enc^T x */
+    const array_spec arrays[] = {
+        ARRAY(s->f, T, R), ARRAY(s->dh, T, R), ARRAY(s->e, t->options.ghost ? T : 0, R),
+        ARRAY(s->token, T, 1), ARRAY(s->code_f, T, 1), ARRAY(s->code_dh, T, 1),
+        ARRAY(s->dW_enc, R, stride), ARRAY(s->dW_dec, R, stride), ARRAY(s->extra, R, stride),
+        ARRAY(s->chain, 2, stride), ARRAY(s->buffer, row_buffer_size(deepest), 1) };
+    return lay_out(arrays, COUNT(arrays), memory);
 }
 
 static int is_dead(const trainer *t, size_t j) { return t->silent[j] > t->options.dead_window; }
 
-static int new_moments(moments *m, size_t count)
-{
-    m->m = new_array(count, sizeof *m->m);
-    m->v = new_array(count, sizeof *m->v);
-    return m->m && m->v ? SC_OK : SC_FAILED;
-}
-
 static void free_trainer(trainer *t)
 {
-    moments *all[] = { &t->W_enc, &t->W_dec, &t->b_enc, &t->b_dec };
-    for (int i = 0; i < 4; i++) {
-        free(all[i]->m);
-        free(all[i]->v);
-    }
     free_batch(&t->batch);
-    free(t->silent);
-    free(t->ghost);
-    free(t->token_loss);
-    free(t->x_rows.data);
-    free(t->g_rows.data);
-    free(t->ghost_rows.data);
-    free(t->db_enc);
-    free(t->W_enc_db);
-    free(t->scratch);
+    release(&t->memory);
     sc_sae_close(&t->sae);
     *t = (trainer){ 0 };
 }
@@ -5144,27 +5147,24 @@ static void free_trainer(trainer *t)
 /* Everything a training run of batches of T tokens needs; t->sae and t->options are set. */
 static int prepare_trainer(trainer *t, size_t T)
 {
-    size_t n = t->sae.d_sae, stride = t->sae.stride;
+    size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride, N = padded(n);
+    size_t ghosts = t->options.ghost ? T : 0, columns = panels_of(D) * (size_t)kernels->columns;
     backward_scratch s;
-    SC_TRY(new_moments(&t->W_enc, n * stride));
-    SC_TRY(new_moments(&t->W_dec, n * stride));
-    SC_TRY(new_moments(&t->b_enc, padded(n)));
-    SC_TRY(new_moments(&t->b_dec, stride));
     SC_TRY(new_batch(&t->batch, &t->sae, T));
-    SC_TRY(new_packed(&t->x_rows, T, t->sae.d_in));
-    SC_TRY(new_packed(&t->g_rows, T, t->sae.d_in));
-    if (t->options.ghost) {
-        SC_TRY(new_packed(&t->ghost_rows, T, t->sae.d_in));
-        if (!(t->ghost = new_array(T, stride * sizeof *t->ghost))) return SC_FAILED;
-    }
     t->scratch_bytes = lay_out_backward(&s, t, NULL);
-    t->silent = new_array(n, sizeof *t->silent);
-    t->token_loss = new_array(T, sizeof *t->token_loss);
-    t->db_enc = new_array(padded(n), sizeof *t->db_enc);
-    t->W_enc_db = new_array(chains_of(n), stride * sizeof *t->W_enc_db);
-    t->scratch = new_array((size_t)thread_count(), t->scratch_bytes);
+    t->x_rows = (packed_matrix){ .K = T, .N = D, .panels = panels_of(D) };
+    t->g_rows = t->ghost_rows = t->x_rows;
     t->beta1_power = t->beta2_power = 1;
-    return t->silent && t->token_loss && t->db_enc && t->W_enc_db && t->scratch ? SC_OK : SC_FAILED;
+    const array_spec arrays[] = {
+        ARRAY(t->W_enc.m, n, stride), ARRAY(t->W_enc.v, n, stride), ARRAY(t->W_dec.m, n, stride),
+        ARRAY(t->W_dec.v, n, stride), ARRAY(t->b_enc.m, N, 1), ARRAY(t->b_enc.v, N, 1),
+        ARRAY(t->b_dec.m, stride, 1), ARRAY(t->b_dec.v, stride, 1), ARRAY(t->silent, n, 1),
+        ARRAY(t->x_rows.data, T, columns), ARRAY(t->g_rows.data, T, columns),
+        ARRAY(t->ghost_rows.data, ghosts, columns), ARRAY(t->ghost, ghosts, stride),
+        ARRAY(t->token_loss, T, 1), ARRAY(t->deviation, stride, 1), ARRAY(t->db_enc, N, 1),
+        ARRAY(t->W_enc_db, chains_of(n), stride),
+        ARRAY(t->scratch, (size_t)thread_count(), t->scratch_bytes) };
+    return new_arrays(&t->memory, arrays, COUNT(arrays));
 }
 
 static int unit_task(void *context, size_t block, int worker)
@@ -5185,22 +5185,21 @@ static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s)
     float *out = t->ghost + tile->first * sae->stride;
     memset(out, 0, tile->tokens * sae->stride * sizeof *out);
     for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
-        size_t end = block + CHAIN < sae->d_sae ? block + CHAIN : sae->d_sae;
-        size_t latent[MAX_ROWS], count = 0, found = 0;
+        size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
+        size_t dead[CHAIN], count = 0;
+        for (size_t j = block; j < block + latents; j++)
+            if (is_dead(t, j)) dead[count++] = j;
+        if (count == 0) continue;
         memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
-        for (size_t j = block; j < end; j++) {
-            if (is_dead(t, j)) latent[count++] = j;
-            if (count == 0 || (count < rows && j + 1 < end)) continue;
-            pre_activations(&t->batch, latent, count, first, last, s->h, TILE_TOKENS, s);
-            for (size_t i = 0; i < count; i++) {
-                kernels->exponentials(s->h + i * TILE_TOKENS, tile->tokens);
-                for (size_t k = 0; k < tile->tokens; k++)
-                    s->dense[k * CHAIN + latent[i] - block] = s->h[i * TILE_TOKENS + k];
-            }
-            found += count;
-            count = 0;
+        for (size_t i = 0; i < count; i++) {
+            float *h = s->h + i % rows * TILE_TOKENS;
+            if (i % rows == 0)
+                pre_activations(&t->batch, dead + i, count - i < rows ? count - i : rows, first,
+                                last, s->h, TILE_TOKENS, s->buffer);
+            kernels->exponentials(h, tile->tokens);
+            for (size_t k = 0; k < tile->tokens; k++) s->dense[k * CHAIN + dead[i] - block] = h[k];
         }
-        if (found) decode_dense(sae, tile->tokens, block, end - block, out, s);
+        decode_dense(sae, tile->tokens, block, latents, out, s);
     }
 }
 
@@ -5259,18 +5258,6 @@ static int pack_rows_task(void *context, size_t panel, int worker)
     return SC_OK;
 }
 
-/* Latent j's activations over the batch, in the order of tokens; returns how many there are. */
-static size_t gather_codes(const sae_batch *batch, size_t j, uint32_t *token, float *f)
-{
-    size_t count = 0;
-    for (size_t i = 0; i < batch->tiles; i++)
-        for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w);) {
-            token[count] = (uint32_t)(batch->tile[i].first + w.token);
-            f[count++] = w.value;
-        }
-    return count;
-}
-
 static size_t count_codes(const sae_batch *batch, size_t j)
 {
     size_t count = 0;
@@ -5279,130 +5266,123 @@ static size_t count_codes(const sae_batch *batch, size_t j)
     return count;
 }
 
-/* sum = sum_i factor[i] rows[token[i]], a chain for every 256 tokens. token: [count] ascending */
-static void sum_rows(const uint32_t *token, const float *factor, size_t count, const float *rows,
-                     size_t stride, float *chain, float *sum)
-{
-    memset(sum, 0, stride * sizeof *sum);
-    for (size_t i = 0; i < count;) {
-        uint32_t block = token[i] / CHAIN;
-        memset(chain, 0, stride * sizeof *chain);
-        for (; i < count && token[i] / CHAIN == block; i++)
-            kernels->add_scaled(factor[i], rows + token[i] * stride, chain, stride);
-        kernels->add_scaled(1.0f, chain, sum, stride);
-    }
-}
-
-/* sum of dh in float64, in blocks of 256 tokens. */
-static double sum_by_blocks(const uint32_t *token, const float *value, size_t count)
+/* sum over tokens of dh in float64, in blocks of 256. dh: [count], of the tokens listed, or all */
+static double sum_by_blocks(const uint32_t *token, const float *dh, size_t count)
 {
     double sum = 0;
     for (size_t i = 0; i < count;) {
-        uint32_t block = token[i] / CHAIN;
+        size_t end = ((token ? token[i] : i) / CHAIN + 1) * CHAIN;
         double part = 0;
-        for (; i < count && token[i] / CHAIN == block; i++) part += value[i];
+        for (; i < count && (token ? token[i] : i) < end; i++) part += dh[i];
         sum += part;
     }
     return sum;
 }
 
-/* dh of `count` activations of latent j. */
-static void code_gradients(const trainer *t, size_t j, const uint32_t *token, size_t count,
-                           float *dh)
-{
-    const sc_sae *sae = &t->sae;
-    float l1 = sae->topk ? 0 : (float)(t->options.l1 / (double)t->batch.T);
-    for (size_t i = 0; i < count; i++)
-        dh[i] = kernels->dot(sae->W_dec + j * sae->stride,
-                             t->batch.output + token[i] * sae->stride, sae->stride) + l1;
-}
-
-/* Gradients of latents j .. j + count - 1 from the lists of where they fire. */
-static void sparse_gradients(trainer *t, size_t j, size_t count, backward_scratch *s)
+/* Where latent j fires: the tokens in order, f and dh there. Returns how many they are. */
+static size_t gather_codes(const trainer *t, size_t j, backward_scratch *s)
 {
     const sae_batch *batch = &t->batch;
+    const sc_sae *sae = &t->sae;
+    float l1 = sae->topk ? 0 : (float)(t->options.l1 / (double)batch->T);
+    size_t count = 0;
+    for (size_t i = 0; i < batch->tiles; i++)
+        for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w); count++) {
+            s->token[count] = (uint32_t)(batch->tile[i].first + w.token);
+            s->code_f[count] = w.value;
+        }
+    kernels->dots(sae->W_dec + j * sae->stride, sae->stride, batch->output, sae->stride, s->token,
+                  count, s->code_dh);
+    for (size_t i = 0; i < count; i++) s->code_dh[i] += l1;
+    return count;
+}
+
+/* Gradients of latents j .. j + count - 1 from where they fire: a chain for every 256 tokens. */
+static void sparse_gradients(trainer *t, size_t j, size_t count, backward_scratch *s)
+{
     size_t stride = t->sae.stride;
-    float *f = s->term, *dh = s->term + batch->room;
+    float *dec_chain = s->chain, *enc_chain = s->chain + stride;
+    memset(s->dW_dec, 0, count * stride * sizeof *s->dW_dec);
+    memset(s->dW_enc, 0, count * stride * sizeof *s->dW_enc);
     for (size_t i = 0; i < count; i++) {
-        size_t terms = gather_codes(batch, j + i, s->token, f);
-        code_gradients(t, j + i, s->token, terms, dh);
-        sum_rows(s->token, f, terms, batch->output, stride, s->chain, s->dW_dec + i * stride);
-        sum_rows(s->token, dh, terms, batch->centred, stride, s->chain, s->dW_enc + i * stride);
-        t->db_enc[j + i] = (float)sum_by_blocks(s->token, dh, terms);
+        size_t terms = gather_codes(t, j + i, s);
+        for (size_t k = 0; k < terms;) {
+            size_t end = (s->token[k] / CHAIN + 1) * CHAIN;
+            memset(s->chain, 0, 2 * stride * sizeof *s->chain);
+            for (; k < terms && s->token[k] < end; k++) {
+                size_t row = s->token[k] * stride;
+                kernels->add_scaled(s->code_f[k], t->batch.output + row, dec_chain, stride);
+                kernels->add_scaled(s->code_dh[k], t->batch.centred + row, enc_chain, stride);
+            }
+            kernels->add_scaled(1.0f, dec_chain, s->dW_dec + i * stride, stride);
+            kernels->add_scaled(1.0f, enc_chain, s->dW_enc + i * stride, stride);
+        }
+        t->db_enc[j + i] = (float)sum_by_blocks(s->token, s->code_dh, terms);
     }
 }
 
-/* The ghost loss's part of dh for a dead latent, and e = exp(h). dh, e: [T] */
-static void ghost_gradients(const trainer *t, size_t j, float *dh, const float *e)
+/* What the ghost loss adds to dW_dec, and to dh of the dead among latents j .. j + count - 1. */
+static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_scratch *s)
 {
-    const float *row = t->sae.W_dec + j * t->sae.stride;
-    for (size_t i = 0; i < t->batch.T; i++)
-        dh[i] += kernels->dot(row, t->ghost + i * t->sae.stride, t->sae.stride) * e[i];
+    const sae_batch *batch = &t->batch;
+    size_t row = padded_tokens(t), stride = t->sae.stride, latent[MAX_ROWS];
+    tile_target to = { .c = s->extra, .c_stride = stride };
+    for (size_t i = 0; i < count; i++) latent[i] = j + i;
+    pre_activations(batch, latent, count, 0, batch->panels.panels, s->e, row, s->buffer);
+    for (size_t i = 0; i < count; i++) {
+        float *e = s->e + i * row;
+        if (is_dead(t, j + i)) kernels->exponentials(e, batch->T);
+        else memset(e, 0, batch->T * sizeof *e);
+        for (size_t k = 0; is_dead(t, j + i) && k < batch->T; k++)
+            s->dh[i * row + k] += e[k] * kernels->dot(t->sae.W_dec + (j + i) * stride,
+                                                      t->ghost + k * stride, stride);
+    }
+    product_rows(s->e, row, count, &t->ghost_rows, 0, t->ghost_rows.panels, &to, s->buffer);
+    for (size_t e = 0; e < count * stride; e++) s->dW_dec[e] += s->extra[e];
 }
 
 /* The same gradients as products over all tokens; also where dead latents take part. */
-static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, int worker,
-                            backward_scratch *s)
+static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, backward_scratch *s)
 {
-    const sae_batch *batch = &t->batch;
-    size_t T = batch->T, h_stride = padded(batch->room) + MAX_COLUMNS, stride = t->sae.stride;
-    tile_target to = { .c = s->dW_dec, .c_stride = stride };
-    size_t latent[MAX_ROWS];
-    memset(s->f, 0, count * h_stride * sizeof *s->f);
-    memset(s->dh, 0, count * h_stride * sizeof *s->dh);
+    size_t row = padded_tokens(t), stride = t->sae.stride;
+    tile_target to_dec = { .c = s->dW_dec, .c_stride = stride };
+    tile_target to_enc = { .c = s->dW_enc, .c_stride = stride };
+    memset(s->f, 0, count * row * sizeof *s->f);
+    memset(s->dh, 0, count * row * sizeof *s->dh);
     for (size_t i = 0; i < count; i++) {
-        size_t terms = gather_codes(batch, j + i, s->token, s->term);
-        code_gradients(t, j + i, s->token, terms, s->term + batch->room);
+        size_t terms = gather_codes(t, j + i, s);
         for (size_t k = 0; k < terms; k++) {
-            s->f[i * h_stride + s->token[k]] = s->term[k];
-            s->dh[i * h_stride + s->token[k]] = s->term[batch->room + k];
+            s->f[i * row + s->token[k]] = s->code_f[k];
+            s->dh[i * row + s->token[k]] = s->code_dh[k];
         }
-        latent[i] = j + i;
     }
-    product_rows(s->f, h_stride, count, &t->g_rows, 0, t->g_rows.panels, &to, s->buffer);
-    if (ghosts) {
-        tile_scratch scratch = worker_scratch(batch, worker);
-        pre_activations(batch, latent, count, 0, batch->panels.panels, s->e, h_stride, &scratch);
-        for (size_t i = 0; i < count; i++) {
-            float *e = s->e + i * h_stride;
-            if (!is_dead(t, j + i)) memset(e, 0, T * sizeof *e);
-            else kernels->exponentials(e, T);
-            if (is_dead(t, j + i)) ghost_gradients(t, j + i, s->dh + i * h_stride, e);
-        }
-        to.c = s->extra;
-        product_rows(s->e, h_stride, count, &t->ghost_rows, 0, t->ghost_rows.panels, &to, s->buffer);
-        for (size_t e = 0; e < count * stride; e++) s->dW_dec[e] += s->extra[e];
-    }
-    to.c = s->dW_enc;
-    product_rows(s->dh, h_stride, count, &t->x_rows, 0, t->x_rows.panels, &to, s->buffer);
-    for (size_t k = 0; k < T; k++) s->token[k] = (uint32_t)k;
+    product_rows(s->f, row, count, &t->g_rows, 0, t->g_rows.panels, &to_dec, s->buffer);
+    if (ghosts) ghost_gradients(t, j, count, s);
+    product_rows(s->dh, row, count, &t->x_rows, 0, t->x_rows.panels, &to_enc, s->buffer);
     for (size_t i = 0; i < count; i++)
-        t->db_enc[j + i] = (float)sum_by_blocks(s->token, s->dh + i * h_stride, T);
+        t->db_enc[j + i] = (float)sum_by_blocks(NULL, s->dh + i * row, t->batch.T);
 }
 
 /* Gradients and Adam for a group of latents, which must not be many more than a tile's rows. */
-static void update_latents(trainer *t, size_t j, size_t count, int worker, float *W_enc_db,
-                           backward_scratch *s)
+static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, backward_scratch *s)
 {
     const sc_sae *sae = &t->sae;
     size_t stride = sae->stride, terms = 0;
     int ghosts = 0;
     for (size_t i = 0; i < count; i++) {
-        size_t codes = count_codes(&t->batch, j + i);
-        terms += codes;
+        terms += count_codes(&t->batch, j + i);
         ghosts |= t->ghosts && is_dead(t, j + i);
     }
-    if (ghosts || terms * DENSE_SHARE > count * t->batch.T)
-        dense_gradients(t, j, count, ghosts, worker, s);
+    if (ghosts || terms * DENSE_SHARE > count * t->batch.T) dense_gradients(t, j, count, ghosts, s);
     else sparse_gradients(t, j, count, s);
     for (size_t i = 0; i < count; i++) {
         size_t row = (j + i) * stride;
-        float *dW_dec = s->dW_dec + i * stride, *dW_enc = s->dW_enc + i * stride;
-        float along = kernels->dot(dW_dec, sae->W_dec + row, stride);
-        kernels->add_scaled(-along, sae->W_dec + row, dW_dec, stride);
-        kernels->add_scaled(t->db_enc[j + i], sae->W_enc + row, W_enc_db, stride);
-        kernels->adam(sae->W_dec + row, t->W_dec.m + row, t->W_dec.v + row, dW_dec, stride, t->adam);
-        kernels->adam(sae->W_enc + row, t->W_enc.m + row, t->W_enc.v + row, dW_enc, stride, t->adam);
+        float *W_dec = sae->W_dec + row, *dW_dec = s->dW_dec + i * stride;
+        float *W_enc = sae->W_enc + row, *dW_enc = s->dW_enc + i * stride;
+        kernels->add_scaled(-kernels->dot(dW_dec, W_dec, stride), W_dec, dW_dec, stride);
+        kernels->add_scaled(t->db_enc[j + i], W_enc, W_enc_db, stride);
+        kernels->adam(W_dec, t->W_dec.m + row, t->W_dec.v + row, dW_dec, stride, t->adam);
+        kernels->adam(W_enc, t->W_enc.m + row, t->W_enc.v + row, dW_enc, stride, t->adam);
         t->silent[j + i] = count_codes(&t->batch, j + i) ? 0 : t->silent[j + i] + 1;
     }
 }
@@ -5417,24 +5397,35 @@ static int update_task(void *context, size_t block, int worker)
     memset(W_enc_db, 0, t->sae.stride * sizeof *W_enc_db);
     if (end > t->sae.d_sae) end = t->sae.d_sae;
     for (size_t j = block * CHAIN; j < end; j += rows)
-        update_latents(t, j, end - j < rows ? end - j : rows, worker, W_enc_db, &s);
+        update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s);
     return SC_OK;
 }
 
-/* sum over tokens of x' gradient, less W_enc db_enc: 16 dimensions a task. */
+/* Sums over T tokens of 16 dimensions, in float64, in blocks of 256 tokens: of x, or of
+ * (x - centre)^2 where there is a centre. x: [T, stride]; centre, sum: [16] */
+static void column_sums(const float *x, size_t T, size_t stride, const double *centre, double *sum)
+{
+    memset(sum, 0, PARTIALS * sizeof *sum);
+    for (size_t block = 0; block < T; block += CHAIN) {
+        double part[PARTIALS] = { 0 };
+        for (size_t t = block; t < T && t < block + CHAIN; t++)
+            for (int d = 0; d < PARTIALS; d++) {
+                double apart = x[t * stride + d] - (centre ? centre[d] : 0);
+                part[d] += centre ? apart * apart : apart;
+            }
+        for (int d = 0; d < PARTIALS; d++) sum[d] += part[d];
+    }
+}
+
+/* b_dec's gradient, the sum over tokens of x' gradient less W_enc db_enc: 16 dimensions a task. */
 static int b_dec_task(void *context, size_t task, int worker)
 {
     trainer *t = context;
-    size_t stride = t->sae.stride, T = t->batch.T, first = task * PARTIALS;
-    double sum[PARTIALS] = { 0 };
+    size_t stride = t->sae.stride, first = task * PARTIALS;
+    double sum[PARTIALS];
     float gradient[PARTIALS], along[PARTIALS] = { 0 };
     (void)worker;
-    for (size_t block = 0; block < T; block += CHAIN) {
-        double part[PARTIALS] = { 0 };
-        for (size_t i = block; i < T && i < block + CHAIN; i++)
-            for (int d = 0; d < PARTIALS; d++) part[d] += t->batch.output[i * stride + first + d];
-        for (int d = 0; d < PARTIALS; d++) sum[d] += part[d];
-    }
+    column_sums(t->batch.output + first, t->batch.T, stride, NULL, sum);
     for (size_t block = 0; block < chains_of(t->sae.d_sae); block++)
         for (int d = 0; d < PARTIALS; d++) along[d] += t->W_enc_db[block * stride + first + d];
     for (int d = 0; d < PARTIALS; d++) gradient[d] = (float)sum[d] - along[d];
@@ -5443,40 +5434,16 @@ static int b_dec_task(void *context, size_t task, int worker)
     return SC_OK;
 }
 
-/* sum_t (x_t - mean)^2 of the batch in float64; mean as it is with a data set of one batch. */
-typedef struct { const float *x; size_t T, stride; double *deviation; } variance_pass;
-
-static int variance_task(void *context, size_t d, int worker)
+/* sum over tokens of (x - mean)^2; mean as it is with a data set of one batch. */
+static int variance_task(void *context, size_t task, int worker)
 {
-    variance_pass *v = context;
-    double mean = 0, sum = 0;
+    trainer *t = context;
+    const float *x = t->batch.x + task * PARTIALS;
+    double mean[PARTIALS];
     (void)worker;
-    for (size_t block = 0; block < v->T; block += CHAIN) {
-        double part = 0;
-        for (size_t t = block; t < v->T && t < block + CHAIN; t++) part += v->x[t * v->stride + d];
-        mean += part;
-    }
-    mean /= (double)v->T;
-    for (size_t block = 0; block < v->T; block += CHAIN) {
-        double part = 0;
-        for (size_t t = block; t < v->T && t < block + CHAIN; t++) {
-            double apart = v->x[t * v->stride + d] - mean;
-            part += apart * apart;
-        }
-        sum += part;
-    }
-    v->deviation[d] = sum;
-    return SC_OK;
-}
-
-static int batch_variance(const sae_batch *batch, double *variance)
-{
-    size_t D = batch->sae->d_in;
-    variance_pass v = { batch->x, batch->T, batch->sae->stride, new_array(D, sizeof(double)) };
-    if (!v.deviation) return SC_FAILED;
-    SC_TRY(parallel_for(D, variance_task, &v));
-    *variance = sum_of(v.deviation, D);
-    free(v.deviation);
+    column_sums(x, t->batch.T, t->sae.stride, NULL, mean);
+    for (int d = 0; d < PARTIALS; d++) mean[d] /= (double)t->batch.T;
+    column_sums(x, t->batch.T, t->sae.stride, mean, t->deviation + task * PARTIALS);
     return SC_OK;
 }
 
@@ -5498,9 +5465,10 @@ static int measure_losses(trainer *t, step_result *result, size_t *bad)
 {
     sae_batch *batch = &t->batch;
     size_t T = batch->T;
-    double deviation, tokens = (double)T, numbers = tokens * (double)t->sae.d_in;
+    double tokens = (double)T, numbers = tokens * (double)t->sae.d_in;
     SC_TRY(check_tokens(batch, bad));
-    SC_TRY(batch_variance(batch, &deviation));
+    SC_TRY(parallel_for(t->sae.stride / PARTIALS, variance_task, t));
+    double deviation = sum_of(t->deviation, t->sae.d_in);
     result->explained_variance = deviation > 0
         ? 1 - sum_of(batch->squared_error, T) / deviation : 0;
     for (size_t i = 0; i < T; i++) t->token_loss[i] = batch->squared_error[i] / batch->norm[i];
@@ -5546,9 +5514,10 @@ static int train_step(trainer *t, const float *x, size_t T, step_result *result,
 typedef struct {
     const float *points;             /* [count, dim] */
     size_t count, dim;
-    double *centre;                  /* [dim] */
+    double *centre, *before;         /* [dim] */
     double *weight;                  /* [count] */
     double total;                    /* of the weights */
+    memory_list memory;
 } weighted_mean;
 
 enum { MEAN_DIMS = 64 };
@@ -5585,46 +5554,36 @@ static int distance_task(void *context, size_t i, int worker)
     return SC_OK;
 }
 
-static int find_mean(weighted_mean *m)
+/* m->centre: the point of least summed distance, or the mean where iterations is 0. */
+static int geometric_median(weighted_mean *m, int iterations)
 {
-    m->total = sum_of(m->weight, m->count);
-    return parallel_for((m->dim + MEAN_DIMS - 1) / MEAN_DIMS, weighted_mean_task, m);
-}
-
-/* centre: [dim], the point of least summed distance, or the mean where iterations is 0. */
-static int geometric_median(const float *points, size_t count, size_t dim, int iterations,
-                            double *centre)
-{
-    weighted_mean m = { points, count, dim, centre, new_array(count, sizeof(double)), 0 };
-    double *before = new_array(dim, sizeof *before);
-    int status = m.weight && before ? SC_OK : SC_FAILED;
-    for (size_t i = 0; status == SC_OK && i < count; i++) m.weight[i] = 1;
-    if (status == SC_OK) status = find_mean(&m);
-    for (int round = 0; round < iterations && status == SC_OK; round++) {
-        memcpy(before, centre, dim * sizeof *before);
-        status = parallel_for(count, distance_task, &m);
-        if (status == SC_OK) status = find_mean(&m);
-        if (memcmp(before, centre, dim * sizeof *before) == 0) break;
+    size_t tasks = (m->dim + MEAN_DIMS - 1) / MEAN_DIMS, bytes = m->dim * sizeof *m->centre;
+    const array_spec arrays[] = {
+        ARRAY(m->centre, m->dim, 1), ARRAY(m->before, m->dim, 1), ARRAY(m->weight, m->count, 1) };
+    SC_TRY(new_arrays(&m->memory, arrays, COUNT(arrays)));
+    for (size_t i = 0; i < m->count; i++) m->weight[i] = 1;
+    for (int round = 0;; round++) {
+        m->total = sum_of(m->weight, m->count);
+        SC_TRY(parallel_for(tasks, weighted_mean_task, m));
+        if (round == iterations || (round && memcmp(m->before, m->centre, bytes) == 0)) return SC_OK;
+        memcpy(m->before, m->centre, bytes);
+        SC_TRY(parallel_for(m->count, distance_task, m));
     }
-    free(m.weight);
-    free(before);
-    return status;
 }
 
 /* b_dec from `images` images. x: [images T, stride] */
 static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t images, size_t T)
 {
-    int whole = strcmp(kind, "geomedian-images") == 0, rounds = strcmp(kind, "mean") ? 100 : 0;
-    size_t dim = whole ? T * sae->stride : sae->stride, count = whole ? images : images * T;
-    double *centre = new_array(dim, sizeof *centre);
-    int status = centre ? geometric_median(x, count, dim, rounds, centre) : SC_FAILED;
+    size_t parts = strcmp(kind, "geomedian-images") == 0 ? T : 1;
+    weighted_mean m = { .points = x, .count = images * T / parts, .dim = parts * sae->stride };
+    int status = geometric_median(&m, strcmp(kind, "mean") == 0 ? 0 : 100);
     for (size_t d = 0; d < sae->d_in && status == SC_OK; d++) {
         double sum = 0;
-        for (size_t i = d; i < dim; i += sae->stride) sum += centre[i];
-        sae->b_dec[d] = (float)(sum / (double)(dim / sae->stride));
+        for (size_t i = 0; i < parts; i++) sum += m.centre[i * sae->stride + d];
+        sae->b_dec[d] = (float)(sum / (double)parts);
         if (!isfinite(sae->b_dec[d])) status = fail("b_dec's start is not finite");
     }
-    free(centre);
+    release(&m.memory);
     return status;
 }
 
@@ -5633,22 +5592,20 @@ static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t ima
  * -------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    uint64_t seed, N, epoch, from;   /* from: the draw a resumed run begins with */
-    int shuffle, loaded;
-    uint64_t *order;                 /* [N], this epoch's */
+    uint64_t seed, N, epoch;         /* epoch: whose order this is */
+    uint64_t from;                   /* the draw a resumed run begins with */
+    uint64_t *order;                 /* [N], NULL: first to last */
 } training_order;
 
 static int training_draw(void *context, size_t draw, size_t *image)
 {
     training_order *t = context;
     uint64_t position = draw + t->from;
-    if (t->N == SC_UNKNOWN) return SC_OK;
-    if (t->shuffle && (!t->loaded || position / t->N != t->epoch)) {
+    if (t->order && position / t->N != t->epoch) {
         t->epoch = position / t->N;
         permutation(t->seed, t->epoch, t->order, (size_t)t->N);
-        t->loaded = 1;
     }
-    *image = (size_t)(t->shuffle ? t->order[position % t->N] : position % t->N);
+    *image = (size_t)(t->order ? t->order[position % t->N] : position % t->N);
     return SC_OK;
 }
 
@@ -5662,148 +5619,139 @@ typedef struct {
     uint64_t digest;                 /* of what a resumed run must agree in */
     FILE *log;
     double started;
-    char *checkpoint;                /* where to, NULL: only on a signal */
+    char *checkpoint, *previous;     /* where to, and where the one before stays */
+    int checkpoints;                 /* asked for, not only on a signal */
 } training_run;
 
 static volatile sig_atomic_t stop_signal;
 
 static void on_signal(int number) { stop_signal = number; }
 
-/* What changes the numbers of a run, as metadata. */
-static int write_recipe(sc_writer *w, const training_run *run)
+/* What changes the numbers of a run, as metadata, or into a digest (less the steps, which a resumed
+ * run may have more of). */
+static int take_recipe(const training_run *run, sc_writer *w, digest64 *digest)
 {
     const options *o = run->o;
-    const struct { const char *key; double value; } numbers[] = {
-        { "l1", run->trainer.options.l1 }, { "lr", run->trainer.options.lr },
-        { "warmup", (double)run->trainer.options.warmup }, { "batch", (double)run->batch },
-        { "steps", (double)run->trainer.step }, { "seed", o->seed },
-        { "ghost", o->ghost }, { "dead_window", (double)run->trainer.options.dead_window },
-        { "b_dec_images", (double)o->b_dec_images },
+    const struct { const char *key; double value; const char *text; } rows[] = {
+        { "l1", o->l1, NULL }, { "lr", o->lr, NULL }, { "warmup", (double)o->warmup, NULL },
+        { "batch", (double)o->batch, NULL }, { "steps", (double)run->trainer.step, NULL },
+        { "seed", o->seed, NULL }, { "ghost", o->ghost, NULL },
+        { "dead_window", (double)o->dead_window, NULL },
+        { "b_dec_images", (double)o->b_dec_images, NULL },
+        { "b_dec_start", 0, o->init ? "file" : o->b_dec }, { "order", 0, o->order },
     };
-    char text[32];
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
-        if (run->trainer.sae.topk && strcmp(numbers[i].key, "l1") == 0) continue;
-        snprintf(text, sizeof text, "%.17g", numbers[i].value);
-        SC_TRY(sc_writer_metadata(w, numbers[i].key, text));
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        char text[32];
+        if (run->trainer.sae.topk && strcmp(rows[i].key, "l1") == 0) continue;
+        snprintf(text, sizeof text, "%.17g", rows[i].value);
+        const char *value = rows[i].text ? rows[i].text : text;
+        if (w) SC_TRY(sc_writer_metadata(w, rows[i].key, value));
+        else if (strcmp(rows[i].key, "steps") != 0) digest64_add(digest, value, strlen(value) + 1);
     }
-    SC_TRY(sc_writer_metadata(w, "b_dec_start", o->init ? "file" : o->b_dec));
-    return sc_writer_metadata(w, "order", o->order);
+    return SC_OK;
 }
 
 static uint64_t recipe_digest(const training_run *run)
 {
-    const options *o = run->o;
-    const trainer *t = &run->trainer;
+    const sc_sae *sae = &run->trainer.sae;
+    const sc_model *m = &run->data.model;
     const uint64_t numbers[] = {
-        run->data.digest, run->data.T, t->sae.d_in, t->sae.d_sae, (uint64_t)t->sae.topk, t->sae.k,
-        run->batch, t->options.warmup, (uint64_t)t->options.ghost, t->options.dead_window,
-        (uint64_t)o->seed, (uint64_t)o->b_dec_images, t->sae.layer, (uint64_t)t->sae.hook,
-        (uint64_t)run->order.shuffle, run->order.N };
+        run->data.digest, run->data.T, run->order.N, sae->d_in, sae->d_sae, (uint64_t)sae->topk,
+        sae->k, sae->layer, (uint64_t)sae->hook, m->heads, (uint64_t)m->activation,
+        bits_of_float(m->epsilon), (uint64_t)run->o->square, (uint64_t)run->data.preprocess.crop_hf };
     digest64 d = { 0 };
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) digest64_number(&d, numbers[i]);
-    char text[96];
-    snprintf(text, sizeof text, "%.17g %.17g %s", t->options.l1, t->options.lr,
-             o->init ? "file" : o->b_dec);
-    digest64_add(&d, text, strlen(text));
+    for (size_t i = 0; i < COUNT(numbers); i++) digest64_number(&d, numbers[i]);
+    for (int c = 0; c < 3; c++)
+        digest64_number(&d, (uint64_t)bits_of_float(m->mean[c]) << 32 | bits_of_float(m->std[c]));
+    if (sae->model) digest64_add(&d, sae->model, strlen(sae->model));
+    take_recipe(run, NULL, &d);
     return digest64_value(&d);
 }
 
-/* Everything that training goes on from; the order of this table is that of the checksum. */
-static uint64_t trainer_digest(const trainer *t, const uint64_t *position, size_t numbers)
+/* The floats that training goes on from: of each a matrix [n, D] (rank 2) or a vector. The SAE's
+ * come first and are written by write_sae; W_enc is the only one that lies otherwise in files. */
+enum { SAE_TENSORS = 4, STATE_TENSORS = 12, POSITION_NUMBERS = 4 };
+
+typedef struct { const char *name; float *values; int rank; size_t columns, stride; } state_tensor;
+
+static void list_state(const trainer *t, state_tensor *list)
 {
-    size_t n = t->sae.d_sae, rows = n * t->sae.stride;
-    const struct { const float *values; size_t count; } arrays[] = {
-        { t->sae.W_enc, rows }, { t->sae.W_dec, rows }, { t->sae.b_enc, n },
-        { t->sae.b_dec, t->sae.stride }, { t->W_enc.m, rows }, { t->W_enc.v, rows },
-        { t->W_dec.m, rows }, { t->W_dec.v, rows }, { t->b_enc.m, n }, { t->b_enc.v, n },
-        { t->b_dec.m, t->sae.stride }, { t->b_dec.v, t->sae.stride } };
+    size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride;
+    const state_tensor all[STATE_TENSORS] = {
+        { "W_enc", t->sae.W_enc, 2, D, stride }, { "W_dec", t->sae.W_dec, 2, D, stride },
+        { "b_enc", t->sae.b_enc, 1, n, n }, { "b_dec", t->sae.b_dec, 1, D, stride },
+        { "W_enc_m", t->W_enc.m, 2, D, stride }, { "W_enc_v", t->W_enc.v, 2, D, stride },
+        { "W_dec_m", t->W_dec.m, 2, D, stride }, { "W_dec_v", t->W_dec.v, 2, D, stride },
+        { "b_enc_m", t->b_enc.m, 1, n, n }, { "b_enc_v", t->b_enc.v, 1, n, n },
+        { "b_dec_m", t->b_dec.m, 1, D, stride }, { "b_dec_v", t->b_dec.v, 1, D, stride },
+    };
+    memcpy(list, all, sizeof all);
+}
+
+/* Of everything in a checkpoint. position: step, next draw, images so far, digest of the recipe */
+static uint64_t state_digest(const trainer *t, const uint64_t *position)
+{
+    state_tensor list[STATE_TENSORS];
     digest64 d = { 0 };
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
-        for (size_t e = 0; e < arrays[i].count; e++)
-            digest64_number(&d, bits_of_float(arrays[i].values[e]));
-    for (size_t j = 0; j < n; j++) digest64_number(&d, t->silent[j]);
-    for (size_t i = 0; i < numbers; i++) digest64_number(&d, position[i]);
+    list_state(t, list);
+    for (size_t i = 0; i < STATE_TENSORS; i++)
+        for (size_t e = 0; e < (list[i].rank == 2 ? t->sae.d_sae : 1) * list[i].stride; e++)
+            digest64_number(&d, bits_of_float(list[i].values[e]));
+    for (size_t j = 0; j < t->sae.d_sae; j++) digest64_number(&d, t->silent[j]);
+    for (size_t i = 0; i < POSITION_NUMBERS; i++) digest64_number(&d, position[i]);
     return digest64_value(&d);
 }
 
-static const char *const moment_names[4][2] = { { "W_enc_m", "W_enc_v" }, { "W_dec_m", "W_dec_v" },
-                                                { "b_enc_m", "b_enc_v" }, { "b_dec_m", "b_dec_v" } };
-
-enum { POSITION_NUMBERS = 4 };       /* step, next draw, images so far, digest of the recipe */
-
-static int write_checkpoint_tensors(sc_writer *w, const training_run *run)
+static int write_state(sc_writer *w, const training_run *run)
 {
     const trainer *t = &run->trainer;
-    const moments *all[] = { &t->W_enc, &t->W_dec, &t->b_enc, &t->b_dec };
-    size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride;
-    uint64_t position[] = { t->step, run->next_draw, run->images, run->digest };
-    int64_t *silent = new_array(n, sizeof *silent);
-    int status = silent ? write_sae(w, &t->sae) : SC_FAILED;
-    if (status == SC_OK) status = write_recipe(w, run);
-    for (int i = 0; i < 8 && status == SC_OK; i++) {
-        const float *values = i % 2 ? all[i / 2]->v : all[i / 2]->m;
-        const char *name = moment_names[i / 2][i % 2];
-        if (i < 4) status = write_rows(w, name, n, D, stride, values);
-        else status = write_vector(w, name, i < 6 ? n : D, values);
-    }
-    for (size_t j = 0; j < n && silent; j++) silent[j] = t->silent[j];
-    if (status == SC_OK) status = sc_writer_tensor(w, "silent", SC_I64, 1, &n);
-    if (status == SC_OK) status = sc_writer_integers(w, silent, n);
-    free(silent);
+    const uint64_t position[] = { t->step, run->next_draw, run->images, run->digest };
+    size_t n = t->sae.d_sae;
+    state_tensor list[STATE_TENSORS];
     char text[32 * POSITION_NUMBERS];
-    snprintf(text, sizeof text, "%llx %llx %llx %llx", (unsigned long long)position[0],
-             (unsigned long long)position[1], (unsigned long long)position[2],
-             (unsigned long long)position[3]);
-    if (status == SC_OK) status = sc_writer_metadata(w, "position", text);
-    snprintf(text, sizeof text, "%016llx",
-             (unsigned long long)trainer_digest(t, position, POSITION_NUMBERS));
-    return status == SC_OK ? sc_writer_metadata(w, "checksum", text) : status;
+    SC_TRY(write_sae(w, &t->sae));
+    SC_TRY(take_recipe(run, w, NULL));
+    list_state(t, list);
+    for (const state_tensor *s = list + SAE_TENSORS; s < list + STATE_TENSORS; s++)
+        SC_TRY(s->rank == 2 ? write_rows(w, s->name, n, s->columns, s->stride, s->values)
+                            : write_vector(w, s->name, s->columns, s->values));
+    SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
+    for (size_t j = 0; j < n; j++) SC_TRY(sc_writer_integers(w, &(int64_t){ t->silent[j] }, 1));
+    for (int i = 0, used = 0; i < POSITION_NUMBERS; i++)
+        used += sprintf(text + used, i ? " %llx" : "%llx", (unsigned long long)position[i]);
+    SC_TRY(sc_writer_metadata(w, "position", text));
+    sprintf(text, "%016llx", (unsigned long long)state_digest(t, position));
+    return sc_writer_metadata(w, "checksum", text);
 }
 
-/* Writes a checkpoint; the one before stays as FILE.prev. */
-static int save_checkpoint(const training_run *run, const char *path)
+/* What a checkpoint holds; then the one before, which it is to replace, becomes FILE.prev. */
+static int write_checkpoint(sc_writer *w, void *context)
 {
-    sc_writer w;
-    char *previous = new_array(strlen(path) + 6, 1);
-    if (!previous) return SC_FAILED;
-    sprintf(previous, "%s.prev", path);
-    int status = sc_writer_open(&w, path, 4096);
-    if (status == SC_OK) status = write_checkpoint_tensors(&w, run);
-    if (status == SC_OK && access(path, F_OK) == 0) {
-        unlink(previous);
-        if (link(path, previous) != 0 && rename(path, previous) != 0)
-            status = fail("%s: cannot be kept as %s: %s", path, previous, strerror(errno));
-    }
-    if (status == SC_OK) status = sc_writer_finish(&w);
-    else sc_writer_discard(&w);
-    free(previous);
-    return status;
+    const training_run *run = context;
+    SC_TRY(write_state(w, run));
+    if (access(run->checkpoint, F_OK) != 0) return SC_OK;
+    unlink(run->previous);
+    if (link(run->checkpoint, run->previous) == 0
+        || rename(run->checkpoint, run->previous) == 0) return SC_OK;
+    return fail("%s: cannot be kept as %s: %s", run->checkpoint, run->previous, strerror(errno));
 }
 
-static int read_checkpoint_tensors(training_run *run, const sc_safetensors *file)
+static int save_checkpoint(training_run *run)
 {
-    trainer *t = &run->trainer;
-    moments *all[] = { &t->W_enc, &t->W_dec, &t->b_enc, &t->b_dec };
-    size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride;
-    sc_sae saved = { 0 };
-    SC_TRY(read_sae(&saved, file));
-    if (saved.d_in != D || saved.d_sae != n) {
-        sc_sae_close(&saved);
-        return fail("%s: an SAE of another size than %zu x %zu", file->path, D, n);
-    }
-    saved.layer = t->sae.layer;
-    saved.hook = t->sae.hook;
-    saved.topk = t->sae.topk;
-    saved.k = t->sae.k;
-    sc_sae_close(&t->sae);
-    t->sae = saved;
-    for (int i = 0; i < 8; i++) {
-        float *values = i % 2 ? all[i / 2]->v : all[i / 2]->m;
-        const char *name = moment_names[i / 2][i % 2];
-        if (i < 4) SC_TRY(read_rows(file, name, n, D, stride, values));
-        else SC_TRY(read_rows(file, name, 1, i < 6 ? n : D, stride, values));
-    }
-    const sc_tensor *silent = sc_tensor_find(file, "silent");
+    return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
+}
+
+static int read_state(trainer *t, const sc_safetensors *file)
+{
+    size_t n = t->sae.d_sae, D = t->sae.d_in;
+    const sc_tensor *encoder = sc_tensor_find(file, "W_enc"), *silent = sc_tensor_find(file, "silent");
+    state_tensor list[STATE_TENSORS];
+    if (!encoder || encoder->rank != 2 || encoder->shape[0] != D || encoder->shape[1] != n)
+        return fail("%s: a tensor W_enc of %zu x %zu was expected", file->path, D, n);
+    SC_TRY(move_encoder(&t->sae, file, encoder, NULL));
+    list_state(t, list);
+    for (const state_tensor *s = list + 1; s < list + STATE_TENSORS; s++)
+        SC_TRY(read_rows(file, s->name, s->rank == 2 ? n : 1, s->columns, s->stride, s->values));
     if (!silent || silent->count != n) return fail("%s: no tensor silent [%zu]", file->path, n);
     for (size_t j = 0; j < n; j++) {
         int64_t steps;
@@ -5813,54 +5761,52 @@ static int read_checkpoint_tensors(training_run *run, const sc_safetensors *file
     return SC_OK;
 }
 
-static int read_checkpoint(training_run *run, const char *path)
+static int take_checkpoint(training_run *run, const sc_safetensors *file)
 {
-    sc_safetensors file;
-    unsigned long long position[POSITION_NUMBERS], checksum;
-    SC_TRY(sc_safetensors_open(&file, path));
-    const char *text = sc_metadata_find(&file, "position");
-    const char *sum = sc_metadata_find(&file, "checksum");
-    int status = SC_OK;
-    if (!text || !sum || sscanf(sum, "%llx", &checksum) != 1
-        || sscanf(text, "%llx %llx %llx %llx", &position[0], &position[1], &position[2],
-                  &position[3]) != POSITION_NUMBERS)
-        status = fail("%s: this is no checkpoint", path);
-    else if (position[3] != run->digest)
-        status = fail("%s: the checkpoint is of other options or data than this run", path);
-    else status = read_checkpoint_tensors(run, &file);
-    if (status == SC_OK) {
-        trainer *t = &run->trainer;
-        uint64_t numbers[POSITION_NUMBERS] = { position[0], position[1], position[2], position[3] };
-        if (trainer_digest(t, numbers, POSITION_NUMBERS) != checksum)
-            status = fail("%s: the checksum does not match the contents", path);
-        run->next_draw = run->order.from = position[1];
-        run->images = position[2];
-        for (t->step = 0; t->step < position[0]; t->step++) {
-            t->beta1_power *= 0.9;
-            t->beta2_power *= 0.999;
-        }
+    trainer *t = &run->trainer;
+    const char *text = sc_metadata_find(file, "position"), *sum = sc_metadata_find(file, "checksum");
+    uint64_t position[POSITION_NUMBERS];
+    for (int i = 0; i < POSITION_NUMBERS; i++) {
+        char *end = NULL;
+        if (text) position[i] = strtoull(text, &end, 16);
+        if (!sum || end == text) return fail("%s: this is no checkpoint", file->path);
+        text = end;
     }
-    sc_safetensors_close(&file);
-    return status;
+    if (position[3] != run->digest)
+        return fail("%s: the checkpoint is of other options or data than this run", file->path);
+    SC_TRY(read_state(t, file));
+    if (state_digest(t, position) != strtoull(sum, NULL, 16))
+        return fail("%s: the checksum does not match the contents", file->path);
+    run->next_draw = run->order.from = position[1];
+    run->images = position[2];
+    for (; t->step < position[0]; t->step++) {
+        t->beta1_power *= 0.9;
+        t->beta2_power *= 0.999;
+    }
+    return SC_OK;
 }
 
 /* Goes on from a checkpoint if there is one; a damaged one names the one before. */
 static int resume_training(training_run *run)
 {
-    char reason[sizeof error_text], *previous = new_array(strlen(run->checkpoint) + 6, 1);
-    if (!previous) return SC_FAILED;
-    sprintf(previous, "%s.prev", run->checkpoint);
-    int status = SC_OK, there = access(run->checkpoint, F_OK) == 0;
-    if (!there && access(previous, F_OK) != 0)
+    char reason[sizeof error_text];
+    sc_safetensors file;
+    int there = access(run->checkpoint, F_OK) == 0, before = access(run->previous, F_OK) == 0;
+    if (!there && before)
+        return fail("%s: there is none, but the one before it is %s", run->checkpoint,
+                    run->previous);
+    if (!there) {
         note("%s: there is no checkpoint yet, starting afresh", run->checkpoint);
-    else if (there) {
-        status = read_checkpoint(run, run->checkpoint);
-        memcpy(reason, error_text, sizeof reason);
-        if (status != SC_OK && access(previous, F_OK) == 0)
-            status = fail("%.600s; the checkpoint before it is %.300s", reason, previous);
-    } else status = fail("%s: there is none, but the one before it is %s", run->checkpoint, previous);
-    free(previous);
-    return status;
+        return SC_OK;
+    }
+    int status = sc_safetensors_open(&file, run->checkpoint);
+    if (status == SC_OK) {
+        status = take_checkpoint(run, &file);
+        sc_safetensors_close(&file);
+    }
+    if (status == SC_OK || !before) return status;
+    memcpy(reason, error_text, sizeof reason);
+    return fail("%.600s; the checkpoint before it is %.300s", reason, run->previous);
 }
 
 /* Opens the log; of a resumed run, cut back to the step it goes on from. */
@@ -5869,19 +5815,19 @@ static int open_log(training_run *run)
     static const char header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "dead,seconds\n";
     const char *path = run->o->log;
+    int resumed = run->trainer.step > 0;
+    off_t end = 0;
     char line[512];
     if (!path) return SC_OK;
-    run->log = fopen(path, run->trainer.step ? "r+" : "w");
-    if (!run->log && run->trainer.step && errno == ENOENT) run->log = fopen(path, "w");
+    run->log = fopen(path, resumed ? "a+" : "w");
     if (!run->log) return fail("%s: cannot be written: %s", path, strerror(errno));
-    off_t end = 0;
-    while (run->trainer.step && fgets(line, sizeof line, run->log) && strchr(line, '\n')
+    rewind(run->log);
+    while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
            && (end == 0 || strtoull(line, NULL, 10) <= run->trainer.step))
         end = ftello(run->log);
-    if (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0) {
-        if (errno != EINVAL && errno != ESPIPE)
-            return fail("%s: cannot be cut: %s", path, strerror(errno));
-    }
+    if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0)
+        && errno != EINVAL && errno != ESPIPE)               /* a pipe cannot and need not be cut */
+        return fail("%s: cannot be cut: %s", path, strerror(errno));
     if (end == 0 && (fputs(header, run->log) < 0 || fflush(run->log) != 0))
         return fail("%s: cannot be written: %s", path, strerror(errno));
     return SC_OK;
@@ -5901,81 +5847,32 @@ static int log_step(training_run *run, const step_result *r)
     return SC_OK;
 }
 
-/* Takes the images that b_dec starts from; they are kept, to be trained on too. */
-static int keep_aside(feed *f, size_t images)
-{
-    size_t row = f->T * f->stride;
-    f->kept = new_array(images, row * sizeof *f->kept);
-    f->kept_image = new_array(images, sizeof *f->kept_image);
-    f->kept_draw = new_array(images, sizeof *f->kept_draw);
-    if (!f->kept || !f->kept_image || !f->kept_draw) return SC_FAILED;
-    float *kept = f->kept;
-    size_t count = 0;
-    f->kept = NULL;                          /* nothing is handed out again meanwhile */
-    while (count < images) {
-        size_t want = images - count < f->room ? images - count : f->room;
-        int status = next_batch(f, want, NULL);
-        if (status == SC_OK && f->count == 0) status = fail("there are fewer than %zu images", images);
-        if (status != SC_OK) {
-            free(kept);
-            return status;
-        }
-        memcpy(kept + count * row, f->tap[0].out, f->count * row * sizeof *kept);
-        for (size_t i = 0; i < f->count; i++, count++) {
-            f->kept_image[count] = f->image[i];
-            f->kept_draw[count] = f->draw[i];
-        }
-    }
-    f->kept = kept;
-    f->kept_images = images;
-    return SC_OK;
-}
-
-/* A new SAE, or one from a file, with what the command line overrules. */
+/* A new SAE, or one from a file. It listens where the command line says, else the file of activations,
+ * else the SAE to start from, else where the report did: the penultimate block's MLP. */
 static int choose_sae(training_run *run)
 {
     const options *o = run->o;
     sc_sae *sae = &run->trainer.sae;
-    const feed *f = &run->data;
-    size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D;
+    feed *f = &run->data;
+    size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D, place;
+    const char *hook = sc_metadata_find(&f->file, "hook");
+    const char *model = f->is_file ? sc_metadata_find(&f->file, "model") : o->model;
     if (o->init) SC_TRY(sc_sae_open(sae, o->init));
     else SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
-    if (sae->d_in != f->D)
-        return fail("%s: an SAE of width %zu, but the activations have %zu", o->init, sae->d_in, f->D);
-    if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
-    if (o->k) sae->k = (size_t)o->k;
-    if (sae->topk && !sae->k) sae->k = 32;
-    if (sae->topk && sae->k > sae->d_sae)
-        return fail("k = %zu is more than the %zu latents", sae->k, sae->d_sae);
-    return SC_OK;
-}
-
-/* Layer and hook: from the command line, the file of activations, or the SAE to start from. */
-static int choose_tap(training_run *run)
-{
-    const options *o = run->o;
-    sc_sae *sae = &run->trainer.sae;
-    feed *f = &run->data;
-    const char *layer = f->is_file ? sc_metadata_find(&f->file, "layer") : NULL;
-    const char *hook = f->is_file ? sc_metadata_find(&f->file, "hook") : NULL;
-    const char *model = f->is_file ? sc_metadata_find(&f->file, "model") : o->model;
-    sc_hook kind = sae->hook >= 0 ? (sc_hook)sae->hook : SC_MLP;
-    long number = sae->layer ? (long)sae->layer : -2;
-    size_t place;
-    if (o->hook) SC_TRY(parse_hook(o->hook, &kind));
-    else if (hook) SC_TRY(parse_hook(hook, &kind));
-    if (o->layer) number = o->layer;
-    else if (layer) number = strtol(layer, NULL, 10);
-    if (f->is_file) SC_TRY(check_origin(f, sae->layer, sae->hook));
-    SC_TRY(add_tap(f, number, kind, &place));
-    if (!f->is_file || o->layer || layer || sae->layer)
-        sae->layer = f->tap[0].layer < 1 << 20 ? f->tap[0].layer : 0;
-    if (!f->is_file || o->hook || hook) sae->hook = (int)kind;
-    if (model && !sae->model) {
-        const char *slash = strrchr(model, '/');
-        if (!(sae->model = copy_string(slash ? slash + 1 : model))) return SC_FAILED;
-    }
-    return SC_OK;
+    if (!sae->k) sae->k = 32;
+    SC_TRY(overrule_sae(sae, o));
+    SC_TRY(check_origin(f, sae, o));
+    if (!sae->layer) SC_TRY(metadata_number(&f->file, "layer", 1e6, &sae->layer));
+    sc_hook kind = sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook;
+    if (sae->hook < 0 && hook && parse_hook(hook, &kind) != SC_OK)
+        return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", f->file.path, hook);
+    SC_TRY(add_tap(f, o->layer ? o->layer : sae->layer || f->is_file ? (long)sae->layer : -2, kind,
+                   &place));
+    sae->layer = f->tap[0].layer;
+    if (!f->is_file || hook) sae->hook = (int)kind;
+    if (!model || sae->model) return SC_OK;
+    sae->model = copy_string(base_name(model));
+    return sae->model ? SC_OK : SC_FAILED;
 }
 
 static int prepare_run(training_run *run, const char *images)
@@ -5984,15 +5881,14 @@ static int prepare_run(training_run *run, const char *images)
     feed *f = &run->data;
     SC_TRY(open_feed(f, o, images));
     SC_TRY(choose_sae(run));
-    SC_TRY(choose_tap(run));
     run->batch = (size_t)o->batch;
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
         return usage("--batch %zu: %zu tokens an image are too many", run->batch, f->T);
-    run->order = (training_order){ .seed = (uint64_t)o->seed, .N = f->images,
-                                   .shuffle = strcmp(o->order, "shuffle") == 0 };
-    if (f->images == SC_UNKNOWN && run->order.shuffle)
+    int shuffle = strcmp(o->order, "shuffle") == 0;
+    if (f->images == SC_UNKNOWN && shuffle)
         return usage("a stream has one order: --order sequential was expected");
-    if (run->order.shuffle && !(run->order.order = new_array(f->images, sizeof *run->order.order)))
+    run->order = (training_order){ .seed = (uint64_t)o->seed, .N = f->images, .epoch = UINT64_MAX };
+    if (shuffle && !(run->order.order = new_array(f->images, sizeof *run->order.order)))
         return SC_FAILED;
     double images_wanted = f->images == SC_UNKNOWN ? 1e18 : o->epochs * (double)f->images;
     run->steps = o->steps >= 0 ? (uint64_t)o->steps
@@ -6005,31 +5901,21 @@ static int prepare_run(training_run *run, const char *images)
     return o->resume ? resume_training(run) : SC_OK;
 }
 
-/* An error of a step names the step, and the image and token where there is one. */
-static int blame(const training_run *run, size_t token)
+/* An error names the step, and the image and token where there is one. */
+static int blame_step(const training_run *run, size_t token)
 {
     char reason[sizeof error_text];
-    const feed *f = &run->data;
+    if (token != SIZE_MAX) blame_token(&run->data, token);
     memcpy(reason, error_text, sizeof reason);
-    unsigned long long step = run->trainer.step + 1;
-    if (token == SIZE_MAX) return fail("step %llu: %.900s", step, reason);
-    size_t image = (size_t)f->image[token / f->T];
-    return fail("step %llu, image %zu %.300s, token %zu: %.500s", step, image, image_name(f, image),
-                token % f->T, reason);
+    return fail("step %llu%s %.980s", (unsigned long long)run->trainer.step + 1,
+                token == SIZE_MAX ? ":" : ",", reason);
 }
 
 static int stop_training(training_run *run)
 {
-    char *path = new_array(strlen(run->o->output) + 6, 1);
-    if (!path) return SC_FAILED;
-    sprintf(path, "%s.ckpt", run->o->output);
-    const char *to = run->checkpoint ? run->checkpoint : path;
-    int status = save_checkpoint(run, to);
-    if (status == SC_OK)
-        status = fail("stopped by signal %d after step %llu; %s goes on with --resume",
-                      (int)stop_signal, (unsigned long long)run->trainer.step, to);
-    free(path);
-    return status;
+    SC_TRY(save_checkpoint(run));
+    return fail("stopped by signal %d after step %llu; %s goes on with --resume", (int)stop_signal,
+                (unsigned long long)run->trainer.step, run->checkpoint);
 }
 
 static int train_steps(training_run *run)
@@ -6040,71 +5926,88 @@ static int train_steps(training_run *run)
     while (t->step < run->steps) {
         step_result result;
         size_t token;
-        SC_TRY(next_batch(f, run->batch, NULL));
+        if (next_batch(f, run->batch) != SC_OK) return blame_step(run, SIZE_MAX);
+        if (f->count < run->batch && t->step == 0)
+            return fail("standard input: %zu images are no full batch of %zu", f->count, run->batch);
         if (f->count < run->batch) {
             note("the stream ended: %zu images are no full batch and were left out", f->count);
             break;
         }
         int status = train_step(t, f->tap[0].out, run->batch * f->T, &result, &token);
-        if (status != SC_OK) return blame(run, token);
+        if (status != SC_OK) return blame_step(run, token);
         run->images += run->batch;
         run->next_draw = f->draw[run->batch - 1] + run->order.from + 1;
         SC_TRY(log_step(run, &result));
-        if (run->checkpoint && t->step % every == 0) {
-            SC_TRY(save_checkpoint(run, run->checkpoint));
+        if (run->checkpoints && t->step % every == 0) {
+            SC_TRY(save_checkpoint(run));
             saved = t->step;
         }
         if (stop_signal) return stop_training(run);
     }
-    return run->checkpoint && saved != t->step ? save_checkpoint(run, run->checkpoint) : SC_OK;
+    return run->checkpoints && saved != t->step ? save_checkpoint(run) : SC_OK;
 }
 
-static int save_sae(const training_run *run)
+static int write_trained(sc_writer *w, void *context)
 {
-    sc_writer w;
-    int status = sc_writer_open(&w, run->o->output, 4096);
-    if (status == SC_OK) status = write_sae(&w, &run->trainer.sae);
-    if (status == SC_OK) status = write_recipe(&w, run);
-    if (status == SC_OK) return sc_writer_finish(&w);
-    sc_writer_discard(&w);
-    return status;
+    const training_run *run = context;
+    SC_TRY(write_sae(w, &run->trainer.sae));
+    return take_recipe(run, w, NULL);
+}
+
+/* A stream's pictures that a resumed run was trained on already. */
+static int skip_stream(training_run *run)
+{
+    const image_slot *slot;
+    for (; run->order.from > 0; run->order.from--, run->data.drawn++) {
+        int status = reader_next(&run->data.reader, &slot);
+        if (status == SC_END) return fail("standard input: ended before where the checkpoint was");
+        SC_TRY(status);
+    }
+    return SC_OK;
 }
 
 static int run_training(training_run *run, const char *images)
 {
     const options *o = run->o;
-    size_t keep = o->b_dec_images ? (size_t)o->b_dec_images : (size_t)o->batch;
+    feed *f = &run->data;
+    SC_TRY(try_output(o->output));
+    if (run->checkpoints) SC_TRY(try_output(run->checkpoint));
     SC_TRY(prepare_run(run, images));
     int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer.step == 0;
-    if (run->data.images != SC_UNKNOWN && keep > run->data.images) keep = run->data.images;
+    size_t keep = !start ? 0 : o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
+    if (keep > f->images) keep = f->images;
     if (start || run->trainer.step < run->steps)
-        SC_TRY(start_feed(&run->data, run->batch, training_draw, &run->order, 0));
+        SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, &run->order, 0));
+    if (f->images == SC_UNKNOWN) SC_TRY(skip_stream(run));
     if (start) {
-        SC_TRY(keep_aside(&run->data, keep));
-        SC_TRY(start_b_dec(&run->trainer.sae, o->b_dec, run->data.kept, keep, run->data.T));
+        SC_TRY(next_batch(f, keep));
+        if (f->count < keep) return fail("there are fewer than %zu images", keep);
+        SC_TRY(start_b_dec(&run->trainer.sae, o->b_dec, f->tap[0].out, keep, f->T));
+        f->kept = keep;                      /* to be trained on too */
     }
     SC_TRY(open_log(run));
     SC_TRY(train_steps(run));
-    return save_sae(run);
+    return save_tensors(o->output, 4096, write_trained, run);
 }
 
 static int command_train(const options *o, int count, char **names)
 {
-    training_run run = { .o = o, .started = seconds_now() };
-    struct sigaction action = { .sa_handler = on_signal };
+    training_run run = { .o = o, .started = seconds_now(),
+                         .checkpoints = o->checkpoint || o->resume };
+    struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND };
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
-    if (o->checkpoint) run.checkpoint = copy_string(o->checkpoint);
-    else if (o->resume && (run.checkpoint = new_array(strlen(o->output) + 6, 1)))
-        sprintf(run.checkpoint, "%s.ckpt", o->output);
-    int status = (o->checkpoint || o->resume) && !run.checkpoint ? SC_FAILED : SC_OK;
-    if (status == SC_OK) status = run_training(&run, count ? names[0] : NULL);
+    run.checkpoint = o->checkpoint ? copy_string(o->checkpoint)
+                                   : join_text(o->output, strlen(o->output), ".ckpt");
+    if (run.checkpoint) run.previous = join_text(run.checkpoint, strlen(run.checkpoint), ".prev");
+    int status = run.previous ? run_training(&run, count ? names[0] : NULL) : SC_FAILED;
     if (run.log && fclose(run.log) != 0 && status == SC_OK)
         status = fail("%s: cannot be written: %s", o->log, strerror(errno));
     close_feed(&run.data);
     free_trainer(&run.trainer);
     free(run.order.order);
     free(run.checkpoint);
+    free(run.previous);
     return status;
 }
 
@@ -6133,77 +6036,61 @@ static double running_total(const running_sum *sum) { return sum->total + sum->p
 
 typedef struct {
     const sc_sae *sae;
-    size_t tap, K, P, T, first_patch, classes;
+    const feed *data;
+    size_t tap, K, P;
     double threshold;                /* of class_counts; negative: count images */
-    uint64_t images, tokens, data_digest;
+    uint64_t images, tokens;
     sae_batch batch;
+    memory_list memory;
     uint64_t *image_count, *token_count;         /* [n] */
     exact_sum *mean_sum, *activation_sum;        /* [n], of a_j over images, of f_j over tokens */
     float *top_value;                            /* [n, K], descending */
     int64_t *top_image, *top_label;              /* [n, K] */
     float *patch_value;                          /* [n, P], descending */
-    int64_t *patch_token;                        /* [n, P], image * T + token */
+    int64_t *patch;                              /* [n, P, 2], image and token */
     int64_t *class_counts;                       /* [C, n], NULL if not asked for */
     uint64_t *histogram;                         /* [workers, HISTOGRAM_BINS] */
     running_sum mse, squared_error, l0, l1;
     running_sum (*x)[2];                         /* [D], of x and x^2 */
+    float *sparsity, *mean_act, *entropy;        /* [n], worked out at the end, as is */
+    double *sum;                                 /* [n], activation_sum rounded */
 } statistics;
 
 static void free_statistics(statistics *s)
 {
     free_batch(&s->batch);
-    free(s->image_count);
-    free(s->token_count);
-    free(s->mean_sum);
-    free(s->activation_sum);
-    free(s->top_value);
-    free(s->top_image);
-    free(s->top_label);
-    free(s->patch_value);
-    free(s->patch_token);
-    free(s->class_counts);
-    free(s->histogram);
-    free(s->x);
+    release(&s->memory);
     *s = (statistics){ 0 };
 }
 
-/* sae, tap, K, P, threshold are set; room: images a batch. */
-static int new_statistics(statistics *s, const feed *f, size_t room, int class_counts)
+/* sae, data, tap, K, P, threshold are set; room: images a batch. */
+static int new_statistics(statistics *s, size_t room, int class_counts)
 {
-    size_t n = s->sae->d_sae;
-    s->T = f->T;
-    s->first_patch = f->first_patch;
-    s->classes = f->classes;
-    s->data_digest = f->digest;
-    SC_TRY(new_batch(&s->batch, s->sae, room * f->T));
-    s->image_count = new_array(n, sizeof *s->image_count);
-    s->token_count = new_array(n, sizeof *s->token_count);
-    s->mean_sum = new_array(n, sizeof *s->mean_sum);
-    s->activation_sum = new_array(n, sizeof *s->activation_sum);
-    s->top_value = new_array(n, s->K * sizeof *s->top_value);
-    s->top_image = new_array(n, s->K * sizeof *s->top_image);
-    s->top_label = new_array(n, s->K * sizeof *s->top_label);
-    s->patch_value = new_array(n, s->P * sizeof *s->patch_value);
-    s->patch_token = new_array(n, s->P * sizeof *s->patch_token);
-    s->histogram = new_array((size_t)thread_count(), HISTOGRAM_BINS * sizeof *s->histogram);
-    s->x = new_array(f->D, sizeof *s->x);
-    if (class_counts) s->class_counts = new_array(n, s->classes * sizeof *s->class_counts);
-    if (!s->image_count || !s->token_count || !s->mean_sum || !s->activation_sum || !s->top_value
-        || !s->top_image || !s->top_label || !s->patch_value || !s->patch_token || !s->histogram
-        || !s->x || (class_counts && !s->class_counts))
-        return SC_FAILED;
-    for (size_t i = 0; i < n * s->K; i++) s->top_image[i] = s->top_label[i] = -1;
-    for (size_t i = 0; i < n * s->P; i++) s->patch_token[i] = -1;
+    size_t n = s->sae->d_sae, K = s->K, P = s->P, C = s->data->classes;
+    const array_spec arrays[] = {
+        ARRAY(s->image_count, n, 1), ARRAY(s->token_count, n, 1), ARRAY(s->mean_sum, n, 1),
+        ARRAY(s->activation_sum, n, 1), ARRAY(s->top_value, n, K), ARRAY(s->top_image, n, K),
+        ARRAY(s->top_label, n, K), ARRAY(s->patch_value, n, P), ARRAY(s->patch, n, 2 * P),
+        ARRAY(s->histogram, (size_t)thread_count(), HISTOGRAM_BINS), ARRAY(s->x, s->sae->d_in, 1),
+        ARRAY(s->sparsity, n, 1), ARRAY(s->mean_act, n, 1), ARRAY(s->entropy, n, 1),
+        ARRAY(s->sum, n, 1), ARRAY(s->class_counts, n, C) };
+    if (class_counts && C == 0) return fail("--class-counts: the data have no labels");
+    SC_TRY(new_batch(&s->batch, s->sae, room * s->data->T));
+    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays) - !class_counts));
+    for (size_t i = 0; i < n * K; i++) s->top_image[i] = s->top_label[i] = -1;
+    for (size_t i = 0; i < n * P * 2; i++) s->patch[i] = -1;
     return SC_OK;
 }
+
+static const double quarter_octave[] = { 1, 1.18920712, 1.41421356, 1.68179283 };
 
 /* The bin of an active value: quarters of an octave from 2^-40 to 2^24; what lies outside goes into
  * the first or last. */
 static size_t histogram_bin(float f)
 {
-    int exponent, last = HISTOGRAM_BINS - 1;
+    int exponent, quarter = 3, last = HISTOGRAM_BINS - 1;
     float m = 2 * frexpf(f, &exponent);                     /* f = m 2^(exponent - 1) */
-    int quarter = (m >= 1.18920712f) + (m >= 1.41421356f) + (m >= 1.68179283f);
+    while (m < (float)quarter_octave[quarter]) quarter--;
     int bin = (exponent - 1 - LOWEST_OCTAVE) * BINS_AN_OCTAVE + quarter;
     return (size_t)(bin < 0 ? 0 : bin > last ? last : bin);
 }
@@ -6220,18 +6107,19 @@ static size_t rank_value(float *list, size_t size, float value)
     return place;
 }
 
-static void insert_at(int64_t *list, size_t size, size_t place, int64_t value)
+/* The same in a list of `width` numbers a place. */
+static void insert_at(int64_t *list, size_t width, size_t size, size_t place, const int64_t *value)
 {
-    memmove(list + place + 1, list + place, (size - 1 - place) * sizeof *list);
-    list[place] = value;
+    memmove(list + (place + 1) * width, list + place * width,
+            (size - 1 - place) * width * sizeof *list);
+    memcpy(list + place * width, value, width * sizeof *list);
 }
 
-typedef struct { statistics *s; const feed *f; } statistics_pass;
-
-/* Latent j's mean over one image. */
-static void count_image(statistics *s, size_t j, int64_t image, int64_t label, double sum)
+/* Latent j's mean over the batch's image i. */
+static void count_image(statistics *s, size_t j, size_t i, double sum)
 {
-    float mean = (float)(sum / (double)s->T);
+    float mean = (float)(sum / (double)s->data->T);
+    int64_t image = (int64_t)s->data->image[i], label = s->data->label[i];
     if (!(mean > 0)) return;
     s->image_count[j]++;
     exact_add_float(&s->mean_sum[j], mean);
@@ -6239,46 +6127,45 @@ static void count_image(statistics *s, size_t j, int64_t image, int64_t label, d
         s->class_counts[(size_t)label * s->sae->d_sae + j]++;
     size_t place = rank_value(s->top_value + j * s->K, s->K, mean);
     if (place == s->K) return;
-    insert_at(s->top_image + j * s->K, s->K, place, image);
-    insert_at(s->top_label + j * s->K, s->K, place, label);
+    insert_at(s->top_image + j * s->K, 1, s->K, place, &image);
+    insert_at(s->top_label + j * s->K, 1, s->K, place, &label);
 }
 
-/* One activation of latent j. */
-static void count_token(statistics *s, size_t j, int64_t image, int64_t label, size_t token,
-                        float f, uint64_t *histogram)
+/* Activation f of latent j on a token of the batch's image i. */
+static void count_token(statistics *s, size_t j, size_t i, size_t token, float f, uint64_t *histogram)
 {
+    int64_t label = s->data->label[i];
     s->token_count[j]++;
     exact_add_float(&s->activation_sum[j], f);
     histogram[histogram_bin(f)]++;
     if (s->class_counts && label >= 0 && s->threshold >= 0 && (double)f > s->threshold)
         s->class_counts[(size_t)label * s->sae->d_sae + j]++;
-    if (token < s->first_patch) return;
+    if (token < s->data->first_patch) return;
     size_t place = rank_value(s->patch_value + j * s->P, s->P, f);
     if (place < s->P)
-        insert_at(s->patch_token + j * s->P, s->P, place, image * (int64_t)s->T + (int64_t)token);
+        insert_at(s->patch + j * s->P * 2, 2, s->P, place,
+                  (int64_t[]){ (int64_t)s->data->image[i], (int64_t)token });
 }
 
 static int count_task(void *context, size_t block, int worker)
 {
-    const statistics_pass *pass = context;
-    statistics *s = pass->s;
+    statistics *s = context;
     uint64_t *histogram = s->histogram + (size_t)worker * HISTOGRAM_BINS;
     for (size_t j = block * CHAIN; j < s->sae->d_sae && j < (block + 1) * CHAIN; j++) {
-        size_t at = SIZE_MAX;                                /* the image being summed */
+        size_t at = 0;                                       /* the image being summed */
         double sum = 0;
         for (size_t i = 0; i < s->batch.tiles; i++)
             for (code_walk w = walk_codes(&s->batch.tile[i], j); next_code(&w);) {
-                size_t t = s->batch.tile[i].first + w.token, image = t / s->T;
-                if (image != at && at != SIZE_MAX)
-                    count_image(s, j, (int64_t)pass->f->image[at], pass->f->label[at], sum);
-                if (image != at) sum = 0;
+                size_t t = s->batch.tile[i].first + w.token, image = t / s->data->T;
+                if (image != at) {
+                    count_image(s, j, at, sum);
+                    sum = 0;
+                }
                 at = image;
                 sum += w.value;
-                count_token(s, j, (int64_t)pass->f->image[at], pass->f->label[at], t % s->T, w.value,
-                            histogram);
+                count_token(s, j, image, t % s->data->T, w.value, histogram);
             }
-        if (at != SIZE_MAX)
-            count_image(s, j, (int64_t)pass->f->image[at], pass->f->label[at], sum);
+        count_image(s, j, at, sum);
     }
     return SC_OK;
 }
@@ -6286,7 +6173,7 @@ static int count_task(void *context, size_t block, int worker)
 /* Sums over tokens of one dimension, for the variance. */
 static int sum_x_task(void *context, size_t d, int worker)
 {
-    statistics *s = ((statistics_pass *)context)->s;
+    statistics *s = context;
     (void)worker;
     for (size_t t = 0; t < s->batch.T; t++) {
         double x = s->batch.x[t * s->sae->stride + d];
@@ -6296,26 +6183,16 @@ static int sum_x_task(void *context, size_t d, int worker)
     return SC_OK;
 }
 
-/* Names the image and token of an error. */
-static int blame_token(const feed *f, size_t token)
-{
-    char reason[sizeof error_text];
-    memcpy(reason, error_text, sizeof reason);
-    size_t image = (size_t)f->image[token / f->T];
-    return fail("image %zu %.300s, token %zu: %.600s", image, image_name(f, image), token % f->T,
-                reason);
-}
-
 /* Takes the batch at hand into the statistics. */
-static int count_batch(statistics *s, const feed *f)
+static int count_batch(statistics *s)
 {
-    statistics_pass pass = { s, f };
+    const feed *f = s->data;
     const sae_batch *b = &s->batch;
     size_t bad;
     SC_TRY(run_sae(&s->batch, f->tap[s->tap].out, f->count * f->T));
     if (check_tokens(b, &bad) != SC_OK) return blame_token(f, bad);
-    SC_TRY(parallel_for(chains_of(s->sae->d_sae), count_task, &pass));
-    if (b->reconstruct) SC_TRY(parallel_for(s->sae->d_in, sum_x_task, &pass));
+    SC_TRY(parallel_for(chains_of(s->sae->d_sae), count_task, s));
+    if (b->reconstruct) SC_TRY(parallel_for(s->sae->d_in, sum_x_task, s));
     for (size_t t = 0; b->reconstruct && t < b->T; t++) {
         add_running(&s->mse, b->squared_error[t] / b->norm[t]);
         add_running(&s->squared_error, b->squared_error[t]);
@@ -6372,120 +6249,77 @@ static uint64_t sae_digest(const sc_sae *sae)
 static int write_statistics_metadata(sc_writer *w, const statistics *s)
 {
     const struct { const char *key; unsigned long long value; int hex; } numbers[] = {
-        { "images", s->images, 0 }, { "tokens", s->tokens, 0 }, { "tokens_per_image", s->T, 0 },
-        { "first_patch", s->first_patch, 0 }, { "data_digest", s->data_digest, 1 },
+        { "images", s->images, 0 }, { "tokens", s->tokens, 0 }, { "tokens_per_image", s->data->T, 0 },
+        { "first_patch", s->data->first_patch, 0 }, { "data_digest", s->data->digest, 1 },
         { "sae_digest", sae_digest(s->sae), 1 } };
     char text[32], edges[HISTOGRAM_BINS * 20 + 32];
-    size_t used = 1;
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+    size_t used = 0;
+    for (size_t i = 0; i < COUNT(numbers); i++) {
         snprintf(text, sizeof text, numbers[i].hex ? "%016llx" : "%llu", numbers[i].value);
         SC_TRY(sc_writer_metadata(w, numbers[i].key, text));
     }
-    edges[0] = '[';
-    for (int i = 0; i <= HISTOGRAM_BINS; i++) {
-        static const double quarter[] = { 1, 1.18920712, 1.41421356, 1.68179283 };
-        double edge = ldexp(quarter[i % 4], LOWEST_OCTAVE + i / BINS_AN_OCTAVE);
-        used += (size_t)snprintf(edges + used, 20, "%s%.9g", i ? "," : "", edge);
-    }
+    for (int i = 0; i <= HISTOGRAM_BINS; i++)
+        used += (size_t)sprintf(edges + used, "%c%.9g", i ? ',' : '[',
+                                ldexp(quarter_octave[i % BINS_AN_OCTAVE],
+                                      LOWEST_OCTAVE + i / BINS_AN_OCTAVE));
     memcpy(edges + used, "]", 2);
     SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
-    if (s->threshold >= 0) {
-        snprintf(text, sizeof text, "%.17g", s->threshold);
-        SC_TRY(sc_writer_metadata(w, "threshold", text));
+    snprintf(text, sizeof text, "%.17g", s->threshold);
+    return s->threshold >= 0 ? sc_writer_metadata(w, "threshold", text) : SC_OK;
+}
+
+/* What is worked out from the counts, latent by latent; the workers' histograms joined. */
+static void derive_statistics(statistics *s)
+{
+    for (size_t j = 0; j < s->sae->d_sae; j++) {
+        s->sparsity[j] = (float)((double)s->image_count[j] / (double)(s->images ? s->images : 1));
+        s->mean_act[j] = (float)mean_activation(s, j);
+        s->entropy[j] = (float)top_entropy(s, j);
+        s->sum[j] = exact_value(s->activation_sum[j]);
+    }
+    for (size_t i = HISTOGRAM_BINS; i < (size_t)thread_count() * HISTOGRAM_BINS; i++)
+        s->histogram[i % HISTOGRAM_BINS] += s->histogram[i];
+}
+
+static int write_statistics(sc_writer *w, void *context)
+{
+    statistics *s = context;
+    size_t n = s->sae->d_sae, K = s->K, P = s->P;
+    const struct { const char *name; const void *values; sc_dtype dtype; int rank; size_t shape[3]; }
+    tensors[] = {
+        { "sae_sparsity", s->sparsity, SC_F32, 1, { n } },
+        { "sae_mean_acts", s->mean_act, SC_F32, 1, { n } },
+        { "top_entropy", s->entropy, SC_F32, 1, { n } },
+        { "max_activating_image_values", s->top_value, SC_F32, 2, { n, K } },
+        { "max_activating_patch_values", s->patch_value, SC_F32, 2, { n, P } },
+        { "max_activating_image_indices", s->top_image, SC_I64, 2, { n, K } },
+        { "max_activating_image_label_indices", s->top_label, SC_I64, 2, { n, K } },
+        { "max_activating_patch_indices", s->patch, SC_I64, 3, { n, P, 2 } },
+        { "image_count", s->image_count, SC_I64, 1, { n } },
+        { "token_count", s->token_count, SC_I64, 1, { n } },
+        { "activation_sum", s->sum, SC_F64, 1, { n } },
+        { "mean_sum_exact", s->mean_sum, SC_I64, 2, { n, 2 } },          /* high and low halves */
+        { "activation_sum_exact", s->activation_sum, SC_I64, 2, { n, 2 } },
+        { "activation_histogram", s->histogram, SC_I64, 1, { HISTOGRAM_BINS } },
+        { "class_counts", s->class_counts, SC_I64, 2, { s->data->classes, n } },
+    };
+    SC_TRY(write_statistics_metadata(w, s));
+    derive_statistics(s);
+    for (size_t i = 0; i < COUNT(tensors) && tensors[i].values; i++) {
+        size_t count = 1;
+        for (int d = 0; d < tensors[i].rank; d++) count *= tensors[i].shape[d];
+        SC_TRY(sc_writer_tensor(w, tensors[i].name, tensors[i].dtype, tensors[i].rank,
+                                tensors[i].shape));
+        if (tensors[i].dtype == SC_F32) SC_TRY(sc_writer_floats(w, tensors[i].values, count));
+        else if (tensors[i].dtype == SC_F64) SC_TRY(sc_writer_doubles(w, tensors[i].values, count));
+        else SC_TRY(sc_writer_integers(w, tensors[i].values, count));
     }
     return SC_OK;
-}
-
-static int write_integers(sc_writer *w, const char *name, int rank, const size_t *shape,
-                          const int64_t *values)
-{
-    size_t count = 1;
-    for (int i = 0; i < rank; i++) count *= shape[i];
-    SC_TRY(sc_writer_tensor(w, name, SC_I64, rank, shape));
-    return sc_writer_integers(w, values, count);
-}
-
-/* The tensors that are worked out for each latent: one table, one loop. */
-static int write_derived(sc_writer *w, const statistics *s)
-{
-    size_t n = s->sae->d_sae;
-    static const char *const names[] = { "sae_sparsity", "sae_mean_acts", "top_entropy" };
-    float *column = new_array(n, sizeof *column);
-    int status = column ? SC_OK : SC_FAILED;
-    for (int i = 0; i < 3 && status == SC_OK; i++) {
-        for (size_t j = 0; j < n; j++) {
-            double images = (double)(s->images ? s->images : 1);
-            column[j] = (float)(i == 0 ? (double)s->image_count[j] / images
-                                : i == 1 ? mean_activation(s, j) : top_entropy(s, j));
-        }
-        status = write_vector(w, names[i], n, column);
-    }
-    free(column);
-    return status;
-}
-
-static int write_statistics_tensors(sc_writer *w, const statistics *s)
-{
-    size_t n = s->sae->d_sae, K = s->K, P = s->P;
-    SC_TRY(write_derived(w, s));
-    SC_TRY(sc_writer_tensor(w, "max_activating_image_values", SC_F32, 2, (size_t[]){ n, K }));
-    SC_TRY(sc_writer_floats(w, s->top_value, n * K));
-    SC_TRY(sc_writer_tensor(w, "max_activating_patch_values", SC_F32, 2, (size_t[]){ n, P }));
-    SC_TRY(sc_writer_floats(w, s->patch_value, n * P));
-    SC_TRY(write_integers(w, "max_activating_image_indices", 2, (size_t[]){ n, K }, s->top_image));
-    SC_TRY(write_integers(w, "max_activating_image_label_indices", 2, (size_t[]){ n, K },
-                          s->top_label));
-    SC_TRY(sc_writer_tensor(w, "max_activating_patch_indices", SC_I64, 3, (size_t[]){ n, P, 2 }));
-    for (size_t i = 0; i < n * P; i++) {
-        int64_t at = s->patch_token[i], T = (int64_t)s->T;
-        SC_TRY(sc_writer_integers(w, (int64_t[]){ at < 0 ? -1 : at / T, at < 0 ? -1 : at % T }, 2));
-    }
-    for (int i = 0; i < 2; i++) {
-        SC_TRY(sc_writer_tensor(w, i ? "token_count" : "image_count", SC_I64, 1, &n));
-        for (size_t j = 0; j < n; j++) {
-            int64_t count = (int64_t)(i ? s->token_count : s->image_count)[j];
-            SC_TRY(sc_writer_integers(w, &count, 1));
-        }
-    }
-    SC_TRY(sc_writer_tensor(w, "activation_sum", SC_F64, 1, &n));
-    for (size_t j = 0; j < n; j++) {
-        double sum = exact_value(s->activation_sum[j]);
-        SC_TRY(sc_writer_doubles(w, &sum, 1));
-    }
-    for (int i = 0; i < 2; i++) {
-        const exact_sum *sum = i ? s->activation_sum : s->mean_sum;
-        SC_TRY(sc_writer_tensor(w, i ? "activation_sum_exact" : "mean_sum_exact", SC_I64, 2,
-                                (size_t[]){ n, 2 }));
-        for (size_t j = 0; j < n; j++)
-            SC_TRY(sc_writer_integers(w, (int64_t[]){ (int64_t)sum[j].high, (int64_t)sum[j].low }, 2));
-    }
-    SC_TRY(sc_writer_tensor(w, "activation_histogram", SC_I64, 1, (size_t[]){ HISTOGRAM_BINS }));
-    for (size_t bin = 0; bin < HISTOGRAM_BINS; bin++) {
-        int64_t count = 0;
-        for (int i = 0; i < thread_count(); i++)
-            count += (int64_t)s->histogram[(size_t)i * HISTOGRAM_BINS + bin];
-        SC_TRY(sc_writer_integers(w, &count, 1));
-    }
-    return s->class_counts
-        ? write_integers(w, "class_counts", 2, (size_t[]){ s->classes, n }, s->class_counts) : SC_OK;
-}
-
-static int save_statistics(const statistics *s, const char *path)
-{
-    sc_writer w;
-    int status = sc_writer_open(&w, path, 16384);
-    if (status == SC_OK) status = write_statistics_metadata(&w, s);
-    if (status == SC_OK) status = write_statistics_tensors(&w, s);
-    if (status == SC_OK) return sc_writer_finish(&w);
-    sc_writer_discard(&w);
-    return status;
 }
 
 /* --------------------------------------------------------------------------------------------
  * Several SAEs over one data set, in one forward pass
  * -------------------------------------------------------------------------------------------- */
-
-enum { MEASURE_IMAGES = 16 };        /* images a batch */
 
 typedef struct {
     const options *o;
@@ -6497,35 +6331,12 @@ typedef struct {
 
 static int open_saes(measurement *m)
 {
-    const options *o = m->o;
-    for (; m->saes < o->saes; m->saes++) {
-        sc_sae *sae = &m->sae[m->saes];
-        SC_TRY(sc_sae_open(sae, o->sae[m->saes]));
-        if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
-        if (o->k) sae->k = (size_t)o->k;
-        if (sae->topk && (sae->k == 0 || sae->k > sae->d_sae))
-            return fail("%s: a TopK SAE whose k is not from 1 to %zu (--k)", sae->path, sae->d_sae);
-        if (o->layer) sae->layer = (size_t)o->layer;
-        if (o->hook) {
-            sc_hook hook = SC_MLP;
-            SC_TRY(parse_hook(o->hook, &hook));
-            sae->hook = (int)hook;
-        }
+    for (; m->saes < m->o->saes; m->saes++) {
+        SC_TRY(sc_sae_open(&m->sae[m->saes], m->o->sae[m->saes]));
+        SC_TRY(overrule_sae(&m->sae[m->saes], m->o));
+        if (m->o->layer) m->sae[m->saes].layer = (size_t)m->o->layer;
     }
-    return m->saes ? SC_OK : usage("no SAE: -s FILE was expected");
-}
-
-/* Where an SAE listens: its metadata say, or the options. */
-static int tap_for(feed *f, const sc_sae *sae, const options *o, size_t *tap)
-{
-    long layer = o->layer ? o->layer : (long)sae->layer;
-    if (sae->d_in != f->D)
-        return fail("%s: an SAE of width %zu, but the activations have %zu", sae->path, sae->d_in,
-                    f->D);
-    if (f->is_file) SC_TRY(check_origin(f, o->layer ? 0 : sae->layer, o->hook ? -1 : sae->hook));
-    else if (!layer || sae->hook < 0)
-        return usage("%s does not say where it listens: --layer and --hook", sae->path);
-    return add_tap(f, layer ? layer : 1, sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook, tap);
+    return SC_OK;
 }
 
 static void close_measurement(measurement *m)
@@ -6537,46 +6348,48 @@ static void close_measurement(measurement *m)
     close_feed(&m->data);
 }
 
+static int measure_batch(void *context)
+{
+    measurement *m = context;
+    for (size_t i = 0; i < m->saes; i++) SC_TRY(count_batch(&m->s[i]));
+    return SC_OK;
+}
+
 /* One pass over a data set for all SAEs. */
 static int measure(measurement *m, const char *images, int reconstruct)
 {
     const options *o = m->o;
-    feed *f = &m->data;
-    uint64_t done = 0;
-    SC_TRY(open_feed(f, o, images));
+    SC_TRY(open_feed(&m->data, o, images));
     for (size_t i = 0; i < m->saes; i++) {
-        m->s[i] = (statistics){ .sae = &m->sae[i], .K = (size_t)o->top, .P = (size_t)o->top_patches,
-                                .threshold = o->threshold };
-        SC_TRY(tap_for(f, &m->sae[i], o, &m->s[i].tap));
-        SC_TRY(new_statistics(&m->s[i], f, MEASURE_IMAGES, o->class_counts));
+        m->s[i] = (statistics){ .sae = &m->sae[i], .data = &m->data, .K = (size_t)o->top,
+                                .P = (size_t)o->top_patches, .threshold = o->threshold };
+        SC_TRY(tap_for(&m->data, &m->sae[i], o, &m->s[i].tap));
+        SC_TRY(new_statistics(&m->s[i], MEASURE_IMAGES, o->class_counts));
         m->s[i].batch.reconstruct = reconstruct;
     }
-    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    for (;;) {
-        SC_TRY(next_batch(f, MEASURE_IMAGES, NULL));
-        if (f->count == 0) break;
-        for (size_t i = 0; i < m->saes; i++) SC_TRY(count_batch(&m->s[i], f));
-        done += f->count;
-        show_progress("image", done, f->images, done, "images", "%s", "");
-    }
-    return done ? SC_OK : fail("%s: there are no images", images ? images : o->acts);
+    return for_each_batch(&m->data, 0, measure_batch, m);
 }
 
 static int command_stats(const options *o, int count, char **names)
 {
     measurement m = { .o = o };
     int status = o->saes == 1 ? open_saes(&m) : usage("stats takes one SAE: -s FILE");
+    if (status == SC_OK) status = try_output(o->output);
     if (status == SC_OK) status = measure(&m, count ? names[0] : NULL, 0);
-    if (status == SC_OK) status = save_statistics(&m.s[0], o->output);
+    if (status == SC_OK) status = save_tensors(o->output, 16384, write_statistics, &m.s[0]);
     close_measurement(&m);
     return status;
 }
 
 /* A row of the report's table and the further figures. */
-enum { EVAL_FIGURES = 17 };
+enum { EVAL_LABELS = 5, EVAL_FIGURES = 17, EVAL_COLUMNS = EVAL_LABELS + EVAL_FIGURES };
 
-static const struct { const char *name, *title; } eval_figures[EVAL_FIGURES] = {
-    { "mse", "MSE" }, { "mse_raw", "MSE raw" }, { "explained_variance", "explained variance" },
+typedef struct { const char *label[EVAL_LABELS]; double figure[EVAL_FIGURES]; } eval_row;
+
+static const struct { const char *name, *title; } eval_columns[EVAL_COLUMNS] = {
+    { "sae", "SAE" }, { "data", "data" }, { "output", "CLIP output" },
+    { "activation", "activation" }, { "geometric_bias", "geometric bias" }, { "mse", "MSE" },
+    { "mse_raw", "MSE raw" }, { "explained_variance", "explained variance" },
     { "explained_variance_uncentred", "uncentred" }, { "mean_activation", "mean activation" },
     { "mean_sae_mean_acts", "mean of latents' means" }, { "l0", "L0 a token" },
     { "l0_fraction", "L0 / latents" }, { "l1", "L1 a token" }, { "entropy_mean", "entropy" },
@@ -6585,7 +6398,7 @@ static const struct { const char *name, *title; } eval_figures[EVAL_FIGURES] = {
     { "two_images", "on 2 images" }, { "images", "images" },
 };
 
-static void evaluate(const statistics *s, double *figure)
+static void evaluate(const statistics *s, double figure[EVAL_FIGURES])
 {
     double tokens = (double)s->tokens, n = (double)s->sae->d_sae, D = (double)s->sae->d_in;
     double error = running_total(&s->squared_error), x2 = 0, mean2 = 0;
@@ -6617,112 +6430,98 @@ static void evaluate(const statistics *s, double *figure)
     memcpy(figure, all, sizeof all);
 }
 
-enum { EVAL_LABELS = 5 };            /* SAE, data, CLIP output, activation, geometric bias */
+/* How a table is printed: what stands around rows and between cells; align: 1 right, -1 left. */
+typedef struct {
+    const char *name, *begin, *before, *between, *after, *after_last, *end;
+    const char *digits;              /* figures in full for programs, four digits for people */
+    int align, titles;               /* titles: 1 for people, 2 names, 0 a name before each cell */
+} table_format;
 
-static const char *const eval_labels[EVAL_LABELS][2] = {
-    { "sae", "SAE" }, { "data", "data" }, { "output", "CLIP output" },
-    { "activation", "activation" }, { "geometric_bias", "geometric bias" } };
+static const table_format table_formats[] = {
+    { "text", "", "", "  ", "\n", "\n", "", "%.4g", 1, 1 },
+    { "markdown", "", "| ", " | ", " |\n", " |\n", "", "%.4g", -1, 1 },
+    { "csv", "", "", ",", "\n", "\n", "", "%.9g", 0, 2 },
+    { "json", "[\n", "  {", ", ", "},\n", "}\n", "]\n", "%.9g", 0, 0 },
+};
 
-/* Prints a table: cells of `columns` texts a row, the first row the titles. */
-static int print_table(const char *format, char ***cell, size_t rows, size_t columns)
+enum { CELL_ROOM = 600 };
+
+/* row NULL: the titles. room: [CELL_ROOM], where a text may be put together */
+static const char *cell_text(const table_format *f, const eval_row *row, size_t column, char *room)
 {
-    size_t width[EVAL_LABELS + EVAL_FIGURES] = { 0 };
-    int markdown = strcmp(format, "markdown") == 0;
-    for (size_t c = 0; c < columns; c++)
-        for (size_t r = 0; r < rows; r++)
-            if (strlen(cell[r][c]) > width[c]) width[c] = strlen(cell[r][c]);
-    for (size_t r = 0; r < rows; r++) {
-        for (size_t c = 0; c < columns; c++)
-            printf(markdown ? "| %-*s " : c ? "  %*s" : "%*s", (int)width[c], cell[r][c]);
-        puts(markdown ? "|" : "");
-        for (size_t c = 0; r == 0 && markdown && c < columns; c++)
-            printf("|%s%s", "---", c + 1 < columns ? "" : "|\n");
-    }
-    return end_of_output();
+    if (!row) return f->titles == 1 ? eval_columns[column].title : eval_columns[column].name;
+    if (column < EVAL_LABELS && !f->align) return row->label[column];
+    if (column < EVAL_LABELS) return printable(row->label[column], room, CELL_ROOM);
+    snprintf(room, CELL_ROOM, f->digits, row->figure[column - EVAL_LABELS]);
+    return room;
 }
 
-static int print_records(const char *format, char ***cell, size_t rows, size_t columns)
+static void print_row(const table_format *f, const eval_row *row, const int *width)
 {
-    int csv = strcmp(format, "csv") == 0;
-    if (!csv) puts("[");
-    for (size_t r = 0; r < rows; r++) {
-        if (csv && r == 0)
-            for (size_t c = 0; c < columns; c++)
-                printf("%s%s", c < EVAL_LABELS ? eval_labels[c][0] : eval_figures[c - EVAL_LABELS].name,
-                       c + 1 < columns ? "," : "\n");
-        if (r == 0) continue;
-        if (!csv) fputs("  {", stdout);
-        for (size_t c = 0; c < columns; c++) {
-            const char *key = c < EVAL_LABELS ? eval_labels[c][0] : eval_figures[c - EVAL_LABELS].name;
-            if (!csv) printf("%s\"%s\": ", c ? ", " : "", key);
-            else if (c) fputs(",", stdout);
-            if (c >= EVAL_LABELS) fputs(cell[r][c], stdout);
-            else if (csv) print_csv_text(cell[r][c]);
-            else print_json_text(cell[r][c]);
+    char room[CELL_ROOM];
+    fputs(f->before, stdout);
+    for (size_t c = 0; c < EVAL_COLUMNS; c++) {
+        const char *text = cell_text(f, row, c, room);
+        if (c) fputs(f->between, stdout);
+        if (!f->titles) printf("\"%s\": ", eval_columns[c].name);
+        if (f->align || !row || c >= EVAL_LABELS) printf("%*s", f->align * width[c], text);
+        else if (f->titles) print_csv_text(text);
+        else print_json_text(text);
+    }
+}
+
+static int print_table(const char *format, const eval_row *row, size_t rows)
+{
+    const table_format *f = table_formats;
+    int width[EVAL_COLUMNS] = { 0 };
+    char room[CELL_ROOM];
+    while (strcmp(f->name, format) != 0) f++;
+    for (size_t c = 0; c < EVAL_COLUMNS; c++)
+        for (size_t r = 0; r <= rows; r++) {
+            int length = (int)strlen(cell_text(f, r ? &row[r - 1] : NULL, c, room));
+            if (length > width[c]) width[c] = length;
         }
-        puts(csv ? "" : r + 1 < rows ? "}," : "}");
+    fputs(f->begin, stdout);
+    for (size_t r = f->titles ? 0 : 1; r <= rows; r++) {
+        print_row(f, r ? &row[r - 1] : NULL, width);
+        fputs(r < rows ? f->after : f->after_last, stdout);
+        for (int c = 0; r == 0 && f->align < 0 && c <= EVAL_COLUMNS; c++)
+            fputs(c < EVAL_COLUMNS ? "|---" : "|\n", stdout);
     }
-    if (!csv) puts("]");
+    fputs(f->end, stdout);
     return end_of_output();
 }
 
-static char *number_text(double value, const char *format)
-{
-    char *text = new_array(32, 1);
-    if (text) snprintf(text, 32, format, value);
-    return text;
-}
-
-/* One row's texts; figures in full for programs, four digits for people. */
-static int fill_row(char **cell, const statistics *s, const char *data, int precise)
+static eval_row row_of(const statistics *s, const char *data)
 {
     const sc_sae *sae = s->sae;
-    double figure[EVAL_FIGURES];
-    const char *labels[EVAL_LABELS] = {
+    const char *start = sae->b_dec_start;
+    eval_row row = { .label = {
         sae->path, data, sae->hook < 0 ? "?" : hook_names[sae->hook], sae->topk ? "TopK" : "ReLU",
-        !sae->b_dec_start ? "?" : strstr(sae->b_dec_start, "geomedian") ? "yes" : "no" };
-    evaluate(s, figure);
-    for (size_t c = 0; c < EVAL_LABELS; c++)
-        if (!(cell[c] = copy_string(labels[c]))) return SC_FAILED;
-    for (size_t c = 0; c < EVAL_FIGURES; c++)
-        if (!(cell[EVAL_LABELS + c] = number_text(figure[c], precise ? "%.9g" : "%.4g")))
-            return SC_FAILED;
-    return SC_OK;
+        !start ? "?" : strstr(start, "geomedian") ? "yes" : "no" } };
+    evaluate(s, row.figure);
+    return row;
 }
 
 static int command_eval(const options *o, int count, char **names)
 {
     const char *data[2] = { count ? names[0] : o->acts, o->also };
-    size_t rows = 1, columns = EVAL_LABELS + EVAL_FIGURES, most = 2 * SC_MAX_TAPS + 1;
-    int precise = strcmp(o->format, "csv") == 0 || strcmp(o->format, "json") == 0;
-    measurement m = { .o = o };
-    char ***cell = new_array(most, sizeof *cell);
-    int status = cell ? open_saes(&m) : SC_FAILED;
-    for (size_t r = 0; cell && r < most; r++)
-        if (!(cell[r] = new_array(columns, sizeof **cell))) status = SC_FAILED;
-    for (size_t c = 0; c < columns && status == SC_OK; c++)
-        if (!(cell[0][c] = copy_string(c < EVAL_LABELS ? eval_labels[c][1]
-                                                       : eval_figures[c - EVAL_LABELS].title)))
-            status = SC_FAILED;
-    for (int i = 0; i < 2 && data[i] && status == SC_OK; i++) {
-        options one = *o;
+    eval_row row[2 * SC_MAX_TAPS];
+    size_t rows = 0;
+    options one = *o;
+    measurement m = { .o = &one };
+    int status = open_saes(&m);
+    for (int i = 0; i < 2 && (i == 0 || data[i]) && status == SC_OK; i++) {
         one.acts = count ? NULL : data[i];
-        m.o = &one;
         status = measure(&m, count ? data[i] : NULL, 1);
-        for (size_t k = 0; k < m.saes && status == SC_OK; k++)
-            status = fill_row(cell[rows++], &m.s[k], data[i], precise);
-        for (size_t k = 0; k < m.saes; k++) free_statistics(&m.s[k]);
+        for (size_t k = 0; k < m.saes; k++) {
+            if (status == SC_OK) row[rows++] = row_of(&m.s[k], data[i]);
+            free_statistics(&m.s[k]);
+        }
         close_feed(&m.data);
     }
-    if (status == SC_OK && rows == 1) status = usage("no data: give --acts FILE, or -m MODEL and IMAGES");
-    if (status == SC_OK)
-        status = (precise ? print_records : print_table)(o->format, cell, rows, columns);
+    if (status == SC_OK) status = print_table(o->format, row, rows);
     close_measurement(&m);
-    for (size_t r = 0; cell && r < most; r++) {
-        for (size_t c = 0; cell[r] && c < columns; c++) free(cell[r][c]);
-        free(cell[r]);
-    }
-    free(cell);
     return status;
 }
 
@@ -6744,330 +6543,295 @@ static int write_labels(sc_writer *w, const label_list *list, char **class_name,
 {
     for (size_t i = 0; i < list->count; i++)
         if (list->label[i] < 0) return SC_OK;
-    SC_TRY(write_integers(w, "labels", 1, &list->count, list->label));
+    SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &list->count));
+    SC_TRY(sc_writer_integers(w, list->label, list->count));
     return class_name ? write_name_list(w, "class_names", class_name, classes) : SC_OK;
 }
 
-/* tokens: which of an image's T are written */
-static int parse_tokens(const char *text, size_t T, size_t *first, size_t *count)
+/* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
+static size_t names_room(char **name, size_t count, size_t more)
 {
-    *first = strcmp(text, "patches") == 0;
-    *count = strcmp(text, "cls") == 0 ? 1 : T - *first;
+    size_t room = 0;
+    for (size_t i = 0; name && i < count; i++) room += 6 * strlen(name[i]) + more;
+    return room;
+}
+
+/* --- extract --- */
+
+typedef struct {
+    const options *o;
+    feed data;
+    sc_writer *writer;
+    size_t first, tokens;            /* which of an image's T are written */
+    label_list labels;
+} extraction;
+
+static int extract_batch(void *context)
+{
+    extraction *e = context;
+    const feed *f = &e->data;
+    for (size_t i = 0; i < f->count; i++) {
+        SC_TRY(keep_label(&e->labels, f->label[i]));
+        for (size_t t = e->first; t < e->first + e->tokens; t++)
+            SC_TRY(sc_writer_floats(e->writer, f->tap[0].out + (i * f->T + t) * f->stride, f->D));
+    }
     return SC_OK;
 }
 
-static int extract_batches(const options *o, feed *f, sc_writer *w, label_list *labels)
+static int write_activations(sc_writer *w, void *context)
 {
-    size_t first, tokens;
-    SC_TRY(parse_tokens(o->tokens, f->T, &first, &tokens));
+    extraction *e = context;
+    const options *o = e->o;
+    feed *f = &e->data;
+    char layer[32], digest[32];
+    e->writer = w;
+    e->first = strcmp(o->tokens, "patches") == 0;
+    e->tokens = strcmp(o->tokens, "cls") == 0 ? 1 : f->T - e->first;
     SC_TRY(sc_writer_tensor(w, "activations", strcmp(o->dtype, "f16") ? SC_F32 : SC_F16, 3,
-                            (size_t[]){ SC_ROWS, tokens, f->D }));
-    for (;;) {
-        SC_TRY(next_batch(f, MEASURE_IMAGES, NULL));
-        if (f->count == 0) break;
-        for (size_t i = 0; i < f->count; i++) {
-            SC_TRY(keep_label(labels, f->label[i]));
-            for (size_t t = first; t < first + tokens; t++)
-                SC_TRY(sc_writer_floats(w, f->tap[0].out + (i * f->T + t) * f->stride, f->D));
-        }
-        show_progress("image", labels->count, f->images, labels->count, "images", "%s", "");
-    }
-    return labels->count ? SC_OK : fail("%s: there are no images", o->model);
-}
-
-/* A file that lacks images of the data set is not the data set: another digest. */
-static int write_origin(sc_writer *w, const feed *f, const options *o, size_t images)
-{
-    char text[32];
-    const char *slash = strrchr(o->model, '/');
-    uint64_t missing = f->images == SC_UNKNOWN ? 0 : f->images - images;
-    SC_TRY(sc_writer_metadata(w, "model", slash ? slash + 1 : o->model));
-    snprintf(text, sizeof text, "%zu", f->tap[0].layer);
-    SC_TRY(sc_writer_metadata(w, "layer", text));
+                            (size_t[]){ SC_ROWS, e->tokens, f->D }));
+    SC_TRY(for_each_batch(f, 0, extract_batch, e));
+    /* a file that lacks images of the data set is not the data set: another digest */
+    uint64_t missing = f->images == SC_UNKNOWN ? 0 : f->images - e->labels.count;
+    snprintf(layer, sizeof layer, "%zu", f->tap[0].layer);
+    snprintf(digest, sizeof digest, "%016llx", (unsigned long long)(f->digest + missing));
+    SC_TRY(sc_writer_metadata(w, "model", base_name(o->model)));
+    SC_TRY(sc_writer_metadata(w, "layer", layer));
     SC_TRY(sc_writer_metadata(w, "hook", hook_names[f->tap[0].hook]));
     SC_TRY(sc_writer_metadata(w, "tokens", o->tokens));
-    snprintf(text, sizeof text, "%016llx", (unsigned long long)(f->digest + missing));
-    return f->images == SC_UNKNOWN ? SC_OK : sc_writer_metadata(w, "data_digest", text);
+    if (f->images != SC_UNKNOWN) SC_TRY(sc_writer_metadata(w, "data_digest", digest));
+    return write_labels(w, &e->labels, f->class_name, f->classes);
 }
 
 static int command_extract(const options *o, int count, char **names)
 {
-    feed f;
-    sc_writer w = { 0 };
-    label_list labels = { 0 };
+    extraction e = { .o = o };
+    feed *f = &e.data;
     sc_hook hook = SC_MLP;
     size_t place;
-    int status = open_feed(&f, o, count ? names[0] : NULL);
-    if (status == SC_OK && f.is_file) status = usage("extract takes -m MODEL and IMAGES");
+    int status = open_feed(f, o, count ? names[0] : NULL);
     if (status == SC_OK && o->hook) status = parse_hook(o->hook, &hook);
-    if (status == SC_OK) status = add_tap(&f, o->layer ? o->layer : -2, hook, &place);
-    if (status == SC_OK) status = start_feed(&f, MEASURE_IMAGES, NULL, NULL, 0);
-    size_t names_room = 4096;
-    for (size_t c = 0; status == SC_OK && f.class_name && c < f.classes; c++)
-        names_room += 6 * strlen(f.class_name[c]) + 8;
-    if (status == SC_OK) status = sc_writer_open(&w, o->output, names_room);
-    if (status == SC_OK) status = extract_batches(o, &f, &w, &labels);
-    if (status == SC_OK) status = write_origin(&w, &f, o, labels.count);
-    if (status == SC_OK) status = write_labels(&w, &labels, f.class_name, f.classes);
-    if (status == SC_OK) status = sc_writer_finish(&w);
-    else sc_writer_discard(&w);
-    free(labels.label);
-    close_feed(&f);
+    if (status == SC_OK) status = add_tap(f, o->layer ? o->layer : -2, hook, &place);
+    if (status == SC_OK)
+        status = save_tensors(o->output, 4096 + names_room(f->class_name, f->classes, 8),
+                              write_activations, &e);
+    free(e.labels.label);
+    close_feed(f);
     return status;
 }
 
-/* Names of the images written, and how much room their JSON takes. */
-static size_t names_room(const sc_images *set)
-{
-    size_t room = 4096;
-    for (size_t i = 0; i < set->count && set->count != SC_UNKNOWN; i++)
-        room += 6 * strlen(set->image[i].name) + 4;
-    for (size_t c = 0; set->class_name && c < set->classes; c++)
-        room += 6 * strlen(set->class_name[c]) + 4;
-    return room;
-}
+/* --- pack --- */
 
-static int pack_images(sc_writer *w, const sc_images *set, image_reader *reader, size_t S)
+typedef struct { sc_images set; image_reader reader; size_t S; label_list labels; char **name; } packing;
+
+static int write_pictures(sc_writer *w, void *context)
 {
-    label_list labels = { 0 };
+    packing *p = context;
     const image_slot *slot;
-    size_t capacity = 0;
-    char **name = NULL;
-    int status = sc_writer_tensor(w, "images", SC_U8, 4, (size_t[]){ SC_ROWS, S, S, 3 });
-    while (status == SC_OK && (status = reader_next(reader, &slot)) == SC_OK) {
-        int stream = set->count == SC_UNKNOWN;
-        status = grow(&name, &capacity, labels.count, sizeof *name);
-        if (status != SC_OK) break;
-        name[labels.count] = stream ? NULL : (char *)(uintptr_t)set->image[slot->image].name;
-        status = sc_writer_bytes(w, slot->pixels, S * S * 3);
-        if (status == SC_OK) status = keep_label(&labels, stream ? -1 : set->image[slot->image].label);
-        show_progress("image", labels.count, set->count, labels.count, "images", "%s", "");
+    size_t capacity = 0, S = p->S, *count = &p->labels.count;
+    int status, stream = p->set.count == SC_UNKNOWN;
+    SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, (size_t[]){ SC_ROWS, S, S, 3 }));
+    while ((status = reader_next(&p->reader, &slot)) == SC_OK) {
+        const sc_image *image = stream ? NULL : &p->set.image[slot->image];
+        SC_TRY(grow(&p->name, &capacity, *count, sizeof *p->name));
+        if (image) p->name[*count] = (char *)(uintptr_t)image->name;
+        SC_TRY(sc_writer_bytes(w, slot->pixels, S * S * 3));
+        SC_TRY(keep_label(&p->labels, image ? image->label : -1));
+        show_progress("image", *count, p->set.count, *count, "images", "%s", "");
     }
-    if (status == SC_END) status = labels.count ? SC_OK : fail("there are no images to pack");
-    if (status == SC_OK) status = write_labels(w, &labels, set->class_name, set->classes);
-    if (status == SC_OK && set->count != SC_UNKNOWN && name[0] && *name[0])
-        status = write_name_list(w, "file_names", name, labels.count);
-    free(labels.label);
-    free(name);
-    return status;
+    if (status != SC_END) return status;
+    if (*count == 0) return fail("standard input: no picture came");
+    SC_TRY(write_labels(w, &p->labels, p->set.class_name, p->set.classes));
+    return stream || !*p->name[0] ? SC_OK : write_name_list(w, "file_names", p->name, *count);
 }
 
 static int command_pack(const options *o, int count, char **names)
 {
-    sc_images set;
-    sc_writer w = { 0 };
-    image_reader reader = { 0 };
-    sc_preprocess prep = { .size = (int)(o->square ? o->square : o->size), .square = (int)o->square,
-                           .crop_hf = o->crop && strcmp(o->crop, "hf") == 0 };
-    if (count == 0) return usage("pack takes IMAGES");
-    SC_TRY(sc_images_open(&set, names[0], (size_t)o->limit));
-    int status = reader_open(&reader, &set, &prep, NULL, NULL, thread_count(), o->skip_bad);
-    if (status == SC_OK) status = sc_writer_open(&w, o->output, names_room(&set));
-    if (status == SC_OK) status = pack_images(&w, &set, &reader, (size_t)prep.size);
-    if (status == SC_OK) status = sc_writer_finish(&w);
-    else sc_writer_discard(&w);
-    reader_close(&reader);
-    sc_images_close(&set);
+    packing p = { .S = (size_t)(o->square ? o->square : o->size) };
+    const sc_preprocess prep = { .size = (int)p.S, .square = (int)o->square,
+                                 .crop_hf = o->crop && strcmp(o->crop, "hf") == 0 };
+    (void)count;
+    SC_TRY(sc_images_open(&p.set, names[0], (size_t)o->limit));
+    size_t room = 4096 + names_room(p.set.class_name, p.set.classes, 4);
+    for (size_t i = 0; i < p.set.count && p.set.count != SC_UNKNOWN; i++)
+        room += 6 * strlen(p.set.image[i].name) + 4;
+    int status = reader_open(&p.reader, &p.set, &prep, NULL, NULL, thread_count(), o->skip_bad);
+    if (status == SC_OK) status = save_tensors(o->output, room, write_pictures, &p);
+    reader_close(&p.reader);
+    sc_images_close(&p.set);
+    free(p.labels.label);
+    free(p.name);
     return status;
 }
 
-/* encode: tensors of unknown length are gathered in temporary files side by side. */
+/* --- encode: tensors of unknown length are gathered in temporary files side by side --- */
+
 enum { CODE_ROW, CODE_INDEX, CODE_VALUE, CODE_DENSE, CODE_RECONSTRUCTION, CODE_MEAN, SPOOLS };
 
+/* A value is a float or, of rows and indices, an int64_t; a code tensor has rank 1. */
 static const struct { const char *name; sc_dtype dtype; } spool_tensors[SPOOLS] = {
     { "row", SC_I64 }, { "index", SC_I32 }, { "value", SC_F32 }, { "f", SC_F32 },
     { "reconstruction", SC_F32 }, { "image_means", SC_F32 } };
 
 typedef struct {
+    measurement m;                   /* one SAE and the data */
+    sae_batch batch;
     FILE *file[SPOOLS];              /* NULL where not asked for */
-    size_t count[SPOOLS], width[SPOOLS];
-    float *row;                      /* [n] */
-} spools;
+    size_t count[SPOOLS], rows;      /* values in a file; tokens so far */
+    float *row;                      /* [n], a token's f */
+    size_t *next;                    /* [n], where a latent's next value of the tile lies */
+    double *sum;                     /* [MEASURE_IMAGES, n], over each image's tokens */
+    memory_list memory;
+} encoding;
 
-static int spool(spools *s, int which, const void *values, size_t count, size_t size)
+static int spool(encoding *e, int which, const void *values, size_t count)
 {
-    if (fwrite(values, size, count, s->file[which]) != count)
+    size_t size = which < CODE_VALUE ? sizeof(int64_t) : sizeof(float);
+    if (e->file[which] && fwrite(values, size, count, e->file[which]) != count)
         return fail("a temporary file cannot be written: %s", strerror(errno));
-    s->count[which] += count;
+    e->count[which] += count;
     return SC_OK;
 }
 
 /* The codes of a tile, token by token; latents ascending. */
-static int spool_tile(spools *s, const sae_batch *b, const tile_codes *tile, uint64_t first_row)
+static int spool_tile(encoding *e, const tile_codes *tile)
 {
-    const sc_sae *sae = b->sae;
+    const sc_sae *sae = &e->m.sae[0];
+    size_t n = sae->d_sae;
+    memcpy(e->next, tile->start, n * sizeof *e->next);
     for (size_t t = 0; t < tile->tokens; t++) {
-        int64_t row = (int64_t)(first_row + tile->first + t);
-        memset(s->row, 0, sae->d_sae * sizeof *s->row);
-        for (size_t j = 0; j < sae->d_sae; j++) {
+        size_t at = tile->first + t;
+        memset(e->row, 0, n * sizeof *e->row);
+        for (size_t j = 0; j < n; j++) {
             if (!(tile->mask[j][t / MASK_BITS] >> (t % MASK_BITS) & 1)) continue;
-            size_t at = tile->start[j];
-            for (size_t w = 0; w < t / MASK_BITS; w++) at += (size_t)bit_count(tile->mask[j][w]);
-            at += (size_t)bit_count(tile->mask[j][t / MASK_BITS]
-                                    & (((uint64_t)1 << (t % MASK_BITS)) - 1));
-            int32_t index = (int32_t)j;
-            s->row[j] = tile->value[at];
-            SC_TRY(spool(s, CODE_ROW, &row, 1, sizeof row));
-            SC_TRY(spool(s, CODE_INDEX, &index, 1, sizeof index));
-            SC_TRY(spool(s, CODE_VALUE, &s->row[j], 1, sizeof *s->row));
+            e->row[j] = tile->value[e->next[j]++];
+            e->sum[at / e->m.data.T * n + j] += e->row[j];
+            SC_TRY(spool(e, CODE_ROW, &(int64_t){ (int64_t)(e->rows + at) }, 1));
+            SC_TRY(spool(e, CODE_INDEX, &(int64_t){ (int64_t)j }, 1));
+            SC_TRY(spool(e, CODE_VALUE, &e->row[j], 1));
         }
-        if (s->file[CODE_DENSE])
-            SC_TRY(spool(s, CODE_DENSE, s->row, sae->d_sae, sizeof *s->row));
-        if (s->file[CODE_RECONSTRUCTION])
-            SC_TRY(spool(s, CODE_RECONSTRUCTION, b->output + (tile->first + t) * sae->stride,
-                         sae->d_in, sizeof(float)));
+        SC_TRY(spool(e, CODE_DENSE, e->row, n));
+        SC_TRY(spool(e, CODE_RECONSTRUCTION, e->batch.output + at * sae->stride, sae->d_in));
     }
     return SC_OK;
 }
 
-/* a_j of each image of the batch. */
-static int spool_means(spools *s, const sae_batch *b, size_t images, size_t T)
+static int encode_batch(void *context)
 {
-    size_t n = b->sae->d_sae;
-    double *sum = new_array(n, images * sizeof *sum);
-    if (!sum) return SC_FAILED;
-    for (size_t i = 0; i < b->tiles; i++)
-        for (size_t j = 0; j < n; j++)
-            for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);)
-                sum[(b->tile[i].first + w.token) / T * n + j] += w.value;
-    int status = SC_OK;
-    for (size_t i = 0; i < images && status == SC_OK; i++) {
-        for (size_t j = 0; j < n; j++) s->row[j] = (float)(sum[i * n + j] / (double)T);
-        status = spool(s, CODE_MEAN, s->row, n, sizeof *s->row);
+    encoding *e = context;
+    const feed *f = &e->m.data;
+    size_t bad, n = e->m.sae[0].d_sae;
+    SC_TRY(run_sae(&e->batch, f->tap[0].out, f->count * f->T));
+    if (check_tokens(&e->batch, &bad) != SC_OK) return blame_token(f, bad);
+    memset(e->sum, 0, f->count * n * sizeof *e->sum);
+    for (size_t i = 0; i < e->batch.tiles; i++) SC_TRY(spool_tile(e, &e->batch.tile[i]));
+    for (size_t i = 0; i < f->count; i++) {
+        for (size_t j = 0; j < n; j++) e->row[j] = (float)(e->sum[i * n + j] / (double)f->T);
+        SC_TRY(spool(e, CODE_MEAN, e->row, n));
     }
-    free(sum);
-    return status;
+    e->rows += e->batch.T;
+    return SC_OK;
 }
 
-static int unspool(spools *s, sc_writer *w)
+static int write_codes(sc_writer *w, void *context)
 {
     enum { BLOCK = 4096 };
+    encoding *e = context;
+    const sc_sae *sae = &e->m.sae[0];
+    int64_t whole[BLOCK];
+    float value[BLOCK];
     for (int i = 0; i < SPOOLS; i++) {
-        if (!s->file[i]) continue;
-        size_t shape[] = { s->count[i] / s->width[i], s->width[i] };
+        size_t width = i < CODE_DENSE ? 1 : i == CODE_RECONSTRUCTION ? sae->d_in : sae->d_sae, some;
+        if (!e->file[i]) continue;
         SC_TRY(sc_writer_tensor(w, spool_tensors[i].name, spool_tensors[i].dtype,
-                                i < CODE_DENSE ? 1 : 2, shape));
-        if (fseeko(s->file[i], 0, SEEK_SET) != 0) return fail("a temporary file: %s", strerror(errno));
-        for (size_t done = 0; done < s->count[i];) {
-            float values[BLOCK];
-            int64_t wide[BLOCK];
-            int32_t narrow[BLOCK];
-            size_t some = s->count[i] - done < BLOCK ? s->count[i] - done : BLOCK;
-            void *into = i == CODE_ROW ? (void *)wide : i == CODE_INDEX ? (void *)narrow : values;
-            if (fread(into, i == CODE_ROW ? 8 : 4, some, s->file[i]) != some)
-                return fail("a temporary file cannot be read back");
-            for (size_t k = 0; i == CODE_INDEX && k < some; k++) wide[k] = narrow[k];
-            SC_TRY(i < CODE_VALUE ? sc_writer_integers(w, wide, some)
-                                  : sc_writer_floats(w, values, some));
-            done += some;
-        }
+                                i < CODE_DENSE ? 1 : 2, (size_t[]){ e->count[i] / width, width }));
+        if (fseeko(e->file[i], 0, SEEK_SET) != 0) return fail("a temporary file: %s", strerror(errno));
+        do {
+            if (i < CODE_VALUE) some = fread(whole, sizeof *whole, BLOCK, e->file[i]);
+            else some = fread(value, sizeof *value, BLOCK, e->file[i]);
+            SC_TRY(i < CODE_VALUE ? sc_writer_integers(w, whole, some)
+                                  : sc_writer_floats(w, value, some));
+        } while (some > 0);
+        if (ferror(e->file[i])) return fail("a temporary file cannot be read back");
     }
     return SC_OK;
 }
 
-static int encode_batches(const options *o, feed *f, const sc_sae *sae, sae_batch *b, spools *s)
+static int encode(encoding *e, const char *images)
 {
+    const options *o = e->m.o;
     const int wanted[SPOOLS] = { 1, 1, 1, o->dense, o->reconstruction, o->image_means };
-    uint64_t rows = 0;
-    s->row = new_array(sae->d_sae, sizeof *s->row);
-    if (!s->row) return SC_FAILED;
-    for (int i = 0; i < SPOOLS; i++) {
-        s->width[i] = i < CODE_DENSE ? 1 : i == CODE_RECONSTRUCTION ? sae->d_in : sae->d_sae;
-        if (wanted[i] && !(s->file[i] = tmpfile()))
+    feed *f = &e->m.data;
+    sc_sae *sae = &e->m.sae[0];
+    size_t tap;
+    if (o->saes != 1) return usage("encode takes one SAE: -s FILE");
+    SC_TRY(open_saes(&e->m));
+    SC_TRY(try_output(o->output));
+    SC_TRY(open_feed(f, o, images));
+    SC_TRY(tap_for(f, sae, o, &tap));
+    SC_TRY(new_batch(&e->batch, sae, MEASURE_IMAGES * f->T));
+    const array_spec arrays[] = { ARRAY(e->row, sae->d_sae, 1), ARRAY(e->next, sae->d_sae, 1),
+                                  ARRAY(e->sum, sae->d_sae, MEASURE_IMAGES) };
+    SC_TRY(new_arrays(&e->memory, arrays, COUNT(arrays)));
+    for (int i = 0; i < SPOOLS; i++)
+        if (wanted[i] && !(e->file[i] = tmpfile()))
             return fail("no temporary file can be made: %s", strerror(errno));
-    }
-    for (;;) {
-        SC_TRY(next_batch(f, MEASURE_IMAGES, NULL));
-        if (f->count == 0) return SC_OK;
-        size_t bad;
-        SC_TRY(run_sae(b, f->tap[0].out, f->count * f->T));
-        if (check_tokens(b, &bad) != SC_OK) return blame_token(f, bad);
-        for (size_t i = 0; i < b->tiles; i++) SC_TRY(spool_tile(s, b, &b->tile[i], rows));
-        if (o->image_means) SC_TRY(spool_means(s, b, f->count, f->T));
-        rows += b->T;
-        show_progress("image", rows / f->T, f->images, rows / f->T, "images", "%s", "");
-    }
+    SC_TRY(for_each_batch(f, 0, encode_batch, e));
+    return save_tensors(o->output, 4096, write_codes, e);
 }
 
 static int command_encode(const options *o, int count, char **names)
 {
-    measurement m = { .o = o };
-    feed *f = &m.data;
-    sae_batch b = { 0 };
-    spools s = { { 0 }, { 0 }, { 0 }, NULL };
-    sc_writer w = { 0 };
-    size_t tap;
-    int status = o->saes == 1 ? open_saes(&m) : usage("encode takes one SAE: -s FILE");
-    if (status == SC_OK) status = open_feed(f, o, count ? names[0] : NULL);
-    if (status == SC_OK) status = tap_for(f, &m.sae[0], o, &tap);
-    if (status == SC_OK) status = new_batch(&b, &m.sae[0], MEASURE_IMAGES * f->T);
-    if (status == SC_OK) status = start_feed(f, MEASURE_IMAGES, NULL, NULL, 0);
-    if (status == SC_OK) status = encode_batches(o, f, &m.sae[0], &b, &s);
-    if (status == SC_OK) status = sc_writer_open(&w, o->output, 4096);
-    if (status == SC_OK) status = unspool(&s, &w);
-    if (status == SC_OK) status = sc_writer_finish(&w);
-    else sc_writer_discard(&w);
+    encoding e = { .m = { .o = o } };
+    int status = encode(&e, count ? names[0] : NULL);
     for (int i = 0; i < SPOOLS; i++)
-        if (s.file[i]) fclose(s.file[i]);
-    free(s.row);
-    free_batch(&b);
-    close_measurement(&m);
+        if (e.file[i]) fclose(e.file[i]);
+    free_batch(&e.batch);
+    release(&e.memory);
+    close_measurement(&e.m);
     return status;
 }
 
-/* Where a class stands among the logits; ties go to the lower index. */
-static size_t rank_of(const float *logit, size_t classes, size_t label)
-{
-    size_t rank = 0;
-    for (size_t c = 0; c < classes; c++)
-        rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
-    return rank;
-}
+/* --- zeroshot --- */
 
-static int count_hits(feed *f, float *logits, size_t *images, size_t *top1, size_t *top5)
+typedef struct { feed data; size_t images, top1, top5; } hits;
+
+/* Where each image's class stands among the logits; ties go to the lower index. */
+static int count_hits(void *context)
 {
+    hits *h = context;
+    const feed *f = &h->data;
     size_t classes = f->model.classes;
-    for (;;) {
-        SC_TRY(next_batch(f, MEASURE_IMAGES, logits));
-        if (f->count == 0) break;
-        for (size_t i = 0; i < f->count; i++) {
-            if (f->label[i] < 0 || f->label[i] >= (int64_t)classes)
-                return fail("image %zu %s: label %lld, but the head has %zu classes",
-                            (size_t)f->image[i], image_name(f, (size_t)f->image[i]),
-                            (long long)f->label[i], classes);
-            size_t rank = rank_of(logits + i * classes, classes, (size_t)f->label[i]);
-            *top1 += rank < 1;
-            *top5 += rank < 5;
-        }
-        *images += f->count;
-        show_progress("image", *images, f->images, *images, "images", "%s", "");
+    for (size_t i = 0; i < f->count; i++) {
+        const float *logit = f->logits + i * classes;
+        size_t rank = 0, label = (size_t)f->label[i];        /* -1 is beyond all classes */
+        if (label >= classes)
+            return fail("image %zu %s: label %lld, but the head has %zu classes", (size_t)f->image[i],
+                        image_name(f, (size_t)f->image[i]), (long long)f->label[i], classes);
+        for (size_t c = 0; c < classes; c++)
+            rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
+        h->images++;
+        h->top1 += rank < 1;
+        h->top5 += rank < 5;
     }
-    return *images ? SC_OK : fail("there are no images");
+    return SC_OK;
 }
 
 static int command_zeroshot(const options *o, int count, char **names)
 {
-    feed f;
-    size_t images = 0, top1 = 0, top5 = 0;
-    float *logits = NULL;
-    int status = open_feed(&f, o, count ? names[0] : NULL);
-    if (status == SC_OK && f.is_file) status = usage("zeroshot takes -m MODEL and IMAGES");
-    if (status == SC_OK) status = start_feed(&f, MEASURE_IMAGES, NULL, NULL, 1);
-    if (status == SC_OK && !(logits = new_array(MEASURE_IMAGES, f.model.classes * sizeof *logits)))
-        status = SC_FAILED;
-    if (status == SC_OK) status = count_hits(&f, logits, &images, &top1, &top5);
+    hits h = { .images = 0 };
+    int status = open_feed(&h.data, o, count ? names[0] : NULL);
+    if (status == SC_OK) status = for_each_batch(&h.data, 1, count_hits, &h);
     if (status == SC_OK) {
+        double images = (double)h.images;
         if (strcmp(o->format, "json") == 0)
-            printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", images, top1, top5);
+            printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", h.images, h.top1, h.top5);
         else if (strcmp(o->format, "csv") == 0)
-            printf("images,top1,top5\n%zu,%zu,%zu\n", images, top1, top5);
-        else printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", images, top1,
-                    100.0 * (double)top1 / (double)images, top5,
-                    100.0 * (double)top5 / (double)images);
+            printf("images,top1,top5\n%zu,%zu,%zu\n", h.images, h.top1, h.top5);
+        else printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", h.images, h.top1,
+                    100.0 * (double)h.top1 / images, h.top5, 100.0 * (double)h.top5 / images);
         status = end_of_output();
     }
-    free(logits);
-    close_feed(&f);
+    close_feed(&h.data);
     return status;
 }
 
@@ -7091,6 +6855,8 @@ typedef struct {
     size_t patches;                  /* of an image */
     double *mask;                    /* [LOOK_IMAGES, patches], one latent's on the batch at hand */
     double *sum;                     /* [latents, patches], of a class */
+    unsigned char *picture;          /* [S, S, 3], room for a mask or an overlay */
+    int made;                        /* the folder, by us */
 } viewer;
 
 static void close_viewer(viewer *v)
@@ -7101,6 +6867,7 @@ static void close_viewer(viewer *v)
     free(v->image);
     free(v->mask);
     free(v->sum);
+    free(v->picture);
 }
 
 /* "J[,J...]" */
@@ -7110,7 +6877,7 @@ static int parse_latents(viewer *v, const char *text)
     for (char *end;; text = end + 1) {
         unsigned long long j = strtoull(text, &end, 10);
         if (!isdigit((unsigned char)*text) || (*end && *end != ',') || v->latents == MOST_LATENTS)
-            return usage("-l %s: at most %d latents were expected, as in 7 or 7,11", text,
+            return usage("-l: at '%s' a latent was expected, as in 7 or 7,11 (at most %d)", text,
                          MOST_LATENTS);
         if (j >= sae->d_sae)
             return fail("%s: there is no latent %llu, 0 to %zu were expected", sae->path, j,
@@ -7124,26 +6891,20 @@ static int parse_latents(viewer *v, const char *text)
 static int check_stats_origin(const sc_safetensors *stats, const char *path, uint64_t data,
                               uint64_t sae)
 {
-    const struct { const char *key, *what; uint64_t digest; } origin[] = {
-        { "data_digest", "data set", data }, { "sae_digest", "SAE", sae } };
-    for (int i = 0; i < 2; i++) {
-        const char *text = sc_metadata_find(stats, origin[i].key);
-        if (!text) return fail("%s: no statistics, or without metadata %s", path, origin[i].key);
-        if (strtoull(text, NULL, 16) != origin[i].digest)
-            return fail("%s: statistics of another %s", path, origin[i].what);
-    }
-    return SC_OK;
+    const char *of_data = sc_metadata_find(stats, "data_digest");
+    const char *of_sae = sc_metadata_find(stats, "sae_digest");
+    if (!of_data || !of_sae) return fail("%s: these are no statistics: a digest is missing", path);
+    if (strtoull(of_data, NULL, 16) != data) return fail("%s: statistics of other data", path);
+    return strtoull(of_sae, NULL, 16) == sae ? SC_OK : fail("%s: statistics of another SAE", path);
 }
 
-/* A tensor of the statistics: for each latent a row of numbers (rank 2) or of pairs (rank 3). */
-static int stats_tensor(const viewer *v, const char *name, int rank, const sc_tensor **tensor)
+/* A tensor of the statistics: for each latent a row of numbers (size 1) or of pairs (2). */
+static int stats_tensor(const viewer *v, const char *name, size_t size, const sc_tensor **tensor)
 {
+    size_t n = v->m.sae[0].d_sae;
     const sc_tensor *t = *tensor = sc_tensor_find(&v->stats, name);
-    if (t && t->rank == rank && t->shape[0] == v->m.sae[0].d_sae && t->shape[1] > 0
-        && (rank == 2 || t->shape[2] == 2))
-        return SC_OK;
-    return fail("%s: a tensor %s with a row for each of %zu latents was expected", v->stats.path,
-                name, v->m.sae[0].d_sae);
+    if (t && t->rank > 1 && t->shape[1] > 0 && t->count / size / t->shape[1] == n) return SC_OK;
+    return fail("%s: a tensor %s [%zu, ...] was expected", v->stats.path, name, n);
 }
 
 static int open_viewer(viewer *v, const char *images, int with_stats)
@@ -7151,10 +6912,9 @@ static int open_viewer(viewer *v, const char *images, int with_stats)
     const options *o = v->m.o;
     const sc_sae *sae = &v->m.sae[0];
     feed *f = &v->m.data;
-    size_t tap;
-    if (o->saes != 1 || !o->latents || !o->output || (with_stats && !o->stats))
-        return usage("-s SAE, -l LATENTS%s and -o FOLDER were expected",
-                     with_stats ? ", -t STATISTICS" : "");
+    size_t tap, S;
+    if (o->saes != 1) return usage("one SAE was expected: -s FILE");
+    if (with_stats && !o->stats) return usage("--mask top needs the SAE's statistics: -t FILE");
     if (o->mask) v->kind = strcmp(o->mask, "top") == 0 ? TOP_MASK : VALUE_MASK;
     SC_TRY(open_saes(&v->m));
     SC_TRY(parse_latents(v, o->latents));
@@ -7168,9 +6928,12 @@ static int open_viewer(viewer *v, const char *images, int with_stats)
     if (v->kind == VALUE_MASK) SC_TRY(new_batch(&v->batch, sae, LOOK_IMAGES * f->T));
     else if (!f->is_file) f->taps = 0;           /* spares the forward pass */
     v->patches = f->grid * f->grid;
+    S = f->is_file ? f->grid : f->model.image_size;
     v->mask = new_array(LOOK_IMAGES, v->patches * sizeof *v->mask);
-    if (!v->mask) return SC_FAILED;
-    if (mkdir(o->output, 0777) != 0 && errno != EEXIST)
+    v->picture = new_array(S * S, 3);
+    if (!v->mask || !v->picture) return SC_FAILED;
+    v->made = mkdir(o->output, 0777) == 0;
+    if (!v->made && errno != EEXIST)
         return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
     return SC_OK;
 }
@@ -7178,16 +6941,15 @@ static int open_viewer(viewer *v, const char *images, int with_stats)
 static int listed_draw(void *context, size_t draw, size_t *image)
 {
     const viewer *v = context;
-    if (draw >= v->images) return SC_END;
-    *image = v->image[draw];
-    return SC_OK;
+    if (draw < v->images) *image = v->image[draw];
+    return draw < v->images ? SC_OK : SC_END;
 }
 
 /* The next batch, encoded where latents' values are wanted. */
 static int next_images(viewer *v, size_t want)
 {
     feed *f = &v->m.data;
-    SC_TRY(next_batch(f, want, NULL));
+    SC_TRY(next_batch(f, want));
     if (v->kind != VALUE_MASK || f->count == 0) return SC_OK;
     return run_sae(&v->batch, f->tap[0].out, f->count * f->T);
 }
@@ -7208,7 +6970,7 @@ static int find_masks(viewer *v, size_t j)
                 v->mask[row / f->T * v->patches + token - f->first_patch] = w.value;
         }
     if (v->kind != TOP_MASK) return SC_OK;
-    SC_TRY(stats_tensor(v, "max_activating_patch_indices", 3, &top));
+    SC_TRY(stats_tensor(v, "max_activating_patch_indices", 2, &top));
     for (size_t p = 0; p < top->shape[1]; p++) {
         int64_t at[2];                           /* image and token, -1 where there is none */
         SC_TRY(sc_tensor_integers(&v->stats, top, (j * top->shape[1] + p) * 2, 2, at));
@@ -7251,15 +7013,13 @@ static int write_picture(const char *folder, const char *name, size_t channels, 
 /* round(255 f / largest) */
 static int write_mask(const viewer *v, const char *name, const double *mask)
 {
+    size_t grid = v->m.data.grid;
     double largest = 0;
-    unsigned char *grey = new_array(v->patches, 1);
-    if (!grey) return SC_FAILED;
+    memset(v->picture, 0, v->patches);
     for (size_t p = 0; p < v->patches; p++) largest = mask[p] > largest ? mask[p] : largest;
     for (size_t p = 0; p < v->patches && largest > 0; p++)
-        grey[p] = (unsigned char)floor(255 * mask[p] / largest + 0.5);
-    int status = write_picture(v->m.o->output, name, 1, v->m.data.grid, v->m.data.grid, grey);
-    free(grey);
-    return status;
+        v->picture[p] = (unsigned char)floor(255 * mask[p] / largest + 0.5);
+    return write_picture(v->m.o->output, name, 1, grid, grid, v->picture);
 }
 
 /* Latent j on the batch's image i: the mask, and the picture under it where there is one. Files are
@@ -7278,13 +7038,9 @@ static int show_mask(const viewer *v, size_t j, size_t i)
     strcpy(name + used, ".pgm");
     SC_TRY(write_mask(v, name, mask));
     if (f->is_file) return SC_OK;
-    unsigned char *overlay = new_array(S * S, 3);
-    if (!overlay) return SC_FAILED;
-    draw_crop(overlay, 3 * S, f->pixels + i * S * S * 3, S, mask, f->grid);
+    draw_crop(v->picture, 3 * S, f->pixels + i * S * S * 3, S, mask, f->grid);
     strcpy(name + used, ".ppm");
-    int status = write_picture(v->m.o->output, name, 3, S, S, overlay);
-    free(overlay);
-    return status;
+    return write_picture(v->m.o->output, name, 3, S, S, v->picture);
 }
 
 /* Only the images of a class, for the mean of their masks (the report's figure 6). */
@@ -7315,6 +7071,7 @@ static int show_masks(viewer *v, const char *images)
     for (;; done += f->count) {
         SC_TRY(next_images(v, LOOK_IMAGES));
         if (f->count == 0) break;
+        show_progress("image", done, v->image ? v->images : f->images, done, "images", "%s", "");
         for (size_t l = 0; l < v->latents; l++) {
             SC_TRY(find_masks(v, v->latent[l]));
             for (size_t i = 0; i < f->count && !v->sum; i++)
@@ -7329,32 +7086,16 @@ static int show_masks(viewer *v, const char *images)
         for (size_t p = 0; p < v->patches; p++) v->sum[l * v->patches + p] /= (double)done;
         SC_TRY(write_mask(v, name, v->sum + l * v->patches));
     }
-    return done ? SC_OK : fail("%s: there are no images", images ? images : v->m.o->acts);
+    return SC_OK;
 }
 
 static int command_mask(const options *o, int count, char **names)
 {
     viewer v = { .m = { .o = o }, .kind = VALUE_MASK };
     int status = show_masks(&v, count ? names[0] : NULL);
+    if (status != SC_OK && v.made) rmdir(o->output);         /* goes only if it is empty */
     close_viewer(&v);
     return status;
-}
-
-/* Appends latent j's top images, as the statistics have them, to the images to look at. */
-static int list_top_images(viewer *v, const sc_tensor *top, size_t j, size_t *count)
-{
-    size_t K = top->shape[1];
-    if (!v->image && !(v->image = new_array(v->latents, K * sizeof *v->image))) return SC_FAILED;
-    for (*count = 0; *count < K; ++*count) {
-        int64_t image;
-        SC_TRY(sc_tensor_integers(&v->stats, top, j * K + *count, 1, &image));
-        if (image == -1) break;
-        if (image < 0 || (uint64_t)image >= v->m.data.images)
-            return fail("%s: latent %zu is said to fire on image %lld of %zu", v->stats.path, j,
-                        (long long)image, v->m.data.images);
-        v->image[v->images++] = (size_t)image;
-    }
-    return SC_OK;
 }
 
 /* The sheet of latent j's next `count` images: cells row by row, the strongest image first. */
@@ -7378,39 +7119,332 @@ static int show_sheet(viewer *v, size_t j, size_t count, size_t K)
     }
     char name[64];
     snprintf(name, sizeof name, "latent_%zu.ppm", j);
+    if (count == 0) note("latent %zu fires on no image: its sheet is empty", j);
     if (status == SC_OK) status = write_picture(v->m.o->output, name, 3, width, height, sheet);
     free(sheet);
     return status;
 }
 
+/* The images to look at are each latent's top images, as the statistics have them, in turn. */
 static int show_sheets(viewer *v, const char *images)
 {
-    size_t count[MOST_LATENTS];
+    size_t count[MOST_LATENTS] = { 0 };
     const sc_tensor *top;
-    if (!images || strcmp(images, "-") == 0 || v->m.o->acts)
-        return usage("pictures are to be shown: -m MODEL and IMAGES, no stream, were expected");
+    if (strcmp(images, "-") == 0) return usage("top picks images: a stream has no choice of them");
     SC_TRY(open_viewer(v, images, 1));
-    SC_TRY(stats_tensor(v, "max_activating_image_indices", 2, &top));
-    for (size_t l = 0; l < v->latents; l++) {
-        SC_TRY(list_top_images(v, top, v->latent[l], &count[l]));
-        if (count[l] == 0) note("latent %zu fires on no image: its sheet is empty", v->latent[l]);
-    }
+    SC_TRY(stats_tensor(v, "max_activating_image_indices", 1, &top));
+    size_t K = top->shape[1];
+    v->image = new_array(v->latents, K * sizeof *v->image);
+    if (!v->image) return SC_FAILED;
+    for (size_t l = 0; l < v->latents; l++)
+        for (int64_t image = 0; count[l] < K && image >= 0;) {
+            SC_TRY(sc_tensor_integers(&v->stats, top, v->latent[l] * K + count[l], 1, &image));
+            if (image >= (int64_t)v->m.data.images)
+                return fail("%s: there is no image %lld", v->stats.path, (long long)image);
+            if (image >= 0) v->image[v->images++] = (size_t)image;
+            count[l] += image >= 0;
+        }
     v->m.data.skip_bad = 0;                      /* a cell is for one image and no other */
     SC_TRY(start_feed(&v->m.data, LOOK_IMAGES, listed_draw, v, 0));
-    for (size_t l = 0; l < v->latents; l++)
-        SC_TRY(show_sheet(v, v->latent[l], count[l], top->shape[1]));
+    for (size_t l = 0; l < v->latents; l++) SC_TRY(show_sheet(v, v->latent[l], count[l], K));
     return SC_OK;
 }
 
 static int command_top(const options *o, int count, char **names)
 {
     viewer v = { .m = { .o = o } };
-    int status = show_sheets(&v, count ? names[0] : NULL);
+    int status = count ? show_sheets(&v, names[0]) : usage("top takes -m MODEL and IMAGES");
+    if (status != SC_OK && v.made) rmdir(o->output);
     close_viewer(&v);
     return status;
 }
-static int command_info(const options *o,int c,char**n){(void)o;(void)c;(void)n;return 0;}
-static int command_compare(const options *o,int c,char**n){(void)o;(void)c;(void)n;return 0;}
+
+/* ============================================================================================
+ * 12. Tools
+ *
+ * `info` says what a file or this machine is, `compare` how far apart two files are.
+ * ============================================================================================ */
+
+/* Sizes or an index, "192 x 12288" or "3, 4". out: [SC_MAX_RANK * 24] */
+static const char *join_sizes(const size_t *sizes, int count, const char *between, char *out)
+{
+    size_t used = 0;
+    strcpy(out, between[1] == 'x' ? "scalar" : "");
+    for (int d = 0; d < count; d++)
+        used += (size_t)sprintf(out + used, "%s%zu", d ? between : "", sizes[d]);
+    return out;
+}
+
+/* --- info --- */
+
+/* A file is of the first kind whose tensor it has, of that rank. */
+static const struct { const char *tensor; int rank; const char *title, *dimensions[4]; }
+file_kinds[] = {
+    { "W_enc_m", 2, "checkpoint of a training", { "latents", "inputs" } },
+    { "W_enc", 2, "sparse autoencoder", { "inputs", "latents" } },
+    { "max_activating_image_indices", 2, "statistics", { "latents", "top images each" } },
+    { "activations", 3, "activations", { "images", "tokens each", "numbers each" } },
+    { "images", 4, "packed images", { "images", "high", "wide", "colours" } },
+    { "value", 1, "codes", { "activations that are not 0" } },
+};
+
+static void describe_kind(const sc_safetensors *file, size_t kind, const sc_tensor *tensor)
+{
+    static const char *const keys[] = { "architecture", "k", "layer", "hook", "model", "tokens",
+                                        "images" };
+    const char *position = sc_metadata_find(file, "position");
+    char text[200];
+    printf("%s", file_kinds[kind].title);
+    for (int d = 0; d < tensor->rank; d++)
+        printf("%s %zu %s", d ? "," : ":", tensor->shape[d], file_kinds[kind].dimensions[d]);
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        const char *value = sc_metadata_find(file, keys[i]);
+        if (!value && i == 0 && sc_tensor_find(file, "W_enc")) value = "standard";
+        if (value) printf(", %s %s", keys[i], printable(value, text, sizeof text));
+    }
+    if (position) printf(", step %llu", strtoull(position, NULL, 16));
+    puts(sc_tensor_find(file, "labels") ? ", with labels" : "");
+}
+
+static void describe_model(const sc_safetensors *file, const char *naming)
+{
+    sc_model m;
+    printf("vision transformer, %s's names", naming);
+    if (sc_model_open(&m, file->path, NULL) != SC_OK) {
+        char text[sizeof error_text];
+        printf(", not to be used: %s\n", printable(sc_error(), text, sizeof text));
+        return;
+    }
+    printf(": %zu blocks, width %zu, %zu heads, hidden %zu, images of %zu x %zu in %zu x %zu "
+           "patches of %zu x %zu, %zu tokens with the class token, %s GELU, epsilon %g%s\n",
+           m.blocks, m.width, m.heads, m.hidden, m.image_size, m.image_size, m.grid, m.grid,
+           m.patch, m.patch, m.tokens, m.activation == QUICK_GELU ? "quick" : "exact", (double)m.epsilon,
+           find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
+    sc_model_close(&m);
+}
+
+static void describe(const sc_safetensors *file)
+{
+    for (size_t i = 0; i < sizeof file_kinds / sizeof *file_kinds; i++) {
+        const sc_tensor *tensor = sc_tensor_find(file, file_kinds[i].tensor);
+        if (tensor && tensor->rank == file_kinds[i].rank) {
+            describe_kind(file, i, tensor);
+            return;
+        }
+    }
+    int naming = naming_of(file);
+    if (naming < NAMINGS) describe_model(file, naming_names[naming]);
+    else puts("a safetensors file of a kind that is not known");
+}
+
+static int describe_file(const char *path)
+{
+    sc_safetensors file;
+    char name[300], sizes[SC_MAX_RANK * 24];
+    size_t count = 0;
+    SC_TRY(sc_safetensors_open(&file, path));
+    printf("%s: ", printable(path, name, sizeof name));
+    describe(&file);
+    for (size_t i = 0; i < file.tensors; i++) count += file.tensor[i].count;
+    printf("%zu tensors, %zu numbers, %zu bytes\n", file.tensors, count, file.size);
+    for (size_t i = 0; i < file.tensors; i++) {
+        const sc_tensor *t = &file.tensor[i];
+        printf("    %-48s %-5s %-20s %12zu bytes\n", printable(t->name, name, sizeof name),
+               sc_dtype_name(t->dtype), join_sizes(t->shape, t->rank, " x ", sizes), t->bytes);
+    }
+    printf("%zu entries of metadata\n", file.entries);
+    for (size_t i = 0; i < file.entries; i++) {
+        printf("    %s = ", printable(file.metadata[i].key, name, sizeof name));
+        puts(printable(file.metadata[i].value, name, sizeof name));
+    }
+    sc_safetensors_close(&file);
+    return end_of_output();
+}
+
+static int describe_machine(void)
+{
+    static const struct { const char *name; int number; } sizes[] = {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+        { "L1 data cache", _SC_LEVEL1_DCACHE_SIZE }, { "L2 cache", _SC_LEVEL2_CACHE_SIZE },
+        { "L3 cache", _SC_LEVEL3_CACHE_SIZE },
+#endif
+        { "pages", _SC_PAGESIZE },
+    };
+    printf("saeclip %s\ninstruction sets:", SC_VERSION);
+    for (size_t i = 0; i < sizeof instruction_sets / sizeof *instruction_sets; i++)
+        if (instruction_sets[i].usable())
+            printf(" %s%s", instruction_sets[i].set->name,
+                   instruction_sets[i].set == kernels ? " (in use)" : "");
+    printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sysconf(sizes[i].number) > 0)
+            printf("%s: %ld KiB\n", sizes[i].name, sysconf(sizes[i].number) / 1024);
+    return end_of_output();
+}
+
+static int command_info(const options *o, int count, char **names)
+{
+    (void)o;
+    return count ? describe_file(names[0]) : describe_machine();
+}
+
+/* --- compare --- */
+
+enum { COMPARE_BLOCK = 4096 };
+
+typedef struct {
+    double absolute, relative;       /* the largest |a - b| and, where b is not 0, |a - b| / |b| */
+    size_t absolute_at, relative_at;
+    size_t beyond;                   /* elements beyond the tolerance */
+    int other_bits;
+} difference;
+
+/* Numbers as they are, also infinite ones and NaN. whole: the same exactly, of whole numbers. */
+static int read_numbers(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
+                        double *number, int64_t *whole)
+{
+    const unsigned char *from = t->data + first * sc_dtype_size(t->dtype);
+    float some[COMPARE_BLOCK];
+    if (t->dtype > SC_F64) SC_TRY(sc_tensor_integers(file, t, first, count, whole));
+    if (t->dtype == SC_F64) copy_numbers(number, from, count, 8);
+    if (t->dtype < SC_F64) floats_of_bytes(some, from, count, t->dtype);
+    for (size_t i = 0; i < count && t->dtype != SC_F64; i++)
+        number[i] = t->dtype < SC_F64 ? (double)some[i] : (double)whole[i];
+    return SC_OK;
+}
+
+static double whole_apart(int64_t a, int64_t b)
+{
+    return (double)(a > b ? (uint64_t)a - (uint64_t)b : (uint64_t)b - (uint64_t)a);
+}
+
+static void count_difference(difference *d, const options *o, size_t at, double apart, double b)
+{
+    if (!(apart <= DBL_MAX)) apart = INFINITY;               /* one of the two is not finite */
+    double relative = apart == INFINITY ? apart : b != 0 ? apart / fabs(b) : 0;
+    if (apart == INFINITY || !(apart <= o->atol + o->rtol * fabs(b))) d->beyond++;
+    if (apart > d->absolute) d->absolute_at = at;
+    if (apart > d->absolute) d->absolute = apart;
+    if (relative > d->relative) d->relative_at = at;
+    if (relative > d->relative) d->relative = relative;
+}
+
+/* Two tensors of one shape, block by block. */
+static int compare_numbers(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
+                           const sc_tensor *b, const options *o, difference *d)
+{
+    double x[COMPARE_BLOCK], y[COMPARE_BLOCK];
+    int64_t p[COMPARE_BLOCK], q[COMPARE_BLOCK];
+    size_t size = sc_dtype_size(a->dtype);
+    int whole = a->dtype > SC_F64 && b->dtype > SC_F64;
+    *d = (difference){ .other_bits = a->dtype != b->dtype };
+    for (size_t first = 0; first < a->count; first += COMPARE_BLOCK) {
+        size_t n = a->count - first < COMPARE_BLOCK ? a->count - first : COMPARE_BLOCK;
+        const unsigned char *left = a->data + first * size, *right = b->data + first * size;
+        if (a->dtype == b->dtype && memcmp(left, right, n * size) == 0) continue;
+        d->other_bits = 1;
+        if (a->dtype > SC_U8 || b->dtype > SC_U8) {          /* types not read as numbers */
+            count_difference(d, o, first, INFINITY, 0);
+            continue;
+        }
+        SC_TRY(read_numbers(fa, a, first, n, x, p));
+        SC_TRY(read_numbers(fb, b, first, n, y, q));
+        for (size_t i = 0; i < n; i++) {
+            if (whole ? p[i] == q[i] : x[i] == y[i] || (isnan(x[i]) && isnan(y[i]))) continue;
+            double apart = fabs(x[i] - y[i]);
+            if (whole) apart = whole_apart(p[i], q[i]);
+            count_difference(d, o, first + i, apart, y[i]);
+        }
+    }
+    return SC_OK;
+}
+
+/* at: an element's number in the tensor. out: [SC_MAX_RANK * 24] */
+static const char *index_text(const sc_tensor *t, size_t at, char *out)
+{
+    size_t index[SC_MAX_RANK] = { 0 };
+    for (int d = t->rank - 1; d >= 0; at /= t->shape[d--]) index[d] = at % t->shape[d];
+    return join_sizes(index, t->rank, ", ", out);
+}
+
+/* One row of the table; *differs: beyond the tolerance. */
+static int compare_pair(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
+                        const sc_tensor *b, const options *o, int *differs)
+{
+    char name[300], one[SC_MAX_RANK * 24], two[SC_MAX_RANK * 24];
+    difference d;
+    printf("%-40s %s", printable(a->name, name, sizeof name), sc_dtype_name(a->dtype));
+    if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
+    printf(", %s: ", join_sizes(a->shape, a->rank, " x ", one));
+    *differs = a->rank != b->rank || memcmp(a->shape, b->shape, sizeof a->shape) != 0;
+    if (*differs) {
+        printf("the other is %s\n", join_sizes(b->shape, b->rank, " x ", two));
+        return SC_OK;
+    }
+    SC_TRY(compare_numbers(fa, a, fb, b, o, &d));
+    *differs = d.beyond > 0;
+    if (!d.other_bits) puts("the same bits");
+    else if (d.absolute == 0) puts("equal, in other bits");
+    else printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| up to "
+                "%.9g at [%s]\n", d.beyond, a->count, d.absolute, index_text(a, d.absolute_at, one),
+                d.relative, index_text(a, d.relative_at, two));
+    return SC_OK;
+}
+
+/* Metadata are named where they differ, but differences of theirs are not counted. */
+static void compare_metadata(const sc_safetensors *a, const sc_safetensors *b)
+{
+    char key[100], one[100], two[100];
+    for (size_t i = 0, j = 0; i < a->entries || j < b->entries;) {
+        int order = i == a->entries ? 1 : j == b->entries ? -1
+                    : strcmp(a->metadata[i].key, b->metadata[j].key);
+        const char *left = order <= 0 ? a->metadata[i].value : "nothing";
+        const char *right = order >= 0 ? b->metadata[j].value : "nothing";
+        if (order != 0 || strcmp(left, right) != 0)
+            printf("metadata %s: %s and %s\n",
+                   printable(order <= 0 ? a->metadata[i].key : b->metadata[j].key, key, sizeof key),
+                   printable(left, one, sizeof one), printable(right, two, sizeof two));
+        i += order <= 0;
+        j += order >= 0;
+    }
+}
+
+static int compare_files(const sc_safetensors *a, const sc_safetensors *b, const options *o)
+{
+    size_t total = 0, differing = 0;
+    for (size_t i = 0, j = 0; i < a->tensors || j < b->tensors; total++) {
+        int order = i == a->tensors ? 1 : j == b->tensors ? -1
+                    : strcmp(a->tensor[i].name, b->tensor[j].name), differs = 1;
+        char name[300], path[300];
+        if (order == 0)
+            SC_TRY(compare_pair(a, &a->tensor[i], b, &b->tensor[j], o, &differs));
+        else
+            printf("%-40s only in %s\n",
+                   printable(order < 0 ? a->tensor[i].name : b->tensor[j].name, name, sizeof name),
+                   printable(order < 0 ? a->path : b->path, path, sizeof path));
+        differing += differs != 0;
+        i += order <= 0;
+        j += order >= 0;
+    }
+    compare_metadata(a, b);
+    SC_TRY(end_of_output());
+    return differing == 0 ? SC_OK : fail("%s: differs from %s in %zu of %zu tensors", a->path,
+                                         b->path, differing, total);
+}
+
+static int command_compare(const options *o, int count, char **names)
+{
+    sc_safetensors a, b;
+    (void)count;
+    SC_TRY(sc_safetensors_open(&a, names[0]));
+    int status = sc_safetensors_open(&b, names[1]);
+    if (status == SC_OK) {
+        status = compare_files(&a, &b, o);
+        sc_safetensors_close(&b);
+    }
+    sc_safetensors_close(&a);
+    return status;
+}
 
 /* ============================================================================================
  * 13. The command line
@@ -7429,7 +7463,8 @@ enum command {
 #define WITH_SAES (FOR(ENCODE) | FOR(EVAL) | FOR(STATS) | FOR(TOP) | FOR(MASK))
 #define EVERY (FOR(COMMANDS) - 1)
 
-typedef enum { FLAG, TEXT, TEXTS, WHOLE, NUMBER } option_kind;
+/* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
+typedef enum { FLAG, TEXT, TEXTS, WHOLE, LARGE, NUMBER } option_kind;
 
 /* choices: what a text may be, "a|b|c"; least, most: what a number may be. */
 static const struct option_row {
@@ -7451,7 +7486,7 @@ static const struct option_row {
       FOR(PACK) | FOR(EXTRACT) | FOR(TRAIN) | FOR(ENCODE) | FOR(STATS) | FOR(TOP) | FOR(MASK),
       NULL, NULL, 0, 0, "where to write" },
     { "-l", "J[,J...]", TEXT, PLACE(latents), FOR(TOP) | FOR(MASK), NULL, NULL, 0, 0, "latents" },
-    { "--acts", "FILE", TEXT, PLACE(acts), WITH_DATA, NULL, NULL, 0, 0,
+    { "--acts", "FILE", TEXT, PLACE(acts), WITH_DATA | FOR(MASK), NULL, NULL, 0, 0,
       "saved activations, instead of -m MODEL IMAGES" },
     { "--also", "DATA", TEXT, PLACE(also), FOR(EVAL), NULL, NULL, 0, 0,
       "a second data set of the same kind: images, or activations" },
@@ -7538,7 +7573,7 @@ static const struct option_row {
     { "--atol", "X", NUMBER, PLACE(atol), FOR(COMPARE), "0", NULL, 0, 1e30, "absolute tolerance" },
     { "--format", "KIND", TEXT, PLACE(format), FOR(EVAL) | FOR(ZEROSHOT), "text",
       "text|markdown|csv|json", 0, 0, "how to print (zeroshot: text, csv or json)" },
-    { "--seed", "N", NUMBER, PLACE(seed), EVERY, "42", NULL, 0, 9007199254740991, "random seed" },
+    { "--seed", "N", LARGE, PLACE(seed), EVERY, "42", NULL, 0, 9007199254740991, "random seed" },
     { "--threads", "N", WHOLE, PLACE(threads), EVERY, NULL, NULL, 1, SC_MAX_THREADS,
       "threads (default: all cores)" },
     { "--quiet", NULL, FLAG, PLACE(quiet), EVERY, NULL, NULL, 0, 0, "no progress, no remarks" },
@@ -7576,10 +7611,10 @@ static const struct {
       "the top images of latents, a PPM sheet each",
       "saeclip top -s sae.safetensors -t stats.safetensors -m clip.safetensors photos -l 7,12 "
       "--mask value -o sheets", command_top, 1, 1, { "-s", "-t", "-l", "-o" } },
-    [MASK] = { "mask", "-s SAE -m MODEL IMAGES -l J -o DIR",
+    [MASK] = { "mask", "-s SAE DATA -l J -o DIR",
       "where a latent fires: PGM masks, PPM overlays",
       "saeclip mask -s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks",
-      command_mask, 1, 1, { "-s", "-l", "-o" } },
+      command_mask, 0, 1, { "-s", "-l", "-o" } },
     [ZEROSHOT] = { "zeroshot", "-m MODEL IMAGES",
       "top-1 and top-5 by the model's head or its text embeddings",
       "saeclip zeroshot -m vit.safetensors photos.txt", command_zeroshot, 1, 1, { "-m" } },
@@ -7635,6 +7670,7 @@ static int set_option(options *o, const struct option_row *row, const char *text
         return SC_OK;
     }
     if (row->kind == TEXT || row->kind == TEXTS) {
+        if (!*text) return usage("%s: a value %s was expected", row->name, row->value);
         if (row->choices && !is_choice(row->choices, text))
             return usage("%s: '%s' is none of %s", row->name, text, row->choices);
         if (row->kind == TEXTS && o->saes == SC_MAX_TAPS)
@@ -7644,9 +7680,11 @@ static int set_option(options *o, const struct option_row *row, const char *text
         return SC_OK;
     }
     SC_TRY(parse_number(text, row->name, row->least, row->most, &number));
-    long whole = (long)number;
-    if (row->kind == WHOLE && (number > (double)LONG_MAX || (double)whole != number))
+    if (row->kind == WHOLE && number > (double)LONG_MAX)
+        return usage("%s: '%s' is more than this machine can count", row->name, text);
+    if (row->kind != NUMBER && number != floor(number))
         return usage("%s: '%s' is no whole number", row->name, text);
+    long whole = row->kind == WHOLE ? (long)number : 0;
     if (row->kind == WHOLE) memcpy(place, &whole, sizeof whole);
     else memcpy(place, &number, sizeof number);
     return SC_OK;
@@ -7711,6 +7749,8 @@ static int check_options(const options *o, enum command command, int operands)
     if (operands < command_table[command].least || operands > command_table[command].most)
         return usage("%s: %s was expected", name, command_table[command].synopsis);
     if (o->acts && operands) return usage("--acts and IMAGES exclude each other");
+    if (was_given(o, "--layer") && o->layer == 0)
+        return usage("--layer: '0': blocks count from 1, or from -1 back from the last");
     if (command == ZEROSHOT && strcmp(o->format, "markdown") == 0)
         return usage("--format: '%s' is none of text|csv|json", o->format);
     return SC_OK;
@@ -7751,9 +7791,18 @@ static int run_saeclip(int argc, char **argv)
     return usage("'%s' is no command (saeclip --help)", argv[1]);
 }
 
+/* A standard stream that is closed stays unusable, instead of being the next file that is opened. */
+static void hold_streams(void)
+{
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
+}
+
 int main(int argc, char **argv)
 {
-    signal(SIGPIPE, SIG_IGN);
+    signal(SIGPIPE, SIG_IGN);                    /* writing fails instead, and says why */
+    signal(SIGXFSZ, SIG_IGN);
+    hold_streams();
     int status = run_saeclip(argc, argv);
     if (status != SC_OK) print_line(sc_error());
     return status;

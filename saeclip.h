@@ -188,18 +188,9 @@ typedef struct {
 /* A matrix as the kernels take it; see saeclip.c. */
 typedef struct { size_t K, N, panels; float *data; } sc_matrix;
 
-/* D: width, H: hidden; weights are [K, N] for x W. */
-typedef struct {
-    float *norm1_weight, *norm1_bias;                /* [D] */
-    sc_matrix qkv;                                   /* [D, 3 D] */
-    float *qkv_bias;                                 /* [3 D] */
-    sc_matrix out;                                   /* [D, D] */
-    float *out_bias, *norm2_weight, *norm2_bias;     /* [D] */
-    sc_matrix fc1;                                   /* [D, H] */
-    float *fc1_bias;                                 /* [H] */
-    sc_matrix fc2;                                   /* [H, D] */
-    float *fc2_bias;                                 /* [D] */
-} sc_block;
+/* A layer's tensors: a linear layer has a matrix [K, N] for x W and a bias [N], a norm has weight
+ * and bias [N], an embedding a weight alone. NULL where the model has none. */
+typedef struct { sc_matrix matrix; float *weight, *bias; } sc_layer;
 
 typedef struct {
     sc_safetensors file;
@@ -210,14 +201,7 @@ typedef struct {
     int activation;                  /* 1 QuickGELU, 2 exact GELU */
     float epsilon, mean[3], std[3];
     size_t loaded;                   /* blocks whose weights are in memory */
-    float *class_token;              /* [D] */
-    float *positions;                /* [tokens, D] */
-    sc_matrix patches;               /* [3 patch^2, D] */
-    float *patch_bias, *pre_weight, *pre_bias;       /* [D] or NULL */
-    sc_block *block;                 /* [loaded] */
-    float *post_weight, *post_bias;  /* [D] */
-    sc_matrix head;                  /* [D, outputs] */
-    float *head_bias;                /* [outputs] or NULL */
+    sc_layer *layer;                 /* block by block in the order of saeclip.c's table */
     float *text;                     /* [classes, outputs], unit rows, or NULL */
 } sc_model;
 
