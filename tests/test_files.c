@@ -1,5 +1,19 @@
 /* Tests of files: numbers as bytes, the digest, JSON, safetensors, outputs. */
 
+static uint32_t load32(const unsigned char *from)
+{
+    uint32_t value;
+    copy_numbers(&value, from, 1, 4);
+    return value;
+}
+
+static uint64_t load64(const unsigned char *from)
+{
+    uint64_t value;
+    copy_numbers(&value, from, 1, 8);
+    return value;
+}
+
 static void files_put64(unsigned char *to, uint64_t value) { copy_numbers(to, &value, 1, 8); }
 
 /* --- numbers --- */
@@ -15,7 +29,7 @@ static float files_reference_half(uint32_t half)
 static void files_numbers(void)
 {
     unsigned char b[8] = { 0x01, 0x82, 0x03, 0x84, 0x05, 0x86, 0x07, 0x88 }, c[8];
-    check(load16(b) == 0x8201 && load32(b) == 0x84038201 && load64(b) == 0x8807860584038201, "load");
+    check(load32(b) == 0x84038201 && load64(b) == 0x8807860584038201, "load");
     files_put64(c, 0x8807860584038201);
     check(memcmp(b, c, 8) == 0, "copy_numbers, to bytes");
     uint32_t words[2];
@@ -53,12 +67,6 @@ static void files_numbers(void)
     for (size_t i = 0; i < sizeof edges / sizeof *edges; i++)
         check(half_of_float(float_of_bits(edges[i].bits)) == edges[i].half, "half of %08x",
               (unsigned)edges[i].bits);
-    float values[5] = { 1, -FLT_MAX, 0, 3, 4 };
-    check(first_beyond(values, 5, LARGEST_FLOAT) == 5, "first_beyond none");
-    values[3] = -INFINITY;
-    check(first_beyond(values, 5, LARGEST_FLOAT) == 3, "first_beyond inf");
-    values[1] = NAN;
-    check(first_beyond(values, 5, LARGEST_FLOAT) == 1, "first_beyond nan");
 }
 
 static uint64_t files_digest_of(const void *bytes, size_t count, size_t step)
@@ -150,24 +158,29 @@ static void files_json(void)
         check(status == SC_FAILED && !list && strncmp(sc_error(), "names: JSON byte ", 17) == 0,
               "json refuses %s", bad[i]);
     }
-    sc_output text = { 0 };
-    output_json(&text, "a\"\\\n\x01\x1f\x7f\xc3\xa9/\xff\xe2\x82z\xed\xa0\x80");
-    check(text.used && strcmp((char *)text.buffer, "\"a\\\"\\\\\\u000a\\u0001\\u001f\x7f\xc3\xa9/"
+    char *text = NULL, *list_text = NULL;
+    size_t length = 0;
+    FILE *stream = open_memstream(&text, &length);
+    print_json(stream, "a\"\\\n\x01\x1f\x7f\xc3\xa9/\xff\xe2\x82z\xed\xa0\x80");
+    fclose(stream);
+    check(strcmp(text, "\"a\\\"\\\\\\u000a\\u0001\\u001f\x7f\xc3\xa9/"
           "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbdz\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\"") == 0,
-          "output_json");
-    output_discard(&text);
-    /* What output_json writes, json_string reads back. */
+          "print_json");
+    free(text);
+    /* What print_json writes, json_string reads back. */
     char all[127 + 1], **list = NULL;
     size_t count = 0;
     for (int i = 0; i < 127; i++) all[i] = (char)(i + 1);
     all[127] = '\0';
-    output_write(&text, "[", 1);
-    output_json(&text, all);
-    output_write(&text, "]", 1);
-    check(json_string_array((char *)text.buffer, "all", &list, &count) == SC_OK && count == 1 &&
+    stream = open_memstream(&list_text, &length);
+    putc('[', stream);
+    print_json(stream, all);
+    putc(']', stream);
+    fclose(stream);
+    check(json_string_array(list_text, "all", &list, &count) == SC_OK && count == 1 &&
           strcmp(list[0], all) == 0, "json round trip");
     free(list);
-    output_discard(&text);
+    free(list_text);
 }
 
 /* --- reading safetensors --- */
@@ -220,16 +233,16 @@ static const struct { const char *header; size_t data; const char *error; } file
     { "{" TENSOR("a", "U8", "1", "0", "1") ",}", 1, "a string" },
     { "{" TENSOR("a", "U8", "1", "0", "1"), 1, "',' or '}'" },
     { "{\"a\":1}", 0, "'{'" },
-    { "{\"a\":{}}", 0, "is incomplete" },
-    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1]}}", 1, "is incomplete" },
-    { "{\"a\":{\"dtype\":\"U8\",\"data_offsets\":[0,1]}}", 1, "is incomplete" },
-    { "{\"a\":{\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "is incomplete" },
-    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0]}}", 1, "is incomplete" },
-    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[]}}", 1, "is incomplete" },
+    { "{\"a\":{}}", 0, "dtype, shape and two data_offsets before" },
+    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1]}}", 1, "dtype, shape and two data_offsets before" },
+    { "{\"a\":{\"dtype\":\"U8\",\"data_offsets\":[0,1]}}", 1, "dtype, shape and two data_offsets before" },
+    { "{\"a\":{\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "dtype, shape and two data_offsets before" },
+    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0]}}", 1, "dtype, shape and two data_offsets before" },
+    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[]}}", 1, "dtype, shape and two data_offsets before" },
     { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1,2]}}", 1, "expected 2 numbers" },
-    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1],\"x\":1}}", 1, "unknown or second" },
+    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1],\"x\":1}}", 1, "each once" },
     { "{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 1,
-      "unknown or second" },
+      "each once" },
     { "{" TENSOR("a", "U8", "1,1,1,1,1,1,1,1,1", "0", "1") "}", 1, "at most 8 numbers" },
     { "{" TENSOR("a", "U9", "1", "0", "1") "}", 1, "unknown dtype 'U9'" },
     { "{" TENSOR("a", "f32", "1", "0", "4") "}", 4, "unknown dtype 'f32'" },
@@ -250,12 +263,12 @@ static const struct { const char *header; size_t data; const char *error; } file
     { "{" TENSOR("a", "F32", "4611686018427387904", "0", "0") "}", 0, "too large" },
     { "{" TENSOR("a", "F32", "4611686018427387904,4,0", "0", "0") "}", 0, "too large" },
     { "{" TENSOR("a", "F32", "0,4611686018427387904,4", "0", "0") "}", 0, "too large" },
-    { "{" TENSOR("a", "U8", "1125899906842624", "0", "1125899906842624") "}", 1, "but there are 1" },
-    { "{" TENSOR("a", "U8", "2", "0", "2") "}", 1, "but there are 1" },
-    { "{" TENSOR("a", "U8", "1", "1", "0") "}", 1, "lies at bytes 1 to 0" },
-    { "{" TENSOR("a", "U8", "1", "18446744073709551615", "0") "}", 1, "but there are 1" },
-    { "{" TENSOR("a", "F32", "1", "0", "3") "}", 3, "has 3 bytes, expected 4" },
-    { "{" TENSOR("a", "F32", "1", "0", "5") "}", 5, "has 5 bytes, expected 4" },
+    { "{" TENSOR("a", "U8", "1125899906842624", "0", "1125899906842624") "}", 1, " of 1" },
+    { "{" TENSOR("a", "U8", "2", "0", "2") "}", 1, " of 1" },
+    { "{" TENSOR("a", "U8", "1", "1", "0") "}", 1, "lies at 1 to 0" },
+    { "{" TENSOR("a", "U8", "1", "18446744073709551615", "0") "}", 1, " of 1" },
+    { "{" TENSOR("a", "F32", "1", "0", "3") "}", 3, "has 4 bytes by dtype and shape, but lies at 0 to 3" },
+    { "{" TENSOR("a", "F32", "1", "0", "5") "}", 5, "has 4 bytes by dtype and shape, but lies at 0 to 5" },
     { "{" TENSOR("a", "U8", "2", "0", "2") "," TENSOR("b", "U8", "2", "1", "3") "}", 3,
       "'b' begins at byte 1 of the data, expected 2" },
     { "{" TENSOR("a", "U8", "2", "0", "2") "," TENSOR("b", "U8", "2", "0", "2") "}", 2,
@@ -326,8 +339,8 @@ static void files_layouts(void)
 static void files_bad_files(void)
 {
     static const struct { const char *name; uint64_t header; size_t count; const char *error; } raw[] = {
-        { "empty", 0, 0, "0 bytes long" },
-        { "seven", 2, 7, "7 bytes long" },
+        { "empty", 0, 0, "8 bytes or more" },
+        { "seven", 2, 7, "8 bytes or more" },
         { "eight", 0, 8, "a header of 0 bytes" },
         { "one", 1, 9, "a header of 1 bytes" },
         { "beyond", 3, 10, "a header of 3 bytes, expected 2 to 2" },
@@ -359,11 +372,11 @@ static void files_bad_files(void)
     unlink(in_folder("long"));
     check(sc_safetensors_open(&file, in_folder("missing")) == SC_FAILED &&
           says("cannot be opened: No such file"), "missing file");
-    check(sc_safetensors_open(&file, folder) == SC_FAILED && says("is a directory"), "directory");
+    check(sc_safetensors_open(&file, folder) == SC_FAILED && says("is no regular file"), "directory");
     mkfifo(in_folder("fifo"), 0600);
-    check(sc_safetensors_open(&file, in_folder("fifo")) == SC_FAILED && says("not a regular file"),
+    check(sc_safetensors_open(&file, in_folder("fifo")) == SC_FAILED && says("is no regular file"),
           "a pipe is refused without waiting");
-    check(sc_safetensors_open(&file, "/dev/zero") == SC_FAILED && says("not a regular file"), "device");
+    check(sc_safetensors_open(&file, "/dev/zero") == SC_FAILED && says("is no regular file"), "device");
     put_file(in_folder("secret"), "", 0);
     chmod(in_folder("secret"), 0);
     if (geteuid() == 0) skip("a file without permission: root may read all");
@@ -473,18 +486,17 @@ static void files_output(void)
     put_file(path, "old", 3);
     check(output_open(&out, path) == SC_OK, "output_open");
     output_printf(&out, "%s %d", "new", 42);
-    output_flush(&out);
+    fflush(out.file);
     check(holds(path, "old") && exists(temporary), "the old file stands until the commit");
     output_write(&out, "!", 1);
-    check(output_patch(&out, 1, "E", 1) == SC_OK, "output_patch");
-    check(output_commit(&out) == SC_OK && holds(path, "nEw 42!") && !exists(temporary), "output_commit");
+    check(output_commit(&out) == SC_OK && holds(path, "new 42!") && !exists(temporary), "output_commit");
     output_discard(&out);
     check(exists(path), "discard after commit does nothing");
 
     output_open(&out, path);
     output_write(&out, "x", 1);
     output_discard(&out);
-    check(holds(path, "nEw 42!") && !exists(temporary), "output_discard");
+    check(holds(path, "new 42!") && !exists(temporary), "output_discard");
     output_discard(&out);
     sc_output zero = { 0 };
     output_discard(&zero);
@@ -496,7 +508,7 @@ static void files_output(void)
     check(output_commit(&out) == SC_OK && holds(path, "short"), "and emptied first");
 
     /* more than the buffer, in pieces of every kind */
-    size_t big = 3 * OUTPUT_BUFFER / 2, count = 0;
+    size_t big = (3 << 19), count = 0;
     char *bytes = new_array(2 * big, 1);
     for (size_t i = 0; i < 2 * big; i++) bytes[i] = (char)('a' + i * 7 % 26);
     bytes[2 * big - 1] = '\0';
@@ -508,22 +520,6 @@ static void files_output(void)
     check(output_commit(&out) == SC_OK, "a long output");
     const char *back = get_file(path, &count);
     check(back && count == 2 * big - 1 && memcmp(back, bytes, count) == 0, "a long output's bytes");
-    output_open(&out, path);
-    output_write(&out, bytes, big);
-    output_write(&out, "tail", 4);
-    check(output_shift(&out, 10, 7) == SC_OK && output_patch(&out, 10, "1234567", 7) == SC_OK, "shift");
-    output_write(&out, "end", 3);
-    output_commit(&out);
-    back = get_file(path, &count);
-    check(back && count == big + 14 && memcmp(back, bytes, 10) == 0 && memcmp(back + 10, "1234567", 7) == 0
-          && memcmp(back + 17, bytes + 10, big - 10) == 0 && strcmp(back + big + 7, "tailend") == 0,
-          "bytes after a shift");
-    sc_output text = { 0 };
-    for (size_t i = 0; i < 2 * big - 1; i += 999)
-        output_printf(&text, "%.*s", 999, bytes + i);
-    check(strlen((char *)text.buffer) == text.used && strcmp((char *)text.buffer, bytes) == 0,
-          "gathering in memory");
-    output_discard(&text);
     free(bytes);
 }
 
@@ -545,10 +541,10 @@ static void files_output_destinations(void)
         check(exists(full) && !exists(in_folder("full.tmp")), "/dev/full stays");
         output_open(&out, full);
         output_write(&out, "x", 1);
-        output_flush(&out);
+        fflush(out.file);
         fail("something else");
-        check(output_printf(&out, "%s", "y") == SC_FAILED && output_commit(&out) == SC_FAILED &&
-              says("No space left"), "the first failure sticks");
+        output_printf(&out, "%s", "y");
+        check(output_commit(&out) == SC_FAILED && says("No space left"), "a failure is not forgotten");
     }
     check(!null || (output_open(&out, null) == SC_OK && output_write(&out, "x", 1) == SC_OK &&
           output_commit(&out) == SC_OK), "/dev/null takes all");
@@ -559,31 +555,19 @@ static void files_output_destinations(void)
     if (child == 0) {
         size_t count;
         char *got = get_file(in_folder("pipe"), &count);
-        _exit(got && count == 3 * OUTPUT_BUFFER / 2 && got[7] == 'x' ? 0 : 1);
+        _exit(got && count == (3 << 19) && got[7] == 'x' ? 0 : 1);
     }
-    char *bytes = new_array(3 * OUTPUT_BUFFER / 2, 1);
-    memset(bytes, 'x', 3 * OUTPUT_BUFFER / 2);
-    check(output_open(&out, in_folder("pipe")) == SC_OK && !out.seekable, "a pipe");
+    char *bytes = new_array((3 << 19), 1);
+    memset(bytes, 'x', (3 << 19));
+    check(output_open(&out, in_folder("pipe")) == SC_OK && !out.temporary, "a pipe");
     output_write(&out, bytes, 100);
-    output_write(&out, bytes, 3 * OUTPUT_BUFFER / 2 - 100);
+    output_write(&out, bytes, (3 << 19) - 100);
     int status = -1;
     check(output_commit(&out) == SC_OK && waitpid(child, &status, 0) == child && status == 0,
           "a pipe's bytes");
     free(bytes);
     struct stat about;
     check(stat(in_folder("pipe"), &about) == 0 && S_ISFIFO(about.st_mode), "a pipe stays");
-    fflush(stdout);
-    child = fork();
-    if (child == 0) {
-        size_t count;
-        get_file(in_folder("pipe"), &count);
-        _exit(0);
-    }
-    output_open(&out, in_folder("pipe"));
-    check(output_patch(&out, 0, "x", 1) == SC_FAILED && says("Illegal seek"), "a pipe is not patched");
-    output_discard(&out);
-    waitpid(child, &status, 0);
-
     mkdir(in_folder("sub"), 0700);
     put_file(in_folder("sub/target"), "old", 3);
     check(symlink("target", in_folder("sub/one")) == 0 && symlink("sub/one", in_folder("link")) == 0 &&
@@ -595,7 +579,7 @@ static void files_output_destinations(void)
           lstat(in_folder("link"), &about) == 0 && S_ISLNK(about.st_mode), "links are followed");
     output_open(&out, in_folder("dangling"));
     output_write(&out, "new", 3);
-    check(output_commit(&out) == SC_OK && holds(in_folder("sub/fresh"), "new"), "a dangling link");
+    check(output_commit(&out) == SC_OK && holds(in_folder("dangling"), "new"), "a dangling link");
     put_file(in_folder("victim"), "keep", 4);
     symlink("victim", in_folder("planted.tmp"));
     check(output_open(&out, in_folder("planted")) == SC_FAILED && holds(in_folder("victim"), "keep"),
@@ -643,7 +627,7 @@ static void files_output_lock(void)
                     continue;
                 }
                 for (int k = 0; k < 50; k++) output_printf(&out, "%d", p);
-                output_flush(&out);
+                fflush(out.file);
                 for (int k = 0; k < 50; k++) output_printf(&out, "%d", p);
                 if (i % 3 == 0) output_discard(&out);
                 else if (output_commit(&out) != SC_OK) _exit(2);
@@ -725,7 +709,7 @@ static void files_writer(void)
     sc_writer w;
     size_t count;
     files_write_sample(&w, 3, 1000, "sample");
-    check(sc_writer_finish(&w) == SC_OK && !w.tensor && !exists(in_folder("sample.tmp")), "finish");
+    check(sc_writer_finish(&w) == SC_OK && !w.out.path && !exists(in_folder("sample.tmp")), "finish");
     files_read_sample("sample", 3);
     char *bytes = get_file(in_folder("sample"), &count);
     const char *start = "{\"__metadata__\":{\"model\":\"\\\"quoted\\\"\\u000a\",\"layer\":\"11\"},"
@@ -784,8 +768,6 @@ static void files_writer_errors(void)
           "incomplete");
     check(sc_writer_floats(&w, floats, 1) == SC_OK && sc_writer_floats(&w, floats, 1) == SC_OK, "more");
     check(sc_writer_tensor(&w, "b", SC_F32, 1, two) == SC_FAILED && says("got 3 values"), "overfull");
-    check(sc_writer_metadata(&w, "k", "") == SC_OK && sc_writer_metadata(&w, "k", "") == SC_FAILED &&
-          says("'k' was written already"), "a key twice");
     check(sc_writer_finish(&w) == SC_FAILED && says("got 3 values") && !exists(in_folder("bad")) &&
           !exists(in_folder("bad.tmp")), "nothing is left of a failure");
 
@@ -795,11 +777,6 @@ static void files_writer_errors(void)
     check(sc_writer_tensor(&w, "b", SC_F16, 1, two) == SC_FAILED && says("got 1 values, expected 0"),
           "half a row");
     sc_writer_floats(&w, floats, 1);
-    sc_writer_discard(&w);
-    check(sc_writer_open(&w, in_folder("bad"), 100) == SC_OK, "open");
-    check(sc_writer_tensor(&w, "a", SC_F32, 1, two) == SC_OK && sc_writer_floats(&w, floats, 2) == SC_OK &&
-          sc_writer_tensor(&w, "a", SC_F32, 1, two) == SC_FAILED && says("'a' was written already"),
-          "a name twice");
     sc_writer_discard(&w);
 
     /* what the dtype cannot hold */
@@ -877,7 +854,7 @@ static void files_writer_errors(void)
         _exit(count == 0 ? 0 : 1);
     }
     int status;
-    check(sc_writer_open(&w, in_folder("pipe"), 0) == SC_FAILED && says("is a pipe or the like") && !w.out.path,
+    check(sc_writer_open(&w, in_folder("pipe"), 0) == SC_FAILED && says("Illegal seek") && !w.out.path,
           "a pipe");
     check(waitpid(child, &status, 0) == child && status == 0, "nothing went into the pipe");
 }
