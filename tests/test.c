@@ -12,6 +12,7 @@
 #include "test_stats.c"
 #include "test_threads.c"
 #include "test_cli.c"
+#include "test_look.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "numbers", test_numbers },
@@ -22,6 +23,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "stats", test_stats },
     { "threads", test_threads },
     { "cli", test_cli },
+    { "look", test_look },
     { NULL, NULL }
 };
 
