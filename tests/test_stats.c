@@ -103,10 +103,10 @@ static void stats_eval(void)
         for (size_t g = 0; g < 2; g++)
             found += fabs(csv_number(ran.out, row, "mse") - csv_number(golden, g, "mse")) < 1e-6;
     check(found == 2, "of two SAEs on two data sets %zu rows are those of the golden file, expected 2", found);
-    static const char *const formats[] = { "text", "markdown", "json" };
+    static const char *const stats_formats[] = { "text", "markdown", "json" };
     for (size_t i = 0; i < 3; i++) {
-        works(STATS_OF("eval", "exact") "--format %s", formats[i]);
-        check(strstr(ran.out, "0.0838"), "eval --format %s does not tell the mse:\n%s", formats[i], ran.out);
+        works(STATS_OF("eval", "exact") "--format %s", stats_formats[i]);
+        check(strstr(ran.out, "0.0838"), "eval --format %s does not tell the mse:\n%s", stats_formats[i], ran.out);
     }
 }
 
