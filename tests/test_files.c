@@ -353,8 +353,8 @@ static void files_bad_files(void)
         unsigned char bytes[64] = { 0 };
         files_put64(bytes, raw[i].header);
         memcpy(bytes + 8, "{}", 2);
-        put_file(in_folder(raw[i].name), bytes, raw[i].count);
-        check(sc_safetensors_open(&file, in_folder(raw[i].name)) == SC_FAILED && says(raw[i].error),
+        put_file(in_folder("%s", raw[i].name), bytes, raw[i].count);
+        check(sc_safetensors_open(&file, in_folder("%s", raw[i].name)) == SC_FAILED && says(raw[i].error),
               "refuses file '%s'", raw[i].name);
     }
     /* 100,000,001 bytes of header, really there (as a hole) */
@@ -655,7 +655,7 @@ static void files_write_sample(sc_writer *w, size_t rows, size_t room, const cha
     static const double doubles[2] = { 0.1, -1e300 };
     static const int64_t integers[3] = { -1, INT32_MAX, INT32_MIN };
     const size_t open_rows[2] = { SC_ROWS, 2 }, six[2] = { 2, 3 }, three[1] = { 3 }, two[1] = { 2 };
-    check(sc_writer_open(w, in_folder(name), room) == SC_OK, "writer_open");
+    check(sc_writer_open(w, in_folder("%s", name), room) == SC_OK, "writer_open");
     check(sc_writer_metadata(w, "model", "\"quoted\"\n") == SC_OK, "metadata");
     check(sc_writer_tensor(w, "rows", SC_F16, 2, open_rows) == SC_OK, "tensor of open rows");
     for (size_t i = 0; i < rows; i++)
@@ -680,7 +680,7 @@ static void files_read_sample(const char *name, size_t rows)
     sc_safetensors file = { 0 };
     float f[6];
     int64_t n[3];
-    if (!check(sc_safetensors_open(&file, in_folder(name)) == SC_OK, "read what was written")) return;
+    if (!check(sc_safetensors_open(&file, in_folder("%s", name)) == SC_OK, "read what was written")) return;
     check(load64(file.map) % 64 == 56, "data are aligned");
     check(file.tensors == 7 && file.entries == 2, "all is there");
     check(strcmp(sc_metadata_find(&file, "model"), "\"quoted\"\n") == 0 &&
