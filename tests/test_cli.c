@@ -509,9 +509,9 @@ static void cli_test_more_models(void)
 {
     static const cli_case cases[] = {
         { 1, "@no-such: cannot be opened", "extract -m @no-such @photos -o @out" },
-        { 1, "@photos: is a directory", "extract -m @photos @photos -o @out" },
+        { 1, "@photos: is no regular file", "extract -m @photos @photos -o @out" },
         { 1, "@list.txt: not a safetensors file", "extract -m @list.txt @photos -o @out" },
-        { 1, "@empty: not a safetensors file", "extract -m @empty @photos -o @out" },
+        { 1, "@empty: is no regular file of 8 bytes", "extract -m @empty @photos -o @out" },
         { 1, "@half: tensor", "extract -m @half @photos -o @out" },
         { 1, "@half: tensor", "zeroshot -m @half @photos" },
         { 1, "@half: tensor", "info @half" },
@@ -690,17 +690,17 @@ static void cli_test_pictures(void)
 {
     static const struct { const char *text, *bytes; } broken[] = {
         { "not an image", "" }, { "not an image", "hello" }, { "not an image", "P7\nWIDTH 2\n" },
-        { "ends after 11 of 12 samples", "P6\n2 2\n255\n12345678901" },
-        { "ends after 5 of 6 samples", "P6\n2 1\n65535\n12345678901" },
+        { "end before its last sample", "P6\n2 2\n255\n12345678901" },
+        { "end before its last sample", "P6\n2 1\n65535\n12345678901" },
         { "maxval 0", "P6\n2 2\n0\n123456789012" },
         { "maxval of more", "P6\n2 2\n65536\n123456789012" },
-        { "0 x 2", "P6\n0 2\n255\n" }, { "ends before the PNM picture's maxval", "P6\n2 2" },
+        { "0 x 2", "P6\n0 2\n255\n" }, { "end before its maxval", "P6\n2 2" },
         { "byte 0x2d where", "P5\n-2 2\n255\n1234" }, { "width of more", "P5 99999999999 1 255 x" },
         { "at most", "P6\n268435456 2\n255\n" },
-        { "ends after 4 of", "P5\n16384 16384\n255\n1234" },
+        { "end before its last sample", "P5\n16384 16384\n255\n1234" },
         { "sample of more than 15", "P2\n2 2\n15\n1 2 3 16\n" },
-        { "sample 2 is 200", "P5\n2 2\n100\n12\xc8\x01" },
-        { "ends before the PNM picture's sample", "P2\n2 2\n255\n1 2 3" },
+        { "a sample of 200, above maxval 100", "P5\n2 2\n100\n12\xc8\x01" },
+        { "end before its last sample", "P2\n2 2\n255\n1 2 3" },
         { "byte 0x78", "P3\n1 1\n255\n1 2 x" } };
     char text[100];
     mkdir(cli("@one"), 0777);
@@ -720,10 +720,10 @@ static void cli_test_pictures(void)
         { 1, "@no-such: cannot be opened", "extract --quiet -m @model @no-such -o @out" },
         { 1, "@no-such: cannot be opened", "train --quiet -m @model @no-such -o @out" },
         { 1, "@acts: not an image", "zeroshot --quiet -m @model @acts" },
-        { 1, "/dev/null: not a file or folder", "zeroshot --quiet -m @model /dev/null" },
+        { 1, "/dev/null: not an image", "zeroshot --quiet -m @model /dev/null" },
         { 1, "@gone.safetensors: cannot be opened", "pack @gone.safetensors -o @out" },
-        { 1, "@p.safetensors: not a packed set", "pack @p.safetensors -o @out" },
-        { 1, "folders lie more than 16 deep", "pack @deep -o @out" },
+        { 1, "@p.safetensors: a tensor images U8 [N, H, W, 3]", "pack @p.safetensors -o @out" },
+        { 1, "again/again: lies more than 16 deep", "pack @deep -o @out" },
         { 0, NULL, NULL } };
     cli_copy("@acts", "@p.safetensors");
     mkdir(cli("@deep"), 0777);
@@ -737,14 +737,18 @@ static void cli_test_pictures(void)
 static void cli_test_packed(void)
 {
     static const struct { const char *text; cli_change change; } broken[] = {
-        { "a tensor 'images' U8 [N, H, W, 3] was expected", { .drop = "images" } },
+        { "a tensor images U8 [N, H, W, 3]", { .drop = "images" } },
         { "was expected", { .shape_of = "images", .rank = 4, .shape = { 7, 8, 12, 2 } } },
         { "was expected", { .shape_of = "images", .rank = 3, .shape = { 7, 8, 24 } } },
-        { "none, or too large", { .shape_of = "images", .rank = 4, .shape = { 0, 8, 8, 3 } } },
-        { "'labels' must be I64 [7]", { .shape_of = "labels", .rank = 1, .shape = { 8 } } },
-        { "the label of image 3", { .value_of = "labels", .element = 3, .value = -2 } },
-        { "image 3 has label 3, but there are 3 class_names", { .value_of = "labels", .element = 3,
-                                                                .value = 3 } },
+        { "not empty nor huge", { .shape_of = "images", .rank = 4, .shape = { 0, 8, 8, 3 } } },
+        { "a tensor labels I64 [7] was expected",
+          { .shape_of = "labels", .rank = 1, .shape = { 8 } } },
+        { "a tensor labels I64 [7] was expected",
+          { .shape_of = "labels", .rank = 2, .shape = { 7, 1 } } },
+        { "the label of image 3 is none of", { .value_of = "labels", .element = 3, .value = -2 } },
+        { "the label of image 3 is none of the 3 classes", { .value_of = "labels", .element = 3,
+                                                             .value = 3 } },
+        { "the label of image 0 is none of", { .value_of = "labels", .element = 0, .value = -1 } },
         { "JSON byte 0: expected '['", { .key = "class_names", .text = "birds" } },
         { "6 file_names for 7 images", { .key = "file_names",
                                          .text = "[\"a\",\"b\",\"c\",\"d\",\"e\",\"f\"]" } } };
@@ -773,13 +777,13 @@ static void cli_test_decoders(void)
     setenv("PATH", path, 1);
     static const struct { const char *decoder, *text; } decoders[] = {
         { "no-such-decoder --fast",
-          "'no-such-decoder --fast' that SAECLIP_DECODER names is not there" },
-        { "/dev/null", "SAECLIP_DECODER names is not there" },
+          "SAECLIP_DECODER names 'no-such-decoder --fast', which cannot be started" },
+        { "/dev/null", "SAECLIP_DECODER names '/dev/null', which cannot be started" },
         { "", "SAECLIP_DECODER is not a program" },
         { "false", "false ended with status 1: it said nothing" },
         { "true", "status 0: it said nothing" },
         { "ls /no-such-folder", "/no-such-folder" }, { "echo garbage", "not a PNM picture" },
-        { "printf P6\\n2\\t2\\n255\\n123", "ends after 3 of 12 samples" } };
+        { "printf P6\\n2\\t2\\n255\\n123", "end before its last sample" } };
     for (size_t i = 0; i < sizeof decoders / sizeof *decoders; i++) {
         setenv("SAECLIP_DECODER", decoders[i].decoder, 1);
         cli_refuses(1, "@shot.jpg: ", "extract --quiet -m @model @shot.jpg -o @out");
@@ -800,12 +804,15 @@ static void cli_test_lists(void)
 {
     static const struct { const char *text, *list; } broken[] = {
         { "a list without an image", "" }, { "a list without an image", "# nothing\n\n   \n" },
-        { "the label of line 1", "a.ppm\tx\n" }, { "the label of line 2", "# a\na.ppm\t-1\n" },
-        { "the label of line 1", "a.ppm\t1.5\n" }, { "the label of line 1", "a.ppm\t\tb\n" },
-        { "the label of line 1", "a.ppm\t99999999999999999999\n" },
-        { "the label of line 1", "a.ppm\t3000000000\n" },
-        { "line 2 has no label, unlike", "a.ppm\t1\nb.ppm\n" },
-        { "line 3 has a label, unlike", "a.ppm\n\nb.ppm\t1\n" } };
+        { "line 1: the label must be an integer", "a.ppm\tx\n" },
+        { "line 2: the label must be an integer", "# a\na.ppm\t-1\n" },
+        { "line 1: the label must be an integer", "a.ppm\t1.5\n" },
+        { "line 1: the label must be an integer", "a.ppm\t\tb\n" },
+        { "line 2: the label must be an integer", "a.ppm\t0\nb.ppm\t1 2\n" },
+        { "line 1: the label must be an integer", "a.ppm\t99999999999999999999\n" },
+        { "line 1: the label must be an integer", "a.ppm\t3000000000\n" },
+        { "line 2: expected labels on every line or on none", "a.ppm\t1\nb.ppm\n" },
+        { "line 3: expected labels on every line or on none", "a.ppm\n\nb.ppm\t1\n" } };
     for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
         put_text(cli("@bad.txt"), broken[i].list);
         cli_refuses(1, "@bad.txt: ", "extract --quiet -m @model @bad.txt -o @out");
@@ -816,7 +823,7 @@ static void cli_test_lists(void)
     memset(text, 'a', sizeof text - 1);
     text[sizeof text - 1] = '\0';
     put_text(cli("@bad.txt"), text);
-    cli_refuses(1, "@bad.txt: line 1 is longer", "extract --quiet -m @model @bad.txt -o @out");
+    cli_refuses(1, "@bad.txt: line 1: too long", "extract --quiet -m @model @bad.txt -o @out");
     put_text(cli("@bad.txt"), "cli_photos/birds/a.ppm\nno-such.ppm\n");
     cli_refuses(1, "no-such.ppm: cannot be opened", "extract --quiet -m @model @bad.txt -o @out");
     put_text(cli("@bad.txt"), "cli_photos/birds/a.ppm\t2\ncli_photos/birds/b.ppm\t20\n");
@@ -942,9 +949,9 @@ static void cli_test_skipping(void)
     mkdir(cli("@allbad"), 0777);
     put_text(cli("@allbad/a.ppm"), "P6\n2 2\n255\n123");
     put_text(cli("@allbad/b.ppm"), "P6\n2 2\n255\n123");
-    cli_refuses(1, "@allbad: none of 2 images",
+    cli_refuses(1, "@allbad/b.ppm: the picture's data end before its last sample; none of 2 images",
                 "extract --quiet --skip-bad -m @model @allbad -o @out");
-    cli_refuses(1, "@allbad: none of 2 images",
+    cli_refuses(1, "; none of 2 images could be read",
                 "train --quiet --skip-bad -m @model @allbad --latents 8 --epochs 9 -o @out");
     remove(cli("@photos/cats/aa.ppm"));
     remove(cli("@photos/cats/notes.md"));
@@ -1030,8 +1037,8 @@ static void cli_test_keeping(void)
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     if (fd < 0 || fcntl(fd, F_SETLK, &lock) != 0) need("a lock");
     run("%s", cli("stats -s @topk --acts @acts -o @kept"));
-    check(cli_said(1, cli("@kept: another process")), "two write one file: %d %s", ran.status,
-          ran.err);
+    check(cli_said(1, cli("@kept: cannot be written: another process is writing it")),
+          "two write one file: %d %s", ran.status, ran.err);
     check(exists(cli("@kept.tmp")) && cli_same("@kept", "@stats"), "another's .tmp is taken away");
     close(fd);
     remove(cli("@kept.tmp"));
@@ -1095,6 +1102,11 @@ static void cli_test_memory(void)
     cli_refuses(1, "out of memory",
                 "train --acts @acts --latents 8 --batch 1000000 --steps 1 -o @out --threads 2");
     cli_refuses(1, "out of memory", "pack @photos --size 16000 -o @out --threads 2");
+    put_text(cli("@huge.ppm"), "P6\n16000 16000\n255\n");      /* no image's fault */
+    if (truncate(cli("@huge.ppm"), 19 + 3 * 16000 * 16000) != 0) need("a sparse file");
+    put_text(cli("@bad.txt"), "cli_huge.ppm\ncli_photos/birds/a.ppm\n");
+    cli_refuses(1, "out of memory", "pack --skip-bad @bad.txt -o @out --threads 2");
+    remove(cli("@huge.ppm"));
     with.memory = 0;
 #endif
 }
