@@ -70,31 +70,19 @@ static _Thread_local char error_text[1024];
 
 const char *sc_error(void) { return error_text; }
 
-static int fail_v(int status, const char *format, va_list arguments)
+SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...)
 {
+    va_list arguments;
+    va_start(arguments, format);
     vsnprintf(error_text, sizeof error_text, format, arguments);
+    va_end(arguments);
     return status;
 }
 
-/* The input or the machine failed: "FILE: what is wrong and what was expected". */
-SC_PRINTF(1, 2) static int fail(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    fail_v(SC_FAILED, format, arguments);
-    va_end(arguments);
-    return SC_FAILED;
-}
-
-/* The caller asked for something that makes no sense. */
-SC_PRINTF(1, 2) static int usage(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    fail_v(SC_USAGE, format, arguments);
-    va_end(arguments);
-    return SC_USAGE;
-}
+/* The input or the machine failed: "FILE: what is wrong and what was expected"; or the caller asked
+ * for something that makes no sense. */
+#define fail(...) set_error(SC_FAILED, __VA_ARGS__)
+#define usage(...) set_error(SC_USAGE, __VA_ARGS__)
 
 /* count x size bytes, zeroed, on a cache line's boundary; NULL and a reason where that fails.
  * Never asks for 0 bytes, so NULL always means failure. Freed with free(). */
@@ -115,14 +103,18 @@ static void *new_array(size_t count, size_t size)
     return memory;
 }
 
-/* A copy of a string, or NULL and a reason. */
-static char *copy_string(const char *text)
+/* The first `length` bytes of head, then tail; or NULL and a reason. */
+static char *join_text(const char *head, size_t length, const char *tail)
 {
-    size_t bytes = strlen(text) + 1;
-    char *copy = new_array(bytes, 1);
-    if (copy) memcpy(copy, text, bytes);
-    return copy;
+    size_t more = strlen(tail) + 1;
+    char *joined = new_array(length + more, 1);
+    if (!joined) return NULL;
+    memcpy(joined, head, length);
+    memcpy(joined + length, tail, more);
+    return joined;
 }
+
+static char *copy_string(const char *text) { return join_text("", 0, text); }
 
 /* Makes room for one more element in a list that doubles; list points to the list's pointer. */
 static int grow(void *list, size_t *capacity, size_t count, size_t size)
@@ -139,46 +131,20 @@ static int grow(void *list, size_t *capacity, size_t count, size_t size)
     return SC_OK;
 }
 
-/* The arrays that something owns, to be freed together. Starts as { 0 }. */
-typedef struct { void **block; size_t blocks, capacity; } memory_list;
-
-/* *pointer (the address of a typed pointer) becomes a new array on the list. */
-static int allocate(memory_list *list, void *pointer, size_t count, size_t size)
-{
-    SC_TRY(grow(&list->block, &list->capacity, list->blocks, sizeof *list->block));
-    void *memory = list->block[list->blocks] = new_array(count, size);
-    memcpy(pointer, &memory, sizeof memory);
-    if (memory) list->blocks++;
-    return memory ? SC_OK : SC_FAILED;
-}
-
-static void release(memory_list *list)
-{
-    for (size_t i = 0; i < list->blocks; i++) free(list->block[i]);
-    free(list->block);
-    *list = (memory_list){ 0 };
-}
-
 /* A table of arrays: where a pointer goes, and rows x the bytes of a row. */
 typedef struct { void *pointer; size_t rows, row_bytes; } array_spec;
 
 #define ARRAY(pointer, rows, columns) { &(pointer), rows, (columns) * sizeof *(pointer) }
 #define COUNT(list) (sizeof(list) / sizeof *(list))
 
-static int new_arrays(memory_list *list, const array_spec *array, size_t count)
+/* Lays arrays out in a block, each on a cache line's boundary behind a first line for the block's
+ * owner, or only measures them where `block` is NULL. Returns the bytes they take, SIZE_MAX if so
+ * many cannot be addressed. */
+static size_t lay_out(const array_spec *array, size_t count, void *block)
 {
-    for (size_t i = 0; i < count; i++)
-        SC_TRY(allocate(list, array[i].pointer, array[i].rows, array[i].row_bytes));
-    return SC_OK;
-}
-
-/* Lays arrays out from `memory` on, each on a cache line's boundary, or only measures them where
- * that is NULL. Returns the bytes they take, SIZE_MAX if so many cannot be addressed. */
-static size_t lay_out(const array_spec *array, size_t count, void *memory)
-{
-    size_t used = 0;
+    size_t used = 64;
     for (size_t i = 0; i < count; i++) {
-        void *place = memory ? (unsigned char *)memory + used : NULL;
+        void *place = block ? (unsigned char *)block + used : NULL;
         memcpy(array[i].pointer, &place, sizeof place);
         if (array[i].row_bytes && array[i].rows > (SIZE_MAX - 63 - used) / array[i].row_bytes)
             return SIZE_MAX;
@@ -187,12 +153,41 @@ static size_t lay_out(const array_spec *array, size_t count, void *memory)
     return used;
 }
 
+/* The blocks that something owns, to be freed together: each begins with a pointer to the one
+ * before. Starts as NULL. */
+typedef void *memory_list;
+
+static int new_arrays(memory_list *list, const array_spec *array, size_t count)
+{
+    void *block = new_array(lay_out(array, count, NULL), 1);
+    if (!block) return SC_FAILED;
+    lay_out(array, count, block);
+    memcpy(block, list, sizeof *list);
+    *list = block;
+    return SC_OK;
+}
+
+/* *pointer (the address of a typed pointer) becomes a new array on the list. */
+static int allocate(memory_list *list, void *pointer, size_t count, size_t size)
+{
+    return new_arrays(list, &(array_spec){ pointer, count, size }, 1);
+}
+
+static void release(memory_list *list)
+{
+    for (void *block = *list; block; block = *list) {
+        memcpy(list, block, sizeof *list);
+        free(block);
+    }
+}
+
 /* What the command line says. Texts are NULL, numbers 0 where not given, unless options have a
  * default (see the table of options at the end). */
 typedef struct {
     const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
-    const char *gelu, *epsilon, *heads, *mean, *std, *crop, *order, *log, *checkpoint, *init;
-    const char *b_dec, *arch, *mask;
+    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask;
+    const char *operand[2];                  /* IMAGES, or files */
+    sc_model_options settings;
     const char *sae[SC_MAX_TAPS];
     size_t saes;
     long layer, threads, size, square, limit, k, expansion, d_sae, batch, steps, warmup;
@@ -238,29 +233,27 @@ SC_PRINTF(6, 7) static void show_progress(const char *what, uint64_t done, uint6
 {
     static double first, last;
     static uint64_t begin, begin_items;
-    double now = seconds_now();
-    int terminal = isatty(STDERR_FILENO);
+    double now = seconds_now(), passed = now - first;
+    int terminal = isatty(STDERR_FILENO), ends = done == total;
     if (first == 0 || done <= begin) {
         first = last = now;
         begin = done;
         begin_items = items;
         return;
     }
-    if (quiet || (done != total && now - last < (terminal ? 0.2 : 20))) return;
-    if (done == total && !terminal && now - first < 20) return;
-    char words[160], left[48] = "";
+    if (quiet || (ends ? !terminal && passed < 20 : now - last < (terminal ? 0.2 : 20))) return;
+    last = now;
+    fprintf(stderr, "%s%s %ju", terminal ? "\r\033[K" : "saeclip: ", what, (uintmax_t)done);
+    if (total != SIZE_MAX) fprintf(stderr, " of %ju", (uintmax_t)total);
+    fprintf(stderr, ", %.1f %s/s", (double)(items - begin_items) / passed, unit);
+    if (total != SIZE_MAX && !ends)
+        fprintf(stderr, ", %.0f s left", passed / (double)(done - begin) * (double)(total - done));
+    char words[160];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(words, sizeof words, format, arguments);
     va_end(arguments);
-    last = now;
-    double rate = (double)(items - begin_items) / (now - first);
-    double remaining = (now - first) / (double)(done - begin) * (double)(total - done);
-    if (total != SIZE_MAX && done < total) snprintf(left, sizeof left, ", %.0f s left", remaining);
-    fprintf(stderr, "%s%s %llu", terminal ? "\r\033[K" : "saeclip: ", what, (unsigned long long)done);
-    if (total != SIZE_MAX) fprintf(stderr, " of %llu", (unsigned long long)total);
-    fprintf(stderr, ", %.1f %s/s%s%s%s%s", rate, unit, left, *words ? ", " : "", words,
-            terminal && done != total ? "" : "\n");
+    fprintf(stderr, "%s%s%s", *words ? ", " : "", words, terminal && !ends ? "" : "\n");
 }
 
 /* Whether all that was printed reached standard output. */
@@ -678,6 +671,7 @@ typedef struct {
     int (*find_above)(const float *row, const float *limit, size_t n, uint64_t *mask);
     void (*unit_row)(float *row, size_t n);
     void (*adam)(float *w, float *m, float *v, const float *gradient, size_t n, adam_step step);
+    int (*contracts)(void);
 } kernel_set;
 
 #endif /* !SC_ISA */
@@ -868,6 +862,15 @@ SC_TARGET static void KERNEL(unit_row)(float *row, size_t n)
         for (size_t e = 0; e < n; e++) row[e] /= norm;
 }
 
+/* Whether the compiler fuses a multiplication and an addition that the source does not: it may do
+ * so here though not in the rest of the file, whose target may lack the instruction. */
+SC_TARGET static int KERNEL(contracts)(void)
+{
+    volatile float a = 1.0f + 0x1p-12f, b = -(1.0f + 0x1p-11f), one = a;
+    volatile double c = 1.0 + 0x1p-27, d = -(1.0 + 0x1p-26), two = c;
+    return a * one + b != 0 || c * two + d != 0;
+}
+
 /* m = 0.9 m + 0.1 g;  v = 0.999 v + 0.001 g^2;  w -= step_size m / (sqrt(v) root_scale + 1e-8).
  * w, m, v, gradient: [n] */
 SC_TARGET static void KERNEL(adam)(float *w, float *m, float *v, const float *gradient, size_t n,
@@ -884,7 +887,8 @@ SC_TARGET static void KERNEL(adam)(float *w, float *m, float *v, const float *gr
 static const kernel_set KERNEL(kernels) = {
     TEXT_OF(SC_ISA), SC_TILE_ROWS, SC_VECTORS * SC_LANES, KERNEL(tile), KERNEL(finish), KERNEL(dot),
     KERNEL(dots), KERNEL(add_scaled), KERNEL(layer_norm), KERNEL(softmax), KERNEL(exponentials),
-    KERNEL(pack_positive), KERNEL(find_above), KERNEL(unit_row), KERNEL(adam)
+    KERNEL(pack_positive), KERNEL(find_above), KERNEL(unit_row), KERNEL(adam),
+    KERNEL(contracts)
 };
 
 #else /* !SC_ISA */
@@ -1042,25 +1046,15 @@ static const struct { const kernel_set *set; int (*usable)(void); } instruction_
 
 static const kernel_set *kernels = &kernels_scalar;
 
-/* Refuses a build that fuses a multiplication and an addition where the source does not. */
-static int check_arithmetic(void)
-{
-    volatile float a = 1.0f + 0x1p-12f, b = -(1.0f + 0x1p-11f), one = a;
-    volatile double c = 1.0 + 0x1p-27, d = -(1.0 + 0x1p-26), two = c;
-    if (a * one + b != 0 || c * two + d != 0)
-        return fail("this build contracts a * b + c: compile with -ffp-contract=off");
-    return SC_OK;
-}
-
 int sc_instruction_set(const char *name)
 {
     size_t count = sizeof instruction_sets / sizeof *instruction_sets;
-    SC_TRY(check_arithmetic());
     for (size_t i = 0; i < count; i++)
         if ((!name || strcmp(name, instruction_sets[i].set->name) == 0)
             && instruction_sets[i].usable()) {
             kernels = instruction_sets[i].set;
-            return SC_OK;
+            if (!kernels->contracts() && !kernels_scalar.contracts()) return SC_OK;
+            return fail("this build contracts a * b + c: compile with -ffp-contract=off");
         }
     return usage("SAECLIP_ISA=%s: this machine or build has not got it (avx512, avx2, neon, "
                  "scalar are known)", name);
@@ -1202,7 +1196,7 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
 /* ============================================================================================
  * 4. Files
  *
- * Bytes and digests, JSON, safetensors in, atomic output, safetensors out.
+ * Numbers as bytes, digests, JSON, safetensors in, atomic output, safetensors out.
  *
  * A safetensors file is 8 bytes with the size of the header, the header, and the tensors' data
  * without gaps, all little-endian. The header is a JSON object of three levels:
@@ -1212,28 +1206,15 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
  * before it is checked, and memory is bounded by the header that is really there.
  * ============================================================================================ */
 
-/* --- Numbers as bytes, little-endian --- */
-
-static uint32_t load16(const unsigned char *from) { return from[0] | (uint32_t)from[1] << 8; }
-
-static uint32_t load32(const unsigned char *from) { return load16(from) | load16(from + 2) << 16; }
-
-static uint64_t load64(const unsigned char *from)
-{
-    return load32(from) | (uint64_t)load32(from + 4) << 32;
-}
-
-/* Copies count numbers of size bytes from the machine's byte order to the files', or back. */
+/* Copies count numbers of size bytes between memory and file, either way. On a big-endian machine
+ * byte b of a number changes place with byte b ^ (size - 1). */
 static void copy_numbers(void *to, const void *from, size_t count, size_t size)
 {
-    const uint32_t one = 1;
-    unsigned char lowest, *out = to;
+    const union { uint16_t number; unsigned char first; } one = { 1 };
     const unsigned char *in = from;
-    memcpy(&lowest, &one, 1);
-    if (lowest == 1 && count > 0) memcpy(out, in, count * size);
-    if (lowest == 1) return;
-    for (size_t i = 0; i < count * size; i += size)
-        for (size_t b = 0; b < size; b++) out[i + b] = in[i + size - 1 - b];
+    unsigned char *out = to;
+    if (one.first && count > 0) memcpy(out, in, count * size);
+    for (size_t i = 0; !one.first && i < count * size; i++) out[i ^ (size - 1)] = in[i];
 }
 
 static uint32_t bits_of_float(float value)
@@ -1270,27 +1251,22 @@ static uint16_t half_of_float(float value)
     return (uint16_t)(sign | rest);    /* the addition just above rounds to units of 2^-24 */
 }
 
-enum { LARGEST_FLOAT = 0x7f7fffff, LARGEST_HALF = 0x477fefff };   /* bits; below 65520 */
+enum { LARGEST_FLOAT = 0x7f7fffff };             /* its bits */
 
 /* The index of the first value whose magnitude has bits above `largest`, or count if there is none.
  * Infinity and not-a-number are above every number. */
 static size_t first_beyond(const float *values, size_t count, uint32_t largest)
 {
     uint32_t beyond = 0;
-    for (size_t i = 0; i < count; i++)
-        beyond |= largest - (bits_of_float(values[i]) & 0x7fffffff);
-    if (beyond >> 31 == 0) return count;
     size_t i = 0;
-    while ((bits_of_float(values[i]) & 0x7fffffff) <= largest) i++;
-    return i;
+    for (size_t v = 0; v < count; v++) beyond |= largest - (bits_of_float(values[v]) & 0x7fffffff);
+    while (beyond >> 31 && (bits_of_float(values[i]) & 0x7fffffff) <= largest) i++;
+    return beyond >> 31 ? i : count;
 }
 
 /* A running digest of bytes, against accidents, not against malice: every step is one-to-one in
  * the word it takes in, so a change within one word always shows. Starts as { 0 }. */
-typedef struct {
-    uint64_t state, length;
-    unsigned char tail[8];           /* length % 8 bytes that wait for their word to fill up */
-} digest64;
+typedef struct { uint64_t state, length, word; } digest64;   /* word: the last length % 8 bytes */
 
 static uint64_t digest64_step(uint64_t state, uint64_t word)
 {
@@ -1298,234 +1274,206 @@ static uint64_t digest64_step(uint64_t state, uint64_t word)
     return state ^ state >> 32;
 }
 
-static void digest64_add(digest64 *digest, const void *bytes, size_t count)
-{
-    const unsigned char *from = bytes;
-    size_t filled = digest->length % 8;
-    digest->length += count;
-    for (; filled > 0 && count > 0; count--) {
-        digest->tail[filled] = *from++;
-        filled = (filled + 1) % 8;
-        if (filled == 0) digest->state = digest64_step(digest->state, load64(digest->tail));
-    }
-    for (; count >= 8; count -= 8, from += 8)
-        digest->state = digest64_step(digest->state, load64(from));
-    if (count > 0) memcpy(digest->tail, from, count);
-}
-
 static void digest64_number(digest64 *digest, uint64_t number)
 {
-    unsigned char bytes[8];
-    copy_numbers(bytes, &number, 1, 8);
-    digest64_add(digest, bytes, sizeof bytes);
+    unsigned shift = 8 * (digest->length % 8);
+    digest->state = digest64_step(digest->state, digest->word | number << shift);
+    digest->word = shift ? number >> (64 - shift) : 0;
+    digest->length += 8;
+}
+
+static void digest64_add(digest64 *digest, const void *bytes, size_t count)
+{
+    for (const unsigned char *byte = bytes; count > 0; count--) {
+        digest->word |= (uint64_t)*byte++ << 8 * (digest->length++ % 8);
+        if (digest->length % 8 != 0) continue;
+        digest->state = digest64_step(digest->state, digest->word);
+        digest->word = 0;
+    }
 }
 
 /* The digest of all that was added so far; more may follow. */
 static uint64_t digest64_value(const digest64 *digest)
 {
-    unsigned char last[8] = { 0 };
-    memcpy(last, digest->tail, digest->length % 8);
-    uint64_t state = digest64_step(digest->state, load64(last));
+    uint64_t state = digest64_step(digest->state, digest->word);
     return digest64_step(digest64_step(state, digest->length), 0);
 }
 
 /* --- JSON (RFC 8259), strict; only what safetensors headers and lists of names are made of ---
  *
  * The text is ours and ends with a NUL, which no rule accepts, so it needs no other bound. Strings
- * are decoded in place: that never lengthens them, and the closing quote makes room for a NUL. */
+ * are decoded in place: that never lengthens them, and the closing quote makes room for a NUL.
+ * After the first error nothing is taken any more and lists end: only the end need look. */
 
-typedef struct {
-    const char *what;                /* for errors: whose JSON this is */
-    char *text;
-    size_t at;
-} json;
+/* what: whose JSON this is, for errors; at: never at blanks */
+typedef struct { const char *what; char *text; size_t at; int failed; } json;
 
-static int json_expected(const json *j, const char *expected)
+static void json_expect(json *j, int met, const char *expected)
 {
-    return fail("%s: JSON byte %zu: expected %s", j->what, j->at, expected);
+    if (!met && !j->failed)
+        j->failed = fail("%s: JSON byte %zu: expected %s", j->what, j->at, expected);
 }
 
-/* Passes over blanks and then over c, if it comes next. */
+static void json_skip(json *j, size_t count)
+{
+    j->at += count;
+    j->at += strspn(j->text + j->at, " \t\n\r");
+}
+
 static int json_take(json *j, char c)
 {
-    j->at += strspn(j->text + j->at, " \t\n\r");
-    if (j->text[j->at] != c) return 0;
-    j->at++;
+    if (j->failed || j->text[j->at] != c) return 0;
+    json_skip(j, 1);
     return 1;
 }
 
-/* Before element `index` of a list that `close` ends: 1 it follows, 0 the list ends, -1 error. */
+/* Whether element `index` of a list follows, and not yet the end that `close` marks. */
 static int json_next(json *j, size_t index, char close)
 {
     if (json_take(j, close)) return 0;
-    if (index == 0 || json_take(j, ',')) return 1;
-    json_expected(j, close == '}' ? "',' or '}'" : "',' or ']'");
-    return -1;
+    if (index > 0) json_expect(j, json_take(j, ','), close == '}' ? "',' or '}'" : "',' or ']'");
+    return !j->failed;
 }
 
-/* The length of the UTF-8 character at text, 0 if there is none (Unicode 15, table 3-7). */
+/* The length of the UTF-8 character at text, 0 if there is none: a stray byte, an overlong form, a
+ * surrogate or beyond U+10FFFF (RFC 3629). */
 static size_t utf8_length(const char *text)
 {
-    static const struct { unsigned char first, last, second_low, second_high, length; } form[] = {
-        { 0x00, 0x7f, 0x00, 0xff, 1 }, { 0xc2, 0xdf, 0x80, 0xbf, 2 },
-        { 0xe0, 0xe0, 0xa0, 0xbf, 3 }, { 0xe1, 0xec, 0x80, 0xbf, 3 },
-        { 0xed, 0xed, 0x80, 0x9f, 3 }, { 0xee, 0xef, 0x80, 0xbf, 3 },
-        { 0xf0, 0xf0, 0x90, 0xbf, 4 }, { 0xf1, 0xf3, 0x80, 0xbf, 4 },
-        { 0xf4, 0xf4, 0x80, 0x8f, 4 },
-    };
+    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
     const unsigned char *byte = (const unsigned char *)text;
-    for (size_t f = 0; f < sizeof form / sizeof *form; f++) {
-        if (byte[0] < form[f].first || byte[0] > form[f].last) continue;
-        if (form[f].length == 1) return 1;
-        if (byte[1] < form[f].second_low || byte[1] > form[f].second_high) return 0;
-        for (size_t i = 2; i < form[f].length; i++)
-            if (byte[i] >> 6 != 2) return 0;
-        return form[f].length;
+    size_t length = byte[0] < 0x80 ? 1 : byte[0] >> 5 == 0x06 ? 2 : byte[0] >> 4 == 0x0e ? 3
+                  : byte[0] >> 3 == 0x1e ? 4 : 0;
+    uint32_t code = length == 1 ? byte[0] : byte[0] & 0x7fu >> length;
+    for (size_t i = 1; i < length; i++) {
+        if (byte[i] >> 6 != 2) return 0;
+        code = code << 6 | (byte[i] & 0x3f);
     }
-    return 0;
+    return code < least[length] || code >> 11 == 0x1b || code > 0x10ffff ? 0 : length;
 }
 
-/* The value of "\uXXXX" at text, -1 if that is not what stands there. */
-static int32_t json_unit(const char *text)
+/* The value of "\uXXXX" at text; 0, which no string may hold, also if that is not there. */
+static uint32_t json_unit(const char *text)
 {
-    const char *digits = "0123456789abcdef0123456789ABCDEF";
-    int32_t value = 0;
-    if (text[0] != '\\' || text[1] != 'u') return -1;
-    for (int i = 2; i < 6; i++) {
-        const char *digit = text[i] ? strchr(digits, text[i]) : NULL;
-        if (!digit) return -1;
-        value = 16 * value + (int32_t)((digit - digits) % 16);
-    }
-    return value;
+    char digits[5] = "";
+    if (strncmp(text, "\\u", 2) != 0 || strspn(text + 2, "0123456789abcdefABCDEF") < 4) return 0;
+    memcpy(digits, text + 2, 4);
+    return (uint32_t)strtoul(digits, NULL, 16);
 }
 
-/* Decodes the escape at j->at to `to`; returns where the next character goes, or NULL. */
+/* Decodes the escape at j->at to `to`; returns where the next character goes. */
 static char *json_escape(json *j, char *to)
 {
     static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    const char *from = j->text + j->at;
-    const char *letter = from[1] ? strchr(letters, from[1]) : NULL;
-    if (letter) {
-        j->at += 2;
-        *to++ = meanings[letter - letters];
-        return to;
-    }
-    int32_t code = json_unit(from);
-    size_t length = 6;
-    if (code >= 0xd800 && code <= 0xdbff) {
-        int32_t low = json_unit(from + 6);
-        int paired = low >= 0xdc00 && low <= 0xdfff;
-        code = paired ? 0x10000 + ((code - 0xd800) << 10) + low - 0xdc00 : -1;
-        length = 12;
-    }
-    if (code <= 0 || (code >= 0xdc00 && code <= 0xdfff)) {
-        json_expected(j, "a valid escape (of no NUL and no half of a surrogate pair)");
-        return NULL;
-    }
-    j->at += length;
-    int shift = code < 0x80 ? 0 : code < 0x800 ? 6 : code < 0x10000 ? 12 : 18;
     static const unsigned char lead[] = { 0x00, 0xc0, 0xe0, 0xf0 };
-    *to++ = (char)(lead[shift / 6] | code >> shift);
-    while ((shift -= 6) >= 0) *to++ = (char)(0x80 | (code >> shift & 0x3f));
+    const char *from = j->text + j->at, *letter = from[1] ? strchr(letters, from[1]) : NULL;
+    uint32_t code = letter ? (uint32_t)meanings[letter - letters] : json_unit(from);
+    int pair = code >> 10 == 0x36;                       /* beyond U+FFFF: two surrogates */
+    uint32_t low = pair ? json_unit(from + 6) : 0;
+    json_expect(j, code != 0 && code >> 10 != 0x37 && (!pair || low >> 10 == 0x37),
+                "a valid escape (of no NUL and no half of a surrogate pair)");
+    if (j->failed) return to;
+    if (pair) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
+    j->at += letter ? 2 : pair ? 12 : 6;
+    int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    *to++ = (char)(lead[more] | code >> 6 * more);
+    while (more-- > 0) *to++ = (char)(0x80 | (code >> 6 * more & 0x3f));
     return to;
 }
 
 static char *json_string(json *j)
 {
-    if (!json_take(j, '"')) {
-        json_expected(j, "a string");
-        return NULL;
-    }
+    json_expect(j, j->text[j->at] == '"', "a string");
+    j->at += !j->failed;
     char *start = j->text + j->at, *to = start;
-    while (to) {
+    while (!j->failed && j->text[j->at] != '"') {
         const char *from = j->text + j->at;
-        size_t length = utf8_length(from);
-        if (*from == '"') {
-            j->at++;
-            *to = '\0';
-            return start;
-        }
         if (*from == '\\') {
             to = json_escape(j, to);
-        } else if (length == 0 || (unsigned char)*from < 0x20) {
-            json_expected(j, "valid UTF-8 without control characters, then '\"'");
-            return NULL;
-        } else {
-            memmove(to, from, length);
-            to += length;
-            j->at += length;
+            continue;
         }
+        size_t length = (unsigned char)*from < ' ' ? 0 : utf8_length(from);
+        json_expect(j, length > 0, "valid UTF-8 without control characters, then '\"'");
+        memmove(to, from, length);
+        to += length;
+        j->at += length;
     }
-    return NULL;
+    if (j->failed) return start;
+    *to = '\0';
+    json_skip(j, 1);
+    return start;
 }
 
 /* The key of an object's next member and the colon behind it. */
 static char *json_key(json *j)
 {
     char *key = json_string(j);
-    if (!key || json_take(j, ':')) return key;
-    json_expected(j, "':'");
-    return NULL;
+    json_expect(j, json_take(j, ':'), "':'");
+    return key;
 }
 
-static int json_size(json *j, size_t *value)
+/* An array of at most `most` sizes; returns how many. */
+static size_t json_sizes(json *j, size_t *sizes, size_t most)
 {
-    j->at += strspn(j->text + j->at, " \t\n\r");
-    const char *digits = j->text + j->at;
-    size_t length = strspn(digits, "0123456789");
-    *value = 0;
-    if (length == 0 || (digits[0] == '0' && length > 1))
-        return json_expected(j, "a whole number of 0 or more");
-    for (size_t i = 0; i < length; i++) {
-        size_t digit = (size_t)(digits[i] - '0');
-        if (*value > (SIZE_MAX - digit) / 10)
-            return json_expected(j, "a number that this machine can address");
-        *value = 10 * *value + digit;
+    size_t n = 0;
+    json_expect(j, json_take(j, '['), "'['");
+    for (; json_next(j, n, ']'); n++) {
+        const char *text = j->text + j->at;
+        size_t digits = strspn(text, "0123456789");
+        errno = 0;
+        unsigned long long value = strtoull(text, NULL, 10);
+        json_expect(j, digits && (*text != '0' || digits == 1), "a whole number of 0 or more");
+        json_expect(j, !errno && (size_t)value == value, "a number that this machine can address");
+        json_expect(j, n < most, most == 2 ? "2 numbers" : "at most 8 numbers");
+        if (n < most) sizes[n] = (size_t)value;
+        json_skip(j, digits);
     }
-    j->at += length;
-    return SC_OK;
+    return n;
 }
 
 /* text: a JSON array of strings, as metadata hold lists of names. The strings follow the pointers
  * in one block, which free(*out) gives back. */
 static int json_string_array(const char *text, const char *what, char ***out, size_t *count)
 {
-    size_t length = strlen(text), most = 1;
+    size_t length = strlen(text), most = 1, n = 0;
     for (const char *c = text; *c; c++) most += *c == ',';
     char **list = new_array(most * sizeof *list + length + 1, 1);
     if (!list) return SC_FAILED;
-    json j = { .what = what, .text = (char *)(list + most) };
-    memcpy(j.text, text, length + 1);
-    size_t n = 0;
-    int more = json_take(&j, '[') ? 1 : -1;
-    if (more < 0) json_expected(&j, "'['");
-    while (more > 0 && (more = json_next(&j, n, ']')) > 0) {
-        list[n] = json_string(&j);
-        if (!list[n++]) more = -1;
-    }
-    if (more == 0 && !json_take(&j, '\0')) more = json_expected(&j, "nothing behind the list");
-    if (more != 0) {
-        free(list);
-        return SC_FAILED;
-    }
-    *out = list;
+    json j = { .what = what, .text = memcpy(list + most, text, length + 1) };
+    json_skip(&j, 0);
+    json_expect(&j, json_take(&j, '['), "'['");
+    for (; json_next(&j, n, ']'); n++) list[n] = json_string(&j);
+    json_expect(&j, j.at == length, "nothing behind the list");
+    if (j.failed) free(list);
+    else *out = list;
     *count = n;
-    return SC_OK;
+    return j.failed;
+}
+
+/* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. */
+static void print_json(FILE *out, const char *text)
+{
+    putc('"', out);
+    for (size_t length; *text; text += length ? length : 1) {
+        length = utf8_length(text);
+        if (length == 0) fputs("\xef\xbf\xbd", out);
+        else if ((unsigned char)*text < 0x20) fprintf(out, "\\u%04x", (unsigned)*text);
+        else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
+        else fwrite(text, 1, length, out);
+    }
+    putc('"', out);
 }
 
 /* --- Reading safetensors --- */
 
 enum { MAX_HEADER = 100000000 };     /* the reference implementation's limit */
 
-static const struct { const char *name; size_t size; } dtypes[] = {
-    [SC_F32] = { "F32", 4 }, [SC_F16] = { "F16", 2 }, [SC_BF16] = { "BF16", 2 },
-    [SC_F64] = { "F64", 8 }, [SC_I64] = { "I64", 8 }, [SC_I32] = { "I32", 4 },
-    [SC_U8] = { "U8", 1 }, [SC_BOOL] = { "BOOL", 1 }, [SC_I8] = { "I8", 1 },
-    [SC_I16] = { "I16", 2 }, [SC_U16] = { "U16", 2 }, [SC_U32] = { "U32", 4 },
-    [SC_U64] = { "U64", 8 }, [SC_C64] = { "C64", 8 }, [SC_F8_E4M3] = { "F8_E4M3", 1 },
-    [SC_F8_E5M2] = { "F8_E5M2", 1 }, [SC_F8_E8M0] = { "F8_E8M0", 1 },
-    [SC_F8_E4M3FNUZ] = { "F8_E4M3FNUZ", 1 }, [SC_F8_E5M2FNUZ] = { "F8_E5M2FNUZ", 1 },
-};
+/* As sc_dtype has them; most: the largest magnitude that is written. */
+static const struct { const char *name; size_t size; double most; } dtypes[] = {
+    { "F32", 4, FLT_MAX }, { "F16", 2, 65519.99609375 }, { "BF16", 2, 0 }, { "F64", 8, DBL_MAX },
+    { "I64", 8, 0x1p63 }, { "I32", 4, INT32_MAX }, { "U8", 1, 255 }, { "BOOL", 1, 0 },
+    { "I8", 1, 0 }, { "I16", 2, 0 }, { "U16", 2, 0 }, { "U32", 4, 0 }, { "U64", 8, 0 },
+    { "C64", 8, 0 }, { "F8_E4M3", 1, 0 }, { "F8_E5M2", 1, 0 }, { "F8_E8M0", 1, 0 },
+    { "F8_E4M3FNUZ", 1, 0 }, { "F8_E5M2FNUZ", 1, 0 } };
 
 const char *sc_dtype_name(sc_dtype dtype) { return dtypes[dtype].name; }
 
@@ -1535,105 +1483,68 @@ size_t sc_dtype_size(sc_dtype dtype) { return dtypes[dtype].size; }
  * be multiplied: whoever reads the shape will. */
 static int measure_tensor(sc_tensor *tensor, const char *path)
 {
-    size_t bytes = dtypes[tensor->dtype].size;
+    size_t bytes = sc_dtype_size(tensor->dtype);
     int empty = 0;
     for (int d = 0; d < tensor->rank; d++) {
         size_t n = tensor->shape[d];
-        if (n == 0) empty = 1;
-        else if (bytes <= SIZE_MAX / n) bytes *= n;
-        else return fail("%s: tensor '%.100s' is too large for any machine", path, tensor->name);
+        empty |= n == 0;
+        if (n > 0 && bytes > SIZE_MAX / n)
+            return fail("%s: tensor '%.100s' is too large for any machine", path, tensor->name);
+        bytes *= n ? n : 1;
     }
     tensor->bytes = empty ? 0 : bytes;
-    tensor->count = tensor->bytes / dtypes[tensor->dtype].size;
+    tensor->count = tensor->bytes / sc_dtype_size(tensor->dtype);
     return SC_OK;
 }
 
-static int read_dtype(json *j, sc_tensor *tensor)
-{
-    size_t i = 0;
-    const char *name = json_string(j);
-    if (!name) return SC_FAILED;
-    while (i < sizeof dtypes / sizeof *dtypes && strcmp(dtypes[i].name, name) != 0) i++;
-    tensor->dtype = (sc_dtype)i;
-    if (i < sizeof dtypes / sizeof *dtypes) return SC_OK;
-    return fail("%s: tensor '%.100s' has the unknown dtype '%.100s', expected F32, F16 or the like",
-                j->what, tensor->name, name);
-}
-
-/* An array of at most `most` sizes. */
-static int read_sizes(json *j, size_t *sizes, size_t most, size_t *count)
-{
-    int more;
-    if (!json_take(j, '[')) return json_expected(j, "'['");
-    for (*count = 0; (more = json_next(j, *count, ']')) > 0; ++*count) {
-        if (*count == most) return json_expected(j, most == 2 ? "2 numbers" : "at most 8 numbers");
-        SC_TRY(json_size(j, &sizes[*count]));
-    }
-    return more == 0 ? SC_OK : SC_FAILED;
-}
-
 /* {"dtype": ..., "shape": ..., "data_offsets": ...}, each once, in any order. */
-static int read_tensor_fields(json *j, sc_tensor *tensor, size_t offsets[2])
-{
-    static const char *const names[] = { "dtype", "shape", "data_offsets" };
-    size_t rank = 0, ends = 2;
-    int more, seen = 0;
-    if (!json_take(j, '{')) return json_expected(j, "'{'");
-    for (size_t i = 0; (more = json_next(j, i, '}')) > 0; i++) {
-        int field = 0;
-        const char *key = json_key(j);
-        if (!key) return SC_FAILED;
-        while (field < 3 && strcmp(names[field], key) != 0) field++;
-        if (field == 3 || seen >> field & 1)
-            return fail("%s: tensor '%.100s' has '%.100s' as an unknown or second field, "
-                        "expected dtype, shape, data_offsets", j->what, tensor->name, key);
-        seen |= 1 << field;
-        if (field == 0) SC_TRY(read_dtype(j, tensor));
-        if (field == 1) SC_TRY(read_sizes(j, tensor->shape, SC_MAX_RANK, &rank));
-        if (field == 2) SC_TRY(read_sizes(j, offsets, 2, &ends));
-    }
-    if (more < 0) return SC_FAILED;
-    tensor->rank = (int)rank;
-    if (seen == 7 && ends == 2) return SC_OK;
-    return fail("%s: tensor '%.100s' is incomplete, expected dtype, shape and two data_offsets",
-                j->what, tensor->name);
-}
-
 static int read_tensor(json *j, sc_safetensors *file, const char *name)
 {
-    size_t offsets[2], room = (size_t)(file->map + file->size - file->data);
-    sc_tensor tensor = { .name = name };
-    SC_TRY(read_tensor_fields(j, &tensor, offsets));
-    SC_TRY(measure_tensor(&tensor, file->path));
-    if (offsets[0] > offsets[1] || offsets[1] > room)
-        return fail("%s: tensor '%.100s' lies at bytes %zu to %zu of the data, but there are %zu",
-                    file->path, name, offsets[0], offsets[1], room);
-    if (offsets[1] - offsets[0] != tensor.bytes)
-        return fail("%s: tensor '%.100s' has %zu bytes, expected %zu from its dtype and shape",
-                    file->path, name, offsets[1] - offsets[0], tensor.bytes);
-    tensor.data = file->data + offsets[0];
-    SC_TRY(grow(&file->tensor, &file->tensor_capacity, file->tensors, sizeof tensor));
-    file->tensor[file->tensors++] = tensor;
+    const size_t none = SIZE_MAX, room = (size_t)(file->map + file->size - file->data);
+    size_t offsets[2] = { 0 }, ends = none, rank = none, d = 0;
+    const char *dtype = NULL;
+    sc_tensor t = { .name = name };
+    json_expect(j, json_take(j, '{'), "'{'");
+    for (size_t i = 0; json_next(j, i, '}'); i++) {
+        const char *key = json_key(j);
+        if (!dtype && !strcmp(key, "dtype")) dtype = json_string(j);
+        else if (rank == none && !strcmp(key, "shape")) rank = json_sizes(j, t.shape, SC_MAX_RANK);
+        else if (ends == none && !strcmp(key, "data_offsets")) ends = json_sizes(j, offsets, 2);
+        else json_expect(j, 0, "dtype, shape and data_offsets, each once");
+    }
+    json_expect(j, dtype && rank != none && ends == 2, "dtype, shape and two data_offsets before");
+    if (j->failed) return SC_FAILED;
+    while (d < COUNT(dtypes) && strcmp(dtypes[d].name, dtype) != 0) d++;
+    if (d == COUNT(dtypes))
+        return fail("%s: tensor '%.100s' has the unknown dtype '%.100s', expected F32, F16 or the "
+                    "like", file->path, name, dtype);
+    t.dtype = (sc_dtype)d;
+    t.rank = (int)rank;
+    SC_TRY(measure_tensor(&t, file->path));
+    if (offsets[0] > offsets[1] || offsets[1] > room || offsets[1] - offsets[0] != t.bytes)
+        return fail("%s: tensor '%.100s' has %zu bytes by dtype and shape, but lies at %zu to %zu "
+                    "of %zu", file->path, name, t.bytes, offsets[0], offsets[1], room);
+    t.data = file->data + offsets[0];
+    SC_TRY(grow(&file->tensor, &file->tensor_capacity, file->tensors, sizeof t));
+    file->tensor[file->tensors++] = t;
     return SC_OK;
 }
 
 static int read_metadata(json *j, sc_safetensors *file)
 {
-    int more;
-    if (!json_take(j, '{')) return json_expected(j, "'{'");
-    while ((more = json_next(j, file->entries, '}')) > 0) {
-        sc_entry entry = { .key = json_key(j) };
-        if (entry.key) entry.value = json_string(j);
-        if (!entry.value) return SC_FAILED;
-        SC_TRY(grow(&file->metadata, &file->entry_capacity, file->entries, sizeof entry));
-        file->metadata[file->entries++] = entry;
+    json_expect(j, json_take(j, '{'), "'{'");
+    for (; json_next(j, file->entries, '}'); file->entries++) {
+        SC_TRY(grow(&file->metadata, &file->entry_capacity, file->entries, sizeof(sc_entry)));
+        file->metadata[file->entries].key = json_key(j);
+        file->metadata[file->entries].value = json_string(j);
     }
-    return more == 0 ? SC_OK : SC_FAILED;
+    return j->failed;
 }
 
 static int read_header(sc_safetensors *file)
 {
-    uint64_t size = load64(file->map);
+    uint64_t size;
+    copy_numbers(&size, file->map, 1, 8);
     size_t most = file->size - 8 < MAX_HEADER ? file->size - 8 : MAX_HEADER;
     if (size < 2 || size > most)
         return fail("%s: not a safetensors file: its first 8 bytes announce a header of %ju bytes, "
@@ -1642,19 +1553,17 @@ static int read_header(sc_safetensors *file)
     file->text = new_array((size_t)size + 1, 1);
     if (!file->text) return SC_FAILED;
     memcpy(file->text, file->map + 8, (size_t)size);
-    json j = { .what = file->path, .text = file->text, .at = 1 };
-    int more, described = 0;
-    if (file->text[0] != '{') return json_expected(&j, "'{' as the header's first byte");
-    for (size_t i = 0; (more = json_next(&j, i, '}')) > 0; i++) {
+    json j = { .what = file->path, .text = file->text };
+    int described = 0;
+    json_expect(&j, json_take(&j, '{'), "'{' as the header's first byte");
+    for (size_t i = 0; json_next(&j, i, '}'); i++) {
         const char *key = json_key(&j);
-        if (!key) return SC_FAILED;
         int metadata = strcmp(key, "__metadata__") == 0;
-        if (metadata && described++) return json_expected(&j, "__metadata__ only once");
-        SC_TRY(metadata ? read_metadata(&j, file) : read_tensor(&j, file, key));
+        json_expect(&j, !metadata || !described++, "__metadata__ only once");
+        if (!j.failed) j.failed = metadata ? read_metadata(&j, file) : read_tensor(&j, file, key);
     }
-    if (more < 0) return SC_FAILED;
-    if (json_take(&j, '\0') && j.at == size + 1) return SC_OK;
-    return json_expected(&j, "nothing but spaces behind the header's object");
+    json_expect(&j, j.at == size, "nothing but spaces behind the header's object");
+    return j.failed;
 }
 
 static int by_position(const void *a, const void *b)
@@ -1669,14 +1578,11 @@ static int check_positions(sc_safetensors *file)
 {
     const unsigned char *at = file->data;
     if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, by_position);
-    for (size_t i = 0; i < file->tensors; i++) {
-        const sc_tensor *tensor = &file->tensor[i];
-        if (tensor->data != at)
+    for (size_t i = 0; i < file->tensors; at += file->tensor[i++].bytes)
+        if (file->tensor[i].data != at)
             return fail("%s: tensor '%.100s' begins at byte %td of the data, expected %td, where "
-                        "the one before it ends", file->path, tensor->name,
-                        tensor->data - file->data, at - file->data);
-        at += tensor->bytes;
-    }
+                        "the one before it ends", file->path, file->tensor[i].name,
+                        file->tensor[i].data - file->data, at - file->data);
     if (at == file->map + file->size) return SC_OK;
     return fail("%s: %td bytes of data belong to no tensor, expected none", file->path,
                 file->map + file->size - at);
@@ -1706,42 +1612,33 @@ static int sort_by_name(const char *path, void *list, size_t count, size_t size)
 static int map_file(sc_safetensors *file)
 {
     struct stat about;
+    void *map = MAP_FAILED;
     /* O_NONBLOCK: a pipe must be refused, not waited for. */
-    int fd = open(file->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC), status = SC_OK;
-    if (fd < 0 || fstat(fd, &about) != 0) {
-        status = fail("%s: cannot be opened: %s", file->path, strerror(errno));
-    } else if (!S_ISREG(about.st_mode)) {
-        status = fail("%s: is %s, expected a safetensors file", file->path,
-                      S_ISDIR(about.st_mode) ? "a directory" : "not a regular file");
-    } else if (about.st_size < 8) {
-        status = fail("%s: not a safetensors file: %d bytes long, expected at least 8", file->path,
-                      (int)about.st_size);
-    } else if ((off_t)(size_t)about.st_size != about.st_size) {
-        status = fail("%s: larger than this machine can address", file->path);
-    } else {
-        void *map = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (map == MAP_FAILED)
-            status = fail("%s: cannot be mapped: %s", file->path, strerror(errno));
-        else file->map = map;
-        file->size = (size_t)about.st_size;
-    }
+    int fd = open(file->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &about) != 0)
+        fail("%s: cannot be opened: %s", file->path, strerror(errno));
+    else if (!S_ISREG(about.st_mode) || about.st_size < 8 || (uintmax_t)about.st_size > SIZE_MAX)
+        fail("%s: is no regular file of 8 bytes or more, expected a safetensors file", file->path);
+    else if ((map = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, fd, 0)) == MAP_FAILED)
+        fail("%s: cannot be mapped: %s", file->path, strerror(errno));
     if (fd >= 0) close(fd);
-    return status;
+    if (map == MAP_FAILED) return SC_FAILED;
+    file->map = map;
+    file->size = (size_t)about.st_size;
+    return SC_OK;
 }
 
 int sc_safetensors_open(sc_safetensors *file, const char *path)
 {
     memset(file, 0, sizeof *file);
     file->path = copy_string(path);
-    int status = file->path ? map_file(file) : SC_FAILED;
-    if (status == SC_OK) status = read_header(file);
-    if (status == SC_OK) status = check_positions(file);
-    if (status == SC_OK)
-        status = sort_by_name(path, file->tensor, file->tensors, sizeof *file->tensor);
-    if (status == SC_OK)
-        status = sort_by_name(path, file->metadata, file->entries, sizeof *file->metadata);
-    if (status != SC_OK) sc_safetensors_close(file);
-    return status;
+    if (file->path && map_file(file) == SC_OK && read_header(file) == SC_OK &&
+        check_positions(file) == SC_OK &&
+        sort_by_name(path, file->tensor, file->tensors, sizeof *file->tensor) == SC_OK &&
+        sort_by_name(path, file->metadata, file->entries, sizeof *file->metadata) == SC_OK)
+        return SC_OK;
+    sc_safetensors_close(file);
+    return SC_FAILED;
 }
 
 void sc_safetensors_close(sc_safetensors *file)
@@ -1767,68 +1664,56 @@ const char *sc_metadata_find(const sc_safetensors *file, const char *key)
     return entry ? entry->value : NULL;
 }
 
-/* Where value `first` lies, if `count` values from there on exist; else NULL and a reason. */
-static const unsigned char *tensor_values(const sc_safetensors *file, const sc_tensor *tensor,
-                                          size_t first, size_t count)
+/* Whether the values asked for exist and have a dtype from least to most. */
+static int check_values(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
+                        sc_dtype least, sc_dtype most)
 {
-    if (first <= tensor->count && count <= tensor->count - first)
-        return tensor->data + first * dtypes[tensor->dtype].size;
-    fail("%s: tensor '%.100s' has %zu values, expected %zu from number %zu on", file->path,
-         tensor->name, tensor->count, count, first);
-    return NULL;
+    if (t->dtype < least || t->dtype > most)
+        return fail("%s: tensor '%.100s' is %s, expected %s", file->path, t->name,
+                    sc_dtype_name(t->dtype), least ? "I64, I32 or U8" : "F32, F16, BF16 or F64");
+    if (first <= t->count && count <= t->count - first) return SC_OK;
+    return fail("%s: tensor '%.100s' has %zu values, expected %zu from number %zu on", file->path,
+                t->name, t->count, count, first);
 }
 
 static void floats_of_bytes(float *out, const unsigned char *from, size_t count, sc_dtype dtype)
 {
     if (dtype == SC_F32) copy_numbers(out, from, count, 4);
-    for (size_t i = 0; dtype == SC_F16 && i < count; i++)
-        out[i] = float_of_half(load16(from + 2 * i));
-    for (size_t i = 0; dtype == SC_BF16 && i < count; i++)
-        out[i] = float_of_bits(load16(from + 2 * i) << 16);
-    for (size_t i = 0; dtype == SC_F64 && i < count; i++) {
-        double value;
-        copy_numbers(&value, from + 8 * i, 1, 8);
-        out[i] = (float)value;
+    for (size_t i = 0; dtype != SC_F32 && i < count; i++) {
+        uint16_t half = 0;
+        double wide = 0;
+        if (dtype == SC_F64) copy_numbers(&wide, from + 8 * i, 1, 8);
+        else copy_numbers(&half, from + 2 * i, 1, 2);
+        out[i] = dtype == SC_F16 ? float_of_half(half) : dtype == SC_F64 ? (float)wide
+               : float_of_bits((uint32_t)half << 16);
     }
 }
 
-/* Values first .. first + count - 1 of an F32, F16, BF16 or F64 tensor, which must be finite. */
 int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
                      size_t count, float *out)
 {
-    enum { BLOCK = 4096 };           /* is checked while it is still in the cache */
-    const unsigned char *from = tensor_values(file, tensor, first, count);
-    if (!from) return SC_FAILED;
-    if (tensor->dtype > SC_F64)
-        return fail("%s: tensor '%.100s' is %s, expected F32, F16, BF16 or F64", file->path,
-                    tensor->name, sc_dtype_name(tensor->dtype));
-    for (size_t done = 0; done < count; done += BLOCK) {
-        size_t n = count - done < BLOCK ? count - done : BLOCK;
-        floats_of_bytes(out + done, from + done * sc_dtype_size(tensor->dtype), n, tensor->dtype);
-        size_t bad = first_beyond(out + done, n, LARGEST_FLOAT);
-        if (bad < n)
-            return fail("%s: tensor '%.100s', element %zu is %g, expected a finite number",
-                        file->path, tensor->name, first + done + bad, (double)out[done + bad]);
-    }
-    return SC_OK;
+    SC_TRY(check_values(file, tensor, first, count, SC_F32, SC_F64));
+    size_t at = first * sc_dtype_size(tensor->dtype);
+    floats_of_bytes(out, tensor->data + at, count, tensor->dtype);
+    size_t bad = first_beyond(out, count, LARGEST_FLOAT);
+    if (bad == count) return SC_OK;
+    return fail("%s: tensor '%.100s', element %zu is %g, expected a finite number", file->path,
+                tensor->name, first + bad, (double)out[bad]);
 }
 
-/* The same of an I64, I32 or U8 tensor. */
 int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
                        size_t count, int64_t *out)
 {
-    sc_dtype dtype = tensor->dtype;
-    const unsigned char *from = tensor_values(file, tensor, first, count);
-    if (!from) return SC_FAILED;
-    if (dtype != SC_I64 && dtype != SC_I32 && dtype != SC_U8)
-        return fail("%s: tensor '%.100s' is %s, expected I64, I32 or U8", file->path, tensor->name,
-                    sc_dtype_name(dtype));
-    if (dtype == SC_I64) copy_numbers(out, from, count, 8);
-    for (size_t i = 0; dtype == SC_I32 && i < count; i++) {
-        int64_t bits = load32(from + 4 * i);
-        out[i] = bits - (bits >> 31) * ((int64_t)1 << 32);
+    SC_TRY(check_values(file, tensor, first, count, SC_I64, SC_U8));
+    size_t size = sc_dtype_size(tensor->dtype);
+    const unsigned char *from = tensor->data + first * size;
+    for (size_t i = 0; i < count; i++, from += size) {
+        int32_t narrow = 0;
+        out[i] = *from;
+        if (tensor->dtype == SC_I64) copy_numbers(&out[i], from, 1, 8);
+        if (tensor->dtype == SC_I32) copy_numbers(&narrow, from, 1, 4);
+        if (tensor->dtype == SC_I32) out[i] = narrow;
     }
-    for (size_t i = 0; dtype == SC_U8 && i < count; i++) out[i] = from[i];
     return SC_OK;
 }
 
@@ -1836,452 +1721,243 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
  *
  * NAME is written as NAME.tmp, flushed to disk and renamed. What exists and is not a regular file
  * (/dev/full, a pipe) is written as it is. The first failure sticks: a caller may write on without
- * looking and ask output_commit how it went. A zeroed output has no file and gathers in memory: its
- * buffer then is a string. */
-
-enum { OUTPUT_BUFFER = 1 << 20 };
+ * looking and ask output_commit how it went. */
 
 static int output_failed(sc_output *out, int error)
 {
-    out->error = error;
-    return fail("%s: cannot be written: %s", out->path ? out->path : "text", strerror(error));
+    out->error = error ? error : EIO;
+    return fail("%s: cannot be written: %s", out->path, out->error == EBUSY ?
+                "another process is writing it" : strerror(out->error));
 }
 
-/* The first `length` bytes of head, then tail. */
-static char *join_text(const char *head, size_t length, const char *tail)
+static int output_write(sc_output *out, const void *bytes, size_t count)
 {
-    char *joined = new_array(length + strlen(tail) + 1, 1);
-    if (!joined) return NULL;
-    memcpy(joined, head, length);
-    strcpy(joined + length, tail);
-    return joined;
+    if (out->error) return output_failed(out, out->error);
+    if (count == 0 || fwrite(bytes, 1, count, out->file) == count) return SC_OK;
+    return output_failed(out, errno);
 }
 
-/* Where path leads, so that the file is replaced and not the link to it. */
-static char *follow_links(const char *path)
+SC_PRINTF(2, 3) static int output_printf(sc_output *out, const char *format, ...)
 {
-    char *name = copy_string(path), target[4096];
-    for (int links = 0; name && links < 40; links++) {
-        ssize_t length = readlink(name, target, sizeof target - 1);
-        if (length <= 0) break;
-        target[length] = '\0';
-        const char *slash = target[0] == '/' ? NULL : strrchr(name, '/');
-        char *next = join_text(name, slash ? (size_t)(slash + 1 - name) : 0, target);
-        free(name);
-        name = next;
-    }
-    return name;
+    va_list arguments;
+    if (out->error) return output_failed(out, out->error);
+    va_start(arguments, format);
+    int length = vfprintf(out->file, format, arguments);
+    va_end(arguments);
+    return length < 0 ? output_failed(out, errno) : SC_OK;
 }
 
-/* Opens and locks NAME.tmp. Between the two another process may have renamed or removed the file
- * that we opened, so the lock counts only if the name still means that file. */
-static int open_temporary(sc_output *out)
+/* Opens, locks and empties NAME.tmp; -1 and errno if it cannot, EBUSY if another process does. That
+ * one may have renamed or removed the file before we had the lock: it must still have the name. */
+static int open_temporary(const char *name)
 {
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     struct stat locked, named;
-    out->temporary = join_text(out->path, strlen(out->path), ".tmp");
-    for (int tries = 0; out->temporary && tries < 1000; tries++) {
-        int fd = open(out->temporary, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666);
-        if (fd < 0) return output_failed(out, errno);
-        if (fcntl(fd, F_SETLK, &lock) != 0) {
-            int error = errno;
-            close(fd);
-            if (error != EACCES && error != EAGAIN) return output_failed(out, error);
-            return fail("%s: another process is writing it and holds %s", out->path,
-                        out->temporary);
-        }
-        if (fstat(fd, &locked) == 0 && stat(out->temporary, &named) == 0 &&
-            locked.st_dev == named.st_dev && locked.st_ino == named.st_ino) {
-            out->fd = fd;
-            return ftruncate(fd, 0) == 0 ? SC_OK : output_failed(out, errno);
-        }
+    int fd;
+    while ((fd = open(name, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666)) >= 0) {
+        int error = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0 ? 0 : errno;
+        if (error == 0 && stat(name, &named) == 0 && locked.st_ino == named.st_ino &&
+            locked.st_dev == named.st_dev && ftruncate(fd, 0) == 0) break;
         close(fd);
+        errno = error == EACCES || error == EAGAIN ? EBUSY : error;
+        if (error) return -1;
     }
-    return out->temporary ? output_failed(out, EAGAIN) : SC_FAILED;
+    return fd;
 }
 
-/* Removes what was written, unless it was committed; never a temporary file that is not ours. */
+/* Ends the output. Removes what was written, unless it was committed. */
 static void output_discard(sc_output *out)
 {
-    if (out->path && out->temporary && out->fd >= 0) unlink(out->temporary);
-    if (out->path && out->fd >= 0) close(out->fd);
+    if (out->file && out->temporary) unlink(out->temporary);
+    if (out->file) fclose(out->file);
     free(out->path);
+    free(out->target);
     free(out->temporary);
-    free(out->buffer);
     memset(out, 0, sizeof *out);
 }
 
 static int output_open(sc_output *out, const char *path)
 {
     struct stat there;
-    int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode), status = SC_FAILED;
-    memset(out, 0, sizeof *out);
-    out->fd = -1;
-    out->path = direct ? copy_string(path) : follow_links(path);
-    out->capacity = OUTPUT_BUFFER;
-    out->buffer = new_array(out->capacity, 1);
-    if (out->path && out->buffer && direct) {
-        out->fd = open(path, O_WRONLY | O_TRUNC | O_CLOEXEC);
-        status = out->fd >= 0 ? SC_OK : output_failed(out, errno);
-    } else if (out->path && out->buffer) {
-        status = open_temporary(out);
+    int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
+    *out = (sc_output){ .path = copy_string(path), .target = realpath(path, NULL) };
+    if (!out->target) out->target = copy_string(path);
+    char *target = out->target;              /* a link stays, and what it leads to is replaced */
+    if (!direct && target) out->temporary = join_text(target, strlen(target), ".tmp");
+    if (out->path && (direct || out->temporary)) {
+        int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(out->temporary);
+        out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
+        if (out->file) return SC_OK;
+        output_failed(out, errno);
+        if (fd >= 0) close(fd);
     }
-    out->seekable = status == SC_OK && lseek(out->fd, 0, SEEK_CUR) >= 0;
-    if (status != SC_OK) output_discard(out);
-    return status;
-}
-
-static int write_at(sc_output *out, uint64_t offset, const void *bytes, size_t count)
-{
-    const unsigned char *from = bytes;
-    while (count > 0) {
-        ssize_t n = out->seekable ? pwrite(out->fd, from, count, (off_t)offset)
-                                  : write(out->fd, from, count);
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return output_failed(out, errno);
-        from += n;
-        offset += (uint64_t)n;
-        count -= (size_t)n;
-    }
-    return SC_OK;
-}
-
-static int output_flush(sc_output *out)
-{
-    if (out->error) return output_failed(out, out->error);
-    SC_TRY(write_at(out, out->written, out->buffer, out->used));
-    out->written += out->used;
-    out->used = 0;
-    return SC_OK;
-}
-
-/* Makes room in the buffer for count bytes and a NUL. */
-static int output_reserve(sc_output *out, size_t count)
-{
-    if (out->error) return output_failed(out, out->error);
-    if (count < out->capacity - out->used) return SC_OK;
-    if (out->path) SC_TRY(output_flush(out));
-    if (count < out->capacity - out->used) return SC_OK;
-    size_t needed = out->used + count + 1, twice = 2 * out->capacity;
-    unsigned char *buffer = new_array(needed > twice ? needed : twice, 1);
-    if (!buffer) return output_failed(out, ENOMEM);
-    if (out->used > 0) memcpy(buffer, out->buffer, out->used);
-    free(out->buffer);
-    out->buffer = buffer;
-    out->capacity = needed > twice ? needed : twice;
-    return SC_OK;
-}
-
-static int output_write(sc_output *out, const void *bytes, size_t count)
-{
-    if (out->path && count >= OUTPUT_BUFFER) {              /* too much to be worth a copy */
-        SC_TRY(output_flush(out));
-        SC_TRY(write_at(out, out->written, bytes, count));
-        out->written += count;
-        return SC_OK;
-    }
-    SC_TRY(output_reserve(out, count));
-    if (count > 0) memcpy(out->buffer + out->used, bytes, count);
-    out->used += count;
-    return SC_OK;
-}
-
-SC_PRINTF(2, 3) static int output_printf(sc_output *out, const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    int length = vsnprintf(NULL, 0, format, arguments);
-    va_end(arguments);
-    if (length < 0) return output_failed(out, errno);
-    SC_TRY(output_reserve(out, (size_t)length));
-    va_start(arguments, format);
-    vsnprintf((char *)out->buffer + out->used, (size_t)length + 1, format, arguments);
-    va_end(arguments);
-    out->used += (size_t)length;
-    return SC_OK;
-}
-
-/* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. */
-static int output_json(sc_output *out, const char *text)
-{
-    output_write(out, "\"", 1);
-    while (*text) {
-        size_t length = utf8_length(text);
-        if (length == 0) output_write(out, "\xef\xbf\xbd", 3);
-        else if ((unsigned char)*text < 0x20) output_printf(out, "\\u%04x", (unsigned)*text);
-        else if (*text == '"' || *text == '\\') output_printf(out, "\\%c", *text);
-        else output_write(out, text, length);
-        text += length ? length : 1;
-    }
-    return output_write(out, "\"", 1);
-}
-
-/* Overwrites what was written earlier; a pipe refuses. */
-static int output_patch(sc_output *out, uint64_t offset, const void *bytes, size_t count)
-{
-    SC_TRY(output_flush(out));
-    if (!out->seekable) return output_failed(out, ESPIPE);
-    return write_at(out, offset, bytes, count);
-}
-
-/* Moves all that stands at offset and behind up by distance bytes, the last block first. */
-static int output_shift(sc_output *out, uint64_t offset, uint64_t distance)
-{
-    SC_TRY(output_flush(out));
-    for (uint64_t end = out->written; end > offset;) {
-        size_t n = end - offset < out->capacity ? (size_t)(end - offset) : out->capacity, got = 0;
-        end -= n;
-        while (got < n) {
-            ssize_t more = pread(out->fd, out->buffer + got, n - got, (off_t)(end + got));
-            if (more < 0 && errno == EINTR) continue;
-            if (more <= 0) return output_failed(out, more < 0 ? errno : EIO);
-            got += (size_t)more;
-        }
-        SC_TRY(write_at(out, end + distance, out->buffer, n));
-    }
-    out->written += distance;
-    return SC_OK;
-}
-
-/* Makes the rename itself last. The file is whole either way, and not every file system can. */
-static void sync_folder(const char *path)
-{
-    const char *slash = strrchr(path, '/');
-    char *folder = slash ? join_text(path, (size_t)(slash + 1 - path), "") : copy_string(".");
-    int fd = folder ? open(folder, O_RDONLY | O_CLOEXEC) : -1;
-    if (fd >= 0) {
-        fsync(fd);
-        close(fd);
-    }
-    free(folder);
+    output_discard(out);
+    return SC_FAILED;
 }
 
 /* Ends the output in either case: the whole file stands under its name, or nothing does. */
 static int output_commit(sc_output *out)
 {
-    int status = output_flush(out);
-    if (status == SC_OK && out->temporary) {
-        if (fsync(out->fd) != 0 || rename(out->temporary, out->path) != 0) {
-            status = output_failed(out, errno);
-        } else {
-            free(out->temporary);
-            out->temporary = NULL;
-            sync_folder(out->path);
-        }
-    }
+    int status = output_write(out, "", 0);                   /* whether all went well so far */
+    if (status == SC_OK && (fflush(out->file) != 0 || ferror(out->file) || (out->temporary &&
+        (fsync(fileno(out->file)) != 0 || rename(out->temporary, out->target) != 0))))
+        status = output_failed(out, errno);
+    if (status == SC_OK && out->temporary) *out->temporary = '\0';   /* nothing is left to remove */
     output_discard(out);
     return status;
 }
 
 /* --- Writing safetensors ---
  *
- * The header comes last, when all is known, into a hole left for it at the file's front; blanks
- * fill it up. If it has outgrown the hole, the data move. Then the whole is committed. */
+ * The header is gathered in memory, in two texts, and written at the end into a hole left for it at
+ * the file's front; blanks fill it up. */
+
+enum { METADATA, TENSORS };          /* the two texts */
 
 int sc_writer_open(sc_writer *w, const char *path, size_t header_room)
 {
     memset(w, 0, sizeof *w);
-    if (header_room > MAX_HEADER - 64) header_room = MAX_HEADER - 64;
     SC_TRY(output_open(&w->out, path));
-    w->data = (8 + (uint64_t)header_room + 63) / 64 * 64;
-    w->out.written = w->data;
-    if (w->out.seekable) return SC_OK;
+    size_t most = MAX_HEADER - 64, room = header_room < most ? header_room : most;
+    if (room < 1000) room = 1000;
+    w->data = (8 + room + 63) / 64 * 64;                     /* on a cache line's boundary */
+    for (int i = 0; i < 2; i++) w->text[i] = open_memstream(&w->bytes[i], &w->length[i]);
+    if (w->text[0] && w->text[1] && fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0)
+        return SC_OK;
+    fail("%s: cannot be written out of order: %s; expected a file", path, strerror(errno));
     sc_writer_discard(w);
-    return fail("%s: is a pipe or the like, expected a file: a safetensors header is written last",
-                path);
+    return SC_FAILED;
 }
 
 void sc_writer_discard(sc_writer *w)
 {
     output_discard(&w->out);
-    for (size_t i = 0; i < w->tensors; i++) free((char *)w->tensor[i].name);
-    for (size_t i = 0; i < w->entries; i++) {
-        free((char *)w->metadata[i].key);
-        free((char *)w->metadata[i].value);
+    for (int i = 0; i < 2; i++) {
+        if (w->text[i]) fclose(w->text[i]);
+        free(w->bytes[i]);
     }
-    free(w->tensor);
-    free(w->metadata);
     memset(w, 0, sizeof *w);
 }
 
 /* At any time before the end; the order is kept. */
 int sc_writer_metadata(sc_writer *w, const char *key, const char *value)
 {
-    for (size_t i = 0; i < w->entries; i++)
-        if (strcmp(w->metadata[i].key, key) == 0)
-            return fail("%s: metadata '%s' was written already", w->out.path, key);
-    SC_TRY(grow(&w->metadata, &w->entry_capacity, w->entries, sizeof *w->metadata));
-    sc_entry *entry = &w->metadata[w->entries++];
-    entry->key = copy_string(key);
-    entry->value = copy_string(value);
-    return entry->key && entry->value ? SC_OK : SC_FAILED;
+    fputs(w->entries++ ? "," : "\"__metadata__\":{", w->text[METADATA]);
+    print_json(w->text[METADATA], key);
+    putc(':', w->text[METADATA]);
+    print_json(w->text[METADATA], value);
+    return SC_OK;
 }
 
 /* The tensor being written must be complete. */
 static int end_tensor(sc_writer *w)
 {
+    sc_tensor *t = &w->tensor;
     if (w->tensors == 0) return SC_OK;
-    sc_tensor *tensor = &w->tensor[w->tensors - 1];
-    if (w->rows_open) {
-        tensor->shape[0] = w->values / tensor->count;        /* count so far is that of one row */
-        SC_TRY(measure_tensor(tensor, w->out.path));
-        w->rows_open = 0;
-    }
-    if (w->values == tensor->count) return SC_OK;
-    return fail("%s: tensor '%s' got %zu values, expected %zu from its shape", w->out.path,
-                tensor->name, w->values, tensor->count);
+    if (w->rows_open) t->shape[0] = w->values / t->count;    /* count so far is that of one row */
+    w->rows_open = 0;
+    SC_TRY(measure_tensor(t, w->out.path));
+    if (w->values != t->count)
+        return fail("%s: tensor '%s' got %zu values, expected %zu from its shape", w->out.path,
+                    t->name, w->values, t->count);
+    for (int d = 0; d < t->rank; d++)
+        fprintf(w->text[TENSORS], "%s%zu", d ? "," : "", t->shape[d]);
+    fprintf(w->text[TENSORS], "],\"data_offsets\":[%zu,%zu]}", w->begin, w->begin + t->bytes);
+    w->begin += t->bytes;
+    return SC_OK;
 }
 
 /* Begins the next tensor; shape[0] may be SC_ROWS. */
 int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
                      const size_t *shape)
 {
-    sc_tensor tensor = { .name = name, .dtype = dtype, .rank = rank };
-    SC_TRY(end_tensor(w));
-    if (rank < 0 || rank > SC_MAX_RANK || strcmp(name, "__metadata__") == 0)
-        return fail("%s: there can be no tensor '%s' of rank %d", w->out.path, name, rank);
-    for (size_t i = 0; i < w->tensors; i++)
-        if (strcmp(w->tensor[i].name, name) == 0)
-            return fail("%s: tensor '%s' was written already", w->out.path, name);
-    for (int d = 0; d < rank; d++) tensor.shape[d] = shape[d];
+    sc_tensor t = { .name = name, .dtype = dtype };
     int rows_open = rank > 0 && shape[0] == SC_ROWS;
-    if (rows_open) tensor.shape[0] = 1;
-    SC_TRY(measure_tensor(&tensor, w->out.path));
-    if (rows_open && tensor.count == 0)
-        return fail("%s: tensor '%s' cannot have rows of no values", w->out.path, name);
-    SC_TRY(grow(&w->tensor, &w->tensor_capacity, w->tensors, sizeof tensor));
-    tensor.name = copy_string(name);
-    if (!tensor.name) return SC_FAILED;
-    w->tensor[w->tensors++] = tensor;
+    SC_TRY(end_tensor(w));
+    for (; t.rank < rank && t.rank < SC_MAX_RANK; t.rank++) t.shape[t.rank] = shape[t.rank];
+    if (rows_open) t.shape[0] = 1;
+    SC_TRY(measure_tensor(&t, w->out.path));
+    if (t.rank != rank || (rows_open && t.count == 0) || strcmp(name, "__metadata__") == 0)
+        return fail("%s: there can be no tensor '%s' of this shape", w->out.path, name);
+    fputs(w->tensors++ ? "," : "", w->text[TENSORS]);
+    print_json(w->text[TENSORS], name);
+    fprintf(w->text[TENSORS], ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(dtype));
+    snprintf(w->name, sizeof w->name, "%s", name);
+    t.name = w->name;
+    w->tensor = t;
     w->values = 0;
     w->rows_open = rows_open;
     return SC_OK;
 }
 
-/* Fails unless the tensor being written has one of two dtypes. */
-static int writer_takes(const sc_writer *w, sc_dtype one, sc_dtype other)
+static double value_at(const void *values, size_t i, sc_dtype kind)
 {
-    const sc_tensor *tensor = w->tensors ? &w->tensor[w->tensors - 1] : NULL;
-    if (tensor && (tensor->dtype == one || tensor->dtype == other)) return SC_OK;
-    return fail("%s: %s or %s values for '%s', which is %s", w->out.path, sc_dtype_name(one),
-                sc_dtype_name(other), tensor ? tensor->name : "no tensor",
-                tensor ? sc_dtype_name(tensor->dtype) : "not begun");
+    return kind == SC_F32 ? (double)((const float *)values)[i]
+         : kind == SC_F64 ? ((const double *)values)[i]
+         : kind == SC_I64 ? (double)((const int64_t *)values)[i]
+         : (double)((const unsigned char *)values)[i];
 }
 
-/* A value that the dtype cannot hold ends the writing: the file can no longer be complete. */
-static int writer_refuses(sc_writer *w, double value)
+/* Writes values that are of type `kind` in memory: F32, also as F16, F64, I64, also as I32, or U8.
+ * One that cannot be held ends the writing: the file can no longer be complete. */
+int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind)
 {
-    const sc_tensor *tensor = &w->tensor[w->tensors - 1];
-    w->out.error = ERANGE;
-    return fail("%s: tensor '%s', element %zu is %g, expected what %s can hold", w->out.path,
-                tensor->name, w->values, value, sc_dtype_name(tensor->dtype));
-}
-
-/* Writes count numbers of size bytes in the machine's byte order. */
-static int write_numbers(sc_writer *w, const void *numbers, size_t count, size_t size)
-{
-    SC_TRY(output_reserve(&w->out, count * size));
-    copy_numbers(w->out.buffer + w->out.used, numbers, count, size);
-    w->out.used += count * size;
-    w->values += count;
-    return SC_OK;
-}
-
-int sc_writer_floats(sc_writer *w, const float *values, size_t count)
-{
-    enum { BLOCK = 4096 };
-    uint16_t halves[BLOCK];
-    SC_TRY(writer_takes(w, SC_F32, SC_F16));
-    int half = w->tensor[w->tensors - 1].dtype == SC_F16;
-    for (size_t done = 0; done < count; done += BLOCK) {
-        const float *block = values + done;
-        size_t n = count - done < BLOCK ? count - done : BLOCK;
-        size_t good = first_beyond(block, n, half ? LARGEST_HALF : LARGEST_FLOAT);
-        for (size_t i = 0; half && i < good; i++) halves[i] = half_of_float(block[i]);
-        SC_TRY(half ? write_numbers(w, halves, good, 2) : write_numbers(w, block, good, 4));
-        if (good < n) return writer_refuses(w, (double)block[good]);
+    unsigned char bytes[4096 * 8];
+    sc_dtype dtype = w->tensor.dtype;
+    int half = kind == SC_F32 && dtype == SC_F16, narrow = kind == SC_I64 && dtype == SC_I32;
+    if (w->tensors == 0 || !(dtype == kind || half || narrow))
+        return fail("%s: %s values, expected %s for '%s'", w->out.path, sc_dtype_name(kind),
+                    w->tensors ? sc_dtype_name(dtype) : "no tensor", w->name);
+    double most = dtypes[dtype].most, least = narrow ? INT32_MIN : -most;
+    const unsigned char *from = values;
+    for (size_t n; count > 0; count -= n, w->values += n, from += n * sc_dtype_size(kind)) {
+        n = count < 4096 ? count : 4096;
+        for (size_t i = 0; i < n; i++) {
+            double value = value_at(from, i, kind);
+            if (!(value >= least && value <= most)) {
+                w->out.error = ERANGE;
+                return fail("%s: tensor '%s', element %zu is %g, expected what %s can hold",
+                            w->out.path, w->name, w->values + i, value, sc_dtype_name(dtype));
+            }
+            if (half) copy_numbers(bytes + 2 * i, &(uint16_t){ half_of_float((float)value) }, 1, 2);
+            if (narrow) copy_numbers(bytes + 4 * i, &(int32_t){ (int32_t)value }, 1, 4);
+        }
+        if (dtype == kind) copy_numbers(bytes, from, n, sc_dtype_size(kind));
+        SC_TRY(output_write(&w->out, bytes, n * sc_dtype_size(dtype)));
     }
     return SC_OK;
 }
 
-int sc_writer_doubles(sc_writer *w, const double *values, size_t count)
+/* Ends a text that open_memstream() gathers: until it is closed its bytes can be read. */
+static int end_text(FILE *text)
 {
-    SC_TRY(writer_takes(w, SC_F64, SC_F64));
-    for (size_t i = 0; i < count; i++) {
-        if (!(fabs(values[i]) <= DBL_MAX)) return writer_refuses(w, values[i]);
-        SC_TRY(write_numbers(w, &values[i], 1, 8));
-    }
-    return SC_OK;
+    if (text && fflush(text) == 0 && !ferror(text)) return SC_OK;
+    return fail("out of memory: a text could not be gathered");
 }
 
-int sc_writer_integers(sc_writer *w, const int64_t *values, size_t count)
+static int write_header(sc_writer *w)
 {
-    SC_TRY(writer_takes(w, SC_I64, SC_I32));
-    int narrow = w->tensor[w->tensors - 1].dtype == SC_I32;
-    for (size_t i = 0; i < count; i++) {
-        int32_t low = (int32_t)values[i];
-        if (narrow && low != values[i]) return writer_refuses(w, (double)values[i]);
-        SC_TRY(narrow ? write_numbers(w, &low, 1, 4) : write_numbers(w, &values[i], 1, 8));
-    }
-    return SC_OK;
-}
-
-int sc_writer_bytes(sc_writer *w, const unsigned char *values, size_t count)
-{
-    SC_TRY(writer_takes(w, SC_U8, SC_U8));
-    SC_TRY(output_write(&w->out, values, count));
-    w->values += count;
-    return SC_OK;
-}
-
-static int print_header(sc_output *text, const sc_writer *w)
-{
-    size_t offset = 0;
-    const char *before = "{\"__metadata__\":{";
-    for (size_t i = 0; i < w->entries; i++, before = ",") {
-        output_printf(text, "%s", before);
-        output_json(text, w->metadata[i].key);
-        output_write(text, ":", 1);
-        output_json(text, w->metadata[i].value);
-    }
-    before = w->entries ? "}," : "{";
-    for (size_t i = 0; i < w->tensors; i++, before = ",") {
-        const sc_tensor *tensor = &w->tensor[i];
-        output_printf(text, "%s", before);
-        output_json(text, tensor->name);
-        output_printf(text, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(tensor->dtype));
-        for (int d = 0; d < tensor->rank; d++)
-            output_printf(text, "%s%zu", d ? "," : "", tensor->shape[d]);
-        output_printf(text, "],\"data_offsets\":[%zu,%zu]}", offset, offset + tensor->bytes);
-        offset += tensor->bytes;
-    }
-    if (w->tensors == 0) output_printf(text, "%s", w->entries ? "}" : "{");
-    return output_write(text, "}", 1);
+    SC_TRY(end_tensor(w));
+    if (w->entries) putc('}', w->text[METADATA]);
+    if (w->entries && w->tensors) putc(',', w->text[METADATA]);
+    for (int i = 0; i < 2; i++) SC_TRY(end_text(w->text[i]));
+    size_t length = w->length[METADATA] + w->length[TENSORS] + 2;
+    uint64_t bytes, size = w->data - 8;
+    if (length > size)
+        return fail("%s: its header of %zu bytes is larger than safetensors allows or its writer "
+                    "foresaw, expected at most %ju", w->out.path, length, (uintmax_t)size);
+    copy_numbers(&bytes, &size, 1, 8);
+    if (fseeko(w->out.file, 0, SEEK_SET) != 0) return output_failed(&w->out, errno);
+    SC_TRY(output_write(&w->out, &bytes, 8));
+    return output_printf(&w->out, "{%s%s}%*s", w->bytes[METADATA], w->bytes[TENSORS],
+                         (int)(size - length), "");
 }
 
 /* Ends the writer in either case: the whole file stands under its name, or nothing does. */
 int sc_writer_finish(sc_writer *w)
 {
-    sc_output header = { 0 };
-    int status = end_tensor(w);
-    if (status == SC_OK) status = print_header(&header, w);
-    uint64_t data = (8 + (uint64_t)header.used + 63) / 64 * 64;
-    if (status == SC_OK && data > MAX_HEADER)
-        status = fail("%s: its header of %zu bytes is larger than safetensors allows, expected at "
-                      "most %d", w->out.path, header.used, MAX_HEADER);
-    if (status == SC_OK && data > w->data) {
-        status = output_shift(&w->out, w->data, data - w->data);
-        w->data = data;
-    }
-    if (status == SC_OK)
-        status = output_printf(&header, "%*s", (int)(w->data - 8 - header.used), "");
-    uint64_t size = header.used;
-    unsigned char bytes[8];
-    copy_numbers(bytes, &size, 1, 8);
-    if (status == SC_OK) status = output_patch(&w->out, 0, bytes, 8);
-    if (status == SC_OK) status = output_patch(&w->out, 8, header.buffer, header.used);
+    int status = write_header(w);
     if (status == SC_OK) status = output_commit(&w->out);
-    output_discard(&header);
     sc_writer_discard(w);
     return status;
 }
@@ -2320,27 +1996,48 @@ static const char *printable(const char *text, char *out, size_t room)
     return out;
 }
 
+enum { TEXT_ROOM = 600 };
+
+/* One of 8 rooms in turn: a line may show several texts. For the main thread. */
+static char *text_room(void)
+{
+    static char room[8][TEXT_ROOM];
+    static unsigned next;
+    return room[next++ % 8];
+}
+
+static const char *shown(const char *text) { return printable(text, text_room(), TEXT_ROOM); }
+
+/* Numbers and short words as metadata. */
+SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const char *format, ...)
+{
+    char text[200];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    return sc_writer_metadata(w, key, text);
+}
+
 /* A list of names as metadata, a JSON array in a string. */
 static int write_name_list(sc_writer *w, const char *key, char **name, size_t count)
 {
-    sc_output text = { 0 };
-    output_write(&text, "[", 1);
-    for (size_t i = 0; i < count; i++) {
-        if (i) output_write(&text, ",", 1);
-        output_json(&text, name[i]);
+    char *list = NULL;
+    size_t length = 0;
+    FILE *text = open_memstream(&list, &length);
+    for (size_t i = 0; text && i < count; i++) {
+        putc(i ? ',' : '[', text);
+        print_json(text, name[i]);
     }
-    int status = output_write(&text, "]", 2);            /* its terminating 0 too */
-    if (status == SC_OK) status = sc_writer_metadata(w, key, (const char *)text.buffer);
-    output_discard(&text);
+    if (text) fputs(count ? "]" : "[]", text);
+    int status = end_text(text);
+    if (status == SC_OK) status = sc_writer_metadata(w, key, list);
+    if (text) fclose(text);
+    free(list);
     return status;
 }
 
-static void print_json_text(const char *name)
-{
-    sc_output text = { 0 };
-    if (output_json(&text, name) == SC_OK) fwrite(text.buffer, 1, text.used, stdout);
-    output_discard(&text);
-}
+static void print_json_text(const char *name) { print_json(stdout, name); }
 
 /* A CSV field: quoted, what a terminal might obey shown as ?. */
 static void print_csv_text(const char *name)
@@ -2355,1005 +2052,557 @@ static void print_csv_text(const char *name)
 /* ============================================================================================
  * 5. Images
  *
- * From a file's bytes to the pixels a model sees, in the order of the data's flow: bytes, PNM
- * pictures, other formats by way of a decoder program, data sets, Pillow's resize, and a reader
- * whose threads keep ahead of the computation. Pictures are RGB, 8 bits, [height, width, 3].
+ * From a file's bytes to the pixels a model sees, as the data flow: PNM pictures, other formats by
+ * way of a decoder program, Pillow's resize, data sets, and a reader that loads many at once.
  * ============================================================================================ */
 
 /* Beside SC_OK and SC_FAILED; MACHINE_FAILED is no image's fault, so that --skip-bad is no help. */
 enum { SC_END = -1, MACHINE_FAILED = -2 };
-
+enum { MAX_PATH = 4096, MAX_DEPTH = 16, CHUNK = 1024, WEIGHT_BITS = 22 };
 #define MAX_PIXELS ((size_t)1 << 28)           /* of one picture: 16,384 x 16,384 */
 
-/* Bytes that grow with the data that really arrives; kept from one image to the next. */
-typedef struct { unsigned char *bytes; size_t size, capacity; } byte_buffer;
+/* rgb: [height, width, 3], 8 bits, `stride` bytes from row to row */
+typedef struct { size_t width, height, stride; const unsigned char *rgb; } picture;
 
-/* What one thread needs to load images; zeroed at first. */
-typedef struct {
-    const atomic_int *stop;                    /* NULL or a flag that ends every wait */
-    byte_buffer block, output, picture, square, middle;
-} image_workspace;
+/* Where pictures are read from. rgb: [capacity, CHUNK, 3], for the last picture's pixels */
+typedef struct { const char *name; FILE *file; unsigned char *rgb; size_t capacity; } image_source;
 
-static void workspace_free(image_workspace *work)
-{
-    free(work->block.bytes);
-    free(work->output.bytes);
-    free(work->picture.bytes);
-    free(work->square.bytes);
-    free(work->middle.bytes);
-}
+/* --- PNM (netpbm.sourceforge.net/doc/pnm.html); P4 is what pngtopnm makes of one-bit PNGs --- */
 
-/* Room for `capacity` bytes in all; the bytes already there stay. */
-static int reserve(byte_buffer *buffer, size_t capacity)
-{
-    if (capacity <= buffer->capacity) return SC_OK;
-    if (capacity < 2 * buffer->capacity) capacity = 2 * buffer->capacity;
-    unsigned char *bytes = new_array(capacity, 1);
-    if (!bytes) return SC_FAILED;
-    if (buffer->size) memcpy(bytes, buffer->bytes, buffer->size);
-    free(buffer->bytes);
-    buffer->bytes = bytes;
-    buffer->capacity = capacity;
-    return SC_OK;
-}
-
-/* -------------------------------------------------------------------------------------------
- * Bytes in: from memory, or from a file or pipe in blocks
- * ------------------------------------------------------------------------------------------- */
-
-enum { READ_BLOCK = 1 << 16 };
-
-typedef struct {
-    const char *name;                          /* for messages */
-    const unsigned char *next, *end;
-    unsigned char *block;                      /* [READ_BLOCK]; NULL: next .. end is all */
-    int file, error;                           /* error: an errno, ECANCELED if told to stop */
-    const atomic_int *stop;
-} byte_source;
-
-static int told_to_stop(const atomic_int *stop) { return stop && atomic_load(stop); }
-
-/* A pipe may be silent for long: the flag is looked at ten times a second. */
-static int fill_block(byte_source *source)
-{
-    if (!source->block || source->error) return 0;
-    for (;;) {
-        struct pollfd ready = { .fd = source->file, .events = POLLIN };
-        int count = poll(&ready, 1, 100);
-        if (told_to_stop(source->stop)) {
-            source->error = ECANCELED;
-            return 0;
-        }
-        if (count <= 0) continue;
-        ssize_t got = read(source->file, source->block, READ_BLOCK);
-        if (got < 0 && (errno == EINTR || errno == EAGAIN)) continue;
-        if (got < 0) source->error = errno;
-        if (got <= 0) return 0;
-        source->next = source->block;
-        source->end = source->block + got;
-        return 1;
-    }
-}
-
-/* The next byte, or -1 at the end. */
-static int next_byte(byte_source *source)
-{
-    if (source->next == source->end && !fill_block(source)) return -1;
-    return *source->next++;
-}
-
-/* Up to `count` bytes; fewer only at the end. */
-static size_t read_bytes(byte_source *source, unsigned char *to, size_t count)
-{
-    size_t done = 0;
-    while (done < count && (source->next < source->end || fill_block(source))) {
-        size_t here = (size_t)(source->end - source->next);
-        if (here > count - done) here = count - done;
-        memcpy(to + done, source->next, here);
-        source->next += here;
-        done += here;
-    }
-    return done;
-}
-
-/* -------------------------------------------------------------------------------------------
- * PNM (netpbm.sourceforge.net/doc/pnm.html). P2, P3, P5, P6, and P4, which is what pngtopnm
- * makes of a PNG of one bit.
- * ------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    size_t width, height, stride;              /* stride: bytes from row to row */
-    const unsigned char *rgb;                  /* [height, width, 3] */
-} picture;
-
-typedef struct { int kind; size_t maxval, width, height, channels; } pnm_header;
-
-enum { SAMPLES = 3 * 1024 };                   /* read at a time; a multiple of 8 and of 3 */
+typedef struct { int kind, byte; size_t maxval, width, height, channels; } pnm_header;
 
 static int is_blank(int byte) { return byte == ' ' || (byte >= '\t' && byte <= '\r'); }
 
 /* The next byte of a text part; a comment reads as the newline that ends it. */
-static int text_byte(byte_source *source)
+static int text_byte(image_source *source)
 {
-    int byte = next_byte(source);
+    int byte = getc_unlocked(source->file);
     if (byte == '#')
-        while (byte != '\n' && byte != '\r' && byte >= 0) byte = next_byte(source);
+        while (byte != '\n' && byte != '\r' && byte != EOF) byte = getc_unlocked(source->file);
     return byte;
 }
 
-static int pnm_ended(const byte_source *source, const char *what)
+static int source_ended(const image_source *source, const char *before)
 {
-    if (source->error == ECANCELED) return fail("%s: stopped", source->name);
-    if (source->error) return fail("%s: cannot be read: %s", source->name, strerror(source->error));
-    return fail("%s: the file ends before the PNM picture's %s", source->name, what);
+    if (ferror(source->file)) return fail("%s: cannot be read: %s", source->name, strerror(errno));
+    return fail("%s: the picture's data end before its %s", source->name, before);
 }
 
 /* One number and the single blank after it. */
-static int pnm_number(byte_source *source, const char *what, size_t largest, size_t *value)
+static int pnm_number(image_source *source, const char *what, size_t largest, size_t *value)
 {
     int byte = text_byte(source);
     while (is_blank(byte)) byte = text_byte(source);
-    if (byte < 0) return pnm_ended(source, what);
-    size_t number = 0;
-    for (; byte >= '0' && byte <= '9'; byte = text_byte(source)) {
-        number = 10 * number + (size_t)(byte - '0');
-        if (number > largest)
+    if (byte == EOF) return source_ended(source, what);
+    for (*value = 0; byte >= '0' && byte <= '9'; byte = text_byte(source)) {
+        *value = 10 * *value + (size_t)(byte - '0');
+        if (*value > largest)
             return fail("%s: a PNM %s of more than %zu", source->name, what, largest);
     }
-    if (byte >= 0 && !is_blank(byte))
-        return fail("%s: byte 0x%02x where a PNM %s was expected", source->name, byte, what);
-    *value = number;
-    return SC_OK;
+    if (byte == EOF || is_blank(byte)) return SC_OK;
+    return fail("%s: byte 0x%02x where a PNM %s was expected", source->name, (unsigned)byte, what);
 }
 
-/* SC_END where only blanks are left. */
-static int pnm_header_read(byte_source *source, pnm_header *header)
+/* Sample `index`: text, a bit (1 is black, a row begins with a new byte), or one or two bytes. */
+static int pnm_sample(image_source *source, pnm_header *header, size_t index, size_t *value)
 {
-    size_t width = 0, height = 0, maxval = 1;
-    int byte = next_byte(source);
-    while (is_blank(byte)) byte = next_byte(source);
-    if (byte < 0 && !source->error) return SC_END;
-    int kind = byte == 'P' ? next_byte(source) : -1;
-    if (source->error) return pnm_ended(source, "first bytes");
-    if (kind < '2' || kind > '6')
-        return fail("%s: not a PNM picture, which begins with P2, P3, P5 or P6", source->name);
-    SC_TRY(pnm_number(source, "width", MAX_PIXELS, &width));
-    SC_TRY(pnm_number(source, "height", MAX_PIXELS, &height));
-    if (kind != '4') SC_TRY(pnm_number(source, "maxval", 65535, &maxval));
-    if (width == 0 || height == 0 || maxval == 0)
-        return fail("%s: a PNM picture of %zu x %zu, maxval %zu: all three must be at least 1",
-                    source->name, width, height, maxval);
-    if (height > MAX_PIXELS / width)
-        return fail("%s: a picture of %zu x %zu; at most %zu pixels are read", source->name,
-                    width, height, MAX_PIXELS);
-    *header = (pnm_header){ kind - '0', maxval, width, height, kind == '3' || kind == '6' ? 3 : 1 };
-    return SC_OK;
+    if (header->kind <= 3) return pnm_number(source, "last sample", header->maxval, value);
+    size_t bit = header->kind == 4 ? index % header->width % 8 : 0;
+    int high = header->maxval > 255 ? getc_unlocked(source->file) : 0;
+    if (bit == 0) header->byte = getc_unlocked(source->file);
+    if (header->byte == EOF) return source_ended(source, "last sample");
+    *value = (size_t)high << 8 | (size_t)header->byte;
+    if (header->kind == 4) *value = ~*value >> (7 - bit) & 1;
+    if (*value <= header->maxval) return SC_OK;
+    return fail("%s: a sample of %zu, above maxval %zu", source->name, *value, header->maxval);
 }
 
-/* round-half-even(255 v / maxval) */
+/* round-half-even(255 v / maxval); the quotient is never rounded to a half that it is not. */
 static unsigned char to_8_bits(size_t v, size_t maxval)
 {
-    size_t rounded = (510 * v + maxval) / (2 * maxval);
-    int tie = (510 * v + maxval) % (2 * maxval) == 0;
-    return (unsigned char)(rounded - (tie && rounded % 2));
+    return (unsigned char)(maxval == 255 ? (double)v : rint(255.0 * (double)v / (double)maxval));
 }
 
-/* The next samples; done: how many the picture has so far, for the message. */
-static int pnm_samples(byte_source *source, const pnm_header *header, unsigned char *sample,
-                       size_t count, size_t done)
+/* Reads one picture; SC_END where only blanks are left. The memory grows as the pixels come: a
+ * header alone, whatever it claims, costs nothing. */
+static int pnm_read(image_source *source, picture *result)
 {
-    unsigned char raw[2 * SAMPLES];
-    size_t bits = header->kind == 4 ? 1 : header->maxval > 255 ? 16 : 8;
-    size_t bytes = header->kind <= 3 ? 0 : (count * bits + 7) / 8;
-    size_t got = read_bytes(source, raw, bytes);
-    if (got < bytes && source->error) return pnm_ended(source, "last sample");
-    if (got < bytes)
-        return fail("%s: the picture's data ends after %zu of %zu samples", source->name,
-                    done + got * 8 / bits, header->width * header->height * header->channels);
-    if (bits == 8 && bytes && header->maxval == 255) {
-        memcpy(sample, raw, count);
-        return SC_OK;
+    int byte = getc_unlocked(source->file);
+    while (is_blank(byte)) byte = getc_unlocked(source->file);
+    if (byte == EOF && !ferror(source->file)) return SC_END;
+    int kind = byte == 'P' ? getc_unlocked(source->file) : 0;
+    if (byte == EOF || kind == EOF) return source_ended(source, "header");
+    if (kind < '2' || kind > '6')
+        return fail("%s: not a PNM picture, which begins with P2, P3, P5 or P6", source->name);
+    pnm_header h = { .kind = kind - '0', .maxval = 1, .channels = kind % 3 == 0 ? 3 : 1 };
+    SC_TRY(pnm_number(source, "width", MAX_PIXELS, &h.width));
+    SC_TRY(pnm_number(source, "height", MAX_PIXELS, &h.height));
+    if (kind != '4') SC_TRY(pnm_number(source, "maxval", 65535, &h.maxval));
+    if (!h.width || !h.height || !h.maxval || h.height > MAX_PIXELS / h.width)
+        return fail("%s: a PNM picture of %zu x %zu, maxval %zu; at least 1 of each and at most %zu"
+                    " pixels were expected", source->name, h.width, h.height, h.maxval, MAX_PIXELS);
+    for (size_t i = 0, pixels = h.width * h.height; i < pixels; i++) {
+        if (grow(&source->rgb, &source->capacity, i / CHUNK, 3 * CHUNK)) return MACHINE_FAILED;
+        unsigned char *rgb = source->rgb + 3 * i;
+        if (kind == '6' && h.maxval == 255) {                    /* by far the most usual */
+            size_t many = pixels - i < CHUNK ? pixels - i : CHUNK;
+            i += many - 1;
+            if (fread(rgb, 3, many, source->file) == many) continue;
+            return source_ended(source, "last sample");
+        }
+        for (size_t c = 0; c < h.channels; c++) {
+            size_t v = 0;
+            SC_TRY(pnm_sample(source, &h, i * h.channels + c, &v));
+            rgb[c] = to_8_bits(v, h.maxval);
+        }
+        if (h.channels == 1) rgb[1] = rgb[2] = rgb[0];
     }
-    for (size_t i = 0; i < count; i++) {
-        size_t value = 0;
-        if (header->kind <= 3) SC_TRY(pnm_number(source, "sample", header->maxval, &value));
-        else if (bits == 1) value = !(raw[i / 8] >> (7 - i % 8) & 1);
-        else if (bits == 8) value = raw[i];
-        else value = (size_t)raw[2 * i] << 8 | raw[2 * i + 1];
-        if (value > header->maxval)
-            return fail("%s: sample %zu is %zu, above the picture's maxval %zu", source->name,
-                        done + i, value, header->maxval);
-        sample[i] = to_8_bits(value, header->maxval);
-    }
+    *result = (picture){ h.width, h.height, 3 * h.width, source->rgb };
     return SC_OK;
 }
 
-/* Reads one picture; its pixels lie in `buffer`, which grows as they come: a header alone, whatever
- * it claims, costs nothing. SC_END where there is none any more. */
-static int pnm_read(byte_source *source, byte_buffer *buffer, picture *result)
-{
-    unsigned char sample[SAMPLES];
-    pnm_header header = { 0 };
-    SC_TRY(pnm_header_read(source, &header));
-    size_t row = header.width * header.channels, total = row * header.height;
-    size_t repeat = 3 / header.channels;       /* a grey sample stands for red, green and blue */
-    buffer->size = 0;
-    for (size_t done = 0; done < total;) {
-        size_t count = row - done % row;       /* P4 rows end on a whole byte */
-        if (count > SAMPLES) count = SAMPLES;
-        SC_TRY(pnm_samples(source, &header, sample, count, done));
-        SC_TRY(reserve(buffer, buffer->size + count * repeat));
-        unsigned char *to = buffer->bytes + buffer->size;
-        if (repeat == 1) memcpy(to, sample, count);
-        else for (size_t i = 0; i < count; i++) memset(to + 3 * i, sample[i], 3);
-        buffer->size += count * repeat;
-        done += count;
-    }
-    *result = (picture){ header.width, header.height, 3 * header.width, buffer->bytes };
-    return SC_OK;
-}
+/* --- Other formats: a decoder program turns them into PNM --- */
 
-/* -------------------------------------------------------------------------------------------
- * Other formats: a decoder program turns them into PNM
- * ------------------------------------------------------------------------------------------- */
-
-enum { MAX_ARGUMENTS = 32, COMMAND_BYTES = 1024, MAGIC_BYTES = 16 };
-
-/* What counts as an image is decided by its first bytes; '?' in the magic stands for any. */
-typedef struct {
-    const char *name, *magic;
-    size_t length;
-    const char *decoder, *package;             /* NULL: no decoder but ImageMagick */
-} image_format;
-
-static const image_format pnm_format = { "PNM", NULL, 0, NULL, NULL };
-
-static const image_format other_formats[] = {
-    { "JPEG", "\xff\xd8\xff", 3, "djpeg -dct int -pnm", "libjpeg-turbo-progs" },
-    { "PNG", "\x89PNG\r\n\x1a\n", 8, "pngtopnm", "netpbm" },
-    { "GIF", "GIF8?a", 6, NULL, "imagemagick" },
-    { "WebP", "RIFF????WEBP", 12, NULL, "imagemagick" },
-    { "TIFF", "II*\0", 4, NULL, "imagemagick" },
-    { "TIFF", "MM\0*", 4, NULL, "imagemagick" },
-    { "BMP", "BM????\0\0\0\0", 10, NULL, "imagemagick" },
+/* What counts as an image is decided by its first bytes; in magic, ? is any and _ a blank. */
+typedef struct { const char *name, *magic, *decoder, *package; size_t length; } image_format;
+static const image_format formats[] = {
+    { "PNM", "P2_", NULL, NULL, 3 }, { "PNM", "P3_", NULL, NULL, 3 },
+    { "PNM", "P5_", NULL, NULL, 3 }, { "PNM", "P6_", NULL, NULL, 3 },
+    { "JPEG", "\xff\xd8\xff", "djpeg -dct int -pnm", "libjpeg-turbo-progs", 3 },
+    { "PNG", "\x89PNG\r\n\x1a\n", "pngtopnm", "netpbm", 8 },
+    { "TIFF", "II*\0", NULL, "imagemagick", 4 }, { "TIFF", "MM\0*", NULL, "imagemagick", 4 },
+    { "GIF", "GIF8?a", NULL, "imagemagick", 6 },
+    { "BMP", "BM????\0\0\0\0", NULL, "imagemagick", 10 },
+    { "WebP", "RIFF????WEBP", NULL, "imagemagick", 12 },
 };
 
-/* NULL: not an image. */
-static const image_format *format_of(const unsigned char *start, size_t size)
+/* SC_END: it is no image. O_NONBLOCK: a named pipe must be refused, not waited for. */
+static int open_image(const char *path, FILE **file, const image_format **format)
 {
-    if (size >= 3 && start[0] == 'P' && start[1] >= '2' && start[1] <= '6' &&
-        (is_blank(start[2]) || start[2] == '#'))
-        return &pnm_format;
-    for (size_t i = 0; i < sizeof other_formats / sizeof *other_formats; i++) {
-        const image_format *format = &other_formats[i];
-        size_t same = 0;
-        while (same < format->length && same < size &&
-               (format->magic[same] == '?' || (unsigned char)format->magic[same] == start[same]))
-            same++;
-        if (same == format->length) return format;
+    char start[16];
+    int descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    *file = descriptor < 0 ? NULL : fdopen(descriptor, "rb");
+    if (!*file) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    size_t size = fread(start, 1, sizeof start, *file);
+    int status = ferror(*file) ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
+    rewind(*file);
+    for (size_t f = 0; f < sizeof formats / sizeof *formats && status == SC_END; f++) {
+        const char *magic = formats[f].magic;
+        size_t i = 0;
+        while (i < size && i < formats[f].length && (magic[i] == '?' || magic[i] == start[i] ||
+               (magic[i] == '_' && is_blank(start[i])))) i++;
+        *format = &formats[f];
+        if (i == formats[f].length) return SC_OK;
     }
-    return NULL;
+    if (status == SC_END) fail("%s: not an image; a JPEG, PNG or PNM file was expected", path);
+    fclose(*file);
+    return status;
 }
 
-/* posix_spawn and not fork: a fork copies the page tables of all our weights. The child gets a
- * process group of its own, so that Ctrl-C at a terminal, upon which training writes a checkpoint,
- * does not look like a broken image; it ends by SIGPIPE should we end first. */
-static int spawn(char **argument, int in, int out, int err, pid_t *child)
+/* Returns an errno. posix_spawn and not fork: a fork copies the page tables of all our weights. Its
+ * own process group: Ctrl-C, upon which training saves its state, must not look like a bad image.
+ * The lock: no other child may inherit a pipe that has no FD_CLOEXEC yet. stderr is read at last;
+ * O_NONBLOCK, lest a decoder that says too much should wait for us forever. */
+static int start_decoder(char **argument, int file, int end[4], pid_t *child)
 {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     posix_spawn_file_actions_t files;
     posix_spawnattr_t attributes;
-    sigset_t none, normal;
-    int error = posix_spawn_file_actions_init(&files);
-    if (error) return error;
-    error = posix_spawnattr_init(&attributes);
-    if (!error) {
-        sigemptyset(&none);
-        sigemptyset(&normal);
-        sigaddset(&normal, SIGPIPE);
-        posix_spawnattr_setsigmask(&attributes, &none);
-        posix_spawnattr_setsigdefault(&attributes, &normal);
-        posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGMASK |
-                                                  POSIX_SPAWN_SETSIGDEF);
-        error = posix_spawn_file_actions_adddup2(&files, in, 0);
-        if (!error) error = posix_spawn_file_actions_adddup2(&files, out, 1);
-        if (!error) error = posix_spawn_file_actions_adddup2(&files, err, 2);
+    pthread_mutex_lock(&lock);
+    int error = pipe(end) != 0 || pipe(end + 2) != 0 ? errno : 0;
+    for (int i = 0; i < 4 && !error; i++) fcntl(end[i], F_SETFD, FD_CLOEXEC);
+    for (int i = 2; i < 4 && !error; i++) fcntl(end[i], F_SETFL, O_NONBLOCK);
+    if (!error) error = posix_spawnattr_init(&attributes);
+    if (!error && (error = posix_spawn_file_actions_init(&files)) == 0) {
+        posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
+        error = posix_spawn_file_actions_adddup2(&files, file, 0);
+        if (!error) error = posix_spawn_file_actions_adddup2(&files, end[1], 1);
+        if (!error) error = posix_spawn_file_actions_adddup2(&files, end[3], 2);
         if (!error) error = posix_spawnp(child, *argument, &files, &attributes, argument, environ);
+        posix_spawn_file_actions_destroy(&files);
         posix_spawnattr_destroy(&attributes);
     }
-    posix_spawn_file_actions_destroy(&files);
+    pthread_mutex_unlock(&lock);
+    for (int i = 0; i < 4; i++)
+        if (end[i] >= 0 && (i % 2 == 1 || error)) close(end[i]);
     return error;
 }
 
-/* Starts a decoder on `file`; from[0] and from[1] are what it writes on stdout and stderr. The lock
- * is there because no other child may inherit a pipe between its making and its FD_CLOEXEC. */
-static int start_decoder(char **argument, int file, int from[2], pid_t *child)
+/* Runs one decoder to its end. A picture counts if there was no complaint; djpeg's status 2 stands
+ * for warnings: like Pillow we take damaged pictures, but no half ones. SC_END: not a byte of one
+ * was written; MACHINE_FAILED: it could not be started, without a word if it is not there. */
+static int run_decoder(const char *command, int file, image_source *source, picture *result)
 {
-    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    int end[4] = { -1, -1, -1, -1 }, status = SC_OK;      /* out: read, write; err: read, write */
-    pthread_mutex_lock(&lock);
-    if (pipe(end) != 0 || pipe(end + 2) != 0)
-        status = fail("%s: no pipe to it could be made: %s", argument[0], strerror(errno));
-    for (int i = 0; i < 4 && status == SC_OK; i++) fcntl(end[i], F_SETFD, FD_CLOEXEC);
-    int error = status == SC_OK ? spawn(argument, file, end[1], end[3], child) : 0;
-    pthread_mutex_unlock(&lock);
-    if (error) status = fail("%s could not be started: %s", argument[0], strerror(error));
-    for (int i = 0; i < 4; i++)
-        if (end[i] >= 0 && (i % 2 == 1 || status != SC_OK)) close(end[i]);
-    from[0] = end[0];
-    from[1] = end[2];
-    return error == ENOENT || error == EACCES ? MACHINE_FAILED : status;
-}
-
-/* Reads both ends until the decoder closes them: its picture into work->output, the start of what
- * it said into `words`. */
-static int gather(const int from[2], image_workspace *work, char *words, size_t room)
-{
-    struct pollfd end[2] = { { from[0], POLLIN, 0 }, { from[1], POLLIN, 0 } };
-    byte_buffer *output = &work->output;
-    size_t said = 0;
-    output->size = 0;
-    for (int open_ends = 2; open_ends > 0;) {
-        if (told_to_stop(work->stop)) return fail("stopped");
-        if (poll(end, 2, 100) <= 0) continue;
-        for (int i = 0; i < 2; i++) {
-            char block[512];
-            ssize_t got;
-            if (!end[i].revents) continue;
-            if (i == 0) {
-                if (output->size > 6 * MAX_PIXELS + READ_BLOCK) return fail("too much output");
-                if (reserve(output, output->size + READ_BLOCK) != SC_OK) return SC_FAILED;
-                got = read(from[0], output->bytes + output->size, output->capacity - output->size);
-                if (got > 0) output->size += (size_t)got;
-            } else {
-                got = read(from[1], block, sizeof block);
-                for (ssize_t j = 0; j < got && said + 1 < room; j++) words[said++] = block[j];
-            }
-            if (got > 0 || (got < 0 && errno == EINTR)) continue;
-            end[i].fd = -1;
-            open_ends--;
-        }
-    }
-    words[said] = 0;
-    return SC_OK;
-}
-
-/* Leaves the first line that says something, without control characters. */
-static void first_line(char *words)
-{
-    char *start = words + strspn(words, " \t\r\n");
-    size_t length = strcspn(start, "\r\n");
-    memmove(words, start, length);
-    words[length] = 0;
-    for (char *c = words; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
-}
-
-/* What is to be said of a decoder that has ended; a picture counts only if it had no complaint. */
-static int judge_decoder(int ended, const char *program, const char *name, char *words, size_t size)
-{
-    int code = WIFSIGNALED(ended) ? WTERMSIG(ended) : WEXITSTATUS(ended);
-    first_line(words);
-    if (WIFEXITED(ended) && code == 127 && !*words && size == 0) return MACHINE_FAILED;
-    if (WIFEXITED(ended) && code == 0 && size > 0) return SC_OK;
-    return fail("%s: %s ended with %s %d: %s", name, program,
-                WIFSIGNALED(ended) ? "signal" : "status", code, *words ? words : "it said nothing");
-}
-
-/* Runs one decoder to its end. */
-static int run_decoder(const char *command, int file, const char *name, image_workspace *work)
-{
-    char text[COMMAND_BYTES], words[256] = "", *rest = NULL;
-    char *argument[MAX_ARGUMENTS + 1] = { NULL };
-    int from[2], ended = 0, length = snprintf(text, sizeof text, "%s", command);
+    char text[512], words[256] = "", *argument[sizeof text / 2 + 1] = { NULL }, *rest = NULL;
+    int end[4] = { -1, -1, -1, -1 };           /* stdout: read, write; stderr: read, write */
+    int length = snprintf(text, sizeof text, "%s", command), ended = 0, count = 0;
     pid_t child;
-    char *word = strtok_r(text, " \t", &rest);
-    for (int i = 0; word && i < MAX_ARGUMENTS; word = strtok_r(NULL, " \t", &rest))
-        argument[i++] = word;
-    if (!argument[0] || word || (size_t)length >= sizeof text)
-        return fail("%s: SAECLIP_DECODER is not a program and at most %d arguments", name,
-                    MAX_ARGUMENTS - 1);
-    work->output.size = 0;
-    if (lseek(file, 0, SEEK_SET) != 0) return fail("%s: %s", name, strerror(errno));
-    SC_TRY(start_decoder(argument, file, from, &child));
-    int status = gather(from, work, words, sizeof words);
-    if (status != SC_OK) kill(child, SIGKILL);
-    close(from[0]);
-    close(from[1]);
+    for (char *word = strtok_r(text, " \t", &rest); word; word = strtok_r(NULL, " \t", &rest))
+        argument[count++] = word;
+    if (count == 0 || (size_t)length >= sizeof text)
+        return fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
+    int error = lseek(file, 0, SEEK_SET) != 0 ? errno : start_decoder(argument, file, end, &child);
+    if (error && error != ENOENT && error != EACCES)
+        fail("%s: %s could not be started: %s", source->name, argument[0], strerror(error));
+    if (error) return MACHINE_FAILED;
+    source->file = fdopen(end[0], "rb");
+    if (!source->file) fail("%s: out of memory", source->name);
+    int status = source->file ? pnm_read(source, result) : MACHINE_FAILED;
+    while (source->file && getc_unlocked(source->file) != EOF) {}   /* it may write more */
+    int to_end = source->file && feof(source->file);
+    if (!to_end) kill(child, SIGKILL);
     while (waitpid(child, &ended, 0) < 0 && errno == EINTR) {}
-    if (status == SC_OK) return judge_decoder(ended, argument[0], name, words, work->output.size);
-    snprintf(words, sizeof words, "%.200s", error_text);
-    return fail("%s: %s was ended: %s", name, argument[0], words);
+    if (read(end[2], words, sizeof words - 1) < 0) words[0] = '\0';
+    if (source->file) fclose(source->file);
+    else close(end[0]);
+    close(end[2]);
+    int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
+    int warned = code == 2 && strstr(argument[0], "djpeg") && !strstr(words, "Premature end of");
+    if (!to_end || (!killed && (code == 0 || warned) && status != SC_END)) return status;
+    if (!killed && code == 127 && status == SC_END && !*words) return MACHINE_FAILED;
+    const char *line = *words ? words + strspn(words, " \t\r\n") : "it said nothing";
+    fail("%s: %s ended with %s %d: %.*s", source->name, argument[0], killed ? "signal" : "status",
+         code, (int)strcspn(line, "\r\n"), line);
+    return status == SC_END ? SC_END : SC_FAILED;
 }
 
-/* Tries a format's decoders in turn. The next one's turn comes if one is missing or has failed
- * without a byte (some djpegs refuse CMYK); the words of the first that ran are the ones quoted. */
-static int decode(const image_format *format, int file, const char *name, image_workspace *work)
+/* Reads a file's picture into source->rgb, which the caller frees. A format's decoders are tried in
+ * turn: the next one if one is missing or has failed without a byte (some djpegs refuse CMYK). */
+static int read_picture(const char *path, image_source *source, picture *result)
 {
+    FILE *file;
+    const image_format *format;
+    if (open_image(path, &file, &format) != SC_OK) return SC_FAILED;
+    *source = (image_source){ .name = path, .file = file };
     const char *own = getenv("SAECLIP_DECODER");
     const char *command[] = { own ? own : format->decoder,
                               own ? NULL : "magick -[0] -alpha off -depth 8 ppm:-",
                               own ? NULL : "convert -[0] -alpha off -depth 8 ppm:-" };
-    char words[sizeof error_text] = "";
-    for (int i = 0; i < 3; i++) {
-        if (!command[i]) continue;
-        int status = run_decoder(command[i], file, name, work);
-        if (status == SC_OK) return SC_OK;
-        if (status == SC_FAILED && !*words) strcpy(words, error_text);
-        if (work->output.size || told_to_stop(work->stop)) break;
+    int status = format->package ? MACHINE_FAILED : pnm_read(source, result), now = status;
+    if (format->package && own)
+        fail("%s: SAECLIP_DECODER names '%s', which cannot be started", path, own);
+    else if (format->package)
+        fail("%s: there is no program to decode %s; Debian's package %s has one", path,
+             format->name, format->package);
+    for (int i = 0; i < 3 && format->package && now != SC_OK && now != SC_FAILED; i++) {
+        if (command[i]) now = run_decoder(command[i], fileno(file), source, result);
+        if (command[i] && now != MACHINE_FAILED) status = now;
     }
-    if (*words) return fail("%s", words);
-    if (own) fail("%s: the decoder '%s' that SAECLIP_DECODER names is not there", name, own);
-    else fail("%s: there is no program to decode %s; Debian's package %s has one", name,
-              format->name, format->package);
-    return MACHINE_FAILED;
+    fclose(file);
+    return status == SC_END ? SC_FAILED : status;
 }
 
-/* Reads and decodes one file. O_NONBLOCK: a pipe must be refused, not waited for. */
-static int picture_read(const char *path, image_workspace *work, picture *result)
-{
-    unsigned char start[MAGIC_BYTES];
-    int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC), status = SC_FAILED;
-    if (file < 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
-    ssize_t got = pread(file, start, sizeof start, 0);
-    const image_format *format = got > 0 ? format_of(start, (size_t)got) : NULL;
-    byte_source source = { .name = path, .file = file, .stop = work->stop };
-    if (got < 0) fail("%s: cannot be read: %s", path, strerror(errno));
-    else if (!format) fail("%s: %s; a JPEG, PNG or PNM file was expected", path,
-                           got == 0 ? "an empty file" : "not an image");
-    else if (format == &pnm_format) {
-        status = reserve(&work->block, READ_BLOCK);
-        source.block = work->block.bytes;
-    } else {
-        status = decode(format, file, path, work);
-        source.next = work->output.bytes;
-        source.end = source.next + work->output.size;
-    }
-    if (status == SC_OK) status = pnm_read(&source, &work->picture, result);
-    close(file);
-    return status == SC_END ? fail("%s: the decoder wrote no picture", path) : status;
-}
+/* --- Pillow's resize (src/libImaging/Resample.c): bicubic, a = -0.5, stretched by the scale if it
+ * shrinks, weights of 22 bits, rows first, 8 bits in between; only what the crop keeps --- */
 
-/* -------------------------------------------------------------------------------------------
- * Pillow's resize: bicubic (a = -0.5) stretched by the scale where it shrinks, weights in fixed
- * point of 22 bits, columns first, 8 bits in between (Pillow's src/libImaging/Resample.c describes
- * the arithmetic). Only what the crop keeps is computed: each pixel depends on its own window.
- * ------------------------------------------------------------------------------------------- */
-
-enum { WEIGHT_BITS = 22 };
-
-/* One axis: `from` pixels become `full`, of which `count` from `first` on are kept. Kept pixel i is
- * the sum of weight[i * most + t] times the source pixel start[i] + t, for t < taps[i]. */
-typedef struct {
-    uint64_t full, first;
-    size_t from, count, most;
-    size_t *start, *taps;                      /* [count] */
-    int32_t *weight;                           /* [count, most]; NULL: no resampling */
-} resize_axis;
-
-static double bicubic(double x)
-{
-    const double a = -0.5;
-    x = fabs(x);
-    if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
-    if (x < 2) return (((x - 5) * x + 8) * x - 4) * a;
-    return 0;
-}
-
-static void axis_free(resize_axis *axis)
-{
-    free(axis->start);
-    free(axis->taps);
-    free(axis->weight);
-}
-
-static int axis_open(resize_axis *axis, size_t from, uint64_t full, uint64_t first, size_t count)
-{
-    *axis = (resize_axis){ .from = from, .full = full, .first = first, .count = count };
-    if (from == full) return SC_OK;
-    double scale = (double)from / (double)full, stretch = scale < 1 ? 1 : scale;
-    double support = 2 * stretch, step = 1 / stretch;
-    axis->most = (size_t)ceil(support) * 2 + 1;
-    if (axis->most > from) axis->most = from;
-    double *exact = new_array(axis->most, sizeof *exact);
-    axis->start = new_array(count, sizeof *axis->start);
-    axis->taps = new_array(count, sizeof *axis->taps);
-    axis->weight = new_array(count, axis->most * sizeof *axis->weight);
-    int status = exact && axis->start && axis->taps && axis->weight ? SC_OK : SC_FAILED;
-    for (size_t i = 0; i < count && status == SC_OK; i++) {
-        double centre = ((double)(first + i) + 0.5) * scale, total = 0;
-        double low = centre - support + 0.5, high = centre + support + 0.5;
-        size_t start = low < 0 ? 0 : (size_t)low, end = high > (double)from ? from : (size_t)high;
-        for (size_t x = start; x < end; x++) {
-            exact[x - start] = bicubic(((double)x - centre + 0.5) * step);
-            total += exact[x - start];
-        }
-        axis->start[i] = start;
-        axis->taps[i] = end - start;
-        for (size_t t = 0; t < end - start; t++) {
-            double weight = (total != 0 ? exact[t] / total : exact[t]) * (1 << WEIGHT_BITS);
-            axis->weight[i * axis->most + t] = (int32_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
-        }
-    }
-    free(exact);
-    if (status != SC_OK) axis_free(axis);
-    return status;
-}
-
-/* A sum of weighted pixels, to which half a unit was added, as 8 bits. */
-static unsigned char clip8(int32_t sum)
-{
-    int32_t value = sum < 0 ? 0 : sum >> WEIGHT_BITS;
-    return (unsigned char)(value > 255 ? 255 : value);
-}
-
-/* row: [from, 3] to out: [count, 3] */
-static void resize_row(const resize_axis *axis, const unsigned char *row, unsigned char *out)
-{
-    if (!axis->weight) {
-        memcpy(out, row + 3 * axis->first, 3 * axis->count);
-        return;
-    }
-    for (size_t i = 0; i < axis->count; i++) {
-        const unsigned char *pixel = row + 3 * axis->start[i];
-        const int32_t *weight = axis->weight + i * axis->most;
-        int32_t r = 1 << (WEIGHT_BITS - 1), g = r, b = r;
-        for (size_t t = 0; t < axis->taps[i]; t++) {
-            r += weight[t] * pixel[3 * t];
-            g += weight[t] * pixel[3 * t + 1];
-            b += weight[t] * pixel[3 * t + 2];
-        }
-        out[3 * i] = clip8(r);
-        out[3 * i + 1] = clip8(g);
-        out[3 * i + 2] = clip8(b);
-    }
-}
-
-/* Kept row i of the vertical axis; rows: [.., values], its first row being source row `top`. */
-static void resize_column(const resize_axis *axis, size_t i, const unsigned char *rows, size_t top,
-                          size_t values, unsigned char *out)
-{
-    enum { STRIP = 64 };                       /* sums that stay in registers */
-    if (!axis->weight) {
-        memcpy(out, rows + (axis->first + i - top) * values, values);
-        return;
-    }
-    const int32_t *weight = axis->weight + i * axis->most;
-    const unsigned char *window = rows + (axis->start[i] - top) * values;
-    for (size_t x = 0; x < values; x += STRIP) {
-        int32_t sum[STRIP];
-        size_t width = values - x < STRIP ? values - x : STRIP;
-        for (size_t j = 0; j < STRIP; j++) sum[j] = 1 << (WEIGHT_BITS - 1);
-        for (size_t t = 0; t < axis->taps[i]; t++) {
-            const unsigned char *value = window + t * values + x;
-            if (width == STRIP)
-                for (size_t j = 0; j < STRIP; j++) sum[j] += weight[t] * value[j];
-            else
-                for (size_t j = 0; j < width; j++) sum[j] += weight[t] * value[j];
-        }
-        for (size_t j = 0; j < width; j++) out[x + j] = clip8(sum[j]);
-    }
-}
+/* `from` pixels become from / scale: `count` from `first` on are kept, made without `skipped`. */
+typedef struct { size_t from, skipped, count; uint64_t first; double scale, stretch; } resize_axis;
 
 /* Where the crop to `keep` of `from` pixels begins: torchvision rounds half to even. */
 static uint64_t crop_start(uint64_t from, uint64_t keep, int crop_hf)
 {
-    uint64_t rest = from - keep, half = rest / 2;
-    return half + (!crop_hf && rest % 2 && half % 2);
+    return (from - keep) / 2 + (!crop_hf && (from - keep) % 4 == 3);
 }
 
-/* Resizes to width x height and keeps the centre: pixels [side, side, 3]. */
-static int resize_and_crop(image_workspace *work, const picture *from, uint64_t width,
-                           uint64_t height, size_t side, int crop_hf, unsigned char *pixels)
+static double bicubic(double x)
 {
-    resize_axis across, down;
-    size_t values = 3 * side;
-    SC_TRY(axis_open(&across, from->width, width, crop_start(width, side, crop_hf), side));
-    int status = axis_open(&down, from->height, height, crop_start(height, side, crop_hf), side);
-    if (status == SC_OK) {                     /* the rows that the kept ones are made of */
-        size_t top = down.weight ? down.start[0] : (size_t)down.first;
-        size_t end = down.weight ? down.start[side - 1] + down.taps[side - 1] : top + side;
-        status = reserve(&work->middle, (end - top) * values);
-        for (size_t y = top; y < end && status == SC_OK; y++)
-            resize_row(&across, from->rgb + y * from->stride,
-                       work->middle.bytes + (y - top) * values);
-        for (size_t y = 0; y < side && status == SC_OK; y++)
-            resize_column(&down, y, work->middle.bytes, top, values, pixels + y * values);
-        axis_free(&down);
+    x = fabs(x);
+    if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
+    return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
+}
+
+/* An axis of a picture whose shorter side becomes `side`, as the crop does. */
+static resize_axis make_axis(size_t from, size_t shorter, size_t side, int crop_hf)
+{
+    uint64_t full = (uint64_t)side * from / shorter;
+    double scale = (double)from / (double)full;
+    return (resize_axis){ from, 0, side, crop_start(full, side, crop_hf), scale, fmax(scale, 1) };
+}
+
+/* Resamples the rows of `in` and turns the picture, so that the same again does its columns.
+ * out: [axis.count, in.height, 3] */
+static int resample(const resize_axis *axis, const picture *in, unsigned char *out)
+{
+    double support = 2 * axis->stretch, step = 1 / axis->stretch;
+    int32_t *weight = new_array((size_t)ceil(support) * 2 + 1, sizeof *weight);
+    if (!weight) return SC_FAILED;
+    for (size_t i = 0; i < axis->count; i++) {
+        double centre = ((double)(axis->first + i) + 0.5) * axis->scale, total = 0;
+        double low = centre - support + 0.5, high = centre + support + 0.5;
+        size_t start = low < 0 ? 0 : (size_t)low;
+        size_t end = high > (double)axis->from ? axis->from : (size_t)high;
+        for (size_t x = start; x < end; x++) total += bicubic(((double)x - centre + 0.5) * step);
+        for (size_t x = start; x < end; x++) {
+            double exact = bicubic(((double)x - centre + 0.5) * step) / (total != 0 ? total : 1);
+            exact *= 1 << WEIGHT_BITS;
+            weight[x - start] = (int32_t)(exact + (exact < 0 ? -0.5 : 0.5));
+        }
+        for (size_t y = 0; y < in->height; y++) {
+            const unsigned char *pixel = in->rgb + y * in->stride + (start - axis->skipped) * 3;
+            int32_t half = 1 << (WEIGHT_BITS - 1), sum[3] = { half, half, half };
+            for (size_t t = 0; t < end - start; t++)
+                for (size_t c = 0; c < 3; c++) sum[c] += weight[t] * pixel[3 * t + c];
+            for (size_t c = 0; c < 3; c++) {
+                int32_t value = sum[c] < 0 ? 0 : sum[c] >> WEIGHT_BITS;
+                *out++ = (unsigned char)(value > 255 ? 255 : value);
+            }
+        }
     }
-    axis_free(&across);
+    free(weight);
+    return SC_OK;
+}
+
+/* The shorter side becomes `side`, the centre is kept: pixels [side, side, 3]. */
+static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsigned char *pixels)
+{
+    size_t shorter = from->width < from->height ? from->width : from->height;
+    resize_axis across = make_axis(from->width, shorter, side, crop_hf);
+    resize_axis down = make_axis(from->height, shorter, side, crop_hf);
+    double top = (double)down.first * down.scale - 2 * down.stretch;
+    double end = (double)(down.first + side) * down.scale + 2 * down.stretch + 1;
+    down.skipped = top > 0 ? (size_t)top : 0;  /* a long picture has many rows that do not matter */
+    size_t count = (size_t)fmin(end, (double)from->height) - down.skipped;
+    picture rows = { from->width, count, from->stride, from->rgb + down.skipped * from->stride };
+    unsigned char *turned = new_array(count, 3 * side);
+    int status = turned ? resample(&across, &rows, turned) : SC_FAILED;
+    if (status == SC_OK)
+        status = resample(&down, &(picture){ count, side, 3 * count, turned }, pixels);
+    free(turned);
     return status;
 }
 
 /* A picture of any size to the model's: pixels [size, size, 3]. */
-static int preprocess(image_workspace *work, const picture *from, const sc_preprocess *prep,
-                      unsigned char *pixels)
+static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pixels)
 {
-    picture now = *from;
-    if (prep->square) {
-        size_t side = now.width < now.height ? now.width : now.height, to = (size_t)prep->square;
-        now.rgb += crop_start(now.height, side, prep->crop_hf) * now.stride +
-                   crop_start(now.width, side, prep->crop_hf) * 3;
-        now.width = now.height = side;
-        SC_TRY(reserve(&work->square, 3 * to * to));
-        SC_TRY(resize_and_crop(work, &now, to, to, to, prep->crop_hf, work->square.bytes));
-        now = (picture){ to, to, 3 * to, work->square.bytes };
-    }
-    uint64_t size = (uint64_t)prep->size, width = size, height = size;
-    if (now.width < now.height) height = size * now.height / now.width;
-    else width = size * now.width / now.height;
-    return resize_and_crop(work, &now, width, height, (size_t)size, prep->crop_hf, pixels);
+    size_t square = (size_t)prep->square, size = (size_t)prep->size;
+    if (square == 0) return resize_and_crop(&from, size, prep->crop_hf, pixels);
+    size_t side = from.width < from.height ? from.width : from.height;
+    from.rgb += crop_start(from.height, side, prep->crop_hf) * from.stride +
+                crop_start(from.width, side, prep->crop_hf) * 3;
+    from.width = from.height = side;
+    unsigned char *middle = new_array(square, 3 * square);
+    int status = middle ? resize_and_crop(&from, square, prep->crop_hf, middle) : SC_FAILED;
+    from = (picture){ square, square, 3 * square, middle };
+    if (status == SC_OK) status = resize_and_crop(&from, size, prep->crop_hf, pixels);
+    free(middle);
+    return status;
 }
 
-/* pixels: [S, S, 3], chw: [3, S, S] = (v / 255 - mean) / std, each step rounded to float32, as
- * torchvision's ToTensor and Normalize do. */
-void sc_normalise(const sc_preprocess *prep, const unsigned char *pixels, float *chw)
-{
-    size_t area = (size_t)prep->size * (size_t)prep->size;
-    float value[3][256];
-    for (int c = 0; c < 3; c++)
-        for (int v = 0; v < 256; v++) {
-            float scaled = (float)v / 255.0f, shifted = scaled - prep->mean[c];
-            value[c][v] = shifted / prep->std[c];
-        }
-    for (size_t i = 0; i < area; i++)
-        for (size_t c = 0; c < 3; c++) chw[c * area + i] = value[c][pixels[3 * i + c]];
-}
+/* --- Data sets --- */
 
-/* -------------------------------------------------------------------------------------------
- * Data sets
- * ------------------------------------------------------------------------------------------- */
-
-enum { MAX_PATH = 4096, MAX_DEPTH = 16, NAME_BLOCK = 1 << 16 };
-
-/* Names lie packed in blocks: an image costs its name and 16 bytes (48 while the list grows). */
-struct sc_names { struct sc_names *next; size_t used, room; char text[]; };
+/* Names, none longer than a path, lie packed in blocks: an image costs its name and 16 bytes. */
+struct sc_names { struct sc_names *next; size_t used; char text[1 << 16]; };
 
 static char *keep_name(sc_images *set, const char *name)
 {
     size_t bytes = strlen(name) + 1;
-    struct sc_names *block = set->names;
-    if (!block || block->room - block->used < bytes) {
-        size_t room = bytes > NAME_BLOCK ? bytes : NAME_BLOCK;
-        block = new_array(sizeof *block + room, 1);
+    if (!set->names || sizeof set->names->text - set->names->used < bytes) {
+        struct sc_names *block = new_array(1, sizeof *block);
         if (!block) return NULL;
-        block->room = room;
         block->next = set->names;
         set->names = block;
     }
-    char *copy = block->text + block->used;
-    memcpy(copy, name, bytes);
-    block->used += bytes;
-    return copy;
+    char *copy = set->names->text + set->names->used;
+    set->names->used += bytes;
+    return memcpy(copy, name, bytes);
 }
 
-static int add_image(sc_images *set, size_t *capacity, const char *name, int64_t label)
+static int add_image(sc_images *set, const char *name, int64_t label)
 {
-    SC_TRY(grow(&set->image, capacity, set->count, sizeof *set->image));
-    set->image[set->count] = (sc_image){ keep_name(set, name), label };
-    return set->image[set->count++].name ? SC_OK : SC_FAILED;
+    SC_TRY(grow(&set->image, &set->capacity, set->count, sizeof *set->image));
+    set->image[set->count++] = (sc_image){ name, label };
+    return name ? SC_OK : SC_FAILED;
 }
 
-/* The folder a path lies in, which names are relative to; the name is what follows. */
-static int set_root(sc_images *set, const char *path, const char **name)
+/* Names are relative to the folder that a path lies in. Returns the path's last part. */
+static char *set_root(sc_images *set, const char *path)
 {
-    const char *slash = strrchr(path, '/');
-    *name = slash ? slash + 1 : path;
-    set->root = copy_string(slash ? path : ".");
-    if (!set->root) return SC_FAILED;
-    if (slash) set->root[slash == path ? 1 : slash - path] = 0;
-    return SC_OK;
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    set->root = copy_string(path);
+    if (set->root) set->root[name - path] = '\0';
+    return set->root ? keep_name(set, name) : NULL;
 }
 
-static int image_path(const sc_images *set, size_t index, char path[MAX_PATH])
+/* A folder may end with a slash, or be "" where names are the current folder's. */
+static int join_path(const char *folder, const char *name, char path[MAX_PATH])
 {
-    const char *name = set->image[index].name;
-    int whole = *name == '/' || strcmp(set->root, ".") == 0;
-    int length = snprintf(path, MAX_PATH, "%s%s%s", whole ? "" : set->root, whole ? "" : "/", name);
-    return length < MAX_PATH ? SC_OK : fail("%s: the path is too long", name);
+    size_t end = strlen(folder);
+    const char *slash = end > 0 && folder[end - 1] != '/' ? "/" : "";
+    if (*name == '/') folder = slash = "";
+    int length = snprintf(path, MAX_PATH, "%s%s%s", folder, slash, name);
+    return length < MAX_PATH ? SC_OK : fail("%s%s%s: the path is too long", folder, slash, name);
 }
 
-/* A folder's walk: path is root/name, `inside` where the name begins. */
-typedef struct {
-    sc_images *set;
-    size_t capacity, class_capacity, others, inside;
+/* Lists the files below a folder; at the top, folders are classes, to be walked when all are known.
+ * A link to nowhere is a file; one that leads up ends too deep. */
+static int walk_folder(sc_images *set, const char *folder, int64_t label, int depth)
+{
     char path[MAX_PATH];
-} folder_walk;
-
-static int walk_folder(folder_walk *walk, int64_t label, int depth);
-
-/* Makes walk->path go on with /name from `length` on. */
-static int extend_path(folder_walk *walk, size_t length, const char *name)
-{
-    int more = snprintf(walk->path + length, MAX_PATH - length, "/%s", name);
-    if ((size_t)more < MAX_PATH - length) return SC_OK;
-    return fail("%s: the path is longer than %d bytes", walk->path, MAX_PATH - 1);
-}
-
-/* One entry of a folder. At the top, folders are classes, to be walked when all are known. */
-static int walk_entry(folder_walk *walk, int64_t label, int depth)
-{
     struct stat about;
-    sc_images *set = walk->set;
-    int there = stat(walk->path, &about) == 0; /* a link may lead nowhere */
-    if (there && S_ISDIR(about.st_mode)) {
-        if (depth > 0) return walk_folder(walk, label, depth + 1);
-        SC_TRY(grow(&set->class_name, &walk->class_capacity, set->classes, sizeof(char *)));
-        char *name = keep_name(set, walk->path + walk->inside);
-        set->class_name[set->classes] = name;
-        set->classes += name != NULL;
-        return name ? SC_OK : SC_FAILED;
-    }
-    if (!there || !S_ISREG(about.st_mode)) {
-        walk->others++;
-        return SC_OK;
-    }
-    return add_image(set, &walk->capacity, walk->path + walk->inside, label);
-}
-
-/* Lists the regular files below walk->path; hidden ones are not data. A link that leads back to a
- * folder above makes an endless depth. */
-static int walk_folder(folder_walk *walk, int64_t label, int depth)
-{
-    size_t length = strlen(walk->path);
-    int status = SC_OK;
-    if (depth > MAX_DEPTH)
-        return fail("%s: folders lie more than %d deep in each other", walk->path, MAX_DEPTH);
-    DIR *folder = opendir(walk->path);
-    if (!folder) return fail("%s: cannot be opened: %s", walk->path, strerror(errno));
-    while (status == SC_OK) {
-        errno = 0;
-        const struct dirent *entry = readdir(folder);
-        if (!entry) {
-            if (errno) status = fail("%s: cannot be read: %s", walk->path, strerror(errno));
-            break;
-        }
+    const struct dirent *entry;
+    DIR *stream = opendir(folder);
+    if (!stream) return fail("%s: cannot be opened: %s", folder, strerror(errno));
+    int status = depth <= MAX_DEPTH ? SC_OK : fail("%s: lies more than %d deep", folder, MAX_DEPTH);
+    while (status == SC_OK && (errno = 0, entry = readdir(stream)) != NULL) {
         if (entry->d_name[0] == '.') continue;
-        status = extend_path(walk, length, entry->d_name);
-        if (status == SC_OK) status = walk_entry(walk, label, depth);
-        walk->path[length] = 0;
+        if ((status = join_path(folder, entry->d_name, path)) != SC_OK) break;
+        int found = stat(path, &about) == 0, is_folder = found && S_ISDIR(about.st_mode);
+        if (!found || S_ISREG(about.st_mode))
+            status = add_image(set, keep_name(set, path + strlen(set->root)), label);
+        else if (is_folder && depth > 0)
+            status = walk_folder(set, path, label, depth + 1);
+        else if (is_folder)
+            status = grow(&set->class_name, &set->class_capacity, set->classes, sizeof(char *));
+        if (status != SC_OK || !is_folder || depth > 0) continue;
+        set->class_name[set->classes] = keep_name(set, entry->d_name);
+        status = set->class_name[set->classes++] ? SC_OK : SC_FAILED;
     }
-    closedir(folder);
+    if (status == SC_OK && errno) status = fail("%s: cannot be read: %s", folder, strerror(errno));
+    closedir(stream);
     return status;
 }
 
-/* A file that cannot be opened counts as an image: it is an error when its turn comes. */
-static int is_image(const char *path)
+/* Keeps the images among the files listed, those in class folders or the loose ones; if there is
+ * none the list stays as it is. What cannot be opened counts: its turn to be an error will come. */
+static int keep_images(sc_images *set, const char *folder, int in_classes)
 {
-    unsigned char start[MAGIC_BYTES];
-    int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (file < 0) return 1;
-    ssize_t got = pread(file, start, sizeof start, 0);
-    close(file);
-    return got < 0 || format_of(start, (size_t)got);
-}
-
-/* Keeps the images among the files listed, in their order: those in class folders or the loose
- * ones. Returns how many; where there is none the list stays as it is. */
-static size_t keep_images(folder_walk *walk, size_t limit, int in_classes)
-{
-    sc_images *set = walk->set;
     char path[MAX_PATH];
-    size_t kept = 0, others = walk->others;
-    for (size_t i = 0; i < set->count && kept < limit; i++) {
-        int candidate = (set->image[i].label >= 0) == in_classes;
-        if (candidate && image_path(set, i, path) == SC_OK && is_image(path))
-            set->image[kept++] = set->image[i];
-        else others++;
+    const image_format *format;
+    FILE *file;
+    size_t kept = 0, others = 0;
+    for (size_t i = 0; i < set->count && kept < set->limit; i++) {
+        int wanted = (set->image[i].label >= 0) == in_classes;
+        int status = wanted ? join_path(set->root, set->image[i].name, path) : SC_END;
+        if (status == SC_OK && (status = open_image(path, &file, &format)) == SC_OK) fclose(file);
+        if (status == SC_END) others++;
+        else set->image[kept++] = set->image[i];
     }
-    if (kept == 0) return 0;
-    set->count = kept;
-    set->labelled = in_classes;
-    if (others)
-        note("%s: %zu files passed over that are not images%s", set->root, others,
-             in_classes ? " in a class folder" : "");
-    return kept;
+    if (kept > 0 && others > 0)
+        note("%s: %zu files passed over: not images, or beside class folders", folder, others);
+    if (kept > 0) set->count = kept;
+    return kept > 0;
 }
 
 /* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. */
-static int open_folder(sc_images *set, const char *path, size_t limit)
+static int open_folder(sc_images *set, const char *path)
 {
-    folder_walk walk = { .set = set };
-    size_t length = strlen(path);
-    while (length > 1 && path[length - 1] == '/') length--;
-    if (length >= MAX_PATH) return fail("%s: the path is too long", path);
-    memcpy(walk.path, path, length);
-    walk.inside = length + 1;
-    set->root = copy_string(walk.path);
-    if (!set->root) return SC_FAILED;
-    SC_TRY(walk_folder(&walk, -1, 0));
+    char folder[MAX_PATH];
+    SC_TRY(join_path(path, "", folder));
+    if (!set_root(set, folder)) return SC_FAILED;
+    SC_TRY(walk_folder(set, path, -1, 0));
     if (set->classes) qsort(set->class_name, set->classes, sizeof(char *), by_name);
     for (size_t c = 0; c < set->classes; c++) {
-        SC_TRY(extend_path(&walk, length, set->class_name[c]));
-        SC_TRY(walk_folder(&walk, (int64_t)c, 1));
+        SC_TRY(join_path(path, set->class_name[c], folder));
+        SC_TRY(walk_folder(set, folder, (int64_t)c, 1));
     }
-    size_t files = set->count;
-    if (files) qsort(set->image, files, sizeof *set->image, by_name);
-    if (keep_images(&walk, limit, 1)) return SC_OK;
+    if (set->count) qsort(set->image, set->count, sizeof *set->image, by_name);
+    if (keep_images(set, path, 1)) return SC_OK;
+    free(set->class_name);
+    set->class_name = NULL;
     set->classes = 0;
-    if (keep_images(&walk, limit, 0)) return SC_OK;
-    return fail("%s: no image among the %zu files of this folder; FOLDER/<class>/<image> or"
-                " FOLDER/<image> was expected", set->root, files);
+    return keep_images(set, path, 0) ? SC_OK : fail("%s: no image among the %zu files of this"
+           " folder; FOLDER/<class>/<image> or FOLDER/<image> was expected", path, set->count);
 }
 
-/* A class index, as a list or a packed set gives it. */
-static int check_label(const char *path, const char *what, size_t number, int64_t label)
+/* Lines "path" or "path<TAB>label"; a # begins a comment at a line's start or after a blank. */
+static int open_list(sc_images *set, const char *path)
 {
-    if (label >= 0 && label < INT32_MAX) return SC_OK;
-    return fail("%s: the label of %s %zu is not a class index of 0 or more", path, what, number);
-}
-
-/* "path" or "path<TAB>label", with or without a comment; a # begins one at the line's start or
- * after a blank. Leaves *line at the path, or at "" if there is none. */
-static int parse_list_line(const char *path, size_t number, char **line, int64_t *label)
-{
-    char *start = *line + strspn(*line, " \t\r\n"), *end;
-    *label = -1;
-    for (end = start; *end; end++)
-        if (*end == '#' && (end == start || end[-1] == ' ' || end[-1] == '\t')) break;
-    while (end > start && is_blank((unsigned char)end[-1])) end--;
-    *end = 0;
-    *line = start;
-    char *tab = strchr(start, '\t');
-    if (!tab) return SC_OK;
-    *tab++ = 0;
-    errno = 0;
-    long long value = strtoll(tab, &end, 10);
-    if (end == tab || *end || errno) value = -1;
-    *label = (int64_t)value;
-    return check_label(path, "line", number, *label);
-}
-
-static int open_list(sc_images *set, const char *path, size_t limit)
-{
-    char text[MAX_PATH + 64];
-    const char *ignored;
-    size_t capacity = 0, number = 0;
-    int status = set_root(set, path, &ignored), file = open(path, O_RDONLY | O_CLOEXEC);
-    FILE *list = file < 0 ? NULL : fdopen(file, "r");
-    if (!list) {
-        if (file >= 0) close(file);
-        return fail("%s: cannot be opened: %s", path, strerror(errno));
-    }
-    while (status == SC_OK && set->count < limit && fgets(text, sizeof text, list)) {
-        char *line = text;
-        int64_t label;
-        number++;
-        if (strlen(text) + 1 == sizeof text)
-            status = fail("%s: line %zu is longer than a path can be", path, number);
-        if (status == SC_OK) status = parse_list_line(path, number, &line, &label);
+    char text[MAX_PATH + 64], *line, *end, *tab;
+    FILE *list = fopen(path, "r");
+    if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    int status = set_root(set, path) ? SC_OK : SC_FAILED;
+    for (size_t number = 1; status == SC_OK && set->count < set->limit &&
+                            fgets(text, sizeof text, list); number++) {
+        if (strlen(text) + 1 == sizeof text) status = fail("%s: line %zu: too long", path, number);
+        end = line = text + strspn(text, " \t\r\n");
+        while (*end && !(*end == '#' && (end == line || is_blank(end[-1])))) end++;
+        while (end > line && is_blank(end[-1])) end--;
+        *end = '\0';
+        tab = strchr(line, '\t');
+        int64_t label = tab ? (int64_t)strtoll(tab + 1, &end, 10) : -1;
+        if (tab) *tab = '\0';
+        if (tab && (*end || end == tab + 1 || label < 0 || label >= SC_MAX_CLASSES))
+            status = fail("%s: line %zu: the label must be an integer from 0 to %d", path, number,
+                          SC_MAX_CLASSES - 1);
         if (status != SC_OK || !*line) continue;
-        if (set->count == 0) set->labelled = label >= 0;
-        if (set->labelled != (label >= 0))
-            status = fail("%s: line %zu has %s label, unlike the lines before it", path, number,
-                          label < 0 ? "no" : "a");
-        else status = add_image(set, &capacity, line, label);
+        if (set->count > 0 && (set->image[0].label < 0) != (label < 0))
+            status = fail("%s: line %zu: expected labels on every line or on none", path, number);
+        else status = add_image(set, keep_name(set, line), label);
     }
-    if (status == SC_OK && ferror(list))
-        status = fail("%s: cannot be read: %s", path, strerror(errno));
+    if (status == SC_OK && (ferror(list) || set->count == 0))
+        status = fail("%s: %s", path, ferror(list) ? "cannot be read" : "a list without an image");
     fclose(list);
-    if (status == SC_OK && set->count == 0) status = fail("%s: a list without an image", path);
     return status;
 }
 
-/* A list of names in a packed set's metadata; NULL if it is not there. */
-static int packed_names(const sc_images *set, const char *key, char ***names, size_t *count)
-{
-    const char *text = sc_metadata_find(set->packed, key);
-    char what[64];
-    *names = NULL;
-    *count = 0;
-    snprintf(what, sizeof what, "metadata %s", key);
-    return text ? json_string_array(text, what, names, count) : SC_OK;
-}
-
 /* images U8 [N, H, W, 3], labels I64 [N], metadata class_names and file_names. */
-static int open_packed(sc_images *set, const char *path, size_t limit)
+static int open_packed(sc_images *set, const char *path)
 {
     set->packed = new_array(1, sizeof *set->packed);
-    if (!set->packed) return SC_FAILED;
+    if (!set->packed || !set_root(set, path)) return SC_FAILED;
     SC_TRY(sc_safetensors_open(set->packed, path));
     const sc_tensor *images = sc_tensor_find(set->packed, "images");
     const sc_tensor *labels = sc_tensor_find(set->packed, "labels");
-    if (!images || images->dtype != SC_U8 || images->rank != 4 || images->shape[3] != 3)
-        return fail("%s: not a packed set: a tensor 'images' U8 [N, H, W, 3] was expected", path);
-    if (images->bytes == 0 || images->shape[1] > MAX_PIXELS / images->shape[2])
-        return fail("%s: packed images %zu x %zu x %zu: none, or too large", path, images->shape[0],
-                    images->shape[1], images->shape[2]);
-    size_t count = images->shape[0], names = 0;
+    const char *class_names = sc_metadata_find(set->packed, "class_names");
+    const char *file_names = sc_metadata_find(set->packed, "file_names");
+    if (!images || images->dtype != SC_U8 || images->rank != 4 || images->bytes == 0 ||
+        images->shape[1] > MAX_PIXELS / images->shape[2] || images->shape[3] != 3)
+        return fail("%s: a tensor images U8 [N, H, W, 3], not empty nor huge, was expected", path);
+    size_t count = images->shape[0], names = count;
+    if (class_names) SC_TRY(json_string_array(class_names, path, &set->class_name, &set->classes));
+    if (file_names) SC_TRY(json_string_array(file_names, path, &set->file_name, &names));
+    if (names != count) return fail("%s: %zu file_names for %zu images", path, names, count);
     if (labels && (labels->dtype != SC_I64 || labels->rank != 1 || labels->count != count))
-        return fail("%s: 'labels' must be I64 [%zu], a label an image", path, count);
-    SC_TRY(packed_names(set, "class_names", &set->class_name, &set->classes));
-    SC_TRY(packed_names(set, "file_names", &set->file_name, &names));
-    if (set->file_name && names != count)
-        return fail("%s: %zu file_names for %zu images", path, names, count);
-    set->root = copy_string(path);
-    set->count = count < limit ? count : limit;
-    set->image = new_array(set->count, sizeof *set->image);
-    set->labelled = labels != NULL;
-    if (!set->root || !set->image) return SC_FAILED;
-    for (size_t i = 0; i < set->count; i++) {
-        set->image[i] = (sc_image){ set->file_name ? set->file_name[i] : "", -1 };
-        if (!labels) continue;
-        SC_TRY(sc_tensor_integers(set->packed, labels, i, 1, &set->image[i].label));
-        SC_TRY(check_label(path, "image", i, set->image[i].label));
-        if (set->class_name && (uint64_t)set->image[i].label >= set->classes)
-            return fail("%s: image %zu has label %jd, but there are %zu class_names", path, i,
-                        (intmax_t)set->image[i].label, set->classes);
+        return fail("%s: a tensor labels I64 [%zu] was expected", path, count);
+    size_t most = class_names ? set->classes : SC_MAX_CLASSES;
+    for (size_t i = 0; i < count && i < set->limit; i++) {
+        int64_t label = -1;
+        if (labels) SC_TRY(sc_tensor_integers(set->packed, labels, i, 1, &label));
+        if (labels && (uint64_t)label >= most)
+            return fail("%s: the label of image %zu is none of the %zu classes", path, i, most);
+        SC_TRY(add_image(set, file_names ? set->file_name[i] : "", label));
     }
     return SC_OK;
 }
 
-static int has_suffix(const char *path, const char *suffix)
-{
-    size_t length = strlen(path), end = strlen(suffix);
-    return length > end && strcmp(path + length - end, suffix) == 0;
-}
-
-static int open_set(sc_images *set, const char *path, size_t limit)
-{
-    struct stat about;
-    size_t capacity = 0;
-    const char *name;
-    if (strcmp(path, "-") == 0) {
-        set->count = SC_UNKNOWN;
-        return SC_OK;
-    }
-    if (stat(path, &about) != 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
-    if (S_ISDIR(about.st_mode)) return open_folder(set, path, limit);
-    if (!S_ISREG(about.st_mode))
-        return fail("%s: not a file or folder; a stream of PNM pictures is read from -", path);
-    if (has_suffix(path, ".txt")) return open_list(set, path, limit);
-    if (has_suffix(path, ".safetensors")) return open_packed(set, path, limit);
-    if (!is_image(path))
-        return fail("%s: not an image; expected one, a folder, a list (*.txt), a packed set"
-                    " (*.safetensors) or -", path);
-    SC_TRY(set_root(set, path, &name));
-    return add_image(set, &capacity, name, -1);
-}
-
-/* Names relative to the root, labels, class names, N: a folder moved or packed keeps its digest. */
-static uint64_t digest_of_set(const sc_images *set)
-{
-    digest64 digest = { 0 };
-    digest64_number(&digest, set->count);
-    digest64_number(&digest, set->class_name ? set->classes : 0);
-    for (size_t c = 0; set->class_name && c < set->classes; c++)
-        digest64_add(&digest, set->class_name[c], strlen(set->class_name[c]) + 1);
-    for (size_t i = 0; i < set->count; i++) {
-        digest64_add(&digest, set->image[i].name, strlen(set->image[i].name) + 1);
-        digest64_number(&digest, (uint64_t)set->image[i].label);
-    }
-    return digest64_value(&digest);
-}
-
-/* limit: how many images to take, 0 for all. */
+/* The digest is of N, classes, labels, and names below the root: moving or packing keeps it. */
 int sc_images_open(sc_images *set, const char *path, size_t limit)
 {
+    const char *suffix = strrchr(path, '.') ? strrchr(path, '.') : "";
+    const image_format *format;
+    struct stat about;
+    digest64 digest = { 0 };
+    FILE *file;
     *set = (sc_images){ .limit = limit ? limit : SIZE_MAX };
-    int status = open_set(set, path, set->limit);
-    if (status != SC_OK) {
-        sc_images_close(set);
-        return status;
-    }
+    if (strcmp(path, "-") == 0) set->count = SC_UNKNOWN;
     if (set->count == SC_UNKNOWN) return SC_OK;
-    if (set->classes == 0) {                   /* no labels, or a list's, which are numbers */
-        free(set->class_name);
-        set->class_name = NULL;
+    int status = stat(path, &about) == 0 && S_ISDIR(about.st_mode) ? open_folder(set, path)
+               : strcmp(suffix, ".txt") == 0 ? open_list(set, path)
+               : strcmp(suffix, ".safetensors") == 0 ? open_packed(set, path) : SC_END;
+    if (status == SC_END && open_image(path, &file, &format) == SC_OK) {
+        fclose(file);
+        status = add_image(set, set_root(set, path), -1);
     }
-    if (!set->class_name)
-        for (size_t i = 0; i < set->count; i++)
-            if (set->image[i].label >= (int64_t)set->classes)
-                set->classes = (size_t)set->image[i].label + 1;
-    set->digest = digest_of_set(set);
-    return SC_OK;
+    digest64_number(&digest, set->count);
+    digest64_number(&digest, set->classes);
+    for (size_t c = 0; c < set->classes && status == SC_OK; c++)
+        digest64_add(&digest, set->class_name[c], strlen(set->class_name[c]) + 1);
+    set->labelled = status == SC_OK && set->image[0].label != -1;
+    for (size_t i = 0; i < set->count && status == SC_OK; i++) {
+        const sc_image *image = &set->image[i];
+        if (image->label >= (int64_t)set->classes) set->classes = (size_t)image->label + 1;
+        digest64_add(&digest, image->name, strlen(image->name) + 1);
+        digest64_number(&digest, (uint64_t)image->label);
+    }
+    if (status != SC_OK) sc_images_close(set);
+    else set->digest = digest64_value(&digest);
+    return status == SC_OK ? SC_OK : SC_FAILED;
 }
 
 void sc_images_close(sc_images *set)
 {
-    for (struct sc_names *block = set->names, *next; block; block = next) {
-        next = block->next;
-        free(block);
-    }
+    for (struct sc_names *block; (block = set->names) != NULL; free(block))
+        set->names = block->next;
     if (set->packed) sc_safetensors_close(set->packed);
     free(set->packed);
     free(set->file_name);
@@ -3363,224 +2612,132 @@ void sc_images_close(sc_images *set)
     *set = (sc_images){ 0 };
 }
 
-/* pixels: [S, S, 3] of one image of the set. */
-static int load_image(image_workspace *work, const sc_images *set, size_t index,
+/* pixels: [S, S, 3] of image `index`, or of a stream's next */
+static int load_image(const sc_images *set, size_t index, image_source *stream,
                       const sc_preprocess *prep, unsigned char *pixels)
 {
+    image_source source = { 0 };
     picture found;
     char path[MAX_PATH];
+    int status = SC_OK;
     if (set->packed) {
         const sc_tensor *images = sc_tensor_find(set->packed, "images");
         size_t height = images->shape[1], width = images->shape[2];
         found = (picture){ width, height, 3 * width, images->data + index * height * width * 3 };
+    } else if (set->count == SC_UNKNOWN) {
+        status = pnm_read(stream, &found);
     } else {
-        SC_TRY(image_path(set, index, path));
-        SC_TRY(picture_read(path, work, &found));
+        status = join_path(set->root, set->image[index].name, path);
+        if (status == SC_OK) status = read_picture(path, &source, &found);
     }
-    return preprocess(work, &found, prep, pixels);
+    if (status == SC_OK && preprocess(found, prep, pixels) != SC_OK) status = MACHINE_FAILED;
+    free(source.rgb);
+    return status;
 }
 
 int sc_image_load(const sc_images *set, size_t index, const sc_preprocess *prep,
                   unsigned char *pixels)
 {
-    image_workspace work = { 0 };
     if (set->count == SC_UNKNOWN || index >= set->count)
         return usage("image %zu of a set of %zu was asked for", index, set->count);
-    int status = load_image(&work, set, index, prep, pixels);
-    workspace_free(&work);
-    return status == SC_OK ? SC_OK : SC_FAILED;
+    return load_image(set, index, NULL, prep, pixels) == SC_OK ? SC_OK : SC_FAILED;
 }
 
-/* -------------------------------------------------------------------------------------------
- * A reader that keeps ahead: its threads fill a ring of slots, the consumer empties it in order
- * ------------------------------------------------------------------------------------------- */
+/* --- Many images in any order: as many as there are slots are loaded at once, by the pool --- */
 
-/* The image of draw 0, 1, ...; SC_END when there are no more. Called in order and one at a time,
- * but by the reader's threads. */
+/* The image of draw 0, 1, ...; SC_END when there are no more. */
 typedef int draw_function(void *context, size_t draw, size_t *image);
 
 typedef struct {
     size_t draw, image;                        /* image: index in the set; a stream counts */
     unsigned char *pixels;                     /* [S, S, 3] */
-    int ready, status;
-    char reason[sizeof error_text];
+    int status; char reason[sizeof error_text];
 } image_slot;
 
 typedef struct {
-    const sc_images *set;
-    sc_preprocess prep;
-    draw_function *order;
-    void *context;
-    int skip_bad, threads, open;
-    int held, ended;                           /* the consumer has a slot; no more draws */
-    size_t slots, drawn, taken;                /* taken: slots that the consumer gave back */
-    size_t bad_in_a_row;
-    image_slot *slot;                          /* [slots]; draw d is in slot d % slots */
-    pthread_t *thread;                         /* [threads] */
-    unsigned char *named;                      /* [count]: bad images named already */
-    byte_source stream;
-    atomic_int stop;
-    pthread_mutex_t lock;
-    pthread_cond_t filled, emptied;
+    const sc_images *set; sc_preprocess prep;
+    draw_function *order; void *context;
+    int skip_bad;
+    size_t slots, loaded, next, drawn;
+    size_t bad, bytes;                         /* images named as bad; of a slot's pixels */
+    image_slot *slot;                          /* [slots], of which `loaded` are filled */
+    unsigned char *pixels, *named;             /* [slots, S, S, 3]; [count], 1: named */
+    image_source stream;                       /* standard input, if file is not NULL */
 } image_reader;
 
-static int next_draw(image_reader *reader, image_slot *slot)
+static int load_task(void *context, size_t task, int worker)
 {
-    slot->draw = slot->image = reader->drawn;
-    if (reader->order && reader->set->count != SC_UNKNOWN) {
-        int status = reader->order(reader->context, slot->draw, &slot->image);
-        return status == SC_OK || status == SC_END ? status : MACHINE_FAILED;
-    }
-    size_t end = reader->set->count == SC_UNKNOWN ? reader->set->limit : reader->set->count;
-    return slot->draw < end ? SC_OK : SC_END;
+    image_reader *reader = context;
+    image_slot *slot = &reader->slot[task];
+    (void)worker;
+    slot->pixels = reader->pixels + task * reader->bytes;
+    slot->status = load_image(reader->set, slot->image, &reader->stream, &reader->prep,
+                              slot->pixels);
+    if (slot->status != SC_OK) strcpy(slot->reason, error_text);
+    return SC_OK;                              /* an error waits for its turn */
 }
 
-static int load_slot(image_reader *reader, image_workspace *work, image_slot *slot)
+static int load_slots(image_reader *reader)
 {
-    picture found;
-    if (reader->set->count != SC_UNKNOWN)
-        return load_image(work, reader->set, slot->image, &reader->prep, slot->pixels);
-    SC_TRY(reserve(&work->block, READ_BLOCK));
-    reader->stream.block = work->block.bytes;
-    SC_TRY(pnm_read(&reader->stream, &work->picture, &found));
-    return preprocess(work, &found, &reader->prep, slot->pixels);
-}
-
-static void *reader_main(void *argument)
-{
-    image_reader *reader = argument;
-    image_workspace work = { .stop = &reader->stop };
-    pthread_mutex_lock(&reader->lock);
-    for (;;) {
-        while (!reader->ended && !reader->stop && reader->drawn - reader->taken == reader->slots)
-            pthread_cond_wait(&reader->emptied, &reader->lock);
-        if (reader->ended || reader->stop) break;
-        image_slot *slot = &reader->slot[reader->drawn % reader->slots];
-        slot->ready = 0;
-        slot->status = next_draw(reader, slot);
+    size_t end = reader->stream.file ? reader->set->limit : reader->set->count;
+    int status = SC_OK;
+    for (reader->next = reader->loaded = 0; reader->loaded < reader->slots; reader->loaded++) {
+        image_slot *slot = &reader->slot[reader->loaded];
+        slot->draw = slot->image = reader->drawn;
+        if (!reader->order) status = reader->drawn < end ? SC_OK : SC_END;
+        else status = reader->order(reader->context, slot->draw, &slot->image);
+        if (status != SC_OK) break;
         reader->drawn++;
-        if (slot->status == SC_OK) {
-            pthread_mutex_unlock(&reader->lock);
-            slot->status = load_slot(reader, &work, slot);
-            pthread_mutex_lock(&reader->lock);
-            if (slot->status != SC_OK && reader->set->count == SC_UNKNOWN) reader->ended = 1;
-        } else {
-            reader->ended = 1;
-        }
-        if (slot->status != SC_OK) strcpy(slot->reason, error_text);
-        slot->ready = 1;
-        pthread_cond_broadcast(&reader->filled);
-        pthread_cond_broadcast(&reader->emptied);
     }
-    pthread_mutex_unlock(&reader->lock);
-    workspace_free(&work);
-    return NULL;
+    return reader->loaded ? parallel_for(reader->loaded, load_task, reader) : status;
+}
+
+/* The next picture in order, or SC_END; it is the caller's until the next call. With skip_bad a bad
+ * one is named, once, and passed over; where all are bad we fail: the order may be endless. */
+static int reader_next(image_reader *reader, const image_slot **next)
+{
+    for (;; reader->next++) {
+        if (reader->next == reader->loaded) SC_TRY(load_slots(reader));
+        const image_slot *slot = *next = &reader->slot[reader->next];
+        if (slot->status == SC_OK) break;
+        strcpy(error_text, slot->reason);
+        if (slot->status == SC_END) return SC_END;
+        if (slot->status == MACHINE_FAILED || !reader->skip_bad) return SC_FAILED;
+        if (!reader->named[slot->image]) note("%s; passed over", slot->reason);
+        reader->bad += !reader->named[slot->image];
+        reader->named[slot->image] = 1;
+        if (reader->bad == reader->set->count)
+            return fail("%s; none of %zu images could be read", slot->reason, reader->bad);
+    }
+    reader->next++;
+    return SC_OK;
 }
 
 static void reader_close(image_reader *reader)
 {
-    if (!reader->open) return;
-    pthread_mutex_lock(&reader->lock);
-    atomic_store(&reader->stop, 1);
-    pthread_cond_broadcast(&reader->emptied);
-    pthread_mutex_unlock(&reader->lock);
-    for (int i = 0; i < reader->threads; i++) pthread_join(reader->thread[i], NULL);
-    for (size_t i = 0; reader->slot && i < reader->slots; i++) free(reader->slot[i].pixels);
+    free(reader->stream.rgb);
     free(reader->slot);
-    free(reader->thread);
+    free(reader->pixels);
     free(reader->named);
-    pthread_mutex_destroy(&reader->lock);
-    pthread_cond_destroy(&reader->filled);
-    pthread_cond_destroy(&reader->emptied);
-    reader->open = 0;
+    *reader = (image_reader){ 0 };
 }
 
-/* Signals are the main thread's to take. */
-static int start_readers(image_reader *reader, int threads)
-{
-    sigset_t all, before;
-    int error = 0;
-    sigfillset(&all);
-    pthread_sigmask(SIG_BLOCK, &all, &before);
-    while (reader->threads < threads && !error) {
-        error = pthread_create(&reader->thread[reader->threads], NULL, reader_main, reader);
-        reader->threads += !error;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return error ? fail("a reading thread could not be started: %s", strerror(error)) : SC_OK;
-}
-
-/* order NULL: every image once, in the set's order. A stream has one thread and no other order. */
+/* order NULL: the set's own, once; a stream has no other. threads: of the pool. */
 static int reader_open(image_reader *reader, const sc_images *set, const sc_preprocess *prep,
                        draw_function *order, void *context, int threads, int skip_bad)
 {
-    int stream = set->count == SC_UNKNOWN, status = SC_OK;
-    if (threads < 1 || stream) threads = 1;
-    memset(reader, 0, sizeof *reader);
-    reader->set = set;
-    reader->prep = *prep;
-    reader->order = order;
-    reader->context = context;
-    reader->skip_bad = skip_bad && !stream;
-    reader->bad_in_a_row = set->count;
-    reader->slots = 2 * (size_t)threads + 2;
-    reader->stream = (byte_source){ .name = "standard input", .stop = &reader->stop };
-    pthread_mutex_init(&reader->lock, NULL);
-    pthread_cond_init(&reader->filled, NULL);
-    pthread_cond_init(&reader->emptied, NULL);
-    reader->open = 1;
+    int stream = set->count == SC_UNKNOWN;
+    size_t slots = stream || threads < 1 ? 1 : 4 * (size_t)threads, size = (size_t)prep->size;
+    *reader = (image_reader){ .set = set, .prep = *prep, .order = stream ? NULL : order,
+                              .context = context, .skip_bad = skip_bad && !stream,
+                              .slots = slots, .bytes = size * size * 3,
+                              .stream = { "standard input", stream ? stdin : NULL, NULL, 0 } };
     reader->slot = new_array(reader->slots, sizeof *reader->slot);
-    reader->thread = new_array((size_t)threads, sizeof *reader->thread);
-    reader->named = new_array(reader->skip_bad ? set->count : 0, 1);
-    if (!reader->slot || !reader->thread || !reader->named) status = SC_FAILED;
-    for (size_t i = 0; i < reader->slots && status == SC_OK; i++) {
-        reader->slot[i].pixels = new_array((size_t)prep->size * (size_t)prep->size, 3);
-        if (!reader->slot[i].pixels) status = SC_FAILED;
-    }
-    if (status == SC_OK) status = start_readers(reader, threads);
-    if (status != SC_OK) reader_close(reader);
-    return status;
-}
-
-static void give_back(image_reader *reader)
-{
-    reader->taken++;
-    pthread_cond_broadcast(&reader->emptied);
-}
-
-/* Names a bad image, the first time. An endless order of nothing but bad ones must end: after two
- * rounds, or one if there was no good one before (the count starts at one round). */
-static int pass_over(image_reader *reader, const image_slot *slot)
-{
-    if (!reader->named[slot->image]) note("%s; passed over", slot->reason);
-    reader->named[slot->image] = 1;
-    if (++reader->bad_in_a_row >= 2 * reader->set->count)
-        return fail("%s: none of %zu images could be read", reader->set->root, reader->set->count);
-    return SC_OK;
-}
-
-/* The next picture in order, or SC_END; *slot is the caller's until the next call. A bad image's
- * error comes when its turn does. */
-static int reader_next(image_reader *reader, const image_slot **slot)
-{
-    int status;
-    pthread_mutex_lock(&reader->lock);
-    if (reader->held) give_back(reader);
-    for (;;) {
-        *slot = &reader->slot[reader->taken % reader->slots];
-        while (reader->drawn == reader->taken || !(*slot)->ready)
-            pthread_cond_wait(&reader->filled, &reader->lock);
-        status = (*slot)->status;
-        if (status != SC_OK) strcpy(error_text, (*slot)->reason);
-        if (status != SC_FAILED || !reader->skip_bad) break;
-        status = pass_over(reader, *slot);
-        if (status != SC_OK) break;
-        give_back(reader);
-    }
-    reader->held = status == SC_OK;
-    if (reader->held) reader->bad_in_a_row = 0;
-    pthread_mutex_unlock(&reader->lock);
-    return status == MACHINE_FAILED ? SC_FAILED : status;
+    reader->pixels = new_array(reader->slots, reader->bytes);
+    reader->named = new_array(stream ? 0 : set->count, 1);
+    if (reader->slot && reader->pixels && reader->named) return SC_OK;
+    reader_close(reader);
+    return SC_FAILED;
 }
 
 /* ============================================================================================
@@ -3712,37 +2869,31 @@ static int load_block(void *context, size_t block, int worker)
     return SC_OK;
 }
 
-/* text_embeds [C, P], rows to unit length: what images' embeddings are compared with. */
-static int load_text(sc_model *model)
-{
-    const sc_tensor *text = sc_tensor_find(&model->file, "text_embeds");
-    if (!text) return SC_OK;
-    if (text->rank != 2 || text->shape[1] != model->outputs || text->shape[0] == 0)
-        return fail("%s: text_embeds should be [classes, %zu], the width of the projection",
-                    model->file.path, model->outputs);
-    size_t P = padded(model->outputs);
-    model->classes = text->shape[0];
-    model->text = new_array(model->classes, P * sizeof *model->text);
-    if (!model->text) return SC_FAILED;
-    for (size_t c = 0; c < model->classes; c++) {
-        SC_TRY(sc_tensor_floats(&model->file, text, c * model->outputs, model->outputs,
-                                model->text + c * P));
-        kernels->unit_row(model->text + c * P, P);
-    }
-    return SC_OK;
-}
-
-/* The final norm, the projection or classifier, the class prompts' embeddings. */
+/* The final norm, the projection or classifier, and the class prompts' embeddings text_embeds
+ * [C, P], rows to unit length: what images' embeddings are compared with. */
 static int load_head(sc_model *model)
 {
     const sc_tensor *head = find_layer(model, HEAD, 0, 0);
+    const sc_tensor *text = sc_tensor_find(&model->file, "text_embeds");
     if (!head || head->rank != 2)
         return fail("%s: this model has no head (%s [outputs, width] was expected)",
                     model->file.path, layers[HEAD].name[model->naming]);
-    model->outputs = model->classes = head->shape[model->naming == OPENAI ? 1 : 0];
+    size_t outputs = head->shape[model->naming == OPENAI ? 1 : 0], P = padded(outputs);
+    model->outputs = model->classes = outputs;
     SC_TRY(read_layer(model, POST, 0));
     SC_TRY(read_layer(model, HEAD, 0));
-    return load_text(model);
+    if (!text) return SC_OK;
+    if (text->rank != 2 || text->shape[1] != outputs || text->shape[0] == 0)
+        return fail("%s: text_embeds should be [classes, %zu], the width of the projection",
+                    model->file.path, outputs);
+    model->classes = text->shape[0];
+    if (!(model->text = new_array(model->classes, P * sizeof *model->text))) return SC_FAILED;
+    for (size_t c = 0; c < model->classes; c++) {
+        float *row = model->text + c * P;
+        SC_TRY(sc_tensor_floats(&model->file, text, c * outputs, outputs, row));
+        kernels->unit_row(row, P);
+    }
+    return SC_OK;
 }
 
 /* Sizes from shapes. */
@@ -3755,19 +2906,16 @@ static int measure_model(sc_model *model)
         || patch->shape[2] == 0 || patch->shape[2] > 1024 || patch->shape[0] == 0
         || patch->shape[0] > SC_MAX_WIDTH)
         return fail("%s: the patch embedding's weight should be [width, 3, patch, patch]", path);
-    model->width = patch->shape[0];
+    size_t D = model->width = patch->shape[0];
     model->patch = patch->shape[2];
-    if (!positions || positions->rank < 2 || positions->shape[positions->rank - 1] != model->width)
-        return fail("%s: the position embedding should be [tokens, %zu]", path, model->width);
-    model->tokens = positions->count / model->width;
-    while ((model->grid + 1) * (model->grid + 1) < model->tokens) model->grid++;
-    if (model->tokens < 2 || model->tokens > SC_MAX_TOKENS
-        || model->grid * model->grid + 1 != model->tokens)
-        return fail("%s: %zu positions are not a class token and a square of patches", path,
-                    model->tokens);
-    if (!fc1 || fc1->rank != 2 || fc1->shape[1] != model->width || fc1->shape[0] > SC_MAX_WIDTH)
-        return fail("%s: the first layer of block 0's MLP should be [hidden, %zu]", path,
-                    model->width);
+    if (!positions || positions->rank < 2 || positions->shape[positions->rank - 1] != D)
+        return fail("%s: the position embedding should be [tokens, %zu]", path, D);
+    size_t T = model->tokens = positions->count / D;
+    while ((model->grid + 1) * (model->grid + 1) < T) model->grid++;
+    if (T < 2 || T > SC_MAX_TOKENS || model->grid * model->grid + 1 != T)
+        return fail("%s: %zu positions are not a class token and a square of patches", path, T);
+    if (!fc1 || fc1->rank != 2 || fc1->shape[1] != D || fc1->shape[0] > SC_MAX_WIDTH)
+        return fail("%s: the first layer of block 0's MLP should be [hidden, %zu]", path, D);
     model->hidden = fc1->shape[0];
     model->image_size = model->grid * model->patch;
     while (find_layer(model, NORM1, model->blocks, 0)) model->blocks++;
@@ -3780,11 +2928,11 @@ enum setting { GELU, EPSILON, HEADS, MEAN, STD, SETTINGS };
 static int apply_setting(sc_model *model, enum setting setting, const char *what, const char *text)
 {
     double number = 0;
-    if (setting == MEAN) return parse_triple(text, what, model->mean);
-    if (setting == STD) {
-        SC_TRY(parse_triple(text, what, model->std));
-        for (int c = 0; c < 3; c++)
-            if (!(model->std[c] > 0)) return usage("%s: a deviation is not positive", what);
+    if (setting == MEAN || setting == STD) {
+        float *value = setting == MEAN ? model->mean : model->std;
+        SC_TRY(parse_triple(text, what, value));
+        if (setting == STD && !(value[0] > 0 && value[1] > 0 && value[2] > 0))
+            return usage("%s: a deviation is not positive", what);
     } else if (setting == EPSILON) {
         SC_TRY(parse_number(text, what, 0, 1, &number));
         model->epsilon = (float)number;
@@ -3808,25 +2956,25 @@ static int read_settings(sc_model *model, const sc_model_options *given)
 {
     int plain = model->naming == TIMM && !find_layer(model, PRE, 0, 0);
     char heads[24], assumed[256] = "", reason[sizeof error_text];
-    const struct { const char *text, *option, *key, *usual; } settings[SETTINGS] = {
-        { given->gelu, "--gelu", "hidden_act", plain ? "gelu" : "quick_gelu" },
-        { given->epsilon, "--eps", "layer_norm_eps", plain ? "1e-6" : "1e-5" },
-        { given->heads, "--heads", "num_attention_heads", heads },
-        { given->mean, "--mean", "image_mean", "0.48145466,0.4578275,0.40821073" },
-        { given->std, "--std", "image_std", "0.26862954,0.26130258,0.27577711" } };
+    const struct { const char *option, *given, *key, *usual; } settings[SETTINGS] = {
+        { "--gelu", given->gelu, "hidden_act", plain ? "gelu" : "quick_gelu" },
+        { "--eps", given->epsilon, "layer_norm_eps", plain ? "1e-6" : "1e-5" },
+        { "--heads", given->heads, "num_attention_heads", heads },
+        { "--mean", given->mean, "image_mean", "0.48145466,0.4578275,0.40821073" },
+        { "--std", given->std, "image_std", "0.26862954,0.26130258,0.27577711" } };
     snprintf(heads, sizeof heads, "%zu", model->width / 64);
     for (enum setting i = 0; i < SETTINGS; i++) {
-        const char *text = settings[i].text, *what = text ? settings[i].option : settings[i].key;
-        const char *saved = sc_metadata_find(&model->file, settings[i].key);
+        const char *key = settings[i].key, *saved = sc_metadata_find(&model->file, key);
+        const char *text = saved ? saved : settings[i].usual;
         size_t used = strlen(assumed);
-        if (!text) text = saved ? saved : settings[i].usual;
-        if (text == settings[i].usual)
-            snprintf(assumed + used, sizeof assumed - used, ", %s %s", settings[i].key, text);
-        int status = apply_setting(model, i, what, text);
-        if (settings[i].text) SC_TRY(status);
+        if (settings[i].given) {
+            SC_TRY(apply_setting(model, i, settings[i].option, settings[i].given));
+            continue;
+        }
+        if (!saved) snprintf(assumed + used, sizeof assumed - used, ", %s %s", key, text);
+        if (apply_setting(model, i, key, text) == SC_OK) continue;
         memcpy(reason, error_text, sizeof reason);
-        if (status != SC_OK)
-            return fail("%s: %s %.900s", model->file.path, saved ? "metadata" : "assumed", reason);
+        return fail("%s: %s %.900s", model->file.path, saved ? "metadata" : "assumed", reason);
     }
     if (*assumed) note("%s does not say, assumed: %s", model->file.path, assumed + 2);
     return SC_OK;
@@ -3836,12 +2984,11 @@ static int read_settings(sc_model *model, const sc_model_options *given)
 static int naming_of(const sc_safetensors *file)
 {
     char name[NAME_LENGTH];
-    int naming = 0;
-    for (; naming < NAMINGS; naming++) {
+    for (int naming = 0; naming < NAMINGS; naming++) {
         spell_name(name, naming, CLASS_TOKEN, 0, 0, 'q');
-        if (sc_tensor_find(file, name)) break;
+        if (sc_tensor_find(file, name)) return naming;
     }
-    return naming;
+    return NAMINGS;
 }
 
 int sc_model_open(sc_model *model, const char *path, const sc_model_options *given)
@@ -3890,11 +3037,8 @@ static const char *const hook_names[] = { "attn", "mlp", "resid" };
 
 static int parse_hook(const char *text, sc_hook *hook)
 {
-    for (int i = 0; i < 3; i++)
-        if (strcmp(text, hook_names[i]) == 0) {
-            *hook = (sc_hook)i;
-            return SC_OK;
-        }
+    for (*hook = SC_ATTN; *hook <= SC_RESID; ++*hook)
+        if (strcmp(text, hook_names[*hook]) == 0) return SC_OK;
     return usage("hook '%s' is none of attn, mlp, resid", text);
 }
 
@@ -4227,20 +3371,28 @@ static int open_activations(feed *f, const char *path, size_t limit)
     f->images = a->shape[0];
     f->T = a->shape[1];
     f->D = a->shape[2];
-    f->first_patch = tokens && strcmp(tokens, "all") != 0 ? 0 : 1;
+    f->first_patch = !tokens || strcmp(tokens, "patches") != 0;  /* of "cls" no token is a patch */
     if (f->D > SC_MAX_WIDTH || f->T > SC_MAX_TOKENS)
         return fail("%s: activations of %zu tokens x %zu are too large", path, f->T, f->D);
     SC_TRY(read_feed_labels(f));
-    if (limit && limit < f->images) f->images = limit;
+    if (limit && limit < f->images) {
+        f->images = limit;
+        f->digest = digest64_step(f->digest, limit);         /* it is not the whole data set */
+    }
     return SC_OK;
 }
 
-static int open_photos(feed *f, const options *o, const char *images)
+/* How a model or a packed set wants its pictures. */
+static sc_preprocess preprocess_for(const options *o, size_t side)
 {
-    const sc_model_options settings = { .gelu = o->gelu, .epsilon = o->epsilon, .heads = o->heads,
-                                        .mean = o->mean, .std = o->std };
-    SC_TRY(sc_images_open(&f->set, images, o->limit));
-    SC_TRY(sc_model_open(&f->model, o->model, &settings));
+    return (sc_preprocess){ .size = (int)side, .square = (int)o->square,
+                            .crop_hf = strcmp(o->crop, "hf") == 0 };
+}
+
+static int open_photos(feed *f, const options *o)
+{
+    SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
+    SC_TRY(sc_model_open(&f->model, o->model, &o->settings));
     f->images = f->set.count;
     f->T = f->model.tokens;
     f->D = f->model.width;
@@ -4249,17 +3401,16 @@ static int open_photos(feed *f, const options *o, const char *images)
     f->class_name = f->set.class_name;
     f->digest = f->set.digest;
     f->skip_bad = o->skip_bad;
-    f->preprocess = (sc_preprocess){ .size = (int)f->model.image_size, .square = o->square,
-                                     .crop_hf = o->crop && strcmp(o->crop, "hf") == 0 };
+    f->preprocess = preprocess_for(o, f->model.image_size);
     return SC_OK;
 }
 
 /* Opens DATA: saved activations (--acts), or images through a model. */
-static int open_feed(feed *f, const options *o, const char *images)
+static int open_feed(feed *f, const options *o)
 {
     *f = (feed){ 0 };
-    if (o->acts && !images) SC_TRY(open_activations(f, o->acts, o->limit));
-    else if (images && o->model) SC_TRY(open_photos(f, o, images));
+    if (o->acts && !o->operand[0]) SC_TRY(open_activations(f, o->acts, (size_t)o->limit));
+    else if (o->operand[0] && o->model) SC_TRY(open_photos(f, o));
     else return usage("no data: give --acts FILE, or -m MODEL and IMAGES");
     f->stride = padded(f->D);
     while ((f->grid + 1) * (f->grid + 1) <= f->T - f->first_patch) f->grid++;
@@ -4284,7 +3435,6 @@ static int add_tap(feed *f, long layer, sc_hook hook, size_t *place)
     return SC_OK;
 }
 
-/* Options overrule what an SAE's file says. */
 static int overrule_sae(sc_sae *sae, const options *o)
 {
     if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
@@ -4293,8 +3443,8 @@ static int overrule_sae(sc_sae *sae, const options *o)
         return fail("--k %zu is more than the %zu latents", sae->k, sae->d_sae);
     if (sae->topk && (sae->k == 0 || sae->k > sae->d_sae))
         return fail("%s: a TopK SAE whose k is not from 1 to %zu (--k)", sae->path, sae->d_sae);
-    if (o->hook)
-        for (sae->hook = 0; strcmp(o->hook, hook_names[sae->hook]) != 0;) sae->hook++;
+    sc_hook hook = SC_MLP;
+    if (o->hook && parse_hook(o->hook, &hook) == SC_OK) sae->hook = (int)hook;
     return SC_OK;
 }
 
@@ -4305,8 +3455,7 @@ static int check_origin(const feed *f, const sc_sae *sae, const options *o)
     const char *layer = sc_metadata_find(&f->file, "layer");
     const char *hook = sc_metadata_find(&f->file, "hook");
     if (sae->d_in != f->D)
-        return fail("%s: an SAE of width %zu, but the activations have %zu", sae->path, sae->d_in,
-                    f->D);
+        return fail("%s: an SAE of width %zu, but activations of %zu", sae->path, sae->d_in, f->D);
     if (layer && sae->layer && !o->layer && strtoul(layer, NULL, 10) != sae->layer)
         return fail("%s: activations of layer %s where layer %zu was expected", f->file.path, layer,
                     sae->layer);
@@ -4328,8 +3477,7 @@ static int tap_for(feed *f, const sc_sae *sae, const options *o, size_t *place)
 
 /* Starts handing out batches of up to `room` images, in the order given (NULL: first to last),
  * from draw number `from` on. */
-static int start_feed(feed *f, size_t room, draw_function *order, void *context,
-                      int with_logits)
+static int start_feed(feed *f, size_t room, draw_function *order, void *context, int with_logits)
 {
     size_t S = f->model.image_size, deepest = 0;
     const array_spec arrays[] = {
@@ -4341,7 +3489,7 @@ static int start_feed(feed *f, size_t room, draw_function *order, void *context,
     SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
     for (size_t i = 0; i < f->taps; i++) {
         SC_TRY(allocate(&f->memory, &f->tap[i].out, room * f->T, f->stride * sizeof(float)));
-        deepest = f->tap[i].layer > deepest ? f->tap[i].layer : deepest;
+        if (f->tap[i].layer > deepest) deepest = f->tap[i].layer;
     }
     if (f->is_file) return SC_OK;
     SC_TRY(sc_model_load(&f->model, with_logits ? f->model.blocks : deepest, with_logits));
@@ -4396,7 +3544,8 @@ static int next_from_photos(feed *f, size_t want)
     const image_slot *slot;
     while (f->count < want) {
         int status = reader_next(&f->reader, &slot);
-        if (status == SC_END && f->drawn == 0) return fail("standard input: no picture came");
+        if (status == SC_END && f->drawn == 0)
+            return fail("%s: no picture came", f->set.root ? f->set.root : "standard input");
         if (status == SC_END) break;
         SC_TRY(status);
         f->drawn++;
@@ -4453,7 +3602,6 @@ static int for_each_batch(feed *f, int with_logits, int (*take)(void *context), 
     }
 }
 
-/* A path without its folders. */
 static const char *base_name(const char *path)
 {
     const char *slash = strrchr(path, '/');
@@ -4535,31 +3683,6 @@ int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed)
     return status;
 }
 
-enum { TRANSPOSE_ROWS = 16 };
-
-/* W_enc lies [D, n] in files and latent by latent in memory: some rows at a time are read from the
- * tensor, or go to the writer where there is one. */
-static int move_encoder(const sc_sae *sae, const sc_safetensors *file, const sc_tensor *tensor,
-                        sc_writer *writer)
-{
-    size_t n = sae->d_sae;
-    float *rows = new_array(n, TRANSPOSE_ROWS * sizeof *rows);
-    int status = rows ? SC_OK : SC_FAILED;
-    for (size_t d = 0; d < sae->d_in && status == SC_OK; d += TRANSPOSE_ROWS) {
-        size_t height = sae->d_in - d < TRANSPOSE_ROWS ? sae->d_in - d : TRANSPOSE_ROWS;
-        if (!writer) status = sc_tensor_floats(file, tensor, d * n, height * n, rows);
-        for (size_t j = 0; j < n; j++)
-            for (size_t i = 0; i < height; i++) {
-                float *here = sae->W_enc + j * sae->stride + d + i, *there = rows + i * n + j;
-                if (writer) *there = *here;
-                else *here = *there;
-            }
-        if (writer) status = sc_writer_floats(writer, rows, height * n);
-    }
-    free(rows);
-    return status;
-}
-
 /* Better to fail now than when the work is done. */
 static int try_output(const char *path)
 {
@@ -4594,6 +3717,30 @@ static int write_vector(sc_writer *writer, const char *name, size_t n, const flo
 {
     SC_TRY(sc_writer_tensor(writer, name, SC_F32, 1, &n));
     return sc_writer_floats(writer, vector, n);
+}
+
+/* W_enc lies [D, n] in files and latent by latent in memory: some rows at a time are read from the
+ * tensor, or go to the writer where there is one. */
+static int move_encoder(const sc_sae *sae, const sc_safetensors *file, const sc_tensor *tensor,
+                        sc_writer *writer)
+{
+    enum { ROWS = 16 };
+    size_t n = sae->d_sae;
+    float *rows = new_array(n, ROWS * sizeof *rows);
+    int status = rows ? SC_OK : SC_FAILED;
+    for (size_t d = 0; d < sae->d_in && status == SC_OK; d += ROWS) {
+        size_t height = sae->d_in - d < ROWS ? sae->d_in - d : ROWS;
+        if (!writer) status = sc_tensor_floats(file, tensor, d * n, height * n, rows);
+        for (size_t j = 0; j < n; j++)
+            for (size_t i = 0; i < height; i++) {
+                float *here = sae->W_enc + j * sae->stride + d + i, *there = rows + i * n + j;
+                if (writer) *there = *here;
+                else *here = *there;
+            }
+        if (writer) status = sc_writer_floats(writer, rows, height * n);
+    }
+    free(rows);
+    return status;
 }
 
 /* A whole number from 1 on in the metadata; absent leaves *value. */
@@ -4675,53 +3822,32 @@ static int write_sae(sc_writer *writer, const sc_sae *sae)
 }
 
 /* --------------------------------------------------------------------------------------------
- * Sparse codes. For each latent of a tile, a bit a token says where it fires; the values follow in
- * the order of latents, then tokens.
+ * Sparse codes: latent by latent, the tokens of a tile where it fires, and its activations there.
  * -------------------------------------------------------------------------------------------- */
 
-enum { TILE_TOKENS = 256, TILE_WORDS = TILE_TOKENS / MASK_BITS };
+enum { TILE_TOKENS = 256 };          /* a token of a tile is a byte */
 
 typedef struct {
     size_t first, tokens;            /* where the tile begins in the batch, how long it is */
-    uint64_t (*mask)[TILE_WORDS];    /* [n] */
-    size_t *start;                   /* [n + 1], where latent j's values begin */
+    size_t *start;                   /* [n + 1], where latent j's codes begin */
+    uint8_t *token;                  /* [start[n]], ascending within a latent */
     float *value;                    /* [start[n]] */
     size_t capacity;
 } tile_codes;
 
-static inline int low_bit(uint64_t bits)
-{
-#if defined(__GNUC__)
-    return __builtin_ctzll(bits);
-#else
-    int i = 0;
-    while (!(bits >> i & 1)) i++;
-    return i;
-#endif
-}
-
-/* Visits the tokens where latent j of a tile fires, in order: token is within the tile, value its
+/* Visits the tokens where a latent of a tile fires, in order: token is within the tile, value its
  * activation. */
-typedef struct {
-    const tile_codes *tile;
-    size_t j, next;
-    int word;
-    uint64_t bits;
-    size_t token;
-    float value;
-} code_walk;
+typedef struct { const tile_codes *tile; size_t next, end, token; float value; } code_walk;
 
 static code_walk walk_codes(const tile_codes *tile, size_t j)
 {
-    return (code_walk){ .tile = tile, .j = j, .next = tile->start[j], .bits = tile->mask[j][0] };
+    return (code_walk){ .tile = tile, .next = tile->start[j], .end = tile->start[j + 1] };
 }
 
 static inline int next_code(code_walk *w)
 {
-    if (w->next == w->tile->start[w->j + 1]) return 0;
-    while (!w->bits) w->bits = w->tile->mask[w->j][++w->word];
-    w->token = (size_t)(w->word * MASK_BITS + low_bit(w->bits));
-    w->bits &= w->bits - 1;
+    if (w->next == w->end) return 0;
+    w->token = w->tile->token[w->next];
     w->value = w->tile->value[w->next++];
     return 1;
 }
@@ -4752,23 +3878,21 @@ typedef struct {
     float *buffer;                   /* for load_rows */
     float *dense;                    /* [TILE_TOKENS][CHAIN], a block's codes in full */
     packed_matrix weights;           /* [CHAIN, D], a block of W_dec */
-    float *value;                    /* [CHAIN], a token's codes in a block */
     float *sum;                      /* [stride] */
     uint64_t *heap;                  /* [TILE_TOKENS][k], TopK's best so far */
     float *limit;                    /* [TILE_TOKENS], what a candidate must exceed */
 } tile_scratch;
 
-/* Lays a worker's arrays out from `memory`, or only measures them where that is NULL. */
+/* Lays a worker's arrays out in `memory`, or only measures them where that is NULL. */
 static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory)
 {
     size_t deepest = sae->d_in > CHAIN ? sae->d_in : CHAIN, columns = (size_t)kernels->columns;
     s->weights = (packed_matrix){ .K = CHAIN, .N = sae->d_in, .panels = panels_of(sae->d_in) };
     const array_spec arrays[] = {
         ARRAY(s->h, MAX_ROWS, TILE_TOKENS), ARRAY(s->buffer, row_buffer_size(deepest), 1),
-        ARRAY(s->dense, TILE_TOKENS, CHAIN),
-        ARRAY(s->weights.data, s->weights.panels * columns, CHAIN), ARRAY(s->value, CHAIN, 1),
-        ARRAY(s->sum, sae->stride, 1), ARRAY(s->heap, sae->topk ? sae->k : 0, TILE_TOKENS),
-        ARRAY(s->limit, TILE_TOKENS, 1) };
+        ARRAY(s->dense, TILE_TOKENS, CHAIN), ARRAY(s->sum, sae->stride, 1),
+        ARRAY(s->weights.data, s->weights.panels * columns, CHAIN),
+        ARRAY(s->heap, sae->topk ? sae->k : 0, TILE_TOKENS), ARRAY(s->limit, TILE_TOKENS, 1) };
     return lay_out(arrays, COUNT(arrays), memory);
 }
 
@@ -4781,7 +3905,10 @@ static tile_scratch worker_scratch(const sae_batch *batch, int worker)
 
 static void free_batch(sae_batch *batch)
 {
-    for (size_t i = 0; batch->tile && i < batch->tile_room; i++) free(batch->tile[i].value);
+    for (size_t i = 0; batch->tile && i < batch->tile_room; i++) {
+        free(batch->tile[i].value);
+        free(batch->tile[i].token);
+    }
     release(&batch->memory);
     *batch = (sae_batch){ 0 };
 }
@@ -4797,7 +3924,6 @@ static size_t tile_count(size_t T)
 static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room)
 {
     tile_scratch s;
-    uint64_t (*masks)[TILE_WORDS] = NULL;
     size_t n = sae->d_sae, tiles = tile_count(room), *starts = NULL;
     size_t columns = panels_of(room) * (size_t)kernels->columns;
     *batch = (sae_batch){ .sae = sae, .room = room, .reconstruct = 1, .tile_room = tiles,
@@ -4807,14 +3933,10 @@ static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room)
         ARRAY(batch->centred, room, sae->stride), ARRAY(batch->output, room, sae->stride),
         ARRAY(batch->panels.data, columns, sae->d_in), ARRAY(batch->norm, room, 1),
         ARRAY(batch->squared_error, room, 1), ARRAY(batch->sum_f, room, 1),
-        ARRAY(batch->active, room, 1), ARRAY(batch->tile, tiles, 1), ARRAY(masks, n, tiles),
-        ARRAY(starts, n + 1, tiles),
+        ARRAY(batch->active, room, 1), ARRAY(batch->tile, tiles, 1), ARRAY(starts, n + 1, tiles),
         ARRAY(batch->scratch, (size_t)thread_count(), batch->scratch_bytes) };
     SC_TRY(new_arrays(&batch->memory, arrays, COUNT(arrays)));
-    for (size_t i = 0; i < tiles; i++) {
-        batch->tile[i].mask = masks + i * n;
-        batch->tile[i].start = starts + i * (n + 1);
-    }
+    for (size_t i = 0; i < tiles; i++) batch->tile[i].start = starts + i * (n + 1);
     return SC_OK;
 }
 
@@ -4836,17 +3958,15 @@ static void pre_activations(const sae_batch *batch, const size_t *latent, size_t
     }
 }
 
-/* Room for `more` values behind the first `used`. */
-static int reserve_values(tile_codes *tile, size_t used, size_t more)
+/* Room for `more` codes behind the first `used`. */
+static int reserve_codes(tile_codes *tile, size_t used, size_t more)
 {
-    if (used + more <= tile->capacity) return SC_OK;
-    size_t capacity = (used + more) / 8 * 9 + 1024;
-    float *value = new_array(capacity, sizeof *value);
-    if (!value) return SC_FAILED;
-    if (used) memcpy(value, tile->value, used * sizeof *value);
-    free(tile->value);
-    tile->value = value;
-    tile->capacity = capacity;
+    size_t values = tile->capacity, tokens = tile->capacity;
+    while (tile->capacity < used + more) {
+        SC_TRY(grow(&tile->value, &values, tile->capacity, sizeof *tile->value));
+        SC_TRY(grow(&tile->token, &tokens, tile->capacity, sizeof *tile->token));
+        tile->capacity = values;
+    }
     return SC_OK;
 }
 
@@ -4874,36 +3994,35 @@ static void replace_least(uint64_t *heap, size_t k, uint64_t number)
 }
 
 /* Takes latent j's pre-activations into the heaps of its tile's tokens. h: [TILE_TOKENS] */
-static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t words,
+static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t tokens,
                              tile_scratch *s)
 {
-    uint64_t mask[TILE_WORDS];
-    if (!kernels->find_above(h, s->limit, words * MASK_BITS, mask)) return;
-    for (size_t w = 0; w < words; w++)
-        for (uint64_t bits = mask[w]; bits; bits &= bits - 1) {
-            size_t t = w * MASK_BITS + (size_t)low_bit(bits);
-            replace_least(s->heap + t * sae->k, sae->k, candidate_of(h[t], j));
-            s->limit[t] = candidate_value(s->heap[t * sae->k]);
-        }
+    uint64_t mask[TILE_TOKENS / MASK_BITS];
+    if (!kernels->find_above(h, s->limit, TILE_TOKENS, mask)) return;
+    for (size_t t = 0; t < tokens; t++) {
+        uint64_t bits = mask[t / MASK_BITS] >> t % MASK_BITS;
+        if (bits == 0) t |= MASK_BITS - 1;                   /* on to the mask's next word */
+        if (!(bits & 1)) continue;
+        replace_least(s->heap + t * sae->k, sae->k, candidate_of(h[t], j));
+        s->limit[t] = candidate_value(s->heap[t * sae->k]);
+    }
 }
 
 /* The k best of each token become the tile's codes, ordered by counting. */
 static int select_codes(const sc_sae *sae, tile_codes *tile, const tile_scratch *s)
 {
     size_t n = sae->d_sae, k = sae->k, *start = tile->start;
-    memset(tile->mask, 0, n * sizeof *tile->mask);
     memset(start, 0, (n + 1) * sizeof *start);
-    for (size_t i = 0; i < tile->tokens * k; i++) {
-        size_t j = candidate_latent(s->heap[i]), t = i / k;
-        if (!s->heap[i]) continue;
-        tile->mask[j][t / MASK_BITS] |= (uint64_t)1 << (t % MASK_BITS);
-        start[j + 1]++;
-    }
+    for (size_t i = 0; i < tile->tokens * k; i++)
+        if (s->heap[i]) start[candidate_latent(s->heap[i]) + 1]++;
     for (size_t j = 0; j < n; j++) start[j + 1] += start[j];
-    SC_TRY(reserve_values(tile, 0, start[n]));
-    for (size_t i = 0; i < tile->tokens * k; i++)            /* moves each start to its end, */
-        if (s->heap[i])
-            tile->value[start[candidate_latent(s->heap[i])]++] = candidate_value(s->heap[i]);
+    SC_TRY(reserve_codes(tile, 0, start[n]));
+    for (size_t i = 0; i < tile->tokens * k; i++) {          /* moves each start to its end, */
+        if (!s->heap[i]) continue;
+        size_t at = start[candidate_latent(s->heap[i])]++;
+        tile->token[at] = (uint8_t)(i / k);
+        tile->value[at] = candidate_value(s->heap[i]);
+    }
     memmove(start + 1, start, n * sizeof *start);            /* which is where the next begins */
     start[0] = 0;
     return SC_OK;
@@ -4914,22 +4033,23 @@ static int encode_tile(const sae_batch *batch, tile_codes *tile, tile_scratch *s
 {
     const sc_sae *sae = batch->sae;
     size_t columns = (size_t)kernels->columns, rows = (size_t)kernels->rows, used = 0;
-    size_t first = tile->first / columns, last = first + panels_of(tile->tokens);
-    size_t words = (tile->tokens + MASK_BITS - 1) / MASK_BITS, latent[MAX_ROWS];
+    size_t first = tile->first / columns, last = first + panels_of(tile->tokens), latent[MAX_ROWS];
     if (sae->topk) memset(s->heap, 0, TILE_TOKENS * sae->k * sizeof *s->heap);
     memset(s->limit, 0, TILE_TOKENS * sizeof *s->limit);
     for (size_t group = 0; group < sae->d_sae; group += rows) {
         size_t count = sae->d_sae - group < rows ? sae->d_sae - group : rows;
         for (size_t i = 0; i < count; i++) latent[i] = group + i;
         pre_activations(batch, latent, count, first, last, s->h, TILE_TOKENS, s->buffer);
-        if (!sae->topk) SC_TRY(reserve_values(tile, used, count * TILE_TOKENS));
+        if (!sae->topk) SC_TRY(reserve_codes(tile, used, count * TILE_TOKENS));
         for (size_t i = 0; i < count; i++) {
-            float *h = s->h + i * TILE_TOKENS;
-            for (size_t t = tile->tokens; t < words * MASK_BITS; t++) h[t] = 0;
+            const float *h = s->h + i * TILE_TOKENS;
             tile->start[group + i] = used;
-            if (sae->topk) offer_candidates(sae, group + i, h, words, s);
-            else used += kernels->pack_positive(h, words * MASK_BITS, tile->mask[group + i],
-                                                tile->value + used);
+            if (sae->topk) offer_candidates(sae, group + i, h, tile->tokens, s);
+            for (size_t t = 0; !sae->topk && t < tile->tokens; t++) {
+                tile->token[used] = (uint8_t)t;
+                tile->value[used] = h[t];
+                used += h[t] > 0;
+            }
         }
     }
     tile->start[sae->d_sae] = used;
@@ -4943,21 +4063,28 @@ static int encode_tile(const sae_batch *batch, tile_codes *tile, tile_scratch *s
 
 enum { DENSE_SHARE = 8 };            /* in full where more than one code in 8 is active */
 
-/* out[t] += the chain of s->dense's row t, from the latents that fire. out: [tokens, stride] */
-static void decode_sparse(const sc_sae *sae, size_t tokens, size_t block, float *out,
-                          tile_scratch *s)
+/* out[t] += token t's chain over the block's latents that fire. The codes are first sorted by
+ * token, by counting, which keeps their order. out: [tokens, stride] */
+static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t block, size_t latents,
+                          float *out, float *sum)
 {
-    uint64_t mask[CHAIN / MASK_BITS];
-    for (size_t t = 0; t < tokens; t++) {
-        const float *value = s->value;
-        if (!kernels->pack_positive(s->dense + t * CHAIN, CHAIN, mask, s->value)) continue;
-        memset(s->sum, 0, sae->stride * sizeof *s->sum);
-        for (size_t w = 0; w < CHAIN / MASK_BITS; w++)
-            for (uint64_t bits = mask[w]; bits; bits &= bits - 1) {
-                size_t j = block + w * MASK_BITS + (size_t)low_bit(bits);
-                kernels->add_scaled(*value++, sae->W_dec + j * sae->stride, s->sum, sae->stride);
-            }
-        kernels->add_scaled(1.0f, s->sum, out + t * sae->stride, sae->stride);
+    size_t place[TILE_TOKENS + 1] = { 0 }, stride = sae->stride;
+    float value[TILE_TOKENS * CHAIN / DENSE_SHARE];
+    uint8_t latent[TILE_TOKENS * CHAIN / DENSE_SHARE];
+    for (size_t i = tile->start[block]; i < tile->start[block + latents]; i++)
+        place[tile->token[i] + 1]++;
+    for (size_t t = 0; t < tile->tokens; t++) place[t + 1] += place[t];
+    for (size_t j = 0; j < latents; j++)
+        for (code_walk w = walk_codes(tile, block + j); next_code(&w); place[w.token]++) {
+            value[place[w.token]] = w.value;
+            latent[place[w.token]] = (uint8_t)j;
+        }
+    for (size_t t = 0, i = 0; t < tile->tokens; t++) {       /* each place is now its token's end */
+        if (i == place[t]) continue;
+        memset(sum, 0, stride * sizeof *sum);
+        for (; i < place[t]; i++)
+            kernels->add_scaled(value[i], sae->W_dec + (block + latent[i]) * stride, sum, stride);
+        kernels->add_scaled(1.0f, sum, out + t * stride, stride);
     }
 }
 
@@ -4981,14 +4108,15 @@ static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scr
     for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
         size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
         size_t active = tile->start[block + latents] - tile->start[block];
-        if (active == 0) continue;
+        if (active * DENSE_SHARE <= tile->tokens * latents) {
+            decode_sparse(sae, tile, block, latents, out, s->sum);
+            continue;
+        }
         memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
         for (size_t i = 0; i < latents; i++)
             for (code_walk w = walk_codes(tile, block + i); next_code(&w);)
                 s->dense[w.token * CHAIN + i] = w.value;
-        if (active * DENSE_SHARE > tile->tokens * latents)
-            decode_dense(sae, tile->tokens, block, latents, out, s);
-        else decode_sparse(sae, tile->tokens, block, out, s);
+        decode_dense(sae, tile->tokens, block, latents, out, s);
     }
     for (size_t t = 0; t < tile->tokens; t++)
         for (size_t d = 0; d < sae->d_in; d++)
@@ -5092,7 +4220,7 @@ typedef struct {
     sc_train_options options;
     sc_sae sae;
     moments W_enc, W_dec, b_enc, b_dec;      /* Adam's, shaped as what they belong to */
-    uint32_t *silent;                        /* [n], steps since the latent fired */
+    int64_t *silent;                         /* [n], steps since the latent fired */
     uint64_t step;                           /* steps done */
     double beta1_power, beta2_power;         /* 0.9^step, 0.999^step */
     sae_batch batch;
@@ -5134,7 +4262,10 @@ static size_t lay_out_backward(backward_scratch *s, const trainer *t, void *memo
     return lay_out(arrays, COUNT(arrays), memory);
 }
 
-static int is_dead(const trainer *t, size_t j) { return t->silent[j] > t->options.dead_window; }
+static int is_dead(const trainer *t, size_t j)
+{
+    return t->silent[j] > (int64_t)t->options.dead_window;
+}
 
 static void free_trainer(trainer *t)
 {
@@ -5215,13 +4346,9 @@ static double ghost_token(const sc_sae *sae, const float *x, const float *output
     float match = norm_r / (1e-6f + 2 * norm_g);
     for (size_t d = 0; d < sae->d_in; d++) {
         float r = residual[d], apart = ghost[d] * match - r;
-        if (norm_r == 0) {
-            ghost[d] = 0;
-            continue;
-        }
-        float m = apart * apart / norm_r, factor = r * r / norm_x / (m + 1e-6f);
+        float m = norm_r > 0 ? apart * apart / norm_r : 0, factor = r * r / norm_x / (m + 1e-6f);
         loss += (double)(m * factor);
-        ghost[d] = 2 * apart / norm_r * factor * match * (float)scale;
+        ghost[d] = norm_r > 0 ? 2 * apart / norm_r * factor * match * (float)scale : 0;
     }
     return loss;
 }
@@ -5401,17 +4528,18 @@ static int update_task(void *context, size_t block, int worker)
     return SC_OK;
 }
 
-/* Sums over T tokens of 16 dimensions, in float64, in blocks of 256 tokens: of x, or of
- * (x - centre)^2 where there is a centre. x: [T, stride]; centre, sum: [16] */
-static void column_sums(const float *x, size_t T, size_t stride, const double *centre, double *sum)
+/* Sums over T rows of 16 dimensions, in float64, in blocks of 256 rows: of x, weighted where there
+ * are weights, or of (x - centre)^2. x: [T, stride]; weight: [T]; centre, sum: [16] */
+static void column_sums(const float *x, size_t T, size_t stride, const double *weight,
+                        const double *centre, double *sum)
 {
     memset(sum, 0, PARTIALS * sizeof *sum);
     for (size_t block = 0; block < T; block += CHAIN) {
         double part[PARTIALS] = { 0 };
         for (size_t t = block; t < T && t < block + CHAIN; t++)
             for (int d = 0; d < PARTIALS; d++) {
-                double apart = x[t * stride + d] - (centre ? centre[d] : 0);
-                part[d] += centre ? apart * apart : apart;
+                double value = x[t * stride + d], apart = centre ? value - centre[d] : 0;
+                part[d] += weight ? weight[t] * value : centre ? apart * apart : value;
             }
         for (int d = 0; d < PARTIALS; d++) sum[d] += part[d];
     }
@@ -5425,7 +4553,7 @@ static int b_dec_task(void *context, size_t task, int worker)
     double sum[PARTIALS];
     float gradient[PARTIALS], along[PARTIALS] = { 0 };
     (void)worker;
-    column_sums(t->batch.output + first, t->batch.T, stride, NULL, sum);
+    column_sums(t->batch.output + first, t->batch.T, stride, NULL, NULL, sum);
     for (size_t block = 0; block < chains_of(t->sae.d_sae); block++)
         for (int d = 0; d < PARTIALS; d++) along[d] += t->W_enc_db[block * stride + first + d];
     for (int d = 0; d < PARTIALS; d++) gradient[d] = (float)sum[d] - along[d];
@@ -5441,9 +4569,9 @@ static int variance_task(void *context, size_t task, int worker)
     const float *x = t->batch.x + task * PARTIALS;
     double mean[PARTIALS];
     (void)worker;
-    column_sums(x, t->batch.T, t->sae.stride, NULL, mean);
+    column_sums(x, t->batch.T, t->sae.stride, NULL, NULL, mean);
     for (int d = 0; d < PARTIALS; d++) mean[d] /= (double)t->batch.T;
-    column_sums(x, t->batch.T, t->sae.stride, mean, t->deviation + task * PARTIALS);
+    column_sums(x, t->batch.T, t->sae.stride, NULL, mean, t->deviation + task * PARTIALS);
     return SC_OK;
 }
 
@@ -5463,14 +4591,14 @@ static int check_tokens(const sae_batch *batch, size_t *bad)
 
 static int measure_losses(trainer *t, step_result *result, size_t *bad)
 {
-    sae_batch *batch = &t->batch;
+    const sae_batch *batch = &t->batch;
     size_t T = batch->T;
     double tokens = (double)T, numbers = tokens * (double)t->sae.d_in;
     SC_TRY(check_tokens(batch, bad));
     SC_TRY(parallel_for(t->sae.stride / PARTIALS, variance_task, t));
     double deviation = sum_of(t->deviation, t->sae.d_in);
-    result->explained_variance = deviation > 0
-        ? 1 - sum_of(batch->squared_error, T) / deviation : 0;
+    if (deviation > 0)
+        result->explained_variance = 1 - sum_of(batch->squared_error, T) / deviation;
     for (size_t i = 0; i < T; i++) t->token_loss[i] = batch->squared_error[i] / batch->norm[i];
     result->mse = sum_of(t->token_loss, T) / numbers;
     result->l1 = t->sae.topk ? 0 : t->options.l1 * (sum_of(batch->sum_f, T) / tokens);
@@ -5512,7 +4640,7 @@ static int train_step(trainer *t, const float *x, size_t T, step_result *result,
  * -------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    const float *points;             /* [count, dim] */
+    const float *points;             /* [count, dim], dim a multiple of 16 */
     size_t count, dim;
     double *centre, *before;         /* [dim] */
     double *weight;                  /* [count] */
@@ -5520,22 +4648,13 @@ typedef struct {
     memory_list memory;
 } weighted_mean;
 
-enum { MEAN_DIMS = 64 };
-
 static int weighted_mean_task(void *context, size_t task, int worker)
 {
     weighted_mean *m = context;
-    size_t first = task * MEAN_DIMS, dims = m->dim - first < MEAN_DIMS ? m->dim - first : MEAN_DIMS;
-    double sum[MEAN_DIMS] = { 0 };
+    double *centre = m->centre + task * PARTIALS;
     (void)worker;
-    for (size_t block = 0; block < m->count; block += CHAIN) {
-        double part[MEAN_DIMS] = { 0 };
-        for (size_t i = block; i < m->count && i < block + CHAIN; i++)
-            for (size_t d = 0; d < dims; d++)
-                part[d] += m->weight[i] * m->points[i * m->dim + first + d];
-        for (size_t d = 0; d < dims; d++) sum[d] += part[d];
-    }
-    for (size_t d = 0; d < dims; d++) m->centre[first + d] = sum[d] / m->total;
+    column_sums(m->points + task * PARTIALS, m->count, m->dim, m->weight, NULL, centre);
+    for (int d = 0; d < PARTIALS; d++) centre[d] /= m->total;
     return SC_OK;
 }
 
@@ -5557,15 +4676,16 @@ static int distance_task(void *context, size_t i, int worker)
 /* m->centre: the point of least summed distance, or the mean where iterations is 0. */
 static int geometric_median(weighted_mean *m, int iterations)
 {
-    size_t tasks = (m->dim + MEAN_DIMS - 1) / MEAN_DIMS, bytes = m->dim * sizeof *m->centre;
+    size_t bytes = m->dim * sizeof *m->centre;
     const array_spec arrays[] = {
         ARRAY(m->centre, m->dim, 1), ARRAY(m->before, m->dim, 1), ARRAY(m->weight, m->count, 1) };
     SC_TRY(new_arrays(&m->memory, arrays, COUNT(arrays)));
     for (size_t i = 0; i < m->count; i++) m->weight[i] = 1;
     for (int round = 0;; round++) {
         m->total = sum_of(m->weight, m->count);
-        SC_TRY(parallel_for(tasks, weighted_mean_task, m));
-        if (round == iterations || (round && memcmp(m->before, m->centre, bytes) == 0)) return SC_OK;
+        SC_TRY(parallel_for(m->dim / PARTIALS, weighted_mean_task, m));
+        int settled = round > 0 && memcmp(m->before, m->centre, bytes) == 0;
+        if (settled || round == iterations) return SC_OK;
         memcpy(m->before, m->centre, bytes);
         SC_TRY(parallel_for(m->count, distance_task, m));
     }
@@ -5638,8 +4758,7 @@ static int take_recipe(const training_run *run, sc_writer *w, digest64 *digest)
         { "seed", o->seed, NULL }, { "ghost", o->ghost, NULL },
         { "dead_window", (double)o->dead_window, NULL },
         { "b_dec_images", (double)o->b_dec_images, NULL },
-        { "b_dec_start", 0, o->init ? "file" : o->b_dec }, { "order", 0, o->order },
-    };
+        { "b_dec_start", 0, o->init ? "file" : o->b_dec }, { "order", 0, o->order } };
     for (size_t i = 0; i < COUNT(rows); i++) {
         char text[32];
         if (run->trainer.sae.topk && strcmp(rows[i].key, "l1") == 0) continue;
@@ -5658,7 +4777,8 @@ static uint64_t recipe_digest(const training_run *run)
     const uint64_t numbers[] = {
         run->data.digest, run->data.T, run->order.N, sae->d_in, sae->d_sae, (uint64_t)sae->topk,
         sae->k, sae->layer, (uint64_t)sae->hook, m->heads, (uint64_t)m->activation,
-        bits_of_float(m->epsilon), (uint64_t)run->o->square, (uint64_t)run->data.preprocess.crop_hf };
+        bits_of_float(m->epsilon), (uint64_t)run->o->square,
+        (uint64_t)run->data.preprocess.crop_hf };
     digest64 d = { 0 };
     for (size_t i = 0; i < COUNT(numbers); i++) digest64_number(&d, numbers[i]);
     for (int c = 0; c < 3; c++)
@@ -5673,62 +4793,58 @@ static uint64_t recipe_digest(const training_run *run)
 enum { SAE_TENSORS = 4, STATE_TENSORS = 12, POSITION_NUMBERS = 4 };
 
 typedef struct { const char *name; float *values; int rank; size_t columns, stride; } state_tensor;
+typedef struct { state_tensor tensor[STATE_TENSORS]; } state_list;
 
-static void list_state(const trainer *t, state_tensor *list)
+static state_list list_state(const trainer *t)
 {
     size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride;
-    const state_tensor all[STATE_TENSORS] = {
+    return (state_list){ {
         { "W_enc", t->sae.W_enc, 2, D, stride }, { "W_dec", t->sae.W_dec, 2, D, stride },
         { "b_enc", t->sae.b_enc, 1, n, n }, { "b_dec", t->sae.b_dec, 1, D, stride },
         { "W_enc_m", t->W_enc.m, 2, D, stride }, { "W_enc_v", t->W_enc.v, 2, D, stride },
         { "W_dec_m", t->W_dec.m, 2, D, stride }, { "W_dec_v", t->W_dec.v, 2, D, stride },
         { "b_enc_m", t->b_enc.m, 1, n, n }, { "b_enc_v", t->b_enc.v, 1, n, n },
-        { "b_dec_m", t->b_dec.m, 1, D, stride }, { "b_dec_v", t->b_dec.v, 1, D, stride },
-    };
-    memcpy(list, all, sizeof all);
+        { "b_dec_m", t->b_dec.m, 1, D, stride }, { "b_dec_v", t->b_dec.v, 1, D, stride } } };
 }
 
 /* Of everything in a checkpoint. position: step, next draw, images so far, digest of the recipe */
-static uint64_t state_digest(const trainer *t, const uint64_t *position)
+static unsigned long long state_digest(const trainer *t, const unsigned long long *position)
 {
-    state_tensor list[STATE_TENSORS];
+    const state_list list = list_state(t);
     digest64 d = { 0 };
-    list_state(t, list);
-    for (size_t i = 0; i < STATE_TENSORS; i++)
-        for (size_t e = 0; e < (list[i].rank == 2 ? t->sae.d_sae : 1) * list[i].stride; e++)
-            digest64_number(&d, bits_of_float(list[i].values[e]));
-    for (size_t j = 0; j < t->sae.d_sae; j++) digest64_number(&d, t->silent[j]);
+    for (const state_tensor *s = list.tensor; s < list.tensor + STATE_TENSORS; s++)
+        for (size_t e = 0; e < (s->rank == 2 ? t->sae.d_sae : 1) * s->stride; e++)
+            digest64_number(&d, bits_of_float(s->values[e]));
+    for (size_t j = 0; j < t->sae.d_sae; j++) digest64_number(&d, (uint64_t)t->silent[j]);
     for (size_t i = 0; i < POSITION_NUMBERS; i++) digest64_number(&d, position[i]);
     return digest64_value(&d);
 }
 
-static int write_state(sc_writer *w, const training_run *run)
+static int write_trained(sc_writer *w, void *context)
 {
-    const trainer *t = &run->trainer;
-    const uint64_t position[] = { t->step, run->next_draw, run->images, run->digest };
-    size_t n = t->sae.d_sae;
-    state_tensor list[STATE_TENSORS];
-    char text[32 * POSITION_NUMBERS];
-    SC_TRY(write_sae(w, &t->sae));
-    SC_TRY(take_recipe(run, w, NULL));
-    list_state(t, list);
-    for (const state_tensor *s = list + SAE_TENSORS; s < list + STATE_TENSORS; s++)
-        SC_TRY(s->rank == 2 ? write_rows(w, s->name, n, s->columns, s->stride, s->values)
-                            : write_vector(w, s->name, s->columns, s->values));
-    SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
-    for (size_t j = 0; j < n; j++) SC_TRY(sc_writer_integers(w, &(int64_t){ t->silent[j] }, 1));
-    for (int i = 0, used = 0; i < POSITION_NUMBERS; i++)
-        used += sprintf(text + used, i ? " %llx" : "%llx", (unsigned long long)position[i]);
-    SC_TRY(sc_writer_metadata(w, "position", text));
-    sprintf(text, "%016llx", (unsigned long long)state_digest(t, position));
-    return sc_writer_metadata(w, "checksum", text);
+    const training_run *run = context;
+    SC_TRY(write_sae(w, &run->trainer.sae));
+    return take_recipe(run, w, NULL);
 }
 
-/* What a checkpoint holds; then the one before, which it is to replace, becomes FILE.prev. */
+/* All that training goes on from; then the checkpoint before, which this one is to replace, becomes
+ * FILE.prev. */
 static int write_checkpoint(sc_writer *w, void *context)
 {
     const training_run *run = context;
-    SC_TRY(write_state(w, run));
+    const trainer *t = &run->trainer;
+    const unsigned long long position[] = { t->step, run->next_draw, run->images, run->digest };
+    size_t n = t->sae.d_sae;
+    const state_list list = list_state(t);
+    SC_TRY(write_trained(w, context));
+    for (const state_tensor *s = list.tensor + SAE_TENSORS; s < list.tensor + STATE_TENSORS; s++)
+        SC_TRY(s->rank == 2 ? write_rows(w, s->name, n, s->columns, s->stride, s->values)
+                            : write_vector(w, s->name, s->columns, s->values));
+    SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
+    SC_TRY(sc_writer_integers(w, t->silent, n));
+    SC_TRY(put_metadata(w, "position", "%llx %llx %llx %llx", position[0], position[1], position[2],
+                        position[3]));
+    SC_TRY(put_metadata(w, "checksum", "%016llx", state_digest(t, position)));
     if (access(run->checkpoint, F_OK) != 0) return SC_OK;
     unlink(run->previous);
     if (link(run->checkpoint, run->previous) == 0
@@ -5736,47 +4852,38 @@ static int write_checkpoint(sc_writer *w, void *context)
     return fail("%s: cannot be kept as %s: %s", run->checkpoint, run->previous, strerror(errno));
 }
 
-static int save_checkpoint(training_run *run)
-{
-    return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
-}
-
 static int read_state(trainer *t, const sc_safetensors *file)
 {
     size_t n = t->sae.d_sae, D = t->sae.d_in;
-    const sc_tensor *encoder = sc_tensor_find(file, "W_enc"), *silent = sc_tensor_find(file, "silent");
-    state_tensor list[STATE_TENSORS];
+    const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
+    const sc_tensor *silent = sc_tensor_find(file, "silent");
+    const state_list list = list_state(t);
     if (!encoder || encoder->rank != 2 || encoder->shape[0] != D || encoder->shape[1] != n)
         return fail("%s: a tensor W_enc of %zu x %zu was expected", file->path, D, n);
     SC_TRY(move_encoder(&t->sae, file, encoder, NULL));
-    list_state(t, list);
-    for (const state_tensor *s = list + 1; s < list + STATE_TENSORS; s++)
+    for (const state_tensor *s = list.tensor + 1; s < list.tensor + STATE_TENSORS; s++)
         SC_TRY(read_rows(file, s->name, s->rank == 2 ? n : 1, s->columns, s->stride, s->values));
     if (!silent || silent->count != n) return fail("%s: no tensor silent [%zu]", file->path, n);
-    for (size_t j = 0; j < n; j++) {
-        int64_t steps;
-        SC_TRY(sc_tensor_integers(file, silent, j, 1, &steps));
-        t->silent[j] = (uint32_t)steps;
-    }
-    return SC_OK;
+    return sc_tensor_integers(file, silent, 0, n, t->silent);
 }
 
 static int take_checkpoint(training_run *run, const sc_safetensors *file)
 {
     trainer *t = &run->trainer;
-    const char *text = sc_metadata_find(file, "position"), *sum = sc_metadata_find(file, "checksum");
-    uint64_t position[POSITION_NUMBERS];
-    for (int i = 0; i < POSITION_NUMBERS; i++) {
-        char *end = NULL;
-        if (text) position[i] = strtoull(text, &end, 16);
-        if (!sum || end == text) return fail("%s: this is no checkpoint", file->path);
-        text = end;
-    }
+    const char *text = sc_metadata_find(file, "position");
+    const char *sum = sc_metadata_find(file, "checksum");
+    unsigned long long position[POSITION_NUMBERS];
+    if (!text || !sum || sscanf(text, "%16llx %16llx %16llx %16llx", &position[0], &position[1],
+                                &position[2], &position[3]) != POSITION_NUMBERS)
+        return fail("%s: this is no checkpoint", file->path);
     if (position[3] != run->digest)
         return fail("%s: the checkpoint is of other options or data than this run", file->path);
     SC_TRY(read_state(t, file));
     if (state_digest(t, position) != strtoull(sum, NULL, 16))
         return fail("%s: the checksum does not match the contents", file->path);
+    if (position[0] > run->steps)
+        return usage("%s: the checkpoint is of step %llu, beyond the %llu asked for", file->path,
+                     position[0], (unsigned long long)run->steps);
     run->next_draw = run->order.from = position[1];
     run->images = position[2];
     for (; t->step < position[0]; t->step++) {
@@ -5795,10 +4902,8 @@ static int resume_training(training_run *run)
     if (!there && before)
         return fail("%s: there is none, but the one before it is %s", run->checkpoint,
                     run->previous);
-    if (!there) {
-        note("%s: there is no checkpoint yet, starting afresh", run->checkpoint);
-        return SC_OK;
-    }
+    if (!there) note("%s: there is no checkpoint yet, starting afresh", run->checkpoint);
+    if (!there) return SC_OK;
     int status = sc_safetensors_open(&file, run->checkpoint);
     if (status == SC_OK) {
         status = take_checkpoint(run, &file);
@@ -5836,10 +4941,10 @@ static int open_log(training_run *run)
 static int log_step(training_run *run, const step_result *r)
 {
     unsigned long long step = run->trainer.step, tokens = run->images * run->data.T;
-    if (run->log && (fprintf(run->log, "%llu,%llu,%llu,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,%.3f\n",
-                             step, (unsigned long long)run->images, tokens, r->lr, r->loss, r->mse,
-                             r->l1, r->ghost, r->l0, r->explained_variance, r->dead,
-                             seconds_now() - run->started) < 0
+    if (run->log && (fprintf(run->log, "%llu,%llu,%llu,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,"
+                             "%.3f\n", step, (unsigned long long)run->images, tokens, r->lr,
+                             r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
+                             r->dead, seconds_now() - run->started) < 0
                      || fflush(run->log) != 0))
         return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
     show_progress("step", step, run->steps, run->images, "images",
@@ -5847,8 +4952,8 @@ static int log_step(training_run *run, const step_result *r)
     return SC_OK;
 }
 
-/* A new SAE, or one from a file. It listens where the command line says, else the file of activations,
- * else the SAE to start from, else where the report did: the penultimate block's MLP. */
+/* A new SAE, or one from a file. It listens where the command line says, else where that SAE did,
+ * else where the activations are from, else where the report's did: the penultimate block's MLP. */
 static int choose_sae(training_run *run)
 {
     const options *o = run->o;
@@ -5875,11 +4980,11 @@ static int choose_sae(training_run *run)
     return sae->model ? SC_OK : SC_FAILED;
 }
 
-static int prepare_run(training_run *run, const char *images)
+static int prepare_run(training_run *run)
 {
     const options *o = run->o;
     feed *f = &run->data;
-    SC_TRY(open_feed(f, o, images));
+    SC_TRY(open_feed(f, o));
     SC_TRY(choose_sae(run));
     run->batch = (size_t)o->batch;
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
@@ -5891,11 +4996,9 @@ static int prepare_run(training_run *run, const char *images)
     if (shuffle && !(run->order.order = new_array(f->images, sizeof *run->order.order)))
         return SC_FAILED;
     double images_wanted = f->images == SC_UNKNOWN ? 1e18 : o->epochs * (double)f->images;
-    run->steps = o->steps >= 0 ? (uint64_t)o->steps
-                               : (uint64_t)ceil(images_wanted / (double)run->batch);
-    run->trainer.options = (sc_train_options){
-        .l1 = o->l1, .lr = o->lr, .warmup = (size_t)o->warmup, .ghost = o->ghost,
-        .dead_window = (size_t)o->dead_window };
+    run->steps = (uint64_t)(o->steps < 0 ? ceil(images_wanted / (double)run->batch) : o->steps);
+    run->trainer.options = (sc_train_options){ o->l1, o->lr, (size_t)o->warmup,
+                                               (size_t)o->dead_window, o->ghost };
     run->digest = recipe_digest(run);
     SC_TRY(prepare_trainer(&run->trainer, run->batch * f->T));
     return o->resume ? resume_training(run) : SC_OK;
@@ -5911,13 +5014,6 @@ static int blame_step(const training_run *run, size_t token)
                 token == SIZE_MAX ? ":" : ",", reason);
 }
 
-static int stop_training(training_run *run)
-{
-    SC_TRY(save_checkpoint(run));
-    return fail("stopped by signal %d after step %llu; %s goes on with --resume", (int)stop_signal,
-                (unsigned long long)run->trainer.step, run->checkpoint);
-}
-
 static int train_steps(training_run *run)
 {
     trainer *t = &run->trainer;
@@ -5928,7 +5024,8 @@ static int train_steps(training_run *run)
         size_t token;
         if (next_batch(f, run->batch) != SC_OK) return blame_step(run, SIZE_MAX);
         if (f->count < run->batch && t->step == 0)
-            return fail("standard input: %zu images are no full batch of %zu", f->count, run->batch);
+            return fail("standard input: %zu images are no full batch of %zu", f->count,
+                        run->batch);
         if (f->count < run->batch) {
             note("the stream ended: %zu images are no full batch and were left out", f->count);
             break;
@@ -5938,20 +5035,17 @@ static int train_steps(training_run *run)
         run->images += run->batch;
         run->next_draw = f->draw[run->batch - 1] + run->order.from + 1;
         SC_TRY(log_step(run, &result));
-        if (run->checkpoints && t->step % every == 0) {
-            SC_TRY(save_checkpoint(run));
+        int stop = (int)stop_signal;
+        if (stop || (run->checkpoints && t->step % every == 0)) {
+            SC_TRY(save_tensors(run->checkpoint, 4096, write_checkpoint, run));
             saved = t->step;
         }
-        if (stop_signal) return stop_training(run);
+        if (stop)
+            return fail("stopped by signal %d after step %llu; %s goes on with --resume", stop,
+                        (unsigned long long)t->step, run->checkpoint);
     }
-    return run->checkpoints && saved != t->step ? save_checkpoint(run) : SC_OK;
-}
-
-static int write_trained(sc_writer *w, void *context)
-{
-    const training_run *run = context;
-    SC_TRY(write_sae(w, &run->trainer.sae));
-    return take_recipe(run, w, NULL);
+    if (!run->checkpoints || saved == t->step) return SC_OK;
+    return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
 }
 
 /* A stream's pictures that a resumed run was trained on already. */
@@ -5966,13 +5060,13 @@ static int skip_stream(training_run *run)
     return SC_OK;
 }
 
-static int run_training(training_run *run, const char *images)
+static int run_training(training_run *run)
 {
     const options *o = run->o;
     feed *f = &run->data;
     SC_TRY(try_output(o->output));
     if (run->checkpoints) SC_TRY(try_output(run->checkpoint));
-    SC_TRY(prepare_run(run, images));
+    SC_TRY(prepare_run(run));
     int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer.step == 0;
     size_t keep = !start ? 0 : o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
     if (keep > f->images) keep = f->images;
@@ -5990,7 +5084,7 @@ static int run_training(training_run *run, const char *images)
     return save_tensors(o->output, 4096, write_trained, run);
 }
 
-static int command_train(const options *o, int count, char **names)
+static int train(const options *o)
 {
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
@@ -6000,7 +5094,7 @@ static int command_train(const options *o, int count, char **names)
     run.checkpoint = o->checkpoint ? copy_string(o->checkpoint)
                                    : join_text(o->output, strlen(o->output), ".ckpt");
     if (run.checkpoint) run.previous = join_text(run.checkpoint, strlen(run.checkpoint), ".prev");
-    int status = run.previous ? run_training(&run, count ? names[0] : NULL) : SC_FAILED;
+    int status = run.previous ? run_training(&run) : SC_FAILED;
     if (run.log && fclose(run.log) != 0 && status == SC_OK)
         status = fail("%s: cannot be written: %s", o->log, strerror(errno));
     close_feed(&run.data);
@@ -6095,24 +5189,22 @@ static size_t histogram_bin(float f)
     return (size_t)(bin < 0 ? 0 : bin > last ? last : bin);
 }
 
-/* Puts a value into a descending list; returns its place, or size if it is not among the largest.
- * What comes later loses a tie. */
-static size_t rank_value(float *list, size_t size, float value)
+/* Puts a value into a descending list of the largest, and a and b, `step` apart from place to
+ * place, beside it. What comes later loses a tie. */
+static void keep_largest(size_t size, float *value, float new, int64_t *a, int64_t new_a,
+                         int64_t *b, int64_t new_b, size_t step)
 {
-    if (size == 0 || !(value > list[size - 1])) return size;
-    size_t place = size - 1;
-    while (place > 0 && value > list[place - 1]) place--;
-    memmove(list + place + 1, list + place, (size - 1 - place) * sizeof *list);
-    list[place] = value;
-    return place;
-}
-
-/* The same in a list of `width` numbers a place. */
-static void insert_at(int64_t *list, size_t width, size_t size, size_t place, const int64_t *value)
-{
-    memmove(list + (place + 1) * width, list + place * width,
-            (size - 1 - place) * width * sizeof *list);
-    memcpy(list + place * width, value, width * sizeof *list);
+    size_t place = size;
+    for (; place > 0 && new > value[place - 1]; place--)
+        if (place < size) {                                  /* else the last one drops out */
+            value[place] = value[place - 1];
+            a[place * step] = a[(place - 1) * step];
+            b[place * step] = b[(place - 1) * step];
+        }
+    if (place == size) return;
+    value[place] = new;
+    a[place * step] = new_a;
+    b[place * step] = new_b;
 }
 
 /* Latent j's mean over the batch's image i. */
@@ -6125,14 +5217,13 @@ static void count_image(statistics *s, size_t j, size_t i, double sum)
     exact_add_float(&s->mean_sum[j], mean);
     if (s->class_counts && label >= 0 && s->threshold < 0)
         s->class_counts[(size_t)label * s->sae->d_sae + j]++;
-    size_t place = rank_value(s->top_value + j * s->K, s->K, mean);
-    if (place == s->K) return;
-    insert_at(s->top_image + j * s->K, 1, s->K, place, &image);
-    insert_at(s->top_label + j * s->K, 1, s->K, place, &label);
+    keep_largest(s->K, s->top_value + j * s->K, mean, s->top_image + j * s->K, image,
+                 s->top_label + j * s->K, label, 1);
 }
 
 /* Activation f of latent j on a token of the batch's image i. */
-static void count_token(statistics *s, size_t j, size_t i, size_t token, float f, uint64_t *histogram)
+static void count_token(statistics *s, size_t j, size_t i, size_t token, float f,
+                        uint64_t *histogram)
 {
     int64_t label = s->data->label[i];
     s->token_count[j]++;
@@ -6140,11 +5231,10 @@ static void count_token(statistics *s, size_t j, size_t i, size_t token, float f
     histogram[histogram_bin(f)]++;
     if (s->class_counts && label >= 0 && s->threshold >= 0 && (double)f > s->threshold)
         s->class_counts[(size_t)label * s->sae->d_sae + j]++;
-    if (token < s->data->first_patch) return;
-    size_t place = rank_value(s->patch_value + j * s->P, s->P, f);
-    if (place < s->P)
-        insert_at(s->patch + j * s->P * 2, 2, s->P, place,
-                  (int64_t[]){ (int64_t)s->data->image[i], (int64_t)token });
+    int64_t image = (int64_t)s->data->image[i], *patch = s->patch + j * s->P * 2;
+    if (token >= s->data->first_patch)
+        keep_largest(s->P, s->patch_value + j * s->P, f, patch, image, patch + 1, (int64_t)token,
+                     2);
 }
 
 static int count_task(void *context, size_t block, int worker)
@@ -6157,10 +5247,8 @@ static int count_task(void *context, size_t block, int worker)
         for (size_t i = 0; i < s->batch.tiles; i++)
             for (code_walk w = walk_codes(&s->batch.tile[i], j); next_code(&w);) {
                 size_t t = s->batch.tile[i].first + w.token, image = t / s->data->T;
-                if (image != at) {
-                    count_image(s, j, at, sum);
-                    sum = 0;
-                }
+                if (image != at) count_image(s, j, at, sum);
+                if (image != at) sum = 0;
                 at = image;
                 sum += w.value;
                 count_token(s, j, image, t % s->data->T, w.value, histogram);
@@ -6183,14 +5271,24 @@ static int sum_x_task(void *context, size_t d, int worker)
     return SC_OK;
 }
 
-/* Takes the batch at hand into the statistics. */
+/* The batch at hand through an SAE. x: one of the feed's taps */
+static int run_and_check(sae_batch *batch, const feed *f, const float *x)
+{
+    size_t bad;
+    SC_TRY(run_sae(batch, x, f->count * f->T));
+    return check_tokens(batch, &bad) == SC_OK ? SC_OK : blame_token(f, bad);
+}
+
 static int count_batch(statistics *s)
 {
     const feed *f = s->data;
     const sae_batch *b = &s->batch;
-    size_t bad;
-    SC_TRY(run_sae(&s->batch, f->tap[s->tap].out, f->count * f->T));
-    if (check_tokens(b, &bad) != SC_OK) return blame_token(f, bad);
+    SC_TRY(run_and_check(&s->batch, f, f->tap[s->tap].out));
+    for (size_t t = 0; t < b->T; t++)
+        if (!(b->sum_f[t] < 0x1p40)) {                       /* exact sums end at 2^63 */
+            fail("activations of %g are too large to be summed exactly", b->sum_f[t]);
+            return blame_token(f, t);
+        }
     SC_TRY(parallel_for(chains_of(s->sae->d_sae), count_task, s));
     if (b->reconstruct) SC_TRY(parallel_for(s->sae->d_in, sum_x_task, s));
     for (size_t t = 0; b->reconstruct && t < b->T; t++) {
@@ -6230,11 +5328,12 @@ static double mean_activation(const statistics *s, size_t j)
     return s->image_count[j] ? exact_value(s->mean_sum[j]) / (double)s->image_count[j] : 0;
 }
 
-/* A digest of what an SAE computes, so that statistics are not taken for another's. */
+/* Of what an SAE computes, so that statistics are not taken for another's. */
 static uint64_t sae_digest(const sc_sae *sae)
 {
     digest64 d = { 0 };
-    const uint64_t numbers[] = { sae->d_in, sae->d_sae, (uint64_t)sae->topk, sae->topk ? sae->k : 0 };
+    const uint64_t numbers[] = { sae->d_in, sae->d_sae, (uint64_t)sae->topk,
+                                 sae->topk ? sae->k : 0 };
     for (int i = 0; i < 4; i++) digest64_number(&d, numbers[i]);
     for (size_t j = 0; j < sae->d_sae; j++) digest64_number(&d, bits_of_float(sae->b_enc[j]));
     for (size_t i = 0; i < sae->d_in; i++) digest64_number(&d, bits_of_float(sae->b_dec[i]));
@@ -6248,24 +5347,21 @@ static uint64_t sae_digest(const sc_sae *sae)
 
 static int write_statistics_metadata(sc_writer *w, const statistics *s)
 {
-    const struct { const char *key; unsigned long long value; int hex; } numbers[] = {
-        { "images", s->images, 0 }, { "tokens", s->tokens, 0 }, { "tokens_per_image", s->data->T, 0 },
-        { "first_patch", s->data->first_patch, 0 }, { "data_digest", s->data->digest, 1 },
-        { "sae_digest", sae_digest(s->sae), 1 } };
-    char text[32], edges[HISTOGRAM_BINS * 20 + 32];
+    char edges[HISTOGRAM_BINS * 20 + 32];
     size_t used = 0;
-    for (size_t i = 0; i < COUNT(numbers); i++) {
-        snprintf(text, sizeof text, numbers[i].hex ? "%016llx" : "%llu", numbers[i].value);
-        SC_TRY(sc_writer_metadata(w, numbers[i].key, text));
-    }
+    SC_TRY(put_metadata(w, "images", "%zu", (size_t)s->images));
+    SC_TRY(put_metadata(w, "tokens", "%llu", (unsigned long long)s->tokens));
+    SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->data->T));
+    SC_TRY(put_metadata(w, "first_patch", "%zu", s->data->first_patch));
+    SC_TRY(put_metadata(w, "data_digest", "%016llx", (unsigned long long)s->data->digest));
+    SC_TRY(put_metadata(w, "sae_digest", "%016llx", (unsigned long long)sae_digest(s->sae)));
     for (int i = 0; i <= HISTOGRAM_BINS; i++)
         used += (size_t)sprintf(edges + used, "%c%.9g", i ? ',' : '[',
                                 ldexp(quarter_octave[i % BINS_AN_OCTAVE],
                                       LOWEST_OCTAVE + i / BINS_AN_OCTAVE));
     memcpy(edges + used, "]", 2);
     SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
-    snprintf(text, sizeof text, "%.17g", s->threshold);
-    return s->threshold >= 0 ? sc_writer_metadata(w, "threshold", text) : SC_OK;
+    return s->threshold < 0 ? SC_OK : put_metadata(w, "threshold", "%.17g", s->threshold);
 }
 
 /* What is worked out from the counts, latent by latent; the workers' histograms joined. */
@@ -6285,8 +5381,9 @@ static int write_statistics(sc_writer *w, void *context)
 {
     statistics *s = context;
     size_t n = s->sae->d_sae, K = s->K, P = s->P;
-    const struct { const char *name; const void *values; sc_dtype dtype; int rank; size_t shape[3]; }
-    tensors[] = {
+    const struct {
+        const char *name; const void *values; sc_dtype dtype; int rank; size_t shape[3];
+    } tensors[] = {
         { "sae_sparsity", s->sparsity, SC_F32, 1, { n } },
         { "sae_mean_acts", s->mean_act, SC_F32, 1, { n } },
         { "top_entropy", s->entropy, SC_F32, 1, { n } },
@@ -6301,8 +5398,7 @@ static int write_statistics(sc_writer *w, void *context)
         { "mean_sum_exact", s->mean_sum, SC_I64, 2, { n, 2 } },          /* high and low halves */
         { "activation_sum_exact", s->activation_sum, SC_I64, 2, { n, 2 } },
         { "activation_histogram", s->histogram, SC_I64, 1, { HISTOGRAM_BINS } },
-        { "class_counts", s->class_counts, SC_I64, 2, { s->data->classes, n } },
-    };
+        { "class_counts", s->class_counts, SC_I64, 2, { s->data->classes, n } } };
     SC_TRY(write_statistics_metadata(w, s));
     derive_statistics(s);
     for (size_t i = 0; i < COUNT(tensors) && tensors[i].values; i++) {
@@ -6321,64 +5417,78 @@ static int write_statistics(sc_writer *w, void *context)
  * Several SAEs over one data set, in one forward pass
  * -------------------------------------------------------------------------------------------- */
 
+/* What commands work on. Starts as { .o = ... } and is closed by who made it. */
 typedef struct {
     const options *o;
-    size_t saes;
+    size_t saes, tap[SC_MAX_TAPS];   /* tap: an SAE's place among the data's hook points */
     sc_sae sae[SC_MAX_TAPS];
-    statistics s[SC_MAX_TAPS];       /* of the data set at hand */
     feed data;
-} measurement;
+    statistics stats[SC_MAX_TAPS];   /* of the data set at hand */
+    sae_batch batch;                 /* of one SAE, where its codes are wanted */
+    int64_t *label;                  /* [labels], of the images that came */
+    size_t labels, label_room;
+    memory_list memory;
+} session;
 
-static int open_saes(measurement *m)
+static int open_session(session *s)
 {
-    for (; m->saes < m->o->saes; m->saes++) {
-        SC_TRY(sc_sae_open(&m->sae[m->saes], m->o->sae[m->saes]));
-        SC_TRY(overrule_sae(&m->sae[m->saes], m->o));
-        if (m->o->layer) m->sae[m->saes].layer = (size_t)m->o->layer;
+    for (; s->saes < s->o->saes; s->saes++) {
+        sc_sae *sae = &s->sae[s->saes];
+        SC_TRY(sc_sae_open(sae, s->o->sae[s->saes]));
+        SC_TRY(overrule_sae(sae, s->o));
+        if (s->o->layer) sae->layer = (size_t)s->o->layer;
     }
+    SC_TRY(open_feed(&s->data, s->o));
+    for (size_t i = 0; i < s->saes; i++)
+        SC_TRY(tap_for(&s->data, &s->sae[i], s->o, &s->tap[i]));
     return SC_OK;
 }
 
-static void close_measurement(measurement *m)
+/* The data and what was found out about them; the SAEs stay. */
+static void close_data(session *s)
 {
-    for (size_t i = 0; i < SC_MAX_TAPS; i++) {
-        free_statistics(&m->s[i]);
-        sc_sae_close(&m->sae[i]);
-    }
-    close_feed(&m->data);
+    for (size_t i = 0; i < SC_MAX_TAPS; i++) free_statistics(&s->stats[i]);
+    close_feed(&s->data);
 }
+
+static void close_session(session *s)
+{
+    close_data(s);
+    for (size_t i = 0; i < SC_MAX_TAPS; i++) sc_sae_close(&s->sae[i]);
+    free_batch(&s->batch);
+    free(s->label);
+    release(&s->memory);
+}
+
+static int command_train(session *s) { return train(s->o); }
 
 static int measure_batch(void *context)
 {
-    measurement *m = context;
-    for (size_t i = 0; i < m->saes; i++) SC_TRY(count_batch(&m->s[i]));
+    session *s = context;
+    for (size_t i = 0; i < s->saes; i++) SC_TRY(count_batch(&s->stats[i]));
     return SC_OK;
 }
 
 /* One pass over a data set for all SAEs. */
-static int measure(measurement *m, const char *images, int reconstruct)
+static int measure(session *s, int reconstruct)
 {
-    const options *o = m->o;
-    SC_TRY(open_feed(&m->data, o, images));
-    for (size_t i = 0; i < m->saes; i++) {
-        m->s[i] = (statistics){ .sae = &m->sae[i], .data = &m->data, .K = (size_t)o->top,
-                                .P = (size_t)o->top_patches, .threshold = o->threshold };
-        SC_TRY(tap_for(&m->data, &m->sae[i], o, &m->s[i].tap));
-        SC_TRY(new_statistics(&m->s[i], MEASURE_IMAGES, o->class_counts));
-        m->s[i].batch.reconstruct = reconstruct;
+    const options *o = s->o;
+    SC_TRY(open_session(s));
+    for (size_t i = 0; i < s->saes; i++) {
+        s->stats[i] = (statistics){ .sae = &s->sae[i], .data = &s->data, .tap = s->tap[i],
+                                    .K = (size_t)o->top, .P = (size_t)o->top_patches,
+                                    .threshold = o->threshold };
+        SC_TRY(new_statistics(&s->stats[i], MEASURE_IMAGES, o->class_counts));
+        s->stats[i].batch.reconstruct = reconstruct;
     }
-    return for_each_batch(&m->data, 0, measure_batch, m);
+    return for_each_batch(&s->data, 0, measure_batch, s);
 }
 
-static int command_stats(const options *o, int count, char **names)
+static int command_stats(session *s)
 {
-    measurement m = { .o = o };
-    int status = o->saes == 1 ? open_saes(&m) : usage("stats takes one SAE: -s FILE");
-    if (status == SC_OK) status = try_output(o->output);
-    if (status == SC_OK) status = measure(&m, count ? names[0] : NULL, 0);
-    if (status == SC_OK) status = save_tensors(o->output, 16384, write_statistics, &m.s[0]);
-    close_measurement(&m);
-    return status;
+    SC_TRY(try_output(s->o->output));
+    SC_TRY(measure(s, 0));
+    return save_tensors(s->o->output, 16384, write_statistics, &s->stats[0]);
 }
 
 /* A row of the report's table and the further figures. */
@@ -6395,14 +5505,15 @@ static const struct { const char *name, *title; } eval_columns[EVAL_COLUMNS] = {
     { "l0_fraction", "L0 / latents" }, { "l1", "L1 a token" }, { "entropy_mean", "entropy" },
     { "entropy_sum", "entropy sum" }, { "entropy_latents", "latents with entropy" },
     { "dead", "dead" }, { "every_image", "on every image" }, { "one_image", "on 1 image" },
-    { "two_images", "on 2 images" }, { "images", "images" },
-};
+    { "two_images", "on 2 images" }, { "images", "images" } };
 
-static void evaluate(const statistics *s, double figure[EVAL_FIGURES])
+static eval_row evaluate(const statistics *s, const char *data)
 {
+    const sc_sae *sae = s->sae;
+    const char *start = sae->b_dec_start;
     double tokens = (double)s->tokens, n = (double)s->sae->d_sae, D = (double)s->sae->d_in;
     double error = running_total(&s->squared_error), x2 = 0, mean2 = 0;
-    double entropy = 0, entropies = 0, means = 0, firing = 0, on[4] = { 0 };
+    double entropy = 0, entropies = 0, means = 0, dead = 0, once = 0, twice = 0, always = 0;
     for (size_t d = 0; d < s->sae->d_in; d++) {
         double mean = running_total(&s->x[d][0]) / tokens;
         mean2 += mean * mean;
@@ -6410,24 +5521,24 @@ static void evaluate(const statistics *s, double figure[EVAL_FIGURES])
     }
     for (size_t j = 0; j < s->sae->d_sae; j++) {
         double e = top_entropy(s, j);
-        if (e >= 0) entropy += e;
+        entropy += e >= 0 ? e : 0;
         entropies += e >= 0;
-        firing += s->image_count[j] > 0;
         means += mean_activation(s, j);
-        on[0] += s->image_count[j] == 0;
-        on[1] += s->image_count[j] == 1;
-        on[2] += s->image_count[j] == 2;
-        on[3] += s->image_count[j] == s->images;
+        dead += s->image_count[j] == 0;
+        once += s->image_count[j] == 1;
+        twice += s->image_count[j] == 2;
+        always += s->image_count[j] == s->images;
     }
     double variance = x2 - tokens * mean2, active = running_total(&s->l0);
-    const double all[EVAL_FIGURES] = {
+    return (eval_row){ {
+        sae->path, data, sae->hook < 0 ? "?" : hook_names[sae->hook], sae->topk ? "TopK" : "ReLU",
+        !start ? "?" : strstr(start, "geomedian") ? "yes" : "no" }, {
         running_total(&s->mse) / (tokens * D), error / (tokens * D),
         variance > 0 ? 1 - error / variance : 0, 1 - error / x2,
-        active > 0 ? running_total(&s->l1) / active : 0, firing > 0 ? means / firing : 0,
+        active > 0 ? running_total(&s->l1) / active : 0, dead < n ? means / (n - dead) : 0,
         active / tokens, active / tokens / n, running_total(&s->l1) / tokens,
-        entropies > 0 ? entropy / entropies : -1, entropy, entropies, on[0], on[3], on[1], on[2],
-        (double)s->images };
-    memcpy(figure, all, sizeof all);
+        entropies > 0 ? entropy / entropies : -1, entropy, entropies, dead, always, once, twice,
+        (double)s->images } };
 }
 
 /* How a table is printed: what stands around rows and between cells; align: 1 right, -1 left. */
@@ -6441,27 +5552,23 @@ static const table_format table_formats[] = {
     { "text", "", "", "  ", "\n", "\n", "", "%.4g", 1, 1 },
     { "markdown", "", "| ", " | ", " |\n", " |\n", "", "%.4g", -1, 1 },
     { "csv", "", "", ",", "\n", "\n", "", "%.9g", 0, 2 },
-    { "json", "[\n", "  {", ", ", "},\n", "}\n", "]\n", "%.9g", 0, 0 },
-};
+    { "json", "[\n", "  {", ", ", "},\n", "}\n", "]\n", "%.9g", 0, 0 } };
 
-enum { CELL_ROOM = 600 };
-
-/* row NULL: the titles. room: [CELL_ROOM], where a text may be put together */
-static const char *cell_text(const table_format *f, const eval_row *row, size_t column, char *room)
+/* row NULL: the titles. */
+static const char *cell_text(const table_format *f, const eval_row *row, size_t column)
 {
     if (!row) return f->titles == 1 ? eval_columns[column].title : eval_columns[column].name;
-    if (column < EVAL_LABELS && !f->align) return row->label[column];
-    if (column < EVAL_LABELS) return printable(row->label[column], room, CELL_ROOM);
-    snprintf(room, CELL_ROOM, f->digits, row->figure[column - EVAL_LABELS]);
-    return room;
+    if (column < EVAL_LABELS) return f->align ? shown(row->label[column]) : row->label[column];
+    char *text = text_room();
+    snprintf(text, TEXT_ROOM, f->digits, row->figure[column - EVAL_LABELS]);
+    return text;
 }
 
 static void print_row(const table_format *f, const eval_row *row, const int *width)
 {
-    char room[CELL_ROOM];
     fputs(f->before, stdout);
     for (size_t c = 0; c < EVAL_COLUMNS; c++) {
-        const char *text = cell_text(f, row, c, room);
+        const char *text = cell_text(f, row, c);
         if (c) fputs(f->between, stdout);
         if (!f->titles) printf("\"%s\": ", eval_columns[c].name);
         if (f->align || !row || c >= EVAL_LABELS) printf("%*s", f->align * width[c], text);
@@ -6474,11 +5581,10 @@ static int print_table(const char *format, const eval_row *row, size_t rows)
 {
     const table_format *f = table_formats;
     int width[EVAL_COLUMNS] = { 0 };
-    char room[CELL_ROOM];
     while (strcmp(f->name, format) != 0) f++;
     for (size_t c = 0; c < EVAL_COLUMNS; c++)
         for (size_t r = 0; r <= rows; r++) {
-            int length = (int)strlen(cell_text(f, r ? &row[r - 1] : NULL, c, room));
+            int length = (int)strlen(cell_text(f, r ? &row[r - 1] : NULL, c));
             if (length > width[c]) width[c] = length;
         }
     fputs(f->begin, stdout);
@@ -6492,60 +5598,43 @@ static int print_table(const char *format, const eval_row *row, size_t rows)
     return end_of_output();
 }
 
-static eval_row row_of(const statistics *s, const char *data)
+static int command_eval(session *s)
 {
-    const sc_sae *sae = s->sae;
-    const char *start = sae->b_dec_start;
-    eval_row row = { .label = {
-        sae->path, data, sae->hook < 0 ? "?" : hook_names[sae->hook], sae->topk ? "TopK" : "ReLU",
-        !start ? "?" : strstr(start, "geomedian") ? "yes" : "no" } };
-    evaluate(s, row.figure);
-    return row;
-}
-
-static int command_eval(const options *o, int count, char **names)
-{
-    const char *data[2] = { count ? names[0] : o->acts, o->also };
+    const options *o = s->o;
+    const char *data[2] = { o->acts ? o->acts : o->operand[0], o->also };
     eval_row row[2 * SC_MAX_TAPS];
     size_t rows = 0;
     options one = *o;
-    measurement m = { .o = &one };
-    int status = open_saes(&m);
-    for (int i = 0; i < 2 && (i == 0 || data[i]) && status == SC_OK; i++) {
-        one.acts = count ? NULL : data[i];
-        status = measure(&m, count ? data[i] : NULL, 1);
-        for (size_t k = 0; k < m.saes; k++) {
-            if (status == SC_OK) row[rows++] = row_of(&m.s[k], data[i]);
-            free_statistics(&m.s[k]);
-        }
-        close_feed(&m.data);
+    s->o = &one;
+    for (int i = 0; i < 2 && (i == 0 || data[i]); i++) {
+        *(o->acts ? &one.acts : &one.operand[0]) = data[i];
+        SC_TRY(measure(s, 1));
+        for (size_t k = 0; k < s->saes; k++) row[rows++] = evaluate(&s->stats[k], data[i]);
+        close_data(s);
     }
-    if (status == SC_OK) status = print_table(o->format, row, rows);
-    close_measurement(&m);
-    return status;
+    return print_table(o->format, row, rows);
 }
 
 /* --------------------------------------------------------------------------------------------
  * Writing activations, codes and packed images, as they come
  * -------------------------------------------------------------------------------------------- */
 
-/* Labels, class names and the data set's digest, beside what has been written image by image. */
-typedef struct { int64_t *label; size_t count, capacity; } label_list;
-
-static int keep_label(label_list *list, int64_t label)
+static int keep_label(session *s, int64_t label)
 {
-    SC_TRY(grow(&list->label, &list->capacity, list->count, sizeof *list->label));
-    list->label[list->count++] = label;
+    SC_TRY(grow(&s->label, &s->label_room, s->labels, sizeof *s->label));
+    s->label[s->labels++] = label;
     return SC_OK;
 }
 
-static int write_labels(sc_writer *w, const label_list *list, char **class_name, size_t classes)
+/* The labels kept, if no image lacks one, and the classes' names. */
+static int write_labels(sc_writer *w, const session *s)
 {
-    for (size_t i = 0; i < list->count; i++)
-        if (list->label[i] < 0) return SC_OK;
-    SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &list->count));
-    SC_TRY(sc_writer_integers(w, list->label, list->count));
-    return class_name ? write_name_list(w, "class_names", class_name, classes) : SC_OK;
+    for (size_t i = 0; i < s->labels; i++)
+        if (s->label[i] < 0) return SC_OK;
+    SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &s->labels));
+    SC_TRY(sc_writer_integers(w, s->label, s->labels));
+    if (!s->data.class_name) return SC_OK;
+    return write_name_list(w, "class_names", s->data.class_name, s->data.classes);
 }
 
 /* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
@@ -6558,159 +5647,148 @@ static size_t names_room(char **name, size_t count, size_t more)
 
 /* --- extract --- */
 
-typedef struct {
-    const options *o;
-    feed data;
-    sc_writer *writer;
-    size_t first, tokens;            /* which of an image's T are written */
-    label_list labels;
-} extraction;
+typedef struct { session *s; sc_writer *w; size_t first, end; } extraction; /* of an image's T */
 
 static int extract_batch(void *context)
 {
-    extraction *e = context;
-    const feed *f = &e->data;
+    const extraction *e = context;
+    const feed *f = &e->s->data;
     for (size_t i = 0; i < f->count; i++) {
-        SC_TRY(keep_label(&e->labels, f->label[i]));
-        for (size_t t = e->first; t < e->first + e->tokens; t++)
-            SC_TRY(sc_writer_floats(e->writer, f->tap[0].out + (i * f->T + t) * f->stride, f->D));
+        SC_TRY(keep_label(e->s, f->label[i]));
+        for (size_t t = e->first; t < e->end; t++)
+            SC_TRY(sc_writer_floats(e->w, f->tap[0].out + (i * f->T + t) * f->stride, f->D));
     }
     return SC_OK;
 }
 
 static int write_activations(sc_writer *w, void *context)
 {
-    extraction *e = context;
-    const options *o = e->o;
-    feed *f = &e->data;
-    char layer[32], digest[32];
-    e->writer = w;
-    e->first = strcmp(o->tokens, "patches") == 0;
-    e->tokens = strcmp(o->tokens, "cls") == 0 ? 1 : f->T - e->first;
+    session *s = context;
+    const options *o = s->o;
+    feed *f = &s->data;
+    extraction e = { s, w, strcmp(o->tokens, "patches") == 0, strcmp(o->tokens, "cls") ? f->T : 1 };
     SC_TRY(sc_writer_tensor(w, "activations", strcmp(o->dtype, "f16") ? SC_F32 : SC_F16, 3,
-                            (size_t[]){ SC_ROWS, e->tokens, f->D }));
-    SC_TRY(for_each_batch(f, 0, extract_batch, e));
+                            (size_t[]){ SC_ROWS, e.end - e.first, f->D }));
+    SC_TRY(for_each_batch(f, 0, extract_batch, &e));
     /* a file that lacks images of the data set is not the data set: another digest */
-    uint64_t missing = f->images == SC_UNKNOWN ? 0 : f->images - e->labels.count;
-    snprintf(layer, sizeof layer, "%zu", f->tap[0].layer);
-    snprintf(digest, sizeof digest, "%016llx", (unsigned long long)(f->digest + missing));
+    uint64_t missing = f->images == SC_UNKNOWN ? 0 : f->images - s->labels;
+    unsigned long long digest = f->digest + missing;
     SC_TRY(sc_writer_metadata(w, "model", base_name(o->model)));
-    SC_TRY(sc_writer_metadata(w, "layer", layer));
+    SC_TRY(put_metadata(w, "layer", "%zu", f->tap[0].layer));
     SC_TRY(sc_writer_metadata(w, "hook", hook_names[f->tap[0].hook]));
     SC_TRY(sc_writer_metadata(w, "tokens", o->tokens));
-    if (f->images != SC_UNKNOWN) SC_TRY(sc_writer_metadata(w, "data_digest", digest));
-    return write_labels(w, &e->labels, f->class_name, f->classes);
+    if (f->images != SC_UNKNOWN) SC_TRY(put_metadata(w, "data_digest", "%016llx", digest));
+    return write_labels(w, s);
 }
 
-static int command_extract(const options *o, int count, char **names)
+static int command_extract(session *s)
 {
-    extraction e = { .o = o };
-    feed *f = &e.data;
+    feed *f = &s->data;
     sc_hook hook = SC_MLP;
     size_t place;
-    int status = open_feed(f, o, count ? names[0] : NULL);
-    if (status == SC_OK && o->hook) status = parse_hook(o->hook, &hook);
-    if (status == SC_OK) status = add_tap(f, o->layer ? o->layer : -2, hook, &place);
-    if (status == SC_OK)
-        status = save_tensors(o->output, 4096 + names_room(f->class_name, f->classes, 8),
-                              write_activations, &e);
-    free(e.labels.label);
-    close_feed(f);
-    return status;
+    SC_TRY(open_session(s));
+    if (s->o->hook) SC_TRY(parse_hook(s->o->hook, &hook));
+    SC_TRY(add_tap(f, s->o->layer ? s->o->layer : -2, hook, &place));
+    return save_tensors(s->o->output, 4096 + names_room(f->class_name, f->classes, 8),
+                        write_activations, s);
 }
 
 /* --- pack --- */
 
-typedef struct { sc_images set; image_reader reader; size_t S; label_list labels; char **name; } packing;
-
 static int write_pictures(sc_writer *w, void *context)
 {
-    packing *p = context;
+    session *s = context;
+    feed *f = &s->data;
     const image_slot *slot;
-    size_t capacity = 0, S = p->S, *count = &p->labels.count;
-    int status, stream = p->set.count == SC_UNKNOWN;
+    size_t S = (size_t)f->preprocess.size;
+    int status, stream = f->set.count == SC_UNKNOWN;
+    char **name;
+    SC_TRY(allocate(&s->memory, &name, stream ? 0 : f->set.count, sizeof *name));
     SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, (size_t[]){ SC_ROWS, S, S, 3 }));
-    while ((status = reader_next(&p->reader, &slot)) == SC_OK) {
-        const sc_image *image = stream ? NULL : &p->set.image[slot->image];
-        SC_TRY(grow(&p->name, &capacity, *count, sizeof *p->name));
-        if (image) p->name[*count] = (char *)(uintptr_t)image->name;
+    while ((status = reader_next(&f->reader, &slot)) == SC_OK) {
+        const sc_image *image = stream ? NULL : &f->set.image[slot->image];
+        if (image) name[s->labels] = (char *)(uintptr_t)image->name;
         SC_TRY(sc_writer_bytes(w, slot->pixels, S * S * 3));
-        SC_TRY(keep_label(&p->labels, image ? image->label : -1));
-        show_progress("image", *count, p->set.count, *count, "images", "%s", "");
+        SC_TRY(keep_label(s, image ? image->label : -1));
+        show_progress("image", s->labels, f->set.count, s->labels, "images", "%s", "");
     }
     if (status != SC_END) return status;
-    if (*count == 0) return fail("standard input: no picture came");
-    SC_TRY(write_labels(w, &p->labels, p->set.class_name, p->set.classes));
-    return stream || !*p->name[0] ? SC_OK : write_name_list(w, "file_names", p->name, *count);
+    if (s->labels == 0) return fail("standard input: no picture came");
+    SC_TRY(write_labels(w, s));
+    return stream || !*name[0] ? SC_OK : write_name_list(w, "file_names", name, s->labels);
 }
 
-static int command_pack(const options *o, int count, char **names)
+static int command_pack(session *s)
 {
-    packing p = { .S = (size_t)(o->square ? o->square : o->size) };
-    const sc_preprocess prep = { .size = (int)p.S, .square = (int)o->square,
-                                 .crop_hf = o->crop && strcmp(o->crop, "hf") == 0 };
-    (void)count;
-    SC_TRY(sc_images_open(&p.set, names[0], (size_t)o->limit));
-    size_t room = 4096 + names_room(p.set.class_name, p.set.classes, 4);
-    for (size_t i = 0; i < p.set.count && p.set.count != SC_UNKNOWN; i++)
-        room += 6 * strlen(p.set.image[i].name) + 4;
-    int status = reader_open(&p.reader, &p.set, &prep, NULL, NULL, thread_count(), o->skip_bad);
-    if (status == SC_OK) status = save_tensors(o->output, room, write_pictures, &p);
-    reader_close(&p.reader);
-    sc_images_close(&p.set);
-    free(p.labels.label);
-    free(p.name);
-    return status;
+    const options *o = s->o;
+    feed *f = &s->data;
+    SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
+    f->class_name = f->set.class_name;
+    f->classes = f->set.classes;
+    f->preprocess = preprocess_for(o, (size_t)(o->square ? o->square : o->size));
+    size_t room = 4096 + names_room(f->class_name, f->classes, 4);
+    for (size_t i = 0; i < f->set.count && f->set.count != SC_UNKNOWN; i++)
+        room += 6 * strlen(f->set.image[i].name) + 4;
+    SC_TRY(reader_open(&f->reader, &f->set, &f->preprocess, NULL, NULL, thread_count(),
+                       o->skip_bad));
+    return save_tensors(o->output, room, write_pictures, s);
 }
 
 /* --- encode: tensors of unknown length are gathered in temporary files side by side --- */
 
+/* A value is a float or, of rows and indices, an int64_t. */
+typedef struct {
+    const char *name;
+    sc_dtype dtype;
+    int wanted;
+    size_t width;                    /* 1: a tensor of rank 1 */
+    size_t count;                    /* values so far */
+    FILE *file;
+} spool;
+
 enum { CODE_ROW, CODE_INDEX, CODE_VALUE, CODE_DENSE, CODE_RECONSTRUCTION, CODE_MEAN, SPOOLS };
 
-/* A value is a float or, of rows and indices, an int64_t; a code tensor has rank 1. */
-static const struct { const char *name; sc_dtype dtype; } spool_tensors[SPOOLS] = {
-    { "row", SC_I64 }, { "index", SC_I32 }, { "value", SC_F32 }, { "f", SC_F32 },
-    { "reconstruction", SC_F32 }, { "image_means", SC_F32 } };
-
 typedef struct {
-    measurement m;                   /* one SAE and the data */
-    sae_batch batch;
-    FILE *file[SPOOLS];              /* NULL where not asked for */
-    size_t count[SPOOLS], rows;      /* values in a file; tokens so far */
+    session *s;
+    spool spool[SPOOLS];
+    size_t rows;                     /* tokens so far */
     float *row;                      /* [n], a token's f */
     size_t *next;                    /* [n], where a latent's next value of the tile lies */
     double *sum;                     /* [MEASURE_IMAGES, n], over each image's tokens */
-    memory_list memory;
 } encoding;
 
-static int spool(encoding *e, int which, const void *values, size_t count)
+static int is_whole(const spool *p) { return p->dtype == SC_I64 || p->dtype == SC_I32; }
+
+static int add_values(encoding *e, int which, const void *values, size_t count)
 {
-    size_t size = which < CODE_VALUE ? sizeof(int64_t) : sizeof(float);
-    if (e->file[which] && fwrite(values, size, count, e->file[which]) != count)
+    spool *p = &e->spool[which];
+    size_t size = is_whole(p) ? sizeof(int64_t) : sizeof(float);
+    if (p->wanted && fwrite(values, size, count, p->file) != count)
         return fail("a temporary file cannot be written: %s", strerror(errno));
-    e->count[which] += count;
+    p->count += count;
     return SC_OK;
 }
 
 /* The codes of a tile, token by token; latents ascending. */
-static int spool_tile(encoding *e, const tile_codes *tile)
+static int add_tile(encoding *e, const tile_codes *tile)
 {
-    const sc_sae *sae = &e->m.sae[0];
-    size_t n = sae->d_sae;
+    const sae_batch *batch = &e->s->batch;
+    size_t n = batch->sae->d_sae;
     memcpy(e->next, tile->start, n * sizeof *e->next);
     for (size_t t = 0; t < tile->tokens; t++) {
         size_t at = tile->first + t;
         memset(e->row, 0, n * sizeof *e->row);
         for (size_t j = 0; j < n; j++) {
-            if (!(tile->mask[j][t / MASK_BITS] >> (t % MASK_BITS) & 1)) continue;
+            if (e->next[j] == tile->start[j + 1] || tile->token[e->next[j]] != t) continue;
             e->row[j] = tile->value[e->next[j]++];
-            e->sum[at / e->m.data.T * n + j] += e->row[j];
-            SC_TRY(spool(e, CODE_ROW, &(int64_t){ (int64_t)(e->rows + at) }, 1));
-            SC_TRY(spool(e, CODE_INDEX, &(int64_t){ (int64_t)j }, 1));
-            SC_TRY(spool(e, CODE_VALUE, &e->row[j], 1));
+            e->sum[at / e->s->data.T * n + j] += e->row[j];
+            SC_TRY(add_values(e, CODE_ROW, &(int64_t){ (int64_t)(e->rows + at) }, 1));
+            SC_TRY(add_values(e, CODE_INDEX, &(int64_t){ (int64_t)j }, 1));
+            SC_TRY(add_values(e, CODE_VALUE, &e->row[j], 1));
         }
-        SC_TRY(spool(e, CODE_DENSE, e->row, n));
-        SC_TRY(spool(e, CODE_RECONSTRUCTION, e->batch.output + at * sae->stride, sae->d_in));
+        const float *output = batch->output + at * batch->sae->stride;
+        SC_TRY(add_values(e, CODE_DENSE, e->row, n));
+        SC_TRY(add_values(e, CODE_RECONSTRUCTION, output, batch->sae->d_in));
     }
     return SC_OK;
 }
@@ -6718,95 +5796,93 @@ static int spool_tile(encoding *e, const tile_codes *tile)
 static int encode_batch(void *context)
 {
     encoding *e = context;
-    const feed *f = &e->m.data;
-    size_t bad, n = e->m.sae[0].d_sae;
-    SC_TRY(run_sae(&e->batch, f->tap[0].out, f->count * f->T));
-    if (check_tokens(&e->batch, &bad) != SC_OK) return blame_token(f, bad);
+    const feed *f = &e->s->data;
+    sae_batch *batch = &e->s->batch;
+    size_t n = batch->sae->d_sae;
+    SC_TRY(run_and_check(batch, f, f->tap[0].out));
     memset(e->sum, 0, f->count * n * sizeof *e->sum);
-    for (size_t i = 0; i < e->batch.tiles; i++) SC_TRY(spool_tile(e, &e->batch.tile[i]));
+    for (size_t i = 0; i < batch->tiles; i++) SC_TRY(add_tile(e, &batch->tile[i]));
     for (size_t i = 0; i < f->count; i++) {
         for (size_t j = 0; j < n; j++) e->row[j] = (float)(e->sum[i * n + j] / (double)f->T);
-        SC_TRY(spool(e, CODE_MEAN, e->row, n));
+        SC_TRY(add_values(e, CODE_MEAN, e->row, n));
     }
-    e->rows += e->batch.T;
+    e->rows += batch->T;
     return SC_OK;
+}
+
+static int write_spool(sc_writer *w, const spool *p)
+{
+    enum { BLOCK = 4096 };
+    int64_t whole[BLOCK];
+    float value[BLOCK];
+    SC_TRY(sc_writer_tensor(w, p->name, p->dtype, p->width == 1 ? 1 : 2,
+                            (size_t[]){ p->count / p->width, p->width }));
+    rewind(p->file);
+    for (size_t some = 1; some > 0;) {
+        some = is_whole(p) ? fread(whole, sizeof *whole, BLOCK, p->file)
+                           : fread(value, sizeof *value, BLOCK, p->file);
+        SC_TRY(is_whole(p) ? sc_writer_integers(w, whole, some) : sc_writer_floats(w, value, some));
+    }
+    return ferror(p->file) ? fail("a temporary file cannot be read back") : SC_OK;
 }
 
 static int write_codes(sc_writer *w, void *context)
 {
-    enum { BLOCK = 4096 };
     encoding *e = context;
-    const sc_sae *sae = &e->m.sae[0];
-    int64_t whole[BLOCK];
-    float value[BLOCK];
-    for (int i = 0; i < SPOOLS; i++) {
-        size_t width = i < CODE_DENSE ? 1 : i == CODE_RECONSTRUCTION ? sae->d_in : sae->d_sae, some;
-        if (!e->file[i]) continue;
-        SC_TRY(sc_writer_tensor(w, spool_tensors[i].name, spool_tensors[i].dtype,
-                                i < CODE_DENSE ? 1 : 2, (size_t[]){ e->count[i] / width, width }));
-        if (fseeko(e->file[i], 0, SEEK_SET) != 0) return fail("a temporary file: %s", strerror(errno));
-        do {
-            if (i < CODE_VALUE) some = fread(whole, sizeof *whole, BLOCK, e->file[i]);
-            else some = fread(value, sizeof *value, BLOCK, e->file[i]);
-            SC_TRY(i < CODE_VALUE ? sc_writer_integers(w, whole, some)
-                                  : sc_writer_floats(w, value, some));
-        } while (some > 0);
-        if (ferror(e->file[i])) return fail("a temporary file cannot be read back");
-    }
+    for (spool *p = e->spool; p < e->spool + SPOOLS; p++)
+        if (p->wanted) SC_TRY(write_spool(w, p));
     return SC_OK;
 }
 
-static int encode(encoding *e, const char *images)
+static int encode(encoding *e)
 {
-    const options *o = e->m.o;
-    const int wanted[SPOOLS] = { 1, 1, 1, o->dense, o->reconstruction, o->image_means };
-    feed *f = &e->m.data;
-    sc_sae *sae = &e->m.sae[0];
-    size_t tap;
-    if (o->saes != 1) return usage("encode takes one SAE: -s FILE");
-    SC_TRY(open_saes(&e->m));
+    session *s = e->s;
+    const options *o = s->o;
     SC_TRY(try_output(o->output));
-    SC_TRY(open_feed(f, o, images));
-    SC_TRY(tap_for(f, sae, o, &tap));
-    SC_TRY(new_batch(&e->batch, sae, MEASURE_IMAGES * f->T));
-    const array_spec arrays[] = { ARRAY(e->row, sae->d_sae, 1), ARRAY(e->next, sae->d_sae, 1),
-                                  ARRAY(e->sum, sae->d_sae, MEASURE_IMAGES) };
-    SC_TRY(new_arrays(&e->memory, arrays, COUNT(arrays)));
-    for (int i = 0; i < SPOOLS; i++)
-        if (wanted[i] && !(e->file[i] = tmpfile()))
+    SC_TRY(open_session(s));
+    size_t n = s->sae[0].d_sae, D = s->sae[0].d_in;
+    const spool spools[SPOOLS] = {
+        { "row", SC_I64, 1, 1, 0, NULL }, { "index", SC_I32, 1, 1, 0, NULL },
+        { "value", SC_F32, 1, 1, 0, NULL }, { "f", SC_F32, o->dense, n, 0, NULL },
+        { "reconstruction", SC_F32, o->reconstruction, D, 0, NULL },
+        { "image_means", SC_F32, o->image_means, n, 0, NULL } };
+    const array_spec arrays[] = { ARRAY(e->row, n, 1), ARRAY(e->next, n, 1),
+                                  ARRAY(e->sum, n, MEASURE_IMAGES) };
+    memcpy(e->spool, spools, sizeof spools);
+    SC_TRY(new_batch(&s->batch, &s->sae[0], MEASURE_IMAGES * s->data.T));
+    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
+    for (spool *p = e->spool; p < e->spool + SPOOLS; p++)
+        if (p->wanted && !(p->file = tmpfile()))
             return fail("no temporary file can be made: %s", strerror(errno));
-    SC_TRY(for_each_batch(f, 0, encode_batch, e));
+    SC_TRY(for_each_batch(&s->data, 0, encode_batch, e));
     return save_tensors(o->output, 4096, write_codes, e);
 }
 
-static int command_encode(const options *o, int count, char **names)
+static int command_encode(session *s)
 {
-    encoding e = { .m = { .o = o } };
-    int status = encode(&e, count ? names[0] : NULL);
+    encoding e = { .s = s };
+    int status = encode(&e);
     for (int i = 0; i < SPOOLS; i++)
-        if (e.file[i]) fclose(e.file[i]);
-    free_batch(&e.batch);
-    release(&e.memory);
-    close_measurement(&e.m);
+        if (e.spool[i].file) fclose(e.spool[i].file);
     return status;
 }
 
 /* --- zeroshot --- */
 
-typedef struct { feed data; size_t images, top1, top5; } hits;
+typedef struct { const feed *data; size_t images, top1, top5; } hits;
 
 /* Where each image's class stands among the logits; ties go to the lower index. */
 static int count_hits(void *context)
 {
     hits *h = context;
-    const feed *f = &h->data;
+    const feed *f = h->data;
     size_t classes = f->model.classes;
     for (size_t i = 0; i < f->count; i++) {
         const float *logit = f->logits + i * classes;
-        size_t rank = 0, label = (size_t)f->label[i];        /* -1 is beyond all classes */
-        if (label >= classes)
-            return fail("image %zu %s: label %lld, but the head has %zu classes", (size_t)f->image[i],
-                        image_name(f, (size_t)f->image[i]), (long long)f->label[i], classes);
+        size_t rank = 0, label = (size_t)f->label[i], image = (size_t)f->image[i];
+        if (label >= classes)                                /* also -1, which is beyond all */
+            return fail("image %zu %s: label %lld, but the head has %zu classes", image,
+                        image_name(f, image), (long long)f->label[i], classes);
         for (size_t c = 0; c < classes; c++)
             rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
         h->images++;
@@ -6816,23 +5892,19 @@ static int count_hits(void *context)
     return SC_OK;
 }
 
-static int command_zeroshot(const options *o, int count, char **names)
+static int command_zeroshot(session *s)
 {
-    hits h = { .images = 0 };
-    int status = open_feed(&h.data, o, count ? names[0] : NULL);
-    if (status == SC_OK) status = for_each_batch(&h.data, 1, count_hits, &h);
-    if (status == SC_OK) {
-        double images = (double)h.images;
-        if (strcmp(o->format, "json") == 0)
-            printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", h.images, h.top1, h.top5);
-        else if (strcmp(o->format, "csv") == 0)
-            printf("images,top1,top5\n%zu,%zu,%zu\n", h.images, h.top1, h.top5);
-        else printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", h.images, h.top1,
-                    100.0 * (double)h.top1 / images, h.top5, 100.0 * (double)h.top5 / images);
-        status = end_of_output();
-    }
-    close_feed(&h.data);
-    return status;
+    hits h = { .data = &s->data };
+    SC_TRY(open_session(s));
+    SC_TRY(for_each_batch(&s->data, 1, count_hits, &h));
+    double images = (double)h.images;
+    if (strcmp(s->o->format, "json") == 0)
+        printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", h.images, h.top1, h.top5);
+    else if (strcmp(s->o->format, "csv") == 0)
+        printf("images,top1,top5\n%zu,%zu,%zu\n", h.images, h.top1, h.top5);
+    else printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", h.images, h.top1,
+                100.0 * (double)h.top1 / images, h.top5, 100.0 * (double)h.top5 / images);
+    return end_of_output();
 }
 
 /* ============================================================================================
@@ -6846,9 +5918,8 @@ static int command_zeroshot(const options *o, int count, char **names)
 enum { LOOK_IMAGES = 16, MOST_LATENTS = 1024, SHEET_GAP = 2, SILENT = 30 };
 
 typedef struct {
-    measurement m;                   /* one SAE and the data */
+    session *s;
     sc_safetensors stats;
-    sae_batch batch;
     enum { NO_MASK, VALUE_MASK, TOP_MASK } kind;
     size_t latent[MOST_LATENTS], latents;        /* asked for */
     size_t *image, images;           /* [images], the only ones to look at, where not NULL */
@@ -6859,21 +5930,10 @@ typedef struct {
     int made;                        /* the folder, by us */
 } viewer;
 
-static void close_viewer(viewer *v)
-{
-    close_measurement(&v->m);
-    sc_safetensors_close(&v->stats);
-    free_batch(&v->batch);
-    free(v->image);
-    free(v->mask);
-    free(v->sum);
-    free(v->picture);
-}
-
 /* "J[,J...]" */
 static int parse_latents(viewer *v, const char *text)
 {
-    const sc_sae *sae = &v->m.sae[0];
+    const sc_sae *sae = &v->s->sae[0];
     for (char *end;; text = end + 1) {
         unsigned long long j = strtoull(text, &end, 10);
         if (!isdigit((unsigned char)*text) || (*end && *end != ',') || v->latents == MOST_LATENTS)
@@ -6888,54 +5948,48 @@ static int parse_latents(viewer *v, const char *text)
 }
 
 /* Statistics tell of one data set and one SAE. */
-static int check_stats_origin(const sc_safetensors *stats, const char *path, uint64_t data,
-                              uint64_t sae)
+static int open_statistics(viewer *v, const char *path)
 {
-    const char *of_data = sc_metadata_find(stats, "data_digest");
-    const char *of_sae = sc_metadata_find(stats, "sae_digest");
-    if (!of_data || !of_sae) return fail("%s: these are no statistics: a digest is missing", path);
-    if (strtoull(of_data, NULL, 16) != data) return fail("%s: statistics of other data", path);
-    return strtoull(of_sae, NULL, 16) == sae ? SC_OK : fail("%s: statistics of another SAE", path);
+    SC_TRY(sc_safetensors_open(&v->stats, path));
+    const char *data = sc_metadata_find(&v->stats, "data_digest");
+    const char *sae = sc_metadata_find(&v->stats, "sae_digest");
+    if (!data || !sae) return fail("%s: these are no statistics: a digest is missing", path);
+    if (strtoull(data, NULL, 16) != v->s->data.digest)
+        return fail("%s: statistics of other data", path);
+    if (strtoull(sae, NULL, 16) == sae_digest(&v->s->sae[0])) return SC_OK;
+    return fail("%s: statistics of another SAE", path);
 }
 
 /* A tensor of the statistics: for each latent a row of numbers (size 1) or of pairs (2). */
 static int stats_tensor(const viewer *v, const char *name, size_t size, const sc_tensor **tensor)
 {
-    size_t n = v->m.sae[0].d_sae;
     const sc_tensor *t = *tensor = sc_tensor_find(&v->stats, name);
+    size_t n = v->s->sae[0].d_sae;
     if (t && t->rank > 1 && t->shape[1] > 0 && t->count / size / t->shape[1] == n) return SC_OK;
     return fail("%s: a tensor %s [%zu, ...] was expected", v->stats.path, name, n);
 }
 
-static int open_viewer(viewer *v, const char *images, int with_stats)
+/* The folder, the data and, where asked for, the statistics to look at them with. */
+static int open_viewer(viewer *v, int with_stats)
 {
-    const options *o = v->m.o;
-    const sc_sae *sae = &v->m.sae[0];
-    feed *f = &v->m.data;
-    size_t tap, S;
-    if (o->saes != 1) return usage("one SAE was expected: -s FILE");
-    if (with_stats && !o->stats) return usage("--mask top needs the SAE's statistics: -t FILE");
-    if (o->mask) v->kind = strcmp(o->mask, "top") == 0 ? TOP_MASK : VALUE_MASK;
-    SC_TRY(open_saes(&v->m));
+    session *s = v->s;
+    const options *o = s->o;
+    feed *f = &s->data;
+    SC_TRY(open_session(s));
     SC_TRY(parse_latents(v, o->latents));
-    SC_TRY(open_feed(f, o, images));
-    SC_TRY(tap_for(f, sae, o, &tap));
     if (f->grid == 0 || f->T == 1) return fail("tokens were expected that are a square of patches");
-    if (with_stats) {
-        SC_TRY(sc_safetensors_open(&v->stats, o->stats));
-        SC_TRY(check_stats_origin(&v->stats, o->stats, f->digest, sae_digest(sae)));
-    }
-    if (v->kind == VALUE_MASK) SC_TRY(new_batch(&v->batch, sae, LOOK_IMAGES * f->T));
+    if (with_stats) SC_TRY(open_statistics(v, o->stats));
+    if (v->kind == VALUE_MASK) SC_TRY(new_batch(&s->batch, &s->sae[0], LOOK_IMAGES * f->T));
     else if (!f->is_file) f->taps = 0;           /* spares the forward pass */
     v->patches = f->grid * f->grid;
-    S = f->is_file ? f->grid : f->model.image_size;
-    v->mask = new_array(LOOK_IMAGES, v->patches * sizeof *v->mask);
-    v->picture = new_array(S * S, 3);
-    if (!v->mask || !v->picture) return SC_FAILED;
+    size_t side = f->is_file ? f->grid : f->model.image_size;
+    const array_spec arrays[] = {
+        ARRAY(v->mask, LOOK_IMAGES, v->patches), ARRAY(v->picture, side * side, 3),
+        ARRAY(v->sum, v->latents, v->patches) };
+    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
     v->made = mkdir(o->output, 0777) == 0;
-    if (!v->made && errno != EEXIST)
-        return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
-    return SC_OK;
+    if (v->made || errno == EEXIST) return SC_OK;
+    return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
 }
 
 static int listed_draw(void *context, size_t draw, size_t *image)
@@ -6948,24 +6002,24 @@ static int listed_draw(void *context, size_t draw, size_t *image)
 /* The next batch, encoded where latents' values are wanted. */
 static int next_images(viewer *v, size_t want)
 {
-    feed *f = &v->m.data;
+    feed *f = &v->s->data;
     SC_TRY(next_batch(f, want));
     if (v->kind != VALUE_MASK || f->count == 0) return SC_OK;
-    return run_sae(&v->batch, f->tap[0].out, f->count * f->T);
+    return run_and_check(&v->s->batch, f, f->tap[0].out);
 }
 
 /* v->mask of latent j: its values on the batch's patches, or 1 on those that are among its top
  * patches of the whole data set. */
 static int find_masks(viewer *v, size_t j)
 {
-    const feed *f = &v->m.data;
+    const feed *f = &v->s->data;
     const sc_tensor *top;
     const char *text = sc_metadata_find(&v->stats, "first_patch");
     const int64_t first_patch = text ? strtoll(text, NULL, 10) : 1;
     memset(v->mask, 0, LOOK_IMAGES * v->patches * sizeof *v->mask);
-    for (size_t i = 0; i < v->batch.tiles; i++)
-        for (code_walk w = walk_codes(&v->batch.tile[i], j); next_code(&w);) {
-            size_t row = v->batch.tile[i].first + w.token, token = row % f->T;
+    for (size_t i = 0; i < v->s->batch.tiles; i++)
+        for (code_walk w = walk_codes(&v->s->batch.tile[i], j); next_code(&w);) {
+            size_t row = v->s->batch.tile[i].first + w.token, token = row % f->T;
             if (token >= f->first_patch)
                 v->mask[row / f->T * v->patches + token - f->first_patch] = w.value;
         }
@@ -7013,25 +6067,24 @@ static int write_picture(const char *folder, const char *name, size_t channels, 
 /* round(255 f / largest) */
 static int write_mask(const viewer *v, const char *name, const double *mask)
 {
-    size_t grid = v->m.data.grid;
+    size_t grid = v->s->data.grid;
     double largest = 0;
     memset(v->picture, 0, v->patches);
     for (size_t p = 0; p < v->patches; p++) largest = mask[p] > largest ? mask[p] : largest;
     for (size_t p = 0; p < v->patches && largest > 0; p++)
         v->picture[p] = (unsigned char)floor(255 * mask[p] / largest + 0.5);
-    return write_picture(v->m.o->output, name, 1, grid, grid, v->picture);
+    return write_picture(v->s->o->output, name, 1, grid, grid, v->picture);
 }
 
 /* Latent j on the batch's image i: the mask, and the picture under it where there is one. Files are
  * called after the image's index and what is safe of its own name. */
 static int show_mask(const viewer *v, size_t j, size_t i)
 {
-    const feed *f = &v->m.data;
+    const feed *f = &v->s->data;
     const double *mask = v->mask + i * v->patches;
-    const char *own = image_name(f, (size_t)f->image[i]), *slash = strrchr(own, '/');
+    const char *own = base_name(image_name(f, (size_t)f->image[i]));
     size_t S = f->model.image_size, room = 128, used;
     char name[192];
-    if (slash) own = slash + 1;
     used = (size_t)snprintf(name, room, "latent_%zu_%zu_", j, (size_t)f->image[i]);
     for (; *own && used < room; own++)
         name[used++] = isalnum((unsigned char)*own) || strchr(".-", *own) ? *own : '_';
@@ -7040,32 +6093,28 @@ static int show_mask(const viewer *v, size_t j, size_t i)
     if (f->is_file) return SC_OK;
     draw_crop(v->picture, 3 * S, f->pixels + i * S * S * 3, S, mask, f->grid);
     strcpy(name + used, ".ppm");
-    return write_picture(v->m.o->output, name, 3, S, S, v->picture);
+    return write_picture(v->s->o->output, name, 3, S, S, v->picture);
 }
 
 /* Only the images of a class, for the mean of their masks (the report's figure 6). */
 static int choose_class(viewer *v, long class)
 {
-    const feed *f = &v->m.data;
-    size_t capacity = 0;
-    for (size_t i = 0; f->classes && i < f->images; i++) {
-        if (feed_label(f, i) != class) continue;
-        SC_TRY(grow(&v->image, &capacity, v->images, sizeof *v->image));
-        v->image[v->images++] = i;
-    }
-    if (v->images == 0)
-        return fail("--class %ld: no image is of this class (there are %zu classes)", class,
-                    f->classes);
-    v->sum = new_array(v->latents, v->patches * sizeof *v->sum);
-    return v->sum ? SC_OK : SC_FAILED;
+    const feed *f = &v->s->data;
+    size_t images = f->classes ? f->images : 0;
+    SC_TRY(allocate(&v->s->memory, &v->image, images, sizeof *v->image));
+    for (size_t i = 0; i < images; i++)
+        if (feed_label(f, i) == class) v->image[v->images++] = i;
+    if (v->images > 0) return SC_OK;
+    return fail("--class %ld: no image is of this class (of %zu)", class, f->classes);
 }
 
-static int show_masks(viewer *v, const char *images)
+static int show_masks(viewer *v)
 {
-    long class = v->m.o->class_index;
-    feed *f = &v->m.data;
+    long class = v->s->o->class_index;
+    feed *f = &v->s->data;
     size_t done = 0;
-    SC_TRY(open_viewer(v, images, v->m.o->mask && strcmp(v->m.o->mask, "top") == 0));
+    if (!v->s->o->mask) v->kind = VALUE_MASK;
+    SC_TRY(open_viewer(v, v->kind == TOP_MASK));
     if (class >= 0) SC_TRY(choose_class(v, class));
     SC_TRY(start_feed(f, LOOK_IMAGES, v->image ? listed_draw : NULL, v, 0));
     for (;; done += f->count) {
@@ -7074,13 +6123,13 @@ static int show_masks(viewer *v, const char *images)
         show_progress("image", done, v->image ? v->images : f->images, done, "images", "%s", "");
         for (size_t l = 0; l < v->latents; l++) {
             SC_TRY(find_masks(v, v->latent[l]));
-            for (size_t i = 0; i < f->count && !v->sum; i++)
+            for (size_t i = 0; i < f->count && class < 0; i++)
                 SC_TRY(show_mask(v, v->latent[l], i));
-            for (size_t e = 0; e < f->count * v->patches && v->sum; e++)
+            for (size_t e = 0; e < f->count * v->patches && class >= 0; e++)
                 v->sum[l * v->patches + e % v->patches] += v->mask[e];
         }
     }
-    for (size_t l = 0; l < v->latents && v->sum; l++) {
+    for (size_t l = 0; l < v->latents && class >= 0; l++) {
         char name[96];
         snprintf(name, sizeof name, "latent_%zu_class_%ld.pgm", v->latent[l], class);
         for (size_t p = 0; p < v->patches; p++) v->sum[l * v->patches + p] /= (double)done;
@@ -7089,75 +6138,77 @@ static int show_masks(viewer *v, const char *images)
     return SC_OK;
 }
 
-static int command_mask(const options *o, int count, char **names)
+static size_t sheet_columns(size_t K)
 {
-    viewer v = { .m = { .o = o }, .kind = VALUE_MASK };
-    int status = show_masks(&v, count ? names[0] : NULL);
-    if (status != SC_OK && v.made) rmdir(o->output);         /* goes only if it is empty */
-    close_viewer(&v);
-    return status;
+    size_t columns = 1;
+    while (columns * columns < K) columns++;
+    return columns;
 }
 
 /* The sheet of latent j's next `count` images: cells row by row, the strongest image first. */
-static int show_sheet(viewer *v, size_t j, size_t count, size_t K)
+static int show_sheet(viewer *v, size_t j, size_t count, size_t K, unsigned char *sheet)
 {
-    feed *f = &v->m.data;
-    size_t S = f->model.image_size, step = S + SHEET_GAP, columns = 1;
-    while (columns * columns < K) columns++;
+    const feed *f = &v->s->data;
+    size_t S = f->model.image_size, step = S + SHEET_GAP, columns = sheet_columns(K);
     size_t width = columns * step - SHEET_GAP, height = (K - 1) / columns * step + S;
-    unsigned char *sheet = new_array(height, width * 3);
-    int status = sheet ? SC_OK : SC_FAILED;
-    for (size_t done = 0; done < count && status == SC_OK; done += f->count) {
-        status = next_images(v, count - done < LOOK_IMAGES ? count - done : LOOK_IMAGES);
-        if (status == SC_OK && v->kind) status = find_masks(v, j);
-        for (size_t i = 0; i < f->count && status == SC_OK; i++) {
+    char name[64];
+    memset(sheet, 0, height * width * 3);
+    for (size_t done = 0; done < count; done += f->count) {
+        SC_TRY(next_images(v, count - done < LOOK_IMAGES ? count - done : LOOK_IMAGES));
+        if (v->kind) SC_TRY(find_masks(v, j));
+        for (size_t i = 0; i < f->count; i++) {
             size_t row = (done + i) / columns, column = (done + i) % columns;
             draw_crop(sheet + (row * width + column) * step * 3, width * 3,
                       f->pixels + i * S * S * 3, S, v->kind ? v->mask + i * v->patches : NULL,
                       f->grid);
         }
     }
-    char name[64];
-    snprintf(name, sizeof name, "latent_%zu.ppm", j);
     if (count == 0) note("latent %zu fires on no image: its sheet is empty", j);
-    if (status == SC_OK) status = write_picture(v->m.o->output, name, 3, width, height, sheet);
-    free(sheet);
-    return status;
+    snprintf(name, sizeof name, "latent_%zu.ppm", j);
+    return write_picture(v->s->o->output, name, 3, width, height, sheet);
 }
 
 /* The images to look at are each latent's top images, as the statistics have them, in turn. */
-static int show_sheets(viewer *v, const char *images)
+static int show_sheets(viewer *v)
 {
     size_t count[MOST_LATENTS] = { 0 };
     const sc_tensor *top;
-    if (strcmp(images, "-") == 0) return usage("top picks images: a stream has no choice of them");
-    SC_TRY(open_viewer(v, images, 1));
+    feed *f = &v->s->data;
+    if (strcmp(v->s->o->operand[0], "-") == 0)
+        return usage("top picks images: a stream has no choice of them");
+    SC_TRY(open_viewer(v, 1));
     SC_TRY(stats_tensor(v, "max_activating_image_indices", 1, &top));
-    size_t K = top->shape[1];
-    v->image = new_array(v->latents, K * sizeof *v->image);
-    if (!v->image) return SC_FAILED;
+    size_t K = top->shape[1], cell = f->model.image_size + SHEET_GAP, columns = sheet_columns(K);
+    unsigned char *sheet;
+    SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
+    SC_TRY(allocate(&v->s->memory, &sheet, columns * columns * 3, cell * cell));
     for (size_t l = 0; l < v->latents; l++)
         for (int64_t image = 0; count[l] < K && image >= 0;) {
             SC_TRY(sc_tensor_integers(&v->stats, top, v->latent[l] * K + count[l], 1, &image));
-            if (image >= (int64_t)v->m.data.images)
+            if (image >= (int64_t)f->images)
                 return fail("%s: there is no image %lld", v->stats.path, (long long)image);
             if (image >= 0) v->image[v->images++] = (size_t)image;
             count[l] += image >= 0;
         }
-    v->m.data.skip_bad = 0;                      /* a cell is for one image and no other */
-    SC_TRY(start_feed(&v->m.data, LOOK_IMAGES, listed_draw, v, 0));
-    for (size_t l = 0; l < v->latents; l++) SC_TRY(show_sheet(v, v->latent[l], count[l], K));
+    f->skip_bad = 0;                             /* a cell is for one image and no other */
+    SC_TRY(start_feed(f, LOOK_IMAGES, listed_draw, v, 0));
+    for (size_t l = 0; l < v->latents; l++)
+        SC_TRY(show_sheet(v, v->latent[l], count[l], K, sheet));
     return SC_OK;
 }
 
-static int command_top(const options *o, int count, char **names)
+static int look(session *s, int (*show)(viewer *v))
 {
-    viewer v = { .m = { .o = o } };
-    int status = count ? show_sheets(&v, names[0]) : usage("top takes -m MODEL and IMAGES");
-    if (status != SC_OK && v.made) rmdir(o->output);
-    close_viewer(&v);
+    const char *mask = s->o->mask;
+    viewer v = { .s = s, .kind = !mask ? NO_MASK : strcmp(mask, "top") ? VALUE_MASK : TOP_MASK };
+    int status = show(&v);
+    if (status != SC_OK && v.made) rmdir(s->o->output);      /* goes only if it is empty */
+    sc_safetensors_close(&v.stats);
     return status;
 }
+
+static int command_top(session *s) { return look(s, show_sheets); }
+static int command_mask(session *s) { return look(s, show_masks); }
 
 /* ============================================================================================
  * 12. Tools
@@ -7165,13 +6216,12 @@ static int command_top(const options *o, int count, char **names)
  * `info` says what a file or this machine is, `compare` how far apart two files are.
  * ============================================================================================ */
 
-/* Sizes or an index, "192 x 12288" or "3, 4". out: [SC_MAX_RANK * 24] */
-static const char *join_sizes(const size_t *sizes, int count, const char *between, char *out)
+/* Sizes or an index, "192 x 12288" or "3, 4". */
+static const char *join_sizes(const size_t *sizes, int count, const char *between)
 {
-    size_t used = 0;
-    strcpy(out, between[1] == 'x' ? "scalar" : "");
-    for (int d = 0; d < count; d++)
-        used += (size_t)sprintf(out + used, "%s%zu", d ? between : "", sizes[d]);
+    char *out = strcpy(text_room(), count ? "" : "scalar");
+    for (int d = 0, used = 0; d < count; d++)
+        used += sprintf(out + used, "%s%zu", d ? between : "", sizes[d]);
     return out;
 }
 
@@ -7185,22 +6235,20 @@ file_kinds[] = {
     { "max_activating_image_indices", 2, "statistics", { "latents", "top images each" } },
     { "activations", 3, "activations", { "images", "tokens each", "numbers each" } },
     { "images", 4, "packed images", { "images", "high", "wide", "colours" } },
-    { "value", 1, "codes", { "activations that are not 0" } },
-};
+    { "value", 1, "codes", { "activations that are not 0" } } };
 
 static void describe_kind(const sc_safetensors *file, size_t kind, const sc_tensor *tensor)
 {
     static const char *const keys[] = { "architecture", "k", "layer", "hook", "model", "tokens",
                                         "images" };
     const char *position = sc_metadata_find(file, "position");
-    char text[200];
     printf("%s", file_kinds[kind].title);
     for (int d = 0; d < tensor->rank; d++)
         printf("%s %zu %s", d ? "," : ":", tensor->shape[d], file_kinds[kind].dimensions[d]);
-    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+    for (size_t i = 0; i < COUNT(keys); i++) {
         const char *value = sc_metadata_find(file, keys[i]);
         if (!value && i == 0 && sc_tensor_find(file, "W_enc")) value = "standard";
-        if (value) printf(", %s %s", keys[i], printable(value, text, sizeof text));
+        if (value) printf(", %s %s", keys[i], shown(value));
     }
     if (position) printf(", step %llu", strtoull(position, NULL, 16));
     puts(sc_tensor_find(file, "labels") ? ", with labels" : "");
@@ -7211,21 +6259,20 @@ static void describe_model(const sc_safetensors *file, const char *naming)
     sc_model m;
     printf("vision transformer, %s's names", naming);
     if (sc_model_open(&m, file->path, NULL) != SC_OK) {
-        char text[sizeof error_text];
-        printf(", not to be used: %s\n", printable(sc_error(), text, sizeof text));
+        printf(", not to be used: %s\n", shown(sc_error()));
         return;
     }
     printf(": %zu blocks, width %zu, %zu heads, hidden %zu, images of %zu x %zu in %zu x %zu "
            "patches of %zu x %zu, %zu tokens with the class token, %s GELU, epsilon %g%s\n",
            m.blocks, m.width, m.heads, m.hidden, m.image_size, m.image_size, m.grid, m.grid,
-           m.patch, m.patch, m.tokens, m.activation == QUICK_GELU ? "quick" : "exact", (double)m.epsilon,
-           find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
+           m.patch, m.patch, m.tokens, m.activation == QUICK_GELU ? "quick" : "exact",
+           (double)m.epsilon, find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
     sc_model_close(&m);
 }
 
 static void describe(const sc_safetensors *file)
 {
-    for (size_t i = 0; i < sizeof file_kinds / sizeof *file_kinds; i++) {
+    for (size_t i = 0; i < COUNT(file_kinds); i++) {
         const sc_tensor *tensor = sc_tensor_find(file, file_kinds[i].tensor);
         if (tensor && tensor->rank == file_kinds[i].rank) {
             describe_kind(file, i, tensor);
@@ -7240,23 +6287,20 @@ static void describe(const sc_safetensors *file)
 static int describe_file(const char *path)
 {
     sc_safetensors file;
-    char name[300], sizes[SC_MAX_RANK * 24];
     size_t count = 0;
     SC_TRY(sc_safetensors_open(&file, path));
-    printf("%s: ", printable(path, name, sizeof name));
+    printf("%s: ", shown(path));
     describe(&file);
     for (size_t i = 0; i < file.tensors; i++) count += file.tensor[i].count;
     printf("%zu tensors, %zu numbers, %zu bytes\n", file.tensors, count, file.size);
     for (size_t i = 0; i < file.tensors; i++) {
         const sc_tensor *t = &file.tensor[i];
-        printf("    %-48s %-5s %-20s %12zu bytes\n", printable(t->name, name, sizeof name),
-               sc_dtype_name(t->dtype), join_sizes(t->shape, t->rank, " x ", sizes), t->bytes);
+        printf("    %-48s %-5s %-20s %12zu bytes\n", shown(t->name), sc_dtype_name(t->dtype),
+               join_sizes(t->shape, t->rank, " x "), t->bytes);
     }
     printf("%zu entries of metadata\n", file.entries);
-    for (size_t i = 0; i < file.entries; i++) {
-        printf("    %s = ", printable(file.metadata[i].key, name, sizeof name));
-        puts(printable(file.metadata[i].value, name, sizeof name));
-    }
+    for (size_t i = 0; i < file.entries; i++)
+        printf("    %s = %s\n", shown(file.metadata[i].key), shown(file.metadata[i].value));
     sc_safetensors_close(&file);
     return end_of_output();
 }
@@ -7268,24 +6312,22 @@ static int describe_machine(void)
         { "L1 data cache", _SC_LEVEL1_DCACHE_SIZE }, { "L2 cache", _SC_LEVEL2_CACHE_SIZE },
         { "L3 cache", _SC_LEVEL3_CACHE_SIZE },
 #endif
-        { "pages", _SC_PAGESIZE },
-    };
+        { "pages", _SC_PAGESIZE } };
     printf("saeclip %s\ninstruction sets:", SC_VERSION);
-    for (size_t i = 0; i < sizeof instruction_sets / sizeof *instruction_sets; i++)
+    for (size_t i = 0; i < COUNT(instruction_sets); i++)
         if (instruction_sets[i].usable())
             printf(" %s%s", instruction_sets[i].set->name,
                    instruction_sets[i].set == kernels ? " (in use)" : "");
     printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+    for (size_t i = 0; i < COUNT(sizes); i++)
         if (sysconf(sizes[i].number) > 0)
             printf("%s: %ld KiB\n", sizes[i].name, sysconf(sizes[i].number) / 1024);
     return end_of_output();
 }
 
-static int command_info(const options *o, int count, char **names)
+static int command_info(session *s)
 {
-    (void)o;
-    return count ? describe_file(names[0]) : describe_machine();
+    return s->o->operand[0] ? describe_file(s->o->operand[0]) : describe_machine();
 }
 
 /* --- compare --- */
@@ -7313,11 +6355,6 @@ static int read_numbers(const sc_safetensors *file, const sc_tensor *t, size_t f
     return SC_OK;
 }
 
-static double whole_apart(int64_t a, int64_t b)
-{
-    return (double)(a > b ? (uint64_t)a - (uint64_t)b : (uint64_t)b - (uint64_t)a);
-}
-
 static void count_difference(difference *d, const options *o, size_t at, double apart, double b)
 {
     if (!(apart <= DBL_MAX)) apart = INFINITY;               /* one of the two is not finite */
@@ -7329,7 +6366,6 @@ static void count_difference(difference *d, const options *o, size_t at, double 
     if (relative > d->relative) d->relative = relative;
 }
 
-/* Two tensors of one shape, block by block. */
 static int compare_numbers(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
                            const sc_tensor *b, const options *o, difference *d)
 {
@@ -7352,94 +6388,87 @@ static int compare_numbers(const sc_safetensors *fa, const sc_tensor *a, const s
         for (size_t i = 0; i < n; i++) {
             if (whole ? p[i] == q[i] : x[i] == y[i] || (isnan(x[i]) && isnan(y[i]))) continue;
             double apart = fabs(x[i] - y[i]);
-            if (whole) apart = whole_apart(p[i], q[i]);
+            if (whole) apart = (double)(p[i] > q[i] ? (uint64_t)p[i] - (uint64_t)q[i]
+                                                    : (uint64_t)q[i] - (uint64_t)p[i]);
             count_difference(d, o, first + i, apart, y[i]);
         }
     }
     return SC_OK;
 }
 
-/* at: an element's number in the tensor. out: [SC_MAX_RANK * 24] */
-static const char *index_text(const sc_tensor *t, size_t at, char *out)
+/* at: an element's number in the tensor. */
+static const char *index_text(const sc_tensor *t, size_t at)
 {
     size_t index[SC_MAX_RANK] = { 0 };
     for (int d = t->rank - 1; d >= 0; at /= t->shape[d--]) index[d] = at % t->shape[d];
-    return join_sizes(index, t->rank, ", ", out);
+    return join_sizes(index, t->rank, ", ");
 }
 
-/* One row of the table; *differs: beyond the tolerance. */
+/* One row of the table; *differing counts tensors beyond the tolerance. */
 static int compare_pair(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
-                        const sc_tensor *b, const options *o, int *differs)
+                        const sc_tensor *b, const options *o, size_t *differing)
 {
-    char name[300], one[SC_MAX_RANK * 24], two[SC_MAX_RANK * 24];
-    difference d;
-    printf("%-40s %s", printable(a->name, name, sizeof name), sc_dtype_name(a->dtype));
+    difference d = { .beyond = 1 };
+    printf("%-40s %s", shown(a->name), sc_dtype_name(a->dtype));
     if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
-    printf(", %s: ", join_sizes(a->shape, a->rank, " x ", one));
-    *differs = a->rank != b->rank || memcmp(a->shape, b->shape, sizeof a->shape) != 0;
-    if (*differs) {
-        printf("the other is %s\n", join_sizes(b->shape, b->rank, " x ", two));
-        return SC_OK;
+    printf(", %s: ", join_sizes(a->shape, a->rank, " x "));
+    if (a->rank != b->rank || memcmp(a->shape, b->shape, sizeof a->shape) != 0)
+        printf("the other is %s\n", join_sizes(b->shape, b->rank, " x "));
+    else {
+        SC_TRY(compare_numbers(fa, a, fb, b, o, &d));
+        if (!d.other_bits) puts("the same bits");
+        else if (d.absolute == 0) puts("equal, in other bits");
+        else printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| "
+                    "up to %.9g at [%s]\n", d.beyond, a->count, d.absolute,
+                    index_text(a, d.absolute_at), d.relative, index_text(a, d.relative_at));
     }
-    SC_TRY(compare_numbers(fa, a, fb, b, o, &d));
-    *differs = d.beyond > 0;
-    if (!d.other_bits) puts("the same bits");
-    else if (d.absolute == 0) puts("equal, in other bits");
-    else printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| up to "
-                "%.9g at [%s]\n", d.beyond, a->count, d.absolute, index_text(a, d.absolute_at, one),
-                d.relative, index_text(a, d.relative_at, two));
+    *differing += d.beyond > 0;
     return SC_OK;
 }
 
-/* Metadata are named where they differ, but differences of theirs are not counted. */
-static void compare_metadata(const sc_safetensors *a, const sc_safetensors *b)
+/* Metadata are named where they differ, but differences of theirs are not counted. The second time
+ * round, a and b have changed places, and only what b lacks is new. */
+static void compare_metadata(const sc_safetensors *a, const sc_safetensors *b, int second)
 {
-    char key[100], one[100], two[100];
-    for (size_t i = 0, j = 0; i < a->entries || j < b->entries;) {
-        int order = i == a->entries ? 1 : j == b->entries ? -1
-                    : strcmp(a->metadata[i].key, b->metadata[j].key);
-        const char *left = order <= 0 ? a->metadata[i].value : "nothing";
-        const char *right = order >= 0 ? b->metadata[j].value : "nothing";
-        if (order != 0 || strcmp(left, right) != 0)
-            printf("metadata %s: %s and %s\n",
-                   printable(order <= 0 ? a->metadata[i].key : b->metadata[j].key, key, sizeof key),
-                   printable(left, one, sizeof one), printable(right, two, sizeof two));
-        i += order <= 0;
-        j += order >= 0;
+    for (const sc_entry *e = a->metadata; e < a->metadata + a->entries; e++) {
+        const char *other = sc_metadata_find(b, e->key);
+        if (other && (second || strcmp(other, e->value) == 0)) continue;
+        const char *values[] = { shown(e->value), other ? shown(other) : "nothing" };
+        printf("metadata %s: %s and %s\n", shown(e->key), values[second], values[!second]);
     }
+}
+
+static size_t only_in(const sc_safetensors *file, const sc_tensor *t)
+{
+    printf("%-40s only in %s\n", shown(t->name), shown(file->path));
+    return 1;
 }
 
 static int compare_files(const sc_safetensors *a, const sc_safetensors *b, const options *o)
 {
-    size_t total = 0, differing = 0;
-    for (size_t i = 0, j = 0; i < a->tensors || j < b->tensors; total++) {
-        int order = i == a->tensors ? 1 : j == b->tensors ? -1
-                    : strcmp(a->tensor[i].name, b->tensor[j].name), differs = 1;
-        char name[300], path[300];
-        if (order == 0)
-            SC_TRY(compare_pair(a, &a->tensor[i], b, &b->tensor[j], o, &differs));
-        else
-            printf("%-40s only in %s\n",
-                   printable(order < 0 ? a->tensor[i].name : b->tensor[j].name, name, sizeof name),
-                   printable(order < 0 ? a->path : b->path, path, sizeof path));
-        differing += differs != 0;
-        i += order <= 0;
-        j += order >= 0;
+    size_t differing = 0, more = 0;
+    for (const sc_tensor *t = a->tensor; t < a->tensor + a->tensors; t++) {
+        const sc_tensor *other = sc_tensor_find(b, t->name);
+        if (other) SC_TRY(compare_pair(a, t, b, other, o, &differing));
+        else differing += only_in(a, t);
     }
-    compare_metadata(a, b);
+    for (const sc_tensor *t = b->tensor; t < b->tensor + b->tensors; t++)
+        if (!sc_tensor_find(a, t->name)) more += only_in(b, t);
+    compare_metadata(a, b, 0);
+    compare_metadata(b, a, 1);
     SC_TRY(end_of_output());
-    return differing == 0 ? SC_OK : fail("%s: differs from %s in %zu of %zu tensors", a->path,
-                                         b->path, differing, total);
+    if (differing + more == 0) return SC_OK;
+    return fail("%s: differs from %s in %zu of %zu tensors", a->path, b->path, differing + more,
+                a->tensors + more);
 }
 
-static int command_compare(const options *o, int count, char **names)
+static int command_compare(session *s)
 {
     sc_safetensors a, b;
-    (void)count;
-    SC_TRY(sc_safetensors_open(&a, names[0]));
-    int status = sc_safetensors_open(&b, names[1]);
+    SC_TRY(sc_safetensors_open(&a, s->o->operand[0]));
+    int status = sc_safetensors_open(&b, s->o->operand[1]);
     if (status == SC_OK) {
-        status = compare_files(&a, &b, o);
+        status = compare_files(&a, &b, s->o);
         sc_safetensors_close(&b);
     }
     sc_safetensors_close(&a);
@@ -7453,175 +6482,138 @@ static int command_compare(const options *o, int count, char **names)
  * ============================================================================================ */
 #ifndef SAECLIP_NO_MAIN
 
-enum command {
-    INFO, PACK, EXTRACT, TRAIN, ENCODE, EVAL, STATS, TOP, MASK, ZEROSHOT, COMPARE, COMMANDS
-};
+enum command
+{ INFO, PACK, EXTRACT, TRAIN, ENCODE, EVAL, STATS, TOP, MASK, ZEROSHOT, COMPARE, COMMANDS };
 
 #define FOR(command) (1u << (command))
-#define WITH_DATA (FOR(TRAIN) | FOR(ENCODE) | FOR(EVAL) | FOR(STATS))
-#define WITH_PHOTOS (WITH_DATA | FOR(EXTRACT) | FOR(TOP) | FOR(MASK) | FOR(ZEROSHOT))
-#define WITH_SAES (FOR(ENCODE) | FOR(EVAL) | FOR(STATS) | FOR(TOP) | FOR(MASK))
+#define DATA (FOR(TRAIN) | FOR(ENCODE) | FOR(EVAL) | FOR(STATS))
+#define PHOTOS (DATA | FOR(EXTRACT) | LATENTS | FOR(ZEROSHOT))
+#define SAES (FOR(ENCODE) | FOR(EVAL) | FOR(STATS) | LATENTS)
+#define LATENTS (FOR(TOP) | FOR(MASK))
+#define OUTPUT (LATENTS | FOR(PACK) | FOR(EXTRACT) | FOR(TRAIN) | FOR(ENCODE) | FOR(STATS))
+#define PICTURES (PHOTOS | FOR(PACK))
 #define EVERY (FOR(COMMANDS) - 1)
+#define OVER "overrules the model's "
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
-typedef enum { FLAG, TEXT, TEXTS, WHOLE, LARGE, NUMBER } option_kind;
+typedef enum { FLAG, TEXT, TEXTS, CHOICE, WHOLE, LARGE, NUMBER } option_kind;
 
-/* choices: what a text may be, "a|b|c"; least, most: what a number may be. */
+/* value: what it is called in help, of a CHOICE what it may be; least, most: of numbers. */
 static const struct option_row {
     const char *name, *value;
     option_kind kind;
     size_t place;
     unsigned commands;
-    const char *fallback, *choices;
+    const char *help, *fallback;
     double least, most;
-    const char *help;
 } option_table[] = {
-#define PLACE(field) offsetof(options, field)
-    { "-m", "FILE", TEXT, PLACE(model), WITH_PHOTOS, NULL, NULL, 0, 0, "the vision transformer" },
-    { "-s", "FILE", TEXTS, PLACE(sae), WITH_SAES, NULL, NULL, 0, 0,
-      "the SAE (eval: as many as wanted)" },
-    { "-t", "FILE", TEXT, PLACE(stats), FOR(TOP) | FOR(MASK), NULL, NULL, 0, 0,
-      "the SAE's statistics (mask: with --mask top only)" },
-    { "-o", "PATH", TEXT, PLACE(output),
-      FOR(PACK) | FOR(EXTRACT) | FOR(TRAIN) | FOR(ENCODE) | FOR(STATS) | FOR(TOP) | FOR(MASK),
-      NULL, NULL, 0, 0, "where to write" },
-    { "-l", "J[,J...]", TEXT, PLACE(latents), FOR(TOP) | FOR(MASK), NULL, NULL, 0, 0, "latents" },
-    { "--acts", "FILE", TEXT, PLACE(acts), WITH_DATA | FOR(MASK), NULL, NULL, 0, 0,
+#define AT(field) .place = offsetof(options, field)
+    { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
+    { "-s", "FILE", TEXTS, AT(sae), SAES, "the SAE (eval: as many as wanted)" },
+    { "-t", "FILE", TEXT, AT(stats), LATENTS, "statistics (mask: of --mask top)" },
+    { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
+    { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
+    { "--acts", "FILE", TEXT, AT(acts), DATA | FOR(MASK),
       "saved activations, instead of -m MODEL IMAGES" },
-    { "--also", "DATA", TEXT, PLACE(also), FOR(EVAL), NULL, NULL, 0, 0,
-      "a second data set of the same kind: images, or activations" },
-    { "--layer", "L", WHOLE, PLACE(layer), WITH_PHOTOS & ~FOR(ZEROSHOT), NULL, NULL, -100000, 100000,
-      "block, from 1; -1 is the last (default: the SAE's, else -2)" },
-    { "--hook", "H", TEXT, PLACE(hook), WITH_PHOTOS & ~FOR(ZEROSHOT), NULL, "attn|mlp|resid", 0, 0,
+    { "--also", "DATA", TEXT, AT(also), FOR(EVAL), "a second data set of the same kind" },
+    { "--layer", "L", WHOLE, AT(layer), PHOTOS & ~FOR(ZEROSHOT),
+      "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
+    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS & ~FOR(ZEROSHOT),
       "where to listen (default: the SAE's, else mlp)" },
-    { "--tokens", "WHICH", TEXT, PLACE(tokens), FOR(EXTRACT), "all", "all|cls|patches", 0, 0,
-      "which tokens to write" },
-    { "--dtype", "TYPE", TEXT, PLACE(dtype), FOR(EXTRACT), "f32", "f32|f16", 0, 0, "number type" },
-    { "--size", "S", WHOLE, PLACE(size), FOR(PACK), "224", NULL, 1, 16384,
-      "the pictures' side; no effect with --square" },
-    { "--square", "N", WHOLE, PLACE(square), WITH_PHOTOS | FOR(PACK), NULL, NULL, 1, 16384,
-      "first resize the centre square to N x N" },
-    { "--crop", "KIND", TEXT, PLACE(crop), WITH_PHOTOS | FOR(PACK), "torchvision", "torchvision|hf",
-      0, 0, "whose rounding the centre crop has" },
-    { "--limit", "N", WHOLE, PLACE(limit), WITH_PHOTOS | FOR(PACK), NULL, NULL, 1, 1e15,
-      "only the first N images" },
-    { "--skip-bad", NULL, FLAG, PLACE(skip_bad), WITH_PHOTOS | FOR(PACK), NULL, NULL, 0, 0,
-      "name unreadable images and go on" },
-    { "--mean", "R,G,B", TEXT, PLACE(mean), WITH_PHOTOS & ~FOR(ENCODE), NULL, NULL, 0, 0,
-      "overrules the model's image_mean" },
-    { "--std", "R,G,B", TEXT, PLACE(std), WITH_PHOTOS, NULL, NULL, 0, 0,
-      "overrules the model's image_std" },
-    { "--gelu", "KIND", TEXT, PLACE(gelu), WITH_PHOTOS, NULL, "quick|erf", 0, 0,
-      "overrules the model's activation" },
-    { "--eps", "X", TEXT, PLACE(epsilon), WITH_PHOTOS, NULL, NULL, 0, 0,
-      "overrules the model's layer norm epsilon" },
-    { "--heads", "N", TEXT, PLACE(heads), WITH_PHOTOS, NULL, NULL, 0, 0,
-      "overrules the model's attention heads" },
-    { "--arch", "KIND", TEXT, PLACE(arch), FOR(TRAIN) | WITH_SAES, NULL, "relu|topk", 0, 0,
+    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), FOR(EXTRACT), "tokens to write", "all" },
+    { "--dtype", "f32|f16", CHOICE, AT(dtype), FOR(EXTRACT), "number type", "f32" },
+    { "--size", "S", WHOLE, AT(size), FOR(PACK), "the pictures' side", "224", 1, 16384 },
+    { "--square", "N", WHOLE, AT(square), PICTURES,
+      "first resize the centre square to N x N", NULL, 1, 16384 },
+    { "--crop", "torchvision|hf", CHOICE, AT(crop), PICTURES,
+      "the centre crop's rounding", "torchvision" },
+    { "--limit", "N", WHOLE, AT(limit), PICTURES, "first N images", NULL, 1, 1e15 },
+    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES, "name unreadable images and go on" },
+    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS & ~FOR(ENCODE), OVER "image_mean" },
+    { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS, OVER "image_std" },
+    { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS, OVER "activation" },
+    { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS, OVER "layer norm epsilon" },
+    { "--heads", "N", TEXT, AT(settings.heads), PHOTOS, OVER "attention heads" },
+    { "--arch", "relu|topk", CHOICE, AT(arch), FOR(TRAIN) | SAES,
       "architecture (default: relu, or the file's)" },
-    { "--k", "K", WHOLE, PLACE(k), FOR(TRAIN) | WITH_SAES, NULL, NULL, 1, 1e9,
-      "TopK's k (default: 32, or the file's)" },
-    { "--expansion", "E", WHOLE, PLACE(expansion), FOR(TRAIN), "64", NULL, 1, 65536,
-      "latents a dimension; no effect with --latents" },
-    { "--latents", "N", WHOLE, PLACE(d_sae), FOR(TRAIN), NULL, NULL, 1, SC_MAX_LATENTS, "latents" },
-    { "--l1", "X", NUMBER, PLACE(l1), FOR(TRAIN), "8e-5", NULL, 0, 1e9,
-      "weight of the L1 loss; no effect with TopK" },
-    { "--lr", "X", NUMBER, PLACE(lr), FOR(TRAIN), "4e-4", NULL, 0, 1e9, "learning rate" },
-    { "--warmup", "STEPS", WHOLE, PLACE(warmup), FOR(TRAIN), "500", NULL, 0, 1e9,
-      "steps over which the rate rises" },
-    { "--batch", "IMAGES", WHOLE, PLACE(batch), FOR(TRAIN), "16", NULL, 1, 1e9, "images a step" },
-    { "--epochs", "E", NUMBER, PLACE(epochs), FOR(TRAIN), "1", NULL, 0, 1e9,
-      "rounds over the data; no effect with --steps" },
-    { "--steps", "N", WHOLE, PLACE(steps), FOR(TRAIN), "-1", NULL, 0, 1e15,
-      "steps; 0 writes the initial SAE" },
-    { "--b-dec", "KIND", TEXT, PLACE(b_dec), FOR(TRAIN), "zeros",
-      "zeros|mean|geomedian|geomedian-images", 0, 0, "where the decoder's bias starts" },
-    { "--b-dec-images", "M", WHOLE, PLACE(b_dec_images), FOR(TRAIN), NULL, NULL, 1, 1e9,
-      "images for that (default: a batch); no effect with zeros" },
-    { "--ghost", NULL, FLAG, PLACE(ghost), FOR(TRAIN), NULL, NULL, 0, 0,
-      "ghost gradients for dead latents" },
-    { "--dead-window", "STEPS", WHOLE, PLACE(dead_window), FOR(TRAIN), "64", NULL, 0, 1e9,
-      "silent steps after which a latent is dead" },
-    { "--init", "SAE", TEXT, PLACE(init), FOR(TRAIN), NULL, NULL, 0, 0, "start from this SAE" },
-    { "--order", "KIND", TEXT, PLACE(order), FOR(TRAIN), "shuffle", "shuffle|sequential", 0, 0,
-      "the order of images" },
-    { "--log", "CSV", TEXT, PLACE(log), FOR(TRAIN), NULL, NULL, 0, 0, "a row a step" },
-    { "--checkpoint", "FILE", TEXT, PLACE(checkpoint), FOR(TRAIN), NULL, NULL, 0, 0,
+    { "--k", "K", WHOLE, AT(k), FOR(TRAIN) | SAES,
+      "TopK's k (default: 32, or the file's)", NULL, 1, 1e9 },
+    { "--expansion", "E", WHOLE, AT(expansion), FOR(TRAIN),
+      "latents a dimension; no effect with --latents", "64", 1, 65536 },
+    { "--latents", "N", WHOLE, AT(d_sae), FOR(TRAIN), "latents", NULL, 1, SC_MAX_LATENTS },
+    { "--l1", "X", NUMBER, AT(l1), FOR(TRAIN), "weight of ReLU's L1 loss", "8e-5", 0, 1e9 },
+    { "--lr", "X", NUMBER, AT(lr), FOR(TRAIN), "learning rate", "4e-4", 0, 1e9 },
+    { "--warmup", "STEPS", WHOLE, AT(warmup), FOR(TRAIN), "steps of rising rate", "500", 0, 1e9 },
+    { "--batch", "IMAGES", WHOLE, AT(batch), FOR(TRAIN), "images a step", "16", 1, 1e9 },
+    { "--epochs", "E", NUMBER, AT(epochs), FOR(TRAIN), "rounds over the data", "1", 0, 1e9 },
+    { "--steps", "N", WHOLE, AT(steps), FOR(TRAIN), "steps (0: the initial SAE)", NULL, 0, 1e15 },
+    { "--b-dec", "zeros|mean|geomedian|geomedian-images", CHOICE, AT(b_dec), FOR(TRAIN),
+      "where the decoder's bias starts", "zeros" },
+    { "--b-dec-images", "M", WHOLE, AT(b_dec_images), FOR(TRAIN),
+      "images for that (default: a batch); no effect with zeros", NULL, 1, 1e9 },
+    { "--ghost", NULL, FLAG, AT(ghost), FOR(TRAIN), "ghost gradients for dead latents" },
+    { "--dead-window", "STEPS", WHOLE, AT(dead_window), FOR(TRAIN),
+      "silent steps after which a latent is dead; no effect without --ghost", "64", 0, 1e9 },
+    { "--init", "SAE", TEXT, AT(init), FOR(TRAIN), "start from this SAE" },
+    { "--order", "shuffle|sequential", CHOICE, AT(order), FOR(TRAIN), "of the images", "shuffle" },
+    { "--log", "CSV", TEXT, AT(log), FOR(TRAIN), "a row a step" },
+    { "--checkpoint", "FILE", TEXT, AT(checkpoint), FOR(TRAIN),
       "where to keep the state (default: OUT.ckpt, on a signal)" },
-    { "--checkpoint-every", "STEPS", WHOLE, PLACE(checkpoint_every), FOR(TRAIN), "1000", NULL, 1,
-      1e15, "no effect without --checkpoint or --resume" },
-    { "--resume", NULL, FLAG, PLACE(resume), FOR(TRAIN), NULL, NULL, 0, 0,
-      "go on from the checkpoint" },
-    { "--dense", NULL, FLAG, PLACE(dense), FOR(ENCODE), NULL, NULL, 0, 0, "also f in full" },
-    { "--reconstruction", NULL, FLAG, PLACE(reconstruction), FOR(ENCODE), NULL, NULL, 0, 0,
-      "also x'" },
-    { "--mean", NULL, FLAG, PLACE(image_means), FOR(ENCODE), NULL, NULL, 0, 0,
-      "also each image's mean activations" },
-    { "--top", "K", WHOLE, PLACE(top), FOR(STATS), "16", NULL, 1, 4096,
-      "top images a latent" },
-    { "--top-patches", "P", WHOLE, PLACE(top_patches), FOR(STATS), "64", NULL, 1, 65536,
-      "top patch tokens a latent" },
-    { "--class-counts", NULL, FLAG, PLACE(class_counts), FOR(STATS), NULL, NULL, 0, 0,
-      "also count firing images by class" },
-    { "--threshold", "T", NUMBER, PLACE(threshold), FOR(STATS), "-1", NULL, 0, 1e30,
-      "count tokens above T instead; no effect without --class-counts" },
-    { "--mask", "KIND", TEXT, PLACE(mask), FOR(TOP) | FOR(MASK), NULL, "value|top", 0, 0,
+    { "--checkpoint-every", "STEPS", WHOLE, AT(checkpoint_every), FOR(TRAIN),
+      "no effect without --checkpoint or --resume", "1000", 1, 1e15 },
+    { "--resume", NULL, FLAG, AT(resume), FOR(TRAIN), "go on from the checkpoint" },
+    { "--dense", NULL, FLAG, AT(dense), FOR(ENCODE), "also f in full" },
+    { "--reconstruction", NULL, FLAG, AT(reconstruction), FOR(ENCODE), "also x'" },
+    { "--mean", NULL, FLAG, AT(image_means), FOR(ENCODE), "also images' mean activations" },
+    { "--top", "K", WHOLE, AT(top), FOR(STATS), "top images a latent", "16", 1, 4096 },
+    { "--top-patches", "P", WHOLE, AT(top_patches), FOR(STATS), "top patches", "64", 1, 65536 },
+    { "--class-counts", NULL, FLAG, AT(class_counts), FOR(STATS), "firing images by class" },
+    { "--threshold", "T", NUMBER, AT(threshold), FOR(STATS),
+      "count tokens above T instead; no effect without --class-counts", NULL, 0, 1e30 },
+    { "--mask", "value|top", CHOICE, AT(mask), LATENTS,
       "value: where the latent fires; top: its top patch tokens" },
-    { "--class", "C", WHOLE, PLACE(class_index), FOR(MASK), "-1", NULL, 0, 1e9,
-      "the mean mask of this class's images" },
-    { "--rtol", "X", NUMBER, PLACE(rtol), FOR(COMPARE), "0", NULL, 0, 1e30, "relative tolerance" },
-    { "--atol", "X", NUMBER, PLACE(atol), FOR(COMPARE), "0", NULL, 0, 1e30, "absolute tolerance" },
-    { "--format", "KIND", TEXT, PLACE(format), FOR(EVAL) | FOR(ZEROSHOT), "text",
-      "text|markdown|csv|json", 0, 0, "how to print (zeroshot: text, csv or json)" },
-    { "--seed", "N", LARGE, PLACE(seed), EVERY, "42", NULL, 0, 9007199254740991, "random seed" },
-    { "--threads", "N", WHOLE, PLACE(threads), EVERY, NULL, NULL, 1, SC_MAX_THREADS,
-      "threads (default: all cores)" },
-    { "--quiet", NULL, FLAG, PLACE(quiet), EVERY, NULL, NULL, 0, 0, "no progress, no remarks" },
-};
+    { "--class", "C", WHOLE, AT(class_index), FOR(MASK), "the mean mask of a class", NULL, 0, 1e9 },
+    { "--rtol", "X", NUMBER, AT(rtol), FOR(COMPARE), "relative tolerance", "0", 0, 1e30 },
+    { "--atol", "X", NUMBER, AT(atol), FOR(COMPARE), "absolute tolerance", "0", 0, 1e30 },
+    { "--format", "text|markdown|csv|json", CHOICE, AT(format), FOR(EVAL) | FOR(ZEROSHOT),
+      "how to print (zeroshot: text, csv or json)", "text" },
+    { "--seed", "N", LARGE, AT(seed), EVERY, "random seed", "42", 0, 9007199254740991 },
+    { "--threads", "N", WHOLE, AT(threads), EVERY, "default: all cores", NULL, 1, SC_MAX_THREADS },
+    { "--quiet", NULL, FLAG, AT(quiet), EVERY, "no progress, no remarks" } };
 
-enum { OPTIONS = sizeof option_table / sizeof *option_table };
+enum { OPTIONS = COUNT(option_table) };
 
-/* operands: least and most positional arguments; needs: options that must be given. */
+/* least, most: operands; needs: the letters of options that must be given. */
 static const struct {
     const char *name, *synopsis, *help, *example;
-    int (*run)(const options *o, int count, char **names);
-    int least, most;
-    const char *needs[4];
+    int (*run)(session *s), least, most;
+    const char *needs;
 } command_table[COMMANDS] = {
-    [INFO] = { "info", "[FILE]", "what a file is, its tensors and metadata; without a file: the machine",
-      "saeclip info", command_info, 0, 1, { NULL } },
+    [INFO] = { "info", "[FILE]", "what a file is; without one: the machine",
+      "clip.safetensors", command_info, 0, 1, "" },
     [PACK] = { "pack", "IMAGES -o SET", "decodes and resizes images once",
-      "saeclip pack --square 256 photos -o photos.safetensors", command_pack, 1, 1, { "-o" } },
+      "--square 256 photos -o photos.safetensors", command_pack, 1, 1, "o" },
     [EXTRACT] = { "extract", "-m MODEL IMAGES -o ACTS", "activations at a hook point",
-      "saeclip extract -m clip.safetensors --layer 11 --hook mlp photos -o acts.safetensors",
-      command_extract, 1, 1, { "-m", "-o" } },
+      "-m clip.safetensors --layer 11 photos -o acts.safetensors", command_extract, 1, 1, "mo" },
     [TRAIN] = { "train", "DATA -o SAE", "trains a sparse autoencoder",
-      "saeclip train -m clip.safetensors --layer 11 --hook mlp photos --arch topk --log topk.csv "
-      "-o topk.safetensors", command_train, 0, 1, { "-o" } },
+      "-m clip.safetensors photos --arch topk -o topk.safetensors", command_train, 0, 1, "o" },
     [ENCODE] = { "encode", "-s SAE DATA -o CODES", "codes as (row, index, value) lists",
-      "saeclip encode -s sae.safetensors -m clip.safetensors photos -o codes.safetensors",
-      command_encode, 0, 1, { "-s", "-o" } },
-    [EVAL] = { "eval", "-s SAE ... DATA [--also DATA]", "the table of figures, a row an SAE and data set",
-      "saeclip eval -s relu.safetensors -s topk.safetensors -m clip.safetensors photos",
-      command_eval, 0, 1, { "-s" } },
+      "-s sae.safetensors -m clip.safetensors photos -o codes", command_encode, 0, 1, "so" },
+    [EVAL] = { "eval", "-s SAE ... DATA [--also DATA]", "figures, a row an SAE and data set",
+      "-s relu.safetensors -s topk.safetensors -m clip.safetensors photos",
+      command_eval, 0, 1, "s" },
     [STATS] = { "stats", "-s SAE DATA -o STATS", "what every latent does over a data set",
-      "saeclip stats -s sae.safetensors -m clip.safetensors photos -o stats.safetensors",
-      command_stats, 0, 1, { "-s", "-o" } },
-    [TOP] = { "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR",
-      "the top images of latents, a PPM sheet each",
-      "saeclip top -s sae.safetensors -t stats.safetensors -m clip.safetensors photos -l 7,12 "
-      "--mask value -o sheets", command_top, 1, 1, { "-s", "-t", "-l", "-o" } },
-    [MASK] = { "mask", "-s SAE DATA -l J -o DIR",
-      "where a latent fires: PGM masks, PPM overlays",
-      "saeclip mask -s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks",
-      command_mask, 0, 1, { "-s", "-l", "-o" } },
-    [ZEROSHOT] = { "zeroshot", "-m MODEL IMAGES",
-      "top-1 and top-5 by the model's head or its text embeddings",
-      "saeclip zeroshot -m vit.safetensors photos.txt", command_zeroshot, 1, 1, { "-m" } },
+      "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors",
+      command_stats, 0, 1, "so" },
+    [TOP] = { "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "latents' top images",
+      "-s sae.safetensors -t stats.safetensors -m clip.safetensors photos -l 7,12 -o sheets",
+      command_top, 1, 1, "stlo" },
+    [MASK] = { "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
+      "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1, "slo" },
+    [ZEROSHOT] = { "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
+      "-m vit.safetensors photos.txt", command_zeroshot, 1, 1, "m" },
     [COMPARE] = { "compare", "A B", "two safetensors files, tensor by tensor",
-      "saeclip compare --rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2,
-      { NULL } },
-};
+      "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2, "" } };
 
 static int print_help(void)
 {
@@ -7643,13 +6635,15 @@ static int print_command_help(enum command command)
         const struct option_row *row = &option_table[i];
         char left[48];
         if (!(row->commands & FOR(command))) continue;
-        snprintf(left, sizeof left, "%s %s", row->name, row->value ? row->value : "");
+        snprintf(left, sizeof left, "%s %s", row->name,
+                 row->kind == CHOICE ? "KIND" : row->value ? row->value : "");
         printf("    %-24s %s", left, row->help);
-        if (row->choices) printf(": %s", row->choices);
-        if (row->fallback && *row->fallback != '-') printf(" (default %s)", row->fallback);
+        if (row->kind == CHOICE) printf(": %s", row->value);
+        if (row->fallback) printf(" (default %s)", row->fallback);
         puts("");
     }
-    printf("\nexample: %s\n", command_table[command].example);
+    printf("\nexample: saeclip %s %s\n", command_table[command].name,
+           command_table[command].example);
     return end_of_output();
 }
 
@@ -7657,75 +6651,56 @@ static int is_choice(const char *choices, const char *text)
 {
     size_t length = strlen(text);
     for (const char *c = choices; c; c = strchr(c, '|') ? strchr(c, '|') + 1 : NULL)
-        if (strncmp(c, text, length) == 0 && (c[length] == '|' || c[length] == '\0')) return 1;
+        if (strncmp(c, text, length) == 0 && (c[length] == '|' || c[length] == '\0'))
+            return !strchr(text, '|');
     return 0;
 }
 
+/* Puts an option's value where it belongs; text NULL: a flag. */
 static int set_option(options *o, const struct option_row *row, const char *text)
 {
     char *place = (char *)o + row->place;
-    double number = 0;
-    if (row->kind == FLAG) {
-        memcpy(place, &(int){ 1 }, sizeof(int));
-        return SC_OK;
-    }
-    if (row->kind == TEXT || row->kind == TEXTS) {
+    double number;
+    if (row->kind == FLAG) return memcpy(place, &(int){ 1 }, sizeof(int)), SC_OK;
+    if (row->kind <= CHOICE) {
         if (!*text) return usage("%s: a value %s was expected", row->name, row->value);
-        if (row->choices && !is_choice(row->choices, text))
-            return usage("%s: '%s' is none of %s", row->name, text, row->choices);
+        if (row->kind == CHOICE && !is_choice(row->value, text))
+            return usage("%s: '%s' is none of %s", row->name, text, row->value);
         if (row->kind == TEXTS && o->saes == SC_MAX_TAPS)
             return usage("%s: more than %d were given", row->name, SC_MAX_TAPS);
         if (row->kind == TEXTS) place += o->saes++ * sizeof text;
-        memcpy(place, &text, sizeof text);
-        return SC_OK;
+        return memcpy(place, &text, sizeof text), SC_OK;
     }
     SC_TRY(parse_number(text, row->name, row->least, row->most, &number));
     if (row->kind == WHOLE && number > (double)LONG_MAX)
         return usage("%s: '%s' is more than this machine can count", row->name, text);
     if (row->kind != NUMBER && number != floor(number))
         return usage("%s: '%s' is no whole number", row->name, text);
-    long whole = row->kind == WHOLE ? (long)number : 0;
-    if (row->kind == WHOLE) memcpy(place, &whole, sizeof whole);
+    if (row->kind == WHOLE) memcpy(place, &(long){ (long)number }, sizeof(long));
     else memcpy(place, &number, sizeof number);
     return SC_OK;
 }
 
-static void set_defaults(options *o)
-{
-    memset(o, 0, sizeof *o);
-    for (size_t i = 0; i < OPTIONS; i++) {
-        const struct option_row *row = &option_table[i];
-        char *place = (char *)o + row->place;
-        if (!row->fallback) continue;
-        double number = row->kind == TEXT ? 0 : strtod(row->fallback, NULL);
-        long whole = (long)number;
-        if (row->kind == TEXT) memcpy(place, &row->fallback, sizeof row->fallback);
-        else if (row->kind == WHOLE) memcpy(place, &whole, sizeof whole);
-        else memcpy(place, &number, sizeof number);
-    }
-}
-
 static int was_given(const options *o, const char *name)
 {
-    for (size_t i = 0; i < OPTIONS; i++)
-        if (strcmp(option_table[i].name, name) == 0 && (o->given >> i & 1)) return 1;
-    return 0;
+    size_t i = 0;
+    while (strcmp(option_table[i].name, name) != 0) i++;
+    return (int)(o->given >> i & 1);
 }
 
 /* One argument that begins with -, and its value. */
-static int parse_option(options *o, enum command command, int argc, char **argv, int *at)
+static int parse_option(options *o, enum command command, char **argv, int *at)
 {
     const char *name = argv[*at], *equals = name[1] == '-' ? strchr(name, '=') : NULL;
+    const char *own = command_table[command].name;
     size_t length = equals ? (size_t)(equals - name) : strlen(name), i = 0;
     while (i < OPTIONS && (strncmp(option_table[i].name, name, length) != 0
                            || option_table[i].name[length] != '\0'
                            || !(option_table[i].commands & FOR(command)))) i++;
-    const char *own = command_table[command].name;
-    if (i == OPTIONS)
-        return usage("%s takes no option %s (saeclip %s --help)", own, name, own);
+    if (i == OPTIONS) return usage("%s takes no option %s (saeclip %s --help)", own, name, own);
     const struct option_row *row = &option_table[i];
     if (row->kind == FLAG && equals) return usage("%s takes no value", row->name);
-    if (row->kind != FLAG && !equals && *at + 1 >= argc)
+    if (row->kind != FLAG && !equals && !argv[*at + 1])
         return usage("%s: a value %s was expected", row->name, row->value);
     if ((o->given >> i & 1) && row->kind != TEXTS) return usage("%s was given twice", row->name);
     o->given |= (uint64_t)1 << i;
@@ -7739,40 +6714,51 @@ static int check_options(const options *o, enum command command, int operands)
         { "--init", "--expansion" }, { "--init", "--latents" }, { "--init", "--b-dec" },
         { "--steps", "--epochs" }, { "--square", "--size" } };
     const char *name = command_table[command].name;
-    for (size_t i = 0; i < 4 && command_table[command].needs[i]; i++)
-        if (!was_given(o, command_table[command].needs[i]))
-            return usage("%s: %s is missing (saeclip %s --help)", name,
-                         command_table[command].needs[i], name);
-    for (size_t i = 0; i < sizeof apart / sizeof *apart; i++)
+    for (const char *letter = command_table[command].needs; *letter; letter++)
+        if (!was_given(o, (char[]){ '-', *letter, '\0' }))
+            return usage("%s: -%c is missing (saeclip %s --help)", name, *letter, name);
+    for (size_t i = 0; i < COUNT(apart); i++)
         if (was_given(o, apart[i][0]) && was_given(o, apart[i][1]))
             return usage("%s and %s exclude each other", apart[i][0], apart[i][1]);
     if (operands < command_table[command].least || operands > command_table[command].most)
         return usage("%s: %s was expected", name, command_table[command].synopsis);
-    if (o->acts && operands) return usage("--acts and IMAGES exclude each other");
+    if (o->acts && (operands || o->model))
+        return usage("--acts and -m MODEL IMAGES exclude each other");
+    if (o->saes > 1 && command != EVAL) return usage("%s takes one SAE: -s FILE", name);
+    if (o->mask && strcmp(o->mask, "top") == 0 && !o->stats)
+        return usage("--mask top needs the SAE's statistics: -t FILE");
     if (was_given(o, "--layer") && o->layer == 0)
         return usage("--layer: '0': blocks count from 1, or from -1 back from the last");
+    const char *outputs[] = { o->output, o->log, o->checkpoint };
+    for (int i = 0; i < 3; i++)
+        if (outputs[i] && outputs[(i + 1) % 3] && strcmp(outputs[i], outputs[(i + 1) % 3]) == 0)
+            return usage("%s was given for two outputs", outputs[i]);
     if (command == ZEROSHOT && strcmp(o->format, "markdown") == 0)
         return usage("--format: '%s' is none of text|csv|json", o->format);
     return SC_OK;
 }
 
-static int run_command(enum command command, int argc, char **argv)
+/* argv ends with NULL. */
+static int run_command(enum command command, char **argv)
 {
-    options o;
+    options o = { .steps = -1, .threshold = -1, .class_index = -1 };     /* -1: not given */
     int operands = 0, plain = 0;
-    set_defaults(&o);
-    for (int i = 0; i < argc; i++) {
+    for (const struct option_row *row = option_table; row < option_table + OPTIONS; row++)
+        if (row->fallback) SC_TRY(set_option(&o, row, row->fallback));
+    for (int i = 0; argv[i]; i++) {
         if (!plain && strcmp(argv[i], "--help") == 0) return print_command_help(command);
         if (!plain && strcmp(argv[i], "--") == 0) plain = 1;
         else if (!plain && argv[i][0] == '-' && argv[i][1])
-            SC_TRY(parse_option(&o, command, argc, argv, &i));
-        else argv[operands++] = argv[i];
+            SC_TRY(parse_option(&o, command, argv, &i));
+        else if (operands++ < 2) o.operand[operands - 1] = argv[i];
     }
     SC_TRY(check_options(&o, command, operands));
     quiet = o.quiet;
     SC_TRY(sc_instruction_set(getenv("SAECLIP_ISA")));
     SC_TRY(sc_threads_start((int)o.threads));
-    int status = command_table[command].run(&o, operands, argv);
+    session s = { .o = &o };
+    int status = command_table[command].run(&s);
+    close_session(&s);
     sc_threads_stop();
     return status;
 }
@@ -7787,11 +6773,11 @@ static int run_saeclip(int argc, char **argv)
     }
     for (int i = 0; i < COMMANDS; i++)
         if (strcmp(argv[1], command_table[i].name) == 0)
-            return run_command((enum command)i, argc - 2, argv + 2);
+            return run_command((enum command)i, argv + 2);
     return usage("'%s' is no command (saeclip --help)", argv[1]);
 }
 
-/* A standard stream that is closed stays unusable, instead of being the next file that is opened. */
+/* A standard stream that is closed stays unusable, instead of becoming the next file opened. */
 static void hold_streams(void)
 {
     for (int fd = 0; fd < 3; fd++)

@@ -13,6 +13,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #define SC_VERSION "0.1"
 
@@ -98,11 +99,10 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
 
 /* A file that appears under its name only when it is complete. */
 typedef struct {
-    char *path, *temporary;          /* path NULL: gathered in memory; temporary NULL: not atomic */
-    int fd, seekable, error;         /* error: the first errno; all that follows fails with it */
-    unsigned char *buffer;
-    size_t used, capacity;
-    uint64_t written;                /* where in the file the buffer's bytes will go */
+    char *path, *target;             /* as the caller has it; where its links lead */
+    char *temporary;                 /* target.tmp; NULL: written as it is, or committed */
+    FILE *file;
+    int error;                       /* the first errno; all that follows fails with it */
 } sc_output;
 
 #define SC_ROWS SIZE_MAX             /* as a tensor's first dimension: as many rows as come */
@@ -110,24 +110,28 @@ typedef struct {
 typedef struct {
     sc_output out;
     uint64_t data;                   /* where in the file the data begin */
-    sc_tensor *tensor;
-    size_t tensors, tensor_capacity;
-    sc_entry *metadata;
-    size_t entries, entry_capacity;
-    size_t values;                   /* written of the last tensor so far */
+    FILE *text[2];                   /* gather the header: metadata and tensors */
+    char *bytes[2];                  /* what they have gathered */
+    size_t length[2], entries, tensors;
+    sc_tensor tensor;                /* the last one */
+    char name[100];                  /* for errors: its name's beginning */
+    size_t begin, values;            /* where it begins in the data; how many it got so far */
     int rows_open;                   /* its first dimension is SC_ROWS */
 } sc_writer;
 
-/* Writes tensors one after the other; header_room: bytes the header may take without moving what
- * follows. After a failure call sc_writer_discard(); a finished writer needs nothing more. */
+/* Writes tensors one after the other, no name or key twice; header_room: bytes the header may take,
+ * 1000 at least. After a failure call sc_writer_discard(); a finished writer needs nothing more. */
 int sc_writer_open(sc_writer *w, const char *path, size_t header_room);
 int sc_writer_metadata(sc_writer *w, const char *key, const char *value);
 int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
                      const size_t *shape);
-int sc_writer_floats(sc_writer *w, const float *values, size_t count);      /* F32, F16 */
-int sc_writer_doubles(sc_writer *w, const double *values, size_t count);    /* F64 */
-int sc_writer_integers(sc_writer *w, const int64_t *values, size_t count);  /* I64, I32 */
-int sc_writer_bytes(sc_writer *w, const unsigned char *values, size_t count); /* U8 */
+/* The next values of the last tensor, which are of type F32 (for a tensor of F32 or F16), F64, I64
+ * (I64 or I32) or U8 in memory. */
+int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind);
+#define sc_writer_floats(w, v, n) sc_writer_values(w, (const float *){ v }, n, SC_F32)
+#define sc_writer_doubles(w, v, n) sc_writer_values(w, (const double *){ v }, n, SC_F64)
+#define sc_writer_integers(w, v, n) sc_writer_values(w, (const int64_t *){ v }, n, SC_I64)
+#define sc_writer_bytes(w, v, n) sc_writer_values(w, (const unsigned char *){ v }, n, SC_U8)
 int sc_writer_finish(sc_writer *w);
 void sc_writer_discard(sc_writer *w);
 
@@ -156,11 +160,12 @@ typedef struct {
     size_t classes;                  /* class names, else largest label + 1, 0 without labels */
     char **class_name;               /* [classes], NULL if the classes have numbers only */
     uint64_t digest;                 /* of names, labels, class names and count; 0: a stream */
-    char *root;                      /* the folder names are relative to, or the packed set */
+    char *root;                      /* what stands before names: a folder with its slash, or "" */
     size_t limit;                    /* at most so many images; SIZE_MAX: all */
     sc_safetensors *packed;          /* NULL: not a packed set */
     char **file_name;                /* [count] of a packed set, NULL if it has none */
     struct sc_names *names;          /* where the names lie */
+    size_t capacity, class_capacity; /* of image and class_name */
 } sc_images;
 
 /* A folder of class folders, a flat folder, a list, a packed set, one image, or "-"; limit: how
@@ -170,8 +175,6 @@ void sc_images_close(sc_images *set);
 /* pixels: [size, size, 3] */
 int sc_image_load(const sc_images *set, size_t index, const sc_preprocess *prep,
                   unsigned char *pixels);
-/* pixels: [S, S, 3]; chw: [3, S, S], (v / 255 - mean) / std */
-void sc_normalise(const sc_preprocess *prep, const unsigned char *pixels, float *chw);
 
 /* --- The vision transformer (Dosovitskiy et al., 2021; Radford et al., 2021) --- */
 

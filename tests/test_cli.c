@@ -265,7 +265,7 @@ static const cli_case cli_usage[] = {
     { 2, "extract: ", "extract -m @model @photos @photos -o @out" },
     { 2, "compare: ", "compare @acts" },
     { 2, "info: ", "info @acts @acts" },
-    { 2, "--acts and IMAGES exclude", "train --acts @acts @photos -o @out" },
+    { 2, "--acts and -m MODEL IMAGES exclude", "train --acts @acts @photos -o @out" },
     { 2, "no data", "train -o @out" },
     { 2, "no data", "train -m @model -o @out" },
     { 2, "no data", "eval -s @sae --also @acts" },
