@@ -1,7 +1,34 @@
-/* saeclip: sparse autoencoders on a vision transformer's activations, in one C file. */
+/* saeclip: sparse autoencoders on a vision transformer's activations, in one C file.
+ *
+ * From photos to what each latent sees: a vision transformer (CLIP ViT-B/16 and its kin) runs up to
+ * a hook point, a sparse autoencoder is trained on the activations of every token, and every latent
+ * is measured and shown: how often it fires, how strongly, on which images, patches and classes. The
+ * method is PatchSAE's (Lim et al., ICLR 2025). Read it from top to bottom: data flow in that order.
+ * There is no dependency, no option of the build that changes a result, and no order of work that
+ * could: each sum's order is defined (section 3), so every machine gives the same bits.
+ *
+ *    1. Errors and memory
+ *    2. Threads
+ *    3. Numbers
+ *    4. Kernels, one set for each instruction set
+ *    5. Files
+ *    6. Images
+ *    7. The vision transformer
+ *    8. Activations
+ *    9. The sparse autoencoder
+ *   10. Training
+ *   11. Measuring
+ *   12. Looking
+ *   13. Tools
+ *   14. The command line
+ *
+ * Who wants the algorithm alone reads 3, 7 and 9 to 11; the rest is getting data in and out. */
 #ifndef SC_ISA
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
+#endif
+#ifndef _XOPEN_SOURCE
+#define _XOPEN_SOURCE 700            /* POSIX.1-2008 too; glibc shows realpath() only with it */
 #endif
 #ifndef _FILE_OFFSET_BITS
 #define _FILE_OFFSET_BITS 64
@@ -47,8 +74,7 @@ extern char **environ;
     } while (0)
 
 /* Huge pages where the system offers them; the program is right without. */
-static void advise_huge_pages(void *memory, size_t bytes)
-{
+static void advise_huge_pages(void *memory, size_t bytes) {
 #ifdef MADV_HUGEPAGE
     if (bytes >= (size_t)4 << 20) {
         uintptr_t start = ((uintptr_t)memory + 4095) & ~(uintptr_t)4095;
@@ -70,8 +96,7 @@ static _Thread_local char error_text[1024];
 
 const char *sc_error(void) { return error_text; }
 
-SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...)
-{
+SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(error_text, sizeof error_text, format, arguments);
@@ -86,8 +111,7 @@ SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...)
 
 /* count x size bytes, zeroed, on a cache line's boundary; NULL and a reason where that fails.
  * Never asks for 0 bytes, so NULL always means failure. Freed with free(). */
-static void *new_array(size_t count, size_t size)
-{
+static void *new_array(size_t count, size_t size) {
     void *memory = NULL;
     if (size != 0 && count > (SIZE_MAX - 64) / size) {
         fail("out of memory: %zu x %zu bytes cannot be addressed", count, size);
@@ -104,8 +128,7 @@ static void *new_array(size_t count, size_t size)
 }
 
 /* The first `length` bytes of head, then tail; or NULL and a reason. */
-static char *join_text(const char *head, size_t length, const char *tail)
-{
+static char *join_text(const char *head, size_t length, const char *tail) {
     size_t more = strlen(tail) + 1;
     char *joined = new_array(length + more, 1);
     if (!joined) return NULL;
@@ -117,8 +140,7 @@ static char *join_text(const char *head, size_t length, const char *tail)
 static char *copy_string(const char *text) { return join_text("", 0, text); }
 
 /* Makes room for one more element in a list that doubles; list points to the list's pointer. */
-static int grow(void *list, size_t *capacity, size_t count, size_t size)
-{
+static int grow(void *list, size_t *capacity, size_t count, size_t size) {
     if (count < *capacity) return SC_OK;
     size_t larger = *capacity ? 2 * *capacity : 64;
     void *old, *memory = new_array(larger, size);
@@ -140,8 +162,7 @@ typedef struct { void *pointer; size_t rows, row_bytes; } array_spec;
 /* Lays arrays out in a block, each on a cache line's boundary behind a first line for the block's
  * owner, or only measures them where `block` is NULL. Returns the bytes they take, SIZE_MAX if so
  * many cannot be addressed. */
-static size_t lay_out(const array_spec *array, size_t count, void *block)
-{
+static size_t lay_out(const array_spec *array, size_t count, void *block) {
     size_t used = 64;
     for (size_t i = 0; i < count; i++) {
         void *place = block ? (unsigned char *)block + used : NULL;
@@ -157,8 +178,7 @@ static size_t lay_out(const array_spec *array, size_t count, void *block)
  * before. Starts as NULL. */
 typedef void *memory_list;
 
-static int new_arrays(memory_list *list, const array_spec *array, size_t count)
-{
+static int new_arrays(memory_list *list, const array_spec *array, size_t count) {
     void *block = new_array(lay_out(array, count, NULL), 1);
     if (!block) return SC_FAILED;
     lay_out(array, count, block);
@@ -168,13 +188,11 @@ static int new_arrays(memory_list *list, const array_spec *array, size_t count)
 }
 
 /* *pointer (the address of a typed pointer) becomes a new array on the list. */
-static int allocate(memory_list *list, void *pointer, size_t count, size_t size)
-{
+static int allocate(memory_list *list, void *pointer, size_t count, size_t size) {
     return new_arrays(list, &(array_spec){ pointer, count, size }, 1);
 }
 
-static void release(memory_list *list)
-{
+static void release(memory_list *list) {
     for (void *block = *list; block; block = *list) {
         memcpy(list, block, sizeof *list);
         free(block);
@@ -202,15 +220,13 @@ static int quiet;
 static const char *printable(const char *text, char *out, size_t room);
 
 /* One line on standard error. */
-static void print_line(const char *line)
-{
+static void print_line(const char *line) {
     char safe[4 * sizeof error_text];
     fprintf(stderr, "saeclip: %s\n", printable(line, safe, sizeof safe));
 }
 
 /* A line on standard error that is no failure. */
-SC_PRINTF(1, 2) static void note(const char *format, ...)
-{
+SC_PRINTF(1, 2) static void note(const char *format, ...) {
     char line[sizeof error_text];
     va_list arguments;
     va_start(arguments, format);
@@ -219,8 +235,7 @@ SC_PRINTF(1, 2) static void note(const char *format, ...)
     if (!quiet) print_line(line);
 }
 
-static double seconds_now(void)
-{
+static double seconds_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
@@ -257,16 +272,14 @@ SC_PRINTF(6, 7) static void show_progress(const char *what, uint64_t done, uint6
 }
 
 /* Whether all that was printed reached standard output. */
-static int end_of_output(void)
-{
+static int end_of_output(void) {
     if (fflush(stdout) == 0 && !ferror(stdout)) return SC_OK;
     return fail("standard output: cannot be written: %s", strerror(errno));
 }
 
 /* The whole text as a finite number from least to most. */
 static int parse_number(const char *text, const char *what, double least, double most,
-                        double *value)
-{
+                        double *value) {
     char *end;
     *value = strtod(text, &end);
     if (end == text || *end != '\0' || !(*value >= least && *value <= most))
@@ -275,8 +288,7 @@ static int parse_number(const char *text, const char *what, double least, double
 }
 
 /* "r,g,b" */
-static int parse_triple(const char *text, const char *what, float *value)
-{
+static int parse_triple(const char *text, const char *what, float *value) {
     char *end;
     for (int c = 0; c < 3; c++) {
         value[c] = (float)strtod(text, &end);
@@ -317,8 +329,7 @@ static struct {
 
 static int thread_count(void) { return pool.workers; }
 
-static void run_tasks(int worker)
-{
+static void run_tasks(int worker) {
     for (;;) {
         size_t task = atomic_fetch_add(&pool.next, 1);
         if (task >= pool.tasks) return;
@@ -335,8 +346,7 @@ static void run_tasks(int worker)
     }
 }
 
-static void *worker_main(void *argument)
-{
+static void *worker_main(void *argument) {
     int worker = (int)(intptr_t)argument;
     size_t seen = 0;
     pthread_mutex_lock(&pool.lock);
@@ -353,8 +363,7 @@ static void *worker_main(void *argument)
     return NULL;
 }
 
-static int parallel_for(size_t tasks, task_function *work, void *context)
-{
+static int parallel_for(size_t tasks, task_function *work, void *context) {
     pthread_mutex_lock(&pool.lock);
     pool.work = work;
     pool.context = context;
@@ -377,8 +386,7 @@ static int parallel_for(size_t tasks, task_function *work, void *context)
     return status;
 }
 
-void sc_threads_stop(void)
-{
+void sc_threads_stop(void) {
     pthread_mutex_lock(&pool.lock);
     pool.stop = 1;
     pthread_cond_broadcast(&pool.start);
@@ -391,8 +399,7 @@ void sc_threads_stop(void)
     pool.round = 0;
 }
 
-int sc_threads_start(int threads)
-{
+int sc_threads_start(int threads) {
     sc_threads_stop();
     if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
     if (threads < 1) threads = 1;
@@ -434,8 +441,7 @@ static size_t padded(size_t n) { return (n + PARTIALS - 1) / PARTIALS * PARTIALS
 /* a * b + c, rounded once. Where the hardware cannot, in double: the product is exact there, and
  * the sum is rounded to odd, so that rounding it again to float errs nowhere (Boldo and Melquiond,
  * "Emulation of FMA and correctly rounded sums", 2008). */
-static inline float fma32(float a, float b, float c)
-{
+static inline float fma32(float a, float b, float c) {
 #ifdef __FP_FAST_FMAF
     return fmaf(a, b, c);
 #else
@@ -453,25 +459,22 @@ static inline float fma32(float a, float b, float c)
 }
 
 /* Joins 16 partial sums. p: [16], overwritten. */
-static inline float join(float *p)
-{
+static inline float join(float *p) {
     for (int h = 8; h > 0; h /= 2)
         for (int i = 0; i < h; i++) p[i] += p[i + h];
     return p[0];
 }
 
 /* sum_e a[e] b[e]: element e goes to partial sum e mod 16. a, b: [n] */
-float sc_dot_plain(const float *a, const float *b, size_t n)
-{
+float sc_dot_plain(const float *a, const float *b, size_t n) {
     float p[PARTIALS] = { 0 };
     for (size_t e = 0; e < n; e++) p[e % PARTIALS] = fma32(a[e], b[e], p[e % PARTIALS]);
     return join(p);
 }
 
-/* c = a b + bias + residual. a: [M, K]; b: [K, N]; bias: [N] or NULL; residual, c: [M, N] or NULL */
+/* c = a b + bias + residual. a: [M, K]; b: [K, N]; bias: [N], residual: [M, N], or NULL; c: [M, N] */
 void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *b,
-                     const float *bias, const float *residual, float *c)
-{
+                     const float *bias, const float *residual, float *c) {
     for (size_t i = 0; i < M; i++)
         for (size_t j = 0; j < N; j++) {
             float sum = 0;
@@ -490,8 +493,7 @@ void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *
 /* e^x within 1 unit in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts of
  * which the first has 9 bits so that n times it is exact; e^r by its Taylor polynomial of degree
  * 7; 2^n in two factors so that results below the normal range are rounded once. */
-static inline float exp32(float x)
-{
+static inline float exp32(float x) {
     const float magic = 12582912.0f;                    /* 1.5 * 2^23: adding it rounds */
     float clipped = x > -104.0f ? x : -104.0f;          /* also NaN, which no integer can hold */
     clipped = clipped > 89.0f ? 89.0f : clipped;
@@ -518,8 +520,7 @@ static inline float quick_gelu(float x) { return x / (1.0f + exp32(-1.702f * x))
 /* x Phi(x), Phi the normal distribution (Hendrycks and Gimpel, 2016). With z = |x| / sqrt 2 and
  * t = 1 / (1 + z / 2): erfc(z) / 2 = t exp(-z^2) P(t), P fitted (tests/golden/fit_gelu.py) with a
  * relative error below 5e-8 for z in [0, 10]; so the left tail keeps its relative precision. */
-static inline float gelu(float x)
-{
+static inline float gelu(float x) {
     float a = x < 0 ? -x : x;
     float t = 1.0f / (1.0f + 0.353553391f * a);
     float p = -0.0295332961f;
@@ -537,8 +538,7 @@ static inline float gelu(float x)
 
 /* ln x for finite x > 0: x = 2^e m with m in [1/sqrt 2, sqrt 2), ln m = 2 atanh s by its series,
  * s = (m - 1) / (m + 1). */
-static double log64(double x)
-{
+static double log64(double x) {
     int exponent;
     double m = frexp(x, &exponent);                     /* exact: m in [1/2, 1) */
     if (m < 0.70710678118654752) {
@@ -554,8 +554,7 @@ static double log64(double x)
  * words from a key (the seed) and a counter; the counter's upper half names the stream. */
 enum { STREAM_W_ENC = 1, STREAM_W_DEC, STREAM_ORDER };
 
-static void philox(uint64_t seed, uint64_t stream, uint64_t position, uint32_t out[4])
-{
+static void philox(uint64_t seed, uint64_t stream, uint64_t position, uint32_t out[4]) {
     uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
     uint32_t c0 = (uint32_t)position, c1 = (uint32_t)(position >> 32);
     uint32_t c2 = (uint32_t)stream, c3 = (uint32_t)(stream >> 32);
@@ -575,16 +574,14 @@ static void philox(uint64_t seed, uint64_t stream, uint64_t position, uint32_t o
 }
 
 /* Number `index` of a stream, uniform in [-1, 1): 2 u - 1 with u = (r >> 8) 2^-24. */
-static float uniform(uint64_t seed, uint64_t stream, uint64_t index)
-{
+static float uniform(uint64_t seed, uint64_t stream, uint64_t index) {
     uint32_t r[4];
     philox(seed, stream, index / 4, r);
     return (float)(r[index % 4] >> 8) * 0x1p-23f - 1.0f;
 }
 
 /* A permutation of 0 .. n - 1 (Fisher and Yates), number `epoch` of the seed's. order: [n] */
-static void permutation(uint64_t seed, uint64_t epoch, uint64_t *order, size_t n)
-{
+static void permutation(uint64_t seed, uint64_t epoch, uint64_t *order, size_t n) {
     uint32_t r[4];
     for (size_t i = 0; i < n; i++) order[i] = i;
     for (size_t i = n; i > 1; i--) {
@@ -600,8 +597,7 @@ static void permutation(uint64_t seed, uint64_t epoch, uint64_t *order, size_t n
  * of a term lies below the unit is cut off. */
 typedef struct { uint64_t high, low; } exact_sum;
 
-static void exact_add(exact_sum *sum, exact_sum term)
-{
+static void exact_add(exact_sum *sum, exact_sum term) {
     sum->low += term.low;
     sum->high += term.high + (sum->low < term.low);
 }
@@ -618,8 +614,7 @@ static void exact_add_float(exact_sum *sum, float value)  /* 0 <= value < 2^63 *
     exact_add(sum, term);
 }
 
-static double exact_value(exact_sum sum)
-{
+static double exact_value(exact_sum sum) {
     return (double)sum.high + (double)sum.low * 0x1p-64;
 }
 /* ============================================================================================
@@ -633,7 +628,7 @@ static double exact_value(exact_sum sum)
  * ============================================================================================ */
 
 enum {
-    CHAIN_STRIDE = CHAIN + 16,       /* floats between rows of a block of A, off the cache's period */
+    CHAIN_STRIDE = CHAIN + 16,       /* from row to row of a block of A, off the cache's period */
     MAX_ROWS = 14, MAX_COLUMNS = 32, /* the largest tile of a product */
     MASK_BITS = 64
 };
@@ -667,7 +662,6 @@ typedef struct {
                        float *out, size_t n);
     void (*softmax)(float *row, size_t n, float scale);
     void (*exponentials)(float *row, size_t n);
-    size_t (*pack_positive)(const float *row, size_t n, uint64_t *mask, float *out);
     int (*find_above)(const float *row, const float *limit, size_t n, uint64_t *mask);
     void (*unit_row)(float *row, size_t n);
     void (*adam)(float *w, float *m, float *v, const float *gradient, size_t n, adam_step step);
@@ -677,12 +671,10 @@ typedef struct {
 #endif /* !SC_ISA */
 
 #ifdef SC_ISA
-static const float KERNEL(zeros)[PARTIALS] = { 0 };
 
 /* One tile of a product. a: [ceil(K / CHAIN)][ROWS][CHAIN_STRIDE]; b: [K][COLUMNS];
  * tile: [ROWS][COLUMNS], the chains' sum */
-SC_TARGET static void KERNEL(tile)(size_t K, const float *a, const float *b, float *tile)
-{
+SC_TARGET static void KERNEL(tile)(size_t K, const float *a, const float *b, float *tile) {
     for (size_t block = 0; block < K; block += CHAIN, a += SC_TILE_ROWS * CHAIN_STRIDE) {
         size_t terms = K - block < CHAIN ? K - block : CHAIN;
         SC_V chain[SC_TILE_ROWS][SC_VECTORS];
@@ -707,8 +699,7 @@ SC_TARGET static void KERNEL(tile)(size_t K, const float *a, const float *b, flo
 
 /* c = activation(tile + bias + residual + 0). tile: [rows][COLUMNS] */
 SC_TARGET static inline void KERNEL(finish_rows)(const float *tile, size_t rows, size_t columns,
-                                                 const tile_target *to)
-{
+                                                 const tile_target *to) {
     for (size_t r = 0; r < rows; r++) {
         float sum[SC_VECTORS * SC_LANES];
         const float *residual = to->residual ? to->residual + r * to->residual_stride : NULL;
@@ -726,16 +717,14 @@ SC_TARGET static inline void KERNEL(finish_rows)(const float *tile, size_t rows,
 
 /* The full width is a constant, so that its loops are all vectors. */
 SC_TARGET static void KERNEL(finish)(const float *tile, size_t rows, size_t columns,
-                                     const tile_target *to)
-{
+                                     const tile_target *to) {
     if (columns == SC_VECTORS * SC_LANES)
         KERNEL(finish_rows)(tile, rows, SC_VECTORS * SC_LANES, to);
     else KERNEL(finish_rows)(tile, rows, columns, to);
 }
 
 /* sum_e a[e] b[e] by 16 partial sums. a, b: [n], n a multiple of 16 */
-SC_TARGET static float KERNEL(dot)(const float *a, const float *b, size_t n)
-{
+SC_TARGET static float KERNEL(dot)(const float *a, const float *b, size_t n) {
     SC_V partial[PARTIALS / SC_LANES];
     float p[PARTIALS];
     SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++) partial[v] = SC_SET(0.0f);
@@ -750,8 +739,7 @@ SC_TARGET static float KERNEL(dot)(const float *a, const float *b, size_t n)
 /* out[i] = the dot product of a with row index[i]: four at a time, so that the sums overlap.
  * a: [n]; rows: [.., stride]; index, out: [count] */
 SC_TARGET static void KERNEL(dots)(const float *a, size_t n, const float *rows, size_t stride,
-                                   const uint32_t *index, size_t count, float *out)
-{
+                                   const uint32_t *index, size_t count, float *out) {
     enum { TOGETHER = 4 };
     size_t i = 0;
     for (; i + TOGETHER <= count; i += TOGETHER) {
@@ -777,16 +765,14 @@ SC_TARGET static void KERNEL(dots)(const float *a, size_t n, const float *rows, 
 }
 
 /* sum = fma(factor, x, sum), one link of n chains. x, sum: [n], n a multiple of 16 */
-SC_TARGET static void KERNEL(add_scaled)(float factor, const float *x, float *sum, size_t n)
-{
+SC_TARGET static void KERNEL(add_scaled)(float factor, const float *x, float *sum, size_t n) {
     SC_V f = SC_SET(factor);
     for (size_t e = 0; e < n; e += SC_LANES)
         SC_STORE(sum + e, SC_FMA(f, SC_LOAD(x + e), SC_LOAD(sum + e)));
 }
 
 /* Sum of a row by 16 partial sums. row: [n] */
-SC_TARGET static float KERNEL(row_sum)(const float *row, size_t n)
-{
+SC_TARGET static float KERNEL(row_sum)(const float *row, size_t n) {
     float p[PARTIALS] = { 0 };
     size_t whole = n / PARTIALS * PARTIALS;
     for (size_t e = 0; e < whole; e += PARTIALS)
@@ -798,8 +784,7 @@ SC_TARGET static float KERNEL(row_sum)(const float *row, size_t n)
 /* out = (x - mean) / sqrt(variance + epsilon) * weight + bias (Ba, Kiros and Hinton, 2016).
  * x, weight, bias: [n]; out: [n], padded with zeros */
 SC_TARGET static void KERNEL(layer_norm)(const float *x, const float *weight, const float *bias,
-                                         float epsilon, float *out, size_t n)
-{
+                                         float epsilon, float *out, size_t n) {
     float mean = KERNEL(row_sum)(x, n) / (float)n;
     for (size_t e = 0; e < n; e++) out[e] = x[e] - mean;
     for (size_t e = n; e < padded(n); e++) out[e] = 0;
@@ -809,8 +794,7 @@ SC_TARGET static void KERNEL(layer_norm)(const float *x, const float *weight, co
 }
 
 /* row = exp(scale (row - max)) / sum of these. row: [n] */
-SC_TARGET static void KERNEL(softmax)(float *row, size_t n, float scale)
-{
+SC_TARGET static void KERNEL(softmax)(float *row, size_t n, float scale) {
     float largest = row[0];
     for (size_t e = 1; e < n; e++) largest = row[e] > largest ? row[e] : largest;
     for (size_t e = 0; e < n; e++) row[e] = exp32(scale * (row[e] - largest));
@@ -818,31 +802,14 @@ SC_TARGET static void KERNEL(softmax)(float *row, size_t n, float scale)
     for (size_t e = 0; e < n; e++) row[e] /= sum;
 }
 
-SC_TARGET static void KERNEL(exponentials)(float *row, size_t n)
-{
+SC_TARGET static void KERNEL(exponentials)(float *row, size_t n) {
     for (size_t e = 0; e < n; e++) row[e] = exp32(row[e]);
-}
-
-/* ReLU into sparse form: bit e of mask says whether row[e] > 0, out gets those values in order.
- * row: [n], n a multiple of 64; returns how many there are; out has room for n */
-SC_TARGET static size_t KERNEL(pack_positive)(const float *row, size_t n, uint64_t *mask, float *out)
-{
-    size_t count = 0;
-    for (size_t e = 0; e < n; e += SC_GROUP) {
-        uint64_t bits = SC_ABOVE(row + e, KERNEL(zeros));
-        if (e % MASK_BITS == 0) mask[e / MASK_BITS] = 0;
-        mask[e / MASK_BITS] |= bits << (e % MASK_BITS);
-        SC_COMPRESS(out + count, row + e, bits);
-        count += (size_t)SC_POPCOUNT(bits);
-    }
-    return count;
 }
 
 /* Bit e of mask says whether row[e] > limit[e]; returns whether any is. row, limit: [n], n a
  * multiple of 64 */
 SC_TARGET static int KERNEL(find_above)(const float *row, const float *limit, size_t n,
-                                        uint64_t *mask)
-{
+                                        uint64_t *mask) {
     uint64_t any = 0;
     for (size_t e = 0; e < n; e += MASK_BITS) {
         uint64_t bits = 0;
@@ -855,8 +822,7 @@ SC_TARGET static int KERNEL(find_above)(const float *row, const float *limit, si
 }
 
 /* row /= ||row||, a row of zeros stays. row: [n], n a multiple of 16 */
-SC_TARGET static void KERNEL(unit_row)(float *row, size_t n)
-{
+SC_TARGET static void KERNEL(unit_row)(float *row, size_t n) {
     float norm = sqrtf(KERNEL(dot)(row, row, n));
     if (norm > 0)
         for (size_t e = 0; e < n; e++) row[e] /= norm;
@@ -864,8 +830,7 @@ SC_TARGET static void KERNEL(unit_row)(float *row, size_t n)
 
 /* Whether the compiler fuses a multiplication and an addition that the source does not: it may do
  * so here though not in the rest of the file, whose target may lack the instruction. */
-SC_TARGET static int KERNEL(contracts)(void)
-{
+SC_TARGET static int KERNEL(contracts)(void) {
     volatile float a = 1.0f + 0x1p-12f, b = -(1.0f + 0x1p-11f), one = a;
     volatile double c = 1.0 + 0x1p-27, d = -(1.0 + 0x1p-26), two = c;
     return a * one + b != 0 || c * two + d != 0;
@@ -874,8 +839,7 @@ SC_TARGET static int KERNEL(contracts)(void)
 /* m = 0.9 m + 0.1 g;  v = 0.999 v + 0.001 g^2;  w -= step_size m / (sqrt(v) root_scale + 1e-8).
  * w, m, v, gradient: [n] */
 SC_TARGET static void KERNEL(adam)(float *w, float *m, float *v, const float *gradient, size_t n,
-                                   adam_step step)
-{
+                                   adam_step step) {
     for (size_t e = 0; e < n; e++) {
         float g = gradient[e];
         m[e] = 0.9f * m[e] + 0.1f * g;
@@ -887,8 +851,7 @@ SC_TARGET static void KERNEL(adam)(float *w, float *m, float *v, const float *gr
 static const kernel_set KERNEL(kernels) = {
     TEXT_OF(SC_ISA), SC_TILE_ROWS, SC_VECTORS * SC_LANES, KERNEL(tile), KERNEL(finish), KERNEL(dot),
     KERNEL(dots), KERNEL(add_scaled), KERNEL(layer_norm), KERNEL(softmax), KERNEL(exponentials),
-    KERNEL(pack_positive), KERNEL(find_above), KERNEL(unit_row), KERNEL(adam),
-    KERNEL(contracts)
+    KERNEL(find_above), KERNEL(unit_row), KERNEL(adam), KERNEL(contracts)
 };
 
 #else /* !SC_ISA */
@@ -919,8 +882,6 @@ static const kernel_set KERNEL(kernels) = {
 #define SC_ADD PASTE(ADD, SC_ISA)
 #define SC_FMA PASTE(FMA, SC_ISA)
 #define SC_ABOVE PASTE(ABOVE, SC_ISA)            /* bit i: p[i] > q[i] */
-#define SC_COMPRESS PASTE(COMPRESS, SC_ISA)      /* the floats of p whose bits are set, together */
-#define SC_POPCOUNT PASTE(POPCOUNT, SC_ISA)
 
 /* Plain C: a vector of one. */
 #define TILE_ROWS_scalar 4
@@ -935,8 +896,6 @@ static const kernel_set KERNEL(kernels) = {
 #define ADD_scalar(a, b) ((a) + (b))
 #define FMA_scalar(a, b, c) fma32(a, b, c)
 #define ABOVE_scalar(p, q) (*(p) > *(q))
-#define COMPRESS_scalar(out, p, bits) (*(out) = *(p))
-#define POPCOUNT_scalar(bits) (bits)
 #define SC_ISA scalar
 #include "saeclip.c"
 #undef SC_ISA
@@ -945,32 +904,20 @@ static const kernel_set KERNEL(kernels) = {
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
-/* The floats of p whose bits are set, moved together. */
-#define TARGET_AVX2 __attribute__((target("avx2,fma,bmi2,popcnt")))
-TARGET_AVX2 static inline void compress8(float *out, const float *p, unsigned bits)
-{
-    uint64_t bytes = _pdep_u64(bits, 0x0101010101010101u) * 0xFF;
-    uint64_t from = _pext_u64(0x0706050403020100u, bytes);
-    __m256i index = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)from));
-    _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), index));
-}
-
 #define TILE_ROWS_avx2 6
 #define VECTORS_avx2 2
 #define LANES_avx2 8
 #define GROUP_avx2 8
-#define TARGET_avx2 TARGET_AVX2
+#define TARGET_avx2 __attribute__((target("avx2,fma")))
 #define V_avx2 __m256
 #define SET_avx2(x) _mm256_set1_ps(x)
 #define LOAD_avx2(p) _mm256_loadu_ps(p)
 #define STORE_avx2(p, v) _mm256_storeu_ps(p, v)
 #define ADD_avx2(a, b) _mm256_add_ps(a, b)
 #define FMA_avx2(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define ABOVE_avx2(p, q)                                                                             \
+#define ABOVE_avx2(p, q)                                                                           \
     (unsigned)_mm256_movemask_ps(                                                                  \
         _mm256_cmp_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(q), _CMP_GT_OQ))
-#define COMPRESS_avx2(out, p, bits) compress8(out, p, (unsigned)(bits))
-#define POPCOUNT_avx2(bits) _mm_popcnt_u32((unsigned)(bits))
 #define SC_ISA avx2
 #include "saeclip.c"
 #undef SC_ISA
@@ -979,30 +926,24 @@ TARGET_AVX2 static inline void compress8(float *out, const float *p, unsigned bi
 #define VECTORS_avx512 2
 #define LANES_avx512 16
 #define GROUP_avx512 16
-#define TARGET_avx512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,popcnt")))
+#define TARGET_avx512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define V_avx512 __m512
 #define SET_avx512(x) _mm512_set1_ps(x)
 #define LOAD_avx512(p) _mm512_loadu_ps(p)
 #define STORE_avx512(p, v) _mm512_storeu_ps(p, v)
 #define ADD_avx512(a, b) _mm512_add_ps(a, b)
 #define FMA_avx512(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define ABOVE_avx512(p, q)                                                                             \
+#define ABOVE_avx512(p, q)                                                                         \
     (unsigned)_mm512_cmp_ps_mask(_mm512_loadu_ps(p), _mm512_loadu_ps(q), _CMP_GT_OQ)
-#define COMPRESS_avx512(out, p, bits)                                                                  \
-    _mm512_storeu_ps(out, _mm512_maskz_compress_ps((__mmask16)(bits), _mm512_loadu_ps(p)))
-#define POPCOUNT_avx512(bits) _mm_popcnt_u32((unsigned)(bits))
 #define SC_ISA avx512
 #include "saeclip.c"
 #undef SC_ISA
 
-static int has_avx2(void)
-{
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-           && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-static int has_avx512(void)
-{
+static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
            && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
@@ -1022,8 +963,6 @@ static int has_avx512(void)
 #define ADD_neon(a, b) vaddq_f32(a, b)
 #define FMA_neon(a, b, c) vfmaq_f32(c, a, b)
 #define ABOVE_neon(p, q) (*(p) > *(q))
-#define COMPRESS_neon(out, p, bits) (*(out) = *(p))
-#define POPCOUNT_neon(bits) (bits)
 #define SC_ISA neon
 #include "saeclip.c"
 #undef SC_ISA
@@ -1046,8 +985,7 @@ static const struct { const kernel_set *set; int (*usable)(void); } instruction_
 
 static const kernel_set *kernels = &kernels_scalar;
 
-int sc_instruction_set(const char *name)
-{
+int sc_instruction_set(const char *name) {
     size_t count = sizeof instruction_sets / sizeof *instruction_sets;
     for (size_t i = 0; i < count; i++)
         if ((!name || strcmp(name, instruction_sets[i].set->name) == 0)
@@ -1068,14 +1006,12 @@ int sc_instruction_set(const char *name)
 
 typedef sc_matrix packed_matrix;     /* data: [panels][K][kernels->columns], 0 past column N */
 
-static size_t panels_of(size_t N)
-{
+static size_t panels_of(size_t N) {
     return (N + (size_t)kernels->columns - 1) / (size_t)kernels->columns;
 }
 
 /* Room for a [K, N] matrix, all 0. */
-static int new_packed(packed_matrix *b, size_t K, size_t N)
-{
+static int new_packed(packed_matrix *b, size_t K, size_t N) {
     *b = (packed_matrix){ .K = K, .N = N, .panels = panels_of(N) };
     if (K != 0 && b->panels > SIZE_MAX / sizeof(float) / (size_t)kernels->columns / K)
         return fail("out of memory: a matrix of %zu x %zu cannot be addressed", K, N);
@@ -1083,10 +1019,10 @@ static int new_packed(packed_matrix *b, size_t K, size_t N)
     return b->data ? SC_OK : SC_FAILED;
 }
 
-/* Packs panels first .. last - 1 of the matrix whose element (k, j) is w[k * k_stride + j * j_stride]. */
+/* Packs panels first .. last - 1 of the matrix whose element (k, j) is
+ * w[k * k_stride + j * j_stride]. */
 static void pack_panels(packed_matrix *b, size_t first, size_t last, const float *w,
-                        size_t k_stride, size_t j_stride)
-{
+                        size_t k_stride, size_t j_stride) {
     size_t columns = (size_t)kernels->columns;
     for (size_t panel = first; panel < last; panel++) {
         size_t j0 = panel * columns, width = b->N - j0 < columns ? b->N - j0 : columns;
@@ -1104,16 +1040,14 @@ static void pack_panels(packed_matrix *b, size_t first, size_t last, const float
 static size_t chains_of(size_t K) { return (K + CHAIN - 1) / CHAIN; }
 
 /* Floats in a buffer for a tile's rows of A. */
-static size_t row_buffer_size(size_t K)
-{
+static size_t row_buffer_size(size_t K) {
     return chains_of(K) * (size_t)kernels->rows * CHAIN_STRIDE;
 }
 
 /* Copies rows of A for the kernel: the first ones, or those in `index`. a: [rows, K] at a_stride;
  * index: [rows] or NULL; buffer: [chains][ROWS][CHAIN_STRIDE] */
 static void load_rows(float *buffer, const float *a, size_t a_stride, const size_t *index,
-                      size_t rows, size_t K)
-{
+                      size_t rows, size_t K) {
     size_t tile_rows = (size_t)kernels->rows;
     for (size_t block = 0; block < K; block += CHAIN, buffer += tile_rows * CHAIN_STRIDE) {
         size_t terms = K - block < CHAIN ? K - block : CHAIN;
@@ -1128,8 +1062,7 @@ static void load_rows(float *buffer, const float *a, size_t a_stride, const size
 /* Rows of c = a b: one thread's share. a: [rows, K]; to: rows and all columns of the panels
  * first .. last - 1, its pointers at column 0 of the whole product */
 static void product_rows(const float *a, size_t a_stride, size_t rows, const packed_matrix *b,
-                         size_t first, size_t last, const tile_target *to, float *buffer)
-{
+                         size_t first, size_t last, const tile_target *to, float *buffer) {
     size_t tile_rows = (size_t)kernels->rows, columns = (size_t)kernels->columns;
     float tile[MAX_ROWS * MAX_COLUMNS];
     for (size_t i = 0; i < rows; i += tile_rows) {
@@ -1156,8 +1089,7 @@ typedef struct {
     float *buffer;                   /* [workers][row_buffer_size(K)] */
 } product;
 
-static int product_task(void *context, size_t task, int worker)
-{
+static int product_task(void *context, size_t task, int worker) {
     const product *p = context;
     size_t row_tasks = (p->M + p->row_step - 1) / p->row_step;
     size_t row = task % row_tasks * p->row_step, panel = task / row_tasks * p->panel_step;
@@ -1174,8 +1106,7 @@ static int product_task(void *context, size_t task, int worker)
 /* c = activation(a b + bias + residual), over all threads. A share's panels fit half of a common
  * second-level cache; there are at least four shares a thread where the shape allows. */
 static int multiply(const float *a, size_t M, size_t a_stride, const packed_matrix *b,
-                    tile_target to)
-{
+                    tile_target to) {
     size_t panel_bytes = b->K * (size_t)kernels->columns * sizeof(float);
     size_t tile_rows = (size_t)kernels->rows, wanted = 4 * (size_t)thread_count();
     product p = { .a = a, .M = M, .a_stride = a_stride, .b = b, .to = to };
@@ -1194,7 +1125,7 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
     return status;
 }
 /* ============================================================================================
- * 4. Files
+ * 5. Files
  *
  * Numbers as bytes, digests, JSON, safetensors in, atomic output, safetensors out.
  *
@@ -1208,8 +1139,7 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
 
 /* Copies count numbers of size bytes between memory and file, either way. On a big-endian machine
  * byte b of a number changes place with byte b ^ (size - 1). */
-static void copy_numbers(void *to, const void *from, size_t count, size_t size)
-{
+static void copy_numbers(void *to, const void *from, size_t count, size_t size) {
     const union { uint16_t number; unsigned char first; } one = { 1 };
     const unsigned char *in = from;
     unsigned char *out = to;
@@ -1217,23 +1147,20 @@ static void copy_numbers(void *to, const void *from, size_t count, size_t size)
     for (size_t i = 0; !one.first && i < count * size; i++) out[i ^ (size - 1)] = in[i];
 }
 
-static uint32_t bits_of_float(float value)
-{
+static uint32_t bits_of_float(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static float float_of_bits(uint32_t bits)
-{
+static float float_of_bits(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 of fraction. Exact. */
-static float float_of_half(uint32_t half)
-{
+static float float_of_half(uint32_t half) {
     uint32_t sign = (half & 0x8000) << 16, rest = (half & 0x7fff) << 13;
     float small = float_of_bits(rest + (113u << 23)) - float_of_bits(113u << 23);
     uint32_t bits = rest + ((half & 0x7c00) == 0x7c00 ? 224u << 23 : 112u << 23);
@@ -1241,8 +1168,7 @@ static float float_of_half(uint32_t half)
 }
 
 /* Rounds to nearest, ties to even; from 65520 on that is infinity. */
-static uint16_t half_of_float(float value)
-{
+static uint16_t half_of_float(float value) {
     uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
     if (rest > 0x7f800000) rest = 0x7e00;                                 /* not a number */
     else if (rest >= 0x47800000) rest = 0x7c00;                           /* 65536 and beyond */
@@ -1255,8 +1181,7 @@ enum { LARGEST_FLOAT = 0x7f7fffff };             /* its bits */
 
 /* The index of the first value whose magnitude has bits above `largest`, or count if there is none.
  * Infinity and not-a-number are above every number. */
-static size_t first_beyond(const float *values, size_t count, uint32_t largest)
-{
+static size_t first_beyond(const float *values, size_t count, uint32_t largest) {
     uint32_t beyond = 0;
     size_t i = 0;
     for (size_t v = 0; v < count; v++) beyond |= largest - (bits_of_float(values[v]) & 0x7fffffff);
@@ -1268,22 +1193,19 @@ static size_t first_beyond(const float *values, size_t count, uint32_t largest)
  * the word it takes in, so a change within one word always shows. Starts as { 0 }. */
 typedef struct { uint64_t state, length, word; } digest64;   /* word: the last length % 8 bytes */
 
-static uint64_t digest64_step(uint64_t state, uint64_t word)
-{
+static uint64_t digest64_step(uint64_t state, uint64_t word) {
     state = (state ^ word) * 0x9e3779b97f4a7c15u;
     return state ^ state >> 32;
 }
 
-static void digest64_number(digest64 *digest, uint64_t number)
-{
+static void digest64_number(digest64 *digest, uint64_t number) {
     unsigned shift = 8 * (digest->length % 8);
     digest->state = digest64_step(digest->state, digest->word | number << shift);
     digest->word = shift ? number >> (64 - shift) : 0;
     digest->length += 8;
 }
 
-static void digest64_add(digest64 *digest, const void *bytes, size_t count)
-{
+static void digest64_add(digest64 *digest, const void *bytes, size_t count) {
     for (const unsigned char *byte = bytes; count > 0; count--) {
         digest->word |= (uint64_t)*byte++ << 8 * (digest->length++ % 8);
         if (digest->length % 8 != 0) continue;
@@ -1293,8 +1215,7 @@ static void digest64_add(digest64 *digest, const void *bytes, size_t count)
 }
 
 /* The digest of all that was added so far; more may follow. */
-static uint64_t digest64_value(const digest64 *digest)
-{
+static uint64_t digest64_value(const digest64 *digest) {
     uint64_t state = digest64_step(digest->state, digest->word);
     return digest64_step(digest64_step(state, digest->length), 0);
 }
@@ -1308,28 +1229,24 @@ static uint64_t digest64_value(const digest64 *digest)
 /* what: whose JSON this is, for errors; at: never at blanks */
 typedef struct { const char *what; char *text; size_t at; int failed; } json;
 
-static void json_expect(json *j, int met, const char *expected)
-{
+static void json_expect(json *j, int met, const char *expected) {
     if (!met && !j->failed)
         j->failed = fail("%s: JSON byte %zu: expected %s", j->what, j->at, expected);
 }
 
-static void json_skip(json *j, size_t count)
-{
+static void json_skip(json *j, size_t count) {
     j->at += count;
     j->at += strspn(j->text + j->at, " \t\n\r");
 }
 
-static int json_take(json *j, char c)
-{
+static int json_take(json *j, char c) {
     if (j->failed || j->text[j->at] != c) return 0;
     json_skip(j, 1);
     return 1;
 }
 
 /* Whether element `index` of a list follows, and not yet the end that `close` marks. */
-static int json_next(json *j, size_t index, char close)
-{
+static int json_next(json *j, size_t index, char close) {
     if (json_take(j, close)) return 0;
     if (index > 0) json_expect(j, json_take(j, ','), close == '}' ? "',' or '}'" : "',' or ']'");
     return !j->failed;
@@ -1337,8 +1254,7 @@ static int json_next(json *j, size_t index, char close)
 
 /* The length of the UTF-8 character at text, 0 if there is none: a stray byte, an overlong form, a
  * surrogate or beyond U+10FFFF (RFC 3629). */
-static size_t utf8_length(const char *text)
-{
+static size_t utf8_length(const char *text) {
     static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
     const unsigned char *byte = (const unsigned char *)text;
     size_t length = byte[0] < 0x80 ? 1 : byte[0] >> 5 == 0x06 ? 2 : byte[0] >> 4 == 0x0e ? 3
@@ -1352,8 +1268,7 @@ static size_t utf8_length(const char *text)
 }
 
 /* The value of "\uXXXX" at text; 0, which no string may hold, also if that is not there. */
-static uint32_t json_unit(const char *text)
-{
+static uint32_t json_unit(const char *text) {
     char digits[5] = "";
     if (strncmp(text, "\\u", 2) != 0 || strspn(text + 2, "0123456789abcdefABCDEF") < 4) return 0;
     memcpy(digits, text + 2, 4);
@@ -1361,8 +1276,7 @@ static uint32_t json_unit(const char *text)
 }
 
 /* Decodes the escape at j->at to `to`; returns where the next character goes. */
-static char *json_escape(json *j, char *to)
-{
+static char *json_escape(json *j, char *to) {
     static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     static const unsigned char lead[] = { 0x00, 0xc0, 0xe0, 0xf0 };
     const char *from = j->text + j->at, *letter = from[1] ? strchr(letters, from[1]) : NULL;
@@ -1380,8 +1294,7 @@ static char *json_escape(json *j, char *to)
     return to;
 }
 
-static char *json_string(json *j)
-{
+static char *json_string(json *j) {
     json_expect(j, j->text[j->at] == '"', "a string");
     j->at += !j->failed;
     char *start = j->text + j->at, *to = start;
@@ -1404,16 +1317,14 @@ static char *json_string(json *j)
 }
 
 /* The key of an object's next member and the colon behind it. */
-static char *json_key(json *j)
-{
+static char *json_key(json *j) {
     char *key = json_string(j);
     json_expect(j, json_take(j, ':'), "':'");
     return key;
 }
 
 /* An array of at most `most` sizes; returns how many. */
-static size_t json_sizes(json *j, size_t *sizes, size_t most)
-{
+static size_t json_sizes(json *j, size_t *sizes, size_t most) {
     size_t n = 0;
     json_expect(j, json_take(j, '['), "'['");
     for (; json_next(j, n, ']'); n++) {
@@ -1432,8 +1343,7 @@ static size_t json_sizes(json *j, size_t *sizes, size_t most)
 
 /* text: a JSON array of strings, as metadata hold lists of names. The strings follow the pointers
  * in one block, which free(*out) gives back. */
-static int json_string_array(const char *text, const char *what, char ***out, size_t *count)
-{
+static int json_string_array(const char *text, const char *what, char ***out, size_t *count) {
     size_t length = strlen(text), most = 1, n = 0;
     for (const char *c = text; *c; c++) most += *c == ',';
     char **list = new_array(most * sizeof *list + length + 1, 1);
@@ -1450,8 +1360,7 @@ static int json_string_array(const char *text, const char *what, char ***out, si
 }
 
 /* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. */
-static void print_json(FILE *out, const char *text)
-{
+static void print_json(FILE *out, const char *text) {
     putc('"', out);
     for (size_t length; *text; text += length ? length : 1) {
         length = utf8_length(text);
@@ -1481,8 +1390,7 @@ size_t sc_dtype_size(sc_dtype dtype) { return dtypes[dtype].size; }
 
 /* Sets count and bytes from dtype and shape. A dimension of 0 must not hide that the others cannot
  * be multiplied: whoever reads the shape will. */
-static int measure_tensor(sc_tensor *tensor, const char *path)
-{
+static int measure_tensor(sc_tensor *tensor, const char *path) {
     size_t bytes = sc_dtype_size(tensor->dtype);
     int empty = 0;
     for (int d = 0; d < tensor->rank; d++) {
@@ -1498,8 +1406,7 @@ static int measure_tensor(sc_tensor *tensor, const char *path)
 }
 
 /* {"dtype": ..., "shape": ..., "data_offsets": ...}, each once, in any order. */
-static int read_tensor(json *j, sc_safetensors *file, const char *name)
-{
+static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     const size_t none = SIZE_MAX, room = (size_t)(file->map + file->size - file->data);
     size_t offsets[2] = { 0 }, ends = none, rank = none, d = 0;
     const char *dtype = NULL;
@@ -1530,8 +1437,7 @@ static int read_tensor(json *j, sc_safetensors *file, const char *name)
     return SC_OK;
 }
 
-static int read_metadata(json *j, sc_safetensors *file)
-{
+static int read_metadata(json *j, sc_safetensors *file) {
     json_expect(j, json_take(j, '{'), "'{'");
     for (; json_next(j, file->entries, '}'); file->entries++) {
         SC_TRY(grow(&file->metadata, &file->entry_capacity, file->entries, sizeof(sc_entry)));
@@ -1541,8 +1447,7 @@ static int read_metadata(json *j, sc_safetensors *file)
     return j->failed;
 }
 
-static int read_header(sc_safetensors *file)
-{
+static int read_header(sc_safetensors *file) {
     uint64_t size;
     copy_numbers(&size, file->map, 1, 8);
     size_t most = file->size - 8 < MAX_HEADER ? file->size - 8 : MAX_HEADER;
@@ -1566,16 +1471,14 @@ static int read_header(sc_safetensors *file)
     return j.failed;
 }
 
-static int by_position(const void *a, const void *b)
-{
+static int by_position(const void *a, const void *b) {
     const sc_tensor *left = a, *right = b;
     if (left->data != right->data) return left->data < right->data ? -1 : 1;
     return (left->bytes > right->bytes) - (left->bytes < right->bytes);
 }
 
 /* Every byte of the data must belong to exactly one tensor. */
-static int check_positions(sc_safetensors *file)
-{
+static int check_positions(sc_safetensors *file) {
     const unsigned char *at = file->data;
     if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, by_position);
     for (size_t i = 0; i < file->tensors; at += file->tensor[i++].bytes)
@@ -1589,16 +1492,14 @@ static int check_positions(sc_safetensors *file)
 }
 
 /* Tensors and metadata entries both begin with the pointer to their name. */
-static int by_name(const void *a, const void *b)
-{
+static int by_name(const void *a, const void *b) {
     const char *left, *right;
     memcpy(&left, a, sizeof left);
     memcpy(&right, b, sizeof right);
     return strcmp(left, right);
 }
 
-static int sort_by_name(const char *path, void *list, size_t count, size_t size)
-{
+static int sort_by_name(const char *path, void *list, size_t count, size_t size) {
     if (count > 0) qsort(list, count, size, by_name);
     for (size_t i = 1; i < count; i++) {
         const char *element = (const char *)list + i * size, *name;
@@ -1609,8 +1510,7 @@ static int sort_by_name(const char *path, void *list, size_t count, size_t size)
     return SC_OK;
 }
 
-static int map_file(sc_safetensors *file)
-{
+static int map_file(sc_safetensors *file) {
     struct stat about;
     void *map = MAP_FAILED;
     /* O_NONBLOCK: a pipe must be refused, not waited for. */
@@ -1628,8 +1528,7 @@ static int map_file(sc_safetensors *file)
     return SC_OK;
 }
 
-int sc_safetensors_open(sc_safetensors *file, const char *path)
-{
+int sc_safetensors_open(sc_safetensors *file, const char *path) {
     memset(file, 0, sizeof *file);
     file->path = copy_string(path);
     if (file->path && map_file(file) == SC_OK && read_header(file) == SC_OK &&
@@ -1641,8 +1540,7 @@ int sc_safetensors_open(sc_safetensors *file, const char *path)
     return SC_FAILED;
 }
 
-void sc_safetensors_close(sc_safetensors *file)
-{
+void sc_safetensors_close(sc_safetensors *file) {
     if (file->map) munmap((void *)file->map, file->size);
     free(file->path);
     free(file->text);
@@ -1651,14 +1549,12 @@ void sc_safetensors_close(sc_safetensors *file)
     memset(file, 0, sizeof *file);
 }
 
-const sc_tensor *sc_tensor_find(const sc_safetensors *file, const char *name)
-{
+const sc_tensor *sc_tensor_find(const sc_safetensors *file, const char *name) {
     if (file->tensors == 0) return NULL;
     return bsearch(&name, file->tensor, file->tensors, sizeof *file->tensor, by_name);
 }
 
-const char *sc_metadata_find(const sc_safetensors *file, const char *key)
-{
+const char *sc_metadata_find(const sc_safetensors *file, const char *key) {
     if (file->entries == 0) return NULL;
     const sc_entry *entry = bsearch(&key, file->metadata, file->entries, sizeof *entry, by_name);
     return entry ? entry->value : NULL;
@@ -1666,8 +1562,7 @@ const char *sc_metadata_find(const sc_safetensors *file, const char *key)
 
 /* Whether the values asked for exist and have a dtype from least to most. */
 static int check_values(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
-                        sc_dtype least, sc_dtype most)
-{
+                        sc_dtype least, sc_dtype most) {
     if (t->dtype < least || t->dtype > most)
         return fail("%s: tensor '%.100s' is %s, expected %s", file->path, t->name,
                     sc_dtype_name(t->dtype), least ? "I64, I32 or U8" : "F32, F16, BF16 or F64");
@@ -1676,8 +1571,7 @@ static int check_values(const sc_safetensors *file, const sc_tensor *t, size_t f
                 t->name, t->count, count, first);
 }
 
-static void floats_of_bytes(float *out, const unsigned char *from, size_t count, sc_dtype dtype)
-{
+static void floats_of_bytes(float *out, const unsigned char *from, size_t count, sc_dtype dtype) {
     if (dtype == SC_F32) copy_numbers(out, from, count, 4);
     for (size_t i = 0; dtype != SC_F32 && i < count; i++) {
         uint16_t half = 0;
@@ -1690,8 +1584,7 @@ static void floats_of_bytes(float *out, const unsigned char *from, size_t count,
 }
 
 int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
-                     size_t count, float *out)
-{
+                     size_t count, float *out) {
     SC_TRY(check_values(file, tensor, first, count, SC_F32, SC_F64));
     size_t at = first * sc_dtype_size(tensor->dtype);
     floats_of_bytes(out, tensor->data + at, count, tensor->dtype);
@@ -1702,8 +1595,7 @@ int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t
 }
 
 int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
-                       size_t count, int64_t *out)
-{
+                       size_t count, int64_t *out) {
     SC_TRY(check_values(file, tensor, first, count, SC_I64, SC_U8));
     size_t size = sc_dtype_size(tensor->dtype);
     const unsigned char *from = tensor->data + first * size;
@@ -1723,22 +1615,19 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
  * (/dev/full, a pipe) is written as it is. The first failure sticks: a caller may write on without
  * looking and ask output_commit how it went. */
 
-static int output_failed(sc_output *out, int error)
-{
+static int output_failed(sc_output *out, int error) {
     out->error = error ? error : EIO;
     return fail("%s: cannot be written: %s", out->path, out->error == EBUSY ?
                 "another process is writing it" : strerror(out->error));
 }
 
-static int output_write(sc_output *out, const void *bytes, size_t count)
-{
+static int output_write(sc_output *out, const void *bytes, size_t count) {
     if (out->error) return output_failed(out, out->error);
     if (count == 0 || fwrite(bytes, 1, count, out->file) == count) return SC_OK;
     return output_failed(out, errno);
 }
 
-SC_PRINTF(2, 3) static int output_printf(sc_output *out, const char *format, ...)
-{
+SC_PRINTF(2, 3) static int output_printf(sc_output *out, const char *format, ...) {
     va_list arguments;
     if (out->error) return output_failed(out, out->error);
     va_start(arguments, format);
@@ -1749,8 +1638,7 @@ SC_PRINTF(2, 3) static int output_printf(sc_output *out, const char *format, ...
 
 /* Opens, locks and empties NAME.tmp; -1 and errno if it cannot, EBUSY if another process does. That
  * one may have renamed or removed the file before we had the lock: it must still have the name. */
-static int open_temporary(const char *name)
-{
+static int open_temporary(const char *name) {
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     struct stat locked, named;
     int fd;
@@ -1766,8 +1654,7 @@ static int open_temporary(const char *name)
 }
 
 /* Ends the output. Removes what was written, unless it was committed. */
-static void output_discard(sc_output *out)
-{
+static void output_discard(sc_output *out) {
     if (out->file && out->temporary) unlink(out->temporary);
     if (out->file) fclose(out->file);
     free(out->path);
@@ -1776,8 +1663,7 @@ static void output_discard(sc_output *out)
     memset(out, 0, sizeof *out);
 }
 
-static int output_open(sc_output *out, const char *path)
-{
+static int output_open(sc_output *out, const char *path) {
     struct stat there;
     int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
     *out = (sc_output){ .path = copy_string(path), .target = realpath(path, NULL) };
@@ -1796,8 +1682,7 @@ static int output_open(sc_output *out, const char *path)
 }
 
 /* Ends the output in either case: the whole file stands under its name, or nothing does. */
-static int output_commit(sc_output *out)
-{
+static int output_commit(sc_output *out) {
     int status = output_write(out, "", 0);                   /* whether all went well so far */
     if (status == SC_OK && (fflush(out->file) != 0 || ferror(out->file) || (out->temporary &&
         (fsync(fileno(out->file)) != 0 || rename(out->temporary, out->target) != 0))))
@@ -1814,8 +1699,7 @@ static int output_commit(sc_output *out)
 
 enum { METADATA, TENSORS };          /* the two texts */
 
-int sc_writer_open(sc_writer *w, const char *path, size_t header_room)
-{
+int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
     memset(w, 0, sizeof *w);
     SC_TRY(output_open(&w->out, path));
     size_t most = MAX_HEADER - 64, room = header_room < most ? header_room : most;
@@ -1829,8 +1713,7 @@ int sc_writer_open(sc_writer *w, const char *path, size_t header_room)
     return SC_FAILED;
 }
 
-void sc_writer_discard(sc_writer *w)
-{
+void sc_writer_discard(sc_writer *w) {
     output_discard(&w->out);
     for (int i = 0; i < 2; i++) {
         if (w->text[i]) fclose(w->text[i]);
@@ -1840,8 +1723,7 @@ void sc_writer_discard(sc_writer *w)
 }
 
 /* At any time before the end; the order is kept. */
-int sc_writer_metadata(sc_writer *w, const char *key, const char *value)
-{
+int sc_writer_metadata(sc_writer *w, const char *key, const char *value) {
     fputs(w->entries++ ? "," : "\"__metadata__\":{", w->text[METADATA]);
     print_json(w->text[METADATA], key);
     putc(':', w->text[METADATA]);
@@ -1850,8 +1732,7 @@ int sc_writer_metadata(sc_writer *w, const char *key, const char *value)
 }
 
 /* The tensor being written must be complete. */
-static int end_tensor(sc_writer *w)
-{
+static int end_tensor(sc_writer *w) {
     sc_tensor *t = &w->tensor;
     if (w->tensors == 0) return SC_OK;
     if (w->rows_open) t->shape[0] = w->values / t->count;    /* count so far is that of one row */
@@ -1869,8 +1750,7 @@ static int end_tensor(sc_writer *w)
 
 /* Begins the next tensor; shape[0] may be SC_ROWS. */
 int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
-                     const size_t *shape)
-{
+                     const size_t *shape) {
     sc_tensor t = { .name = name, .dtype = dtype };
     int rows_open = rank > 0 && shape[0] == SC_ROWS;
     SC_TRY(end_tensor(w));
@@ -1890,8 +1770,7 @@ int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
     return SC_OK;
 }
 
-static double value_at(const void *values, size_t i, sc_dtype kind)
-{
+static double value_at(const void *values, size_t i, sc_dtype kind) {
     return kind == SC_F32 ? (double)((const float *)values)[i]
          : kind == SC_F64 ? ((const double *)values)[i]
          : kind == SC_I64 ? (double)((const int64_t *)values)[i]
@@ -1900,8 +1779,7 @@ static double value_at(const void *values, size_t i, sc_dtype kind)
 
 /* Writes values that are of type `kind` in memory: F32, also as F16, F64, I64, also as I32, or U8.
  * One that cannot be held ends the writing: the file can no longer be complete. */
-int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind)
-{
+int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind) {
     unsigned char bytes[4096 * 8];
     sc_dtype dtype = w->tensor.dtype;
     int half = kind == SC_F32 && dtype == SC_F16, narrow = kind == SC_I64 && dtype == SC_I32;
@@ -1929,14 +1807,12 @@ int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype ki
 }
 
 /* Ends a text that open_memstream() gathers: until it is closed its bytes can be read. */
-static int end_text(FILE *text)
-{
+static int end_text(FILE *text) {
     if (text && fflush(text) == 0 && !ferror(text)) return SC_OK;
     return fail("out of memory: a text could not be gathered");
 }
 
-static int write_header(sc_writer *w)
-{
+static int write_header(sc_writer *w) {
     SC_TRY(end_tensor(w));
     if (w->entries) putc('}', w->text[METADATA]);
     if (w->entries && w->tensors) putc(',', w->text[METADATA]);
@@ -1954,8 +1830,7 @@ static int write_header(sc_writer *w)
 }
 
 /* Ends the writer in either case: the whole file stands under its name, or nothing does. */
-int sc_writer_finish(sc_writer *w)
-{
+int sc_writer_finish(sc_writer *w) {
     int status = write_header(w);
     if (status == SC_OK) status = output_commit(&w->out);
     sc_writer_discard(w);
@@ -1964,8 +1839,7 @@ int sc_writer_finish(sc_writer *w)
 
 /* Writes a safetensors file by `write`: the whole file stands under its name, or nothing does. */
 static int save_tensors(const char *path, size_t header_room,
-                        int (*write)(sc_writer *w, void *context), void *context)
-{
+                        int (*write)(sc_writer *w, void *context), void *context) {
     sc_writer w;
     int status = sc_writer_open(&w, path, header_room);
     if (status == SC_OK) status = write(&w, context);
@@ -1978,8 +1852,7 @@ static int save_tensors(const char *path, size_t header_room,
 
 /* text as a terminal may show it, cut short where there is no room. What a terminal might obey
  * comes out as \xNN: control bytes, Latin-1's too (in UTF-8 C2 80 to C2 9F), what is no UTF-8. */
-static const char *printable(const char *text, char *out, size_t room)
-{
+static const char *printable(const char *text, char *out, size_t room) {
     size_t used = 0;
     while (*text) {
         const unsigned char *byte = (const unsigned char *)text;
@@ -1999,8 +1872,7 @@ static const char *printable(const char *text, char *out, size_t room)
 enum { TEXT_ROOM = 600 };
 
 /* One of 8 rooms in turn: a line may show several texts. For the main thread. */
-static char *text_room(void)
-{
+static char *text_room(void) {
     static char room[8][TEXT_ROOM];
     static unsigned next;
     return room[next++ % 8];
@@ -2009,8 +1881,7 @@ static char *text_room(void)
 static const char *shown(const char *text) { return printable(text, text_room(), TEXT_ROOM); }
 
 /* Numbers and short words as metadata. */
-SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const char *format, ...)
-{
+SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const char *format, ...) {
     char text[200];
     va_list arguments;
     va_start(arguments, format);
@@ -2020,8 +1891,7 @@ SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const cha
 }
 
 /* A list of names as metadata, a JSON array in a string. */
-static int write_name_list(sc_writer *w, const char *key, char **name, size_t count)
-{
+static int write_name_list(sc_writer *w, const char *key, char **name, size_t count) {
     char *list = NULL;
     size_t length = 0;
     FILE *text = open_memstream(&list, &length);
@@ -2040,8 +1910,7 @@ static int write_name_list(sc_writer *w, const char *key, char **name, size_t co
 static void print_json_text(const char *name) { print_json(stdout, name); }
 
 /* A CSV field: quoted, what a terminal might obey shown as ?. */
-static void print_csv_text(const char *name)
-{
+static void print_csv_text(const char *name) {
     putchar('"');
     for (; *name; name++) {
         if (*name == '"') putchar('"');
@@ -2050,7 +1919,7 @@ static void print_csv_text(const char *name)
     putchar('"');
 }
 /* ============================================================================================
- * 5. Images
+ * 6. Images
  *
  * From a file's bytes to the pixels a model sees, as the data flow: PNM pictures, other formats by
  * way of a decoder program, Pillow's resize, data sets, and a reader that loads many at once.
@@ -2074,23 +1943,20 @@ typedef struct { int kind, byte; size_t maxval, width, height, channels; } pnm_h
 static int is_blank(int byte) { return byte == ' ' || (byte >= '\t' && byte <= '\r'); }
 
 /* The next byte of a text part; a comment reads as the newline that ends it. */
-static int text_byte(image_source *source)
-{
+static int text_byte(image_source *source) {
     int byte = getc_unlocked(source->file);
     if (byte == '#')
         while (byte != '\n' && byte != '\r' && byte != EOF) byte = getc_unlocked(source->file);
     return byte;
 }
 
-static int source_ended(const image_source *source, const char *before)
-{
+static int source_ended(const image_source *source, const char *before) {
     if (ferror(source->file)) return fail("%s: cannot be read: %s", source->name, strerror(errno));
     return fail("%s: the picture's data end before its %s", source->name, before);
 }
 
 /* One number and the single blank after it. */
-static int pnm_number(image_source *source, const char *what, size_t largest, size_t *value)
-{
+static int pnm_number(image_source *source, const char *what, size_t largest, size_t *value) {
     int byte = text_byte(source);
     while (is_blank(byte)) byte = text_byte(source);
     if (byte == EOF) return source_ended(source, what);
@@ -2104,8 +1970,7 @@ static int pnm_number(image_source *source, const char *what, size_t largest, si
 }
 
 /* Sample `index`: text, a bit (1 is black, a row begins with a new byte), or one or two bytes. */
-static int pnm_sample(image_source *source, pnm_header *header, size_t index, size_t *value)
-{
+static int pnm_sample(image_source *source, pnm_header *header, size_t index, size_t *value) {
     if (header->kind <= 3) return pnm_number(source, "last sample", header->maxval, value);
     size_t bit = header->kind == 4 ? index % header->width % 8 : 0;
     int high = header->maxval > 255 ? getc_unlocked(source->file) : 0;
@@ -2118,15 +1983,13 @@ static int pnm_sample(image_source *source, pnm_header *header, size_t index, si
 }
 
 /* round-half-even(255 v / maxval); the quotient is never rounded to a half that it is not. */
-static unsigned char to_8_bits(size_t v, size_t maxval)
-{
+static unsigned char to_8_bits(size_t v, size_t maxval) {
     return (unsigned char)(maxval == 255 ? (double)v : rint(255.0 * (double)v / (double)maxval));
 }
 
 /* Reads one picture; SC_END where only blanks are left. The memory grows as the pixels come: a
  * header alone, whatever it claims, costs nothing. */
-static int pnm_read(image_source *source, picture *result)
-{
+static int pnm_read(image_source *source, picture *result) {
     int byte = getc_unlocked(source->file);
     while (is_blank(byte)) byte = getc_unlocked(source->file);
     if (byte == EOF && !ferror(source->file)) return SC_END;
@@ -2177,8 +2040,7 @@ static const image_format formats[] = {
 };
 
 /* SC_END: it is no image. O_NONBLOCK: a named pipe must be refused, not waited for. */
-static int open_image(const char *path, FILE **file, const image_format **format)
-{
+static int open_image(const char *path, FILE **file, const image_format **format) {
     char start[16];
     int descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     *file = descriptor < 0 ? NULL : fdopen(descriptor, "rb");
@@ -2203,8 +2065,7 @@ static int open_image(const char *path, FILE **file, const image_format **format
  * own process group: Ctrl-C, upon which training saves its state, must not look like a bad image.
  * The lock: no other child may inherit a pipe that has no FD_CLOEXEC yet. stderr is read at last;
  * O_NONBLOCK, lest a decoder that says too much should wait for us forever. */
-static int start_decoder(char **argument, int file, int end[4], pid_t *child)
-{
+static int start_decoder(char **argument, int file, int end[4], pid_t *child) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     posix_spawn_file_actions_t files;
     posix_spawnattr_t attributes;
@@ -2231,8 +2092,7 @@ static int start_decoder(char **argument, int file, int end[4], pid_t *child)
 /* Runs one decoder to its end. A picture counts if there was no complaint; djpeg's status 2 stands
  * for warnings: like Pillow we take damaged pictures, but no half ones. SC_END: not a byte of one
  * was written; MACHINE_FAILED: it could not be started, without a word if it is not there. */
-static int run_decoder(const char *command, int file, image_source *source, picture *result)
-{
+static int run_decoder(const char *command, int file, image_source *source, picture *result) {
     char text[512], words[256] = "", *argument[sizeof text / 2 + 1] = { NULL }, *rest = NULL;
     int end[4] = { -1, -1, -1, -1 };           /* stdout: read, write; stderr: read, write */
     int length = snprintf(text, sizeof text, "%s", command), ended = 0, count = 0;
@@ -2268,8 +2128,7 @@ static int run_decoder(const char *command, int file, image_source *source, pict
 
 /* Reads a file's picture into source->rgb, which the caller frees. A format's decoders are tried in
  * turn: the next one if one is missing or has failed without a byte (some djpegs refuse CMYK). */
-static int read_picture(const char *path, image_source *source, picture *result)
-{
+static int read_picture(const char *path, image_source *source, picture *result) {
     FILE *file;
     const image_format *format;
     if (open_image(path, &file, &format) != SC_OK) return SC_FAILED;
@@ -2299,21 +2158,18 @@ static int read_picture(const char *path, image_source *source, picture *result)
 typedef struct { size_t from, skipped, count; uint64_t first; double scale, stretch; } resize_axis;
 
 /* Where the crop to `keep` of `from` pixels begins: torchvision rounds half to even. */
-static uint64_t crop_start(uint64_t from, uint64_t keep, int crop_hf)
-{
+static uint64_t crop_start(uint64_t from, uint64_t keep, int crop_hf) {
     return (from - keep) / 2 + (!crop_hf && (from - keep) % 4 == 3);
 }
 
-static double bicubic(double x)
-{
+static double bicubic(double x) {
     x = fabs(x);
     if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
     return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
 }
 
 /* An axis of a picture whose shorter side becomes `side`, as the crop does. */
-static resize_axis make_axis(size_t from, size_t shorter, size_t side, int crop_hf)
-{
+static resize_axis make_axis(size_t from, size_t shorter, size_t side, int crop_hf) {
     uint64_t full = (uint64_t)side * from / shorter;
     double scale = (double)from / (double)full;
     return (resize_axis){ from, 0, side, crop_start(full, side, crop_hf), scale, fmax(scale, 1) };
@@ -2321,8 +2177,7 @@ static resize_axis make_axis(size_t from, size_t shorter, size_t side, int crop_
 
 /* Resamples the rows of `in` and turns the picture, so that the same again does its columns.
  * out: [axis.count, in.height, 3] */
-static int resample(const resize_axis *axis, const picture *in, unsigned char *out)
-{
+static int resample(const resize_axis *axis, const picture *in, unsigned char *out) {
     double support = 2 * axis->stretch, step = 1 / axis->stretch;
     int32_t *weight = new_array((size_t)ceil(support) * 2 + 1, sizeof *weight);
     if (!weight) return SC_FAILED;
@@ -2353,8 +2208,7 @@ static int resample(const resize_axis *axis, const picture *in, unsigned char *o
 }
 
 /* The shorter side becomes `side`, the centre is kept: pixels [side, side, 3]. */
-static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsigned char *pixels)
-{
+static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsigned char *pixels) {
     size_t shorter = from->width < from->height ? from->width : from->height;
     resize_axis across = make_axis(from->width, shorter, side, crop_hf);
     resize_axis down = make_axis(from->height, shorter, side, crop_hf);
@@ -2372,8 +2226,7 @@ static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsign
 }
 
 /* A picture of any size to the model's: pixels [size, size, 3]. */
-static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pixels)
-{
+static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pixels) {
     size_t square = (size_t)prep->square, size = (size_t)prep->size;
     if (square == 0) return resize_and_crop(&from, size, prep->crop_hf, pixels);
     size_t side = from.width < from.height ? from.width : from.height;
@@ -2393,8 +2246,7 @@ static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pi
 /* Names, none longer than a path, lie packed in blocks: an image costs its name and 16 bytes. */
 struct sc_names { struct sc_names *next; size_t used; char text[1 << 16]; };
 
-static char *keep_name(sc_images *set, const char *name)
-{
+static char *keep_name(sc_images *set, const char *name) {
     size_t bytes = strlen(name) + 1;
     if (!set->names || sizeof set->names->text - set->names->used < bytes) {
         struct sc_names *block = new_array(1, sizeof *block);
@@ -2407,16 +2259,14 @@ static char *keep_name(sc_images *set, const char *name)
     return memcpy(copy, name, bytes);
 }
 
-static int add_image(sc_images *set, const char *name, int64_t label)
-{
+static int add_image(sc_images *set, const char *name, int64_t label) {
     SC_TRY(grow(&set->image, &set->capacity, set->count, sizeof *set->image));
     set->image[set->count++] = (sc_image){ name, label };
     return name ? SC_OK : SC_FAILED;
 }
 
 /* Names are relative to the folder that a path lies in. Returns the path's last part. */
-static char *set_root(sc_images *set, const char *path)
-{
+static char *set_root(sc_images *set, const char *path) {
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     set->root = copy_string(path);
     if (set->root) set->root[name - path] = '\0';
@@ -2424,8 +2274,7 @@ static char *set_root(sc_images *set, const char *path)
 }
 
 /* A folder may end with a slash, or be "" where names are the current folder's. */
-static int join_path(const char *folder, const char *name, char path[MAX_PATH])
-{
+static int join_path(const char *folder, const char *name, char path[MAX_PATH]) {
     size_t end = strlen(folder);
     const char *slash = end > 0 && folder[end - 1] != '/' ? "/" : "";
     if (*name == '/') folder = slash = "";
@@ -2435,8 +2284,7 @@ static int join_path(const char *folder, const char *name, char path[MAX_PATH])
 
 /* Lists the files below a folder; at the top, folders are classes, to be walked when all are known.
  * A link to nowhere is a file; one that leads up ends too deep. */
-static int walk_folder(sc_images *set, const char *folder, int64_t label, int depth)
-{
+static int walk_folder(sc_images *set, const char *folder, int64_t label, int depth) {
     char path[MAX_PATH];
     struct stat about;
     const struct dirent *entry;
@@ -2464,8 +2312,7 @@ static int walk_folder(sc_images *set, const char *folder, int64_t label, int de
 
 /* Keeps the images among the files listed, those in class folders or the loose ones; if there is
  * none the list stays as it is. What cannot be opened counts: its turn to be an error will come. */
-static int keep_images(sc_images *set, const char *folder, int in_classes)
-{
+static int keep_images(sc_images *set, const char *folder, int in_classes) {
     char path[MAX_PATH];
     const image_format *format;
     FILE *file;
@@ -2484,8 +2331,7 @@ static int keep_images(sc_images *set, const char *folder, int in_classes)
 }
 
 /* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. */
-static int open_folder(sc_images *set, const char *path)
-{
+static int open_folder(sc_images *set, const char *path) {
     char folder[MAX_PATH];
     SC_TRY(join_path(path, "", folder));
     if (!set_root(set, folder)) return SC_FAILED;
@@ -2505,8 +2351,7 @@ static int open_folder(sc_images *set, const char *path)
 }
 
 /* Lines "path" or "path<TAB>label"; a # begins a comment at a line's start or after a blank. */
-static int open_list(sc_images *set, const char *path)
-{
+static int open_list(sc_images *set, const char *path) {
     char text[MAX_PATH + 64], *line, *end, *tab;
     FILE *list = fopen(path, "r");
     if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
@@ -2536,8 +2381,7 @@ static int open_list(sc_images *set, const char *path)
 }
 
 /* images U8 [N, H, W, 3], labels I64 [N], metadata class_names and file_names. */
-static int open_packed(sc_images *set, const char *path)
-{
+static int open_packed(sc_images *set, const char *path) {
     set->packed = new_array(1, sizeof *set->packed);
     if (!set->packed || !set_root(set, path)) return SC_FAILED;
     SC_TRY(sc_safetensors_open(set->packed, path));
@@ -2566,8 +2410,7 @@ static int open_packed(sc_images *set, const char *path)
 }
 
 /* The digest is of N, classes, labels, and names below the root: moving or packing keeps it. */
-int sc_images_open(sc_images *set, const char *path, size_t limit)
-{
+int sc_images_open(sc_images *set, const char *path, size_t limit) {
     const char *suffix = strrchr(path, '.') ? strrchr(path, '.') : "";
     const image_format *format;
     struct stat about;
@@ -2599,8 +2442,7 @@ int sc_images_open(sc_images *set, const char *path, size_t limit)
     return status == SC_OK ? SC_OK : SC_FAILED;
 }
 
-void sc_images_close(sc_images *set)
-{
+void sc_images_close(sc_images *set) {
     for (struct sc_names *block; (block = set->names) != NULL; free(block))
         set->names = block->next;
     if (set->packed) sc_safetensors_close(set->packed);
@@ -2614,8 +2456,7 @@ void sc_images_close(sc_images *set)
 
 /* pixels: [S, S, 3] of image `index`, or of a stream's next */
 static int load_image(const sc_images *set, size_t index, image_source *stream,
-                      const sc_preprocess *prep, unsigned char *pixels)
-{
+                      const sc_preprocess *prep, unsigned char *pixels) {
     image_source source = { 0 };
     picture found;
     char path[MAX_PATH];
@@ -2636,8 +2477,7 @@ static int load_image(const sc_images *set, size_t index, image_source *stream,
 }
 
 int sc_image_load(const sc_images *set, size_t index, const sc_preprocess *prep,
-                  unsigned char *pixels)
-{
+                  unsigned char *pixels) {
     if (set->count == SC_UNKNOWN || index >= set->count)
         return usage("image %zu of a set of %zu was asked for", index, set->count);
     return load_image(set, index, NULL, prep, pixels) == SC_OK ? SC_OK : SC_FAILED;
@@ -2665,8 +2505,7 @@ typedef struct {
     image_source stream;                       /* standard input, if file is not NULL */
 } image_reader;
 
-static int load_task(void *context, size_t task, int worker)
-{
+static int load_task(void *context, size_t task, int worker) {
     image_reader *reader = context;
     image_slot *slot = &reader->slot[task];
     (void)worker;
@@ -2677,8 +2516,7 @@ static int load_task(void *context, size_t task, int worker)
     return SC_OK;                              /* an error waits for its turn */
 }
 
-static int load_slots(image_reader *reader)
-{
+static int load_slots(image_reader *reader) {
     size_t end = reader->stream.file ? reader->set->limit : reader->set->count;
     int status = SC_OK;
     for (reader->next = reader->loaded = 0; reader->loaded < reader->slots; reader->loaded++) {
@@ -2694,8 +2532,7 @@ static int load_slots(image_reader *reader)
 
 /* The next picture in order, or SC_END; it is the caller's until the next call. With skip_bad a bad
  * one is named, once, and passed over; where all are bad we fail: the order may be endless. */
-static int reader_next(image_reader *reader, const image_slot **next)
-{
+static int reader_next(image_reader *reader, const image_slot **next) {
     for (;; reader->next++) {
         if (reader->next == reader->loaded) SC_TRY(load_slots(reader));
         const image_slot *slot = *next = &reader->slot[reader->next];
@@ -2713,8 +2550,7 @@ static int reader_next(image_reader *reader, const image_slot **next)
     return SC_OK;
 }
 
-static void reader_close(image_reader *reader)
-{
+static void reader_close(image_reader *reader) {
     free(reader->stream.rgb);
     free(reader->slot);
     free(reader->pixels);
@@ -2724,8 +2560,7 @@ static void reader_close(image_reader *reader)
 
 /* order NULL: the set's own, once; a stream has no other. threads: of the pool. */
 static int reader_open(image_reader *reader, const sc_images *set, const sc_preprocess *prep,
-                       draw_function *order, void *context, int threads, int skip_bad)
-{
+                       draw_function *order, void *context, int threads, int skip_bad) {
     int stream = set->count == SC_UNKNOWN;
     size_t slots = stream || threads < 1 ? 1 : 4 * (size_t)threads, size = (size_t)prep->size;
     *reader = (image_reader){ .set = set, .prep = *prep, .order = stream ? NULL : order,
@@ -2789,8 +2624,7 @@ static const struct {
 enum { NAME_LENGTH = 128 };
 
 /* Spells a tensor's name out. name: [NAME_LENGTH] */
-static void spell_name(char *name, int naming, enum role role, size_t block, int bias, char part)
-{
+static void spell_name(char *name, int naming, enum role role, size_t block, int bias, char part) {
     size_t used = 0;
     *name = '\0';
     for (const char *c = layers[role].name[naming]; *c; c++) {
@@ -2803,8 +2637,7 @@ static void spell_name(char *name, int naming, enum role role, size_t block, int
     }
 }
 
-static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t block, int bias)
-{
+static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t block, int bias) {
     char name[NAME_LENGTH];
     spell_name(name, model->naming, role, block, bias, 'q');
     return sc_tensor_find(&model->file, name);
@@ -2813,8 +2646,7 @@ static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t
 /* Reads a layer's weight or bias of rows x columns numbers (leading dimensions of 1 do not count),
  * or says what is missing or misshapen. Hugging Face has q, k and v apart. */
 static int read_layer_tensor(const sc_model *model, enum role role, size_t block, int bias,
-                             size_t rows, size_t columns, float *out)
-{
+                             size_t rows, size_t columns, float *out) {
     char name[NAME_LENGTH];
     const char *path = model->file.path;
     size_t parts = role == QKV && model->naming == HUGGING_FACE ? 3 : 1;
@@ -2838,8 +2670,7 @@ static int read_layer_tensor(const sc_model *model, enum role role, size_t block
 
 /* Reads a layer. A linear layer's weight lies [N, K] in the file, as PyTorch has it (OpenAI's
  * projection [K, N]), and is packed. */
-static int read_layer(const sc_model *model, enum role role, size_t block)
-{
+static int read_layer(const sc_model *model, enum role role, size_t block) {
     const size_t sizes[] = { 1, model->width, 3 * model->width, model->hidden, model->tokens,
                              3 * model->patch * model->patch, model->outputs };
     size_t N = sizes[layers[role].rows], K = sizes[layers[role].columns], biases = N == 1 ? K : N;
@@ -2862,8 +2693,7 @@ static int read_layer(const sc_model *model, enum role role, size_t block)
     return read_layer_tensor(model, role, block, 1, 1, biases, layer->bias);
 }
 
-static int load_block(void *context, size_t block, int worker)
-{
+static int load_block(void *context, size_t block, int worker) {
     (void)worker;
     for (enum role role = NORM1; role <= FC2; role++) SC_TRY(read_layer(context, role, block));
     return SC_OK;
@@ -2871,8 +2701,7 @@ static int load_block(void *context, size_t block, int worker)
 
 /* The final norm, the projection or classifier, and the class prompts' embeddings text_embeds
  * [C, P], rows to unit length: what images' embeddings are compared with. */
-static int load_head(sc_model *model)
-{
+static int load_head(sc_model *model) {
     const sc_tensor *head = find_layer(model, HEAD, 0, 0);
     const sc_tensor *text = sc_tensor_find(&model->file, "text_embeds");
     if (!head || head->rank != 2)
@@ -2896,9 +2725,28 @@ static int load_head(sc_model *model)
     return SC_OK;
 }
 
+/* A block with tensors that the table does not name (LayerScale, norms of q and k) is another
+ * model: computed without them, its numbers would be wrong. */
+static int check_block(const sc_model *model) {
+    char begin[NAME_LENGTH], name[NAME_LENGTH];
+    snprintf(begin, sizeof begin, "%s%s0.", name_begins[model->naming],
+             block_begins[model->naming]);
+    for (size_t t = 0; t < model->file.tensors; t++) {
+        const char *found = model->file.tensor[t].name;
+        int known = strncmp(found, begin, strlen(begin)) != 0;
+        for (int i = 0; i < 6 * (FC2 + 1) && !known; i++) {
+            spell_name(name, model->naming, (enum role)(i / 6), 0, i % 2, "qkv"[i % 6 / 2]);
+            known = strcmp(name, found) == 0;
+        }
+        if (!known)
+            return fail("%s: tensor %.100s has no place in the transformers known here",
+                        model->file.path, found);
+    }
+    return SC_OK;
+}
+
 /* Sizes from shapes. */
-static int measure_model(sc_model *model)
-{
+static int measure_model(sc_model *model) {
     const char *path = model->file.path;
     const sc_tensor *patch = find_layer(model, PATCHES, 0, 0), *fc1 = find_layer(model, FC1, 0, 0);
     const sc_tensor *positions = find_layer(model, POSITIONS, 0, 0);
@@ -2919,7 +2767,7 @@ static int measure_model(sc_model *model)
     model->hidden = fc1->shape[0];
     model->image_size = model->grid * model->patch;
     while (find_layer(model, NORM1, model->blocks, 0)) model->blocks++;
-    return model->blocks ? SC_OK : fail("%s: the model has no blocks", path);
+    return model->blocks ? check_block(model) : fail("%s: the model has no blocks", path);
 }
 
 enum setting { GELU, EPSILON, HEADS, MEAN, STD, SETTINGS };
@@ -2952,8 +2800,7 @@ static int apply_setting(sc_model *model, enum setting setting, const char *what
 
 /* What the tensors' shapes do not tell: an option, else the metadata, else what is usual. A bad
  * setting is the caller's fault if it is an option, else the file's. */
-static int read_settings(sc_model *model, const sc_model_options *given)
-{
+static int read_settings(sc_model *model, const sc_model_options *given) {
     int plain = model->naming == TIMM && !find_layer(model, PRE, 0, 0);
     char heads[24], assumed[256] = "", reason[sizeof error_text];
     const struct { const char *option, *given, *key, *usual; } settings[SETTINGS] = {
@@ -2981,8 +2828,7 @@ static int read_settings(sc_model *model, const sc_model_options *given)
 }
 
 /* Which naming a file's tensors have, NAMINGS for none. */
-static int naming_of(const sc_safetensors *file)
-{
+static int naming_of(const sc_safetensors *file) {
     char name[NAME_LENGTH];
     for (int naming = 0; naming < NAMINGS; naming++) {
         spell_name(name, naming, CLASS_TOKEN, 0, 0, 'q');
@@ -2991,8 +2837,7 @@ static int naming_of(const sc_safetensors *file)
     return NAMINGS;
 }
 
-int sc_model_open(sc_model *model, const char *path, const sc_model_options *given)
-{
+int sc_model_open(sc_model *model, const char *path, const sc_model_options *given) {
     static const sc_model_options none = { 0 };
     *model = (sc_model){ 0 };
     SC_TRY(sc_safetensors_open(&model->file, path));
@@ -3006,8 +2851,7 @@ int sc_model_open(sc_model *model, const char *path, const sc_model_options *giv
 }
 
 /* Reads and packs the weights of the first `blocks` blocks, and of the head if asked. */
-int sc_model_load(sc_model *model, size_t blocks, int head)
-{
+int sc_model_load(sc_model *model, size_t blocks, int head) {
     if (blocks > model->blocks) blocks = model->blocks;
     model->loaded = blocks;
     model->layer = new_array(blocks ? blocks : 1, ROLES * sizeof *model->layer);
@@ -3018,8 +2862,7 @@ int sc_model_load(sc_model *model, size_t blocks, int head)
     return head ? load_head(model) : SC_OK;
 }
 
-void sc_model_close(sc_model *model)
-{
+void sc_model_close(sc_model *model) {
     size_t count = (model->loaded ? model->loaded : 1) * ROLES;
     for (size_t i = 0; model->layer && i < count; i++) {
         free(model->layer[i].matrix.data);
@@ -3035,8 +2878,7 @@ void sc_model_close(sc_model *model)
 /* A hook point by its name. */
 static const char *const hook_names[] = { "attn", "mlp", "resid" };
 
-static int parse_hook(const char *text, sc_hook *hook)
-{
+static int parse_hook(const char *text, sc_hook *hook) {
     for (*hook = SC_ATTN; *hook <= SC_RESID; ++*hook)
         if (strcmp(text, hook_names[*hook]) == 0) return SC_OK;
     return usage("hook '%s' is none of attn, mlp, resid", text);
@@ -3062,8 +2904,7 @@ typedef struct {
 enum { ROWS_A_TASK = 32 };
 
 /* normed = layer_norm(x), a few rows a task. */
-static int norm_task(void *context, size_t task, int worker)
-{
+static int norm_task(void *context, size_t task, int worker) {
     forward_pass *pass = context;
     size_t D = pass->model->width, first = task * ROWS_A_TASK;
     (void)worker;
@@ -3073,15 +2914,13 @@ static int norm_task(void *context, size_t task, int worker)
     return SC_OK;
 }
 
-static int norm_rows(forward_pass *pass, const sc_layer *norm)
-{
+static int norm_rows(forward_pass *pass, const sc_layer *norm) {
     pass->norm = norm;
     return parallel_for((pass->rows + ROWS_A_TASK - 1) / ROWS_A_TASK, norm_task, pass);
 }
 
 /* Lays an image's patches out as rows of 3 patch^2 normalised pixels, channel by channel. */
-static int patch_task(void *context, size_t image, int worker)
-{
+static int patch_task(void *context, size_t image, int worker) {
     forward_pass *pass = context;
     const sc_model *model = pass->model;
     size_t p = model->patch, S = model->image_size;
@@ -3102,8 +2941,7 @@ static int patch_task(void *context, size_t image, int worker)
 }
 
 /* x = [class token; patches] + positions, then the pre-norm where the model has one. */
-static int embed(forward_pass *pass)
-{
+static int embed(forward_pass *pass) {
     const sc_model *model = pass->model;
     size_t D = model->width, T = model->tokens;
     const float *class_token = model->layer[CLASS_TOKEN].weight;
@@ -3125,8 +2963,7 @@ static int embed(forward_pass *pass)
 }
 
 /* One head of one image: out = softmax(q k^T / sqrt d) v. q, k, v: [T, d] within qkv [T, 3 D] */
-static int head_task(void *context, size_t task, int worker)
-{
+static int head_task(void *context, size_t task, int worker) {
     forward_pass *pass = context;
     const sc_model *model = pass->model;
     size_t D = model->width, T = model->tokens, d = D / model->heads, stride = pass->wide_stride;
@@ -3151,15 +2988,13 @@ static int head_task(void *context, size_t task, int worker)
     return SC_OK;
 }
 
-static int taps_at(const sc_tap *tap, size_t layer, sc_hook hook)
-{
+static int taps_at(const sc_tap *tap, size_t layer, sc_hook hook) {
     return tap->layer == layer && tap->hook == hook;
 }
 
 /* Gives an output to whoever taps it. output: [M, D] at stride */
 static void tap_output(const forward_pass *pass, size_t layer, sc_hook hook, const float *output,
-                       size_t stride)
-{
+                       size_t stride) {
     for (const sc_tap *tap = pass->taps; tap < pass->taps + pass->count; tap++)
         for (size_t row = 0; taps_at(tap, layer, hook) && row < pass->rows; row++)
             memcpy(tap->out + row * tap->stride, output + row * stride,
@@ -3168,8 +3003,7 @@ static void tap_output(const forward_pass *pass, size_t layer, sc_hook hook, con
 
 /* x += a W + bias, by way of normed or wide, whichever is not a, if somebody taps it. */
 static int add_layer(forward_pass *pass, const float *a, const sc_layer *layer, size_t number,
-                     sc_hook hook)
-{
+                     sc_hook hook) {
     size_t D = pass->model->width, wide = pass->wide_stride, normed = pass->normed_stride;
     size_t a_stride = a == pass->wide ? wide : normed, stride = a == pass->wide ? normed : wide;
     float *output = a == pass->wide ? pass->normed : pass->wide;
@@ -3187,8 +3021,7 @@ static int add_layer(forward_pass *pass, const float *a, const sc_layer *layer, 
 }
 
 /* One block. x: [M, D] */
-static int forward_block(forward_pass *pass, size_t number)
-{
+static int forward_block(forward_pass *pass, size_t number) {
     const sc_model *model = pass->model;
     const sc_layer *block = &model->layer[(number - 1) * ROLES];
     tile_target wide = { .c = pass->wide, .c_stride = pass->wide_stride, .bias = block[QKV].bias };
@@ -3208,8 +3041,7 @@ static int forward_block(forward_pass *pass, size_t number)
 
 /* head(norm(class token)); with class prompts, the cosine with each. out: [B, outputs] or
  * [B, classes] */
-static int forward_head(forward_pass *pass, float *out)
-{
+static int forward_head(forward_pass *pass, float *out) {
     const sc_model *model = pass->model;
     const sc_layer *post = &model->layer[POST], *projection = &model->layer[HEAD];
     size_t D = model->width, P = padded(model->outputs);
@@ -3230,8 +3062,7 @@ static int forward_head(forward_pass *pass, float *out)
     return status;
 }
 
-static int new_forward_pass(forward_pass *pass, const sc_model *model)
-{
+static int new_forward_pass(forward_pass *pass, const sc_model *model) {
     size_t D = model->width, T = model->tokens, d = D / model->heads, longest = T > d ? T : d;
     size_t pixels = 3 * model->patch * model->patch, columns = (size_t)kernels->columns;
     size_t widest = 3 * D > model->hidden ? 3 * D : model->hidden;
@@ -3249,8 +3080,7 @@ static int new_forward_pass(forward_pass *pass, const sc_model *model)
 }
 
 int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
-                     const sc_tap *taps, size_t count, float *head)
-{
+                     const sc_tap *taps, size_t count, float *head) {
     forward_pass pass = { .images = images, .pixels = pixels, .taps = taps, .count = count,
                           .last = head ? model->blocks : 0, .stops_at_attn = !head };
     for (size_t i = 0; i < count; i++)
@@ -3310,15 +3140,13 @@ enum {
 };
 
 /* What an image is called in messages and tables. */
-static const char *image_name(const feed *f, size_t image)
-{
+static const char *image_name(const feed *f, size_t image) {
     if (f->is_file || !f->set.image || image >= f->set.count) return "";
     return f->set.image[image].name;
 }
 
 /* Adds to an error the image and token at fault; token: of the batch at hand. */
-static int blame_token(const feed *f, size_t token)
-{
+static int blame_token(const feed *f, size_t token) {
     char reason[sizeof error_text];
     size_t image = (size_t)f->image[token / f->T];
     const char *name = image_name(f, image);
@@ -3327,8 +3155,7 @@ static int blame_token(const feed *f, size_t token)
                 reason);
 }
 
-static int64_t feed_label(const feed *f, size_t image)
-{
+static int64_t feed_label(const feed *f, size_t image) {
     int64_t label = -1;
     if (!f->is_file) return image < f->set.count && f->set.image ? f->set.image[image].label : -1;
     if (f->labels) sc_tensor_integers(&f->file, f->labels, image, 1, &label);
@@ -3336,8 +3163,7 @@ static int64_t feed_label(const feed *f, size_t image)
 }
 
 /* Labels of saved activations: what classes there are, and a digest if the file has none. */
-static int read_feed_labels(feed *f)
-{
+static int read_feed_labels(feed *f) {
     const char *names = sc_metadata_find(&f->file, "class_names");
     const char *digest = sc_metadata_find(&f->file, "data_digest");
     digest64 sum = { 0 };
@@ -3359,8 +3185,7 @@ static int read_feed_labels(feed *f)
     return SC_OK;
 }
 
-static int open_activations(feed *f, const char *path, size_t limit)
-{
+static int open_activations(feed *f, const char *path, size_t limit) {
     SC_TRY(sc_safetensors_open(&f->file, path));
     const sc_tensor *a = sc_tensor_find(&f->file, "activations");
     const char *tokens = sc_metadata_find(&f->file, "tokens");
@@ -3383,14 +3208,12 @@ static int open_activations(feed *f, const char *path, size_t limit)
 }
 
 /* How a model or a packed set wants its pictures. */
-static sc_preprocess preprocess_for(const options *o, size_t side)
-{
+static sc_preprocess preprocess_for(const options *o, size_t side) {
     return (sc_preprocess){ .size = (int)side, .square = (int)o->square,
                             .crop_hf = strcmp(o->crop, "hf") == 0 };
 }
 
-static int open_photos(feed *f, const options *o)
-{
+static int open_photos(feed *f, const options *o) {
     SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
     SC_TRY(sc_model_open(&f->model, o->model, &o->settings));
     f->images = f->set.count;
@@ -3406,8 +3229,7 @@ static int open_photos(feed *f, const options *o)
 }
 
 /* Opens DATA: saved activations (--acts), or images through a model. */
-static int open_feed(feed *f, const options *o)
-{
+static int open_feed(feed *f, const options *o) {
     *f = (feed){ 0 };
     if (o->acts && !o->operand[0]) SC_TRY(open_activations(f, o->acts, (size_t)o->limit));
     else if (o->operand[0] && o->model) SC_TRY(open_photos(f, o));
@@ -3420,8 +3242,7 @@ static int open_feed(feed *f, const options *o)
 
 /* Asks for a hook point; layer -1 is the last. Returns its place among the taps in *place. Saved
  * activations have one, wherever it is (layer 0: not known). */
-static int add_tap(feed *f, long layer, sc_hook hook, size_t *place)
-{
+static int add_tap(feed *f, long layer, sc_hook hook, size_t *place) {
     long blocks = (long)f->model.blocks;
     if (!f->is_file && (layer == 0 || layer > blocks || -layer > blocks))
         return fail("%s: layer %ld of %ld: 1 to %ld or -1 to -%ld was expected", f->model.file.path,
@@ -3435,8 +3256,7 @@ static int add_tap(feed *f, long layer, sc_hook hook, size_t *place)
     return SC_OK;
 }
 
-static int overrule_sae(sc_sae *sae, const options *o)
-{
+static int overrule_sae(sc_sae *sae, const options *o) {
     if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
     if (o->k) sae->k = (size_t)o->k;
     if (sae->topk && sae->k > sae->d_sae && !sae->path)
@@ -3450,8 +3270,7 @@ static int overrule_sae(sc_sae *sae, const options *o)
 
 /* An SAE takes activations of its width; saved ones that say where they come from must come from
  * where it listens, unless options overrule that. */
-static int check_origin(const feed *f, const sc_sae *sae, const options *o)
-{
+static int check_origin(const feed *f, const sc_sae *sae, const options *o) {
     const char *layer = sc_metadata_find(&f->file, "layer");
     const char *hook = sc_metadata_find(&f->file, "hook");
     if (sae->d_in != f->D)
@@ -3466,8 +3285,7 @@ static int check_origin(const feed *f, const sc_sae *sae, const options *o)
 }
 
 /* Where an SAE listens: its metadata say, or the options. */
-static int tap_for(feed *f, const sc_sae *sae, const options *o, size_t *place)
-{
+static int tap_for(feed *f, const sc_sae *sae, const options *o, size_t *place) {
     long layer = o->layer ? o->layer : (long)sae->layer;
     SC_TRY(check_origin(f, sae, o));
     if (!f->is_file && (!layer || sae->hook < 0))
@@ -3477,8 +3295,7 @@ static int tap_for(feed *f, const sc_sae *sae, const options *o, size_t *place)
 
 /* Starts handing out batches of up to `room` images, in the order given (NULL: first to last),
  * from draw number `from` on. */
-static int start_feed(feed *f, size_t room, draw_function *order, void *context, int with_logits)
-{
+static int start_feed(feed *f, size_t room, draw_function *order, void *context, int with_logits) {
     size_t S = f->model.image_size, deepest = 0;
     const array_spec arrays[] = {
         ARRAY(f->image, room, 1), ARRAY(f->draw, room, 1), ARRAY(f->label, room, 1),
@@ -3499,8 +3316,7 @@ static int start_feed(feed *f, size_t room, draw_function *order, void *context,
                        f->skip_bad);
 }
 
-static int read_activations_task(void *context, size_t i, int worker)
-{
+static int read_activations_task(void *context, size_t i, int worker) {
     feed *f = context;
     (void)worker;
     i += f->begin;
@@ -3514,8 +3330,7 @@ static int read_activations_task(void *context, size_t i, int worker)
     return SC_OK;
 }
 
-static int next_from_file(feed *f, size_t want)
-{
+static int next_from_file(feed *f, size_t want) {
     for (; f->count < want; f->count++, f->drawn++) {
         size_t image = f->drawn;
         int status = f->order ? f->order(f->order_context, f->drawn, &image)
@@ -3529,8 +3344,7 @@ static int next_from_file(feed *f, size_t want)
 }
 
 /* Finite weights may still give numbers that are not. rows: [images, count, stride] of the batch */
-static int check_finite(const feed *f, const float *rows, size_t count, size_t stride)
-{
+static int check_finite(const feed *f, const float *rows, size_t count, size_t stride) {
     size_t first = f->begin * count * stride, end = f->count * count * stride;
     size_t bad = first + first_beyond(rows + first, end - first, LARGEST_FLOAT);
     if (bad == end) return SC_OK;
@@ -3538,8 +3352,7 @@ static int check_finite(const feed *f, const float *rows, size_t count, size_t s
     return blame_token(f, bad / stride * (f->T / count));
 }
 
-static int next_from_photos(feed *f, size_t want)
-{
+static int next_from_photos(feed *f, size_t want) {
     size_t S = f->model.image_size, bytes = S * S * 3;
     const image_slot *slot;
     while (f->count < want) {
@@ -3567,8 +3380,7 @@ static int next_from_photos(feed *f, size_t want)
 }
 
 /* Images that were read ahead come first: they move to the front of the arrays. */
-static void next_from_kept(feed *f, size_t want)
-{
+static void next_from_kept(feed *f, size_t want) {
     size_t row = f->T * f->stride, some = f->kept < want ? f->kept : want;
     for (; f->count < some; f->count++, f->kept_at++) {
         f->image[f->count] = f->image[f->kept_at];
@@ -3580,8 +3392,7 @@ static void next_from_kept(feed *f, size_t want)
 }
 
 /* The next batch: f->count images, 0 at the end. */
-static int next_batch(feed *f, size_t want)
-{
+static int next_batch(feed *f, size_t want) {
     f->count = 0;
     next_from_kept(f, want);
     f->begin = f->count;
@@ -3590,8 +3401,7 @@ static int next_batch(feed *f, size_t want)
 }
 
 /* Hands every batch of a data set to `take`. */
-static int for_each_batch(feed *f, int with_logits, int (*take)(void *context), void *context)
-{
+static int for_each_batch(feed *f, int with_logits, int (*take)(void *context), void *context) {
     uint64_t done = 0;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, with_logits));
     for (;; done += f->count) {
@@ -3602,14 +3412,12 @@ static int for_each_batch(feed *f, int with_logits, int (*take)(void *context), 
     }
 }
 
-static const char *base_name(const char *path)
-{
+static const char *base_name(const char *path) {
     const char *slash = strrchr(path, '/');
     return slash ? slash + 1 : path;
 }
 
-static void close_feed(feed *f)
-{
+static void close_feed(feed *f) {
     release(&f->memory);
     if (f->is_file) free(f->class_name);
     else reader_close(&f->reader);
@@ -3620,7 +3428,7 @@ static void close_feed(feed *f)
 }
 
 /* ============================================================================================
- * 8. The sparse autoencoder
+ * 9. The sparse autoencoder
  *
  *     h = W_enc^T (x - b_dec) + b_enc       f = relu(h), or relu of the k largest of h
  *     x' = W_dec^T f + b_dec                 (Bricken et al., 2023; Gao et al., 2024)
@@ -3631,8 +3439,7 @@ static void close_feed(feed *f)
 
 static const char *const architecture_names[] = { "standard", "topk" };
 
-static int new_sae(sc_sae *sae, size_t d_in, size_t d_sae)
-{
+static int new_sae(sc_sae *sae, size_t d_in, size_t d_sae) {
     *sae = (sc_sae){ .d_in = d_in, .d_sae = d_sae, .stride = padded(d_in), .hook = -1 };
     if (d_in == 0 || d_sae == 0 || d_in > SC_MAX_WIDTH || d_sae > SC_MAX_LATENTS)
         return fail("an SAE of %zu inputs and %zu latents is not possible", d_in, d_sae);
@@ -3643,8 +3450,7 @@ static int new_sae(sc_sae *sae, size_t d_in, size_t d_sae)
     return sae->W_enc && sae->W_dec && sae->b_enc && sae->b_dec ? SC_OK : SC_FAILED;
 }
 
-void sc_sae_close(sc_sae *sae)
-{
+void sc_sae_close(sc_sae *sae) {
     free(sae->W_enc);
     free(sae->W_dec);
     free(sae->b_enc);
@@ -3658,8 +3464,7 @@ void sc_sae_close(sc_sae *sae)
 typedef struct { sc_sae *sae; uint64_t seed; } initialisation;
 
 /* Kaiming's bound for the encoder, unit rows for the decoder. */
-static int initial_row(void *context, size_t j, int worker)
-{
+static int initial_row(void *context, size_t j, int worker) {
     const initialisation *start = context;
     const sc_sae *sae = start->sae;
     float *encoder = sae->W_enc + j * sae->stride, *decoder = sae->W_dec + j * sae->stride;
@@ -3674,8 +3479,7 @@ static int initial_row(void *context, size_t j, int worker)
     return SC_OK;
 }
 
-int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed)
-{
+int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed) {
     initialisation start = { sae, seed };
     int status = new_sae(sae, d_in, d_sae);
     if (status == SC_OK) status = parallel_for(d_sae, initial_row, &start);
@@ -3684,8 +3488,7 @@ int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed)
 }
 
 /* Better to fail now than when the work is done. */
-static int try_output(const char *path)
-{
+static int try_output(const char *path) {
     sc_writer w;
     SC_TRY(sc_writer_open(&w, path, 0));
     sc_writer_discard(&w);
@@ -3694,8 +3497,7 @@ static int try_output(const char *path)
 
 /* A [n, D] tensor to and from rows with padding. */
 static int read_rows(const sc_safetensors *file, const char *name, size_t n, size_t D,
-                     size_t stride, float *rows)
-{
+                     size_t stride, float *rows) {
     const sc_tensor *tensor = sc_tensor_find(file, name);
     if (!tensor || tensor->rank == 0 || tensor->count != n * D
         || tensor->shape[tensor->rank - 1] != D)
@@ -3706,15 +3508,13 @@ static int read_rows(const sc_safetensors *file, const char *name, size_t n, siz
 }
 
 static int write_rows(sc_writer *writer, const char *name, size_t n, size_t D, size_t stride,
-                      const float *rows)
-{
+                      const float *rows) {
     SC_TRY(sc_writer_tensor(writer, name, SC_F32, 2, (size_t[]){ n, D }));
     for (size_t j = 0; j < n; j++) SC_TRY(sc_writer_floats(writer, rows + j * stride, D));
     return SC_OK;
 }
 
-static int write_vector(sc_writer *writer, const char *name, size_t n, const float *vector)
-{
+static int write_vector(sc_writer *writer, const char *name, size_t n, const float *vector) {
     SC_TRY(sc_writer_tensor(writer, name, SC_F32, 1, &n));
     return sc_writer_floats(writer, vector, n);
 }
@@ -3722,8 +3522,7 @@ static int write_vector(sc_writer *writer, const char *name, size_t n, const flo
 /* W_enc lies [D, n] in files and latent by latent in memory: some rows at a time are read from the
  * tensor, or go to the writer where there is one. */
 static int move_encoder(const sc_sae *sae, const sc_safetensors *file, const sc_tensor *tensor,
-                        sc_writer *writer)
-{
+                        sc_writer *writer) {
     enum { ROWS = 16 };
     size_t n = sae->d_sae;
     float *rows = new_array(n, ROWS * sizeof *rows);
@@ -3756,8 +3555,7 @@ static int metadata_number(const sc_safetensors *file, const char *key, double m
     return SC_OK;
 }
 
-static int read_sae_metadata(sc_sae *sae, const sc_safetensors *file)
-{
+static int read_sae_metadata(sc_sae *sae, const sc_safetensors *file) {
     const char *architecture = sc_metadata_find(file, "architecture");
     const char *hook = sc_metadata_find(file, "hook"), *model = sc_metadata_find(file, "model");
     const char *start = sc_metadata_find(file, "b_dec_start");
@@ -3775,11 +3573,12 @@ static int read_sae_metadata(sc_sae *sae, const sc_safetensors *file)
     return SC_OK;
 }
 
-static int read_sae(sc_sae *sae, const sc_safetensors *file)
-{
+static int read_sae(sc_sae *sae, const sc_safetensors *file) {
     const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
     if (!encoder || encoder->rank != 2 || encoder->count == 0)
         return fail("%s: this is no SAE: a tensor W_enc [d_in, d_sae] was expected", file->path);
+    if (sc_tensor_find(file, "threshold") || sc_tensor_find(file, "log_threshold"))
+        return fail("%s: a JumpReLU SAE (tensor threshold), expected standard or topk", file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
     if (!(sae->path = copy_string(file->path))) return SC_FAILED;
     SC_TRY(move_encoder(sae, file, encoder, NULL));
@@ -3789,8 +3588,7 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file)
     return read_sae_metadata(sae, file);
 }
 
-int sc_sae_open(sc_sae *sae, const char *path)
-{
+int sc_sae_open(sc_sae *sae, const char *path) {
     sc_safetensors file;
     *sae = (sc_sae){ 0 };
     SC_TRY(sc_safetensors_open(&file, path));
@@ -3801,8 +3599,7 @@ int sc_sae_open(sc_sae *sae, const char *path)
 }
 
 /* The tensors and what an SAE is; the caller adds how it was trained. */
-static int write_sae(sc_writer *writer, const sc_sae *sae)
-{
+static int write_sae(sc_writer *writer, const sc_sae *sae) {
     const struct { const char *key; size_t value; } numbers[] = {
         { "k", sae->topk ? sae->k : 0 }, { "d_in", sae->d_in }, { "d_sae", sae->d_sae },
         { "layer", sae->layer } };
@@ -3839,13 +3636,11 @@ typedef struct {
  * activation. */
 typedef struct { const tile_codes *tile; size_t next, end, token; float value; } code_walk;
 
-static code_walk walk_codes(const tile_codes *tile, size_t j)
-{
+static code_walk walk_codes(const tile_codes *tile, size_t j) {
     return (code_walk){ .tile = tile, .next = tile->start[j], .end = tile->start[j + 1] };
 }
 
-static inline int next_code(code_walk *w)
-{
+static inline int next_code(code_walk *w) {
     if (w->next == w->end) return 0;
     w->token = w->tile->token[w->next];
     w->value = w->tile->value[w->next++];
@@ -3884,8 +3679,7 @@ typedef struct {
 } tile_scratch;
 
 /* Lays a worker's arrays out in `memory`, or only measures them where that is NULL. */
-static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory)
-{
+static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory) {
     size_t deepest = sae->d_in > CHAIN ? sae->d_in : CHAIN, columns = (size_t)kernels->columns;
     s->weights = (packed_matrix){ .K = CHAIN, .N = sae->d_in, .panels = panels_of(sae->d_in) };
     const array_spec arrays[] = {
@@ -3896,15 +3690,13 @@ static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory)
     return lay_out(arrays, COUNT(arrays), memory);
 }
 
-static tile_scratch worker_scratch(const sae_batch *batch, int worker)
-{
+static tile_scratch worker_scratch(const sae_batch *batch, int worker) {
     tile_scratch s;
     lay_out_scratch(&s, batch->sae, batch->scratch + (size_t)worker * batch->scratch_bytes);
     return s;
 }
 
-static void free_batch(sae_batch *batch)
-{
+static void free_batch(sae_batch *batch) {
     for (size_t i = 0; batch->tile && i < batch->tile_room; i++) {
         free(batch->tile[i].value);
         free(batch->tile[i].token);
@@ -3914,15 +3706,13 @@ static void free_batch(sae_batch *batch)
 }
 
 /* How many tiles T tokens are cut into: as many for each thread, none longer than 256. */
-static size_t tile_count(size_t T)
-{
+static size_t tile_count(size_t T) {
     size_t share = (size_t)thread_count() * (TILE_TOKENS / (size_t)kernels->columns);
     return (size_t)thread_count() * ((panels_of(T) + share - 1) / share);
 }
 
 /* Room for batches of up to `room` tokens. */
-static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room)
-{
+static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
     tile_scratch s;
     size_t n = sae->d_sae, tiles = tile_count(room), *starts = NULL;
     size_t columns = panels_of(room) * (size_t)kernels->columns;
@@ -3943,8 +3733,7 @@ static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room)
 /* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of some latents on panels first .. last - 1. latent:
  * [count]; rows of h are h_stride long; what lies past the last token is not meant for anyone. */
 static void pre_activations(const sae_batch *batch, const size_t *latent, size_t count,
-                            size_t first, size_t last, float *h, size_t h_stride, float *buffer)
-{
+                            size_t first, size_t last, float *h, size_t h_stride, float *buffer) {
     const sc_sae *sae = batch->sae;
     size_t columns = (size_t)kernels->columns, D = sae->d_in;
     float tile[MAX_ROWS * MAX_COLUMNS];
@@ -3959,8 +3748,7 @@ static void pre_activations(const sae_batch *batch, const size_t *latent, size_t
 }
 
 /* Room for `more` codes behind the first `used`. */
-static int reserve_codes(tile_codes *tile, size_t used, size_t more)
-{
+static int reserve_codes(tile_codes *tile, size_t used, size_t more) {
     size_t values = tile->capacity, tokens = tile->capacity;
     while (tile->capacity < used + more) {
         SC_TRY(grow(&tile->value, &values, tile->capacity, sizeof *tile->value));
@@ -3972,8 +3760,7 @@ static int reserve_codes(tile_codes *tile, size_t used, size_t more)
 
 /* TopK: a token's k best are a heap of numbers that sort: positive floats order as their bits do,
  * and of equal ones the lower latent is the larger number; 0 is nobody. */
-static uint64_t candidate_of(float h, size_t latent)
-{
+static uint64_t candidate_of(float h, size_t latent) {
     return (uint64_t)bits_of_float(h) << 32 | (uint32_t)~(uint32_t)latent;
 }
 
@@ -3981,8 +3768,7 @@ static float candidate_value(uint64_t c) { return float_of_bits((uint32_t)(c >> 
 static size_t candidate_latent(uint64_t c) { return (uint32_t)~(uint32_t)c; }
 
 /* Replaces the least number of a heap, its first, by a larger one. heap: [k] */
-static void replace_least(uint64_t *heap, size_t k, uint64_t number)
-{
+static void replace_least(uint64_t *heap, size_t k, uint64_t number) {
     size_t place = 0;
     for (size_t child = 1; child < k; child = 2 * place + 1) {
         if (child + 1 < k && heap[child + 1] < heap[child]) child++;
@@ -3995,8 +3781,7 @@ static void replace_least(uint64_t *heap, size_t k, uint64_t number)
 
 /* Takes latent j's pre-activations into the heaps of its tile's tokens. h: [TILE_TOKENS] */
 static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t tokens,
-                             tile_scratch *s)
-{
+                             tile_scratch *s) {
     uint64_t mask[TILE_TOKENS / MASK_BITS];
     if (!kernels->find_above(h, s->limit, TILE_TOKENS, mask)) return;
     for (size_t t = 0; t < tokens; t++) {
@@ -4009,8 +3794,7 @@ static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t
 }
 
 /* The k best of each token become the tile's codes, ordered by counting. */
-static int select_codes(const sc_sae *sae, tile_codes *tile, const tile_scratch *s)
-{
+static int select_codes(const sc_sae *sae, tile_codes *tile, const tile_scratch *s) {
     size_t n = sae->d_sae, k = sae->k, *start = tile->start;
     memset(start, 0, (n + 1) * sizeof *start);
     for (size_t i = 0; i < tile->tokens * k; i++)
@@ -4029,8 +3813,7 @@ static int select_codes(const sc_sae *sae, tile_codes *tile, const tile_scratch 
 }
 
 /* f of a tile's tokens, all latents. */
-static int encode_tile(const sae_batch *batch, tile_codes *tile, tile_scratch *s)
-{
+static int encode_tile(const sae_batch *batch, tile_codes *tile, tile_scratch *s) {
     const sc_sae *sae = batch->sae;
     size_t columns = (size_t)kernels->columns, rows = (size_t)kernels->rows, used = 0;
     size_t first = tile->first / columns, last = first + panels_of(tile->tokens), latent[MAX_ROWS];
@@ -4045,9 +3828,11 @@ static int encode_tile(const sae_batch *batch, tile_codes *tile, tile_scratch *s
             const float *h = s->h + i * TILE_TOKENS;
             tile->start[group + i] = used;
             if (sae->topk) offer_candidates(sae, group + i, h, tile->tokens, s);
-            for (size_t t = 0; !sae->topk && t < tile->tokens; t++) {
-                tile->token[used] = (uint8_t)t;
-                tile->value[used] = h[t];
+            uint8_t *token = tile->token;
+            float *value = tile->value;
+            for (size_t t = 0, T = sae->topk ? 0 : tile->tokens; t < T; t++) {
+                token[used] = (uint8_t)t;
+                value[used] = h[t];
                 used += h[t] > 0;
             }
         }
@@ -4066,8 +3851,7 @@ enum { DENSE_SHARE = 8 };            /* in full where more than one code in 8 is
 /* out[t] += token t's chain over the block's latents that fire. The codes are first sorted by
  * token, by counting, which keeps their order. out: [tokens, stride] */
 static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t block, size_t latents,
-                          float *out, float *sum)
-{
+                          float *out, float *sum) {
     size_t place[TILE_TOKENS + 1] = { 0 }, stride = sae->stride;
     float value[TILE_TOKENS * CHAIN / DENSE_SHARE];
     uint8_t latent[TILE_TOKENS * CHAIN / DENSE_SHARE];
@@ -4090,8 +3874,7 @@ static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t bloc
 
 /* The same as a product over all the block's latents. */
 static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t latents,
-                         float *out, tile_scratch *s)
-{
+                         float *out, tile_scratch *s) {
     tile_target to = { .c = out, .c_stride = sae->stride,
                        .residual = out, .residual_stride = sae->stride };
     s->weights.K = latents;
@@ -4100,8 +3883,7 @@ static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t 
     product_rows(s->dense, CHAIN, tokens, &s->weights, 0, s->weights.panels, &to, s->buffer);
 }
 
-static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s)
-{
+static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
     const sc_sae *sae = batch->sae;
     float *out = batch->output + tile->first * sae->stride;
     memset(out, 0, tile->tokens * sae->stride * sizeof *out);
@@ -4124,8 +3906,7 @@ static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scr
 }
 
 /* What the losses need of each token. */
-static void measure_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s)
-{
+static void measure_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
     size_t stride = batch->sae->stride;
     for (size_t t = tile->first; t < tile->first + tile->tokens; t++) {
         const float *x = batch->x + t * stride, *output = batch->output + t * stride;
@@ -4141,8 +3922,7 @@ static void measure_tile(const sae_batch *batch, const tile_codes *tile, tile_sc
         }
 }
 
-static int centre_task(void *context, size_t panel, int worker)
-{
+static int centre_task(void *context, size_t panel, int worker) {
     sae_batch *batch = context;
     const sc_sae *sae = batch->sae;
     size_t columns = (size_t)kernels->columns, stride = sae->stride;
@@ -4154,8 +3934,7 @@ static int centre_task(void *context, size_t panel, int worker)
     return SC_OK;
 }
 
-static int tile_task(void *context, size_t task, int worker)
-{
+static int tile_task(void *context, size_t task, int worker) {
     sae_batch *batch = context;
     tile_codes *tile = &batch->tile[task];
     tile_scratch s = worker_scratch(batch, worker);
@@ -4166,8 +3945,7 @@ static int tile_task(void *context, size_t task, int worker)
 }
 
 /* Encodes and decodes T tokens. x: [T, stride] */
-static int run_sae(sae_batch *batch, const float *x, size_t T)
-{
+static int run_sae(sae_batch *batch, const float *x, size_t T) {
     size_t columns = (size_t)kernels->columns, panels = panels_of(T);
     batch->x = x;
     batch->T = batch->panels.N = T;
@@ -4185,8 +3963,7 @@ static int run_sae(sae_batch *batch, const float *x, size_t T)
 }
 
 /* Sum of n numbers in float64: blocks of 256 in order, then the blocks in order. */
-static double sum_of(const double *value, size_t n)
-{
+static double sum_of(const double *value, size_t n) {
     double sum = 0;
     for (size_t block = 0; block < n; block += CHAIN) {
         double part = 0;
@@ -4197,7 +3974,7 @@ static double sum_of(const double *value, size_t n)
 }
 
 /* ============================================================================================
- * 9. Training
+ * 10. Training
  *
  * One step (interface: mse + l1 + ghost; Lim et al., 2025; ghost gradients after Jermyn and
  * Templeton, 2024):
@@ -4250,8 +4027,7 @@ typedef struct {
 
 static size_t padded_tokens(const trainer *t) { return padded(t->batch.room) + MAX_COLUMNS; }
 
-static size_t lay_out_backward(backward_scratch *s, const trainer *t, void *memory)
-{
+static size_t lay_out_backward(backward_scratch *s, const trainer *t, void *memory) {
     size_t R = (size_t)kernels->rows, T = padded_tokens(t), stride = t->sae.stride;
     size_t deepest = T > stride ? T : stride;        /* of a product: over tokens, or W_enc^T x */
     const array_spec arrays[] = {
@@ -4262,13 +4038,11 @@ static size_t lay_out_backward(backward_scratch *s, const trainer *t, void *memo
     return lay_out(arrays, COUNT(arrays), memory);
 }
 
-static int is_dead(const trainer *t, size_t j)
-{
+static int is_dead(const trainer *t, size_t j) {
     return t->silent[j] > (int64_t)t->options.dead_window;
 }
 
-static void free_trainer(trainer *t)
-{
+static void free_trainer(trainer *t) {
     free_batch(&t->batch);
     release(&t->memory);
     sc_sae_close(&t->sae);
@@ -4276,8 +4050,7 @@ static void free_trainer(trainer *t)
 }
 
 /* Everything a training run of batches of T tokens needs; t->sae and t->options are set. */
-static int prepare_trainer(trainer *t, size_t T)
-{
+static int prepare_trainer(trainer *t, size_t T) {
     size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride, N = padded(n);
     size_t ghosts = t->options.ghost ? T : 0, columns = panels_of(D) * (size_t)kernels->columns;
     backward_scratch s;
@@ -4298,8 +4071,7 @@ static int prepare_trainer(trainer *t, size_t T)
     return new_arrays(&t->memory, arrays, COUNT(arrays));
 }
 
-static int unit_task(void *context, size_t block, int worker)
-{
+static int unit_task(void *context, size_t block, int worker) {
     const sc_sae *sae = context;
     (void)worker;
     for (size_t j = block * CHAIN; j < sae->d_sae && j < (block + 1) * CHAIN; j++)
@@ -4308,8 +4080,7 @@ static int unit_task(void *context, size_t block, int worker)
 }
 
 /* W_dec^T exp(h) over the dead latents, for a tile. */
-static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s)
-{
+static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s) {
     const sc_sae *sae = &t->sae;
     size_t columns = (size_t)kernels->columns, rows = (size_t)kernels->rows;
     size_t first = tile->first / columns, last = first + panels_of(tile->tokens);
@@ -4337,8 +4108,7 @@ static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s)
 /* A token's ghost loss times T D, and its gradient with respect to W_dec^T exp(h). x, output:
  * [D]; ghost: [D], overwritten by the gradient */
 static double ghost_token(const sc_sae *sae, const float *x, const float *output, double norm,
-                          float *ghost, float *residual, double scale)
-{
+                          float *ghost, float *residual, double scale) {
     double loss = 0;
     for (size_t d = 0; d < sae->stride; d++) residual[d] = x[d] - output[d];
     float norm_x = (float)norm, norm_r = sqrtf(kernels->dot(residual, residual, sae->stride));
@@ -4354,8 +4124,7 @@ static double ghost_token(const sc_sae *sae, const float *x, const float *output
 }
 
 /* Ghost loss of a tile, then its x' becomes the gradient with respect to x'. */
-static int output_gradient_task(void *context, size_t task, int worker)
-{
+static int output_gradient_task(void *context, size_t task, int worker) {
     trainer *t = context;
     const sc_sae *sae = &t->sae;
     sae_batch *batch = &t->batch;
@@ -4374,8 +4143,7 @@ static int output_gradient_task(void *context, size_t task, int worker)
     return SC_OK;
 }
 
-static int pack_rows_task(void *context, size_t panel, int worker)
-{
+static int pack_rows_task(void *context, size_t panel, int worker) {
     trainer *t = context;
     size_t stride = t->sae.stride;
     (void)worker;
@@ -4385,8 +4153,7 @@ static int pack_rows_task(void *context, size_t panel, int worker)
     return SC_OK;
 }
 
-static size_t count_codes(const sae_batch *batch, size_t j)
-{
+static size_t count_codes(const sae_batch *batch, size_t j) {
     size_t count = 0;
     for (size_t i = 0; i < batch->tiles; i++)
         count += batch->tile[i].start[j + 1] - batch->tile[i].start[j];
@@ -4394,8 +4161,7 @@ static size_t count_codes(const sae_batch *batch, size_t j)
 }
 
 /* sum over tokens of dh in float64, in blocks of 256. dh: [count], of the tokens listed, or all */
-static double sum_by_blocks(const uint32_t *token, const float *dh, size_t count)
-{
+static double sum_by_blocks(const uint32_t *token, const float *dh, size_t count) {
     double sum = 0;
     for (size_t i = 0; i < count;) {
         size_t end = ((token ? token[i] : i) / CHAIN + 1) * CHAIN;
@@ -4407,8 +4173,7 @@ static double sum_by_blocks(const uint32_t *token, const float *dh, size_t count
 }
 
 /* Where latent j fires: the tokens in order, f and dh there. Returns how many they are. */
-static size_t gather_codes(const trainer *t, size_t j, backward_scratch *s)
-{
+static size_t gather_codes(const trainer *t, size_t j, backward_scratch *s) {
     const sae_batch *batch = &t->batch;
     const sc_sae *sae = &t->sae;
     float l1 = sae->topk ? 0 : (float)(t->options.l1 / (double)batch->T);
@@ -4425,8 +4190,7 @@ static size_t gather_codes(const trainer *t, size_t j, backward_scratch *s)
 }
 
 /* Gradients of latents j .. j + count - 1 from where they fire: a chain for every 256 tokens. */
-static void sparse_gradients(trainer *t, size_t j, size_t count, backward_scratch *s)
-{
+static void sparse_gradients(trainer *t, size_t j, size_t count, backward_scratch *s) {
     size_t stride = t->sae.stride;
     float *dec_chain = s->chain, *enc_chain = s->chain + stride;
     memset(s->dW_dec, 0, count * stride * sizeof *s->dW_dec);
@@ -4449,8 +4213,7 @@ static void sparse_gradients(trainer *t, size_t j, size_t count, backward_scratc
 }
 
 /* What the ghost loss adds to dW_dec, and to dh of the dead among latents j .. j + count - 1. */
-static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_scratch *s)
-{
+static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_scratch *s) {
     const sae_batch *batch = &t->batch;
     size_t row = padded_tokens(t), stride = t->sae.stride, latent[MAX_ROWS];
     tile_target to = { .c = s->extra, .c_stride = stride };
@@ -4469,8 +4232,7 @@ static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_s
 }
 
 /* The same gradients as products over all tokens; also where dead latents take part. */
-static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, backward_scratch *s)
-{
+static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, backward_scratch *s) {
     size_t row = padded_tokens(t), stride = t->sae.stride;
     tile_target to_dec = { .c = s->dW_dec, .c_stride = stride };
     tile_target to_enc = { .c = s->dW_enc, .c_stride = stride };
@@ -4514,8 +4276,7 @@ static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, 
     }
 }
 
-static int update_task(void *context, size_t block, int worker)
-{
+static int update_task(void *context, size_t block, int worker) {
     trainer *t = context;
     size_t rows = (size_t)kernels->rows, end = (block + 1) * CHAIN;
     float *W_enc_db = t->W_enc_db + block * t->sae.stride;
@@ -4531,8 +4292,7 @@ static int update_task(void *context, size_t block, int worker)
 /* Sums over T rows of 16 dimensions, in float64, in blocks of 256 rows: of x, weighted where there
  * are weights, or of (x - centre)^2. x: [T, stride]; weight: [T]; centre, sum: [16] */
 static void column_sums(const float *x, size_t T, size_t stride, const double *weight,
-                        const double *centre, double *sum)
-{
+                        const double *centre, double *sum) {
     memset(sum, 0, PARTIALS * sizeof *sum);
     for (size_t block = 0; block < T; block += CHAIN) {
         double part[PARTIALS] = { 0 };
@@ -4546,8 +4306,7 @@ static void column_sums(const float *x, size_t T, size_t stride, const double *w
 }
 
 /* b_dec's gradient, the sum over tokens of x' gradient less W_enc db_enc: 16 dimensions a task. */
-static int b_dec_task(void *context, size_t task, int worker)
-{
+static int b_dec_task(void *context, size_t task, int worker) {
     trainer *t = context;
     size_t stride = t->sae.stride, first = task * PARTIALS;
     double sum[PARTIALS];
@@ -4563,8 +4322,7 @@ static int b_dec_task(void *context, size_t task, int worker)
 }
 
 /* sum over tokens of (x - mean)^2; mean as it is with a data set of one batch. */
-static int variance_task(void *context, size_t task, int worker)
-{
+static int variance_task(void *context, size_t task, int worker) {
     trainer *t = context;
     const float *x = t->batch.x + task * PARTIALS;
     double mean[PARTIALS];
@@ -4576,8 +4334,7 @@ static int variance_task(void *context, size_t task, int worker)
 }
 
 /* Refuses what is not finite, naming the token (of the batch) where there is one. */
-static int check_tokens(const sae_batch *batch, size_t *bad)
-{
+static int check_tokens(const sae_batch *batch, size_t *bad) {
     for (size_t t = 0; t < batch->T; t++) {
         *bad = t;
         if (!(batch->norm[t] > 0)) return fail("||x|| is 0 where a direction was expected");
@@ -4589,8 +4346,7 @@ static int check_tokens(const sae_batch *batch, size_t *bad)
     return SC_OK;
 }
 
-static int measure_losses(trainer *t, step_result *result, size_t *bad)
-{
+static int measure_losses(trainer *t, step_result *result, size_t *bad) {
     const sae_batch *batch = &t->batch;
     size_t T = batch->T;
     double tokens = (double)T, numbers = tokens * (double)t->sae.d_in;
@@ -4610,8 +4366,7 @@ static int measure_losses(trainer *t, step_result *result, size_t *bad)
 }
 
 /* One training step on T tokens. x: [T, stride]; bad: the token at fault, or SIZE_MAX */
-static int train_step(trainer *t, const float *x, size_t T, step_result *result, size_t *bad)
-{
+static int train_step(trainer *t, const float *x, size_t T, step_result *result, size_t *bad) {
     size_t blocks = chains_of(t->sae.d_sae);
     double warm = (double)(t->step + 1) / (double)t->options.warmup;
     *bad = SIZE_MAX;
@@ -4648,8 +4403,7 @@ typedef struct {
     memory_list memory;
 } weighted_mean;
 
-static int weighted_mean_task(void *context, size_t task, int worker)
-{
+static int weighted_mean_task(void *context, size_t task, int worker) {
     weighted_mean *m = context;
     double *centre = m->centre + task * PARTIALS;
     (void)worker;
@@ -4658,8 +4412,7 @@ static int weighted_mean_task(void *context, size_t task, int worker)
     return SC_OK;
 }
 
-static int distance_task(void *context, size_t i, int worker)
-{
+static int distance_task(void *context, size_t i, int worker) {
     weighted_mean *m = context;
     double p[PARTIALS] = { 0 }, sum = 0;
     (void)worker;
@@ -4674,8 +4427,7 @@ static int distance_task(void *context, size_t i, int worker)
 }
 
 /* m->centre: the point of least summed distance, or the mean where iterations is 0. */
-static int geometric_median(weighted_mean *m, int iterations)
-{
+static int geometric_median(weighted_mean *m, int iterations) {
     size_t bytes = m->dim * sizeof *m->centre;
     const array_spec arrays[] = {
         ARRAY(m->centre, m->dim, 1), ARRAY(m->before, m->dim, 1), ARRAY(m->weight, m->count, 1) };
@@ -4692,8 +4444,7 @@ static int geometric_median(weighted_mean *m, int iterations)
 }
 
 /* b_dec from `images` images. x: [images T, stride] */
-static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t images, size_t T)
-{
+static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t images, size_t T) {
     size_t parts = strcmp(kind, "geomedian-images") == 0 ? T : 1;
     weighted_mean m = { .points = x, .count = images * T / parts, .dim = parts * sae->stride };
     int status = geometric_median(&m, strcmp(kind, "mean") == 0 ? 0 : 100);
@@ -4717,8 +4468,7 @@ typedef struct {
     uint64_t *order;                 /* [N], NULL: first to last */
 } training_order;
 
-static int training_draw(void *context, size_t draw, size_t *image)
-{
+static int training_draw(void *context, size_t draw, size_t *image) {
     training_order *t = context;
     uint64_t position = draw + t->from;
     if (t->order && position / t->N != t->epoch) {
@@ -4747,10 +4497,23 @@ static volatile sig_atomic_t stop_signal;
 
 static void on_signal(int number) { stop_signal = number; }
 
+/* How photos were seen, where options say so; without them it is the model's file that does. */
+static int write_photo_recipe(sc_writer *w, const options *o) {
+    const sc_model_options *m = &o->settings;
+    const struct { const char *key, *value; } rows[] = {
+        { "crop", strcmp(o->crop, "hf") == 0 ? "hf" : NULL }, { "gelu", m->gelu },
+        { "epsilon", m->epsilon }, { "heads", m->heads }, { "mean", m->mean }, { "std", m->std } };
+    char square[32];
+    snprintf(square, sizeof square, "%ld", o->square);
+    if (o->square) SC_TRY(sc_writer_metadata(w, "square", square));
+    for (size_t i = 0; i < COUNT(rows); i++)
+        if (rows[i].value) SC_TRY(sc_writer_metadata(w, rows[i].key, rows[i].value));
+    return SC_OK;
+}
+
 /* What changes the numbers of a run, as metadata, or into a digest (less the steps, which a resumed
  * run may have more of). */
-static int take_recipe(const training_run *run, sc_writer *w, digest64 *digest)
-{
+static int take_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
     const options *o = run->o;
     const struct { const char *key; double value; const char *text; } rows[] = {
         { "l1", o->l1, NULL }, { "lr", o->lr, NULL }, { "warmup", (double)o->warmup, NULL },
@@ -4759,6 +4522,7 @@ static int take_recipe(const training_run *run, sc_writer *w, digest64 *digest)
         { "dead_window", (double)o->dead_window, NULL },
         { "b_dec_images", (double)o->b_dec_images, NULL },
         { "b_dec_start", 0, o->init ? "file" : o->b_dec }, { "order", 0, o->order } };
+    if (w && !run->data.is_file) SC_TRY(write_photo_recipe(w, o));
     for (size_t i = 0; i < COUNT(rows); i++) {
         char text[32];
         if (run->trainer.sae.topk && strcmp(rows[i].key, "l1") == 0) continue;
@@ -4770,8 +4534,7 @@ static int take_recipe(const training_run *run, sc_writer *w, digest64 *digest)
     return SC_OK;
 }
 
-static uint64_t recipe_digest(const training_run *run)
-{
+static uint64_t recipe_digest(const training_run *run) {
     const sc_sae *sae = &run->trainer.sae;
     const sc_model *m = &run->data.model;
     const uint64_t numbers[] = {
@@ -4795,8 +4558,7 @@ enum { SAE_TENSORS = 4, STATE_TENSORS = 12, POSITION_NUMBERS = 4 };
 typedef struct { const char *name; float *values; int rank; size_t columns, stride; } state_tensor;
 typedef struct { state_tensor tensor[STATE_TENSORS]; } state_list;
 
-static state_list list_state(const trainer *t)
-{
+static state_list list_state(const trainer *t) {
     size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride;
     return (state_list){ {
         { "W_enc", t->sae.W_enc, 2, D, stride }, { "W_dec", t->sae.W_dec, 2, D, stride },
@@ -4808,8 +4570,7 @@ static state_list list_state(const trainer *t)
 }
 
 /* Of everything in a checkpoint. position: step, next draw, images so far, digest of the recipe */
-static unsigned long long state_digest(const trainer *t, const unsigned long long *position)
-{
+static unsigned long long state_digest(const trainer *t, const unsigned long long *position) {
     const state_list list = list_state(t);
     digest64 d = { 0 };
     for (const state_tensor *s = list.tensor; s < list.tensor + STATE_TENSORS; s++)
@@ -4820,8 +4581,7 @@ static unsigned long long state_digest(const trainer *t, const unsigned long lon
     return digest64_value(&d);
 }
 
-static int write_trained(sc_writer *w, void *context)
-{
+static int write_trained(sc_writer *w, void *context) {
     const training_run *run = context;
     SC_TRY(write_sae(w, &run->trainer.sae));
     return take_recipe(run, w, NULL);
@@ -4829,8 +4589,7 @@ static int write_trained(sc_writer *w, void *context)
 
 /* All that training goes on from; then the checkpoint before, which this one is to replace, becomes
  * FILE.prev. */
-static int write_checkpoint(sc_writer *w, void *context)
-{
+static int write_checkpoint(sc_writer *w, void *context) {
     const training_run *run = context;
     const trainer *t = &run->trainer;
     const unsigned long long position[] = { t->step, run->next_draw, run->images, run->digest };
@@ -4852,8 +4611,7 @@ static int write_checkpoint(sc_writer *w, void *context)
     return fail("%s: cannot be kept as %s: %s", run->checkpoint, run->previous, strerror(errno));
 }
 
-static int read_state(trainer *t, const sc_safetensors *file)
-{
+static int read_state(trainer *t, const sc_safetensors *file) {
     size_t n = t->sae.d_sae, D = t->sae.d_in;
     const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
     const sc_tensor *silent = sc_tensor_find(file, "silent");
@@ -4867,8 +4625,7 @@ static int read_state(trainer *t, const sc_safetensors *file)
     return sc_tensor_integers(file, silent, 0, n, t->silent);
 }
 
-static int take_checkpoint(training_run *run, const sc_safetensors *file)
-{
+static int take_checkpoint(training_run *run, const sc_safetensors *file) {
     trainer *t = &run->trainer;
     const char *text = sc_metadata_find(file, "position");
     const char *sum = sc_metadata_find(file, "checksum");
@@ -4894,8 +4651,7 @@ static int take_checkpoint(training_run *run, const sc_safetensors *file)
 }
 
 /* Goes on from a checkpoint if there is one; a damaged one names the one before. */
-static int resume_training(training_run *run)
-{
+static int resume_training(training_run *run) {
     char reason[sizeof error_text];
     sc_safetensors file;
     int there = access(run->checkpoint, F_OK) == 0, before = access(run->previous, F_OK) == 0;
@@ -4915,8 +4671,7 @@ static int resume_training(training_run *run)
 }
 
 /* Opens the log; of a resumed run, cut back to the step it goes on from. */
-static int open_log(training_run *run)
-{
+static int open_log(training_run *run) {
     static const char header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "dead,seconds\n";
     const char *path = run->o->log;
@@ -4938,8 +4693,7 @@ static int open_log(training_run *run)
     return SC_OK;
 }
 
-static int log_step(training_run *run, const step_result *r)
-{
+static int log_step(training_run *run, const step_result *r) {
     unsigned long long step = run->trainer.step, tokens = run->images * run->data.T;
     if (run->log && (fprintf(run->log, "%llu,%llu,%llu,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,"
                              "%.3f\n", step, (unsigned long long)run->images, tokens, r->lr,
@@ -4954,8 +4708,7 @@ static int log_step(training_run *run, const step_result *r)
 
 /* A new SAE, or one from a file. It listens where the command line says, else where that SAE did,
  * else where the activations are from, else where the report's did: the penultimate block's MLP. */
-static int choose_sae(training_run *run)
-{
+static int choose_sae(training_run *run) {
     const options *o = run->o;
     sc_sae *sae = &run->trainer.sae;
     feed *f = &run->data;
@@ -4980,8 +4733,7 @@ static int choose_sae(training_run *run)
     return sae->model ? SC_OK : SC_FAILED;
 }
 
-static int prepare_run(training_run *run)
-{
+static int prepare_run(training_run *run) {
     const options *o = run->o;
     feed *f = &run->data;
     SC_TRY(open_feed(f, o));
@@ -5005,8 +4757,7 @@ static int prepare_run(training_run *run)
 }
 
 /* An error names the step, and the image and token where there is one. */
-static int blame_step(const training_run *run, size_t token)
-{
+static int blame_step(const training_run *run, size_t token) {
     char reason[sizeof error_text];
     if (token != SIZE_MAX) blame_token(&run->data, token);
     memcpy(reason, error_text, sizeof reason);
@@ -5014,8 +4765,7 @@ static int blame_step(const training_run *run, size_t token)
                 token == SIZE_MAX ? ":" : ",", reason);
 }
 
-static int train_steps(training_run *run)
-{
+static int train_steps(training_run *run) {
     trainer *t = &run->trainer;
     feed *f = &run->data;
     uint64_t every = (uint64_t)run->o->checkpoint_every, saved = t->step;
@@ -5049,8 +4799,7 @@ static int train_steps(training_run *run)
 }
 
 /* A stream's pictures that a resumed run was trained on already. */
-static int skip_stream(training_run *run)
-{
+static int skip_stream(training_run *run) {
     const image_slot *slot;
     for (; run->order.from > 0; run->order.from--, run->data.drawn++) {
         int status = reader_next(&run->data.reader, &slot);
@@ -5060,8 +4809,7 @@ static int skip_stream(training_run *run)
     return SC_OK;
 }
 
-static int run_training(training_run *run)
-{
+static int run_training(training_run *run) {
     const options *o = run->o;
     feed *f = &run->data;
     SC_TRY(try_output(o->output));
@@ -5084,8 +4832,7 @@ static int run_training(training_run *run)
     return save_tensors(o->output, 4096, write_trained, run);
 }
 
-static int train(const options *o)
-{
+static int train(const options *o) {
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
     struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND };
@@ -5106,7 +4853,7 @@ static int train(const options *o)
 }
 
 /* ============================================================================================
- * 10. Measuring
+ * 11. Measuring
  *
  * What each latent does over a data set (interface, section 6; after PatchSAE): how often it fires,
  * how strongly, on which images, patches and classes. Sums over images are exact and ties go to the
@@ -5118,8 +4865,7 @@ enum { HISTOGRAM_BINS = 256, BINS_AN_OCTAVE = 4, LOWEST_OCTAVE = -40 };
 /* A sum over a data set's tokens in float64, in blocks of 256, however they come. */
 typedef struct { double total, part; size_t terms; } running_sum;
 
-static void add_running(running_sum *sum, double value)
-{
+static void add_running(running_sum *sum, double value) {
     sum->part += value;
     if (++sum->terms % CHAIN) return;
     sum->total += sum->part;
@@ -5150,16 +4896,14 @@ typedef struct {
     double *sum;                                 /* [n], activation_sum rounded */
 } statistics;
 
-static void free_statistics(statistics *s)
-{
+static void free_statistics(statistics *s) {
     free_batch(&s->batch);
     release(&s->memory);
     *s = (statistics){ 0 };
 }
 
 /* sae, data, tap, K, P, threshold are set; room: images a batch. */
-static int new_statistics(statistics *s, size_t room, int class_counts)
-{
+static int new_statistics(statistics *s, size_t room, int class_counts) {
     size_t n = s->sae->d_sae, K = s->K, P = s->P, C = s->data->classes;
     const array_spec arrays[] = {
         ARRAY(s->image_count, n, 1), ARRAY(s->token_count, n, 1), ARRAY(s->mean_sum, n, 1),
@@ -5180,8 +4924,7 @@ static const double quarter_octave[] = { 1, 1.18920712, 1.41421356, 1.68179283 }
 
 /* The bin of an active value: quarters of an octave from 2^-40 to 2^24; what lies outside goes into
  * the first or last. */
-static size_t histogram_bin(float f)
-{
+static size_t histogram_bin(float f) {
     int exponent, quarter = 3, last = HISTOGRAM_BINS - 1;
     float m = 2 * frexpf(f, &exponent);                     /* f = m 2^(exponent - 1) */
     while (m < (float)quarter_octave[quarter]) quarter--;
@@ -5192,8 +4935,7 @@ static size_t histogram_bin(float f)
 /* Puts a value into a descending list of the largest, and a and b, `step` apart from place to
  * place, beside it. What comes later loses a tie. */
 static void keep_largest(size_t size, float *value, float new, int64_t *a, int64_t new_a,
-                         int64_t *b, int64_t new_b, size_t step)
-{
+                         int64_t *b, int64_t new_b, size_t step) {
     size_t place = size;
     for (; place > 0 && new > value[place - 1]; place--)
         if (place < size) {                                  /* else the last one drops out */
@@ -5208,8 +4950,7 @@ static void keep_largest(size_t size, float *value, float new, int64_t *a, int64
 }
 
 /* Latent j's mean over the batch's image i. */
-static void count_image(statistics *s, size_t j, size_t i, double sum)
-{
+static void count_image(statistics *s, size_t j, size_t i, double sum) {
     float mean = (float)(sum / (double)s->data->T);
     int64_t image = (int64_t)s->data->image[i], label = s->data->label[i];
     if (!(mean > 0)) return;
@@ -5223,8 +4964,7 @@ static void count_image(statistics *s, size_t j, size_t i, double sum)
 
 /* Activation f of latent j on a token of the batch's image i. */
 static void count_token(statistics *s, size_t j, size_t i, size_t token, float f,
-                        uint64_t *histogram)
-{
+                        uint64_t *histogram) {
     int64_t label = s->data->label[i];
     s->token_count[j]++;
     exact_add_float(&s->activation_sum[j], f);
@@ -5237,8 +4977,7 @@ static void count_token(statistics *s, size_t j, size_t i, size_t token, float f
                      2);
 }
 
-static int count_task(void *context, size_t block, int worker)
-{
+static int count_task(void *context, size_t block, int worker) {
     statistics *s = context;
     uint64_t *histogram = s->histogram + (size_t)worker * HISTOGRAM_BINS;
     for (size_t j = block * CHAIN; j < s->sae->d_sae && j < (block + 1) * CHAIN; j++) {
@@ -5259,8 +4998,7 @@ static int count_task(void *context, size_t block, int worker)
 }
 
 /* Sums over tokens of one dimension, for the variance. */
-static int sum_x_task(void *context, size_t d, int worker)
-{
+static int sum_x_task(void *context, size_t d, int worker) {
     statistics *s = context;
     (void)worker;
     for (size_t t = 0; t < s->batch.T; t++) {
@@ -5272,15 +5010,13 @@ static int sum_x_task(void *context, size_t d, int worker)
 }
 
 /* The batch at hand through an SAE. x: one of the feed's taps */
-static int run_and_check(sae_batch *batch, const feed *f, const float *x)
-{
+static int run_and_check(sae_batch *batch, const feed *f, const float *x) {
     size_t bad;
     SC_TRY(run_sae(batch, x, f->count * f->T));
     return check_tokens(batch, &bad) == SC_OK ? SC_OK : blame_token(f, bad);
 }
 
-static int count_batch(statistics *s)
-{
+static int count_batch(statistics *s) {
     const feed *f = s->data;
     const sae_batch *b = &s->batch;
     SC_TRY(run_and_check(&s->batch, f, f->tap[s->tap].out));
@@ -5303,8 +5039,7 @@ static int count_batch(statistics *s)
 }
 
 /* Entropy of the classes of latent j's top images, weighted by activation; -1: not defined. */
-static double top_entropy(const statistics *s, size_t j)
-{
+static double top_entropy(const statistics *s, size_t j) {
     const float *value = s->top_value + j * s->K;
     const int64_t *label = s->top_label + j * s->K;
     size_t active = 0, needed = s->K < 10 ? s->K : 10;
@@ -5323,14 +5058,12 @@ static double top_entropy(const statistics *s, size_t j)
     return entropy > 0 ? entropy : 0;
 }
 
-static double mean_activation(const statistics *s, size_t j)
-{
+static double mean_activation(const statistics *s, size_t j) {
     return s->image_count[j] ? exact_value(s->mean_sum[j]) / (double)s->image_count[j] : 0;
 }
 
 /* Of what an SAE computes, so that statistics are not taken for another's. */
-static uint64_t sae_digest(const sc_sae *sae)
-{
+static uint64_t sae_digest(const sc_sae *sae) {
     digest64 d = { 0 };
     const uint64_t numbers[] = { sae->d_in, sae->d_sae, (uint64_t)sae->topk,
                                  sae->topk ? sae->k : 0 };
@@ -5345,8 +5078,7 @@ static uint64_t sae_digest(const sc_sae *sae)
     return digest64_value(&d);
 }
 
-static int write_statistics_metadata(sc_writer *w, const statistics *s)
-{
+static int write_statistics_metadata(sc_writer *w, const statistics *s) {
     char edges[HISTOGRAM_BINS * 20 + 32];
     size_t used = 0;
     SC_TRY(put_metadata(w, "images", "%zu", (size_t)s->images));
@@ -5365,8 +5097,7 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s)
 }
 
 /* What is worked out from the counts, latent by latent; the workers' histograms joined. */
-static void derive_statistics(statistics *s)
-{
+static void derive_statistics(statistics *s) {
     for (size_t j = 0; j < s->sae->d_sae; j++) {
         s->sparsity[j] = (float)((double)s->image_count[j] / (double)(s->images ? s->images : 1));
         s->mean_act[j] = (float)mean_activation(s, j);
@@ -5377,8 +5108,7 @@ static void derive_statistics(statistics *s)
         s->histogram[i % HISTOGRAM_BINS] += s->histogram[i];
 }
 
-static int write_statistics(sc_writer *w, void *context)
-{
+static int write_statistics(sc_writer *w, void *context) {
     statistics *s = context;
     size_t n = s->sae->d_sae, K = s->K, P = s->P;
     const struct {
@@ -5430,8 +5160,7 @@ typedef struct {
     memory_list memory;
 } session;
 
-static int open_session(session *s)
-{
+static int open_session(session *s) {
     for (; s->saes < s->o->saes; s->saes++) {
         sc_sae *sae = &s->sae[s->saes];
         SC_TRY(sc_sae_open(sae, s->o->sae[s->saes]));
@@ -5445,14 +5174,12 @@ static int open_session(session *s)
 }
 
 /* The data and what was found out about them; the SAEs stay. */
-static void close_data(session *s)
-{
+static void close_data(session *s) {
     for (size_t i = 0; i < SC_MAX_TAPS; i++) free_statistics(&s->stats[i]);
     close_feed(&s->data);
 }
 
-static void close_session(session *s)
-{
+static void close_session(session *s) {
     close_data(s);
     for (size_t i = 0; i < SC_MAX_TAPS; i++) sc_sae_close(&s->sae[i]);
     free_batch(&s->batch);
@@ -5462,16 +5189,14 @@ static void close_session(session *s)
 
 static int command_train(session *s) { return train(s->o); }
 
-static int measure_batch(void *context)
-{
+static int measure_batch(void *context) {
     session *s = context;
     for (size_t i = 0; i < s->saes; i++) SC_TRY(count_batch(&s->stats[i]));
     return SC_OK;
 }
 
 /* One pass over a data set for all SAEs. */
-static int measure(session *s, int reconstruct)
-{
+static int measure(session *s, int reconstruct) {
     const options *o = s->o;
     SC_TRY(open_session(s));
     for (size_t i = 0; i < s->saes; i++) {
@@ -5484,8 +5209,7 @@ static int measure(session *s, int reconstruct)
     return for_each_batch(&s->data, 0, measure_batch, s);
 }
 
-static int command_stats(session *s)
-{
+static int command_stats(session *s) {
     SC_TRY(try_output(s->o->output));
     SC_TRY(measure(s, 0));
     return save_tensors(s->o->output, 16384, write_statistics, &s->stats[0]);
@@ -5507,8 +5231,7 @@ static const struct { const char *name, *title; } eval_columns[EVAL_COLUMNS] = {
     { "dead", "dead" }, { "every_image", "on every image" }, { "one_image", "on 1 image" },
     { "two_images", "on 2 images" }, { "images", "images" } };
 
-static eval_row evaluate(const statistics *s, const char *data)
-{
+static eval_row evaluate(const statistics *s, const char *data) {
     const sc_sae *sae = s->sae;
     const char *start = sae->b_dec_start;
     double tokens = (double)s->tokens, n = (double)s->sae->d_sae, D = (double)s->sae->d_in;
@@ -5555,8 +5278,7 @@ static const table_format table_formats[] = {
     { "json", "[\n", "  {", ", ", "},\n", "}\n", "]\n", "%.9g", 0, 0 } };
 
 /* row NULL: the titles. */
-static const char *cell_text(const table_format *f, const eval_row *row, size_t column)
-{
+static const char *cell_text(const table_format *f, const eval_row *row, size_t column) {
     if (!row) return f->titles == 1 ? eval_columns[column].title : eval_columns[column].name;
     if (column < EVAL_LABELS) return f->align ? shown(row->label[column]) : row->label[column];
     char *text = text_room();
@@ -5564,8 +5286,7 @@ static const char *cell_text(const table_format *f, const eval_row *row, size_t 
     return text;
 }
 
-static void print_row(const table_format *f, const eval_row *row, const int *width)
-{
+static void print_row(const table_format *f, const eval_row *row, const int *width) {
     fputs(f->before, stdout);
     for (size_t c = 0; c < EVAL_COLUMNS; c++) {
         const char *text = cell_text(f, row, c);
@@ -5577,8 +5298,7 @@ static void print_row(const table_format *f, const eval_row *row, const int *wid
     }
 }
 
-static int print_table(const char *format, const eval_row *row, size_t rows)
-{
+static int print_table(const char *format, const eval_row *row, size_t rows) {
     const table_format *f = table_formats;
     int width[EVAL_COLUMNS] = { 0 };
     while (strcmp(f->name, format) != 0) f++;
@@ -5598,8 +5318,7 @@ static int print_table(const char *format, const eval_row *row, size_t rows)
     return end_of_output();
 }
 
-static int command_eval(session *s)
-{
+static int command_eval(session *s) {
     const options *o = s->o;
     const char *data[2] = { o->acts ? o->acts : o->operand[0], o->also };
     eval_row row[2 * SC_MAX_TAPS];
@@ -5619,16 +5338,14 @@ static int command_eval(session *s)
  * Writing activations, codes and packed images, as they come
  * -------------------------------------------------------------------------------------------- */
 
-static int keep_label(session *s, int64_t label)
-{
+static int keep_label(session *s, int64_t label) {
     SC_TRY(grow(&s->label, &s->label_room, s->labels, sizeof *s->label));
     s->label[s->labels++] = label;
     return SC_OK;
 }
 
 /* The labels kept, if no image lacks one, and the classes' names. */
-static int write_labels(sc_writer *w, const session *s)
-{
+static int write_labels(sc_writer *w, const session *s) {
     for (size_t i = 0; i < s->labels; i++)
         if (s->label[i] < 0) return SC_OK;
     SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &s->labels));
@@ -5638,8 +5355,7 @@ static int write_labels(sc_writer *w, const session *s)
 }
 
 /* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
-static size_t names_room(char **name, size_t count, size_t more)
-{
+static size_t names_room(char **name, size_t count, size_t more) {
     size_t room = 0;
     for (size_t i = 0; name && i < count; i++) room += 6 * strlen(name[i]) + more;
     return room;
@@ -5649,8 +5365,7 @@ static size_t names_room(char **name, size_t count, size_t more)
 
 typedef struct { session *s; sc_writer *w; size_t first, end; } extraction; /* of an image's T */
 
-static int extract_batch(void *context)
-{
+static int extract_batch(void *context) {
     const extraction *e = context;
     const feed *f = &e->s->data;
     for (size_t i = 0; i < f->count; i++) {
@@ -5661,8 +5376,7 @@ static int extract_batch(void *context)
     return SC_OK;
 }
 
-static int write_activations(sc_writer *w, void *context)
-{
+static int write_activations(sc_writer *w, void *context) {
     session *s = context;
     const options *o = s->o;
     feed *f = &s->data;
@@ -5681,8 +5395,7 @@ static int write_activations(sc_writer *w, void *context)
     return write_labels(w, s);
 }
 
-static int command_extract(session *s)
-{
+static int command_extract(session *s) {
     feed *f = &s->data;
     sc_hook hook = SC_MLP;
     size_t place;
@@ -5695,8 +5408,7 @@ static int command_extract(session *s)
 
 /* --- pack --- */
 
-static int write_pictures(sc_writer *w, void *context)
-{
+static int write_pictures(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
     const image_slot *slot;
@@ -5718,8 +5430,7 @@ static int write_pictures(sc_writer *w, void *context)
     return stream || !*name[0] ? SC_OK : write_name_list(w, "file_names", name, s->labels);
 }
 
-static int command_pack(session *s)
-{
+static int command_pack(session *s) {
     const options *o = s->o;
     feed *f = &s->data;
     SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
@@ -5759,8 +5470,7 @@ typedef struct {
 
 static int is_whole(const spool *p) { return p->dtype == SC_I64 || p->dtype == SC_I32; }
 
-static int add_values(encoding *e, int which, const void *values, size_t count)
-{
+static int add_values(encoding *e, int which, const void *values, size_t count) {
     spool *p = &e->spool[which];
     size_t size = is_whole(p) ? sizeof(int64_t) : sizeof(float);
     if (p->wanted && fwrite(values, size, count, p->file) != count)
@@ -5770,8 +5480,7 @@ static int add_values(encoding *e, int which, const void *values, size_t count)
 }
 
 /* The codes of a tile, token by token; latents ascending. */
-static int add_tile(encoding *e, const tile_codes *tile)
-{
+static int add_tile(encoding *e, const tile_codes *tile) {
     const sae_batch *batch = &e->s->batch;
     size_t n = batch->sae->d_sae;
     memcpy(e->next, tile->start, n * sizeof *e->next);
@@ -5793,8 +5502,7 @@ static int add_tile(encoding *e, const tile_codes *tile)
     return SC_OK;
 }
 
-static int encode_batch(void *context)
-{
+static int encode_batch(void *context) {
     encoding *e = context;
     const feed *f = &e->s->data;
     sae_batch *batch = &e->s->batch;
@@ -5810,8 +5518,7 @@ static int encode_batch(void *context)
     return SC_OK;
 }
 
-static int write_spool(sc_writer *w, const spool *p)
-{
+static int write_spool(sc_writer *w, const spool *p) {
     enum { BLOCK = 4096 };
     int64_t whole[BLOCK];
     float value[BLOCK];
@@ -5826,16 +5533,14 @@ static int write_spool(sc_writer *w, const spool *p)
     return ferror(p->file) ? fail("a temporary file cannot be read back") : SC_OK;
 }
 
-static int write_codes(sc_writer *w, void *context)
-{
+static int write_codes(sc_writer *w, void *context) {
     encoding *e = context;
     for (spool *p = e->spool; p < e->spool + SPOOLS; p++)
         if (p->wanted) SC_TRY(write_spool(w, p));
     return SC_OK;
 }
 
-static int encode(encoding *e)
-{
+static int encode(encoding *e) {
     session *s = e->s;
     const options *o = s->o;
     SC_TRY(try_output(o->output));
@@ -5858,8 +5563,7 @@ static int encode(encoding *e)
     return save_tensors(o->output, 4096, write_codes, e);
 }
 
-static int command_encode(session *s)
-{
+static int command_encode(session *s) {
     encoding e = { .s = s };
     int status = encode(&e);
     for (int i = 0; i < SPOOLS; i++)
@@ -5872,8 +5576,7 @@ static int command_encode(session *s)
 typedef struct { const feed *data; size_t images, top1, top5; } hits;
 
 /* Where each image's class stands among the logits; ties go to the lower index. */
-static int count_hits(void *context)
-{
+static int count_hits(void *context) {
     hits *h = context;
     const feed *f = h->data;
     size_t classes = f->model.classes;
@@ -5892,10 +5595,13 @@ static int count_hits(void *context)
     return SC_OK;
 }
 
-static int command_zeroshot(session *s)
-{
+static int command_zeroshot(session *s) {
     hits h = { .data = &s->data };
     SC_TRY(open_session(s));
+    const sc_model *model = &s->data.model;                  /* timm's head may be a classifier */
+    if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
+        return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
+                    model->file.path);
     SC_TRY(for_each_batch(&s->data, 1, count_hits, &h));
     double images = (double)h.images;
     if (strcmp(s->o->format, "json") == 0)
@@ -5908,7 +5614,7 @@ static int command_zeroshot(session *s)
 }
 
 /* ============================================================================================
- * 11. Looking
+ * 12. Looking
  *
  * What a latent responds to, as pictures: a sheet of the images that excite it most, and masks of
  * the patches on which it fires. Silent patches keep 30 / 255 of their brightness, rounded down, as
@@ -5931,8 +5637,7 @@ typedef struct {
 } viewer;
 
 /* "J[,J...]" */
-static int parse_latents(viewer *v, const char *text)
-{
+static int parse_latents(viewer *v, const char *text) {
     const sc_sae *sae = &v->s->sae[0];
     for (char *end;; text = end + 1) {
         unsigned long long j = strtoull(text, &end, 10);
@@ -5948,8 +5653,7 @@ static int parse_latents(viewer *v, const char *text)
 }
 
 /* Statistics tell of one data set and one SAE. */
-static int open_statistics(viewer *v, const char *path)
-{
+static int open_statistics(viewer *v, const char *path) {
     SC_TRY(sc_safetensors_open(&v->stats, path));
     const char *data = sc_metadata_find(&v->stats, "data_digest");
     const char *sae = sc_metadata_find(&v->stats, "sae_digest");
@@ -5961,8 +5665,7 @@ static int open_statistics(viewer *v, const char *path)
 }
 
 /* A tensor of the statistics: for each latent a row of numbers (size 1) or of pairs (2). */
-static int stats_tensor(const viewer *v, const char *name, size_t size, const sc_tensor **tensor)
-{
+static int stats_tensor(const viewer *v, const char *name, size_t size, const sc_tensor **tensor) {
     const sc_tensor *t = *tensor = sc_tensor_find(&v->stats, name);
     size_t n = v->s->sae[0].d_sae;
     if (t && t->rank > 1 && t->shape[1] > 0 && t->count / size / t->shape[1] == n) return SC_OK;
@@ -5970,8 +5673,7 @@ static int stats_tensor(const viewer *v, const char *name, size_t size, const sc
 }
 
 /* The folder, the data and, where asked for, the statistics to look at them with. */
-static int open_viewer(viewer *v, int with_stats)
-{
+static int open_viewer(viewer *v, int with_stats) {
     session *s = v->s;
     const options *o = s->o;
     feed *f = &s->data;
@@ -5992,16 +5694,14 @@ static int open_viewer(viewer *v, int with_stats)
     return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
 }
 
-static int listed_draw(void *context, size_t draw, size_t *image)
-{
+static int listed_draw(void *context, size_t draw, size_t *image) {
     const viewer *v = context;
     if (draw < v->images) *image = v->image[draw];
     return draw < v->images ? SC_OK : SC_END;
 }
 
 /* The next batch, encoded where latents' values are wanted. */
-static int next_images(viewer *v, size_t want)
-{
+static int next_images(viewer *v, size_t want) {
     feed *f = &v->s->data;
     SC_TRY(next_batch(f, want));
     if (v->kind != VALUE_MASK || f->count == 0) return SC_OK;
@@ -6010,8 +5710,7 @@ static int next_images(viewer *v, size_t want)
 
 /* v->mask of latent j: its values on the batch's patches, or 1 on those that are among its top
  * patches of the whole data set. */
-static int find_masks(viewer *v, size_t j)
-{
+static int find_masks(viewer *v, size_t j) {
     const feed *f = &v->s->data;
     const sc_tensor *top;
     const char *text = sc_metadata_find(&v->stats, "first_patch");
@@ -6038,8 +5737,7 @@ static int find_masks(viewer *v, size_t j)
 /* Draws a crop into a picture with rows of `stride` bytes.
  * crop: [S, S, 3], mask: [grid, grid], silent patches are 0; NULL: none is */
 static void draw_crop(unsigned char *to, size_t stride, const unsigned char *crop, size_t S,
-                      const double *mask, size_t grid)
-{
+                      const double *mask, size_t grid) {
     for (size_t y = 0; y < S; y++)
         for (size_t x = 0; x < S; x++) {
             int silent = mask && !(mask[y * grid / S * grid + x * grid / S] > 0);
@@ -6052,8 +5750,7 @@ static void draw_crop(unsigned char *to, size_t stride, const unsigned char *cro
 
 /* FOLDER/NAME as a PGM (1 channel) or PPM (3). */
 static int write_picture(const char *folder, const char *name, size_t channels, size_t width,
-                         size_t height, const unsigned char *pixels)
-{
+                         size_t height, const unsigned char *pixels) {
     sc_output out;
     char path[MAX_PATH];
     if (snprintf(path, sizeof path, "%s/%s", folder, name) >= MAX_PATH)
@@ -6065,8 +5762,7 @@ static int write_picture(const char *folder, const char *name, size_t channels, 
 }
 
 /* round(255 f / largest) */
-static int write_mask(const viewer *v, const char *name, const double *mask)
-{
+static int write_mask(const viewer *v, const char *name, const double *mask) {
     size_t grid = v->s->data.grid;
     double largest = 0;
     memset(v->picture, 0, v->patches);
@@ -6078,8 +5774,7 @@ static int write_mask(const viewer *v, const char *name, const double *mask)
 
 /* Latent j on the batch's image i: the mask, and the picture under it where there is one. Files are
  * called after the image's index and what is safe of its own name. */
-static int show_mask(const viewer *v, size_t j, size_t i)
-{
+static int show_mask(const viewer *v, size_t j, size_t i) {
     const feed *f = &v->s->data;
     const double *mask = v->mask + i * v->patches;
     const char *own = base_name(image_name(f, (size_t)f->image[i]));
@@ -6097,8 +5792,7 @@ static int show_mask(const viewer *v, size_t j, size_t i)
 }
 
 /* Only the images of a class, for the mean of their masks (the report's figure 6). */
-static int choose_class(viewer *v, long class)
-{
+static int choose_class(viewer *v, long class) {
     const feed *f = &v->s->data;
     size_t images = f->classes ? f->images : 0;
     SC_TRY(allocate(&v->s->memory, &v->image, images, sizeof *v->image));
@@ -6108,8 +5802,7 @@ static int choose_class(viewer *v, long class)
     return fail("--class %ld: no image is of this class (of %zu)", class, f->classes);
 }
 
-static int show_masks(viewer *v)
-{
+static int show_masks(viewer *v) {
     long class = v->s->o->class_index;
     feed *f = &v->s->data;
     size_t done = 0;
@@ -6138,16 +5831,14 @@ static int show_masks(viewer *v)
     return SC_OK;
 }
 
-static size_t sheet_columns(size_t K)
-{
+static size_t sheet_columns(size_t K) {
     size_t columns = 1;
     while (columns * columns < K) columns++;
     return columns;
 }
 
 /* The sheet of latent j's next `count` images: cells row by row, the strongest image first. */
-static int show_sheet(viewer *v, size_t j, size_t count, size_t K, unsigned char *sheet)
-{
+static int show_sheet(viewer *v, size_t j, size_t count, size_t K, unsigned char *sheet) {
     const feed *f = &v->s->data;
     size_t S = f->model.image_size, step = S + SHEET_GAP, columns = sheet_columns(K);
     size_t width = columns * step - SHEET_GAP, height = (K - 1) / columns * step + S;
@@ -6169,8 +5860,7 @@ static int show_sheet(viewer *v, size_t j, size_t count, size_t K, unsigned char
 }
 
 /* The images to look at are each latent's top images, as the statistics have them, in turn. */
-static int show_sheets(viewer *v)
-{
+static int show_sheets(viewer *v) {
     size_t count[MOST_LATENTS] = { 0 };
     const sc_tensor *top;
     feed *f = &v->s->data;
@@ -6197,8 +5887,7 @@ static int show_sheets(viewer *v)
     return SC_OK;
 }
 
-static int look(session *s, int (*show)(viewer *v))
-{
+static int look(session *s, int (*show)(viewer *v)) {
     const char *mask = s->o->mask;
     viewer v = { .s = s, .kind = !mask ? NO_MASK : strcmp(mask, "top") ? VALUE_MASK : TOP_MASK };
     int status = show(&v);
@@ -6211,14 +5900,13 @@ static int command_top(session *s) { return look(s, show_sheets); }
 static int command_mask(session *s) { return look(s, show_masks); }
 
 /* ============================================================================================
- * 12. Tools
+ * 13. Tools
  *
  * `info` says what a file or this machine is, `compare` how far apart two files are.
  * ============================================================================================ */
 
 /* Sizes or an index, "192 x 12288" or "3, 4". */
-static const char *join_sizes(const size_t *sizes, int count, const char *between)
-{
+static const char *join_sizes(const size_t *sizes, int count, const char *between) {
     char *out = strcpy(text_room(), count ? "" : "scalar");
     for (int d = 0, used = 0; d < count; d++)
         used += sprintf(out + used, "%s%zu", d ? between : "", sizes[d]);
@@ -6237,8 +5925,7 @@ file_kinds[] = {
     { "images", 4, "packed images", { "images", "high", "wide", "colours" } },
     { "value", 1, "codes", { "activations that are not 0" } } };
 
-static void describe_kind(const sc_safetensors *file, size_t kind, const sc_tensor *tensor)
-{
+static void describe_kind(const sc_safetensors *file, size_t kind, const sc_tensor *tensor) {
     static const char *const keys[] = { "architecture", "k", "layer", "hook", "model", "tokens",
                                         "images" };
     const char *position = sc_metadata_find(file, "position");
@@ -6254,8 +5941,7 @@ static void describe_kind(const sc_safetensors *file, size_t kind, const sc_tens
     puts(sc_tensor_find(file, "labels") ? ", with labels" : "");
 }
 
-static void describe_model(const sc_safetensors *file, const char *naming)
-{
+static void describe_model(const sc_safetensors *file, const char *naming) {
     sc_model m;
     printf("vision transformer, %s's names", naming);
     if (sc_model_open(&m, file->path, NULL) != SC_OK) {
@@ -6270,8 +5956,7 @@ static void describe_model(const sc_safetensors *file, const char *naming)
     sc_model_close(&m);
 }
 
-static void describe(const sc_safetensors *file)
-{
+static void describe(const sc_safetensors *file) {
     for (size_t i = 0; i < COUNT(file_kinds); i++) {
         const sc_tensor *tensor = sc_tensor_find(file, file_kinds[i].tensor);
         if (tensor && tensor->rank == file_kinds[i].rank) {
@@ -6284,8 +5969,7 @@ static void describe(const sc_safetensors *file)
     else puts("a safetensors file of a kind that is not known");
 }
 
-static int describe_file(const char *path)
-{
+static int describe_file(const char *path) {
     sc_safetensors file;
     size_t count = 0;
     SC_TRY(sc_safetensors_open(&file, path));
@@ -6305,8 +5989,7 @@ static int describe_file(const char *path)
     return end_of_output();
 }
 
-static int describe_machine(void)
-{
+static int describe_machine(void) {
     static const struct { const char *name; int number; } sizes[] = {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
         { "L1 data cache", _SC_LEVEL1_DCACHE_SIZE }, { "L2 cache", _SC_LEVEL2_CACHE_SIZE },
@@ -6325,8 +6008,7 @@ static int describe_machine(void)
     return end_of_output();
 }
 
-static int command_info(session *s)
-{
+static int command_info(session *s) {
     return s->o->operand[0] ? describe_file(s->o->operand[0]) : describe_machine();
 }
 
@@ -6343,8 +6025,7 @@ typedef struct {
 
 /* Numbers as they are, also infinite ones and NaN. whole: the same exactly, of whole numbers. */
 static int read_numbers(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
-                        double *number, int64_t *whole)
-{
+                        double *number, int64_t *whole) {
     const unsigned char *from = t->data + first * sc_dtype_size(t->dtype);
     float some[COMPARE_BLOCK];
     if (t->dtype > SC_F64) SC_TRY(sc_tensor_integers(file, t, first, count, whole));
@@ -6355,8 +6036,7 @@ static int read_numbers(const sc_safetensors *file, const sc_tensor *t, size_t f
     return SC_OK;
 }
 
-static void count_difference(difference *d, const options *o, size_t at, double apart, double b)
-{
+static void count_difference(difference *d, const options *o, size_t at, double apart, double b) {
     if (!(apart <= DBL_MAX)) apart = INFINITY;               /* one of the two is not finite */
     double relative = apart == INFINITY ? apart : b != 0 ? apart / fabs(b) : 0;
     if (apart == INFINITY || !(apart <= o->atol + o->rtol * fabs(b))) d->beyond++;
@@ -6367,8 +6047,7 @@ static void count_difference(difference *d, const options *o, size_t at, double 
 }
 
 static int compare_numbers(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
-                           const sc_tensor *b, const options *o, difference *d)
-{
+                           const sc_tensor *b, const options *o, difference *d) {
     double x[COMPARE_BLOCK], y[COMPARE_BLOCK];
     int64_t p[COMPARE_BLOCK], q[COMPARE_BLOCK];
     size_t size = sc_dtype_size(a->dtype);
@@ -6397,8 +6076,7 @@ static int compare_numbers(const sc_safetensors *fa, const sc_tensor *a, const s
 }
 
 /* at: an element's number in the tensor. */
-static const char *index_text(const sc_tensor *t, size_t at)
-{
+static const char *index_text(const sc_tensor *t, size_t at) {
     size_t index[SC_MAX_RANK] = { 0 };
     for (int d = t->rank - 1; d >= 0; at /= t->shape[d--]) index[d] = at % t->shape[d];
     return join_sizes(index, t->rank, ", ");
@@ -6406,8 +6084,7 @@ static const char *index_text(const sc_tensor *t, size_t at)
 
 /* One row of the table; *differing counts tensors beyond the tolerance. */
 static int compare_pair(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
-                        const sc_tensor *b, const options *o, size_t *differing)
-{
+                        const sc_tensor *b, const options *o, size_t *differing) {
     difference d = { .beyond = 1 };
     printf("%-40s %s", shown(a->name), sc_dtype_name(a->dtype));
     if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
@@ -6428,8 +6105,7 @@ static int compare_pair(const sc_safetensors *fa, const sc_tensor *a, const sc_s
 
 /* Metadata are named where they differ, but differences of theirs are not counted. The second time
  * round, a and b have changed places, and only what b lacks is new. */
-static void compare_metadata(const sc_safetensors *a, const sc_safetensors *b, int second)
-{
+static void compare_metadata(const sc_safetensors *a, const sc_safetensors *b, int second) {
     for (const sc_entry *e = a->metadata; e < a->metadata + a->entries; e++) {
         const char *other = sc_metadata_find(b, e->key);
         if (other && (second || strcmp(other, e->value) == 0)) continue;
@@ -6438,14 +6114,12 @@ static void compare_metadata(const sc_safetensors *a, const sc_safetensors *b, i
     }
 }
 
-static size_t only_in(const sc_safetensors *file, const sc_tensor *t)
-{
+static size_t only_in(const sc_safetensors *file, const sc_tensor *t) {
     printf("%-40s only in %s\n", shown(t->name), shown(file->path));
     return 1;
 }
 
-static int compare_files(const sc_safetensors *a, const sc_safetensors *b, const options *o)
-{
+static int compare_files(const sc_safetensors *a, const sc_safetensors *b, const options *o) {
     size_t differing = 0, more = 0;
     for (const sc_tensor *t = a->tensor; t < a->tensor + a->tensors; t++) {
         const sc_tensor *other = sc_tensor_find(b, t->name);
@@ -6462,8 +6136,7 @@ static int compare_files(const sc_safetensors *a, const sc_safetensors *b, const
                 a->tensors + more);
 }
 
-static int command_compare(session *s)
-{
+static int command_compare(session *s) {
     sc_safetensors a, b;
     SC_TRY(sc_safetensors_open(&a, s->o->operand[0]));
     int status = sc_safetensors_open(&b, s->o->operand[1]);
@@ -6476,7 +6149,7 @@ static int command_compare(session *s)
 }
 
 /* ============================================================================================
- * 13. The command line
+ * 14. The command line
  *
  * One table of options, one of commands. An option's row says which commands take it.
  * ============================================================================================ */
@@ -6615,8 +6288,7 @@ static const struct {
     [COMPARE] = { "compare", "A B", "two safetensors files, tensor by tensor",
       "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2, "" } };
 
-static int print_help(void)
-{
+static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"
          "    saeclip COMMAND [options] [IMAGES or FILE ...]\n");
     for (int i = 0; i < COMMANDS; i++)
@@ -6627,8 +6299,7 @@ static int print_help(void)
     return end_of_output();
 }
 
-static int print_command_help(enum command command)
-{
+static int print_command_help(enum command command) {
     printf("saeclip %s %s\n\n%s\n\n", command_table[command].name, command_table[command].synopsis,
            command_table[command].help);
     for (size_t i = 0; i < OPTIONS; i++) {
@@ -6647,8 +6318,7 @@ static int print_command_help(enum command command)
     return end_of_output();
 }
 
-static int is_choice(const char *choices, const char *text)
-{
+static int is_choice(const char *choices, const char *text) {
     size_t length = strlen(text);
     for (const char *c = choices; c; c = strchr(c, '|') ? strchr(c, '|') + 1 : NULL)
         if (strncmp(c, text, length) == 0 && (c[length] == '|' || c[length] == '\0'))
@@ -6657,8 +6327,7 @@ static int is_choice(const char *choices, const char *text)
 }
 
 /* Puts an option's value where it belongs; text NULL: a flag. */
-static int set_option(options *o, const struct option_row *row, const char *text)
-{
+static int set_option(options *o, const struct option_row *row, const char *text) {
     char *place = (char *)o + row->place;
     double number;
     if (row->kind == FLAG) return memcpy(place, &(int){ 1 }, sizeof(int)), SC_OK;
@@ -6681,16 +6350,14 @@ static int set_option(options *o, const struct option_row *row, const char *text
     return SC_OK;
 }
 
-static int was_given(const options *o, const char *name)
-{
+static int was_given(const options *o, const char *name) {
     size_t i = 0;
     while (strcmp(option_table[i].name, name) != 0) i++;
     return (int)(o->given >> i & 1);
 }
 
 /* One argument that begins with -, and its value. */
-static int parse_option(options *o, enum command command, char **argv, int *at)
-{
+static int parse_option(options *o, enum command command, char **argv, int *at) {
     const char *name = argv[*at], *equals = name[1] == '-' ? strchr(name, '=') : NULL;
     const char *own = command_table[command].name;
     size_t length = equals ? (size_t)(equals - name) : strlen(name), i = 0;
@@ -6708,8 +6375,7 @@ static int parse_option(options *o, enum command command, char **argv, int *at)
 }
 
 /* What options and operands a command cannot do without, or not together. */
-static int check_options(const options *o, enum command command, int operands)
-{
+static int check_options(const options *o, enum command command, int operands) {
     static const char *const apart[][2] = {
         { "--init", "--expansion" }, { "--init", "--latents" }, { "--init", "--b-dec" },
         { "--steps", "--epochs" }, { "--square", "--size" } };
@@ -6739,8 +6405,7 @@ static int check_options(const options *o, enum command command, int operands)
 }
 
 /* argv ends with NULL. */
-static int run_command(enum command command, char **argv)
-{
+static int run_command(enum command command, char **argv) {
     options o = { .steps = -1, .threshold = -1, .class_index = -1 };     /* -1: not given */
     int operands = 0, plain = 0;
     for (const struct option_row *row = option_table; row < option_table + OPTIONS; row++)
@@ -6763,8 +6428,7 @@ static int run_command(enum command command, char **argv)
     return status;
 }
 
-static int run_saeclip(int argc, char **argv)
-{
+static int run_saeclip(int argc, char **argv) {
     if (argc < 2) return usage("a command was expected (saeclip --help)");
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) return print_help();
     if (strcmp(argv[1], "--version") == 0) {
@@ -6778,14 +6442,12 @@ static int run_saeclip(int argc, char **argv)
 }
 
 /* A standard stream that is closed stays unusable, instead of becoming the next file opened. */
-static void hold_streams(void)
-{
+static void hold_streams(void) {
     for (int fd = 0; fd < 3; fd++)
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);                    /* writing fails instead, and says why */
     signal(SIGXFSZ, SIG_IGN);
     hold_streams();

@@ -149,7 +149,7 @@ typedef struct {
 } sc_preprocess;
 
 typedef struct {
-    const char *name;                /* relative to the set's root; "" if a packed set has no names */
+    const char *name;                /* relative to the set's root; "" where a packed set has none */
     int64_t label;                   /* class index, -1: none */
 } sc_image;
 
@@ -223,7 +223,8 @@ int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t 
 
 /* --- The sparse autoencoder (Bricken et al., 2023; Gao et al., 2024; Lim et al., 2025) ---
  *
- *     h = W_enc^T (x - b_dec) + b_enc      f = relu(h), or relu of the k largest      x' = W_dec^T f + b_dec
+ *     h = W_enc^T (x - b_dec) + b_enc      f = relu(h), or relu of the k largest
+ *     x' = W_dec^T f + b_dec
  */
 
 typedef struct {
@@ -232,7 +233,7 @@ typedef struct {
     size_t k;
     size_t layer;                    /* 0: not known */
     int hook;                        /* an sc_hook, -1: not known */
-    float *W_enc;                    /* [n, stride]: latent by latent, transposed against the file */
+    float *W_enc;                    /* [n, stride]: latent by latent; in files [D, n] */
     float *b_enc;                    /* [n] */
     float *W_dec;                    /* [n, stride] */
     float *b_dec;                    /* [stride] */
