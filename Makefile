@@ -17,7 +17,7 @@ RACES  = -O1 -g -fsanitize=thread
 SOURCE = saeclip.c saeclip.h
 TESTS  = tests/test.c tests/check.h tests/test_*.c
 
-.PHONY: all test check install clean help
+.PHONY: all demo test check install clean help
 
 all: saeclip
 
@@ -26,6 +26,22 @@ saeclip: $(SOURCE)
 
 tests/test: $(SOURCE) $(TESTS)
 	$(BUILD) $(TEST) -o $@ tests/test.c $(LIBS)
+
+# The whole method on the user's own photos and model: out/ holds what comes out.
+EPOCHS  = 4
+LATENTS = 1,3,5,7,11,13,17,19,23,29,31,37
+DATA    = -m "$(MODEL)" "$(IMAGES)"
+demo: saeclip
+	@[ -n "$(MODEL)" ] && [ -n "$(IMAGES)" ] || { \
+	    echo "make demo MODEL=open_clip_model.safetensors IMAGES=folder-of-photos"; exit 2; }
+	@mkdir -p out
+	./saeclip train $(DATA) --arch topk --expansion 8 --warmup 20 --epochs $(EPOCHS) --log out/topk.csv \
+	    -o out/topk.safetensors
+	./saeclip eval -s out/topk.safetensors $(DATA)
+	./saeclip stats -s out/topk.safetensors $(DATA) -o out/stats.safetensors
+	./saeclip top -s out/topk.safetensors -t out/stats.safetensors $(DATA) -l $(LATENTS) \
+	    --mask value -o out/sheets
+	@echo "Look at out/sheets/*.ppm: a latent's 16 top images, lit where it fires."
 
 test: saeclip tests/test
 	tests/test
@@ -51,10 +67,11 @@ install: saeclip
 	$(INSTALL) -m 644 saeclip.h $(DESTDIR)$(PREFIX)/include
 
 clean:
-	rm -rf saeclip tests/test build
+	rm -rf saeclip tests/test build out
 
 help:
 	@echo "make           builds ./saeclip                 (CC=... the compiler, CFLAGS_EXTRA=... more flags)"
+	@echo "make demo      the whole method on your photos  (MODEL=FILE IMAGES=DIR, EPOCHS=4, LATENTS=1,3,...)"
 	@echo "make test      builds and runs the tests        (SAECLIP_DATA=DIR: with the real photos there)"
 	@echo "make check     the tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the"
 	@echo "               threads under ThreadSanitizer"
