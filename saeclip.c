@@ -2,10 +2,10 @@
  *
  * From photos to what each latent sees: a vision transformer (CLIP ViT-B/16 and its kin) runs up to
  * a hook point, a sparse autoencoder is trained on the activations of every token, and every latent
- * is measured and shown: how often it fires, how strongly, on which images, patches and classes. The
- * method is PatchSAE's (Lim et al., ICLR 2025). Read it from top to bottom: data flow in that order.
- * There is no dependency, no option of the build that changes a result, and no order of work that
- * could: each sum's order is defined (section 3), so every machine gives the same bits.
+ * is measured and shown: how often it fires, how strongly, on which images, patches and classes.
+ * The method is PatchSAE's (Lim et al., ICLR 2025). The sections stand in the order data flows.
+ * There is no dependency, no build option that changes a result, and no order of work that could:
+ * each sum's order is defined (section 3), so every machine gives the same bits.
  *
  *    1. Errors and memory
  *    2. Threads
@@ -215,14 +215,15 @@ typedef struct {
     uint64_t given;                          /* bit i: row i of the table was given */
 } options;
 
-static int quiet;
+static int quiet, line_open;         /* line_open: progress stands on the terminal */
 
 static const char *printable(const char *text, char *out, size_t room);
 
 /* One line on standard error. */
 static void print_line(const char *line) {
     char safe[4 * sizeof error_text];
-    fprintf(stderr, "saeclip: %s\n", printable(line, safe, sizeof safe));
+    fprintf(stderr, "%ssaeclip: %s\n", line_open ? "\n" : "", printable(line, safe, sizeof safe));
+    line_open = 0;
 }
 
 /* A line on standard error that is no failure. */
@@ -268,7 +269,8 @@ SC_PRINTF(6, 7) static void show_progress(const char *what, uint64_t done, uint6
     va_start(arguments, format);
     vsnprintf(words, sizeof words, format, arguments);
     va_end(arguments);
-    fprintf(stderr, "%s%s%s", *words ? ", " : "", words, terminal && !ends ? "" : "\n");
+    line_open = terminal && !ends;
+    fprintf(stderr, "%s%s%s", *words ? ", " : "", words, line_open ? "" : "\n");
 }
 
 /* Whether all that was printed reached standard output. */
@@ -472,7 +474,8 @@ float sc_dot_plain(const float *a, const float *b, size_t n) {
     return join(p);
 }
 
-/* c = a b + bias + residual. a: [M, K]; b: [K, N]; bias: [N], residual: [M, N], or NULL; c: [M, N] */
+/* c = a b + bias + residual. a: [M, K]; b: [K, N]; bias: [N] and residual: [M, N], or NULL;
+ * c: [M, N] */
 void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *b,
                      const float *bias, const float *residual, float *c) {
     for (size_t i = 0; i < M; i++)
