@@ -6170,6 +6170,7 @@ enum command
 #define PICTURES (PHOTOS | FOR(PACK))
 #define EVERY (FOR(COMMANDS) - 1)
 #define OVER "overrules the model's "
+#define LIVE "; no effect with --acts"
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
 typedef enum { FLAG, TEXT, TEXTS, CHOICE, WHOLE, LARGE, NUMBER } option_kind;
@@ -6200,20 +6201,21 @@ static const struct option_row {
     { "--dtype", "f32|f16", CHOICE, AT(dtype), FOR(EXTRACT), "number type", "f32" },
     { "--size", "S", WHOLE, AT(size), FOR(PACK), "the pictures' side", "224", 1, 16384 },
     { "--square", "N", WHOLE, AT(square), PICTURES,
-      "first resize the centre square to N x N", NULL, 1, 16384 },
+      "first resize the centre square to N x N" LIVE, NULL, 1, 16384 },
     { "--crop", "torchvision|hf", CHOICE, AT(crop), PICTURES,
-      "the centre crop's rounding", "torchvision" },
+      "the centre crop's rounding" LIVE, "torchvision" },
     { "--limit", "N", WHOLE, AT(limit), PICTURES, "first N images", NULL, 1, 1e15 },
-    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES, "name unreadable images and go on" },
-    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS & ~FOR(ENCODE), OVER "image_mean" },
-    { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS, OVER "image_std" },
-    { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS, OVER "activation" },
-    { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS, OVER "layer norm epsilon" },
-    { "--heads", "N", TEXT, AT(settings.heads), PHOTOS, OVER "attention heads" },
+    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES,
+      "name unreadable images and go on" LIVE },
+    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS & ~FOR(ENCODE), OVER "image_mean" LIVE },
+    { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS, OVER "image_std" LIVE },
+    { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS, OVER "activation" LIVE },
+    { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS, OVER "layer norm epsilon" LIVE },
+    { "--heads", "N", TEXT, AT(settings.heads), PHOTOS, OVER "attention heads" LIVE },
     { "--arch", "relu|topk", CHOICE, AT(arch), FOR(TRAIN) | SAES,
       "architecture (default: relu, or the file's)" },
     { "--k", "K", WHOLE, AT(k), FOR(TRAIN) | SAES,
-      "TopK's k (default: 32, or the file's)", NULL, 1, 1e9 },
+      "TopK's k (default: 32, or the file's); no effect with relu", NULL, 1, 1e9 },
     { "--expansion", "E", WHOLE, AT(expansion), FOR(TRAIN),
       "latents a dimension; no effect with --latents", "64", 1, 65536 },
     { "--latents", "N", WHOLE, AT(d_sae), FOR(TRAIN), "latents", NULL, 1, SC_MAX_LATENTS },
@@ -6253,7 +6255,8 @@ static const struct option_row {
     { "--atol", "X", NUMBER, AT(atol), FOR(COMPARE), "absolute tolerance", "0", 0, 1e30 },
     { "--format", "text|markdown|csv|json", CHOICE, AT(format), FOR(EVAL) | FOR(ZEROSHOT),
       "how to print (zeroshot: text, csv or json)", "text" },
-    { "--seed", "N", LARGE, AT(seed), EVERY, "random seed", "42", 0, 9007199254740991 },
+    { "--seed", "N", LARGE, AT(seed), EVERY, "seed of train; no effect elsewhere", "42", 0,
+      9007199254740991 },
     { "--threads", "N", WHOLE, AT(threads), EVERY, "default: all cores", NULL, 1, SC_MAX_THREADS },
     { "--quiet", NULL, FLAG, AT(quiet), EVERY, "no progress, no remarks" } };
 
