@@ -4537,6 +4537,9 @@ static int take_recipe(const training_run *run, sc_writer *w, digest64 *digest) 
     return SC_OK;
 }
 
+enum { SAMPLE_BYTES = 1 << 20 };     /* of the model's weights, or of the saved activations */
+
+/* What a resumed run must agree in. */
 static uint64_t recipe_digest(const training_run *run) {
     const sc_sae *sae = &run->trainer.sae;
     const sc_model *m = &run->data.model;
@@ -4550,6 +4553,9 @@ static uint64_t recipe_digest(const training_run *run) {
     for (int c = 0; c < 3; c++)
         digest64_number(&d, (uint64_t)bits_of_float(m->mean[c]) << 32 | bits_of_float(m->std[c]));
     if (sae->model) digest64_add(&d, sae->model, strlen(sae->model));
+    const sc_safetensors *source = run->data.is_file ? &run->data.file : &m->file;
+    size_t bytes = (size_t)(source->map + source->size - source->data);
+    digest64_add(&d, source->data, bytes < SAMPLE_BYTES ? bytes : SAMPLE_BYTES);
     take_recipe(run, NULL, &d);
     return digest64_value(&d);
 }
