@@ -43,7 +43,6 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
-#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <spawn.h>
@@ -85,6 +84,7 @@ static void advise_huge_pages(void *memory, size_t bytes) {
     (void)bytes;
 #endif
 }
+
 /* ============================================================================================
  * 1. Errors and memory
  *
@@ -419,6 +419,7 @@ int sc_threads_start(int threads) {
     }
     return SC_OK;
 }
+
 /* ============================================================================================
  * 3. Numbers
  *
@@ -620,6 +621,7 @@ static void exact_add_float(exact_sum *sum, float value)  /* 0 <= value < 2^63 *
 static double exact_value(exact_sum sum) {
     return (double)sum.high + (double)sum.low * 0x1p-64;
 }
+
 /* ============================================================================================
  * 4. Kernels, one set for each instruction set
  *
@@ -1127,6 +1129,7 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
     free(p.buffer);
     return status;
 }
+
 /* ============================================================================================
  * 5. Files
  *
@@ -1921,6 +1924,7 @@ static void print_csv_text(const char *name) {
     }
     putchar('"');
 }
+
 /* ============================================================================================
  * 6. Images
  *
@@ -3990,6 +3994,12 @@ static double sum_of(const double *value, size_t n) {
  * ============================================================================================ */
 
 typedef struct {
+    double l1, lr;
+    size_t warmup, dead_window;      /* steps */
+    int ghost;
+} train_options;
+
+typedef struct {
     double loss, mse, l1, ghost, l0, explained_variance, lr;
     size_t dead;
 } step_result;
@@ -3997,7 +4007,7 @@ typedef struct {
 typedef struct { float *m, *v; } moments;
 
 typedef struct {
-    sc_train_options options;
+    train_options options;
     sc_sae sae;
     moments W_enc, W_dec, b_enc, b_dec;      /* Adam's, shaped as what they belong to */
     int64_t *silent;                         /* [n], steps since the latent fired */
@@ -4255,7 +4265,7 @@ static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, back
         t->db_enc[j + i] = (float)sum_by_blocks(NULL, s->dh + i * row, t->batch.T);
 }
 
-/* Gradients and Adam for a group of latents, which must not be many more than a tile's rows. */
+/* Gradients and Adam for a group of latents, at most a tile's rows. */
 static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, backward_scratch *s)
 {
     const sc_sae *sae = &t->sae;
@@ -4758,7 +4768,7 @@ static int prepare_run(training_run *run) {
         return SC_FAILED;
     double images_wanted = f->images == SC_UNKNOWN ? 1e18 : o->epochs * (double)f->images;
     run->steps = (uint64_t)(o->steps < 0 ? ceil(images_wanted / (double)run->batch) : o->steps);
-    run->trainer.options = (sc_train_options){ o->l1, o->lr, (size_t)o->warmup,
+    run->trainer.options = (train_options){ o->l1, o->lr, (size_t)o->warmup,
                                                (size_t)o->dead_window, o->ghost };
     run->digest = recipe_digest(run);
     SC_TRY(prepare_trainer(&run->trainer, run->batch * f->T));

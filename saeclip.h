@@ -149,7 +149,7 @@ typedef struct {
 } sc_preprocess;
 
 typedef struct {
-    const char *name;                /* relative to the set's root; "" where a packed set has none */
+    const char *name;                /* relative to the set's root; "" where there is none */
     int64_t label;                   /* class index, -1: none */
 } sc_image;
 
@@ -244,12 +244,6 @@ int sc_sae_open(sc_sae *sae, const char *path);
 /* W_enc uniform in +-sqrt(6 / n), W_dec uniform then unit rows, biases 0. */
 int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed);
 void sc_sae_close(sc_sae *sae);
-
-typedef struct {
-    double l1, lr;
-    size_t warmup, dead_window;      /* steps */
-    int ghost;
-} sc_train_options;
 
 #endif
 

@@ -1309,11 +1309,13 @@ static void cli_test_resume_photos(void)
                  others[i]);
         cli_refuses(1, "@pc8: the checkpoint is of other options or data", line);
     }
-    works("%s", cli("train --quiet --acts @acts --latents 8 --batch 2 --steps 1 -o @part --checkpoint @ac"));
+    works("%s", cli("train --quiet --acts @acts --latents 8 --batch 2 --steps 1 -o @part "
+                    "--checkpoint @ac"));
     cli_copy("@acts", "@kept_acts");
     cli_poke(cli("@kept_acts"), cli("@acts"), "activations", 0, 0x3f000000);
     cli_refuses(1, "@ac: the checkpoint is of other options or data",
-                "train --acts @acts --latents 8 --batch 2 --steps 2 -o @out --checkpoint @ac --resume");
+                "train --acts @acts --latents 8 --batch 2 --steps 2 -o @out --checkpoint @ac "
+                "--resume");
     cli_copy("@kept_acts", "@acts");
     cli_input("@stream");
     works("%s", cli("%s-m @model - --order sequential --steps 2 -o @whole_sae", recipe));
