@@ -304,14 +304,16 @@ static int parse_triple(const char *text, const char *what, float *value) {
 /* ============================================================================================
  * 2. Threads
  *
- * parallel_for(tasks, work, context) runs work(context, task, worker) once for every task; tasks
- * are handed out in ascending order, so which worker gets which is chance, and no result may depend
- * on it: a task writes only what is its own. worker is 0 .. thread_count() - 1, for scratch memory.
+ * parallel_for(tasks, work, context) runs work(context, task) once for every task; tasks are handed
+ * out in ascending order, so which thread gets which is chance, and no result may depend on it: a
+ * task writes only what is its own, and the scratch memory of its `worker`.
  * If tasks fail, the one of lowest number is reported: all below it had been started, so that one
  * is always the same.
  * ============================================================================================ */
 
-typedef int task_function(void *context, size_t task, int worker);
+typedef int task_function(void *context, size_t task);
+
+static _Thread_local size_t worker;  /* this thread's number, 0 .. thread_count() - 1 */
 
 static struct {
     int workers;                     /* the caller counts as worker 0 */
@@ -331,11 +333,11 @@ static struct {
 
 static int thread_count(void) { return pool.workers; }
 
-static void run_tasks(int worker) {
+static void run_tasks(void) {
     for (;;) {
         size_t task = atomic_fetch_add(&pool.next, 1);
         if (task >= pool.tasks) return;
-        int status = pool.work(pool.context, task, worker);
+        int status = pool.work(pool.context, task);
         if (status == SC_OK) continue;
         pthread_mutex_lock(&pool.lock);
         if (task < pool.failed_task) {
@@ -349,15 +351,15 @@ static void run_tasks(int worker) {
 }
 
 static void *worker_main(void *argument) {
-    int worker = (int)(intptr_t)argument;
     size_t seen = 0;
+    worker = (size_t)(intptr_t)argument;
     pthread_mutex_lock(&pool.lock);
     for (;;) {
         while (pool.round == seen && !pool.stop) pthread_cond_wait(&pool.start, &pool.lock);
         if (pool.stop) break;
         seen = pool.round;
         pthread_mutex_unlock(&pool.lock);
-        run_tasks(worker);
+        run_tasks();
         pthread_mutex_lock(&pool.lock);
         if (--pool.busy == 0) pthread_cond_signal(&pool.done);
     }
@@ -379,7 +381,7 @@ static int parallel_for(size_t tasks, task_function *work, void *context) {
         pthread_cond_broadcast(&pool.start);
     }
     pthread_mutex_unlock(&pool.lock);
-    run_tasks(0);
+    run_tasks();
     pthread_mutex_lock(&pool.lock);
     while (helpers && pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
     int status = pool.failed_task == SIZE_MAX ? SC_OK : pool.failed_status;
@@ -1094,7 +1096,7 @@ typedef struct {
     float *buffer;                   /* [workers][row_buffer_size(K)] */
 } product;
 
-static int product_task(void *context, size_t task, int worker) {
+static int product_task(void *context, size_t task) {
     const product *p = context;
     size_t row_tasks = (p->M + p->row_step - 1) / p->row_step;
     size_t row = task % row_tasks * p->row_step, panel = task / row_tasks * p->panel_step;
@@ -1104,7 +1106,7 @@ static int product_task(void *context, size_t task, int worker) {
     to.c += row * to.c_stride;
     if (to.residual) to.residual += row * to.residual_stride;
     product_rows(p->a + row * p->a_stride, p->a_stride, rows, p->b, panel, last, &to,
-                 p->buffer + (size_t)worker * row_buffer_size(p->b->K));
+                 p->buffer + worker * row_buffer_size(p->b->K));
     return SC_OK;
 }
 
@@ -2512,10 +2514,9 @@ typedef struct {
     image_source stream;                       /* standard input, if file is not NULL */
 } image_reader;
 
-static int load_task(void *context, size_t task, int worker) {
+static int load_task(void *context, size_t task) {
     image_reader *reader = context;
     image_slot *slot = &reader->slot[task];
-    (void)worker;
     slot->pixels = reader->pixels + task * reader->bytes;
     slot->status = load_image(reader->set, slot->image, &reader->stream, &reader->prep,
                               slot->pixels);
@@ -2700,8 +2701,7 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
     return read_layer_tensor(model, role, block, 1, 1, biases, layer->bias);
 }
 
-static int load_block(void *context, size_t block, int worker) {
-    (void)worker;
+static int load_block(void *context, size_t block) {
     for (enum role role = NORM1; role <= FC2; role++) SC_TRY(read_layer(context, role, block));
     return SC_OK;
 }
@@ -2911,10 +2911,9 @@ typedef struct {
 enum { ROWS_A_TASK = 32 };
 
 /* normed = layer_norm(x), a few rows a task. */
-static int norm_task(void *context, size_t task, int worker) {
+static int norm_task(void *context, size_t task) {
     forward_pass *pass = context;
     size_t D = pass->model->width, first = task * ROWS_A_TASK;
-    (void)worker;
     for (size_t i = first; i < pass->rows && i < first + ROWS_A_TASK; i++)
         kernels->layer_norm(pass->x + i * D, pass->norm->weight, pass->norm->bias,
                             pass->model->epsilon, pass->normed + i * pass->normed_stride, D);
@@ -2927,13 +2926,12 @@ static int norm_rows(forward_pass *pass, const sc_layer *norm) {
 }
 
 /* Lays an image's patches out as rows of 3 patch^2 normalised pixels, channel by channel. */
-static int patch_task(void *context, size_t image, int worker) {
+static int patch_task(void *context, size_t image) {
     forward_pass *pass = context;
     const sc_model *model = pass->model;
     size_t p = model->patch, S = model->image_size;
     const unsigned char *pixels = pass->pixels + image * S * S * 3;
     float normal[3][256];
-    (void)worker;
     for (int c = 0; c < 3; c++)
         for (int v = 0; v < 256; v++)
             normal[c][v] = ((float)v / 255.0f - model->mean[c]) / model->std[c];
@@ -2970,7 +2968,7 @@ static int embed(forward_pass *pass) {
 }
 
 /* One head of one image: out = softmax(q k^T / sqrt d) v. q, k, v: [T, d] within qkv [T, 3 D] */
-static int head_task(void *context, size_t task, int worker) {
+static int head_task(void *context, size_t task) {
     forward_pass *pass = context;
     const sc_model *model = pass->model;
     size_t D = model->width, T = model->tokens, d = D / model->heads, stride = pass->wide_stride;
@@ -2979,7 +2977,7 @@ static int head_task(void *context, size_t task, int worker) {
     packed_matrix keys = { .K = d, .N = T, .panels = panels_of(T) };
     packed_matrix values = { .K = T, .N = d, .panels = panels_of(d) };
     size_t columns = (size_t)kernels->columns;
-    keys.data = pass->head_scratch + (size_t)worker * pass->head_scratch_size;
+    keys.data = pass->head_scratch + worker * pass->head_scratch_size;
     values.data = keys.data + keys.panels * columns * d;
     float *scores = values.data + values.panels * columns * T;
     float *buffer = scores + T * padded(T);
@@ -3323,9 +3321,8 @@ static int start_feed(feed *f, size_t room, draw_function *order, void *context,
                        f->skip_bad);
 }
 
-static int read_activations_task(void *context, size_t i, int worker) {
+static int read_activations_task(void *context, size_t i) {
     feed *f = context;
-    (void)worker;
     i += f->begin;
     f->label[i] = feed_label(f, f->image[i]);
     for (size_t t = 0; t < f->T; t++) {
@@ -3471,12 +3468,11 @@ void sc_sae_close(sc_sae *sae) {
 typedef struct { sc_sae *sae; uint64_t seed; } initialisation;
 
 /* Kaiming's bound for the encoder, unit rows for the decoder. */
-static int initial_row(void *context, size_t j, int worker) {
+static int initial_row(void *context, size_t j) {
     const initialisation *start = context;
     const sc_sae *sae = start->sae;
     float *encoder = sae->W_enc + j * sae->stride, *decoder = sae->W_dec + j * sae->stride;
     float bound = sqrtf(6.0f / (float)sae->d_sae);
-    (void)worker;
     for (size_t d = 0; d < sae->d_in; d++) {
         uint64_t index = (uint64_t)j * sae->d_in + d;
         encoder[d] = bound * uniform(start->seed, STREAM_W_ENC, index);
@@ -3697,9 +3693,9 @@ static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory) 
     return lay_out(arrays, COUNT(arrays), memory);
 }
 
-static tile_scratch worker_scratch(const sae_batch *batch, int worker) {
+static tile_scratch worker_scratch(const sae_batch *batch) {
     tile_scratch s;
-    lay_out_scratch(&s, batch->sae, batch->scratch + (size_t)worker * batch->scratch_bytes);
+    lay_out_scratch(&s, batch->sae, batch->scratch + worker * batch->scratch_bytes);
     return s;
 }
 
@@ -3929,11 +3925,10 @@ static void measure_tile(const sae_batch *batch, const tile_codes *tile, tile_sc
         }
 }
 
-static int centre_task(void *context, size_t panel, int worker) {
+static int centre_task(void *context, size_t panel) {
     sae_batch *batch = context;
     const sc_sae *sae = batch->sae;
     size_t columns = (size_t)kernels->columns, stride = sae->stride;
-    (void)worker;
     for (size_t t = panel * columns; t < batch->T && t < (panel + 1) * columns; t++)
         for (size_t d = 0; d < stride; d++)
             batch->centred[t * stride + d] = batch->x[t * stride + d] - sae->b_dec[d];
@@ -3941,10 +3936,10 @@ static int centre_task(void *context, size_t panel, int worker) {
     return SC_OK;
 }
 
-static int tile_task(void *context, size_t task, int worker) {
+static int tile_task(void *context, size_t task) {
     sae_batch *batch = context;
     tile_codes *tile = &batch->tile[task];
-    tile_scratch s = worker_scratch(batch, worker);
+    tile_scratch s = worker_scratch(batch);
     SC_TRY(encode_tile(batch, tile, &s));
     if (batch->reconstruct) decode_tile(batch, tile, &s);
     measure_tile(batch, tile, &s);
@@ -4084,9 +4079,8 @@ static int prepare_trainer(trainer *t, size_t T) {
     return new_arrays(&t->memory, arrays, COUNT(arrays));
 }
 
-static int unit_task(void *context, size_t block, int worker) {
+static int unit_task(void *context, size_t block) {
     const sc_sae *sae = context;
-    (void)worker;
     for (size_t j = block * CHAIN; j < sae->d_sae && j < (block + 1) * CHAIN; j++)
         kernels->unit_row(sae->W_dec + j * sae->stride, sae->stride);
     return SC_OK;
@@ -4137,12 +4131,12 @@ static double ghost_token(const sc_sae *sae, const float *x, const float *output
 }
 
 /* Ghost loss of a tile, then its x' becomes the gradient with respect to x'. */
-static int output_gradient_task(void *context, size_t task, int worker) {
+static int output_gradient_task(void *context, size_t task) {
     trainer *t = context;
     const sc_sae *sae = &t->sae;
     sae_batch *batch = &t->batch;
     const tile_codes *tile = &batch->tile[task];
-    tile_scratch s = worker_scratch(batch, worker);
+    tile_scratch s = worker_scratch(batch);
     double scale = 1.0 / ((double)batch->T * (double)sae->d_in);
     if (t->ghosts) ghost_decode(t, tile, &s);
     for (size_t i = tile->first; i < tile->first + tile->tokens; i++) {
@@ -4156,10 +4150,9 @@ static int output_gradient_task(void *context, size_t task, int worker) {
     return SC_OK;
 }
 
-static int pack_rows_task(void *context, size_t panel, int worker) {
+static int pack_rows_task(void *context, size_t panel) {
     trainer *t = context;
     size_t stride = t->sae.stride;
-    (void)worker;
     pack_panels(&t->x_rows, panel, panel + 1, t->batch.centred, stride, 1);
     pack_panels(&t->g_rows, panel, panel + 1, t->batch.output, stride, 1);
     if (t->ghosts) pack_panels(&t->ghost_rows, panel, panel + 1, t->ghost, stride, 1);
@@ -4289,12 +4282,12 @@ static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, 
     }
 }
 
-static int update_task(void *context, size_t block, int worker) {
+static int update_task(void *context, size_t block) {
     trainer *t = context;
     size_t rows = (size_t)kernels->rows, end = (block + 1) * CHAIN;
     float *W_enc_db = t->W_enc_db + block * t->sae.stride;
     backward_scratch s;
-    lay_out_backward(&s, t, t->scratch + (size_t)worker * t->scratch_bytes);
+    lay_out_backward(&s, t, t->scratch + worker * t->scratch_bytes);
     memset(W_enc_db, 0, t->sae.stride * sizeof *W_enc_db);
     if (end > t->sae.d_sae) end = t->sae.d_sae;
     for (size_t j = block * CHAIN; j < end; j += rows)
@@ -4319,12 +4312,11 @@ static void column_sums(const float *x, size_t T, size_t stride, const double *w
 }
 
 /* b_dec's gradient, the sum over tokens of x' gradient less W_enc db_enc: 16 dimensions a task. */
-static int b_dec_task(void *context, size_t task, int worker) {
+static int b_dec_task(void *context, size_t task) {
     trainer *t = context;
     size_t stride = t->sae.stride, first = task * PARTIALS;
     double sum[PARTIALS];
     float gradient[PARTIALS], along[PARTIALS] = { 0 };
-    (void)worker;
     column_sums(t->batch.output + first, t->batch.T, stride, NULL, NULL, sum);
     for (size_t block = 0; block < chains_of(t->sae.d_sae); block++)
         for (int d = 0; d < PARTIALS; d++) along[d] += t->W_enc_db[block * stride + first + d];
@@ -4335,11 +4327,10 @@ static int b_dec_task(void *context, size_t task, int worker) {
 }
 
 /* sum over tokens of (x - mean)^2; mean as it is with a data set of one batch. */
-static int variance_task(void *context, size_t task, int worker) {
+static int variance_task(void *context, size_t task) {
     trainer *t = context;
     const float *x = t->batch.x + task * PARTIALS;
     double mean[PARTIALS];
-    (void)worker;
     column_sums(x, t->batch.T, t->sae.stride, NULL, NULL, mean);
     for (int d = 0; d < PARTIALS; d++) mean[d] /= (double)t->batch.T;
     column_sums(x, t->batch.T, t->sae.stride, NULL, mean, t->deviation + task * PARTIALS);
@@ -4416,19 +4407,17 @@ typedef struct {
     memory_list memory;
 } weighted_mean;
 
-static int weighted_mean_task(void *context, size_t task, int worker) {
+static int weighted_mean_task(void *context, size_t task) {
     weighted_mean *m = context;
     double *centre = m->centre + task * PARTIALS;
-    (void)worker;
     column_sums(m->points + task * PARTIALS, m->count, m->dim, m->weight, NULL, centre);
     for (int d = 0; d < PARTIALS; d++) centre[d] /= m->total;
     return SC_OK;
 }
 
-static int distance_task(void *context, size_t i, int worker) {
+static int distance_task(void *context, size_t i) {
     weighted_mean *m = context;
     double p[PARTIALS] = { 0 }, sum = 0;
-    (void)worker;
     for (size_t d = 0; d < m->dim; d++) {
         double apart = m->points[i * m->dim + d] - m->centre[d];
         p[d % PARTIALS] += apart * apart;
@@ -4996,9 +4985,9 @@ static void count_token(statistics *s, size_t j, size_t i, size_t token, float f
                      2);
 }
 
-static int count_task(void *context, size_t block, int worker) {
+static int count_task(void *context, size_t block) {
     statistics *s = context;
-    uint64_t *histogram = s->histogram + (size_t)worker * HISTOGRAM_BINS;
+    uint64_t *histogram = s->histogram + worker * HISTOGRAM_BINS;
     for (size_t j = block * CHAIN; j < s->sae->d_sae && j < (block + 1) * CHAIN; j++) {
         size_t at = 0;                                       /* the image being summed */
         double sum = 0;
@@ -5017,9 +5006,8 @@ static int count_task(void *context, size_t block, int worker) {
 }
 
 /* Sums over tokens of one dimension, for the variance. */
-static int sum_x_task(void *context, size_t d, int worker) {
+static int sum_x_task(void *context, size_t d) {
     statistics *s = context;
-    (void)worker;
     for (size_t t = 0; t < s->batch.T; t++) {
         double x = s->batch.x[t * s->sae->stride + d];
         add_running(&s->x[d][0], x);

@@ -1,16 +1,15 @@
 /* Tests of section 2, one result everywhere: 1, 2 and 5 threads times every instruction set of this machine
  * give the same bytes for extract, train, stats and encode; and the threads themselves. */
 
-static int threads_count_task(void *context, size_t task, int worker)
+static int threads_count_task(void *context, size_t task)
 {
     atomic_int *count = context;
     atomic_fetch_add(&count[task], 1);
-    return worker >= 0 && worker < thread_count() ? SC_OK : fail("worker %d", worker);
+    return worker < (size_t)thread_count() ? SC_OK : fail("worker %zu", worker);
 }
 
-static int threads_fail_task(void *context, size_t task, int worker)
+static int threads_fail_task(void *context, size_t task)
 {
-    (void)worker;
     if (task == 5) nanosleep(&(struct timespec){ 0, 2000000 }, NULL);    /* 12 fails first */
     return task % 7 == *(size_t *)context ? fail("task %zu failed", task) : SC_OK;
 }
