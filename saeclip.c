@@ -109,22 +109,27 @@ SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
 #define fail(...) set_error(SC_FAILED, __VA_ARGS__)
 #define usage(...) set_error(SC_USAGE, __VA_ARGS__)
 
-/* count x size bytes, zeroed, on a cache line's boundary; NULL and a reason where that fails.
- * Never asks for 0 bytes, so NULL always means failure. Freed with free(). */
-static void *new_array(size_t count, size_t size) {
+/* count x size bytes on a cache line's boundary; NULL and a reason where that fails. Not zeroed, so
+ * what is never written costs nothing where memory comes as it is first written. Never asks for 0
+ * bytes, so NULL always means failure. Freed with free(). */
+static void *reserve_array(size_t count, size_t size) {
     void *memory = NULL;
     if (size != 0 && count > (SIZE_MAX - 64) / size) {
         fail("out of memory: %zu x %zu bytes cannot be addressed", count, size);
         return NULL;
     }
     size_t bytes = count * size + (count * size == 0);
-    if (posix_memalign(&memory, 64, bytes) != 0) {
-        fail("out of memory: %zu bytes are not to be had", bytes);
-        return NULL;
-    }
-    advise_huge_pages(memory, bytes);
-    memset(memory, 0, bytes);
-    return memory;
+    if (posix_memalign(&memory, 64, bytes) == 0) return memory;
+    fail("out of memory: %zu bytes are not to be had", bytes);
+    return NULL;
+}
+
+/* The same, zeroed. */
+static void *new_array(size_t count, size_t size) {
+    void *memory = reserve_array(count, size);
+    if (!memory) return NULL;
+    advise_huge_pages(memory, count * size);
+    return memset(memory, 0, count * size);
 }
 
 /* The first `length` bytes of head, then tail; or NULL and a reason. */
@@ -465,9 +470,10 @@ static inline float fma32(float a, float b, float c) {
 
 /* Joins 16 partial sums. p: [16], overwritten. */
 static inline float join(float *p) {
-    for (int h = 8; h > 0; h /= 2)
-        for (int i = 0; i < h; i++) p[i] += p[i + h];
-    return p[0];
+    for (int i = 0; i < 8; i++) p[i] += p[i + 8];
+    for (int i = 0; i < 4; i++) p[i] += p[i + 4];
+    for (int i = 0; i < 2; i++) p[i] += p[i + 2];
+    return p[0] + p[1];
 }
 
 /* sum_e a[e] b[e]: element e goes to partial sum e mod 16. a, b: [n] */
@@ -501,8 +507,12 @@ void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *
  * 7; 2^n in two factors so that results below the normal range are rounded once. */
 static inline float exp32(float x) {
     const float magic = 12582912.0f;                    /* 1.5 * 2^23: adding it rounds */
-    float clipped = x > -104.0f ? x : -104.0f;          /* also NaN, which no integer can hold */
-    clipped = clipped > 89.0f ? 89.0f : clipped;
+    uint32_t low;                                       /* bits order as floats, negative ones */
+    memcpy(&low, &x, sizeof low);                       /* backwards: clipped to -104 .. 89, also */
+    low = low < 0xc2d00000u ? low : 0xc2d00000u;        /* NaN, which no integer can hold */
+    int32_t high = (int32_t)low < 0x42b20000 ? (int32_t)low : 0x42b20000;
+    float clipped;
+    memcpy(&clipped, &high, sizeof clipped);
     float n = (clipped * 1.44269504f + magic) - magic;
     float r = (clipped - n * 0.693359375f) - n * -2.12194440e-4f;
     float p = 1.98412698e-4f;
@@ -637,16 +647,20 @@ static double exact_value(exact_sum sum) {
 enum {
     CHAIN_STRIDE = CHAIN + 16,       /* from row to row of a block of A, off the cache's period */
     MAX_ROWS = 14, MAX_COLUMNS = 32, /* the largest tile of a product */
+    TILES_AT_ONCE = 8,               /* that take turns with a block of B in the first-level cache */
+    ROW_FLOATS = 72 << 10,           /* rows of A kept in a second-level cache: 288 KiB of 512 */
+    SHARES = 16,                     /* of a product, for each thread */
     MASK_BITS = 64
 };
 
 typedef enum { NO_ACTIVATION, QUICK_GELU, ERF_GELU } activation_kind;
 
-/* Where a tile of a product goes, and what is added on the way. Pointers at the tile's corner. */
+/* Where rows of a product go, and what is added on the way. Pointers at the rows' corner. */
 typedef struct {
     float *c;                        /* [rows, columns], c_stride floats from row to row */
     size_t c_stride;
     const float *bias;               /* [columns], or NULL */
+    const float *row_bias;           /* of each row of A, or NULL */
     const float *residual;           /* [rows, columns] at residual_stride, or NULL; may be c */
     size_t residual_stride;
     activation_kind activation;
@@ -659,12 +673,16 @@ typedef struct { float step_size, root_scale; } adam_step;
 typedef struct {
     const char *name;
     int rows, columns;               /* of a product's tile */
-    void (*tile)(size_t K, const float *a, const float *b, float *tile);
+    void (*tile)(size_t rows, size_t terms, const float *a, const float *b, float *sum, int add);
     void (*finish)(const float *tile, size_t rows, size_t columns, const tile_target *to);
     float (*dot)(const float *a, const float *b, size_t n);
     void (*dots)(const float *a, size_t n, const float *rows, size_t stride, const uint32_t *index,
                  size_t count, float *out);
+    void (*dot_table)(const float *a, size_t count, const float *b, size_t columns, size_t n,
+                      float *out, size_t out_stride);
     void (*add_scaled)(float factor, const float *x, float *sum, size_t n);
+    void (*add_chain)(const float *factor, const uint32_t *index, size_t count, const float *rows,
+                      float *sum, size_t n);
     void (*layer_norm)(const float *x, const float *weight, const float *bias, float epsilon,
                        float *out, size_t n);
     void (*softmax)(float *row, size_t n, float scale);
@@ -679,55 +697,65 @@ typedef struct {
 
 #ifdef SC_ISA
 
-/* One tile of a product. a: [ceil(K / CHAIN)][ROWS][CHAIN_STRIDE]; b: [K][COLUMNS];
- * tile: [ROWS][COLUMNS], the chains' sum */
-SC_TARGET static void KERNEL(tile)(size_t K, const float *a, const float *b, float *tile) {
-    for (size_t block = 0; block < K; block += CHAIN, a += SC_TILE_ROWS * CHAIN_STRIDE) {
-        size_t terms = K - block < CHAIN ? K - block : CHAIN;
-        SC_V chain[SC_TILE_ROWS][SC_VECTORS];
-        SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++)
-            SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) chain[r][v] = SC_SET(0.0f);
-        for (size_t k = 0; k < terms; k++, b += SC_VECTORS * SC_LANES) {
-            SC_V column[SC_VECTORS];
-            SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) column[v] = SC_LOAD(b + v * SC_LANES);
-            SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++) {
-                SC_V factor = SC_SET(a[r * CHAIN_STRIDE + k]);
-                SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
-                    chain[r][v] = SC_FMA(factor, column[v], chain[r][v]);
-            }
+/* One chain of each element of a tile, stored in sum or added to it. a: [rows][CHAIN_STRIDE];
+ * b: [terms][COLUMNS]; sum: [rows][COLUMNS] */
+SC_TARGET static SC_INLINE void KERNEL(chains)(int rows, size_t terms, const float *a,
+                                               const float *b, float *sum, int add) {
+    SC_V chain[SC_TILE_ROWS][SC_VECTORS];
+    SC_UNROLL for (int r = 0; r < rows; r++)
+        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) chain[r][v] = SC_SET(0.0f);
+    for (size_t k = 0; k < terms; k++, b += SC_COLUMNS) {
+        SC_V column[SC_VECTORS];
+        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) column[v] = SC_LOAD(b + v * SC_LANES);
+        SC_UNROLL for (int r = 0; r < rows; r++) {
+            SC_V factor = SC_SET(a[r * CHAIN_STRIDE + k]);
+            SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
+                chain[r][v] = SC_FMA(factor, column[v], chain[r][v]);
         }
-        SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++)
-            SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) {
-                float *sum = tile + (r * SC_VECTORS + v) * SC_LANES;
-                SC_STORE(sum, block ? SC_ADD(SC_LOAD(sum), chain[r][v]) : chain[r][v]);
-            }
+    }
+    SC_UNROLL for (int r = 0; r < rows; r++)
+        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) {
+            float *out = sum + r * SC_COLUMNS + v * SC_LANES;
+            SC_STORE(out, add ? SC_ADD(SC_LOAD(out), chain[r][v]) : chain[r][v]);
+        }
+}
+
+/* The last rows of a matrix may need half a tile only. */
+SC_TARGET static void KERNEL(tile)(size_t rows, size_t terms, const float *a, const float *b,
+                                   float *sum, int add) {
+    if (rows > SC_TILE_ROWS / 2) KERNEL(chains)(SC_TILE_ROWS, terms, a, b, sum, add);
+    else KERNEL(chains)(SC_TILE_ROWS / 2, terms, a, b, sum, add);
+}
+
+/* A row of a whole tile: c = sum + row_bias + bias + residual + 0; the latter two may be NULL. */
+SC_TARGET static SC_INLINE void KERNEL(add_row)(const float *sum, float row_bias, const float *bias,
+                                                const float *residual, float *c) {
+    SC_UNROLL for (int v = 0; v < SC_COLUMNS; v += SC_LANES) {
+        SC_V x = SC_ADD(SC_LOAD(sum + v), SC_SET(row_bias));
+        if (bias) x = SC_ADD(x, SC_LOAD(bias + v));
+        if (residual) x = SC_ADD(x, SC_LOAD(residual + v));
+        SC_STORE(c + v, SC_ADD(x, SC_SET(0.0f)));
     }
 }
 
-/* c = activation(tile + bias + residual + 0). tile: [rows][COLUMNS] */
-SC_TARGET static inline void KERNEL(finish_rows)(const float *tile, size_t rows, size_t columns,
-                                                 const tile_target *to) {
-    for (size_t r = 0; r < rows; r++) {
-        float sum[SC_VECTORS * SC_LANES];
-        const float *residual = to->residual ? to->residual + r * to->residual_stride : NULL;
-        for (size_t j = 0; j < columns; j++) sum[j] = tile[r * SC_VECTORS * SC_LANES + j];
-        for (size_t j = 0; to->bias && j < columns; j++) sum[j] += to->bias[j];
-        for (size_t j = 0; residual && j < columns; j++) sum[j] += residual[j];
-        for (size_t j = 0; j < columns; j++) sum[j] += 0.0f;
-        if (to->activation == QUICK_GELU)
-            for (size_t j = 0; j < columns; j++) sum[j] = quick_gelu(sum[j]);
-        if (to->activation == ERF_GELU)
-            for (size_t j = 0; j < columns; j++) sum[j] = gelu(sum[j]);
-        memcpy(to->c + r * to->c_stride, sum, columns * sizeof *sum);
-    }
-}
-
-/* The full width is a constant, so that its loops are all vectors. */
-SC_TARGET static void KERNEL(finish)(const float *tile, size_t rows, size_t columns,
+/* c = activation(sum + row_bias + bias + residual + 0). sum: [rows][COLUMNS] */
+SC_TARGET static void KERNEL(finish)(const float *sum, size_t rows, size_t columns,
                                      const tile_target *to) {
-    if (columns == SC_VECTORS * SC_LANES)
-        KERNEL(finish_rows)(tile, rows, SC_VECTORS * SC_LANES, to);
-    else KERNEL(finish_rows)(tile, rows, columns, to);
+    for (size_t r = 0; r < rows; r++, sum += SC_COLUMNS) {
+        const float *residual = to->residual ? to->residual + r * to->residual_stride : NULL;
+        float row_bias = to->row_bias ? to->row_bias[r] : 0, *c = to->c + r * to->c_stride;
+        if (columns == SC_COLUMNS) KERNEL(add_row)(sum, row_bias, to->bias, residual, c);
+        for (size_t j = 0; columns < SC_COLUMNS && j < columns; j++) {
+            float x = sum[j] + row_bias;
+            if (to->bias) x += to->bias[j];
+            if (residual) x += residual[j];
+            c[j] = x + 0.0f;
+        }
+        if (to->activation == QUICK_GELU)
+            for (size_t j = 0; j < columns; j++) c[j] = quick_gelu(c[j]);
+        if (to->activation == ERF_GELU)
+            for (size_t j = 0; j < columns; j++) c[j] = gelu(c[j]);
+    }
 }
 
 /* sum_e a[e] b[e] by 16 partial sums. a, b: [n], n a multiple of 16 */
@@ -771,11 +799,84 @@ SC_TARGET static void KERNEL(dots)(const float *a, size_t n, const float *rows, 
     for (; i < count; i++) out[i] = KERNEL(dot)(a, rows + index[i] * stride, n);
 }
 
+/* out[i][j] = the dot product of a's row i with b's row j, for a few of each. a: [DOT_ROWS, n];
+ * b: [DOT_COLUMNS, n]; n a multiple of 16 */
+SC_TARGET static SC_INLINE void KERNEL(dot_tile)(const float *a, const float *b, size_t n,
+                                                 float *out, size_t out_stride) {
+    enum { VECTORS = PARTIALS / SC_LANES };
+    SC_V partial[SC_DOT_ROWS][SC_DOT_COLUMNS][VECTORS];
+    float p[PARTIALS];
+    SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++)
+        SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
+            SC_UNROLL for (int v = 0; v < VECTORS; v++) partial[i][j][v] = SC_SET(0.0f);
+    for (size_t e = 0; e < n; e += PARTIALS)
+        SC_UNROLL for (int v = 0; v < VECTORS; v++) {
+            SC_V x[SC_DOT_COLUMNS];
+            SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
+                x[j] = SC_LOAD(b + j * n + e + v * SC_LANES);
+            SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++) {
+                SC_V y = SC_LOAD(a + i * n + e + v * SC_LANES);
+                SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
+                    partial[i][j][v] = SC_FMA(y, x[j], partial[i][j][v]);
+            }
+        }
+    SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++)
+        SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++) {
+            SC_UNROLL for (int v = 0; v < VECTORS; v++)
+                SC_STORE(p + v * SC_LANES, partial[i][j][v]);
+            out[i * out_stride + j] = join(p);
+        }
+}
+
+/* The same for any number of rows; some rows of b stay in the first-level cache while all of a's
+ * pass. a: [count, n]; b: [columns, n]; out: [count, out_stride] */
+SC_TARGET static void KERNEL(dot_table)(const float *a, size_t count, const float *b,
+                                        size_t columns, size_t n, float *out, size_t out_stride) {
+    enum { NEAR = 3 * SC_DOT_COLUMNS };
+    for (size_t near = 0; near < columns; near += NEAR)
+        for (size_t i = 0; i < count; i += SC_DOT_ROWS)
+            for (size_t j = near; j < columns && j < near + NEAR; j += SC_DOT_COLUMNS) {
+                int whole = i + SC_DOT_ROWS <= count && j + SC_DOT_COLUMNS <= columns;
+                if (whole)
+                    KERNEL(dot_tile)(a + i * n, b + j * n, n, out + i * out_stride + j, out_stride);
+                for (size_t r = i; !whole && r < count && r < i + SC_DOT_ROWS; r++)
+                    for (size_t c = j; c < columns && c < j + SC_DOT_COLUMNS; c++)
+                        out[r * out_stride + c] = KERNEL(dot)(a + r * n, b + c * n, n);
+            }
+}
+
 /* sum = fma(factor, x, sum), one link of n chains. x, sum: [n], n a multiple of 16 */
 SC_TARGET static void KERNEL(add_scaled)(float factor, const float *x, float *sum, size_t n) {
     SC_V f = SC_SET(factor);
     for (size_t e = 0; e < n; e += SC_LANES)
         SC_STORE(sum + e, SC_FMA(f, SC_LOAD(x + e), SC_LOAD(sum + e)));
+}
+
+/* Adds a chain over the rows listed to some vectors of sum, which stay in registers on the way. */
+SC_TARGET static SC_INLINE void KERNEL(add_strip)(int vectors, const float *factor,
+                                                  const uint32_t *index, size_t count,
+                                                  const float *rows, float *sum, size_t n) {
+    SC_V chain[SC_STRIP];
+    SC_UNROLL for (int v = 0; v < vectors; v++) chain[v] = SC_SET(0.0f);
+    for (size_t i = 0; i < count; i++) {
+        const float *x = rows + index[i] * n;
+        SC_V f = SC_SET(factor[i]);
+        SC_UNROLL for (int v = 0; v < vectors; v++)
+            chain[v] = SC_FMA(f, SC_LOAD(x + v * SC_LANES), chain[v]);
+    }
+    SC_UNROLL for (int v = 0; v < vectors; v++)
+        SC_STORE(sum + v * SC_LANES, SC_ADD(SC_LOAD(sum + v * SC_LANES), chain[v]));
+}
+
+/* sum += sum_i factor[i] rows[index[i]], one chain. rows: [.., n]; sum: [n], n a multiple of 16 */
+SC_TARGET static void KERNEL(add_chain)(const float *factor, const uint32_t *index, size_t count,
+                                        const float *rows, float *sum, size_t n) {
+    enum { WIDTH = SC_STRIP * SC_LANES };
+    size_t e = 0;
+    for (; e + WIDTH <= n; e += WIDTH)
+        KERNEL(add_strip)(SC_STRIP, factor, index, count, rows + e, sum + e, n);
+    for (; e < n; e += PARTIALS)
+        KERNEL(add_strip)(PARTIALS / SC_LANES, factor, index, count, rows + e, sum + e, n);
 }
 
 /* Sum of a row by 16 partial sums. row: [n] */
@@ -856,8 +957,8 @@ SC_TARGET static void KERNEL(adam)(float *w, float *m, float *v, const float *gr
 }
 
 static const kernel_set KERNEL(kernels) = {
-    TEXT_OF(SC_ISA), SC_TILE_ROWS, SC_VECTORS * SC_LANES, KERNEL(tile), KERNEL(finish), KERNEL(dot),
-    KERNEL(dots), KERNEL(add_scaled), KERNEL(layer_norm), KERNEL(softmax), KERNEL(exponentials),
+    TEXT_OF(SC_ISA), SC_TILE_ROWS, SC_COLUMNS, KERNEL(tile), KERNEL(finish), KERNEL(dot),
+    KERNEL(dots), KERNEL(dot_table), KERNEL(add_scaled), KERNEL(add_chain), KERNEL(layer_norm), KERNEL(softmax), KERNEL(exponentials),
     KERNEL(find_above), KERNEL(unit_row), KERNEL(adam), KERNEL(contracts)
 };
 
@@ -870,6 +971,11 @@ static const kernel_set KERNEL(kernels) = {
 #else
 #define SC_UNROLL
 #endif
+#if defined(__GNUC__)
+#define SC_INLINE __attribute__((always_inline)) inline
+#else
+#define SC_INLINE inline
+#endif
 
 /* What the kernels are written in: each word stands for that of the instruction set at hand. */
 #define PASTE2(a, b) a##_##b
@@ -881,7 +987,11 @@ static const kernel_set KERNEL(kernels) = {
 #define SC_TILE_ROWS PASTE(TILE_ROWS, SC_ISA)    /* rows of a product's tile */
 #define SC_VECTORS PASTE(VECTORS, SC_ISA)        /* vectors side by side in a tile's row */
 #define SC_LANES PASTE(LANES, SC_ISA)            /* floats in a vector */
+#define SC_DOT_ROWS PASTE(DOT_ROWS, SC_ISA)      /* dot products at once: rows of a times */
+#define SC_DOT_COLUMNS PASTE(DOT_COLUMNS, SC_ISA) /* rows of b */
+#define SC_STRIP PASTE(STRIP, SC_ISA)            /* vectors of a sum that stay in registers */
 #define SC_GROUP PASTE(GROUP, SC_ISA)            /* floats that ABOVE compares at once */
+#define SC_COLUMNS (SC_VECTORS * SC_LANES)       /* of a product's tile */
 #define SC_V PASTE(V, SC_ISA)
 #define SC_SET PASTE(SET, SC_ISA)
 #define SC_LOAD PASTE(LOAD, SC_ISA)
@@ -894,6 +1004,9 @@ static const kernel_set KERNEL(kernels) = {
 #define TILE_ROWS_scalar 4
 #define VECTORS_scalar 4
 #define LANES_scalar 1
+#define DOT_ROWS_scalar 1
+#define DOT_COLUMNS_scalar 1
+#define STRIP_scalar 16
 #define GROUP_scalar 1
 #define TARGET_scalar
 #define V_scalar float
@@ -914,6 +1027,9 @@ static const kernel_set KERNEL(kernels) = {
 #define TILE_ROWS_avx2 6
 #define VECTORS_avx2 2
 #define LANES_avx2 8
+#define DOT_ROWS_avx2 3
+#define DOT_COLUMNS_avx2 2
+#define STRIP_avx2 12
 #define GROUP_avx2 8
 #define TARGET_avx2 __attribute__((target("avx2,fma")))
 #define V_avx2 __m256
@@ -932,6 +1048,9 @@ static const kernel_set KERNEL(kernels) = {
 #define TILE_ROWS_avx512 14
 #define VECTORS_avx512 2
 #define LANES_avx512 16
+#define DOT_ROWS_avx512 4
+#define DOT_COLUMNS_avx512 5
+#define STRIP_avx512 12
 #define GROUP_avx512 16
 #define TARGET_avx512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define V_avx512 __m512
@@ -961,6 +1080,9 @@ static int has_avx512(void) {
 #define TILE_ROWS_neon 8
 #define VECTORS_neon 3
 #define LANES_neon 4
+#define DOT_ROWS_neon 2
+#define DOT_COLUMNS_neon 3
+#define STRIP_neon 12
 #define GROUP_neon 1
 #define TARGET_neon
 #define V_neon float32x4_t
@@ -1046,44 +1168,73 @@ static void pack_panels(packed_matrix *b, size_t first, size_t last, const float
 
 static size_t chains_of(size_t K) { return (K + CHAIN - 1) / CHAIN; }
 
-/* Floats in a buffer for a tile's rows of A. */
-static size_t row_buffer_size(size_t K) {
-    return chains_of(K) * (size_t)kernels->rows * CHAIN_STRIDE;
+/* How many rows of A a buffer holds: of several tiles if there is room. */
+static size_t rows_at_once(size_t K) {
+    size_t tiles = ROW_FLOATS / ((chains_of(K) + 1) * (size_t)kernels->rows * CHAIN_STRIDE);
+    tiles = tiles < 1 ? 1 : tiles > TILES_AT_ONCE ? TILES_AT_ONCE : tiles;
+    return tiles * (size_t)kernels->rows;
 }
 
-/* Copies rows of A for the kernel: the first ones, or those in `index`. a: [rows, K] at a_stride;
- * index: [rows] or NULL; buffer: [chains][ROWS][CHAIN_STRIDE] */
+/* Floats in such a buffer, for products of this K or a smaller one. */
+static size_t row_buffer_size(size_t K) {
+    size_t tile = chains_of(K) * (size_t)kernels->rows * CHAIN_STRIDE;
+    return tile > ROW_FLOATS ? tile : ROW_FLOATS;
+}
+
+/* Copies rows of A for the kernel: the first ones, or those in `index`; zeros fill up the last tile.
+ * a: [rows, K] at a_stride; index: [rows] or NULL; buffer: [chains][room][CHAIN_STRIDE] */
 static void load_rows(float *buffer, const float *a, size_t a_stride, const size_t *index,
-                      size_t rows, size_t K) {
-    size_t tile_rows = (size_t)kernels->rows;
-    for (size_t block = 0; block < K; block += CHAIN, buffer += tile_rows * CHAIN_STRIDE) {
+                      size_t rows, size_t K, size_t room) {
+    size_t tile_rows = (size_t)kernels->rows, end = (rows + tile_rows - 1) / tile_rows * tile_rows;
+    for (size_t block = 0; block < K; block += CHAIN, buffer += room * CHAIN_STRIDE) {
         size_t terms = K - block < CHAIN ? K - block : CHAIN;
         for (size_t r = 0; r < rows; r++)
             memcpy(buffer + r * CHAIN_STRIDE, a + (index ? index[r] : r) * a_stride + block,
                    terms * sizeof *a);
-        for (size_t r = rows; r < tile_rows; r++)
+        for (size_t r = rows; r < end; r++)
             memset(buffer + r * CHAIN_STRIDE, 0, terms * sizeof *a);
     }
 }
 
-/* Rows of c = a b: one thread's share. a: [rows, K]; to: rows and all columns of the panels
- * first .. last - 1, its pointers at column 0 of the whole product */
-static void product_rows(const float *a, size_t a_stride, size_t rows, const packed_matrix *b,
-                         size_t first, size_t last, const tile_target *to, float *buffer) {
+/* A panel of the rows in a buffer: block after block of B, which stays in the first-level cache
+ * while the tiles take their turns. */
+static void product_panel(const float *buffer, size_t rows, size_t room, const packed_matrix *b,
+                          size_t panel, const tile_target *to) {
     size_t tile_rows = (size_t)kernels->rows, columns = (size_t)kernels->columns;
-    float tile[MAX_ROWS * MAX_COLUMNS];
-    for (size_t i = 0; i < rows; i += tile_rows) {
-        size_t height = rows - i < tile_rows ? rows - i : tile_rows;
-        load_rows(buffer, a + i * a_stride, a_stride, NULL, height, b->K);
-        for (size_t panel = first; panel < last; panel++) {
-            size_t j = panel * columns, width = b->N - j < columns ? b->N - j : columns;
-            tile_target corner = *to;
-            corner.c += i * to->c_stride + j;
-            if (to->bias) corner.bias += j;
-            if (to->residual) corner.residual += i * to->residual_stride + j;
-            kernels->tile(b->K, buffer, b->data + panel * b->K * columns, tile);
-            kernels->finish(tile, height, width, &corner);
-        }
+    size_t j = panel * columns, width = b->N - j < columns ? b->N - j : columns;
+    const float *from = b->data + panel * b->K * columns;
+    float sum[TILES_AT_ONCE * MAX_ROWS * MAX_COLUMNS];
+    tile_target corner = *to;
+    for (size_t block = 0; block < b->K; block += CHAIN, buffer += room * CHAIN_STRIDE)
+        for (size_t r = 0; r < rows; r += tile_rows)
+            kernels->tile(rows - r, b->K - block < CHAIN ? b->K - block : CHAIN,
+                          buffer + r * CHAIN_STRIDE, from + block * columns, sum + r * columns,
+                          block > 0);
+    corner.c += j;
+    if (to->bias) corner.bias += j;
+    if (to->residual) corner.residual += j;
+    kernels->finish(sum, rows, width, &corner);
+}
+
+/* Rows of c = a b: one thread's share. a: [rows, K], or those rows of it that `index` lists; to: rows
+ * and all columns of the panels first .. last - 1, its pointers at column 0 of the whole product */
+static void product_rows(const float *a, size_t a_stride, const size_t *index, size_t rows,
+                         const packed_matrix *b, size_t first, size_t last, const tile_target *to,
+                         float *buffer) {
+    size_t room = rows_at_once(b->K);
+    float row_bias[TILES_AT_ONCE * MAX_ROWS];
+    tile_target corner = *to;
+    if (to->row_bias) corner.row_bias = row_bias;
+    for (size_t i = 0; i < rows; i += room) {
+        size_t some = rows - i < room ? rows - i : room;
+        for (size_t r = 0; to->row_bias && r < some; r++)
+            row_bias[r] = to->row_bias[index ? index[i + r] : i + r];
+        load_rows(buffer, index ? a : a + i * a_stride, a_stride, index ? index + i : NULL, some,
+                  b->K, room);
+        for (size_t panel = first; panel < last; panel++)
+            product_panel(buffer, some, room, b, panel, &corner);
+        corner.c += some * to->c_stride;
+        if (to->residual) corner.residual += some * to->residual_stride;
     }
 }
 
@@ -1105,26 +1256,23 @@ static int product_task(void *context, size_t task) {
     tile_target to = p->to;
     to.c += row * to.c_stride;
     if (to.residual) to.residual += row * to.residual_stride;
-    product_rows(p->a + row * p->a_stride, p->a_stride, rows, p->b, panel, last, &to,
+    product_rows(p->a + row * p->a_stride, p->a_stride, NULL, rows, p->b, panel, last, &to,
                  p->buffer + worker * row_buffer_size(p->b->K));
     return SC_OK;
 }
 
-/* c = activation(a b + bias + residual), over all threads. A share's panels fit half of a common
- * second-level cache; there are at least four shares a thread where the shape allows. */
+/* c = activation(a b + bias + residual), over all threads. A share is the rows that a buffer holds,
+ * and a part of the panels if that makes too few shares for an even end. */
 static int multiply(const float *a, size_t M, size_t a_stride, const packed_matrix *b,
                     tile_target to) {
-    size_t panel_bytes = b->K * (size_t)kernels->columns * sizeof(float);
-    size_t tile_rows = (size_t)kernels->rows, wanted = 4 * (size_t)thread_count();
+    size_t wanted = SHARES * (size_t)thread_count();
     product p = { .a = a, .M = M, .a_stride = a_stride, .b = b, .to = to };
     if (M == 0 || b->N == 0) return SC_OK;
-    p.panel_step = ((size_t)384 << 10) / (panel_bytes + 1) + 1;
-    if (p.panel_step > b->panels) p.panel_step = b->panels;
-    size_t panel_tasks = (b->panels + p.panel_step - 1) / p.panel_step;
-    size_t row_tasks = (wanted + panel_tasks - 1) / panel_tasks;
-    size_t groups = (M + tile_rows - 1) / tile_rows;
-    p.row_step = (groups + row_tasks - 1) / row_tasks * tile_rows;
-    row_tasks = (M + p.row_step - 1) / p.row_step;
+    p.row_step = rows_at_once(b->K);
+    size_t row_tasks = (M + p.row_step - 1) / p.row_step;
+    size_t panel_tasks = (wanted + row_tasks - 1) / row_tasks;
+    p.panel_step = (b->panels + panel_tasks - 1) / panel_tasks;
+    panel_tasks = (b->panels + p.panel_step - 1) / p.panel_step;
     p.buffer = new_array((size_t)thread_count() * row_buffer_size(b->K), sizeof *p.buffer);
     if (!p.buffer) return SC_FAILED;
     int status = parallel_for(row_tasks * panel_tasks, product_task, &p);
@@ -2986,10 +3134,10 @@ static int head_task(void *context, size_t task) {
                            .c_stride = pass->normed_stride };
     pack_panels(&keys, 0, keys.panels, k, 1, stride);
     pack_panels(&values, 0, values.panels, v, stride, 1);
-    product_rows(q, stride, T, &keys, 0, keys.panels, &to_scores, buffer);
+    product_rows(q, stride, NULL, T, &keys, 0, keys.panels, &to_scores, buffer);
     for (size_t t = 0; t < T; t++)
         kernels->softmax(scores + t * padded(T), T, 1.0f / sqrtf((float)d));
-    product_rows(scores, padded(T), T, &values, 0, values.panels, &to_out, buffer);
+    product_rows(scores, padded(T), NULL, T, &values, 0, values.panels, &to_out, buffer);
     return SC_OK;
 }
 
@@ -3632,7 +3780,6 @@ typedef struct {
     size_t *start;                   /* [n + 1], where latent j's codes begin */
     uint8_t *token;                  /* [start[n]], ascending within a latent */
     float *value;                    /* [start[n]] */
-    size_t capacity;
 } tile_codes;
 
 /* Visits the tokens where a latent of a tile fires, in order: token is within the tile, value its
@@ -3672,7 +3819,7 @@ typedef struct {
 
 /* What a worker needs for a tile; the arrays lie in the batch's scratch. */
 typedef struct {
-    float *h;                        /* [MAX_ROWS][TILE_TOKENS] */
+    float *h;                        /* [rows_at_once(D)][TILE_TOKENS] */
     float *buffer;                   /* for load_rows */
     float *dense;                    /* [TILE_TOKENS][CHAIN], a block's codes in full */
     packed_matrix weights;           /* [CHAIN, D], a block of W_dec */
@@ -3686,7 +3833,7 @@ static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory) 
     size_t deepest = sae->d_in > CHAIN ? sae->d_in : CHAIN, columns = (size_t)kernels->columns;
     s->weights = (packed_matrix){ .K = CHAIN, .N = sae->d_in, .panels = panels_of(sae->d_in) };
     const array_spec arrays[] = {
-        ARRAY(s->h, MAX_ROWS, TILE_TOKENS), ARRAY(s->buffer, row_buffer_size(deepest), 1),
+        ARRAY(s->h, rows_at_once(sae->d_in), TILE_TOKENS), ARRAY(s->buffer, row_buffer_size(deepest), 1),
         ARRAY(s->dense, TILE_TOKENS, CHAIN), ARRAY(s->sum, sae->stride, 1),
         ARRAY(s->weights.data, s->weights.panels * columns, CHAIN),
         ARRAY(s->heap, sae->topk ? sae->k : 0, TILE_TOKENS), ARRAY(s->limit, TILE_TOKENS, 1) };
@@ -3729,36 +3876,45 @@ static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
         ARRAY(batch->active, room, 1), ARRAY(batch->tile, tiles, 1), ARRAY(starts, n + 1, tiles),
         ARRAY(batch->scratch, (size_t)thread_count(), batch->scratch_bytes) };
     SC_TRY(new_arrays(&batch->memory, arrays, COUNT(arrays)));
-    for (size_t i = 0; i < tiles; i++) batch->tile[i].start = starts + i * (n + 1);
+    for (size_t i = 0; i < tiles; i++) {                     /* codes: as many as there can be */
+        size_t most = sae->topk ? sae->k : n;
+        batch->tile[i].start = starts + i * (n + 1);
+        batch->tile[i].token = reserve_array(most, TILE_TOKENS * sizeof(uint8_t));
+        batch->tile[i].value = reserve_array(most, TILE_TOKENS * sizeof(float));
+        if (!batch->tile[i].token || !batch->tile[i].value) return SC_FAILED;
+    }
     return SC_OK;
 }
 
-/* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of some latents on panels first .. last - 1. latent:
- * [count]; rows of h are h_stride long; what lies past the last token is not meant for anyone. */
-static void pre_activations(const sae_batch *batch, const size_t *latent, size_t count,
+/* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of latents j .. j + count - 1 on panels first .. last - 1,
+ * or of those that `latent` lists (j 0). latent: [count] or NULL; rows of h are h_stride long, and
+ * what lies past the last token is not meant for anyone. */
+static void pre_activations(const sae_batch *batch, size_t j, const size_t *latent, size_t count,
                             size_t first, size_t last, float *h, size_t h_stride, float *buffer) {
     const sc_sae *sae = batch->sae;
-    size_t columns = (size_t)kernels->columns, D = sae->d_in;
-    float tile[MAX_ROWS * MAX_COLUMNS];
-    load_rows(buffer, sae->W_enc, sae->stride, latent, count, D);
-    for (size_t panel = first; panel < last; panel++) {
-        kernels->tile(D, buffer, batch->panels.data + panel * D * columns, tile);
-        for (size_t i = 0; i < count; i++) {
-            float *out = h + i * h_stride + (panel - first) * columns, b = sae->b_enc[latent[i]];
-            for (size_t c = 0; c < columns; c++) out[c] = tile[i * columns + c] + b + 0.0f;
-        }
-    }
+    packed_matrix panels = batch->panels;
+    tile_target to = { .c = h, .c_stride = h_stride, .row_bias = sae->b_enc + j };
+    panels.data += first * (size_t)kernels->columns * panels.K;
+    panels.panels = last - first;
+    panels.N = panels.panels * (size_t)kernels->columns;
+    product_rows(sae->W_enc + j * sae->stride, sae->stride, latent, count, &panels, 0,
+                 panels.panels, &to, buffer);
 }
 
-/* Room for `more` codes behind the first `used`. */
-static int reserve_codes(tile_codes *tile, size_t used, size_t more) {
-    size_t values = tile->capacity, tokens = tile->capacity;
-    while (tile->capacity < used + more) {
-        SC_TRY(grow(&tile->value, &values, tile->capacity, sizeof *tile->value));
-        SC_TRY(grow(&tile->token, &tokens, tile->capacity, sizeof *tile->token));
-        tile->capacity = values;
+/* Appends latent j's codes to a tile's, of which there are `used`; returns how many there are now.
+ * h: [TILE_TOKENS] */
+static size_t append_codes(tile_codes *tile, size_t used, const float *h, const float *limit) {
+    uint64_t mask[TILE_TOKENS / MASK_BITS];
+    kernels->find_above(h, limit, TILE_TOKENS, mask);
+    for (size_t first = 0; first < tile->tokens; first += MASK_BITS) {
+        size_t end = first + MASK_BITS < tile->tokens ? first + MASK_BITS : tile->tokens;
+        for (size_t t = first; mask[first / MASK_BITS] && t < end; t++) {
+            tile->token[used] = (uint8_t)t;                  /* stays if h > 0 */
+            tile->value[used] = h[t];
+            used += h[t] > 0;
+        }
     }
-    return SC_OK;
+    return used;
 }
 
 /* TopK: a token's k best are a heap of numbers that sort: positive floats order as their bits do,
@@ -3797,13 +3953,12 @@ static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t
 }
 
 /* The k best of each token become the tile's codes, ordered by counting. */
-static int select_codes(const sc_sae *sae, tile_codes *tile, const tile_scratch *s) {
+static void select_codes(const sc_sae *sae, tile_codes *tile, const tile_scratch *s) {
     size_t n = sae->d_sae, k = sae->k, *start = tile->start;
     memset(start, 0, (n + 1) * sizeof *start);
     for (size_t i = 0; i < tile->tokens * k; i++)
         if (s->heap[i]) start[candidate_latent(s->heap[i]) + 1]++;
     for (size_t j = 0; j < n; j++) start[j + 1] += start[j];
-    SC_TRY(reserve_codes(tile, 0, start[n]));
     for (size_t i = 0; i < tile->tokens * k; i++) {          /* moves each start to its end, */
         if (!s->heap[i]) continue;
         size_t at = start[candidate_latent(s->heap[i])]++;
@@ -3812,36 +3967,26 @@ static int select_codes(const sc_sae *sae, tile_codes *tile, const tile_scratch 
     }
     memmove(start + 1, start, n * sizeof *start);            /* which is where the next begins */
     start[0] = 0;
-    return SC_OK;
 }
 
 /* f of a tile's tokens, all latents. */
-static int encode_tile(const sae_batch *batch, tile_codes *tile, tile_scratch *s) {
+static void encode_tile(const sae_batch *batch, tile_codes *tile, tile_scratch *s) {
     const sc_sae *sae = batch->sae;
-    size_t columns = (size_t)kernels->columns, rows = (size_t)kernels->rows, used = 0;
-    size_t first = tile->first / columns, last = first + panels_of(tile->tokens), latent[MAX_ROWS];
+    size_t columns = (size_t)kernels->columns, rows = rows_at_once(sae->d_in), used = 0;
+    size_t first = tile->first / columns, last = first + panels_of(tile->tokens);
     if (sae->topk) memset(s->heap, 0, TILE_TOKENS * sae->k * sizeof *s->heap);
     memset(s->limit, 0, TILE_TOKENS * sizeof *s->limit);
     for (size_t group = 0; group < sae->d_sae; group += rows) {
         size_t count = sae->d_sae - group < rows ? sae->d_sae - group : rows;
-        for (size_t i = 0; i < count; i++) latent[i] = group + i;
-        pre_activations(batch, latent, count, first, last, s->h, TILE_TOKENS, s->buffer);
-        if (!sae->topk) SC_TRY(reserve_codes(tile, used, count * TILE_TOKENS));
+        pre_activations(batch, group, NULL, count, first, last, s->h, TILE_TOKENS, s->buffer);
         for (size_t i = 0; i < count; i++) {
-            const float *h = s->h + i * TILE_TOKENS;
             tile->start[group + i] = used;
-            if (sae->topk) offer_candidates(sae, group + i, h, tile->tokens, s);
-            uint8_t *token = tile->token;
-            float *value = tile->value;
-            for (size_t t = 0, T = sae->topk ? 0 : tile->tokens; t < T; t++) {
-                token[used] = (uint8_t)t;
-                value[used] = h[t];
-                used += h[t] > 0;
-            }
+            if (sae->topk) offer_candidates(sae, group + i, s->h + i * TILE_TOKENS, tile->tokens, s);
+            else used = append_codes(tile, used, s->h + i * TILE_TOKENS, s->limit);
         }
     }
     tile->start[sae->d_sae] = used;
-    return sae->topk ? select_codes(sae, tile, s) : SC_OK;
+    if (sae->topk) select_codes(sae, tile, s);
 }
 
 /* --------------------------------------------------------------------------------------------
@@ -3854,25 +3999,21 @@ enum { DENSE_SHARE = 8 };            /* in full where more than one code in 8 is
 /* out[t] += token t's chain over the block's latents that fire. The codes are first sorted by
  * token, by counting, which keeps their order. out: [tokens, stride] */
 static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t block, size_t latents,
-                          float *out, float *sum) {
+                          float *out) {
     size_t place[TILE_TOKENS + 1] = { 0 }, stride = sae->stride;
     float value[TILE_TOKENS * CHAIN / DENSE_SHARE];
-    uint8_t latent[TILE_TOKENS * CHAIN / DENSE_SHARE];
+    uint32_t latent[TILE_TOKENS * CHAIN / DENSE_SHARE];
     for (size_t i = tile->start[block]; i < tile->start[block + latents]; i++)
         place[tile->token[i] + 1]++;
     for (size_t t = 0; t < tile->tokens; t++) place[t + 1] += place[t];
     for (size_t j = 0; j < latents; j++)
         for (code_walk w = walk_codes(tile, block + j); next_code(&w); place[w.token]++) {
             value[place[w.token]] = w.value;
-            latent[place[w.token]] = (uint8_t)j;
+            latent[place[w.token]] = (uint32_t)j;
         }
-    for (size_t t = 0, i = 0; t < tile->tokens; t++) {       /* each place is now its token's end */
-        if (i == place[t]) continue;
-        memset(sum, 0, stride * sizeof *sum);
-        for (; i < place[t]; i++)
-            kernels->add_scaled(value[i], sae->W_dec + (block + latent[i]) * stride, sum, stride);
-        kernels->add_scaled(1.0f, sum, out + t * stride, stride);
-    }
+    for (size_t t = 0, i = 0; t < tile->tokens; i = place[t++])   /* a place is now its token's end */
+        kernels->add_chain(value + i, latent + i, place[t] - i, sae->W_dec + block * stride,
+                           out + t * stride, stride);
 }
 
 /* The same as a product over all the block's latents. */
@@ -3883,7 +4024,7 @@ static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t 
     s->weights.K = latents;
     pack_panels(&s->weights, 0, s->weights.panels, sae->W_dec + block * sae->stride, sae->stride,
                 1);
-    product_rows(s->dense, CHAIN, tokens, &s->weights, 0, s->weights.panels, &to, s->buffer);
+    product_rows(s->dense, CHAIN, NULL, tokens, &s->weights, 0, s->weights.panels, &to, s->buffer);
 }
 
 static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
@@ -3894,7 +4035,7 @@ static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scr
         size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
         size_t active = tile->start[block + latents] - tile->start[block];
         if (active * DENSE_SHARE <= tile->tokens * latents) {
-            decode_sparse(sae, tile, block, latents, out, s->sum);
+            decode_sparse(sae, tile, block, latents, out);
             continue;
         }
         memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
@@ -3940,7 +4081,7 @@ static int tile_task(void *context, size_t task) {
     sae_batch *batch = context;
     tile_codes *tile = &batch->tile[task];
     tile_scratch s = worker_scratch(batch);
-    SC_TRY(encode_tile(batch, tile, &s));
+    encode_tile(batch, tile, &s);
     if (batch->reconstruct) decode_tile(batch, tile, &s);
     measure_tile(batch, tile, &s);
     return SC_OK;
@@ -4022,27 +4163,26 @@ typedef struct {
     memory_list memory;
 } trainer;
 
-/* One worker's memory for a group of latents in the backward pass. R: the kernel's rows; Tp: T
- * padded to whole panels. */
+/* One worker's memory for a group of latents in the backward pass. R: rows_at_once(T); Tp: T padded
+ * to whole panels. */
 typedef struct {
     float *f, *dh, *e;                       /* [R, Tp], e = exp(h) of dead latents */
     uint32_t *token;                         /* [T], where a latent fires */
     float *code_f, *code_dh;                 /* [T], its f and dh there */
     float *dW_enc, *dW_dec, *extra;          /* [R, stride] */
-    float *chain;                            /* [2, stride] */
     float *buffer;                           /* for load_rows */
 } backward_scratch;
 
 static size_t padded_tokens(const trainer *t) { return padded(t->batch.room) + MAX_COLUMNS; }
 
 static size_t lay_out_backward(backward_scratch *s, const trainer *t, void *memory) {
-    size_t R = (size_t)kernels->rows, T = padded_tokens(t), stride = t->sae.stride;
+    size_t R = rows_at_once(t->batch.room), T = padded_tokens(t), stride = t->sae.stride;
     size_t deepest = T > stride ? T : stride;        /* of a product: over tokens, or W_enc^T x */
     const array_spec arrays[] = {
         ARRAY(s->f, T, R), ARRAY(s->dh, T, R), ARRAY(s->e, t->options.ghost ? T : 0, R),
         ARRAY(s->token, T, 1), ARRAY(s->code_f, T, 1), ARRAY(s->code_dh, T, 1),
         ARRAY(s->dW_enc, R, stride), ARRAY(s->dW_dec, R, stride), ARRAY(s->extra, R, stride),
-        ARRAY(s->chain, 2, stride), ARRAY(s->buffer, row_buffer_size(deepest), 1) };
+        ARRAY(s->buffer, row_buffer_size(deepest), 1) };
     return lay_out(arrays, COUNT(arrays), memory);
 }
 
@@ -4089,7 +4229,7 @@ static int unit_task(void *context, size_t block) {
 /* W_dec^T exp(h) over the dead latents, for a tile. */
 static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s) {
     const sc_sae *sae = &t->sae;
-    size_t columns = (size_t)kernels->columns, rows = (size_t)kernels->rows;
+    size_t columns = (size_t)kernels->columns, rows = rows_at_once(sae->d_in);
     size_t first = tile->first / columns, last = first + panels_of(tile->tokens);
     float *out = t->ghost + tile->first * sae->stride;
     memset(out, 0, tile->tokens * sae->stride * sizeof *out);
@@ -4103,8 +4243,8 @@ static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s) {
         for (size_t i = 0; i < count; i++) {
             float *h = s->h + i % rows * TILE_TOKENS;
             if (i % rows == 0)
-                pre_activations(&t->batch, dead + i, count - i < rows ? count - i : rows, first,
-                                last, s->h, TILE_TOKENS, s->buffer);
+                pre_activations(&t->batch, 0, dead + i, count - i < rows ? count - i : rows,
+                                first, last, s->h, TILE_TOKENS, s->buffer);
             kernels->exponentials(h, tile->tokens);
             for (size_t k = 0; k < tile->tokens; k++) s->dense[k * CHAIN + dead[i] - block] = h[k];
         }
@@ -4178,11 +4318,16 @@ static double sum_by_blocks(const uint32_t *token, const float *dh, size_t count
     return sum;
 }
 
+/* Of the L1 loss with respect to any f above 0. */
+static float l1_gradient(const trainer *t) {
+    return t->sae.topk ? 0 : (float)(t->options.l1 / (double)t->batch.T);
+}
+
 /* Where latent j fires: the tokens in order, f and dh there. Returns how many they are. */
 static size_t gather_codes(const trainer *t, size_t j, backward_scratch *s) {
     const sae_batch *batch = &t->batch;
     const sc_sae *sae = &t->sae;
-    float l1 = sae->topk ? 0 : (float)(t->options.l1 / (double)batch->T);
+    float l1 = l1_gradient(t);
     size_t count = 0;
     for (size_t i = 0; i < batch->tiles; i++)
         for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w); count++) {
@@ -4198,33 +4343,28 @@ static size_t gather_codes(const trainer *t, size_t j, backward_scratch *s) {
 /* Gradients of latents j .. j + count - 1 from where they fire: a chain for every 256 tokens. */
 static void sparse_gradients(trainer *t, size_t j, size_t count, backward_scratch *s) {
     size_t stride = t->sae.stride;
-    float *dec_chain = s->chain, *enc_chain = s->chain + stride;
     memset(s->dW_dec, 0, count * stride * sizeof *s->dW_dec);
     memset(s->dW_enc, 0, count * stride * sizeof *s->dW_enc);
     for (size_t i = 0; i < count; i++) {
-        size_t terms = gather_codes(t, j + i, s);
-        for (size_t k = 0; k < terms;) {
+        size_t codes = gather_codes(t, j + i, s);
+        for (size_t k = 0, next; k < codes; k = next) {
             size_t end = (s->token[k] / CHAIN + 1) * CHAIN;
-            memset(s->chain, 0, 2 * stride * sizeof *s->chain);
-            for (; k < terms && s->token[k] < end; k++) {
-                size_t row = s->token[k] * stride;
-                kernels->add_scaled(s->code_f[k], t->batch.output + row, dec_chain, stride);
-                kernels->add_scaled(s->code_dh[k], t->batch.centred + row, enc_chain, stride);
-            }
-            kernels->add_scaled(1.0f, dec_chain, s->dW_dec + i * stride, stride);
-            kernels->add_scaled(1.0f, enc_chain, s->dW_enc + i * stride, stride);
+            for (next = k; next < codes && s->token[next] < end;) next++;
+            kernels->add_chain(s->code_f + k, s->token + k, next - k, t->batch.output,
+                               s->dW_dec + i * stride, stride);
+            kernels->add_chain(s->code_dh + k, s->token + k, next - k, t->batch.centred,
+                               s->dW_enc + i * stride, stride);
         }
-        t->db_enc[j + i] = (float)sum_by_blocks(s->token, s->code_dh, terms);
+        t->db_enc[j + i] = (float)sum_by_blocks(s->token, s->code_dh, codes);
     }
 }
 
 /* What the ghost loss adds to dW_dec, and to dh of the dead among latents j .. j + count - 1. */
 static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_scratch *s) {
     const sae_batch *batch = &t->batch;
-    size_t row = padded_tokens(t), stride = t->sae.stride, latent[MAX_ROWS];
+    size_t row = padded_tokens(t), stride = t->sae.stride;
     tile_target to = { .c = s->extra, .c_stride = stride };
-    for (size_t i = 0; i < count; i++) latent[i] = j + i;
-    pre_activations(batch, latent, count, 0, batch->panels.panels, s->e, row, s->buffer);
+    pre_activations(batch, j, NULL, count, 0, batch->panels.panels, s->e, row, s->buffer);
     for (size_t i = 0; i < count; i++) {
         float *e = s->e + i * row;
         if (is_dead(t, j + i)) kernels->exponentials(e, batch->T);
@@ -4233,8 +4373,23 @@ static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_s
             s->dh[i * row + k] += e[k] * kernels->dot(t->sae.W_dec + (j + i) * stride,
                                                       t->ghost + k * stride, stride);
     }
-    product_rows(s->e, row, count, &t->ghost_rows, 0, t->ghost_rows.panels, &to, s->buffer);
+    product_rows(s->e, row, NULL, count, &t->ghost_rows, 0, t->ghost_rows.panels, &to, s->buffer);
     for (size_t e = 0; e < count * stride; e++) s->dW_dec[e] += s->extra[e];
+}
+
+/* f and dh of latent j over all tokens: dh, which holds df, keeps it where the latent fires.
+ * f, dh: [T] */
+static void spread_codes(const trainer *t, size_t j, float *f, float *dh) {
+    const sae_batch *batch = &t->batch;
+    float l1 = l1_gradient(t);
+    size_t at = 0;
+    for (size_t i = 0; i < batch->tiles; i++)
+        for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w); at++) {
+            for (; at < batch->tile[i].first + w.token; at++) f[at] = dh[at] = 0;
+            f[at] = w.value;
+            dh[at] += l1;
+        }
+    for (; at < batch->T; at++) f[at] = dh[at] = 0;
 }
 
 /* The same gradients as products over all tokens; also where dead latents take part. */
@@ -4242,23 +4397,17 @@ static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, back
     size_t row = padded_tokens(t), stride = t->sae.stride;
     tile_target to_dec = { .c = s->dW_dec, .c_stride = stride };
     tile_target to_enc = { .c = s->dW_enc, .c_stride = stride };
-    memset(s->f, 0, count * row * sizeof *s->f);
-    memset(s->dh, 0, count * row * sizeof *s->dh);
-    for (size_t i = 0; i < count; i++) {
-        size_t terms = gather_codes(t, j + i, s);
-        for (size_t k = 0; k < terms; k++) {
-            s->f[i * row + s->token[k]] = s->code_f[k];
-            s->dh[i * row + s->token[k]] = s->code_dh[k];
-        }
-    }
-    product_rows(s->f, row, count, &t->g_rows, 0, t->g_rows.panels, &to_dec, s->buffer);
+    kernels->dot_table(t->sae.W_dec + j * stride, count, t->batch.output, t->batch.T, stride, s->dh,
+                       row);
+    for (size_t i = 0; i < count; i++) spread_codes(t, j + i, s->f + i * row, s->dh + i * row);
+    product_rows(s->f, row, NULL, count, &t->g_rows, 0, t->g_rows.panels, &to_dec, s->buffer);
     if (ghosts) ghost_gradients(t, j, count, s);
-    product_rows(s->dh, row, count, &t->x_rows, 0, t->x_rows.panels, &to_enc, s->buffer);
+    product_rows(s->dh, row, NULL, count, &t->x_rows, 0, t->x_rows.panels, &to_enc, s->buffer);
     for (size_t i = 0; i < count; i++)
         t->db_enc[j + i] = (float)sum_by_blocks(NULL, s->dh + i * row, t->batch.T);
 }
 
-/* Gradients and Adam for a group of latents, at most a tile's rows. */
+/* Gradients and Adam for a group of latents. */
 static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, backward_scratch *s)
 {
     const sc_sae *sae = &t->sae;
@@ -4284,7 +4433,7 @@ static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, 
 
 static int update_task(void *context, size_t block) {
     trainer *t = context;
-    size_t rows = (size_t)kernels->rows, end = (block + 1) * CHAIN;
+    size_t rows = rows_at_once(t->batch.room), end = (block + 1) * CHAIN;
     float *W_enc_db = t->W_enc_db + block * t->sae.stride;
     backward_scratch s;
     lay_out_backward(&s, t, t->scratch + worker * t->scratch_bytes);
