@@ -468,19 +468,19 @@ static inline float fma32(float a, float b, float c) {
 #endif
 }
 
-/* Joins 16 partial sums. p: [16], overwritten. */
-static inline float join(float *p) {
-    for (int i = 0; i < 8; i++) p[i] += p[i + 8];
-    for (int i = 0; i < 4; i++) p[i] += p[i + 4];
-    for (int i = 0; i < 2; i++) p[i] += p[i + 2];
-    return p[0] + p[1];
+/* Joins 16 partial sums, or the rest where that has begun: n 8, 4, 2 or 1. p: [n], overwritten. */
+static inline float join(float *p, int n) {
+    for (int i = 0; n > 8 && i < 8; i++) p[i] += p[i + 8];
+    for (int i = 0; n > 4 && i < 4; i++) p[i] += p[i + 4];
+    for (int i = 0; n > 2 && i < 2; i++) p[i] += p[i + 2];
+    return n > 1 ? p[0] + p[1] : p[0];
 }
 
 /* sum_e a[e] b[e]: element e goes to partial sum e mod 16. a, b: [n] */
 float sc_dot_plain(const float *a, const float *b, size_t n) {
     float p[PARTIALS] = { 0 };
     for (size_t e = 0; e < n; e++) p[e % PARTIALS] = fma32(a[e], b[e], p[e % PARTIALS]);
-    return join(p);
+    return join(p, PARTIALS);
 }
 
 /* c = a b + bias + residual. a: [M, K]; b: [K, N]; bias: [N] and residual: [M, N], or NULL;
@@ -758,17 +758,25 @@ SC_TARGET static void KERNEL(finish)(const float *sum, size_t rows, size_t colum
     }
 }
 
+/* Joins 16 partial sums in vectors, which are overwritten. */
+SC_TARGET static SC_INLINE float KERNEL(join)(SC_V *partial) {
+    float p[SC_LANES];
+    SC_UNROLL for (int half = PARTIALS / SC_LANES / 2; half > 0; half /= 2)
+        SC_UNROLL for (int v = 0; v < half; v++)
+            partial[v] = SC_ADD(partial[v], partial[v + half]);
+    SC_STORE(p, partial[0]);
+    return join(p, SC_LANES);
+}
+
 /* sum_e a[e] b[e] by 16 partial sums. a, b: [n], n a multiple of 16 */
 SC_TARGET static float KERNEL(dot)(const float *a, const float *b, size_t n) {
     SC_V partial[PARTIALS / SC_LANES];
-    float p[PARTIALS];
     SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++) partial[v] = SC_SET(0.0f);
     for (size_t e = 0; e < n; e += PARTIALS)
         SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++)
             partial[v] = SC_FMA(SC_LOAD(a + e + v * SC_LANES), SC_LOAD(b + e + v * SC_LANES),
                                 partial[v]);
-    SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++) SC_STORE(p + v * SC_LANES, partial[v]);
-    return join(p);
+    return KERNEL(join)(partial);
 }
 
 /* out[i] = the dot product of a with row index[i]: four at a time, so that the sums overlap.
@@ -779,7 +787,6 @@ SC_TARGET static void KERNEL(dots)(const float *a, size_t n, const float *rows, 
     size_t i = 0;
     for (; i + TOGETHER <= count; i += TOGETHER) {
         SC_V partial[TOGETHER][PARTIALS / SC_LANES];
-        float p[PARTIALS];
         SC_UNROLL for (int r = 0; r < TOGETHER; r++)
             SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++) partial[r][v] = SC_SET(0.0f);
         for (size_t e = 0; e < n; e += PARTIALS)
@@ -790,11 +797,7 @@ SC_TARGET static void KERNEL(dots)(const float *a, size_t n, const float *rows, 
                         factor, SC_LOAD(rows + index[i + r] * stride + e + v * SC_LANES),
                         partial[r][v]);
             }
-        SC_UNROLL for (int r = 0; r < TOGETHER; r++) {
-            SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++)
-                SC_STORE(p + v * SC_LANES, partial[r][v]);
-            out[i + r] = join(p);
-        }
+        SC_UNROLL for (int r = 0; r < TOGETHER; r++) out[i + r] = KERNEL(join)(partial[r]);
     }
     for (; i < count; i++) out[i] = KERNEL(dot)(a, rows + index[i] * stride, n);
 }
@@ -805,7 +808,6 @@ SC_TARGET static SC_INLINE void KERNEL(dot_tile)(const float *a, const float *b,
                                                  float *out, size_t out_stride) {
     enum { VECTORS = PARTIALS / SC_LANES };
     SC_V partial[SC_DOT_ROWS][SC_DOT_COLUMNS][VECTORS];
-    float p[PARTIALS];
     SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++)
         SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
             SC_UNROLL for (int v = 0; v < VECTORS; v++) partial[i][j][v] = SC_SET(0.0f);
@@ -816,16 +818,14 @@ SC_TARGET static SC_INLINE void KERNEL(dot_tile)(const float *a, const float *b,
                 x[j] = SC_LOAD(b + j * n + e + v * SC_LANES);
             SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++) {
                 SC_V y = SC_LOAD(a + i * n + e + v * SC_LANES);
+                SC_KEEP(y);
                 SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
                     partial[i][j][v] = SC_FMA(y, x[j], partial[i][j][v]);
             }
         }
     SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++)
-        SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++) {
-            SC_UNROLL for (int v = 0; v < VECTORS; v++)
-                SC_STORE(p + v * SC_LANES, partial[i][j][v]);
-            out[i * out_stride + j] = join(p);
-        }
+        SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
+            out[i * out_stride + j] = KERNEL(join)(partial[i][j]);
 }
 
 /* The same for any number of rows; some rows of b stay in the first-level cache while all of a's
@@ -886,7 +886,7 @@ SC_TARGET static float KERNEL(row_sum)(const float *row, size_t n) {
     for (size_t e = 0; e < whole; e += PARTIALS)
         for (int i = 0; i < PARTIALS; i++) p[i] += row[e + i];
     for (size_t e = whole; e < n; e++) p[e - whole] += row[e];
-    return join(p);
+    return join(p, PARTIALS);
 }
 
 /* out = (x - mean) / sqrt(variance + epsilon) * weight + bias (Ba, Kiros and Hinton, 2016).
@@ -999,6 +999,7 @@ static const kernel_set KERNEL(kernels) = {
 #define SC_ADD PASTE(ADD, SC_ISA)
 #define SC_FMA PASTE(FMA, SC_ISA)
 #define SC_ABOVE PASTE(ABOVE, SC_ISA)            /* bit i: p[i] > q[i] */
+#define SC_KEEP PASTE(KEEP, SC_ISA)              /* in a register: not to be loaded again */
 
 /* Plain C: a vector of one. */
 #define TILE_ROWS_scalar 4
@@ -1016,6 +1017,7 @@ static const kernel_set KERNEL(kernels) = {
 #define ADD_scalar(a, b) ((a) + (b))
 #define FMA_scalar(a, b, c) fma32(a, b, c)
 #define ABOVE_scalar(p, q) (*(p) > *(q))
+#define KEEP_scalar(v) (void)(v)
 #define SC_ISA scalar
 #include "saeclip.c"
 #undef SC_ISA
@@ -1041,6 +1043,7 @@ static const kernel_set KERNEL(kernels) = {
 #define ABOVE_avx2(p, q)                                                                           \
     (unsigned)_mm256_movemask_ps(                                                                  \
         _mm256_cmp_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(q), _CMP_GT_OQ))
+#define KEEP_avx2(v) __asm__("" : "+x"(v))
 #define SC_ISA avx2
 #include "saeclip.c"
 #undef SC_ISA
@@ -1061,6 +1064,7 @@ static const kernel_set KERNEL(kernels) = {
 #define FMA_avx512(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define ABOVE_avx512(p, q)                                                                         \
     (unsigned)_mm512_cmp_ps_mask(_mm512_loadu_ps(p), _mm512_loadu_ps(q), _CMP_GT_OQ)
+#define KEEP_avx512(v) __asm__("" : "+v"(v))
 #define SC_ISA avx512
 #include "saeclip.c"
 #undef SC_ISA
@@ -1092,6 +1096,7 @@ static int has_avx512(void) {
 #define ADD_neon(a, b) vaddq_f32(a, b)
 #define FMA_neon(a, b, c) vfmaq_f32(c, a, b)
 #define ABOVE_neon(p, q) (*(p) > *(q))
+#define KEEP_neon(v) __asm__("" : "+w"(v))
 #define SC_ISA neon
 #include "saeclip.c"
 #undef SC_ISA
@@ -3773,7 +3778,10 @@ static int write_sae(sc_writer *writer, const sc_sae *sae) {
  * Sparse codes: latent by latent, the tokens of a tile where it fires, and its activations there.
  * -------------------------------------------------------------------------------------------- */
 
-enum { TILE_TOKENS = 256 };          /* a token of a tile is a byte */
+enum {
+    TILE_TOKENS = 256,               /* a token of a tile is a byte */
+    TILES_A_TASK = 4                 /* at most */
+};
 
 typedef struct {
     size_t first, tokens;            /* where the tile begins in the batch, how long it is */
@@ -3811,7 +3819,7 @@ typedef struct {
     double *sum_f;                   /* [T], sum of f */
     double *active;                  /* [T], latents that fire */
     tile_codes *tile;                /* [tiles] */
-    size_t tiles, tile_room;
+    size_t tiles, tiles_a_task, tile_room;
     unsigned char *scratch;          /* [workers][scratch_bytes] */
     size_t scratch_bytes;
     memory_list memory;
@@ -3824,8 +3832,8 @@ typedef struct {
     float *dense;                    /* [TILE_TOKENS][CHAIN], a block's codes in full */
     packed_matrix weights;           /* [CHAIN, D], a block of W_dec */
     float *sum;                      /* [stride] */
-    uint64_t *heap;                  /* [TILE_TOKENS][k], TopK's best so far */
-    float *limit;                    /* [TILE_TOKENS], what a candidate must exceed */
+    uint64_t *heap;                  /* [TILES_A_TASK][TILE_TOKENS][k], TopK's best so far */
+    float *limit;                    /* [TILES_A_TASK][TILE_TOKENS], what a candidate must exceed */
 } tile_scratch;
 
 /* Lays a worker's arrays out in `memory`, or only measures them where that is NULL. */
@@ -3836,7 +3844,8 @@ static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory) 
         ARRAY(s->h, rows_at_once(sae->d_in), TILE_TOKENS), ARRAY(s->buffer, row_buffer_size(deepest), 1),
         ARRAY(s->dense, TILE_TOKENS, CHAIN), ARRAY(s->sum, sae->stride, 1),
         ARRAY(s->weights.data, s->weights.panels * columns, CHAIN),
-        ARRAY(s->heap, sae->topk ? sae->k : 0, TILE_TOKENS), ARRAY(s->limit, TILE_TOKENS, 1) };
+        ARRAY(s->heap, sae->topk ? sae->k : 0, TILES_A_TASK * TILE_TOKENS),
+        ARRAY(s->limit, TILES_A_TASK, TILE_TOKENS) };
     return lay_out(arrays, COUNT(arrays), memory);
 }
 
@@ -3855,20 +3864,32 @@ static void free_batch(sae_batch *batch) {
     *batch = (sae_batch){ 0 };
 }
 
-/* How many tiles T tokens are cut into: as many for each thread, none longer than 256. */
-static size_t tile_count(size_t T) {
-    size_t share = (size_t)thread_count() * (TILE_TOKENS / (size_t)kernels->columns);
-    return (size_t)thread_count() * ((panels_of(T) + share - 1) / share);
+/* Cuts T tokens into tiles of about the same length: as many tasks for each thread, each of as many
+ * tiles. */
+static void cut_tiles(sae_batch *batch, size_t T) {
+    size_t columns = (size_t)kernels->columns, panels = panels_of(T), most = TILE_TOKENS / columns;
+    size_t share = (size_t)thread_count() * TILES_A_TASK * most;
+    size_t tasks = (size_t)thread_count() * ((panels + share - 1) / share);
+    if (tasks > panels) tasks = panels;
+    batch->tiles_a_task = ((panels + tasks - 1) / tasks + most - 1) / most;
+    batch->tiles = tasks * batch->tiles_a_task;
+    for (size_t i = 0; batch->tile && i < batch->tiles; i++) {
+        size_t first = i * panels / batch->tiles * columns;
+        size_t end = (i + 1) * panels / batch->tiles * columns;
+        batch->tile[i].first = first;
+        batch->tile[i].tokens = (end < T ? end : T) - first;
+    }
 }
 
 /* Room for batches of up to `room` tokens. */
 static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
     tile_scratch s;
-    size_t n = sae->d_sae, tiles = tile_count(room), *starts = NULL;
-    size_t columns = panels_of(room) * (size_t)kernels->columns;
-    *batch = (sae_batch){ .sae = sae, .room = room, .reconstruct = 1, .tile_room = tiles,
+    size_t n = sae->d_sae, columns = panels_of(room) * (size_t)kernels->columns, *starts = NULL;
+    *batch = (sae_batch){ .sae = sae, .room = room, .reconstruct = 1,
                           .scratch_bytes = lay_out_scratch(&s, sae, NULL) };
     batch->panels.K = sae->d_in;
+    cut_tiles(batch, room);
+    size_t tiles = batch->tile_room = batch->tiles;
     const array_spec arrays[] = {
         ARRAY(batch->centred, room, sae->stride), ARRAY(batch->output, room, sae->stride),
         ARRAY(batch->panels.data, columns, sae->d_in), ARRAY(batch->norm, room, 1),
@@ -3886,19 +3907,23 @@ static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
     return SC_OK;
 }
 
-/* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of latents j .. j + count - 1 on panels first .. last - 1,
- * or of those that `latent` lists (j 0). latent: [count] or NULL; rows of h are h_stride long, and
- * what lies past the last token is not meant for anyone. */
-static void pre_activations(const sae_batch *batch, size_t j, const size_t *latent, size_t count,
-                            size_t first, size_t last, float *h, size_t h_stride, float *buffer) {
-    const sc_sae *sae = batch->sae;
+/* The panels of a tile's tokens. */
+static packed_matrix tile_panels(const sae_batch *batch, const tile_codes *tile) {
     packed_matrix panels = batch->panels;
-    tile_target to = { .c = h, .c_stride = h_stride, .row_bias = sae->b_enc + j };
-    panels.data += first * (size_t)kernels->columns * panels.K;
-    panels.panels = last - first;
+    panels.data += tile->first * panels.K;
+    panels.panels = panels_of(tile->tokens);
     panels.N = panels.panels * (size_t)kernels->columns;
-    product_rows(sae->W_enc + j * sae->stride, sae->stride, latent, count, &panels, 0,
-                 panels.panels, &to, buffer);
+    return panels;
+}
+
+/* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of latents j .. j + count - 1 on panels of tokens, or of
+ * those that `latent` lists (j 0). latent: [count] or NULL; rows of h are h_stride long, and what lies
+ * past the last token is not meant for anyone. */
+static void pre_activations(const sc_sae *sae, size_t j, const size_t *latent, size_t count,
+                            const packed_matrix *panels, float *h, size_t h_stride, float *buffer) {
+    tile_target to = { .c = h, .c_stride = h_stride, .row_bias = sae->b_enc + j };
+    product_rows(sae->W_enc + j * sae->stride, sae->stride, latent, count, panels, 0,
+                 panels->panels, &to, buffer);
 }
 
 /* Appends latent j's codes to a tile's, of which there are `used`; returns how many there are now.
@@ -3938,55 +3963,69 @@ static void replace_least(uint64_t *heap, size_t k, uint64_t number) {
     heap[place] = number;
 }
 
-/* Takes latent j's pre-activations into the heaps of its tile's tokens. h: [TILE_TOKENS] */
+/* Takes latent j's pre-activations into the heaps of its tile's tokens. h, limit: [TILE_TOKENS];
+ * heap: [TILE_TOKENS][k] */
 static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t tokens,
-                             tile_scratch *s) {
+                             uint64_t *heap, float *limit) {
     uint64_t mask[TILE_TOKENS / MASK_BITS];
-    if (!kernels->find_above(h, s->limit, TILE_TOKENS, mask)) return;
+    if (!kernels->find_above(h, limit, TILE_TOKENS, mask)) return;
     for (size_t t = 0; t < tokens; t++) {
         uint64_t bits = mask[t / MASK_BITS] >> t % MASK_BITS;
         if (bits == 0) t |= MASK_BITS - 1;                   /* on to the mask's next word */
         if (!(bits & 1)) continue;
-        replace_least(s->heap + t * sae->k, sae->k, candidate_of(h[t], j));
-        s->limit[t] = candidate_value(s->heap[t * sae->k]);
+        replace_least(heap + t * sae->k, sae->k, candidate_of(h[t], j));
+        limit[t] = candidate_value(heap[t * sae->k]);
     }
 }
 
-/* The k best of each token become the tile's codes, ordered by counting. */
-static void select_codes(const sc_sae *sae, tile_codes *tile, const tile_scratch *s) {
+/* The k best of each token become the tile's codes, ordered by counting. heap: [TILE_TOKENS][k] */
+static void select_codes(const sc_sae *sae, tile_codes *tile, const uint64_t *heap) {
     size_t n = sae->d_sae, k = sae->k, *start = tile->start;
     memset(start, 0, (n + 1) * sizeof *start);
     for (size_t i = 0; i < tile->tokens * k; i++)
-        if (s->heap[i]) start[candidate_latent(s->heap[i]) + 1]++;
+        if (heap[i]) start[candidate_latent(heap[i]) + 1]++;
     for (size_t j = 0; j < n; j++) start[j + 1] += start[j];
     for (size_t i = 0; i < tile->tokens * k; i++) {          /* moves each start to its end, */
-        if (!s->heap[i]) continue;
-        size_t at = start[candidate_latent(s->heap[i])]++;
+        if (!heap[i]) continue;
+        size_t at = start[candidate_latent(heap[i])]++;
         tile->token[at] = (uint8_t)(i / k);
-        tile->value[at] = candidate_value(s->heap[i]);
+        tile->value[at] = candidate_value(heap[i]);
     }
     memmove(start + 1, start, n * sizeof *start);            /* which is where the next begins */
     start[0] = 0;
 }
 
-/* f of a tile's tokens, all latents. */
-static void encode_tile(const sae_batch *batch, tile_codes *tile, tile_scratch *s) {
+/* f of a task's tiles, all latents; rows of W_enc are loaded once for all of them. */
+static void encode_tiles(const sae_batch *batch, tile_codes *tile, const tile_scratch *s) {
     const sc_sae *sae = batch->sae;
-    size_t columns = (size_t)kernels->columns, rows = rows_at_once(sae->d_in), used = 0;
-    size_t first = tile->first / columns, last = first + panels_of(tile->tokens);
-    if (sae->topk) memset(s->heap, 0, TILE_TOKENS * sae->k * sizeof *s->heap);
-    memset(s->limit, 0, TILE_TOKENS * sizeof *s->limit);
+    size_t D = sae->d_in, rows = rows_at_once(D), tiles = batch->tiles_a_task;
+    size_t heap_size = sae->topk ? TILE_TOKENS * sae->k : 0, used[TILES_A_TASK] = { 0 };
+    tile_target to = { .c = s->h, .c_stride = TILE_TOKENS };
+    memset(s->heap, 0, tiles * heap_size * sizeof *s->heap);
+    memset(s->limit, 0, tiles * TILE_TOKENS * sizeof *s->limit);
     for (size_t group = 0; group < sae->d_sae; group += rows) {
         size_t count = sae->d_sae - group < rows ? sae->d_sae - group : rows;
-        pre_activations(batch, group, NULL, count, first, last, s->h, TILE_TOKENS, s->buffer);
-        for (size_t i = 0; i < count; i++) {
-            tile->start[group + i] = used;
-            if (sae->topk) offer_candidates(sae, group + i, s->h + i * TILE_TOKENS, tile->tokens, s);
-            else used = append_codes(tile, used, s->h + i * TILE_TOKENS, s->limit);
+        load_rows(s->buffer, sae->W_enc + group * sae->stride, sae->stride, NULL, count, D, rows);
+        to.row_bias = sae->b_enc + group;
+        for (size_t i = 0; i < tiles; i++) {
+            packed_matrix panels = tile_panels(batch, &tile[i]);
+            float *limit = s->limit + i * TILE_TOKENS;
+            for (size_t panel = 0; panel < panels.panels; panel++)
+                product_panel(s->buffer, count, rows, &panels, panel, &to);
+            for (size_t r = 0; r < count; r++) {
+                const float *h = s->h + r * TILE_TOKENS;
+                tile[i].start[group + r] = used[i];
+                if (sae->topk)
+                    offer_candidates(sae, group + r, h, tile[i].tokens, s->heap + i * heap_size,
+                                     limit);
+                else used[i] = append_codes(&tile[i], used[i], h, limit);
+            }
         }
     }
-    tile->start[sae->d_sae] = used;
-    if (sae->topk) select_codes(sae, tile, s);
+    for (size_t i = 0; i < tiles; i++) {
+        tile[i].start[sae->d_sae] = used[i];
+        if (sae->topk) select_codes(sae, &tile[i], s->heap + i * heap_size);
+    }
 }
 
 /* --------------------------------------------------------------------------------------------
@@ -4079,30 +4118,24 @@ static int centre_task(void *context, size_t panel) {
 
 static int tile_task(void *context, size_t task) {
     sae_batch *batch = context;
-    tile_codes *tile = &batch->tile[task];
+    tile_codes *tile = &batch->tile[task * batch->tiles_a_task];
     tile_scratch s = worker_scratch(batch);
-    encode_tile(batch, tile, &s);
-    if (batch->reconstruct) decode_tile(batch, tile, &s);
-    measure_tile(batch, tile, &s);
+    encode_tiles(batch, tile, &s);
+    for (size_t i = 0; i < batch->tiles_a_task; i++) {
+        if (batch->reconstruct) decode_tile(batch, &tile[i], &s);
+        measure_tile(batch, &tile[i], &s);
+    }
     return SC_OK;
 }
 
-/* Encodes and decodes T tokens. x: [T, stride] */
+/* Encodes and decodes T tokens, at least 1. x: [T, stride] */
 static int run_sae(sae_batch *batch, const float *x, size_t T) {
-    size_t columns = (size_t)kernels->columns, panels = panels_of(T);
     batch->x = x;
     batch->T = batch->panels.N = T;
-    batch->panels.panels = panels;
-    batch->tiles = tile_count(T);
-    if (batch->tiles > panels) batch->tiles = panels;
-    for (size_t i = 0; i < batch->tiles; i++) {
-        size_t first = i * panels / batch->tiles * columns;
-        size_t end = (i + 1) * panels / batch->tiles * columns;
-        batch->tile[i].first = first;
-        batch->tile[i].tokens = (end < T ? end : T) - first;
-    }
-    SC_TRY(parallel_for(panels, centre_task, batch));
-    return parallel_for(batch->tiles, tile_task, batch);
+    batch->panels.panels = panels_of(T);
+    cut_tiles(batch, T);
+    SC_TRY(parallel_for(batch->panels.panels, centre_task, batch));
+    return parallel_for(batch->tiles / batch->tiles_a_task, tile_task, batch);
 }
 
 /* Sum of n numbers in float64: blocks of 256 in order, then the blocks in order. */
@@ -4229,8 +4262,8 @@ static int unit_task(void *context, size_t block) {
 /* W_dec^T exp(h) over the dead latents, for a tile. */
 static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s) {
     const sc_sae *sae = &t->sae;
-    size_t columns = (size_t)kernels->columns, rows = rows_at_once(sae->d_in);
-    size_t first = tile->first / columns, last = first + panels_of(tile->tokens);
+    size_t rows = rows_at_once(sae->d_in);
+    packed_matrix panels = tile_panels(&t->batch, tile);
     float *out = t->ghost + tile->first * sae->stride;
     memset(out, 0, tile->tokens * sae->stride * sizeof *out);
     for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
@@ -4243,8 +4276,8 @@ static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s) {
         for (size_t i = 0; i < count; i++) {
             float *h = s->h + i % rows * TILE_TOKENS;
             if (i % rows == 0)
-                pre_activations(&t->batch, 0, dead + i, count - i < rows ? count - i : rows,
-                                first, last, s->h, TILE_TOKENS, s->buffer);
+                pre_activations(sae, 0, dead + i, count - i < rows ? count - i : rows, &panels,
+                                s->h, TILE_TOKENS, s->buffer);
             kernels->exponentials(h, tile->tokens);
             for (size_t k = 0; k < tile->tokens; k++) s->dense[k * CHAIN + dead[i] - block] = h[k];
         }
@@ -4364,7 +4397,7 @@ static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_s
     const sae_batch *batch = &t->batch;
     size_t row = padded_tokens(t), stride = t->sae.stride;
     tile_target to = { .c = s->extra, .c_stride = stride };
-    pre_activations(batch, j, NULL, count, 0, batch->panels.panels, s->e, row, s->buffer);
+    pre_activations(&t->sae, j, NULL, count, &batch->panels, s->e, row, s->buffer);
     for (size_t i = 0; i < count; i++) {
         float *e = s->e + i * row;
         if (is_dead(t, j + i)) kernels->exponentials(e, batch->T);
