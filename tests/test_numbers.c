@@ -386,6 +386,72 @@ static void numbers_rows(const char *isa)
     }
 }
 
+/* Tables of dot products and chains over listed rows, at sizes that are no multiple of the kernels' blocks. */
+static void numbers_tables(const char *isa)
+{
+    enum { ROWS = 40, N = 784 };
+    float *a = new_array(ROWS, N * 4), *b = new_array(ROWS, N * 4), out[7 * 50], sum[N], plain[N], factor[9];
+    uint32_t index[9];
+    size_t wrong = 0, strayed = 0, chains = 0;
+    if (!a || !b) need("memory");
+    numbers_fill(a, ROWS * N);
+    numbers_fill(b, ROWS * N);
+    for (size_t n = 16; n <= N; n += n < 64 ? 16 : 240)
+        for (size_t count = 1; count <= 7; count++)
+            for (size_t columns = 1; columns <= 38; columns += 1 + columns / 8) {
+                for (size_t i = 0; i < 7 * 50; i++) out[i] = 12345;
+                kernels->dot_table(a, count, b, columns, n, out, 50);
+                for (size_t i = 0; i < 7 * 50; i++) {
+                    int inside = i / 50 < count && i % 50 < columns;
+                    if (!inside) strayed += out[i] != 12345;
+                    else wrong += bits_of(out[i]) != bits_of(sc_dot_plain(a + i / 50 * n, b + i % 50 * n, n));
+                }
+            }
+    check(wrong == 0 && strayed == 0, "%s: dot_table: %zu wrong, %zu beside it", isa, wrong, strayed);
+    for (size_t n = 16; n <= N; n += 48)
+        for (size_t count = 0; count <= 9; count++) {
+            for (size_t i = 0; i < count; i++) {
+                index[i] = (uint32_t)(random64() % ROWS);
+                factor[i] = numbers_any_float();
+            }
+            numbers_fill(sum, n);
+            for (size_t e = 0; e < n; e++) {
+                float chain = 0;
+                for (size_t i = 0; i < count; i++) chain = fma32(factor[i], b[index[i] * n + e], chain);
+                plain[e] = sum[e] + chain;
+            }
+            kernels->add_chain(factor, index, count, b, sum, n);
+            chains += !numbers_same(sum, plain, n);
+        }
+    check(chains == 0, "%s: %zu chains over rows are not the plain ones", isa, chains);
+    free(a); free(b);
+}
+
+/* Listed rows with a bias each, and so many terms that a buffer holds few rows. */
+static void numbers_listed(const char *isa)
+{
+    enum { K = 4700, N = 37, ROWS = 90, ALL = 120 };
+    float *a = new_array(ALL, K * 4), *b = new_array(K, N * 4), *c = new_array(ROWS, 40 * 4), bias[ALL];
+    float *buffer = new_array(row_buffer_size(K), 4), *plain = new_array(ROWS, N * 4), *rows = new_array(ROWS, K * 4);
+    size_t index[ROWS], wrong = 0;
+    packed_matrix packed;
+    if (!a || !b || !c || !buffer || !plain || !rows || new_packed(&packed, K, N) != SC_OK) need("memory");
+    numbers_fill(a, ALL * K);
+    numbers_fill(b, K * N);
+    numbers_fill(bias, ALL);
+    pack_panels(&packed, 0, packed.panels, b, N, 1);
+    for (size_t i = 0; i < ROWS; i++) memcpy(rows + i * K, a + (index[i] = i * 7 % ALL) * K, K * sizeof *a);
+    sc_matmul_plain(ROWS, N, K, rows, b, NULL, NULL, plain);
+    tile_target to = { .c = c, .c_stride = 40, .row_bias = bias };
+    product_rows(a, K, index, ROWS, &packed, 0, packed.panels, &to, buffer);
+    for (size_t i = 0; i < ROWS * N; i++) {
+        float expected = plain[i] + bias[index[i / N]] + 0.0f;
+        wrong += bits_of(c[i / N * 40 + i % N]) != bits_of(expected);
+    }
+    check(wrong == 0, "%s: %zu elements of a product of listed rows are wrong", isa, wrong);
+    free(a); free(b); free(c); free(buffer); free(plain); free(rows); free(packed.data);
+}
+
 static void numbers_adam(const char *isa)
 {
     float w[2][37], m[2][37], v[2][37], g[37];
@@ -447,6 +513,8 @@ static void test_numbers(void)
         check(strcmp(kernels->name, isa) == 0, "%s was asked for, %s came", isa, kernels->name);
         numbers_products(isa);
         numbers_rows(isa);
+        numbers_tables(isa);
+        numbers_listed(isa);
         numbers_adam(isa);
         numbers_sparse(isa);
     }
