@@ -17,7 +17,7 @@ RACES  = -O1 -g -fsanitize=thread
 SOURCE = saeclip.c saeclip.h
 TESTS  = tests/test.c tests/check.h tests/test_*.c
 
-.PHONY: all demo test check install clean help
+.PHONY: all demo test check bench install clean help
 
 all: saeclip
 
@@ -61,6 +61,14 @@ check: build/guard_saeclip build/guard_test build/races_saeclip build/races_test
 	SAECLIP=build/guard_saeclip build/guard_test
 	SAECLIP=build/races_saeclip build/races_test threads
 
+# The peers are passed over where they are not installed (README).
+PEERS = ../peers
+ROUNDS = 3
+bench: saeclip
+	./saeclip bench
+	@command -v python3 >/dev/null || { echo "the comparison with peers needs python3"; exit 0; }; \
+	    python3 tests/bench/compare.py --peers $(PEERS) --rounds $(ROUNDS)
+
 install: saeclip
 	$(INSTALL) -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include
 	$(INSTALL) saeclip $(DESTDIR)$(PREFIX)/bin
@@ -75,6 +83,7 @@ help:
 	@echo "make test      builds and runs the tests        (SAECLIP_DATA=DIR: with the real photos there)"
 	@echo "make check     the tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the"
 	@echo "               threads under ThreadSanitizer"
+	@echo "make bench     how fast it is here, and against its peers (PEERS=DIR of node_modules, ROUNDS=3)"
 	@echo "make install   copies saeclip and saeclip.h     (PREFIX=/usr/local DESTDIR=)"
 	@echo "make clean     removes what was built"
 	@echo "make help      prints this"

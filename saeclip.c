@@ -53,6 +53,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -204,12 +205,14 @@ static void release(memory_list *list) {
     }
 }
 
+enum { MAX_OPERANDS = 16 };
+
 /* What the command line says. Texts are NULL, numbers 0 where not given, unless options have a
  * default (see the table of options at the end). */
 typedef struct {
     const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
     const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask;
-    const char *operand[2];                  /* IMAGES, or files */
+    const char *operand[MAX_OPERANDS + 1];   /* IMAGES, files or lines of bench; NULL ends them */
     sc_model_options settings;
     const char *sae[SC_MAX_TAPS];
     size_t saes;
@@ -596,6 +599,13 @@ static float uniform(uint64_t seed, uint64_t stream, uint64_t index) {
     return (float)(r[index % 4] >> 8) * 0x1p-23f - 1.0f;
 }
 
+/* count numbers from -scale to scale, after a while the same again: for measuring. out: [count] */
+static void random_floats(float *out, size_t count, float scale) {
+    enum { PERIOD = 65521 };
+    for (size_t i = 0; i < count; i++)
+        out[i] = i < PERIOD ? scale * uniform(0, 0, i) : out[i - PERIOD];
+}
+
 /* A permutation of 0 .. n - 1 (Fisher and Yates), number `epoch` of the seed's. order: [n] */
 static void permutation(uint64_t seed, uint64_t epoch, uint64_t *order, size_t n) {
     uint32_t r[4];
@@ -691,6 +701,7 @@ typedef struct {
     void (*unit_row)(float *row, size_t n);
     void (*adam)(float *w, float *m, float *v, const float *gradient, size_t n, adam_step step);
     int (*contracts)(void);
+    float (*peak)(size_t rounds, float factor);
 } kernel_set;
 
 #endif /* !SC_ISA */
@@ -956,10 +967,26 @@ SC_TARGET static void KERNEL(adam)(float *w, float *m, float *v, const float *gr
     }
 }
 
+/* To measure the machine by: as many chains as a tile has, in registers, a link of each a round.
+ * The sum is returned lest a compiler leave the work out; factor: below 1, so that it is finite */
+SC_TARGET static float KERNEL(peak)(size_t rounds, float factor) {
+    SC_V chain[SC_TILE_ROWS * SC_VECTORS], f = SC_SET(factor), one = SC_SET(1.0f);
+    float lane[SC_LANES];
+    SC_UNROLL for (int i = 0; i < SC_TILE_ROWS * SC_VECTORS; i++) chain[i] = SC_SET((float)i);
+    for (size_t round = 0; round < rounds; round++)
+        SC_UNROLL for (int i = 0; i < SC_TILE_ROWS * SC_VECTORS; i++)
+            chain[i] = SC_FMA(chain[i], f, one);
+    SC_UNROLL for (int i = 1; i < SC_TILE_ROWS * SC_VECTORS; i++)
+        chain[0] = SC_ADD(chain[0], chain[i]);
+    SC_STORE(lane, chain[0]);
+    return lane[0];
+}
+
 static const kernel_set KERNEL(kernels) = {
     TEXT_OF(SC_ISA), SC_TILE_ROWS, SC_COLUMNS, KERNEL(tile), KERNEL(finish), KERNEL(dot),
-    KERNEL(dots), KERNEL(dot_table), KERNEL(add_scaled), KERNEL(add_chain), KERNEL(layer_norm), KERNEL(softmax), KERNEL(exponentials),
-    KERNEL(find_above), KERNEL(unit_row), KERNEL(adam), KERNEL(contracts)
+    KERNEL(dots), KERNEL(dot_table), KERNEL(add_scaled), KERNEL(add_chain), KERNEL(layer_norm),
+    KERNEL(softmax), KERNEL(exponentials), KERNEL(find_above), KERNEL(unit_row), KERNEL(adam),
+    KERNEL(contracts), KERNEL(peak)
 };
 
 #else /* !SC_ISA */
@@ -2805,12 +2832,14 @@ static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t
 }
 
 /* Reads a layer's weight or bias of rows x columns numbers (leading dimensions of 1 do not count),
- * or says what is missing or misshapen. Hugging Face has q, k and v apart. */
+ * or says what is missing or misshapen. Hugging Face has q, k and v apart. A model without a file
+ * has random weights. */
 static int read_layer_tensor(const sc_model *model, enum role role, size_t block, int bias,
                              size_t rows, size_t columns, float *out) {
     char name[NAME_LENGTH];
     const char *path = model->file.path;
     size_t parts = role == QKV && model->naming == HUGGING_FACE ? 3 : 1;
+    if (!path) return random_floats(out, rows * columns, sqrtf(3 / (float)columns)), SC_OK;
     if (bias) columns /= parts;
     else rows /= parts;
     for (size_t i = 0; i < parts; i++) {
@@ -6091,7 +6120,8 @@ static int command_mask(session *s) { return look(s, show_masks); }
 /* ============================================================================================
  * 13. Tools
  *
- * `info` says what a file or this machine is, `compare` how far apart two files are.
+ * `info` says what a file or this machine is, `compare` how far apart two files are, `bench` how
+ * fast this machine is and how near to that the work comes.
  * ============================================================================================ */
 
 /* Sizes or an index, "192 x 12288" or "3, 4". */
@@ -6337,6 +6367,237 @@ static int command_compare(session *s) {
     return status;
 }
 
+/* --- bench, at ViT-B/16's sizes, on random numbers. Flops: of the codes, the active ones' --- */
+
+enum {
+    BENCH_D = 768, BENCH_T = 197, BENCH_LATENTS = 49152, PRODUCT_ROWS = 8 * BENCH_T,
+    PRODUCT_FLOATS = PRODUCT_ROWS * 4 * BENCH_D,     /* at most, of an input or output */
+    STEP_TOKENS = 12 * BENCH_T, SAE_INPUTS = STEP_TOKENS * BENCH_D,
+    READ_TASKS = 512, READ_FLOATS = 1 << 18, PEAK_TASKS = 2048, PEAK_ROUNDS = 5000
+};
+
+enum figure { SECONDS, GFLOPS, SHARE, BYTES, RATE, SPEEDUP, OF_VIT, MEMORY, FIGURES };
+/* A figure's key in JSON; its title and unit in the table. */
+static const struct { const char *key, *title; double unit; } bench_figures[FIGURES] = {
+    { "seconds", "ms", 1e-3 }, { "gflops", "GFLOP/s", 1 }, { "share", "% of peak", 0.01 },
+    { "bytes", "MB moved", 1e6 }, { "gigabytes_per_second", "GB/s", 1 },
+    { "speedup", "speedup", 1 }, { "of_vit", "of vit-8", 1 }, { "peak_memory", "MB taken", 1e6 } };
+
+typedef struct bench {
+    const struct bench_line *line;
+    const kernel_set *set;           /* whose peak is measured, else NULL */
+    int threads, as_json, rows;      /* in all; whether JSON is wanted; printed so far */
+    double images, flops, bytes;     /* of a run; bytes: that come from and go to memory */
+    float *input;
+    feed data;                       /* pictures, a model, a hook point */
+    trainer trainer;                 /* also where only its SAE is used */
+    statistics stats;
+    double peak[2], vit[2];          /* GFLOP/s, vit-8's seconds; with one thread, with all */
+} bench;
+
+typedef struct bench_line {
+    const char *name, *what;
+    int (*run)(bench *b);
+    size_t inputs;                   /* floats; a product's output lies behind its input */
+    size_t images, blocks;           /* of a model, where there is one */
+    enum role role;                  /* of a product */
+    size_t k;                        /* TopK's, 0: ReLU */
+    double shift;                    /* how far below 0 b_enc lies, in deviations of h */
+} bench_line;
+
+/* Computes in registers, or reads a part of what caches cannot hold. */
+static int machine_task(void *context, size_t task) {
+    const bench *b = context;
+    const float *part = b->input + (b->set ? 0 : task * READ_FLOATS);
+    float sum = b->set ? b->set->peak(PEAK_ROUNDS, 0.5f) : kernels->dot(part, part, READ_FLOATS);
+    return isfinite(sum) ? SC_OK : fail("bench: a sum is not finite");
+}
+
+static int run_machine(bench *b) {
+    if (b->set) b->flops = 2.0 * PEAK_TASKS * PEAK_ROUNDS * b->set->rows * b->set->columns;
+    else b->bytes = (double)b->line->inputs * sizeof *b->input;
+    return parallel_for(b->set ? PEAK_TASKS : READ_TASKS, machine_task, b);
+}
+
+static int run_product(bench *b) {
+    const sc_layer *layer = &b->data.model.layer[b->line->role];
+    size_t K = layer->matrix.K, N = layer->matrix.N;
+    b->flops = 2.0 * PRODUCT_ROWS * (double)(K * N);
+    tile_target to = { .c = b->input + PRODUCT_FLOATS, .c_stride = N, .bias = layer->bias };
+    return multiply(b->input, PRODUCT_ROWS, K, &layer->matrix, to);
+}
+
+static int run_vit(bench *b) {
+    const feed *f = &b->data;
+    double D = BENCH_D, T = BENCH_T, blocks = (double)f->model.blocks;
+    b->images = (double)f->count;
+    b->flops = b->images * (2 * (T - 1) * D * D + blocks * T * (24 * D * D + 4 * T * D));
+    return sc_model_forward(&f->model, f->pixels, f->count, f->tap, 1, NULL);
+}
+
+static int run_encoder(bench *b) {
+    b->trainer.batch.reconstruct = 0;
+    b->flops = 2.0 * SAE_INPUTS * BENCH_LATENTS;
+    return run_sae(&b->trainer.batch, b->input, STEP_TOKENS);
+}
+
+/* Active codes are decoded and have df and two gradients; bytes: two matrices and their moments. */
+static int run_step(bench *b) {
+    step_result result;
+    size_t bad;
+    SC_TRY(train_step(&b->trainer, b->input, STEP_TOKENS, &result, &bad));
+    b->flops = 2.0 * SAE_INPUTS * (BENCH_LATENTS + 4 * result.l0);
+    b->bytes = 2 * 2 * 3 * sizeof(float) * (double)BENCH_LATENTS * BENCH_D;
+    return SC_OK;
+}
+
+static int run_stats(bench *b) {
+    int decode = b->stats.batch.reconstruct = strcmp(b->line->name, "eval") == 0;
+    SC_TRY(run_vit(b));
+    b->flops += 2 * b->images * BENCH_T * BENCH_D * (BENCH_LATENTS + (decode ? b->line->k : 0));
+    return count_batch(&b->stats);
+}
+
+static const bench_line bench_lines[] = {
+    { "peak", "multiply-adds in registers", run_machine, 0, 0, 0, 0, 0, 0 },
+    { "memory", "reading 512 MiB", run_machine, READ_TASKS * READ_FLOATS, 0, 0, 0, 0, 0 },
+    { "qkv", "1,576 x 768 -> 2,304", run_product, 2 * PRODUCT_FLOATS, 1, 1, QKV, 0, 0 },
+    { "out", "1,576 x 768 -> 768", run_product, 2 * PRODUCT_FLOATS, 1, 1, OUT, 0, 0 },
+    { "fc1", "1,576 x 768 -> 3,072", run_product, 2 * PRODUCT_FLOATS, 1, 1, FC1, 0, 0 },
+    { "fc2", "1,576 x 3,072 -> 768", run_product, 2 * PRODUCT_FLOATS, 1, 1, FC2, 0, 0 },
+    { "encoder", "2,364 x 768 -> 49,152", run_encoder, SAE_INPUTS, 0, 0, 0, 0, 9 },
+    { "encoder-topk", "the same, TopK 32", run_encoder, SAE_INPUTS, 0, 0, 0, 32, 0 },
+    { "vit-8", "ViT-B/16, an image of 8", run_vit, 0, 8, 12, 0, 0, 0 },
+    { "vit-1", "ViT-B/16, an image alone", run_vit, 0, 1, 12, 0, 0, 0 },
+    { "step-topk", "2,364 tokens, TopK 32", run_step, SAE_INPUTS, 0, 0, 0, 32, 0 },
+    { "step-relu", "the same, ReLU, 300 active", run_step, SAE_INPUTS, 0, 0, 0, 0, 2.505 },
+    { "step-half", "the same, ReLU, half active", run_step, SAE_INPUTS, 0, 0, 0, 0, 0 },
+    { "stats", "an image, TopK 32, block 11", run_stats, 0, 16, 11, 0, 32, 0 },
+    { "eval", "an image, TopK 32, block 11", run_stats, 0, 16, 11, 0, 32, 0 } };
+
+/* A ViT-B/16 with random weights, black pictures, and a hook point after its last block. */
+static int prepare_model(bench *b, size_t images, size_t blocks) {
+    feed *f = &b->data;
+    *f = (feed){ .T = BENCH_T, .first_patch = 1, .count = images, .memory = f->memory, .taps = 1,
+                 .tap = { { blocks, blocks == 12 ? SC_RESID : SC_MLP, NULL, BENCH_D } } };
+    f->model = (sc_model){ .width = BENCH_D, .heads = 12, .hidden = 4 * BENCH_D, .patch = 16,
+                           .grid = 14, .tokens = BENCH_T, .image_size = 224, .blocks = blocks,
+                           .activation = QUICK_GELU, .epsilon = 1e-5f, .std = { 1, 1, 1 } };
+    const array_spec arrays[] = {
+        ARRAY(f->pixels, images, 224 * 224 * 3), ARRAY(f->image, images, 1),
+        ARRAY(f->label, images, 1), ARRAY(f->tap[0].out, images * BENCH_T, BENCH_D) };
+    SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
+    return sc_model_load(&f->model, blocks, 0);
+}
+
+/* Tokens of variance 1, W_enc's 2 / n: h's is 2 D / n, and stays, as the learning rate is 0. */
+static int prepare_line(bench *b) {
+    const bench_line *line = b->line;
+    sc_sae *sae = &b->trainer.sae;
+    b->images = 1;
+    b->flops = b->bytes = 0;
+    SC_TRY(allocate(&b->data.memory, &b->input, line->inputs, sizeof *b->input));
+    random_floats(b->input, line->inputs, sqrtf(3));
+    if (line->images) SC_TRY(prepare_model(b, line->images, line->blocks));
+    if (line->inputs != SAE_INPUTS && line->run != run_stats) return SC_OK;
+    SC_TRY(sc_sae_init(sae, BENCH_D, BENCH_LATENTS, 1));
+    sae->topk = line->k > 0;
+    sae->k = line->k;
+    for (size_t j = 0; j < BENCH_LATENTS; j++)
+        sae->b_enc[j] = (float)(-line->shift * sqrt(2.0 * BENCH_D / BENCH_LATENTS));
+    b->trainer.options = (train_options){ .l1 = 8e-5, .dead_window = INT_MAX };
+    b->stats = (statistics){ .sae = sae, .data = &b->data, .K = 16, .P = 64, .threshold = -1 };
+    return line->run == run_stats ? new_statistics(&b->stats, line->images, 0)
+         : line->run == run_step ? prepare_trainer(&b->trainer, STEP_TOKENS)
+         : new_batch(&b->trainer.batch, sae, STEP_TOKENS);
+}
+
+/* One line with the threads at hand: the median of three runs after one that does not count, short
+ * ones repeated. many: all threads, not one, whose figures still lie in figure: [FIGURES] */
+static int measure_line(bench *b, int many, double *figure) {
+    int status = prepare_line(b);
+    double t[3] = { 0 }, start = seconds_now();
+    if (status == SC_OK) status = b->line->run(b);
+    size_t repeat = (size_t)(0.3 / (seconds_now() - start + 1e-6)) + 1;
+    for (int i = 0; i < 3 && status == SC_OK; i++) {
+        start = seconds_now();
+        for (size_t k = 0; k < repeat && status == SC_OK; k++) status = b->line->run(b);
+        t[i] = (seconds_now() - start) / (double)repeat;
+    }
+    double seconds = fmax(fmin(t[0], t[1]), fmin(fmax(t[0], t[1]), t[2]));
+    figure[GFLOPS] = 1e-9 * b->flops / seconds;
+    figure[BYTES] = b->bytes;
+    figure[RATE] = 1e-9 * b->bytes / seconds;
+    seconds /= b->images;
+    if (b->set == kernels) b->peak[many] = figure[GFLOPS];
+    if (!b->set) figure[SHARE] = figure[GFLOPS] / b->peak[many];
+    if (b->line->images == 8) b->vit[many] = seconds;
+    if (b->line->run == run_stats && b->vit[many] > 0) figure[OF_VIT] = seconds / b->vit[many];
+    if (many) figure[SPEEDUP] = figure[SECONDS] / seconds;
+    figure[SECONDS] = seconds;
+#ifdef __linux__
+    struct rusage used;
+    if (getrusage(RUSAGE_SELF, &used) == 0) figure[MEMORY] = 1024.0 * (double)used.ru_maxrss;
+#endif
+    return status;
+}
+
+/* A row; a figure of 0 does not apply. */
+static void print_figures(bench *b, const double *figure) {
+    char name[32];
+    snprintf(name, sizeof name, "%s%s%s", b->line->name, b->set ? "-" : "",
+             b->set ? b->set->name : "");
+    if (!b->as_json) printf("%-13s%7d", name, thread_count());
+    else printf("%s  {\"name\": \"%s\", \"threads\": %d", b->rows++ ? ",\n" : "[\n", name,
+                thread_count());
+    for (enum figure i = 0; i < FIGURES; i++)
+        if (b->as_json && figure[i] > 0) printf(", \"%s\": %.9g", bench_figures[i].key, figure[i]);
+        else if (figure[i] > 0) printf("%10.4g", figure[i] / bench_figures[i].unit);
+        else if (!b->as_json) printf("%10s", "");
+    if (b->as_json) putchar('}');
+    else printf("  %s\n", b->line->what);
+}
+
+/* A line with one thread, then with all. Not shown is what others are measured by. */
+static int bench_line_rows(bench *b, int shown) {
+    double figure[FIGURES] = { 0 };
+    int status = SC_OK;
+    for (int many = 0; many <= (b->threads > 1) && status == SC_OK; many++) {
+        SC_TRY(sc_threads_start(many ? b->threads : 1));
+        status = measure_line(b, many, figure);
+        if (status == SC_OK && shown) print_figures(b, figure);
+        free_statistics(&b->stats);
+        free_trainer(&b->trainer);
+        close_feed(&b->data);
+    }
+    return status;
+}
+
+static int command_bench(session *s) {
+    bench b = { .line = bench_lines, .threads = thread_count(),
+                .as_json = strcmp(s->o->format, "json") == 0 };
+    unsigned wanted = s->o->operand[0] ? 0 : ~0u;
+    for (const char *const *name = s->o->operand; *name; name++) {
+        size_t i = 0;
+        while (i < COUNT(bench_lines) && strcmp(bench_lines[i].name, *name) != 0) i++;
+        if (i == COUNT(bench_lines)) return usage("bench: '%s' is none of its lines", *name);
+        wanted |= 1u << i;
+    }
+    if (!b.as_json) printf("%-13s%7s", "line", "threads");
+    for (enum figure i = 0; i < FIGURES && !b.as_json; i++) printf("%10s", bench_figures[i].title);
+    if (!b.as_json) puts("");
+    for (size_t i = 0; i < COUNT(instruction_sets); i++) {
+        b.set = instruction_sets[i].set;
+        if (instruction_sets[i].usable() && (wanted & 1 || b.set == kernels))
+            SC_TRY(bench_line_rows(&b, wanted & 1));
+    }
+    b.set = NULL;
+    while (++b.line < bench_lines + COUNT(bench_lines))
+        if (wanted >> (b.line - bench_lines) & 1) SC_TRY(bench_line_rows(&b, 1));
+    if (b.as_json) puts("\n]");
+    return end_of_output();
+}
+
 /* ============================================================================================
  * 14. The command line
  *
@@ -6345,7 +6606,7 @@ static int command_compare(session *s) {
 #ifndef SAECLIP_NO_MAIN
 
 enum command
-{ INFO, PACK, EXTRACT, TRAIN, ENCODE, EVAL, STATS, TOP, MASK, ZEROSHOT, COMPARE, COMMANDS };
+{ INFO, PACK, EXTRACT, TRAIN, ENCODE, EVAL, STATS, TOP, MASK, ZEROSHOT, COMPARE, BENCH, COMMANDS };
 
 #define FOR(command) (1u << (command))
 #define DATA (FOR(TRAIN) | FOR(ENCODE) | FOR(EVAL) | FOR(STATS))
@@ -6439,8 +6700,9 @@ static const struct option_row {
     { "--class", "C", WHOLE, AT(class_index), FOR(MASK), "the mean mask of a class", NULL, 0, 1e9 },
     { "--rtol", "X", NUMBER, AT(rtol), FOR(COMPARE), "relative tolerance", "0", 0, 1e30 },
     { "--atol", "X", NUMBER, AT(atol), FOR(COMPARE), "absolute tolerance", "0", 0, 1e30 },
-    { "--format", "text|markdown|csv|json", CHOICE, AT(format), FOR(EVAL) | FOR(ZEROSHOT),
-      "how to print (zeroshot: text, csv or json)", "text" },
+    { "--format", "text|markdown|csv|json", CHOICE, AT(format),
+      FOR(EVAL) | FOR(ZEROSHOT) | FOR(BENCH),
+      "how to print (zeroshot: text, csv or json; bench: text or json)", "text" },
     { "--seed", "N", LARGE, AT(seed), EVERY, "seed of train; no effect elsewhere", "42", 0,
       9007199254740991 },
     { "--threads", "N", WHOLE, AT(threads), EVERY, "default: all cores", NULL, 1, SC_MAX_THREADS },
@@ -6478,7 +6740,9 @@ static const struct {
     [ZEROSHOT] = { "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
       "-m vit.safetensors photos.txt", command_zeroshot, 1, 1, "m" },
     [COMPARE] = { "compare", "A B", "two safetensors files, tensor by tensor",
-      "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2, "" } };
+      "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2, "" },
+    [BENCH] = { "bench", "[LINE ...]", "how fast this machine and saeclip's work on it are",
+      "--threads 1 --format json out", command_bench, 0, MAX_OPERANDS, "" } };
 
 static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"
@@ -6593,6 +6857,8 @@ static int check_options(const options *o, enum command command, int operands) {
             return usage("%s was given for two outputs", outputs[i]);
     if (command == ZEROSHOT && strcmp(o->format, "markdown") == 0)
         return usage("--format: '%s' is none of text|csv|json", o->format);
+    if (command == BENCH && strcmp(o->format, "text") != 0 && strcmp(o->format, "json") != 0)
+        return usage("--format: '%s' is neither text nor json", o->format);
     return SC_OK;
 }
 
@@ -6607,7 +6873,7 @@ static int run_command(enum command command, char **argv) {
         if (!plain && strcmp(argv[i], "--") == 0) plain = 1;
         else if (!plain && argv[i][0] == '-' && argv[i][1])
             SC_TRY(parse_option(&o, command, argv, &i));
-        else if (operands++ < 2) o.operand[operands - 1] = argv[i];
+        else if (operands++ < MAX_OPERANDS) o.operand[operands - 1] = argv[i];
     }
     SC_TRY(check_options(&o, command, operands));
     quiet = o.quiet;
