@@ -1931,7 +1931,7 @@ static void print_csv_text(const char *name) {
  * 6. Images
  *
  * From a file's bytes to the pixels a model sees, as the data flow: PNM pictures, other formats by
- * way of a decoder program, Pillow's resize, data sets, and a reader that loads many at once.
+ * way of a decoder program, Pillow's resize, data sets.
  * ============================================================================================ */
 
 /* Beside SC_OK and SC_FAILED; MACHINE_FAILED is no image's fault, so that --skip-bad is no help. */
@@ -2070,11 +2070,12 @@ static int open_image(const char *path, FILE **file, const image_format **format
     return status;
 }
 
-/* Returns an errno. posix_spawn and not fork: a fork copies the page tables of all our weights. Its
- * own process group: Ctrl-C, upon which training saves its state, must not look like a bad image.
- * The lock: no other child may inherit a pipe that has no FD_CLOEXEC yet. stderr is read at last;
- * O_NONBLOCK, lest a decoder that says too much should wait for us forever. */
-static int start_decoder(char **argument, int file, int end[4], pid_t *child) {
+/* Starts a decoder on a file, its output at *out; returns an errno. posix_spawn and not fork: a fork
+ * copies the page tables of all our weights. Its own process group: Ctrl-C, upon which training
+ * saves its state, must not look like a bad image. The lock: no other child may inherit a pipe that
+ * has no FD_CLOEXEC yet. Its stderr is read at last, from end[2]; O_NONBLOCK, lest a decoder that
+ * says too much should wait for us forever. */
+static int start_decoder(char **argument, int file, FILE **out, int end[4], pid_t *child) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     posix_spawn_file_actions_t files;
     posix_spawnattr_t attributes;
@@ -2082,7 +2083,8 @@ static int start_decoder(char **argument, int file, int end[4], pid_t *child) {
     int error = pipe(end) != 0 || pipe(end + 2) != 0 ? errno : 0;
     for (int i = 0; i < 4 && !error; i++) fcntl(end[i], F_SETFD, FD_CLOEXEC);
     for (int i = 2; i < 4 && !error; i++) fcntl(end[i], F_SETFL, O_NONBLOCK);
-    if (!error) error = posix_spawnattr_init(&attributes);
+    *out = error ? NULL : fdopen(end[0], "rb");
+    if (!error) error = *out ? posix_spawnattr_init(&attributes) : errno;
     if (!error && (error = posix_spawn_file_actions_init(&files)) == 0) {
         posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
         error = posix_spawn_file_actions_adddup2(&files, file, 0);
@@ -2093,8 +2095,9 @@ static int start_decoder(char **argument, int file, int end[4], pid_t *child) {
         posix_spawnattr_destroy(&attributes);
     }
     pthread_mutex_unlock(&lock);
+    if (error && *out) fclose(*out);
     for (int i = 0; i < 4; i++)
-        if (end[i] >= 0 && (i % 2 == 1 || error)) close(end[i]);
+        if (end[i] >= 0 && (i % 2 == 1 || (error && (i > 0 || !*out)))) close(end[i]);
     return error;
 }
 
@@ -2110,24 +2113,20 @@ static int run_decoder(const char *command, int file, image_source *source, pict
         argument[count++] = word;
     if (count == 0 || (size_t)length >= sizeof text)
         return fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
-    int error = lseek(file, 0, SEEK_SET) != 0 ? errno : start_decoder(argument, file, end, &child);
+    int error = lseek(file, 0, SEEK_SET) != 0 ? errno
+              : start_decoder(argument, file, &source->file, end, &child);
     if (error && error != ENOENT && error != EACCES)
         fail("%s: %s could not be started: %s", source->name, argument[0], strerror(error));
     if (error) return MACHINE_FAILED;
-    source->file = fdopen(end[0], "rb");
-    if (!source->file) fail("%s: out of memory", source->name);
-    int status = source->file ? pnm_read(source, result) : MACHINE_FAILED;
-    while (source->file && getc_unlocked(source->file) != EOF) {}   /* it may write more */
-    int to_end = source->file && feof(source->file);
-    if (!to_end) kill(child, SIGKILL);
+    int status = pnm_read(source, result);
+    while (getc_unlocked(source->file) != EOF) {}                  /* it may write more */
+    fclose(source->file);
     while (waitpid(child, &ended, 0) < 0 && errno == EINTR) {}
     if (read(end[2], words, sizeof words - 1) < 0) words[0] = '\0';
-    if (source->file) fclose(source->file);
-    else close(end[0]);
     close(end[2]);
     int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
     int warned = code == 2 && strstr(argument[0], "djpeg") && !strstr(words, "Premature end of");
-    if (!to_end || (!killed && (code == 0 || warned) && status != SC_END)) return status;
+    if (!killed && (code == 0 || warned) && status != SC_END) return status;
     if (!killed && code == 127 && status == SC_END && !*words) return MACHINE_FAILED;
     const char *line = *words ? words + strspn(words, " \t\r\n") : "it said nothing";
     fail("%s: %s ended with %s %d: %.*s", source->name, argument[0], killed ? "signal" : "status",
@@ -2142,19 +2141,16 @@ static int read_picture(const char *path, image_source *source, picture *result)
     const image_format *format;
     if (open_image(path, &file, &format) != SC_OK) return SC_FAILED;
     *source = (image_source){ .name = path, .file = file };
-    const char *own = getenv("SAECLIP_DECODER");
-    const char *command[] = { own ? own : format->decoder,
-                              own ? NULL : "magick -[0] -alpha off -depth 8 ppm:-",
-                              own ? NULL : "convert -[0] -alpha off -depth 8 ppm:-" };
-    int status = format->package ? MACHINE_FAILED : pnm_read(source, result), now = status;
-    if (format->package && own)
-        fail("%s: SAECLIP_DECODER names '%s', which cannot be started", path, own);
-    else if (format->package)
-        fail("%s: there is no program to decode %s; Debian's package %s has one", path,
-             format->name, format->package);
-    for (int i = 0; i < 3 && format->package && now != SC_OK && now != SC_FAILED; i++) {
+    const char *own = getenv("SAECLIP_DECODER"), *command[] = { own ? own : format->decoder,
+        "magick -[0] -alpha off -depth 8 ppm:-", "convert -[0] -alpha off -depth 8 ppm:-" };
+    int tries = !format->package ? 0 : own ? 1 : 3, now = MACHINE_FAILED, status = now;
+    if (tries == 0) status = pnm_read(source, result);
+    else if (own) fail("%s: SAECLIP_DECODER names '%s', which cannot be started", path, own);
+    else fail("%s: there is no program to decode %s; Debian's package %s has one", path,
+              format->name, format->package);
+    for (int i = 0; i < tries && now != SC_OK && now != SC_FAILED; i++) {
         if (command[i]) now = run_decoder(command[i], fileno(file), source, result);
-        if (command[i] && now != MACHINE_FAILED) status = now;
+        if (now != MACHINE_FAILED) status = now;
     }
     fclose(file);
     return status == SC_END ? SC_FAILED : status;
@@ -2252,34 +2248,37 @@ static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pi
 
 /* --- Data sets --- */
 
-/* Names, none longer than a path, lie packed in blocks: an image costs its name and 16 bytes. */
-struct sc_names { struct sc_names *next; size_t used; char text[1 << 16]; };
-
+/* Names lie packed in blocks: an image costs its name and 16 bytes. */
 static char *keep_name(sc_images *set, const char *name) {
-    size_t bytes = strlen(name) + 1;
-    if (!set->names || sizeof set->names->text - set->names->used < bytes) {
-        struct sc_names *block = new_array(1, sizeof *block);
-        if (!block) return NULL;
-        block->next = set->names;
-        set->names = block;
+    size_t bytes = strlen(name) + 1, block = bytes > 1 << 16 ? bytes : 1 << 16;
+    if (set->room < bytes) {
+        if (allocate(&set->memory, &set->text, block, 1) != SC_OK) return NULL;
+        set->room = block;
     }
-    char *copy = set->names->text + set->names->used;
-    set->names->used += bytes;
-    return memcpy(copy, name, bytes);
+    char *copy = memcpy(set->text, name, bytes);
+    set->text += bytes;
+    set->room -= bytes;
+    return copy;
 }
 
 static int add_image(sc_images *set, const char *name, int64_t label) {
+    char *copy = keep_name(set, name);
+    if (!copy) return SC_FAILED;
     SC_TRY(grow(&set->image, &set->capacity, set->count, sizeof *set->image));
-    set->image[set->count++] = (sc_image){ name, label };
-    return name ? SC_OK : SC_FAILED;
+    set->image[set->count++] = (sc_image){ copy, label };
+    if (label >= (int64_t)set->classes) set->classes = (size_t)label + 1;
+    return SC_OK;
 }
 
-/* Names are relative to the folder that a path lies in. Returns the path's last part. */
-static char *set_root(sc_images *set, const char *path) {
-    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
-    set->root = copy_string(path);
-    if (set->root) set->root[name - path] = '\0';
-    return set->root ? keep_name(set, name) : NULL;
+static int add_class(sc_images *set, const char *name) {
+    SC_TRY(grow(&set->class_name, &set->class_capacity, set->classes, sizeof *set->class_name));
+    set->class_name[set->classes] = keep_name(set, name);
+    return set->class_name[set->classes++] ? SC_OK : SC_FAILED;
+}
+
+static const char *base_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
 }
 
 /* A folder may end with a slash, or be "" where names are the current folder's. */
@@ -2291,31 +2290,32 @@ static int join_path(const char *folder, const char *name, char path[MAX_PATH]) 
     return length < MAX_PATH ? SC_OK : fail("%s%s%s: the path is too long", folder, slash, name);
 }
 
-/* Lists the files below a folder; at the top, folders are classes, to be walked when all are known.
- * A link to nowhere is a file; one that leads up ends too deep. */
+static int is_visible(const struct dirent *entry) { return entry->d_name[0] != '.'; }
+
+static int by_entry(const struct dirent **a, const struct dirent **b) {
+    return strcmp((*a)->d_name, (*b)->d_name);
+}
+
+/* Lists the files below a folder, and the classes: the folders at the top. A link to nowhere is a
+ * file; one that leads up ends too deep. */
 static int walk_folder(sc_images *set, const char *folder, int64_t label, int depth) {
     char path[MAX_PATH];
     struct stat about;
-    const struct dirent *entry;
-    DIR *stream = opendir(folder);
-    if (!stream) return fail("%s: cannot be opened: %s", folder, strerror(errno));
-    int status = depth <= MAX_DEPTH ? SC_OK : fail("%s: lies more than %d deep", folder, MAX_DEPTH);
-    while (status == SC_OK && (errno = 0, entry = readdir(stream)) != NULL) {
-        if (entry->d_name[0] == '.') continue;
-        if ((status = join_path(folder, entry->d_name, path)) != SC_OK) break;
+    struct dirent **entry;
+    if (depth > MAX_DEPTH) return fail("%s: lies more than %d deep", folder, MAX_DEPTH);
+    int entries = scandir(folder, &entry, is_visible, by_entry), status = SC_OK;
+    if (entries < 0) return fail("%s: cannot be opened: %s", folder, strerror(errno));
+    for (int i = 0; i < entries && status == SC_OK; i++) {
+        if ((status = join_path(folder, entry[i]->d_name, path)) != SC_OK) break;
         int found = stat(path, &about) == 0, is_folder = found && S_ISDIR(about.st_mode);
         if (!found || S_ISREG(about.st_mode))
-            status = add_image(set, keep_name(set, path + strlen(set->root)), label);
-        else if (is_folder && depth > 0)
-            status = walk_folder(set, path, label, depth + 1);
-        else if (is_folder)
-            status = grow(&set->class_name, &set->class_capacity, set->classes, sizeof(char *));
-        if (status != SC_OK || !is_folder || depth > 0) continue;
-        set->class_name[set->classes] = keep_name(set, entry->d_name);
-        status = set->class_name[set->classes++] ? SC_OK : SC_FAILED;
+            status = add_image(set, path + strlen(set->root), label);
+        if (is_folder && depth == 0) status = add_class(set, entry[i]->d_name);
+        if (is_folder && status == SC_OK)
+            status = walk_folder(set, path, depth ? label : (int64_t)set->classes - 1, depth + 1);
     }
-    if (status == SC_OK && errno) status = fail("%s: cannot be read: %s", folder, strerror(errno));
-    closedir(stream);
+    for (int i = 0; i < entries; i++) free(entry[i]);
+    free(entry);
     return status;
 }
 
@@ -2341,15 +2341,7 @@ static int keep_images(sc_images *set, const char *folder, int in_classes) {
 
 /* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. */
 static int open_folder(sc_images *set, const char *path) {
-    char folder[MAX_PATH];
-    SC_TRY(join_path(path, "", folder));
-    if (!set_root(set, folder)) return SC_FAILED;
     SC_TRY(walk_folder(set, path, -1, 0));
-    if (set->classes) qsort(set->class_name, set->classes, sizeof(char *), by_name);
-    for (size_t c = 0; c < set->classes; c++) {
-        SC_TRY(join_path(path, set->class_name[c], folder));
-        SC_TRY(walk_folder(set, folder, (int64_t)c, 1));
-    }
     if (set->count) qsort(set->image, set->count, sizeof *set->image, by_name);
     if (keep_images(set, path, 1)) return SC_OK;
     free(set->class_name);
@@ -2364,7 +2356,7 @@ static int open_list(sc_images *set, const char *path) {
     char text[MAX_PATH + 64], *line, *end, *tab;
     FILE *list = fopen(path, "r");
     if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
-    int status = set_root(set, path) ? SC_OK : SC_FAILED;
+    int status = SC_OK;
     for (size_t number = 1; status == SC_OK && set->count < set->limit &&
                             fgets(text, sizeof text, list); number++) {
         if (strlen(text) + 1 == sizeof text) status = fail("%s: line %zu: too long", path, number);
@@ -2381,7 +2373,7 @@ static int open_list(sc_images *set, const char *path) {
         if (status != SC_OK || !*line) continue;
         if (set->count > 0 && (set->image[0].label < 0) != (label < 0))
             status = fail("%s: line %zu: expected labels on every line or on none", path, number);
-        else status = add_image(set, keep_name(set, line), label);
+        else status = add_image(set, line, label);
     }
     if (status == SC_OK && (ferror(list) || set->count == 0))
         status = fail("%s: %s", path, ferror(list) ? "cannot be read" : "a list without an image");
@@ -2389,74 +2381,83 @@ static int open_list(sc_images *set, const char *path) {
     return status;
 }
 
-/* images U8 [N, H, W, 3], labels I64 [N], metadata class_names and file_names. */
+/* Adds the images that a file has, which may say their labels (I64 [count], from `least` on) and
+ * then, in its metadata, the classes' names. name: [count], or NULL */
+static int add_images(sc_images *set, const sc_safetensors *file, size_t count, int64_t least,
+                      char **name) {
+    const sc_tensor *labels = sc_tensor_find(file, "labels");
+    const char *classes = labels ? sc_metadata_find(file, "class_names") : NULL;
+    int64_t label = -1;
+    if (labels && (labels->dtype != SC_I64 || labels->rank != 1 || labels->count != count))
+        return fail("%s: a tensor labels I64 [%zu] was expected", file->path, count);
+    if (classes) SC_TRY(json_string_array(classes, file->path, &set->class_name, &set->classes));
+    size_t most = classes ? set->classes : SC_MAX_CLASSES;
+    for (size_t i = 0; i < count && i < set->limit; i++) {
+        if (labels) SC_TRY(sc_tensor_integers(file, labels, i, 1, &label));
+        if (labels && (label < least || label >= (int64_t)most))
+            return fail("%s: the label of image %zu is none of the %zu classes", file->path, i,
+                        most);
+        SC_TRY(add_image(set, name ? name[i] : "", label));
+    }
+    return SC_OK;
+}
+
+/* images U8 [N, H, W, 3], labels and names. */
 static int open_packed(sc_images *set, const char *path) {
-    set->packed = new_array(1, sizeof *set->packed);
-    if (!set->packed || !set_root(set, path)) return SC_FAILED;
-    SC_TRY(sc_safetensors_open(set->packed, path));
-    const sc_tensor *images = sc_tensor_find(set->packed, "images");
-    const sc_tensor *labels = sc_tensor_find(set->packed, "labels");
-    const char *class_names = sc_metadata_find(set->packed, "class_names");
-    const char *file_names = sc_metadata_find(set->packed, "file_names");
+    SC_TRY(sc_safetensors_open(&set->packed, path));
+    const sc_tensor *images = sc_tensor_find(&set->packed, "images");
+    const char *file_names = sc_metadata_find(&set->packed, "file_names");
     if (!images || images->dtype != SC_U8 || images->rank != 4 || images->bytes == 0 ||
         images->shape[1] > MAX_PIXELS / images->shape[2] || images->shape[3] != 3)
         return fail("%s: a tensor images U8 [N, H, W, 3], not empty nor huge, was expected", path);
     size_t count = images->shape[0], names = count;
-    if (class_names) SC_TRY(json_string_array(class_names, path, &set->class_name, &set->classes));
-    if (file_names) SC_TRY(json_string_array(file_names, path, &set->file_name, &names));
-    if (names != count) return fail("%s: %zu file_names for %zu images", path, names, count);
-    if (labels && (labels->dtype != SC_I64 || labels->rank != 1 || labels->count != count))
-        return fail("%s: a tensor labels I64 [%zu] was expected", path, count);
-    size_t most = class_names ? set->classes : SC_MAX_CLASSES;
-    for (size_t i = 0; i < count && i < set->limit; i++) {
-        int64_t label = -1;
-        if (labels) SC_TRY(sc_tensor_integers(set->packed, labels, i, 1, &label));
-        if (labels && (uint64_t)label >= most)
-            return fail("%s: the label of image %zu is none of the %zu classes", path, i, most);
-        SC_TRY(add_image(set, file_names ? set->file_name[i] : "", label));
-    }
-    return SC_OK;
+    char **name = NULL;
+    if (file_names) SC_TRY(json_string_array(file_names, path, &name, &names));
+    int status = names == count ? add_images(set, &set->packed, count, 0, name)
+               : fail("%s: %zu file_names for %zu images", path, names, count);
+    free(name);
+    return status;
+}
+
+static int open_one(sc_images *set, const char *path) {
+    const image_format *format;
+    FILE *file;
+    if (open_image(path, &file, &format) != SC_OK) return SC_FAILED;
+    fclose(file);
+    return add_image(set, base_name(path), -1);
 }
 
 /* The digest is of N, classes, labels, and names below the root: moving or packing keeps it. */
 int sc_images_open(sc_images *set, const char *path, size_t limit) {
     const char *suffix = strrchr(path, '.') ? strrchr(path, '.') : "";
-    const image_format *format;
     struct stat about;
     digest64 digest = { 0 };
-    FILE *file;
     *set = (sc_images){ .limit = limit ? limit : SIZE_MAX };
     if (strcmp(path, "-") == 0) set->count = SC_UNKNOWN;
     if (set->count == SC_UNKNOWN) return SC_OK;
-    int status = stat(path, &about) == 0 && S_ISDIR(about.st_mode) ? open_folder(set, path)
+    int folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
+    size_t length = strlen(path) - (folder ? 0 : strlen(base_name(path)));
+    set->root = join_text(path, length, folder && path[length - 1] != '/' ? "/" : "");
+    int status = !set->root ? SC_FAILED : folder ? open_folder(set, path)
                : strcmp(suffix, ".txt") == 0 ? open_list(set, path)
-               : strcmp(suffix, ".safetensors") == 0 ? open_packed(set, path) : SC_END;
-    if (status == SC_END && open_image(path, &file, &format) == SC_OK) {
-        fclose(file);
-        status = add_image(set, set_root(set, path), -1);
-    }
-    digest64_number(&digest, set->count);
-    digest64_number(&digest, set->classes);
-    for (size_t c = 0; c < set->classes && status == SC_OK; c++)
-        digest64_add(&digest, set->class_name[c], strlen(set->class_name[c]) + 1);
-    set->labelled = status == SC_OK && set->image[0].label != -1;
-    for (size_t i = 0; i < set->count && status == SC_OK; i++) {
-        const sc_image *image = &set->image[i];
-        if (image->label >= (int64_t)set->classes) set->classes = (size_t)image->label + 1;
-        digest64_add(&digest, image->name, strlen(image->name) + 1);
-        digest64_number(&digest, (uint64_t)image->label);
-    }
+               : strcmp(suffix, ".safetensors") == 0 ? open_packed(set, path) : open_one(set, path);
     if (status != SC_OK) sc_images_close(set);
-    else set->digest = digest64_value(&digest);
-    return status == SC_OK ? SC_OK : SC_FAILED;
+    if (status != SC_OK) return SC_FAILED;
+    digest64_number(&digest, set->count);
+    digest64_number(&digest, set->class_name ? set->classes : 0);
+    for (size_t c = 0; c < set->classes && set->class_name; c++)
+        digest64_add(&digest, set->class_name[c], strlen(set->class_name[c]) + 1);
+    for (size_t i = 0; i < set->count; i++) {
+        digest64_add(&digest, set->image[i].name, strlen(set->image[i].name) + 1);
+        digest64_number(&digest, (uint64_t)set->image[i].label);
+    }
+    set->digest = digest64_value(&digest);
+    return SC_OK;
 }
 
 void sc_images_close(sc_images *set) {
-    for (struct sc_names *block; (block = set->names) != NULL; free(block))
-        set->names = block->next;
-    if (set->packed) sc_safetensors_close(set->packed);
-    free(set->packed);
-    free(set->file_name);
+    release(&set->memory);
+    sc_safetensors_close(&set->packed);
     free(set->class_name);
     free(set->image);
     free(set->root);
@@ -2470,8 +2471,8 @@ static int load_image(const sc_images *set, size_t index, image_source *stream,
     picture found;
     char path[MAX_PATH];
     int status = SC_OK;
-    if (set->packed) {
-        const sc_tensor *images = sc_tensor_find(set->packed, "images");
+    if (set->packed.path) {
+        const sc_tensor *images = sc_tensor_find(&set->packed, "images");
         size_t height = images->shape[1], width = images->shape[2];
         found = (picture){ width, height, 3 * width, images->data + index * height * width * 3 };
     } else if (set->count == SC_UNKNOWN) {
@@ -2490,97 +2491,6 @@ int sc_image_load(const sc_images *set, size_t index, const sc_preprocess *prep,
     if (set->count == SC_UNKNOWN || index >= set->count)
         return usage("image %zu of a set of %zu was asked for", index, set->count);
     return load_image(set, index, NULL, prep, pixels) == SC_OK ? SC_OK : SC_FAILED;
-}
-
-/* --- Many images in any order: as many as there are slots are loaded at once, by the pool --- */
-
-/* The image of draw 0, 1, ...; SC_END when there are no more. */
-typedef int draw_function(void *context, size_t draw, size_t *image);
-
-typedef struct {
-    size_t draw, image;                        /* image: index in the set; a stream counts */
-    unsigned char *pixels;                     /* [S, S, 3] */
-    int status; char reason[sizeof error_text];
-} image_slot;
-
-typedef struct {
-    const sc_images *set; sc_preprocess prep;
-    draw_function *order; void *context;
-    int skip_bad;
-    size_t slots, loaded, next, drawn;
-    size_t bad, bytes;                         /* images named as bad; of a slot's pixels */
-    image_slot *slot;                          /* [slots], of which `loaded` are filled */
-    unsigned char *pixels, *named;             /* [slots, S, S, 3]; [count], 1: named */
-    image_source stream;                       /* standard input, if file is not NULL */
-} image_reader;
-
-static int load_task(void *context, size_t task) {
-    image_reader *reader = context;
-    image_slot *slot = &reader->slot[task];
-    slot->pixels = reader->pixels + task * reader->bytes;
-    slot->status = load_image(reader->set, slot->image, &reader->stream, &reader->prep,
-                              slot->pixels);
-    if (slot->status != SC_OK) strcpy(slot->reason, error_text);
-    return SC_OK;                              /* an error waits for its turn */
-}
-
-static int load_slots(image_reader *reader) {
-    size_t end = reader->stream.file ? reader->set->limit : reader->set->count;
-    int status = SC_OK;
-    for (reader->next = reader->loaded = 0; reader->loaded < reader->slots; reader->loaded++) {
-        image_slot *slot = &reader->slot[reader->loaded];
-        slot->draw = slot->image = reader->drawn;
-        if (!reader->order) status = reader->drawn < end ? SC_OK : SC_END;
-        else status = reader->order(reader->context, slot->draw, &slot->image);
-        if (status != SC_OK) break;
-        reader->drawn++;
-    }
-    return reader->loaded ? parallel_for(reader->loaded, load_task, reader) : status;
-}
-
-/* The next picture in order, or SC_END; it is the caller's until the next call. With skip_bad a bad
- * one is named, once, and passed over; where all are bad we fail: the order may be endless. */
-static int reader_next(image_reader *reader, const image_slot **next) {
-    for (;; reader->next++) {
-        if (reader->next == reader->loaded) SC_TRY(load_slots(reader));
-        const image_slot *slot = *next = &reader->slot[reader->next];
-        if (slot->status == SC_OK) break;
-        strcpy(error_text, slot->reason);
-        if (slot->status == SC_END) return SC_END;
-        if (slot->status == MACHINE_FAILED || !reader->skip_bad) return SC_FAILED;
-        if (!reader->named[slot->image]) note("%s; passed over", slot->reason);
-        reader->bad += !reader->named[slot->image];
-        reader->named[slot->image] = 1;
-        if (reader->bad == reader->set->count)
-            return fail("%s; none of %zu images could be read", slot->reason, reader->bad);
-    }
-    reader->next++;
-    return SC_OK;
-}
-
-static void reader_close(image_reader *reader) {
-    free(reader->stream.rgb);
-    free(reader->slot);
-    free(reader->pixels);
-    free(reader->named);
-    *reader = (image_reader){ 0 };
-}
-
-/* order NULL: the set's own, once; a stream has no other. threads: of the pool. */
-static int reader_open(image_reader *reader, const sc_images *set, const sc_preprocess *prep,
-                       draw_function *order, void *context, int threads, int skip_bad) {
-    int stream = set->count == SC_UNKNOWN;
-    size_t slots = stream || threads < 1 ? 1 : 4 * (size_t)threads, size = (size_t)prep->size;
-    *reader = (image_reader){ .set = set, .prep = *prep, .order = stream ? NULL : order,
-                              .context = context, .skip_bad = skip_bad && !stream,
-                              .slots = slots, .bytes = size * size * 3,
-                              .stream = { "standard input", stream ? stdin : NULL, NULL, 0 } };
-    reader->slot = new_array(reader->slots, sizeof *reader->slot);
-    reader->pixels = new_array(reader->slots, reader->bytes);
-    reader->named = new_array(stream ? 0 : set->count, 1);
-    if (reader->slot && reader->pixels && reader->named) return SC_OK;
-    reader_close(reader);
-    return SC_FAILED;
 }
 
 /* ============================================================================================
@@ -3110,6 +3020,9 @@ int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t 
  * `extract` wrote, or computed from photos as they are read. Several hook points share one pass.
  * ============================================================================================ */
 
+/* The image of draw 0, 1, ...; SC_OK, or SC_END when there are no more. */
+typedef int draw_function(void *context, size_t draw, size_t *image);
+
 typedef struct {
     size_t images;                   /* N, or SC_UNKNOWN for a stream */
     size_t T, D, stride;             /* tokens an image, width, width padded */
@@ -3119,22 +3032,24 @@ typedef struct {
     char **class_name;               /* [classes] or NULL */
     uint64_t digest;                 /* of the data set */
     size_t taps;
-    sc_tap tap[SC_MAX_TAPS];         /* hook points; out: [room T, stride] of the batch at hand */
-    size_t count, begin;             /* images in the batch at hand; the new ones begin there */
-    uint64_t *image, *draw;          /* [room], their indices in the data set and in the order */
-    int64_t *label;                  /* [room], -1 without */
-    unsigned char *pixels;           /* [room, S, S, 3] */
+    sc_tap tap[SC_MAX_TAPS];         /* hook points; out: [room, T, stride] */
+    size_t *image, *draw;            /* [ahead], their indices in the data set and in the order */
+    int64_t *label;                  /* [ahead], -1 without */
+    unsigned char *pixels;           /* [ahead, S, S, 3] */
     float *logits;                   /* [room, classes], where asked for */
-    size_t drawn;
-    size_t kept, kept_at;            /* images read ahead: how many, and where they begin */
+    size_t count;                    /* images in the batch at hand: the first in the arrays */
+    size_t computed, loaded, ahead;  /* so many have activations; are there; may be there */
+    size_t drawn, bad;               /* draws that were loaded; images named as bad */
+    array_spec array[5 + SC_MAX_TAPS];           /* all of the above arrays, a row an image */
+    size_t arrays;
     memory_list memory;
     int is_file, skip_bad;
     sc_safetensors file;             /* activations, where is_file */
-    const sc_tensor *activations, *labels;
-    sc_images set;                   /* photos otherwise */
+    const sc_tensor *activations;
+    sc_images set;                   /* photos; of a file the labels alone */
     sc_model model;
     sc_preprocess preprocess;
-    image_reader reader;
+    image_source stream;             /* standard input */
     draw_function *order;
     void *order_context;
 } feed;
@@ -3146,100 +3061,73 @@ enum {
 
 /* What an image is called in messages and tables. */
 static const char *image_name(const feed *f, size_t image) {
-    if (f->is_file || !f->set.image || image >= f->set.count) return "";
-    return f->set.image[image].name;
+    return f->images == SC_UNKNOWN ? "" : f->set.image[image].name;
 }
 
 /* Adds to an error the image and token at fault; token: of the batch at hand. */
 static int blame_token(const feed *f, size_t token) {
     char reason[sizeof error_text];
-    size_t image = (size_t)f->image[token / f->T];
+    size_t image = f->image[token / f->T];
     const char *name = image_name(f, image);
     memcpy(reason, error_text, sizeof reason);
     return fail("image %zu%s%.300s, token %zu: %.600s", image, *name ? " " : "", name, token % f->T,
                 reason);
 }
 
-static int64_t feed_label(const feed *f, size_t image) {
-    int64_t label = -1;
-    if (!f->is_file) return image < f->set.count && f->set.image ? f->set.image[image].label : -1;
-    if (f->labels) sc_tensor_integers(&f->file, f->labels, image, 1, &label);
-    return label;
-}
-
-/* Labels of saved activations: what classes there are, and a digest if the file has none. */
-static int read_feed_labels(feed *f) {
-    const char *names = sc_metadata_find(&f->file, "class_names");
-    const char *digest = sc_metadata_find(&f->file, "data_digest");
-    digest64 sum = { 0 };
-    f->labels = sc_tensor_find(&f->file, "labels");
-    if (f->labels && f->labels->count != f->images)
-        return fail("%s: %zu labels for %zu images", f->file.path, f->labels->count, f->images);
-    if (names && f->labels)
-        SC_TRY(json_string_array(names, f->file.path, &f->class_name, &f->classes));
-    int64_t label = -1, largest = f->class_name ? (int64_t)f->classes - 1 : SC_MAX_CLASSES - 1;
-    for (size_t i = 0; i < f->images; i++) {
-        if (f->labels) SC_TRY(sc_tensor_integers(&f->file, f->labels, i, 1, &label));
-        if (label < -1 || label > largest)
-            return fail("%s: label %lld of image %zu is out of range", f->file.path,
-                        (long long)label, i);
-        if (label >= (int64_t)f->classes) f->classes = (size_t)label + 1;
-        digest64_number(&sum, (uint64_t)label);
-    }
-    f->digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : digest64_value(&sum);
-    return SC_OK;
-}
-
-static int open_activations(feed *f, const char *path, size_t limit) {
-    SC_TRY(sc_safetensors_open(&f->file, path));
-    const sc_tensor *a = sc_tensor_find(&f->file, "activations");
+/* A file that does not say of which data set it is has a digest of its labels. */
+static int open_activations(feed *f, const options *o) {
+    SC_TRY(sc_safetensors_open(&f->file, o->acts));
+    const sc_tensor *a = f->activations = sc_tensor_find(&f->file, "activations");
     const char *tokens = sc_metadata_find(&f->file, "tokens");
+    const char *digest = sc_metadata_find(&f->file, "data_digest");
+    digest64 labels = { 0 };
     if (!a || a->rank != 3 || a->count == 0)
-        return fail("%s: a tensor activations [images, tokens, width] was expected", path);
-    f->activations = a;
+        return fail("%s: a tensor activations [images, tokens, width] was expected", o->acts);
     f->is_file = 1;
-    f->images = a->shape[0];
     f->T = a->shape[1];
     f->D = a->shape[2];
     f->first_patch = !tokens || strcmp(tokens, "patches") != 0;  /* of "cls" no token is a patch */
-    if (f->D > SC_MAX_WIDTH || f->T > SC_MAX_TOKENS)
-        return fail("%s: activations of %zu tokens x %zu are too large", path, f->T, f->D);
-    SC_TRY(read_feed_labels(f));
-    if (limit && limit < f->images) {
-        f->images = limit;
-        f->digest = digest64_step(f->digest, limit);         /* it is not the whole data set */
+    f->set.limit = SIZE_MAX;
+    SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1, NULL));
+    for (size_t i = 0; i < f->set.count && !digest; i++)
+        digest64_number(&labels, (uint64_t)f->set.image[i].label);
+    f->set.digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : digest64_value(&labels);
+    if (o->limit && (size_t)o->limit < f->set.count) {
+        f->set.count = (size_t)o->limit;
+        f->set.digest = digest64_step(f->set.digest, f->set.count);  /* not the whole data set */
     }
     return SC_OK;
 }
 
-/* How a model or a packed set wants its pictures. */
-static sc_preprocess preprocess_for(const options *o, size_t side) {
-    return (sc_preprocess){ .size = (int)side, .square = (int)o->square,
-                            .crop_hf = strcmp(o->crop, "hf") == 0 };
-}
-
-static int open_photos(feed *f, const options *o) {
+/* Images as a model, or a packed set, of pictures of `side` wants them. */
+static int open_photos(feed *f, const options *o, size_t side) {
+    f->preprocess = (sc_preprocess){ .size = (int)side, .square = (int)o->square,
+                                     .crop_hf = strcmp(o->crop, "hf") == 0 };
     SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
-    SC_TRY(sc_model_open(&f->model, o->model, &o->settings));
-    f->images = f->set.count;
-    f->T = f->model.tokens;
-    f->D = f->model.width;
-    f->first_patch = 1;
-    f->classes = f->set.classes;
-    f->class_name = f->set.class_name;
-    f->digest = f->set.digest;
-    f->skip_bad = o->skip_bad;
-    f->preprocess = preprocess_for(o, f->model.image_size);
+    f->stream = (image_source){ .name = "standard input", .file = stdin };
+    f->skip_bad = o->skip_bad && f->set.count != SC_UNKNOWN;
     return SC_OK;
 }
 
 /* Opens DATA: saved activations (--acts), or images through a model. */
 static int open_feed(feed *f, const options *o) {
     *f = (feed){ 0 };
-    if (o->acts && !o->operand[0]) SC_TRY(open_activations(f, o->acts, (size_t)o->limit));
-    else if (o->operand[0] && o->model) SC_TRY(open_photos(f, o));
-    else return usage("no data: give --acts FILE, or -m MODEL and IMAGES");
+    if (o->acts && !o->operand[0]) SC_TRY(open_activations(f, o));
+    else if (o->operand[0] && o->model) {
+        SC_TRY(sc_model_open(&f->model, o->model, &o->settings));
+        f->T = f->model.tokens;
+        f->D = f->model.width;
+        f->first_patch = 1;
+        SC_TRY(open_photos(f, o, f->model.image_size));
+    } else return usage("no data: give --acts FILE, or -m MODEL and IMAGES");
+    f->images = f->set.count;
+    f->classes = f->set.classes;
+    f->class_name = f->set.class_name;
+    f->digest = f->set.digest;
     f->stride = padded(f->D);
+    if (f->D > SC_MAX_WIDTH || f->T > SC_MAX_TOKENS || f->T > SIZE_MAX / sizeof(float) / f->stride)
+        return fail("%s: activations of %zu tokens x %zu are too large",
+                    f->is_file ? f->file.path : f->model.file.path, f->T, f->D);
     while ((f->grid + 1) * (f->grid + 1) <= f->T - f->first_patch) f->grid++;
     if (f->grid * f->grid != f->T - f->first_patch) f->grid = 0;
     return SC_OK;
@@ -3298,110 +3186,121 @@ static int tap_for(feed *f, const sc_sae *sae, const options *o, size_t *place) 
     return add_tap(f, layer, sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook, place);
 }
 
-/* Starts handing out batches of up to `room` images, in the order given (NULL: first to last),
- * from draw number `from` on. */
+/* Starts handing out batches of up to `room` images, in the order given (NULL: first to last; a
+ * stream has no other). Pictures are loaded ahead, so that every thread can decode some. */
 static int start_feed(feed *f, size_t room, draw_function *order, void *context, int with_logits) {
-    size_t S = f->model.image_size, deepest = 0;
-    const array_spec arrays[] = {
-        ARRAY(f->image, room, 1), ARRAY(f->draw, room, 1), ARRAY(f->label, room, 1),
-        ARRAY(f->pixels, room, S * S * 3) };
-    f->order = order;
-    f->order_context = context;
-    if (f->T > SIZE_MAX / room) return fail("a batch of %zu images is too large", room);
-    SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
-    for (size_t i = 0; i < f->taps; i++) {
-        SC_TRY(allocate(&f->memory, &f->tap[i].out, room * f->T, f->stride * sizeof(float)));
+    size_t S = (size_t)f->preprocess.size, many = 4 * (size_t)thread_count(), deepest = 0;
+    int stream = f->images == SC_UNKNOWN;
+    for (size_t i = 0; i < f->taps; i++)
         if (f->tap[i].layer > deepest) deepest = f->tap[i].layer;
-    }
-    if (f->is_file) return SC_OK;
-    SC_TRY(sc_model_load(&f->model, with_logits ? f->model.blocks : deepest, with_logits));
-    if (with_logits)
-        SC_TRY(allocate(&f->memory, &f->logits, room, f->model.classes * sizeof *f->logits));
-    return reader_open(&f->reader, &f->set, &f->preprocess, order, context, thread_count(),
-                       f->skip_bad);
+    if (f->model.blocks)
+        SC_TRY(sc_model_load(&f->model, with_logits ? f->model.blocks : deepest, with_logits));
+    f->order = stream ? NULL : order;
+    f->order_context = context;
+    f->ahead = f->is_file || stream || room > many ? room : many;
+    const array_spec images[] = {
+        ARRAY(f->image, f->ahead, 1), ARRAY(f->draw, f->ahead, 1), ARRAY(f->label, f->ahead, 1),
+        ARRAY(f->pixels, f->ahead, S * S * 3) };
+    memcpy(f->array, images, sizeof images);
+    f->arrays = COUNT(images);
+    for (size_t i = 0; i < f->taps; i++)
+        f->array[f->arrays++] = (array_spec)ARRAY(f->tap[i].out, room, f->T * f->stride);
+    if (with_logits) f->array[f->arrays++] = (array_spec)ARRAY(f->logits, room, f->model.classes);
+    return new_arrays(&f->memory, f->array, f->arrays);
 }
 
-static int read_activations_task(void *context, size_t i) {
+static int load_task(void *context, size_t task) {
     feed *f = context;
-    i += f->begin;
-    f->label[i] = feed_label(f, f->image[i]);
-    for (size_t t = 0; t < f->T; t++) {
-        size_t row = (size_t)f->image[i] * f->T + t;
-        if (sc_tensor_floats(&f->file, f->activations, row * f->D, f->D,
+    size_t i = f->loaded + task, image = f->image[i], S = (size_t)f->preprocess.size;
+    f->label[i] = f->images == SC_UNKNOWN ? -1 : f->set.image[image].label;
+    if (!f->is_file)
+        return load_image(&f->set, image, &f->stream, &f->preprocess, f->pixels + i * S * S * 3);
+    for (size_t t = 0; t < f->T; t++)
+        if (sc_tensor_floats(&f->file, f->activations, (image * f->T + t) * f->D, f->D,
                              f->tap[0].out + (i * f->T + t) * f->stride) != SC_OK)
             return blame_token(f, i * f->T + t);
+    return SC_OK;
+}
+
+/* The images that were loaded ahead move to the front, where the last batch was. */
+static void drop_batch(feed *f) {
+    for (size_t a = 0; a < f->arrays; a++) {
+        size_t rows = f->loaded < f->array[a].rows ? f->loaded : f->array[a].rows;
+        size_t bytes = f->array[a].row_bytes;
+        unsigned char *front;
+        memcpy(&front, f->array[a].pointer, sizeof front);
+        if (rows > f->count) memmove(front, front + f->count * bytes, (rows - f->count) * bytes);
+    }
+    f->loaded -= f->count;
+    f->computed -= f->count;
+    f->count = 0;
+}
+
+/* Has `want` images loaded, fewer only at the end. One that fails is met again, and an error, when
+ * all before it are used up. With skip_bad a bad image is named, loses its name and is passed over
+ * from then on; where all are bad we fail: the order may be endless. */
+static int load_images(feed *f, size_t want) {
+    int stream = f->images == SC_UNKNOWN;
+    size_t last = f->images < f->set.limit ? f->images : f->set.limit;
+    while (f->loaded < want) {
+        size_t end = f->loaded, most = stream ? end + 1 : f->is_file ? want : f->ahead;
+        for (size_t draw = f->drawn, image = draw; end < most; image = ++draw) {
+            if (f->order ? f->order(f->order_context, draw, &image) == SC_END : draw >= last) break;
+            f->draw[end] = draw;
+            f->image[end] = image;
+            end += stream || f->set.image[image].name;
+        }
+        if (end == f->loaded) return SC_OK;
+        int status = parallel_for(end - f->loaded, load_task, f);
+        if (status != SC_OK) end = f->loaded + pool.failed_task;     /* all before it are there */
+        if (status != SC_OK && end == f->loaded) {
+            if (status == SC_END) return SC_OK;
+            if (status != SC_FAILED || !f->skip_bad) return SC_FAILED;
+            char reason[sizeof error_text];
+            note("%s; passed over", strcpy(reason, error_text));
+            f->set.image[f->image[end]].name = NULL;
+            if (++f->bad == f->set.count)
+                return fail("%s; none of %zu images could be read", reason, f->bad);
+        } else f->drawn = f->draw[end - 1] + 1;
+        f->loaded = end;
     }
     return SC_OK;
 }
 
-static int next_from_file(feed *f, size_t want) {
-    for (; f->count < want; f->count++, f->drawn++) {
-        size_t image = f->drawn;
-        int status = f->order ? f->order(f->order_context, f->drawn, &image)
-                              : image < f->images ? SC_OK : SC_END;
-        if (status == SC_END) break;
-        SC_TRY(status);
-        f->image[f->count] = image;
-        f->draw[f->count] = f->drawn;
-    }
-    return parallel_for(f->count - f->begin, read_activations_task, f);
-}
-
 /* Finite weights may still give numbers that are not. rows: [images, count, stride] of the batch */
 static int check_finite(const feed *f, const float *rows, size_t count, size_t stride) {
-    size_t first = f->begin * count * stride, end = f->count * count * stride;
+    size_t first = f->computed * count * stride, end = f->count * count * stride;
     size_t bad = first + first_beyond(rows + first, end - first, LARGEST_FLOAT);
     if (bad == end) return SC_OK;
     fail("%s gives %g where a finite number was expected", f->model.file.path, (double)rows[bad]);
     return blame_token(f, bad / stride * (f->T / count));
 }
 
-static int next_from_photos(feed *f, size_t want) {
-    size_t S = f->model.image_size, bytes = S * S * 3;
-    const image_slot *slot;
-    while (f->count < want) {
-        int status = reader_next(&f->reader, &slot);
-        if (status == SC_END && f->drawn == 0)
-            return fail("%s: no picture came", f->set.root ? f->set.root : "standard input");
-        if (status == SC_END) break;
-        SC_TRY(status);
-        f->drawn++;
-        memcpy(f->pixels + f->count * bytes, slot->pixels, bytes);
-        f->image[f->count] = slot->image;
-        f->draw[f->count] = slot->draw;
-        f->label[f->count++] = feed_label(f, slot->image);
-    }
-    for (size_t first = f->begin; first < f->count; first += FORWARD_IMAGES) {
-        size_t images = f->count - first < FORWARD_IMAGES ? f->count - first : FORWARD_IMAGES;
+static int compute_activations(feed *f) {
+    size_t S = f->model.image_size, images;
+    for (size_t first = f->computed; first < f->count; first += images) {
         sc_tap tap[SC_MAX_TAPS];
+        images = f->count - first < FORWARD_IMAGES ? f->count - first : FORWARD_IMAGES;
         memcpy(tap, f->tap, sizeof tap);
         for (size_t i = 0; i < f->taps; i++) tap[i].out += first * f->T * f->stride;
-        SC_TRY(sc_model_forward(&f->model, f->pixels + first * bytes, images, tap, f->taps,
+        SC_TRY(sc_model_forward(&f->model, f->pixels + first * S * S * 3, images, tap, f->taps,
                                 f->logits ? f->logits + first * f->model.classes : NULL));
     }
     for (size_t i = 0; i < f->taps; i++) SC_TRY(check_finite(f, f->tap[i].out, f->T, f->stride));
     return f->logits ? check_finite(f, f->logits, 1, f->model.classes) : SC_OK;
 }
 
-/* Images that were read ahead come first: they move to the front of the arrays. */
-static void next_from_kept(feed *f, size_t want) {
-    size_t row = f->T * f->stride, some = f->kept < want ? f->kept : want;
-    for (; f->count < some; f->count++, f->kept_at++) {
-        f->image[f->count] = f->image[f->kept_at];
-        f->draw[f->count] = f->draw[f->kept_at];
-        memmove(f->tap[0].out + f->count * row, f->tap[0].out + f->kept_at * row,
-                row * sizeof(float));
-    }
-    f->kept -= some;
-}
-
 /* The next batch: f->count images, 0 at the end. */
 static int next_batch(feed *f, size_t want) {
-    f->count = 0;
-    next_from_kept(f, want);
-    f->begin = f->count;
-    if (f->count == want) return SC_OK;
-    return f->is_file ? next_from_file(f, want) : next_from_photos(f, want);
+    drop_batch(f);
+    SC_TRY(load_images(f, want));
+    if (f->drawn == 0)
+        return fail("%s: no picture came", f->set.root ? f->set.root : "standard input");
+    f->count = f->loaded < want ? f->loaded : want;
+    if (f->computed >= f->count) return SC_OK;
+    if (f->model.blocks && (f->taps || f->logits)) SC_TRY(compute_activations(f));
+    f->computed = f->count;
+    return SC_OK;
 }
 
 /* Hands every batch of a data set to `take`. */
@@ -3416,15 +3315,9 @@ static int for_each_batch(feed *f, int with_logits, int (*take)(void *context), 
     }
 }
 
-static const char *base_name(const char *path) {
-    const char *slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
-}
-
 static void close_feed(feed *f) {
     release(&f->memory);
-    if (f->is_file) free(f->class_name);
-    else reader_close(&f->reader);
+    free(f->stream.rgb);
     sc_safetensors_close(&f->file);
     sc_images_close(&f->set);
     sc_model_close(&f->model);
@@ -4808,11 +4701,11 @@ static int train_steps(training_run *run) {
 
 /* A stream's pictures that a resumed run was trained on already. */
 static int skip_stream(training_run *run) {
-    const image_slot *slot;
-    for (; run->order.from > 0; run->order.from--, run->data.drawn++) {
-        int status = reader_next(&run->data.reader, &slot);
-        if (status == SC_END) return fail("standard input: ended before where the checkpoint was");
-        SC_TRY(status);
+    for (; run->order.from > 0; run->order.from--) {
+        SC_TRY(load_images(&run->data, 1));
+        if (run->data.loaded == 0)
+            return fail("standard input: ended before where the checkpoint was");
+        run->data.loaded = 0;
     }
     return SC_OK;
 }
@@ -4828,12 +4721,12 @@ static int run_training(training_run *run) {
     if (keep > f->images) keep = f->images;
     if (start || run->trainer.step < run->steps)
         SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, &run->order, 0));
-    if (f->images == SC_UNKNOWN) SC_TRY(skip_stream(run));
+    if (f->images == SC_UNKNOWN && run->trainer.step < run->steps) SC_TRY(skip_stream(run));
     if (start) {
         SC_TRY(next_batch(f, keep));
         if (f->count < keep) return fail("there are fewer than %zu images", keep);
         SC_TRY(start_b_dec(&run->trainer.sae, o->b_dec, f->tap[0].out, keep, f->T));
-        f->kept = keep;                      /* to be trained on too */
+        f->count = 0;                        /* not used up: to be trained on too */
     }
     SC_TRY(open_log(run));
     SC_TRY(train_steps(run));
@@ -5418,21 +5311,21 @@ static int command_extract(session *s) {
 static int write_pictures(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
-    const image_slot *slot;
     size_t S = (size_t)f->preprocess.size;
-    int status, stream = f->set.count == SC_UNKNOWN;
+    int stream = f->images == SC_UNKNOWN;
     char **name;
-    SC_TRY(allocate(&s->memory, &name, stream ? 0 : f->set.count, sizeof *name));
+    SC_TRY(allocate(&s->memory, &name, stream ? 0 : f->images, sizeof *name));
     SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, (size_t[]){ SC_ROWS, S, S, 3 }));
-    while ((status = reader_next(&f->reader, &slot)) == SC_OK) {
-        const sc_image *image = stream ? NULL : &f->set.image[slot->image];
-        if (image) name[s->labels] = (char *)(uintptr_t)image->name;
-        SC_TRY(sc_writer_bytes(w, slot->pixels, S * S * 3));
-        SC_TRY(keep_label(s, image ? image->label : -1));
-        show_progress("image", s->labels, f->set.count, s->labels, "images", "%s", "");
+    for (;;) {
+        SC_TRY(next_batch(f, MEASURE_IMAGES));
+        if (f->count == 0) break;
+        SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
+        for (size_t i = 0; i < f->count; i++) {
+            if (!stream) name[s->labels] = (char *)(uintptr_t)image_name(f, f->image[i]);
+            SC_TRY(keep_label(s, f->label[i]));
+        }
+        show_progress("image", s->labels, f->images, s->labels, "images", "%s", "");
     }
-    if (status != SC_END) return status;
-    if (s->labels == 0) return fail("standard input: no picture came");
     SC_TRY(write_labels(w, s));
     return stream || !*name[0] ? SC_OK : write_name_list(w, "file_names", name, s->labels);
 }
@@ -5440,15 +5333,14 @@ static int write_pictures(sc_writer *w, void *context) {
 static int command_pack(session *s) {
     const options *o = s->o;
     feed *f = &s->data;
-    SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
+    SC_TRY(open_photos(f, o, (size_t)(o->square ? o->square : o->size)));
+    f->images = f->set.count;
     f->class_name = f->set.class_name;
     f->classes = f->set.classes;
-    f->preprocess = preprocess_for(o, (size_t)(o->square ? o->square : o->size));
     size_t room = 4096 + names_room(f->class_name, f->classes, 4);
-    for (size_t i = 0; i < f->set.count && f->set.count != SC_UNKNOWN; i++)
+    for (size_t i = 0; i < f->images && f->images != SC_UNKNOWN; i++)
         room += 6 * strlen(f->set.image[i].name) + 4;
-    SC_TRY(reader_open(&f->reader, &f->set, &f->preprocess, NULL, NULL, thread_count(),
-                       o->skip_bad));
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     return save_tensors(o->output, room, write_pictures, s);
 }
 
@@ -5804,7 +5696,7 @@ static int choose_class(viewer *v, long class) {
     size_t images = f->classes ? f->images : 0;
     SC_TRY(allocate(&v->s->memory, &v->image, images, sizeof *v->image));
     for (size_t i = 0; i < images; i++)
-        if (feed_label(f, i) == class) v->image[v->images++] = i;
+        if (f->set.image[i].label == class) v->image[v->images++] = i;
     if (v->images > 0) return SC_OK;
     return fail("--class %ld: no image is of this class (of %zu)", class, f->classes);
 }

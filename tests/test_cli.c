@@ -656,9 +656,9 @@ static void cli_test_activations(void)
         { 1, "@flat: a tensor activations [images, tokens, width]", "eval -s @sae --acts @flat" },
         { 1, "@none: a tensor activations", "train --acts @none -o @out" },
         { 1, "@sae: a tensor activations", "train --acts @sae -o @out" },
-        { 1, "@few: 6 labels for 7 images", "stats -s @sae --acts @few -o @out" },
-        { 1, "@below: label -5 of image 2", "stats -s @sae --acts @below -o @out" },
-        { 1, "@above: label 3 of image 2", "stats -s @sae --acts @above -o @out" },
+        { 1, "@few: a tensor labels I64 [7]", "stats -s @sae --acts @few -o @out" },
+        { 1, "@below: the label of image 2", "stats -s @sae --acts @below -o @out" },
+        { 1, "@above: the label of image 2", "stats -s @sae --acts @above -o @out" },
         { 1, "@names: ", "stats -s @sae --acts @names -o @out" },
         { 1, "@ear: metadata hook = 'ear'", "train --acts @ear -o @out" },
         { 1, "@ear: activations of hook ear where mlp", "eval -s @sae --acts @ear" },
@@ -1324,6 +1324,9 @@ static void cli_test_resume_photos(void)
     works("%s", cli("%s-m @model - --order sequential --steps 2 -o @part --checkpoint @sc --resume",
                    recipe));
     check(cli_same("@part", "@whole_sae"), "a run from a stream, resumed, ends with another SAE");
+    works("%s", cli("%s-m @model - --order sequential --steps 2 -o @part --checkpoint @sc --resume",
+                   recipe));
+    check(cli_same("@part", "@whole_sae"), "one that was done, resumed, ends with another SAE");
     cli_input(NULL);
 }
 
