@@ -1942,8 +1942,15 @@ enum { MAX_PATH = 4096, MAX_DEPTH = 16, CHUNK = 1024, WEIGHT_BITS = 22 };
 /* rgb: [height, width, 3], 8 bits, `stride` bytes from row to row */
 typedef struct { size_t width, height, stride; const unsigned char *rgb; } picture;
 
+/* A file's format, told by its first bytes, and the Debian package that decodes it, if that needs
+ * one. In magic, ? is any byte and _ a blank. */
+typedef struct { const char *name, *magic, *decoder, *package; size_t length; } image_format;
+
 /* Where pictures are read from. rgb: [capacity, CHUNK, 3], for the last picture's pixels */
-typedef struct { const char *name; FILE *file; unsigned char *rgb; size_t capacity; } image_source;
+typedef struct {
+    const char *name; FILE *file; const image_format *format;
+    unsigned char *rgb; size_t capacity;
+} image_source;
 
 /* --- PNM (netpbm.sourceforge.net/doc/pnm.html); P4 is what pngtopnm makes of one-bit PNGs --- */
 
@@ -2035,8 +2042,6 @@ static int pnm_read(image_source *source, picture *result) {
 
 /* --- Other formats: a decoder program turns them into PNM --- */
 
-/* What counts as an image is decided by its first bytes; in magic, ? is any and _ a blank. */
-typedef struct { const char *name, *magic, *decoder, *package; size_t length; } image_format;
 static const image_format formats[] = {
     { "PNM", "P2_", NULL, NULL, 3 }, { "PNM", "P3_", NULL, NULL, 3 },
     { "PNM", "P5_", NULL, NULL, 3 }, { "PNM", "P6_", NULL, NULL, 3 },
@@ -2048,25 +2053,25 @@ static const image_format formats[] = {
     { "WebP", "RIFF????WEBP", NULL, "imagemagick", 12 },
 };
 
-/* SC_END: it is no image. O_NONBLOCK: a named pipe must be refused, not waited for. */
-static int open_image(const char *path, FILE **file, const image_format **format) {
+/* Opens an image at its first byte, or only looks at it (source NULL). SC_END: it is none.
+ * O_NONBLOCK: a named pipe must be refused, not waited for. */
+static int open_image(const char *path, image_source *source) {
     char start[16];
     int descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    *file = descriptor < 0 ? NULL : fdopen(descriptor, "rb");
-    if (!*file) return fail("%s: cannot be opened: %s", path, strerror(errno));
-    size_t size = fread(start, 1, sizeof start, *file);
-    int status = ferror(*file) ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
-    rewind(*file);
-    for (size_t f = 0; f < sizeof formats / sizeof *formats && status == SC_END; f++) {
+    FILE *file = descriptor < 0 ? NULL : fdopen(descriptor, "rb");
+    if (!file) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    size_t size = fread(start, 1, sizeof start, file), same = 0, f = 0;
+    int status = ferror(file) ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
+    for (; f < COUNT(formats) && status == SC_END; f++) {
         const char *magic = formats[f].magic;
-        size_t i = 0;
-        while (i < size && i < formats[f].length && (magic[i] == '?' || magic[i] == start[i] ||
-               (magic[i] == '_' && is_blank(start[i])))) i++;
-        *format = &formats[f];
-        if (i == formats[f].length) return SC_OK;
+        for (same = 0; same < size && same < formats[f].length && (magic[same] == '?' ||
+             magic[same] == start[same] || (magic[same] == '_' && is_blank(start[same])));) same++;
+        if (same == formats[f].length) status = SC_OK;
     }
+    rewind(file);
     if (status == SC_END) fail("%s: not an image; a JPEG, PNG or PNM file was expected", path);
-    fclose(*file);
+    if (status == SC_OK && source) *source = (image_source){ path, file, &formats[f - 1], NULL, 0 };
+    else fclose(file);
     return status;
 }
 
@@ -2084,12 +2089,13 @@ static int start_decoder(char **argument, int file, FILE **out, int end[4], pid_
     for (int i = 0; i < 4 && !error; i++) fcntl(end[i], F_SETFD, FD_CLOEXEC);
     for (int i = 2; i < 4 && !error; i++) fcntl(end[i], F_SETFL, O_NONBLOCK);
     *out = error ? NULL : fdopen(end[0], "rb");
+    if (*out) end[0] = -1;                     /* which closes that end */
     if (!error) error = *out ? posix_spawnattr_init(&attributes) : errno;
     if (!error && (error = posix_spawn_file_actions_init(&files)) == 0) {
         posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
-        error = posix_spawn_file_actions_adddup2(&files, file, 0);
-        if (!error) error = posix_spawn_file_actions_adddup2(&files, end[1], 1);
-        if (!error) error = posix_spawn_file_actions_adddup2(&files, end[3], 2);
+        const int from[3] = { file, end[1], end[3] };
+        for (int i = 0; i < 3 && !error; i++)
+            error = posix_spawn_file_actions_adddup2(&files, from[i], i);
         if (!error) error = posix_spawnp(child, *argument, &files, &attributes, argument, environ);
         posix_spawn_file_actions_destroy(&files);
         posix_spawnattr_destroy(&attributes);
@@ -2097,7 +2103,7 @@ static int start_decoder(char **argument, int file, FILE **out, int end[4], pid_
     pthread_mutex_unlock(&lock);
     if (error && *out) fclose(*out);
     for (int i = 0; i < 4; i++)
-        if (end[i] >= 0 && (i % 2 == 1 || (error && (i > 0 || !*out)))) close(end[i]);
+        if (end[i] >= 0 && (i % 2 == 1 || error)) close(end[i]);
     return error;
 }
 
@@ -2137,10 +2143,9 @@ static int run_decoder(const char *command, int file, image_source *source, pict
 /* Reads a file's picture into source->rgb, which the caller frees. A format's decoders are tried in
  * turn: the next one if one is missing or has failed without a byte (some djpegs refuse CMYK). */
 static int read_picture(const char *path, image_source *source, picture *result) {
-    FILE *file;
-    const image_format *format;
-    if (open_image(path, &file, &format) != SC_OK) return SC_FAILED;
-    *source = (image_source){ .name = path, .file = file };
+    if (open_image(path, source) != SC_OK) return SC_FAILED;
+    FILE *file = source->file;
+    const image_format *format = source->format;
     const char *own = getenv("SAECLIP_DECODER"), *command[] = { own ? own : format->decoder,
         "magick -[0] -alpha off -depth 8 ppm:-", "convert -[0] -alpha off -depth 8 ppm:-" };
     int tries = !format->package ? 0 : own ? 1 : 3, now = MACHINE_FAILED, status = now;
@@ -2319,36 +2324,35 @@ static int walk_folder(sc_images *set, const char *folder, int64_t label, int de
     return status;
 }
 
-/* Keeps the images among the files listed, those in class folders or the loose ones; if there is
- * none the list stays as it is. What cannot be opened counts: its turn to be an error will come. */
-static int keep_images(sc_images *set, const char *folder, int in_classes) {
+/* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. A file that
+ * cannot be opened counts as an image: its turn to be an error will come. */
+static int open_folder(sc_images *set, const char *folder) {
     char path[MAX_PATH];
-    const image_format *format;
-    FILE *file;
-    size_t kept = 0, others = 0;
-    for (size_t i = 0; i < set->count && kept < set->limit; i++) {
-        int wanted = (set->image[i].label >= 0) == in_classes;
-        int status = wanted ? join_path(set->root, set->image[i].name, path) : SC_END;
-        if (status == SC_OK && (status = open_image(path, &file, &format)) == SC_OK) fclose(file);
-        if (status == SC_END) others++;
-        else set->image[kept++] = set->image[i];
-    }
-    if (kept > 0 && others > 0)
-        note("%s: %zu files passed over: not images, or beside class folders", folder, others);
-    if (kept > 0) set->count = kept;
-    return kept > 0;
-}
-
-/* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. */
-static int open_folder(sc_images *set, const char *path) {
-    SC_TRY(walk_folder(set, path, -1, 0));
+    size_t kept = 0;
+    SC_TRY(walk_folder(set, folder, -1, 0));
     if (set->count) qsort(set->image, set->count, sizeof *set->image, by_name);
-    if (keep_images(set, path, 1)) return SC_OK;
-    free(set->class_name);
-    set->class_name = NULL;
-    set->classes = 0;
-    return keep_images(set, path, 0) ? SC_OK : fail("%s: no image among the %zu files of this"
-           " folder; FOLDER/<class>/<image> or FOLDER/<image> was expected", path, set->count);
+    for (int loose = 0; loose < 2 && kept == 0; loose++) {
+        size_t others = 0;
+        if (loose) {
+            free(set->class_name);
+            set->class_name = NULL;
+            set->classes = 0;
+        }
+        for (size_t i = 0; i < set->count && kept < set->limit; i++) {
+            int status = (set->image[i].label < 0) != loose ? SC_END
+                       : join_path(set->root, set->image[i].name, path);
+            if (status == SC_OK) status = open_image(path, NULL);
+            if (status == SC_END) others++;
+            else set->image[kept++] = set->image[i];
+        }
+        if (kept > 0 && others > 0)
+            note("%s: %zu files passed over: not images, or beside class folders", folder, others);
+    }
+    if (kept == 0)
+        return fail("%s: no image among the %zu files of this folder; FOLDER/<class>/<image> or "
+                    "FOLDER/<image> was expected", folder, set->count);
+    set->count = kept;
+    return SC_OK;
 }
 
 /* Lines "path" or "path<TAB>label"; a # begins a comment at a line's start or after a blank. */
@@ -2419,14 +2423,6 @@ static int open_packed(sc_images *set, const char *path) {
     return status;
 }
 
-static int open_one(sc_images *set, const char *path) {
-    const image_format *format;
-    FILE *file;
-    if (open_image(path, &file, &format) != SC_OK) return SC_FAILED;
-    fclose(file);
-    return add_image(set, base_name(path), -1);
-}
-
 /* The digest is of N, classes, labels, and names below the root: moving or packing keeps it. */
 int sc_images_open(sc_images *set, const char *path, size_t limit) {
     const char *suffix = strrchr(path, '.') ? strrchr(path, '.') : "";
@@ -2440,7 +2436,8 @@ int sc_images_open(sc_images *set, const char *path, size_t limit) {
     set->root = join_text(path, length, folder && path[length - 1] != '/' ? "/" : "");
     int status = !set->root ? SC_FAILED : folder ? open_folder(set, path)
                : strcmp(suffix, ".txt") == 0 ? open_list(set, path)
-               : strcmp(suffix, ".safetensors") == 0 ? open_packed(set, path) : open_one(set, path);
+               : strcmp(suffix, ".safetensors") == 0 ? open_packed(set, path)
+               : open_image(path, NULL) == SC_OK ? add_image(set, base_name(path), -1) : SC_FAILED;
     if (status != SC_OK) sc_images_close(set);
     if (status != SC_OK) return SC_FAILED;
     digest64_number(&digest, set->count);
@@ -3140,25 +3137,23 @@ static int add_tap(feed *f, long layer, sc_hook hook, size_t *place) {
     if (!f->is_file && (layer == 0 || layer > blocks || -layer > blocks))
         return fail("%s: layer %ld of %ld: 1 to %ld or -1 to -%ld was expected", f->model.file.path,
                     layer, blocks, blocks, blocks);
-    size_t number = layer > 0 ? (size_t)layer : f->is_file ? 0 : (size_t)(blocks + 1 + layer);
+    sc_tap tap = { .hook = hook, .stride = f->stride };
+    tap.layer = layer > 0 ? (size_t)layer : f->is_file ? 0 : (size_t)(blocks + 1 + layer);
     for (*place = 0; *place < f->taps; ++*place)
-        if (f->is_file || (f->tap[*place].layer == number && f->tap[*place].hook == hook))
+        if (f->is_file || (f->tap[*place].layer == tap.layer && f->tap[*place].hook == hook))
             return SC_OK;
-    if (f->taps == SC_MAX_TAPS) return usage("more than %d hook points", SC_MAX_TAPS);
-    f->tap[f->taps++] = (sc_tap){ .layer = number, .hook = hook, .stride = f->stride };
+    f->tap[f->taps++] = tap;                     /* there are no more SAEs than room for taps */
     return SC_OK;
 }
 
 static int overrule_sae(sc_sae *sae, const options *o) {
+    sc_hook hook = SC_MLP;
     if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
     if (o->k) sae->k = (size_t)o->k;
-    if (sae->topk && sae->k > sae->d_sae && !sae->path)
-        return fail("--k %zu is more than the %zu latents", sae->k, sae->d_sae);
-    if (sae->topk && (sae->k == 0 || sae->k > sae->d_sae))
-        return fail("%s: a TopK SAE whose k is not from 1 to %zu (--k)", sae->path, sae->d_sae);
-    sc_hook hook = SC_MLP;
     if (o->hook && parse_hook(o->hook, &hook) == SC_OK) sae->hook = (int)hook;
-    return SC_OK;
+    if (!sae->topk || (sae->k > 0 && sae->k <= sae->d_sae)) return SC_OK;
+    return fail("%s: a TopK SAE whose k is not from 1 to %zu (--k)",
+                sae->path ? sae->path : o->output, sae->d_sae);
 }
 
 /* An SAE takes activations of its width; saved ones that say where they come from must come from

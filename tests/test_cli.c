@@ -614,7 +614,7 @@ static void cli_test_mismatches(void)
           "eval --quiet -s @nowhere -m @model @photos" },
         { 1, "from 1 to 24 (--k)", "eval -s @sae --arch topk --k 25 --acts @acts" },
         { 1, "from 1 to 24 (--k)", "eval -s @sae --arch topk --acts @acts" },
-        { 1, "--k 25 is more than the 24 latents",
+        { 1, "@out: a TopK SAE whose k is not from 1 to 24 (--k)",
           "train --acts @acts --latents 24 --arch topk --k 25 -o @out" },
         { 1, "@sae: there is no latent 24", "mask -s @sae --acts @acts -l 3,24 -o @out" },
         { 1, "@stats: statistics of another SAE",
