@@ -2075,7 +2075,7 @@ static int open_image(const char *path, image_source *source) {
     return status;
 }
 
-/* Starts a decoder on a file, its output at *out; returns an errno. posix_spawn and not fork: a fork
+/* Starts a decoder on a file, its output at *out; returns an errno. posix_spawn and not fork, which
  * copies the page tables of all our weights. Its own process group: Ctrl-C, upon which training
  * saves its state, must not look like a bad image. The lock: no other child may inherit a pipe that
  * has no FD_CLOEXEC yet. Its stderr is read at last, from end[2]; O_NONBLOCK, lest a decoder that
@@ -2324,7 +2324,7 @@ static int walk_folder(sc_images *set, const char *folder, int64_t label, int de
     return status;
 }
 
-/* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. A file that
+/* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. What
  * cannot be opened counts as an image: its turn to be an error will come. */
 static int open_folder(sc_images *set, const char *folder) {
     char path[MAX_PATH];
