@@ -5099,20 +5099,18 @@ static int write_statistics(sc_writer *w, void *context) {
     derive_statistics(s);
     for (size_t i = 0; i < COUNT(tensors) - !class; i++) {
         const size_t *shape = tensors[i].shape, numbers = tensors[i].numbers;
-        const char *at = tensors[i].first;
+        const char *first = tensors[i].first;
         size_t count = 1;
         int rank = 0;
         while (shape[rank] > 0) count *= shape[rank++];
         SC_TRY(sc_writer_tensor(w, tensors[i].name, tensors[i].dtype, rank, shape));
-        for (size_t e = 0; e < count; e += numbers, at += tensors[i].step)
-            SC_TRY(sc_writer_values(w, at, numbers, tensors[i].dtype));
+        for (size_t e = 0; e < count / numbers; e++)
+            SC_TRY(sc_writer_values(w, first + e * tensors[i].step, numbers, tensors[i].dtype));
     }
     return SC_OK;
 }
 
-/* --------------------------------------------------------------------------------------------
- * Several SAEs over one data set, in one forward pass
- * -------------------------------------------------------------------------------------------- */
+/* --- Several SAEs over one data set, in one forward pass --- */
 
 /* An activation as `encode` writes it. */
 typedef struct { int64_t row, index; float value; } code;
@@ -5202,9 +5200,7 @@ static int command_stats(session *s) {
     return save_tensors(s->o->output, 16384, write_statistics, &s->stats[0]);
 }
 
-/* --------------------------------------------------------------------------------------------
- * Tables
- * -------------------------------------------------------------------------------------------- */
+/* --- Tables --- */
 
 /* A cell, and what its column is called by programs and for people; text NULL: a number. */
 typedef struct { const char *name, *title, *text; double number; } table_cell;
@@ -5326,9 +5322,7 @@ static int command_eval(session *s) {
     }
 }
 
-/* --------------------------------------------------------------------------------------------
- * Writing activations, codes and packed images, as they come
- * -------------------------------------------------------------------------------------------- */
+/* --- extract --- */
 
 static int keep_label(session *s, int64_t label) {
     SC_TRY(grow(&s->label, &s->label_room, s->labels, sizeof *s->label));
@@ -5432,15 +5426,12 @@ static int command_pack(session *s) {
 
 /* --- encode: what comes waits in temporary files until all tensors can be written --- */
 
-static int spool(FILE *file, const void *records, size_t size, size_t count) {
-    if (fwrite(records, size, count, file) == count) return SC_OK;
-    return fail("a temporary file cannot be written: %s", strerror(errno));
-}
-
-/* The next record, SC_END behind the last. */
-static int unspool(FILE *file, void *record, size_t size) {
-    if (fread(record, size, 1, file) == 1) return SC_OK;
-    return ferror(file) ? fail("a temporary file cannot be read back") : SC_END;
+/* Their first failure sticks: it is enough to ask now and then. */
+static int check_spools(const session *s) {
+    for (int i = 0; i < 2; i++)
+        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i]))
+            return fail("a temporary file cannot be written or read back: %s", strerror(errno));
+    return SC_OK;
 }
 
 /* A tile's codes, sorted by token by counting, which keeps latents ascending. row: of token 0 */
@@ -5454,7 +5445,8 @@ static int spool_codes(session *s, const tile_codes *tile, size_t row) {
     for (size_t j = 0; j < s->sae[0].d_sae; j++)
         for (code_walk w = walk_codes(tile, j); next_code(&w);)
             s->code[place[w.token]++] = (code){ (int64_t)(row + w.token), (int64_t)j, w.value };
-    return spool(s->spool[0], s->code, sizeof *s->code, codes);
+    fwrite(s->code, sizeof *s->code, codes, s->spool[0]);
+    return SC_OK;
 }
 
 static int spool_batch(session *s) {
@@ -5463,8 +5455,8 @@ static int spool_batch(session *s) {
     for (size_t i = 0; i < b->tiles; i++)
         SC_TRY(spool_codes(s, &b->tile[i], row + b->tile[i].first));
     for (size_t t = 0; t < b->T && b->reconstruct; t++)
-        SC_TRY(spool(s->spool[1], b->output + t * b->sae->stride, b->sae->d_in * sizeof(float), 1));
-    return SC_OK;
+        fwrite(b->output + t * b->sae->stride, sizeof(float), b->sae->d_in, s->spool[1]);
+    return check_spools(s);
 }
 
 /* A tensor that is a part of a spool's records: `columns` numbers at `offset`. */
@@ -5472,13 +5464,12 @@ static int write_part(sc_writer *w, session *s, int which, const char *name, sc_
                       size_t offset, size_t columns) {
     size_t size = which ? columns * sizeof(float) : sizeof(code);
     unsigned char *record;
-    int status;
     SC_TRY(allocate(&s->memory, &record, size, 1));
     SC_TRY(sc_writer_tensor(w, name, dtype, columns > 1 ? 2 : 1, (size_t[]){ SC_ROWS, columns }));
-    rewind(s->spool[which]);
-    while ((status = unspool(s->spool[which], record, size)) == SC_OK)
+    fseek(s->spool[which], 0, SEEK_SET);
+    while (fread(record, size, 1, s->spool[which]) == 1)
         SC_TRY(sc_writer_values(w, record + offset, columns, dtype == SC_I32 ? SC_I64 : dtype));
-    return status == SC_END ? SC_OK : status;
+    return check_spools(s);
 }
 
 /* The mean of f over every `group` tokens, from the codes. */
@@ -5490,16 +5481,16 @@ static int write_means(sc_writer *w, session *s, const char *name, size_t group)
     const array_spec arrays[] = { ARRAY(mean, n, 1), ARRAY(sum, n, 1) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
     SC_TRY(sc_writer_tensor(w, name, SC_F32, n > 1 ? 2 : 1, (size_t[]){ SC_ROWS, n }));
-    rewind(s->spool[0]);
-    int status = unspool(s->spool[0], &c, sizeof c);
+    fseek(s->spool[0], 0, SEEK_SET);
+    int more = fread(&c, sizeof c, 1, s->spool[0]) == 1;
     for (size_t end = group; end <= rows; end += group) {
         memset(sum, 0, n * sizeof *sum);
-        for (; status == SC_OK && (size_t)c.row < end; status = unspool(s->spool[0], &c, sizeof c))
+        for (; more && (size_t)c.row < end; more = fread(&c, sizeof c, 1, s->spool[0]) == 1)
             sum[c.index] += c.value;
         for (size_t j = 0; j < n; j++) mean[j] = (float)(sum[j] / (double)group);
         SC_TRY(sc_writer_floats(w, mean, n));
     }
-    return status == SC_END ? SC_OK : status;
+    return check_spools(s);
 }
 
 static int write_codes(sc_writer *w, void *context) {
@@ -5524,42 +5515,31 @@ static int command_encode(session *s) {
     s->batch[0].reconstruct = s->o->reconstruction;
     SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
     while ((status = next_encoded(s, s->data.images)) == SC_OK) SC_TRY(spool_batch(s));
-    if (status != SC_END) return status;
-    for (int i = 0; i < 2; i++)
-        if (fflush(s->spool[i]) != 0)
-            return fail("a temporary file cannot be written: %s", strerror(errno));
-    return save_tensors(s->o->output, 4096, write_codes, s);
+    return status == SC_END ? save_tensors(s->o->output, 4096, write_codes, s) : status;
 }
 
 /* --- zeroshot --- */
 
-/* The classes whose logit is above the label's; ties go to the lower index. */
-static size_t rank_of(const float *logit, size_t classes, size_t label) {
-    size_t rank = 0;
-    for (size_t c = 0; c < classes; c++)
-        rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
-    return rank;
-}
-
+/* An image counts where its label is among the best 1 or 5 classes; ties go to the lower one. */
 static int command_zeroshot(session *s) {
-    size_t top1 = 0, top5 = 0, classes;
+    size_t top1 = 0, top5 = 0;
     const sc_model *model = &s->data.model;
     feed *f = &s->data;
     int status;
-    SC_TRY(open_session(s));
-    /* timm's head may be a classifier */
+    SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
     if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
         return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
                     model->file.path);
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 1));
-    classes = model->classes;
     while ((status = next_encoded(s, f->images)) == SC_OK)
         for (size_t i = 0; i < f->count; i++) {
-            size_t image = (size_t)f->image[i], label = (size_t)f->label[i];
-            if (label >= classes)                            /* also -1, which is beyond all */
+            const float *logit = f->logits + i * model->classes;
+            size_t rank = 0, label = (size_t)f->label[i], image = (size_t)f->image[i];
+            if (label >= model->classes)                     /* also -1, which is beyond all */
                 return fail("image %zu %s: label %lld, but the head has %zu classes", image,
-                            image_name(f, image), (long long)f->label[i], classes);
-            size_t rank = rank_of(f->logits + i * classes, classes, label);
+                            image_name(f, image), (long long)f->label[i], model->classes);
+            for (size_t c = 0; c < model->classes; c++)
+                rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
             top1 += rank < 1;
             top5 += rank < 5;
         }
@@ -5587,6 +5567,8 @@ enum { MOST_LATENTS = 1024, SHEET_GAP = 2, SILENT = 30 };
 typedef struct {
     session *s;
     sc_safetensors stats;
+    const sc_tensor *top[2];         /* of the statistics: latents' top images, top patches */
+    uint64_t first_patch;            /* of the statistics' tokens */
     enum { NO_MASK, VALUE_MASK, TOP_MASK } kind;
     size_t latent[MOST_LATENTS], latents;        /* asked for */
     int64_t *image;                  /* [images], the only ones to look at, where not NULL */
@@ -5614,24 +5596,27 @@ static int parse_latents(viewer *v, const char *text) {
     }
 }
 
-/* Statistics tell of one data set and one SAE. */
+/* Statistics tell of one data set and one SAE; each latent has a row of images, one of patches. */
 static int open_statistics(viewer *v, const char *path) {
+    static const char *const names[] = { "max_activating_image_indices",
+                                         "max_activating_patch_indices" };
+    size_t n = v->s->sae[0].d_sae;
     SC_TRY(sc_safetensors_open(&v->stats, path));
     const char *data = sc_metadata_find(&v->stats, "data_digest");
     const char *sae = sc_metadata_find(&v->stats, "sae_digest");
+    const char *first_patch = sc_metadata_find(&v->stats, "first_patch");
     if (!data || !sae) return fail("%s: these are no statistics: a digest is missing", path);
     if (strtoull(data, NULL, 16) != v->s->data.digest)
         return fail("%s: statistics of other data", path);
-    if (strtoull(sae, NULL, 16) == sae_digest(&v->s->sae[0])) return SC_OK;
-    return fail("%s: statistics of another SAE", path);
-}
-
-/* A tensor of the statistics: for each latent a row of numbers (size 1) or of pairs (2). */
-static int stats_tensor(const viewer *v, const char *name, size_t size, const sc_tensor **tensor) {
-    const sc_tensor *t = *tensor = sc_tensor_find(&v->stats, name);
-    size_t n = v->s->sae[0].d_sae;
-    if (t && t->rank > 1 && t->shape[1] > 0 && t->count / size / t->shape[1] == n) return SC_OK;
-    return fail("%s: a tensor %s [%zu, ...] was expected", v->stats.path, name, n);
+    if (strtoull(sae, NULL, 16) != sae_digest(&v->s->sae[0]))
+        return fail("%s: statistics of another SAE", path);
+    v->first_patch = first_patch ? strtoull(first_patch, NULL, 10) : 1;
+    for (size_t i = 0; i < 2; i++) {
+        const sc_tensor *t = v->top[i] = sc_tensor_find(&v->stats, names[i]);
+        if (!t || t->rank < 2 || t->shape[1] == 0 || t->count / (i + 1) / t->shape[1] != n)
+            return fail("%s: a tensor %s [%zu, ...] was expected", path, names[i], n);
+    }
+    return SC_OK;
 }
 
 /* The folder, the data and, where asked for, the statistics to look at them with. */
@@ -5668,9 +5653,7 @@ static int listed_draw(void *context, size_t draw, size_t *image) {
 static int find_masks(viewer *v, size_t j) {
     const feed *f = &v->s->data;
     const sae_batch *b = &v->s->batch[0];
-    const char *text = sc_metadata_find(&v->stats, "first_patch");
-    const int64_t first_patch = text ? strtoll(text, NULL, 10) : 1;
-    const sc_tensor *top;
+    size_t P = v->kind == TOP_MASK ? v->top[1]->shape[1] : 0;
     memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
     for (size_t i = 0; i < b->tiles; i++)
         for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);) {
@@ -5678,12 +5661,10 @@ static int find_masks(viewer *v, size_t j) {
             if (token >= f->first_patch)
                 v->mask[row / f->T * v->patches + token - f->first_patch] = w.value;
         }
-    if (v->kind != TOP_MASK) return SC_OK;
-    SC_TRY(stats_tensor(v, "max_activating_patch_indices", 2, &top));
-    for (size_t p = 0; p < top->shape[1]; p++) {
+    for (size_t p = 0; p < P; p++) {
         int64_t at[2];                           /* image and token, -1 where there is none */
-        SC_TRY(sc_tensor_integers(&v->stats, top, (j * top->shape[1] + p) * 2, 2, at));
-        uint64_t patch = (uint64_t)at[1] - (uint64_t)first_patch;
+        SC_TRY(sc_tensor_integers(&v->stats, v->top[1], (j * P + p) * 2, 2, at));
+        uint64_t patch = (uint64_t)at[1] - v->first_patch;
         for (size_t i = 0; i < f->count && patch < v->patches; i++)
             if (f->image[i] == (uint64_t)at[0]) v->mask[i * v->patches + patch] = 1;
     }
@@ -5792,12 +5773,12 @@ static int finish_sheet(viewer *v, size_t j, size_t images) {
 }
 
 /* The images to look at are each latent's top images, as the statistics have them, in turn. */
-static int list_images(viewer *v, size_t *count, const sc_tensor *top) {
-    size_t K = top->shape[1];
+static int list_images(viewer *v, size_t *count) {
+    size_t K = v->top[0]->shape[1];
     SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
     for (size_t l = 0; l < v->latents; l++, v->images += count[l - 1]) {
         int64_t *image = v->image + v->images;
-        SC_TRY(sc_tensor_integers(&v->stats, top, v->latent[l] * K, K, image));
+        SC_TRY(sc_tensor_integers(&v->stats, v->top[0], v->latent[l] * K, K, image));
         for (; count[l] < K && image[count[l]] >= 0; count[l]++)
             if (image[count[l]] >= (int64_t)v->s->data.images)
                 return fail("%s: there is no image %lld", v->stats.path,
@@ -5809,15 +5790,13 @@ static int list_images(viewer *v, size_t *count, const sc_tensor *top) {
 /* Sheets have their images row by row, the strongest first. */
 static int show_sheets(viewer *v) {
     size_t count[MOST_LATENTS] = { 0 }, columns = 1, l = 0, cell = 0;
-    const sc_tensor *top;
     feed *f = &v->s->data;
     int status = SC_END;
     if (strcmp(v->s->o->operand[0], "-") == 0)
         return usage("top picks images: a stream has no choice of them");
     SC_TRY(open_viewer(v, 1));
-    SC_TRY(stats_tensor(v, "max_activating_image_indices", 1, &top));
-    SC_TRY(list_images(v, count, top));
-    size_t K = top->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
+    SC_TRY(list_images(v, count));
+    size_t K = v->top[0]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
     while (columns * columns < K) columns++;
     v->width = columns * step - SHEET_GAP;
     v->height = (K - 1) / columns * step + S;
