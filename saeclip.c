@@ -5322,7 +5322,7 @@ static int command_eval(session *s) {
     }
 }
 
-/* --- extract --- */
+/* --- What extract and pack have in common: labels and names --- */
 
 static int keep_label(session *s, int64_t label) {
     SC_TRY(grow(&s->label, &s->label_room, s->labels, sizeof *s->label));
@@ -5330,10 +5330,9 @@ static int keep_label(session *s, int64_t label) {
     return SC_OK;
 }
 
-/* The labels kept, if no image lacks one, and the classes' names. */
+/* The labels kept, which all images have or none, and the classes' names. */
 static int write_labels(sc_writer *w, const session *s) {
-    for (size_t i = 0; i < s->labels; i++)
-        if (s->label[i] < 0) return SC_OK;
+    if (s->labels > 0 && s->label[0] < 0) return SC_OK;
     SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &s->labels));
     SC_TRY(sc_writer_integers(w, s->label, s->labels));
     if (!s->data.class_name) return SC_OK;
@@ -5445,7 +5444,7 @@ static int spool_codes(session *s, const tile_codes *tile, size_t row) {
     for (size_t j = 0; j < s->sae[0].d_sae; j++)
         for (code_walk w = walk_codes(tile, j); next_code(&w);)
             s->code[place[w.token]++] = (code){ (int64_t)(row + w.token), (int64_t)j, w.value };
-    fwrite(s->code, sizeof *s->code, codes, s->spool[0]);
+    if (codes > 0) fwrite(s->code, sizeof *s->code, codes, s->spool[0]);
     return SC_OK;
 }
 
