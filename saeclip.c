@@ -3036,6 +3036,7 @@ typedef struct {
     float *logits;                   /* [room, classes], where asked for */
     size_t count;                    /* images in the batch at hand: the first in the arrays */
     size_t computed, loaded, ahead;  /* so many have activations; are there; may be there */
+    size_t used;                     /* images of the batches before */
     size_t drawn, bad;               /* draws that were loaded; images named as bad */
     array_spec array[5 + SC_MAX_TAPS];           /* all of the above arrays, a row an image */
     size_t arrays;
@@ -3226,6 +3227,7 @@ static void drop_batch(feed *f) {
         memcpy(&front, f->array[a].pointer, sizeof front);
         if (rows > f->count) memmove(front, front + f->count * bytes, (rows - f->count) * bytes);
     }
+    f->used += f->count;
     f->loaded -= f->count;
     f->computed -= f->count;
     f->count = 0;
@@ -3296,18 +3298,6 @@ static int next_batch(feed *f, size_t want) {
     if (f->model.blocks && (f->taps || f->logits)) SC_TRY(compute_activations(f));
     f->computed = f->count;
     return SC_OK;
-}
-
-/* Hands every batch of a data set to `take`. */
-static int for_each_batch(feed *f, int with_logits, int (*take)(void *context), void *context) {
-    uint64_t done = 0;
-    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, with_logits));
-    for (;; done += f->count) {
-        SC_TRY(next_batch(f, MEASURE_IMAGES));
-        if (f->count == 0) return SC_OK;
-        SC_TRY(take(context));
-        show_progress("image", done + f->count, f->images, done + f->count, "images", "%s", "");
-    }
 }
 
 static void close_feed(feed *f) {
@@ -4770,49 +4760,45 @@ static void add_running(running_sum *sum, double value) {
 
 static double running_total(const running_sum *sum) { return sum->total + sum->part; }
 
+/* One of the largest values of a latent, and what it belongs to. */
+typedef struct { float value; int64_t image, other; } top_entry;
+
+static const top_entry nothing = { 0, -1, -1 };
+
 typedef struct {
+    int64_t images, tokens;          /* on which it fires */
+    exact_sum means, activations;    /* of a_j over images, of f_j over tokens */
+    float sparsity, mean, entropy;   /* worked out at the end, as is */
+    double sum;                      /* activations, rounded */
+} latent_record;
+
+typedef struct {
+    const sae_batch *batch;          /* the images at hand, encoded */
     const sc_sae *sae;
     const feed *data;
-    size_t tap, K, P;
+    size_t K, P;
     double threshold;                /* of class_counts; negative: count images */
-    uint64_t images, tokens;
-    sae_batch batch;
-    memory_list memory;
-    uint64_t *image_count, *token_count;         /* [n] */
-    exact_sum *mean_sum, *activation_sum;        /* [n], of a_j over images, of f_j over tokens */
-    float *top_value;                            /* [n, K], descending */
-    int64_t *top_image, *top_label;              /* [n, K] */
-    float *patch_value;                          /* [n, P], descending */
-    int64_t *patch;                              /* [n, P, 2], image and token */
-    int64_t *class_counts;                       /* [C, n], NULL if not asked for */
-    uint64_t *histogram;                         /* [workers, HISTOGRAM_BINS] */
+    uint64_t images;                 /* so far */
+    latent_record *latent;           /* [n] */
+    top_entry *top, *patch;          /* [n, K], [n, P], descending; other: the label, the token */
+    int64_t *class_counts;           /* [C, n], NULL if not asked for */
+    int64_t (*histogram)[HISTOGRAM_BINS];        /* [workers] */
     running_sum mse, squared_error, l0, l1;
-    running_sum (*x)[2];                         /* [D], of x and x^2 */
-    float *sparsity, *mean_act, *entropy;        /* [n], worked out at the end, as is */
-    double *sum;                                 /* [n], activation_sum rounded */
+    running_sum (*x)[2];             /* [D], of x and x^2 */
 } statistics;
 
-static void free_statistics(statistics *s) {
-    free_batch(&s->batch);
-    release(&s->memory);
-    *s = (statistics){ 0 };
-}
-
-/* sae, data, tap, K, P, threshold are set; room: images a batch. */
-static int new_statistics(statistics *s, size_t room, int class_counts) {
-    size_t n = s->sae->d_sae, K = s->K, P = s->P, C = s->data->classes;
+/* All but the arrays is set. */
+static int new_statistics(statistics *s, memory_list *memory, int class_counts) {
+    size_t n = s->sae->d_sae;
     const array_spec arrays[] = {
-        ARRAY(s->image_count, n, 1), ARRAY(s->token_count, n, 1), ARRAY(s->mean_sum, n, 1),
-        ARRAY(s->activation_sum, n, 1), ARRAY(s->top_value, n, K), ARRAY(s->top_image, n, K),
-        ARRAY(s->top_label, n, K), ARRAY(s->patch_value, n, P), ARRAY(s->patch, n, 2 * P),
-        ARRAY(s->histogram, (size_t)thread_count(), HISTOGRAM_BINS), ARRAY(s->x, s->sae->d_in, 1),
-        ARRAY(s->sparsity, n, 1), ARRAY(s->mean_act, n, 1), ARRAY(s->entropy, n, 1),
-        ARRAY(s->sum, n, 1), ARRAY(s->class_counts, n, C) };
-    if (class_counts && C == 0) return fail("--class-counts: the data have no labels");
-    SC_TRY(new_batch(&s->batch, s->sae, room * s->data->T));
-    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays) - !class_counts));
-    for (size_t i = 0; i < n * K; i++) s->top_image[i] = s->top_label[i] = -1;
-    for (size_t i = 0; i < n * P * 2; i++) s->patch[i] = -1;
+        ARRAY(s->latent, n, 1), ARRAY(s->top, n, s->K), ARRAY(s->patch, n, s->P),
+        ARRAY(s->histogram, (size_t)thread_count(), 1), ARRAY(s->x, s->sae->d_in, 1),
+        ARRAY(s->class_counts, n, s->data->classes) };
+    if (class_counts && s->data->classes == 0)
+        return fail("--class-counts: the data have no labels");
+    SC_TRY(new_arrays(memory, arrays, COUNT(arrays) - !class_counts));
+    for (size_t i = 0; i < n * s->K; i++) s->top[i] = nothing;
+    for (size_t i = 0; i < n * s->P; i++) s->patch[i] = nothing;
     return SC_OK;
 }
 
@@ -4828,21 +4814,14 @@ static size_t histogram_bin(float f) {
     return (size_t)(bin < 0 ? 0 : bin > last ? last : bin);
 }
 
-/* Puts a value into a descending list of the largest, and a and b, `step` apart from place to
- * place, beside it. What comes later loses a tie. */
-static void keep_largest(size_t size, float *value, float new, int64_t *a, int64_t new_a,
-                         int64_t *b, int64_t new_b, size_t step) {
-    size_t place = size;
-    for (; place > 0 && new > value[place - 1]; place--)
-        if (place < size) {                                  /* else the last one drops out */
-            value[place] = value[place - 1];
-            a[place * step] = a[(place - 1) * step];
-            b[place * step] = b[(place - 1) * step];
-        }
-    if (place == size) return;
-    value[place] = new;
-    a[place * step] = new_a;
-    b[place * step] = new_b;
+/* Puts an entry into a descending list of the largest. What comes later loses a tie. */
+static void keep_largest(top_entry *list, size_t size, top_entry new) {
+    for (size_t i = size; i-- > 0 && new.value > list[i].value; list[i] = new)
+        if (i + 1 < size) list[i + 1] = list[i];
+}
+
+static void count_class(statistics *s, size_t j, int64_t label) {
+    if (s->class_counts && label >= 0) s->class_counts[(size_t)label * s->sae->d_sae + j]++;
 }
 
 /* Latent j's mean over the batch's image i. */
@@ -4850,45 +4829,35 @@ static void count_image(statistics *s, size_t j, size_t i, double sum) {
     float mean = (float)(sum / (double)s->data->T);
     int64_t image = (int64_t)s->data->image[i], label = s->data->label[i];
     if (!(mean > 0)) return;
-    s->image_count[j]++;
-    exact_add_float(&s->mean_sum[j], mean);
-    if (s->class_counts && label >= 0 && s->threshold < 0)
-        s->class_counts[(size_t)label * s->sae->d_sae + j]++;
-    keep_largest(s->K, s->top_value + j * s->K, mean, s->top_image + j * s->K, image,
-                 s->top_label + j * s->K, label, 1);
+    s->latent[j].images++;
+    exact_add_float(&s->latent[j].means, mean);
+    if (s->threshold < 0) count_class(s, j, label);
+    keep_largest(s->top + j * s->K, s->K, (top_entry){ mean, image, label });
 }
 
 /* Activation f of latent j on a token of the batch's image i. */
-static void count_token(statistics *s, size_t j, size_t i, size_t token, float f,
-                        uint64_t *histogram) {
-    int64_t label = s->data->label[i];
-    s->token_count[j]++;
-    exact_add_float(&s->activation_sum[j], f);
-    histogram[histogram_bin(f)]++;
-    if (s->class_counts && label >= 0 && s->threshold >= 0 && (double)f > s->threshold)
-        s->class_counts[(size_t)label * s->sae->d_sae + j]++;
-    int64_t image = (int64_t)s->data->image[i], *patch = s->patch + j * s->P * 2;
+static void count_token(statistics *s, size_t j, size_t i, size_t token, float f) {
+    int64_t image = (int64_t)s->data->image[i];
+    s->latent[j].tokens++;
+    exact_add_float(&s->latent[j].activations, f);
+    s->histogram[worker][histogram_bin(f)]++;
+    if (s->threshold >= 0 && (double)f > s->threshold) count_class(s, j, s->data->label[i]);
     if (token >= s->data->first_patch)
-        keep_largest(s->P, s->patch_value + j * s->P, f, patch, image, patch + 1, (int64_t)token,
-                     2);
+        keep_largest(s->patch + j * s->P, s->P, (top_entry){ f, image, (int64_t)token });
 }
 
 static int count_task(void *context, size_t block) {
     statistics *s = context;
-    uint64_t *histogram = s->histogram + worker * HISTOGRAM_BINS;
-    for (size_t j = block * CHAIN; j < s->sae->d_sae && j < (block + 1) * CHAIN; j++) {
-        size_t at = 0;                                       /* the image being summed */
-        double sum = 0;
-        for (size_t i = 0; i < s->batch.tiles; i++)
-            for (code_walk w = walk_codes(&s->batch.tile[i], j); next_code(&w);) {
-                size_t t = s->batch.tile[i].first + w.token, image = t / s->data->T;
-                if (image != at) count_image(s, j, at, sum);
-                if (image != at) sum = 0;
-                at = image;
-                sum += w.value;
-                count_token(s, j, image, t % s->data->T, w.value, histogram);
+    size_t n = s->sae->d_sae, T = s->data->T;
+    for (size_t j = block * CHAIN; j < n && j < (block + 1) * CHAIN; j++) {
+        double sum[MEASURE_IMAGES] = { 0 };
+        for (size_t i = 0; i < s->batch->tiles; i++)
+            for (code_walk w = walk_codes(&s->batch->tile[i], j); next_code(&w);) {
+                size_t t = s->batch->tile[i].first + w.token;
+                sum[t / T] += w.value;
+                count_token(s, j, t / T, t % T, w.value);
             }
-        count_image(s, j, at, sum);
+        for (size_t i = 0; i < s->data->count; i++) count_image(s, j, i, sum[i]);
     }
     return SC_OK;
 }
@@ -4896,65 +4865,52 @@ static int count_task(void *context, size_t block) {
 /* Sums over tokens of one dimension, for the variance. */
 static int sum_x_task(void *context, size_t d) {
     statistics *s = context;
-    for (size_t t = 0; t < s->batch.T; t++) {
-        double x = s->batch.x[t * s->sae->stride + d];
+    for (size_t t = 0; t < s->batch->T; t++) {
+        double x = s->batch->x[t * s->sae->stride + d];
         add_running(&s->x[d][0], x);
         add_running(&s->x[d][1], x * x);
     }
     return SC_OK;
 }
 
-/* The batch at hand through an SAE. x: one of the feed's taps */
-static int run_and_check(sae_batch *batch, const feed *f, const float *x) {
-    size_t bad;
-    SC_TRY(run_sae(batch, x, f->count * f->T));
-    return check_tokens(batch, &bad) == SC_OK ? SC_OK : blame_token(f, bad);
-}
-
 static int count_batch(statistics *s) {
-    const feed *f = s->data;
-    const sae_batch *b = &s->batch;
-    SC_TRY(run_and_check(&s->batch, f, f->tap[s->tap].out));
-    for (size_t t = 0; t < b->T; t++)
-        if (!(b->sum_f[t] < 0x1p40)) {                       /* exact sums end at 2^63 */
-            fail("activations of %g are too large to be summed exactly", b->sum_f[t]);
-            return blame_token(f, t);
-        }
-    SC_TRY(parallel_for(chains_of(s->sae->d_sae), count_task, s));
-    if (b->reconstruct) SC_TRY(parallel_for(s->sae->d_in, sum_x_task, s));
-    for (size_t t = 0; b->reconstruct && t < b->T; t++) {
+    const sae_batch *b = s->batch;
+    for (size_t t = 0; t < b->T; t++) {
         add_running(&s->mse, b->squared_error[t] / b->norm[t]);
         add_running(&s->squared_error, b->squared_error[t]);
         add_running(&s->l0, b->active[t]);
         add_running(&s->l1, b->sum_f[t]);
+        if (b->sum_f[t] < 0x1p40) continue;                  /* exact sums end at 2^63 */
+        fail("activations of %g are too large to be summed exactly", b->sum_f[t]);
+        return blame_token(s->data, t);
     }
-    s->images += f->count;
-    s->tokens += b->T;
-    return SC_OK;
+    if (b->reconstruct) SC_TRY(parallel_for(s->sae->d_in, sum_x_task, s));
+    s->images += s->data->count;
+    return parallel_for(chains_of(s->sae->d_sae), count_task, s);
 }
 
 /* Entropy of the classes of latent j's top images, weighted by activation; -1: not defined. */
 static double top_entropy(const statistics *s, size_t j) {
-    const float *value = s->top_value + j * s->K;
-    const int64_t *label = s->top_label + j * s->K;
+    const top_entry *top = s->top + j * s->K;
     size_t active = 0, needed = s->K < 10 ? s->K : 10;
     double total = 0, entropy = 0;
-    while (active < s->K && value[active] > 0) total += value[active++];
-    if (active < needed || active == 0) return -1;
+    while (active < s->K && top[active].value > 0) total += top[active++].value;
+    if (active < needed) return -1;
     for (size_t i = 0; i < active; i++) {
         double share = 0;
-        size_t seen = 0;
-        if (label[i] < 0) return -1;
-        while (seen < i && label[seen] != label[i]) seen++;
-        if (seen < i) continue;                              /* its class was counted */
-        for (size_t k = i; k < active; k++) share += label[k] == label[i] ? value[k] : 0;
+        size_t first = 0;
+        if (top[i].other < 0) return -1;
+        while (top[first].other != top[i].other) first++;
+        if (first < i) continue;                             /* its class was counted */
+        for (size_t k = i; k < active; k++)
+            share += top[k].other == top[i].other ? top[k].value : 0;
         entropy -= share / total * log64(share / total);
     }
     return entropy > 0 ? entropy : 0;
 }
 
-static double mean_activation(const statistics *s, size_t j) {
-    return s->image_count[j] ? exact_value(s->mean_sum[j]) / (double)s->image_count[j] : 0;
+static double mean_activation(const latent_record *l) {
+    return l->images ? exact_value(l->means) / (double)l->images : 0;
 }
 
 /* Of what an SAE computes, so that statistics are not taken for another's. */
@@ -4977,7 +4933,7 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
     char edges[HISTOGRAM_BINS * 20 + 32];
     size_t used = 0;
     SC_TRY(put_metadata(w, "images", "%zu", (size_t)s->images));
-    SC_TRY(put_metadata(w, "tokens", "%llu", (unsigned long long)s->tokens));
+    SC_TRY(put_metadata(w, "tokens", "%llu", (unsigned long long)s->images * s->data->T));
     SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->data->T));
     SC_TRY(put_metadata(w, "first_patch", "%zu", s->data->first_patch));
     SC_TRY(put_metadata(w, "data_digest", "%016llx", (unsigned long long)s->data->digest));
@@ -4994,64 +4950,73 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
 /* What is worked out from the counts, latent by latent; the workers' histograms joined. */
 static void derive_statistics(statistics *s) {
     for (size_t j = 0; j < s->sae->d_sae; j++) {
-        s->sparsity[j] = (float)((double)s->image_count[j] / (double)(s->images ? s->images : 1));
-        s->mean_act[j] = (float)mean_activation(s, j);
-        s->entropy[j] = (float)top_entropy(s, j);
-        s->sum[j] = exact_value(s->activation_sum[j]);
+        latent_record *l = &s->latent[j];
+        l->sparsity = (float)((double)l->images / (double)s->images);
+        l->mean = (float)mean_activation(l);
+        l->entropy = (float)top_entropy(s, j);
+        l->sum = exact_value(l->activations);
     }
     for (size_t i = HISTOGRAM_BINS; i < (size_t)thread_count() * HISTOGRAM_BINS; i++)
-        s->histogram[i % HISTOGRAM_BINS] += s->histogram[i];
+        s->histogram[0][i % HISTOGRAM_BINS] += s->histogram[i / HISTOGRAM_BINS][i % HISTOGRAM_BINS];
 }
 
+/* A tensor's elements, each of one number or of two side by side, lie `step` bytes apart. */
 static int write_statistics(sc_writer *w, void *context) {
     statistics *s = context;
+    const latent_record *l = s->latent;
+    const top_entry *top = s->top, *patch = s->patch;
+    const int64_t *bin = s->histogram[0], *class = s->class_counts;
     size_t n = s->sae->d_sae, K = s->K, P = s->P;
     const struct {
-        const char *name; const void *values; sc_dtype dtype; int rank; size_t shape[3];
+        const char *name; const void *first; size_t step; sc_dtype dtype; size_t numbers, shape[4];
     } tensors[] = {
-        { "sae_sparsity", s->sparsity, SC_F32, 1, { n } },
-        { "sae_mean_acts", s->mean_act, SC_F32, 1, { n } },
-        { "top_entropy", s->entropy, SC_F32, 1, { n } },
-        { "max_activating_image_values", s->top_value, SC_F32, 2, { n, K } },
-        { "max_activating_patch_values", s->patch_value, SC_F32, 2, { n, P } },
-        { "max_activating_image_indices", s->top_image, SC_I64, 2, { n, K } },
-        { "max_activating_image_label_indices", s->top_label, SC_I64, 2, { n, K } },
-        { "max_activating_patch_indices", s->patch, SC_I64, 3, { n, P, 2 } },
-        { "image_count", s->image_count, SC_I64, 1, { n } },
-        { "token_count", s->token_count, SC_I64, 1, { n } },
-        { "activation_sum", s->sum, SC_F64, 1, { n } },
-        { "mean_sum_exact", s->mean_sum, SC_I64, 2, { n, 2 } },          /* high and low halves */
-        { "activation_sum_exact", s->activation_sum, SC_I64, 2, { n, 2 } },
-        { "activation_histogram", s->histogram, SC_I64, 1, { HISTOGRAM_BINS } },
-        { "class_counts", s->class_counts, SC_I64, 2, { s->data->classes, n } } };
+        { "sae_sparsity", &l->sparsity, sizeof *l, SC_F32, 1, { n } },
+        { "sae_mean_acts", &l->mean, sizeof *l, SC_F32, 1, { n } },
+        { "top_entropy", &l->entropy, sizeof *l, SC_F32, 1, { n } },
+        { "max_activating_image_values", &top->value, sizeof *top, SC_F32, 1, { n, K } },
+        { "max_activating_patch_values", &patch->value, sizeof *top, SC_F32, 1, { n, P } },
+        { "max_activating_image_indices", &top->image, sizeof *top, SC_I64, 1, { n, K } },
+        { "max_activating_image_label_indices", &top->other, sizeof *top, SC_I64, 1, { n, K } },
+        { "max_activating_patch_indices", &patch->image, sizeof *top, SC_I64, 2, { n, P, 2 } },
+        { "image_count", &l->images, sizeof *l, SC_I64, 1, { n } },
+        { "token_count", &l->tokens, sizeof *l, SC_I64, 1, { n } },
+        { "activation_sum", &l->sum, sizeof *l, SC_F64, 1, { n } },
+        { "mean_sum_exact", &l->means, sizeof *l, SC_I64, 2, { n, 2 } },   /* high, low half */
+        { "activation_sum_exact", &l->activations, sizeof *l, SC_I64, 2, { n, 2 } },
+        { "activation_histogram", bin, sizeof *bin, SC_I64, 1, { HISTOGRAM_BINS } },
+        { "class_counts", class, sizeof *class, SC_I64, 1, { s->data->classes, n } } };
     SC_TRY(write_statistics_metadata(w, s));
     derive_statistics(s);
-    for (size_t i = 0; i < COUNT(tensors) && tensors[i].values; i++) {
+    for (size_t i = 0; i < COUNT(tensors) - !class; i++) {
+        const size_t *shape = tensors[i].shape, numbers = tensors[i].numbers;
+        const char *first = tensors[i].first;
         size_t count = 1;
-        for (int d = 0; d < tensors[i].rank; d++) count *= tensors[i].shape[d];
-        SC_TRY(sc_writer_tensor(w, tensors[i].name, tensors[i].dtype, tensors[i].rank,
-                                tensors[i].shape));
-        if (tensors[i].dtype == SC_F32) SC_TRY(sc_writer_floats(w, tensors[i].values, count));
-        else if (tensors[i].dtype == SC_F64) SC_TRY(sc_writer_doubles(w, tensors[i].values, count));
-        else SC_TRY(sc_writer_integers(w, tensors[i].values, count));
+        int rank = 0;
+        while (shape[rank] > 0) count *= shape[rank++];
+        SC_TRY(sc_writer_tensor(w, tensors[i].name, tensors[i].dtype, rank, shape));
+        for (size_t e = 0; e < count / numbers; e++)
+            SC_TRY(sc_writer_values(w, first + e * tensors[i].step, numbers, tensors[i].dtype));
     }
     return SC_OK;
 }
 
-/* --------------------------------------------------------------------------------------------
- * Several SAEs over one data set, in one forward pass
- * -------------------------------------------------------------------------------------------- */
+/* --- Several SAEs over one data set, in one forward pass --- */
+
+/* An activation as `encode` writes it. */
+typedef struct { int64_t row, index; float value; } code;
 
 /* What commands work on. Starts as { .o = ... } and is closed by who made it. */
 typedef struct {
-    const options *o;
+    options *o;
     size_t saes, tap[SC_MAX_TAPS];   /* tap: an SAE's place among the data's hook points */
     sc_sae sae[SC_MAX_TAPS];
     feed data;
+    sae_batch batch[SC_MAX_TAPS];    /* what each SAE makes of the data's batch at hand */
     statistics stats[SC_MAX_TAPS];   /* of the data set at hand */
-    sae_batch batch;                 /* of one SAE, where its codes are wanted */
     int64_t *label;                  /* [labels], of the images that came */
-    size_t labels, label_room;
+    code *code;                      /* [code_room], of a tile */
+    size_t labels, label_room, code_room;
+    FILE *spool[2];                  /* of codes, of x' */
     memory_list memory;
 } session;
 
@@ -5063,45 +5028,60 @@ static int open_session(session *s) {
         if (s->o->layer) sae->layer = (size_t)s->o->layer;
     }
     SC_TRY(open_feed(&s->data, s->o));
-    for (size_t i = 0; i < s->saes; i++)
+    for (size_t i = 0; i < s->saes; i++) {
         SC_TRY(tap_for(&s->data, &s->sae[i], s->o, &s->tap[i]));
+        SC_TRY(new_batch(&s->batch[i], &s->sae[i], MEASURE_IMAGES * s->data.T));
+    }
     return SC_OK;
 }
 
 /* The data and what was found out about them; the SAEs stay. */
 static void close_data(session *s) {
-    for (size_t i = 0; i < SC_MAX_TAPS; i++) free_statistics(&s->stats[i]);
+    for (size_t i = 0; i < SC_MAX_TAPS; i++) free_batch(&s->batch[i]);
     close_feed(&s->data);
 }
 
 static void close_session(session *s) {
     close_data(s);
     for (size_t i = 0; i < SC_MAX_TAPS; i++) sc_sae_close(&s->sae[i]);
-    free_batch(&s->batch);
+    for (int i = 0; i < 2; i++)
+        if (s->spool[i]) fclose(s->spool[i]);
     free(s->label);
+    free(s->code);
     release(&s->memory);
+}
+
+/* The next batch of `total` images, through every SAE; SC_END behind the last. */
+static int next_encoded(session *s, size_t total) {
+    feed *f = &s->data;
+    size_t bad;
+    SC_TRY(next_batch(f, MEASURE_IMAGES));
+    show_progress("image", f->used, total, f->used, "images", "%s", "");
+    for (size_t i = 0; i < s->saes && f->count > 0; i++) {
+        SC_TRY(run_sae(&s->batch[i], f->tap[s->tap[i]].out, f->count * f->T));
+        if (check_tokens(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
+    }
+    return f->count > 0 ? SC_OK : SC_END;
 }
 
 static int command_train(session *s) { return train(s->o); }
 
-static int measure_batch(void *context) {
-    session *s = context;
-    for (size_t i = 0; i < s->saes; i++) SC_TRY(count_batch(&s->stats[i]));
-    return SC_OK;
-}
-
 /* One pass over a data set for all SAEs. */
 static int measure(session *s, int reconstruct) {
     const options *o = s->o;
+    int status;
     SC_TRY(open_session(s));
     for (size_t i = 0; i < s->saes; i++) {
-        s->stats[i] = (statistics){ .sae = &s->sae[i], .data = &s->data, .tap = s->tap[i],
+        s->stats[i] = (statistics){ .batch = &s->batch[i], .sae = &s->sae[i], .data = &s->data,
                                     .K = (size_t)o->top, .P = (size_t)o->top_patches,
                                     .threshold = o->threshold };
-        SC_TRY(new_statistics(&s->stats[i], MEASURE_IMAGES, o->class_counts));
-        s->stats[i].batch.reconstruct = reconstruct;
+        s->batch[i].reconstruct = reconstruct;
+        SC_TRY(new_statistics(&s->stats[i], &s->data.memory, o->class_counts));
     }
-    return for_each_batch(&s->data, 0, measure_batch, s);
+    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(s, s->data.images)) == SC_OK)
+        for (size_t i = 0; i < s->saes; i++) SC_TRY(count_batch(&s->stats[i]));
+    return status == SC_END ? SC_OK : status;
 }
 
 static int command_stats(session *s) {
@@ -5110,128 +5090,129 @@ static int command_stats(session *s) {
     return save_tensors(s->o->output, 16384, write_statistics, &s->stats[0]);
 }
 
-/* A row of the report's table and the further figures. */
-enum { EVAL_LABELS = 5, EVAL_FIGURES = 17, EVAL_COLUMNS = EVAL_LABELS + EVAL_FIGURES };
+/* --- Tables --- */
 
-typedef struct { const char *label[EVAL_LABELS]; double figure[EVAL_FIGURES]; } eval_row;
+/* A cell, and what its column is called by programs and for people; text NULL: a number. */
+typedef struct { const char *name, *title, *text; double number; } table_cell;
 
-static const struct { const char *name, *title; } eval_columns[EVAL_COLUMNS] = {
-    { "sae", "SAE" }, { "data", "data" }, { "output", "CLIP output" },
-    { "activation", "activation" }, { "geometric_bias", "geometric bias" }, { "mse", "MSE" },
-    { "mse_raw", "MSE raw" }, { "explained_variance", "explained variance" },
-    { "explained_variance_uncentred", "uncentred" }, { "mean_activation", "mean activation" },
-    { "mean_sae_mean_acts", "mean of latents' means" }, { "l0", "L0 a token" },
-    { "l0_fraction", "L0 / latents" }, { "l1", "L1 a token" }, { "entropy_mean", "entropy" },
-    { "entropy_sum", "entropy sum" }, { "entropy_latents", "latents with entropy" },
-    { "dead", "dead" }, { "every_image", "on every image" }, { "one_image", "on 1 image" },
-    { "two_images", "on 2 images" }, { "images", "images" } };
+/* A cell as people see it; row 0 are the titles. cells: [rows, columns] */
+static const char *cell_text(const table_cell *cells, size_t columns, size_t row, size_t column) {
+    const table_cell *c = &cells[(row ? row - 1 : 0) * columns + column];
+    if (row == 0 || c->text) return row ? shown(c->text) : c->title;
+    char *number = text_room();
+    snprintf(number, TEXT_ROOM, "%.4g", c->number);
+    return number;
+}
 
-static eval_row evaluate(const statistics *s, const char *data) {
+static void print_for_people(int markdown, const table_cell *cells, size_t columns, size_t rows) {
+    for (size_t r = 0; r <= rows; r++) {
+        for (size_t c = 0; c < columns; c++) {
+            int width = 0;
+            for (size_t i = 0; i <= rows; i++) {
+                int length = (int)strlen(cell_text(cells, columns, i, c));
+                if (length > width) width = length;
+            }
+            printf(markdown ? "| %-*s " : c ? "  %*s" : "%*s", width,
+                   cell_text(cells, columns, r, c));
+        }
+        puts(markdown ? "|" : "");
+        for (size_t c = 0; markdown && r == 0 && c <= columns; c++)
+            fputs(c < columns ? "|---" : "|\n", stdout);
+    }
+}
+
+/* CSV or JSON, numbers in full. */
+static void print_for_programs(int as_json, const table_cell *cells, size_t columns, size_t rows) {
+    if (as_json) puts("[");
+    for (size_t r = as_json ? 1 : 0; r <= rows; r++) {
+        for (size_t c = 0; c < columns; c++) {
+            const table_cell *here = &cells[(r ? r - 1 : 0) * columns + c];
+            fputs(as_json ? c ? ", " : "  {" : c ? "," : "", stdout);
+            if (as_json) printf("\"%s\": ", here->name);
+            if (r == 0) fputs(here->name, stdout);
+            else if (!here->text) printf("%.9g", here->number);
+            else if (as_json) print_json_text(here->text);
+            else print_csv_text(here->text);
+        }
+        puts(!as_json ? "" : r < rows ? "}," : "}");
+    }
+    if (as_json) puts("]");
+}
+
+/* format: text, markdown, csv or json; a row or more */
+static int print_table(const char *format, const table_cell *cells, size_t columns, size_t rows) {
+    int as_json = strcmp(format, "json") == 0;
+    if (as_json || strcmp(format, "csv") == 0) print_for_programs(as_json, cells, columns, rows);
+    else print_for_people(strcmp(format, "markdown") == 0, cells, columns, rows);
+    return end_of_output();
+}
+
+/* --- eval --- */
+
+enum { EVAL_COLUMNS = 22 };
+
+/* A row of the report's table, and the further figures. row: [EVAL_COLUMNS] */
+static void evaluate(const statistics *s, const char *data, table_cell *row) {
     const sc_sae *sae = s->sae;
-    const char *start = sae->b_dec_start;
-    double tokens = (double)s->tokens, n = (double)s->sae->d_sae, D = (double)s->sae->d_in;
-    double error = running_total(&s->squared_error), x2 = 0, mean2 = 0;
-    double entropy = 0, entropies = 0, means = 0, dead = 0, once = 0, twice = 0, always = 0;
-    for (size_t d = 0; d < s->sae->d_in; d++) {
+    const char *start = sae->b_dec_start, *geometric = start ? strstr(start, "geomedian") : NULL;
+    double tokens = (double)(s->images * s->data->T), numbers = tokens * (double)sae->d_in;
+    double n = (double)sae->d_sae, error = running_total(&s->squared_error);
+    double active = running_total(&s->l0), sum_f = running_total(&s->l1), x2 = 0, mean2 = 0;
+    double means = 0, entropy = 0, entropies = 0, always = 0, on[3] = { 0 };  /* 0, 1, 2 images */
+    for (size_t d = 0; d < sae->d_in; d++) {
         double mean = running_total(&s->x[d][0]) / tokens;
         mean2 += mean * mean;
         x2 += running_total(&s->x[d][1]);
     }
-    for (size_t j = 0; j < s->sae->d_sae; j++) {
+    for (size_t j = 0; j < sae->d_sae; j++) {
+        int64_t images = s->latent[j].images;
         double e = top_entropy(s, j);
         entropy += e >= 0 ? e : 0;
         entropies += e >= 0;
-        means += mean_activation(s, j);
-        dead += s->image_count[j] == 0;
-        once += s->image_count[j] == 1;
-        twice += s->image_count[j] == 2;
-        always += s->image_count[j] == s->images;
+        means += mean_activation(&s->latent[j]);
+        always += images == (int64_t)s->images;
+        if (images < 3) on[images]++;
     }
-    double variance = x2 - tokens * mean2, active = running_total(&s->l0);
-    return (eval_row){ {
-        sae->path, data, sae->hook < 0 ? "?" : hook_names[sae->hook], sae->topk ? "TopK" : "ReLU",
-        !start ? "?" : strstr(start, "geomedian") ? "yes" : "no" }, {
-        running_total(&s->mse) / (tokens * D), error / (tokens * D),
-        variance > 0 ? 1 - error / variance : 0, 1 - error / x2,
-        active > 0 ? running_total(&s->l1) / active : 0, dead < n ? means / (n - dead) : 0,
-        active / tokens, active / tokens / n, running_total(&s->l1) / tokens,
-        entropies > 0 ? entropy / entropies : -1, entropy, entropies, dead, always, once, twice,
-        (double)s->images } };
-}
-
-/* How a table is printed: what stands around rows and between cells; align: 1 right, -1 left. */
-typedef struct {
-    const char *name, *begin, *before, *between, *after, *after_last, *end;
-    const char *digits;              /* figures in full for programs, four digits for people */
-    int align, titles;               /* titles: 1 for people, 2 names, 0 a name before each cell */
-} table_format;
-
-static const table_format table_formats[] = {
-    { "text", "", "", "  ", "\n", "\n", "", "%.4g", 1, 1 },
-    { "markdown", "", "| ", " | ", " |\n", " |\n", "", "%.4g", -1, 1 },
-    { "csv", "", "", ",", "\n", "\n", "", "%.9g", 0, 2 },
-    { "json", "[\n", "  {", ", ", "},\n", "}\n", "]\n", "%.9g", 0, 0 } };
-
-/* row NULL: the titles. */
-static const char *cell_text(const table_format *f, const eval_row *row, size_t column) {
-    if (!row) return f->titles == 1 ? eval_columns[column].title : eval_columns[column].name;
-    if (column < EVAL_LABELS) return f->align ? shown(row->label[column]) : row->label[column];
-    char *text = text_room();
-    snprintf(text, TEXT_ROOM, f->digits, row->figure[column - EVAL_LABELS]);
-    return text;
-}
-
-static void print_row(const table_format *f, const eval_row *row, const int *width) {
-    fputs(f->before, stdout);
-    for (size_t c = 0; c < EVAL_COLUMNS; c++) {
-        const char *text = cell_text(f, row, c);
-        if (c) fputs(f->between, stdout);
-        if (!f->titles) printf("\"%s\": ", eval_columns[c].name);
-        if (f->align || !row || c >= EVAL_LABELS) printf("%*s", f->align * width[c], text);
-        else if (f->titles) print_csv_text(text);
-        else print_json_text(text);
-    }
-}
-
-static int print_table(const char *format, const eval_row *row, size_t rows) {
-    const table_format *f = table_formats;
-    int width[EVAL_COLUMNS] = { 0 };
-    while (strcmp(f->name, format) != 0) f++;
-    for (size_t c = 0; c < EVAL_COLUMNS; c++)
-        for (size_t r = 0; r <= rows; r++) {
-            int length = (int)strlen(cell_text(f, r ? &row[r - 1] : NULL, c));
-            if (length > width[c]) width[c] = length;
-        }
-    fputs(f->begin, stdout);
-    for (size_t r = f->titles ? 0 : 1; r <= rows; r++) {
-        print_row(f, r ? &row[r - 1] : NULL, width);
-        fputs(r < rows ? f->after : f->after_last, stdout);
-        for (int c = 0; r == 0 && f->align < 0 && c <= EVAL_COLUMNS; c++)
-            fputs(c < EVAL_COLUMNS ? "|---" : "|\n", stdout);
-    }
-    fputs(f->end, stdout);
-    return end_of_output();
+    double variance = x2 - tokens * mean2;
+    const table_cell cells[EVAL_COLUMNS] = {
+        { "sae", "SAE", sae->path, 0 }, { "data", "data", data, 0 },
+        { "output", "CLIP output", sae->hook < 0 ? "?" : hook_names[sae->hook], 0 },
+        { "activation", "activation", sae->topk ? "TopK" : "ReLU", 0 },
+        { "geometric_bias", "geometric bias", !start ? "?" : geometric ? "yes" : "no", 0 },
+        { "mse", "MSE", NULL, running_total(&s->mse) / numbers },
+        { "mse_raw", "MSE raw", NULL, error / numbers },
+        { "explained_variance", "explained variance", NULL,
+          variance > 0 ? 1 - error / variance : 0 },
+        { "explained_variance_uncentred", "uncentred", NULL, 1 - error / x2 },
+        { "mean_activation", "mean activation", NULL, active > 0 ? sum_f / active : 0 },
+        { "mean_sae_mean_acts", "mean of latents' means", NULL,
+          on[0] < n ? means / (n - on[0]) : 0 },
+        { "l0", "L0 a token", NULL, active / tokens },
+        { "l0_fraction", "L0 / latents", NULL, active / tokens / n },
+        { "l1", "L1 a token", NULL, sum_f / tokens },
+        { "entropy_mean", "entropy", NULL, entropies > 0 ? entropy / entropies : -1 },
+        { "entropy_sum", "entropy sum", NULL, entropy },
+        { "entropy_latents", "latents with entropy", NULL, entropies },
+        { "dead", "dead", NULL, on[0] }, { "every_image", "on every image", NULL, always },
+        { "one_image", "on 1 image", NULL, on[1] }, { "two_images", "on 2 images", NULL, on[2] },
+        { "images", "images", NULL, (double)s->images } };
+    memcpy(row, cells, sizeof cells);
 }
 
 static int command_eval(session *s) {
-    const options *o = s->o;
-    const char *data[2] = { o->acts ? o->acts : o->operand[0], o->also };
-    eval_row row[2 * SC_MAX_TAPS];
+    options *o = s->o;
+    const char **data = o->acts ? &o->acts : &o->operand[0];
+    table_cell row[2 * SC_MAX_TAPS][EVAL_COLUMNS];
     size_t rows = 0;
-    options one = *o;
-    s->o = &one;
-    for (int i = 0; i < 2 && (i == 0 || data[i]); i++) {
-        *(o->acts ? &one.acts : &one.operand[0]) = data[i];
+    for (;; *data = o->also, o->also = NULL) {
         SC_TRY(measure(s, 1));
-        for (size_t k = 0; k < s->saes; k++) row[rows++] = evaluate(&s->stats[k], data[i]);
+        for (size_t i = 0; i < s->saes; i++) evaluate(&s->stats[i], *data, row[rows++]);
+        if (!o->also) return print_table(o->format, row[0], EVAL_COLUMNS, rows);
         close_data(s);
     }
-    return print_table(o->format, row, rows);
 }
 
-/* --------------------------------------------------------------------------------------------
- * Writing activations, codes and packed images, as they come
- * -------------------------------------------------------------------------------------------- */
+/* --- What extract and pack have in common: labels and names --- */
 
 static int keep_label(session *s, int64_t label) {
     SC_TRY(grow(&s->label, &s->label_room, s->labels, sizeof *s->label));
@@ -5239,10 +5220,9 @@ static int keep_label(session *s, int64_t label) {
     return SC_OK;
 }
 
-/* The labels kept, if no image lacks one, and the classes' names. */
+/* The labels kept, which all images have or none, and the classes' names. */
 static int write_labels(sc_writer *w, const session *s) {
-    for (size_t i = 0; i < s->labels; i++)
-        if (s->label[i] < 0) return SC_OK;
+    if (s->labels > 0 && s->label[0] < 0) return SC_OK;
     SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &s->labels));
     SC_TRY(sc_writer_integers(w, s->label, s->labels));
     if (!s->data.class_name) return SC_OK;
@@ -5258,34 +5238,28 @@ static size_t names_room(char **name, size_t count, size_t more) {
 
 /* --- extract --- */
 
-typedef struct { session *s; sc_writer *w; size_t first, end; } extraction; /* of an image's T */
-
-static int extract_batch(void *context) {
-    const extraction *e = context;
-    const feed *f = &e->s->data;
-    for (size_t i = 0; i < f->count; i++) {
-        SC_TRY(keep_label(e->s, f->label[i]));
-        for (size_t t = e->first; t < e->end; t++)
-            SC_TRY(sc_writer_floats(e->w, f->tap[0].out + (i * f->T + t) * f->stride, f->D));
-    }
-    return SC_OK;
-}
-
 static int write_activations(sc_writer *w, void *context) {
     session *s = context;
     const options *o = s->o;
     feed *f = &s->data;
-    extraction e = { s, w, strcmp(o->tokens, "patches") == 0, strcmp(o->tokens, "cls") ? f->T : 1 };
+    size_t first = strcmp(o->tokens, "patches") == 0, end = strcmp(o->tokens, "cls") ? f->T : 1;
+    int status;
     SC_TRY(sc_writer_tensor(w, "activations", strcmp(o->dtype, "f16") ? SC_F32 : SC_F16, 3,
-                            (size_t[]){ SC_ROWS, e.end - e.first, f->D }));
-    SC_TRY(for_each_batch(f, 0, extract_batch, &e));
-    /* a file that lacks images of the data set is not the data set: another digest */
-    uint64_t missing = f->images == SC_UNKNOWN ? 0 : f->images - s->labels;
-    unsigned long long digest = f->digest + missing;
+                            (size_t[]){ SC_ROWS, end - first, f->D }));
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(s, f->images)) == SC_OK)
+        for (size_t i = 0; i < f->count; i++) {
+            SC_TRY(keep_label(s, f->label[i]));
+            for (size_t t = i * f->T + first; t < i * f->T + end; t++)
+                SC_TRY(sc_writer_floats(w, f->tap[0].out + t * f->stride, f->D));
+        }
+    if (status != SC_END) return status;
     SC_TRY(sc_writer_metadata(w, "model", base_name(o->model)));
     SC_TRY(put_metadata(w, "layer", "%zu", f->tap[0].layer));
     SC_TRY(sc_writer_metadata(w, "hook", hook_names[f->tap[0].hook]));
     SC_TRY(sc_writer_metadata(w, "tokens", o->tokens));
+    /* a file that lacks images of the data set is not the data set: another digest */
+    unsigned long long digest = f->digest + (f->images - s->labels);
     if (f->images != SC_UNKNOWN) SC_TRY(put_metadata(w, "data_digest", "%016llx", digest));
     return write_labels(w, s);
 }
@@ -5306,23 +5280,21 @@ static int command_extract(session *s) {
 static int write_pictures(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
-    size_t S = (size_t)f->preprocess.size;
-    int stream = f->images == SC_UNKNOWN;
+    size_t S = (size_t)f->preprocess.size, images = f->images == SC_UNKNOWN ? 0 : f->images;
+    int status;
     char **name;
-    SC_TRY(allocate(&s->memory, &name, stream ? 0 : f->images, sizeof *name));
+    SC_TRY(allocate(&s->memory, &name, images, sizeof *name));
     SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, (size_t[]){ SC_ROWS, S, S, 3 }));
-    for (;;) {
-        SC_TRY(next_batch(f, MEASURE_IMAGES));
-        if (f->count == 0) break;
+    while ((status = next_encoded(s, f->images)) == SC_OK) {
         SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
         for (size_t i = 0; i < f->count; i++) {
-            if (!stream) name[s->labels] = (char *)(uintptr_t)image_name(f, f->image[i]);
+            if (images) name[s->labels] = (char *)(uintptr_t)image_name(f, f->image[i]);
             SC_TRY(keep_label(s, f->label[i]));
         }
-        show_progress("image", s->labels, f->images, s->labels, "images", "%s", "");
     }
+    if (status != SC_END) return status;
     SC_TRY(write_labels(w, s));
-    return stream || !*name[0] ? SC_OK : write_name_list(w, "file_names", name, s->labels);
+    return images && *name[0] ? write_name_list(w, "file_names", name, s->labels) : SC_OK;
 }
 
 static int command_pack(session *s) {
@@ -5333,177 +5305,139 @@ static int command_pack(session *s) {
     f->class_name = f->set.class_name;
     f->classes = f->set.classes;
     size_t room = 4096 + names_room(f->class_name, f->classes, 4);
-    for (size_t i = 0; i < f->images && f->images != SC_UNKNOWN; i++)
+    for (size_t i = 0; f->set.image && i < f->set.count; i++)
         room += 6 * strlen(f->set.image[i].name) + 4;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     return save_tensors(o->output, room, write_pictures, s);
 }
 
-/* --- encode: tensors of unknown length are gathered in temporary files side by side --- */
+/* --- encode: what comes waits in temporary files until all tensors can be written --- */
 
-/* A value is a float or, of rows and indices, an int64_t. */
-typedef struct {
-    const char *name;
-    sc_dtype dtype;
-    int wanted;
-    size_t width;                    /* 1: a tensor of rank 1 */
-    size_t count;                    /* values so far */
-    FILE *file;
-} spool;
-
-enum { CODE_ROW, CODE_INDEX, CODE_VALUE, CODE_DENSE, CODE_RECONSTRUCTION, CODE_MEAN, SPOOLS };
-
-typedef struct {
-    session *s;
-    spool spool[SPOOLS];
-    size_t rows;                     /* tokens so far */
-    float *row;                      /* [n], a token's f */
-    size_t *next;                    /* [n], where a latent's next value of the tile lies */
-    double *sum;                     /* [MEASURE_IMAGES, n], over each image's tokens */
-} encoding;
-
-static int is_whole(const spool *p) { return p->dtype == SC_I64 || p->dtype == SC_I32; }
-
-static int add_values(encoding *e, int which, const void *values, size_t count) {
-    spool *p = &e->spool[which];
-    size_t size = is_whole(p) ? sizeof(int64_t) : sizeof(float);
-    if (p->wanted && fwrite(values, size, count, p->file) != count)
-        return fail("a temporary file cannot be written: %s", strerror(errno));
-    p->count += count;
+/* Their first failure sticks: it is enough to ask now and then. */
+static int check_spools(const session *s) {
+    for (int i = 0; i < 2; i++)
+        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i]))
+            return fail("a temporary file cannot be written or read back: %s", strerror(errno));
     return SC_OK;
 }
 
-/* The codes of a tile, token by token; latents ascending. */
-static int add_tile(encoding *e, const tile_codes *tile) {
-    const sae_batch *batch = &e->s->batch;
-    size_t n = batch->sae->d_sae;
-    memcpy(e->next, tile->start, n * sizeof *e->next);
-    for (size_t t = 0; t < tile->tokens; t++) {
-        size_t at = tile->first + t;
-        memset(e->row, 0, n * sizeof *e->row);
-        for (size_t j = 0; j < n; j++) {
-            if (e->next[j] == tile->start[j + 1] || tile->token[e->next[j]] != t) continue;
-            e->row[j] = tile->value[e->next[j]++];
-            e->sum[at / e->s->data.T * n + j] += e->row[j];
-            SC_TRY(add_values(e, CODE_ROW, &(int64_t){ (int64_t)(e->rows + at) }, 1));
-            SC_TRY(add_values(e, CODE_INDEX, &(int64_t){ (int64_t)j }, 1));
-            SC_TRY(add_values(e, CODE_VALUE, &e->row[j], 1));
-        }
-        const float *output = batch->output + at * batch->sae->stride;
-        SC_TRY(add_values(e, CODE_DENSE, e->row, n));
-        SC_TRY(add_values(e, CODE_RECONSTRUCTION, output, batch->sae->d_in));
-    }
+/* A tile's codes, sorted by token by counting, which keeps latents ascending. row: of token 0 */
+static int spool_codes(session *s, const tile_codes *tile, size_t row) {
+    size_t place[TILE_TOKENS + 1] = { 0 };                   /* of each token's next code */
+    for (size_t t = 0; t < tile->tokens; t++)
+        place[t + 1] = place[t] + (size_t)s->batch[0].active[tile->first + t];
+    size_t codes = place[tile->tokens];
+    while (s->code_room < codes)
+        SC_TRY(grow(&s->code, &s->code_room, s->code_room, sizeof *s->code));
+    for (size_t j = 0; j < s->sae[0].d_sae; j++)
+        for (code_walk w = walk_codes(tile, j); next_code(&w);)
+            s->code[place[w.token]++] = (code){ (int64_t)(row + w.token), (int64_t)j, w.value };
+    if (codes > 0) fwrite(s->code, sizeof *s->code, codes, s->spool[0]);
     return SC_OK;
 }
 
-static int encode_batch(void *context) {
-    encoding *e = context;
-    const feed *f = &e->s->data;
-    sae_batch *batch = &e->s->batch;
-    size_t n = batch->sae->d_sae;
-    SC_TRY(run_and_check(batch, f, f->tap[0].out));
-    memset(e->sum, 0, f->count * n * sizeof *e->sum);
-    for (size_t i = 0; i < batch->tiles; i++) SC_TRY(add_tile(e, &batch->tile[i]));
-    for (size_t i = 0; i < f->count; i++) {
-        for (size_t j = 0; j < n; j++) e->row[j] = (float)(e->sum[i * n + j] / (double)f->T);
-        SC_TRY(add_values(e, CODE_MEAN, e->row, n));
-    }
-    e->rows += batch->T;
-    return SC_OK;
+static int spool_batch(session *s) {
+    const sae_batch *b = &s->batch[0];
+    size_t row = s->data.used * s->data.T;
+    for (size_t i = 0; i < b->tiles; i++)
+        SC_TRY(spool_codes(s, &b->tile[i], row + b->tile[i].first));
+    for (size_t t = 0; t < b->T && b->reconstruct; t++)
+        fwrite(b->output + t * b->sae->stride, sizeof(float), b->sae->d_in, s->spool[1]);
+    return check_spools(s);
 }
 
-static int write_spool(sc_writer *w, const spool *p) {
-    enum { BLOCK = 4096 };
-    int64_t whole[BLOCK];
-    float value[BLOCK];
-    SC_TRY(sc_writer_tensor(w, p->name, p->dtype, p->width == 1 ? 1 : 2,
-                            (size_t[]){ p->count / p->width, p->width }));
-    rewind(p->file);
-    for (size_t some = 1; some > 0;) {
-        some = is_whole(p) ? fread(whole, sizeof *whole, BLOCK, p->file)
-                           : fread(value, sizeof *value, BLOCK, p->file);
-        SC_TRY(is_whole(p) ? sc_writer_integers(w, whole, some) : sc_writer_floats(w, value, some));
+/* A tensor that is a part of a spool's records: `columns` numbers at `offset`. */
+static int write_part(sc_writer *w, session *s, int which, const char *name, sc_dtype dtype,
+                      size_t offset, size_t columns) {
+    size_t size = which ? columns * sizeof(float) : sizeof(code);
+    unsigned char *record;
+    SC_TRY(allocate(&s->memory, &record, size, 1));
+    SC_TRY(sc_writer_tensor(w, name, dtype, columns > 1 ? 2 : 1, (size_t[]){ SC_ROWS, columns }));
+    fseek(s->spool[which], 0, SEEK_SET);
+    while (fread(record, size, 1, s->spool[which]) == 1)
+        SC_TRY(sc_writer_values(w, record + offset, columns, dtype == SC_I32 ? SC_I64 : dtype));
+    return check_spools(s);
+}
+
+/* The mean of f over every `group` tokens, from the codes. */
+static int write_means(sc_writer *w, session *s, const char *name, size_t group) {
+    size_t n = s->sae[0].d_sae, rows = s->data.used * s->data.T;
+    float *mean = NULL;
+    double *sum = NULL;
+    code c;
+    const array_spec arrays[] = { ARRAY(mean, n, 1), ARRAY(sum, n, 1) };
+    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
+    SC_TRY(sc_writer_tensor(w, name, SC_F32, n > 1 ? 2 : 1, (size_t[]){ SC_ROWS, n }));
+    fseek(s->spool[0], 0, SEEK_SET);
+    int more = fread(&c, sizeof c, 1, s->spool[0]) == 1;
+    for (size_t end = group; end <= rows; end += group) {
+        memset(sum, 0, n * sizeof *sum);
+        for (; more && (size_t)c.row < end; more = fread(&c, sizeof c, 1, s->spool[0]) == 1)
+            sum[c.index] += c.value;
+        for (size_t j = 0; j < n; j++) mean[j] = (float)(sum[j] / (double)group);
+        SC_TRY(sc_writer_floats(w, mean, n));
     }
-    return ferror(p->file) ? fail("a temporary file cannot be read back") : SC_OK;
+    return check_spools(s);
 }
 
 static int write_codes(sc_writer *w, void *context) {
-    encoding *e = context;
-    for (spool *p = e->spool; p < e->spool + SPOOLS; p++)
-        if (p->wanted) SC_TRY(write_spool(w, p));
-    return SC_OK;
-}
-
-static int encode(encoding *e) {
-    session *s = e->s;
+    session *s = context;
     const options *o = s->o;
-    SC_TRY(try_output(o->output));
-    SC_TRY(open_session(s));
-    size_t n = s->sae[0].d_sae, D = s->sae[0].d_in;
-    const spool spools[SPOOLS] = {
-        { "row", SC_I64, 1, 1, 0, NULL }, { "index", SC_I32, 1, 1, 0, NULL },
-        { "value", SC_F32, 1, 1, 0, NULL }, { "f", SC_F32, o->dense, n, 0, NULL },
-        { "reconstruction", SC_F32, o->reconstruction, D, 0, NULL },
-        { "image_means", SC_F32, o->image_means, n, 0, NULL } };
-    const array_spec arrays[] = { ARRAY(e->row, n, 1), ARRAY(e->next, n, 1),
-                                  ARRAY(e->sum, n, MEASURE_IMAGES) };
-    memcpy(e->spool, spools, sizeof spools);
-    SC_TRY(new_batch(&s->batch, &s->sae[0], MEASURE_IMAGES * s->data.T));
-    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
-    for (spool *p = e->spool; p < e->spool + SPOOLS; p++)
-        if (p->wanted && !(p->file = tmpfile()))
-            return fail("no temporary file can be made: %s", strerror(errno));
-    SC_TRY(for_each_batch(&s->data, 0, encode_batch, e));
-    return save_tensors(o->output, 4096, write_codes, e);
+    SC_TRY(write_part(w, s, 0, "row", SC_I64, offsetof(code, row), 1));
+    SC_TRY(write_part(w, s, 0, "index", SC_I32, offsetof(code, index), 1));
+    SC_TRY(write_part(w, s, 0, "value", SC_F32, offsetof(code, value), 1));
+    if (o->dense) SC_TRY(write_means(w, s, "f", 1));
+    if (o->reconstruction)
+        SC_TRY(write_part(w, s, 1, "reconstruction", SC_F32, 0, s->sae[0].d_in));
+    return o->image_means ? write_means(w, s, "image_means", s->data.T) : SC_OK;
 }
 
 static int command_encode(session *s) {
-    encoding e = { .s = s };
-    int status = encode(&e);
-    for (int i = 0; i < SPOOLS; i++)
-        if (e.spool[i].file) fclose(e.spool[i].file);
-    return status;
+    int status;
+    SC_TRY(try_output(s->o->output));
+    SC_TRY(open_session(s));
+    for (int i = 0; i < 2; i++)
+        if (!(s->spool[i] = tmpfile()))
+            return fail("no temporary file can be made: %s", strerror(errno));
+    s->batch[0].reconstruct = s->o->reconstruction;
+    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(s, s->data.images)) == SC_OK) SC_TRY(spool_batch(s));
+    return status == SC_END ? save_tensors(s->o->output, 4096, write_codes, s) : status;
 }
 
 /* --- zeroshot --- */
 
-typedef struct { const feed *data; size_t images, top1, top5; } hits;
-
-/* Where each image's class stands among the logits; ties go to the lower index. */
-static int count_hits(void *context) {
-    hits *h = context;
-    const feed *f = h->data;
-    size_t classes = f->model.classes;
-    for (size_t i = 0; i < f->count; i++) {
-        const float *logit = f->logits + i * classes;
-        size_t rank = 0, label = (size_t)f->label[i], image = (size_t)f->image[i];
-        if (label >= classes)                                /* also -1, which is beyond all */
-            return fail("image %zu %s: label %lld, but the head has %zu classes", image,
-                        image_name(f, image), (long long)f->label[i], classes);
-        for (size_t c = 0; c < classes; c++)
-            rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
-        h->images++;
-        h->top1 += rank < 1;
-        h->top5 += rank < 5;
-    }
-    return SC_OK;
-}
-
+/* An image counts where its label is among the best 1 or 5 classes; ties go to the lower one. */
 static int command_zeroshot(session *s) {
-    hits h = { .data = &s->data };
-    SC_TRY(open_session(s));
-    const sc_model *model = &s->data.model;                  /* timm's head may be a classifier */
+    size_t top1 = 0, top5 = 0;
+    const sc_model *model = &s->data.model;
+    feed *f = &s->data;
+    int status;
+    SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
     if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
         return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
                     model->file.path);
-    SC_TRY(for_each_batch(&s->data, 1, count_hits, &h));
-    double images = (double)h.images;
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 1));
+    while ((status = next_encoded(s, f->images)) == SC_OK)
+        for (size_t i = 0; i < f->count; i++) {
+            const float *logit = f->logits + i * model->classes;
+            size_t rank = 0, label = (size_t)f->label[i], image = (size_t)f->image[i];
+            if (label >= model->classes)                     /* also -1, which is beyond all */
+                return fail("image %zu %s: label %lld, but the head has %zu classes", image,
+                            image_name(f, image), (long long)f->label[i], model->classes);
+            for (size_t c = 0; c < model->classes; c++)
+                rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
+            top1 += rank < 1;
+            top5 += rank < 5;
+        }
+    if (status != SC_END) return status;
+    size_t images = f->used;
     if (strcmp(s->o->format, "json") == 0)
-        printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", h.images, h.top1, h.top5);
+        printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", images, top1, top5);
     else if (strcmp(s->o->format, "csv") == 0)
-        printf("images,top1,top5\n%zu,%zu,%zu\n", h.images, h.top1, h.top5);
-    else printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", h.images, h.top1,
-                100.0 * (double)h.top1 / images, h.top5, 100.0 * (double)h.top5 / images);
+        printf("images,top1,top5\n%zu,%zu,%zu\n", images, top1, top5);
+    else printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", images, top1,
+                100.0 * (double)top1 / (double)images, top5, 100.0 * (double)top5 / (double)images);
     return end_of_output();
 }
 
@@ -5515,18 +5449,21 @@ static int command_zeroshot(session *s) {
  * PatchSAE shows them.
  * ============================================================================================ */
 
-enum { LOOK_IMAGES = 16, MOST_LATENTS = 1024, SHEET_GAP = 2, SILENT = 30 };
+enum { MOST_LATENTS = 1024, SHEET_GAP = 2, SILENT = 30 };
 
 typedef struct {
     session *s;
     sc_safetensors stats;
+    const sc_tensor *top[2];         /* of the statistics: latents' top images, top patches */
+    uint64_t first_patch;            /* of the statistics' tokens */
     enum { NO_MASK, VALUE_MASK, TOP_MASK } kind;
     size_t latent[MOST_LATENTS], latents;        /* asked for */
-    size_t *image, images;           /* [images], the only ones to look at, where not NULL */
-    size_t patches;                  /* of an image */
-    double *mask;                    /* [LOOK_IMAGES, patches], one latent's on the batch at hand */
+    int64_t *image;                  /* [images], the only ones to look at, where not NULL */
+    size_t images, patches;          /* patches: of an image */
+    double *mask;                    /* [MEASURE_IMAGES, patches], one latent's on the batch */
     double *sum;                     /* [latents, patches], of a class */
-    unsigned char *picture;          /* [S, S, 3], room for a mask or an overlay */
+    unsigned char *picture;          /* room for what is drawn */
+    size_t width, height;            /* of a sheet */
     int made;                        /* the folder, by us */
 } viewer;
 
@@ -5546,24 +5483,27 @@ static int parse_latents(viewer *v, const char *text) {
     }
 }
 
-/* Statistics tell of one data set and one SAE. */
+/* Statistics tell of one data set and one SAE; each latent has a row of images, one of patches. */
 static int open_statistics(viewer *v, const char *path) {
+    static const char *const names[] = { "max_activating_image_indices",
+                                         "max_activating_patch_indices" };
+    size_t n = v->s->sae[0].d_sae;
     SC_TRY(sc_safetensors_open(&v->stats, path));
     const char *data = sc_metadata_find(&v->stats, "data_digest");
     const char *sae = sc_metadata_find(&v->stats, "sae_digest");
+    const char *first_patch = sc_metadata_find(&v->stats, "first_patch");
     if (!data || !sae) return fail("%s: these are no statistics: a digest is missing", path);
     if (strtoull(data, NULL, 16) != v->s->data.digest)
         return fail("%s: statistics of other data", path);
-    if (strtoull(sae, NULL, 16) == sae_digest(&v->s->sae[0])) return SC_OK;
-    return fail("%s: statistics of another SAE", path);
-}
-
-/* A tensor of the statistics: for each latent a row of numbers (size 1) or of pairs (2). */
-static int stats_tensor(const viewer *v, const char *name, size_t size, const sc_tensor **tensor) {
-    const sc_tensor *t = *tensor = sc_tensor_find(&v->stats, name);
-    size_t n = v->s->sae[0].d_sae;
-    if (t && t->rank > 1 && t->shape[1] > 0 && t->count / size / t->shape[1] == n) return SC_OK;
-    return fail("%s: a tensor %s [%zu, ...] was expected", v->stats.path, name, n);
+    if (strtoull(sae, NULL, 16) != sae_digest(&v->s->sae[0]))
+        return fail("%s: statistics of another SAE", path);
+    v->first_patch = first_patch ? strtoull(first_patch, NULL, 10) : 1;
+    for (size_t i = 0; i < 2; i++) {
+        const sc_tensor *t = v->top[i] = sc_tensor_find(&v->stats, names[i]);
+        if (!t || t->rank < 2 || t->shape[1] == 0 || t->count / (i + 1) / t->shape[1] != n)
+            return fail("%s: a tensor %s [%zu, ...] was expected", path, names[i], n);
+    }
+    return SC_OK;
 }
 
 /* The folder, the data and, where asked for, the statistics to look at them with. */
@@ -5575,12 +5515,13 @@ static int open_viewer(viewer *v, int with_stats) {
     SC_TRY(parse_latents(v, o->latents));
     if (f->grid == 0 || f->T == 1) return fail("tokens were expected that are a square of patches");
     if (with_stats) SC_TRY(open_statistics(v, o->stats));
-    if (v->kind == VALUE_MASK) SC_TRY(new_batch(&s->batch, &s->sae[0], LOOK_IMAGES * f->T));
-    else if (!f->is_file) f->taps = 0;           /* spares the forward pass */
+    if (v->kind != VALUE_MASK) s->saes = 0;      /* spares the SAE, and the forward pass */
+    if (v->kind != VALUE_MASK && !f->is_file) f->taps = 0;
+    s->batch[0].reconstruct = 0;
     v->patches = f->grid * f->grid;
     size_t side = f->is_file ? f->grid : f->model.image_size;
     const array_spec arrays[] = {
-        ARRAY(v->mask, LOOK_IMAGES, v->patches), ARRAY(v->picture, side * side, 3),
+        ARRAY(v->mask, MEASURE_IMAGES, v->patches), ARRAY(v->picture, side * side, 3),
         ARRAY(v->sum, v->latents, v->patches) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
     v->made = mkdir(o->output, 0777) == 0;
@@ -5590,38 +5531,27 @@ static int open_viewer(viewer *v, int with_stats) {
 
 static int listed_draw(void *context, size_t draw, size_t *image) {
     const viewer *v = context;
-    if (draw < v->images) *image = v->image[draw];
+    if (draw < v->images) *image = (size_t)v->image[draw];
     return draw < v->images ? SC_OK : SC_END;
-}
-
-/* The next batch, encoded where latents' values are wanted. */
-static int next_images(viewer *v, size_t want) {
-    feed *f = &v->s->data;
-    SC_TRY(next_batch(f, want));
-    if (v->kind != VALUE_MASK || f->count == 0) return SC_OK;
-    return run_and_check(&v->s->batch, f, f->tap[0].out);
 }
 
 /* v->mask of latent j: its values on the batch's patches, or 1 on those that are among its top
  * patches of the whole data set. */
 static int find_masks(viewer *v, size_t j) {
     const feed *f = &v->s->data;
-    const sc_tensor *top;
-    const char *text = sc_metadata_find(&v->stats, "first_patch");
-    const int64_t first_patch = text ? strtoll(text, NULL, 10) : 1;
-    memset(v->mask, 0, LOOK_IMAGES * v->patches * sizeof *v->mask);
-    for (size_t i = 0; i < v->s->batch.tiles; i++)
-        for (code_walk w = walk_codes(&v->s->batch.tile[i], j); next_code(&w);) {
-            size_t row = v->s->batch.tile[i].first + w.token, token = row % f->T;
+    const sae_batch *b = &v->s->batch[0];
+    size_t P = v->kind == TOP_MASK ? v->top[1]->shape[1] : 0;
+    memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
+    for (size_t i = 0; i < b->tiles; i++)
+        for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);) {
+            size_t row = b->tile[i].first + w.token, token = row % f->T;
             if (token >= f->first_patch)
                 v->mask[row / f->T * v->patches + token - f->first_patch] = w.value;
         }
-    if (v->kind != TOP_MASK) return SC_OK;
-    SC_TRY(stats_tensor(v, "max_activating_patch_indices", 2, &top));
-    for (size_t p = 0; p < top->shape[1]; p++) {
+    for (size_t p = 0; p < P; p++) {
         int64_t at[2];                           /* image and token, -1 where there is none */
-        SC_TRY(sc_tensor_integers(&v->stats, top, (j * top->shape[1] + p) * 2, 2, at));
-        uint64_t patch = (uint64_t)at[1] - (uint64_t)first_patch;
+        SC_TRY(sc_tensor_integers(&v->stats, v->top[1], (j * P + p) * 2, 2, at));
+        uint64_t patch = (uint64_t)at[1] - v->first_patch;
         for (size_t i = 0; i < f->count && patch < v->patches; i++)
             if (f->image[i] == (uint64_t)at[0]) v->mask[i * v->patches + patch] = 1;
     }
@@ -5642,28 +5572,27 @@ static void draw_crop(unsigned char *to, size_t stride, const unsigned char *cro
         }
 }
 
-/* FOLDER/NAME as a PGM (1 channel) or PPM (3). */
-static int write_picture(const char *folder, const char *name, size_t channels, size_t width,
-                         size_t height, const unsigned char *pixels) {
+/* v->picture as NAME.pgm (1 channel) or NAME.ppm (3) of the folder. */
+static int write_picture(const viewer *v, const char *name, size_t channels, size_t width,
+                         size_t height) {
     sc_output out;
-    char path[MAX_PATH];
-    if (snprintf(path, sizeof path, "%s/%s", folder, name) >= MAX_PATH)
-        return fail("%s: the path is too long", folder);
+    char path[MAX_PATH], file[160];
+    snprintf(file, sizeof file, "%s.p%cm", name, channels == 3 ? 'p' : 'g');
+    SC_TRY(join_path(v->s->o->output, file, path));
     SC_TRY(output_open(&out, path));
     output_printf(&out, "P%d\n%zu %zu\n255\n", channels == 3 ? 6 : 5, width, height);
-    output_write(&out, pixels, width * height * channels);
+    output_write(&out, v->picture, width * height * channels);
     return output_commit(&out);
 }
 
 /* round(255 f / largest) */
 static int write_mask(const viewer *v, const char *name, const double *mask) {
-    size_t grid = v->s->data.grid;
     double largest = 0;
     memset(v->picture, 0, v->patches);
     for (size_t p = 0; p < v->patches; p++) largest = mask[p] > largest ? mask[p] : largest;
     for (size_t p = 0; p < v->patches && largest > 0; p++)
         v->picture[p] = (unsigned char)floor(255 * mask[p] / largest + 0.5);
-    return write_picture(v->s->o->output, name, 1, grid, grid, v->picture);
+    return write_picture(v, name, 1, v->s->data.grid, v->s->data.grid);
 }
 
 /* Latent j on the batch's image i: the mask, and the picture under it where there is one. Files are
@@ -5671,18 +5600,15 @@ static int write_mask(const viewer *v, const char *name, const double *mask) {
 static int show_mask(const viewer *v, size_t j, size_t i) {
     const feed *f = &v->s->data;
     const double *mask = v->mask + i * v->patches;
-    const char *own = base_name(image_name(f, (size_t)f->image[i]));
-    size_t S = f->model.image_size, room = 128, used;
-    char name[192];
-    used = (size_t)snprintf(name, room, "latent_%zu_%zu_", j, (size_t)f->image[i]);
-    for (; *own && used < room; own++)
-        name[used++] = isalnum((unsigned char)*own) || strchr(".-", *own) ? *own : '_';
-    strcpy(name + used, ".pgm");
+    size_t S = f->model.image_size, image = (size_t)f->image[i];
+    char name[129];
+    snprintf(name, sizeof name, "latent_%zu_%zu_%s", j, image, base_name(image_name(f, image)));
+    for (char *c = name; *c; c++)
+        if (!isalnum((unsigned char)*c) && !strchr(".-", *c)) *c = '_';
     SC_TRY(write_mask(v, name, mask));
     if (f->is_file) return SC_OK;
     draw_crop(v->picture, 3 * S, f->pixels + i * S * S * 3, S, mask, f->grid);
-    strcpy(name + used, ".ppm");
-    return write_picture(v->s->o->output, name, 3, S, S, v->picture);
+    return write_picture(v, name, 3, S, S);
 }
 
 /* Only the images of a class, for the mean of their masks (the report's figure 6). */
@@ -5691,7 +5617,7 @@ static int choose_class(viewer *v, long class) {
     size_t images = f->classes ? f->images : 0;
     SC_TRY(allocate(&v->s->memory, &v->image, images, sizeof *v->image));
     for (size_t i = 0; i < images; i++)
-        if (f->set.image[i].label == class) v->image[v->images++] = i;
+        if (f->set.image[i].label == class) v->image[v->images++] = (int64_t)i;
     if (v->images > 0) return SC_OK;
     return fail("--class %ld: no image is of this class (of %zu)", class, f->classes);
 }
@@ -5699,15 +5625,13 @@ static int choose_class(viewer *v, long class) {
 static int show_masks(viewer *v) {
     long class = v->s->o->class_index;
     feed *f = &v->s->data;
-    size_t done = 0;
+    int status;
     if (!v->s->o->mask) v->kind = VALUE_MASK;
     SC_TRY(open_viewer(v, v->kind == TOP_MASK));
+    v->images = class >= 0 ? 0 : f->images;
     if (class >= 0) SC_TRY(choose_class(v, class));
-    SC_TRY(start_feed(f, LOOK_IMAGES, v->image ? listed_draw : NULL, v, 0));
-    for (;; done += f->count) {
-        SC_TRY(next_images(v, LOOK_IMAGES));
-        if (f->count == 0) break;
-        show_progress("image", done, v->image ? v->images : f->images, done, "images", "%s", "");
+    SC_TRY(start_feed(f, MEASURE_IMAGES, v->image ? listed_draw : NULL, v, 0));
+    while ((status = next_encoded(v->s, v->images)) == SC_OK)
         for (size_t l = 0; l < v->latents; l++) {
             SC_TRY(find_masks(v, v->latent[l]));
             for (size_t i = 0; i < f->count && class < 0; i++)
@@ -5715,69 +5639,68 @@ static int show_masks(viewer *v) {
             for (size_t e = 0; e < f->count * v->patches && class >= 0; e++)
                 v->sum[l * v->patches + e % v->patches] += v->mask[e];
         }
-    }
+    if (status != SC_END) return status;
     for (size_t l = 0; l < v->latents && class >= 0; l++) {
         char name[96];
-        snprintf(name, sizeof name, "latent_%zu_class_%ld.pgm", v->latent[l], class);
-        for (size_t p = 0; p < v->patches; p++) v->sum[l * v->patches + p] /= (double)done;
+        snprintf(name, sizeof name, "latent_%zu_class_%ld", v->latent[l], class);
+        for (size_t p = 0; p < v->patches; p++) v->sum[l * v->patches + p] /= (double)f->used;
         SC_TRY(write_mask(v, name, v->sum + l * v->patches));
     }
     return SC_OK;
 }
 
-static size_t sheet_columns(size_t K) {
-    size_t columns = 1;
-    while (columns * columns < K) columns++;
-    return columns;
-}
-
-/* The sheet of latent j's next `count` images: cells row by row, the strongest image first. */
-static int show_sheet(viewer *v, size_t j, size_t count, size_t K, unsigned char *sheet) {
-    const feed *f = &v->s->data;
-    size_t S = f->model.image_size, step = S + SHEET_GAP, columns = sheet_columns(K);
-    size_t width = columns * step - SHEET_GAP, height = (K - 1) / columns * step + S;
+/* The sheet of latent j is complete; the next one starts dark. */
+static int finish_sheet(viewer *v, size_t j, size_t images) {
     char name[64];
-    memset(sheet, 0, height * width * 3);
-    for (size_t done = 0; done < count; done += f->count) {
-        SC_TRY(next_images(v, count - done < LOOK_IMAGES ? count - done : LOOK_IMAGES));
-        if (v->kind) SC_TRY(find_masks(v, j));
-        for (size_t i = 0; i < f->count; i++) {
-            size_t row = (done + i) / columns, column = (done + i) % columns;
-            draw_crop(sheet + (row * width + column) * step * 3, width * 3,
-                      f->pixels + i * S * S * 3, S, v->kind ? v->mask + i * v->patches : NULL,
-                      f->grid);
-        }
-    }
-    if (count == 0) note("latent %zu fires on no image: its sheet is empty", j);
-    snprintf(name, sizeof name, "latent_%zu.ppm", j);
-    return write_picture(v->s->o->output, name, 3, width, height, sheet);
+    if (images == 0) note("latent %zu fires on no image: its sheet is empty", j);
+    snprintf(name, sizeof name, "latent_%zu", j);
+    SC_TRY(write_picture(v, name, 3, v->width, v->height));
+    memset(v->picture, 0, v->height * v->width * 3);
+    return SC_OK;
 }
 
 /* The images to look at are each latent's top images, as the statistics have them, in turn. */
+static int list_images(viewer *v, size_t *count) {
+    size_t K = v->top[0]->shape[1];
+    SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
+    for (size_t l = 0; l < v->latents; l++, v->images += count[l - 1]) {
+        int64_t *image = v->image + v->images;
+        SC_TRY(sc_tensor_integers(&v->stats, v->top[0], v->latent[l] * K, K, image));
+        for (; count[l] < K && image[count[l]] >= 0; count[l]++)
+            if (image[count[l]] >= (int64_t)v->s->data.images)
+                return fail("%s: there is no image %lld", v->stats.path,
+                            (long long)image[count[l]]);
+    }
+    return SC_OK;
+}
+
+/* Sheets have their images row by row, the strongest first. */
 static int show_sheets(viewer *v) {
-    size_t count[MOST_LATENTS] = { 0 };
-    const sc_tensor *top;
+    size_t count[MOST_LATENTS] = { 0 }, columns = 1, l = 0, cell = 0;
     feed *f = &v->s->data;
+    int status = SC_END;
     if (strcmp(v->s->o->operand[0], "-") == 0)
         return usage("top picks images: a stream has no choice of them");
     SC_TRY(open_viewer(v, 1));
-    SC_TRY(stats_tensor(v, "max_activating_image_indices", 1, &top));
-    size_t K = top->shape[1], cell = f->model.image_size + SHEET_GAP, columns = sheet_columns(K);
-    unsigned char *sheet;
-    SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
-    SC_TRY(allocate(&v->s->memory, &sheet, columns * columns * 3, cell * cell));
-    for (size_t l = 0; l < v->latents; l++)
-        for (int64_t image = 0; count[l] < K && image >= 0;) {
-            SC_TRY(sc_tensor_integers(&v->stats, top, v->latent[l] * K + count[l], 1, &image));
-            if (image >= (int64_t)f->images)
-                return fail("%s: there is no image %lld", v->stats.path, (long long)image);
-            if (image >= 0) v->image[v->images++] = (size_t)image;
-            count[l] += image >= 0;
-        }
+    SC_TRY(list_images(v, count));
+    size_t K = v->top[0]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
+    while (columns * columns < K) columns++;
+    v->width = columns * step - SHEET_GAP;
+    v->height = (K - 1) / columns * step + S;
+    SC_TRY(allocate(&v->s->memory, &v->picture, columns * columns * 3, step * step));
     f->skip_bad = 0;                             /* a cell is for one image and no other */
-    SC_TRY(start_feed(f, LOOK_IMAGES, listed_draw, v, 0));
-    for (size_t l = 0; l < v->latents; l++)
-        SC_TRY(show_sheet(v, v->latent[l], count[l], K, sheet));
+    SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
+    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK)
+        for (size_t i = 0; i < f->count; i++, cell++) {
+            for (; cell == count[l]; l++, cell = 0)
+                SC_TRY(finish_sheet(v, v->latent[l], count[l]));
+            if (v->kind && (i == 0 || cell == 0)) SC_TRY(find_masks(v, v->latent[l]));
+            draw_crop(v->picture + (cell / columns * v->width + cell % columns) * step * 3,
+                      v->width * 3, f->pixels + i * S * S * 3, S,
+                      v->kind ? v->mask + i * v->patches : NULL, f->grid);
+        }
+    if (status != SC_END) return status;
+    for (; l < v->latents; l++) SC_TRY(finish_sheet(v, v->latent[l], count[l]));
     return SC_OK;
 }
 
