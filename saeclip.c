@@ -3498,51 +3498,55 @@ static int try_output(const char *path) {
     return SC_OK;
 }
 
-/* A [n, D] tensor to and from rows with padding. */
-static int read_rows(const sc_safetensors *file, const char *name, size_t n, size_t D,
-                     size_t stride, float *rows) {
-    const sc_tensor *tensor = sc_tensor_find(file, name);
-    if (!tensor || tensor->rank == 0 || tensor->count != n * D
-        || tensor->shape[tensor->rank - 1] != D)
-        return fail("%s: a tensor %s of %zu x %zu was expected", file->path, name, n, D);
-    for (size_t j = 0; j < n; j++)
-        SC_TRY(sc_tensor_floats(file, tensor, j * D, D, rows + j * stride));
-    return SC_OK;
-}
+/* A tensor by its shape in files, a vector (rank 1) having one row, and by where its element [r, c]
+ * lies in memory: values[r * down + c * across]. */
+typedef struct {
+    const char *name;
+    float *values;
+    int rank;
+    size_t rows, columns, down, across;
+} float_tensor;
 
-static int write_rows(sc_writer *writer, const char *name, size_t n, size_t D, size_t stride,
-                      const float *rows) {
-    SC_TRY(sc_writer_tensor(writer, name, SC_F32, 2, (size_t[]){ n, D }));
-    for (size_t j = 0; j < n; j++) SC_TRY(sc_writer_floats(writer, rows + j * stride, D));
-    return SC_OK;
-}
-
-static int write_vector(sc_writer *writer, const char *name, size_t n, const float *vector) {
-    SC_TRY(sc_writer_tensor(writer, name, SC_F32, 1, &n));
-    return sc_writer_floats(writer, vector, n);
-}
-
-/* W_enc lies [D, n] in files and latent by latent in memory: some rows at a time are read from the
- * tensor, or go to the writer where there is one. */
-static int move_encoder(const sc_sae *sae, const sc_safetensors *file, const sc_tensor *tensor,
-                        sc_writer *writer) {
+/* Writes a tensor or, where there is no writer, reads it from a file, some rows at a time. Adds it
+ * to a digest, if there is one. */
+static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
+                       digest64 *digest) {
     enum { ROWS = 16 };
-    size_t n = sae->d_sae;
-    float *rows = new_array(n, ROWS * sizeof *rows);
-    int status = rows ? SC_OK : SC_FAILED;
-    for (size_t d = 0; d < sae->d_in && status == SC_OK; d += ROWS) {
-        size_t height = sae->d_in - d < ROWS ? sae->d_in - d : ROWS;
-        if (!writer) status = sc_tensor_floats(file, tensor, d * n, height * n, rows);
-        for (size_t j = 0; j < n; j++)
+    const sc_tensor *source = w ? NULL : sc_tensor_find(file, t->name);
+    size_t shape[2] = { t->rows, t->columns };
+    if (w) SC_TRY(sc_writer_tensor(w, t->name, SC_F32, t->rank, shape + 2 - t->rank));
+    else if (!source || source->rank == 0 || source->count != t->rows * t->columns
+             || source->shape[source->rank - 1] != t->columns)
+        return fail("%s: a tensor %s of %zu x %zu was expected", file->path, t->name, t->rows,
+                    t->columns);
+    float *some = new_array(t->columns, ROWS * sizeof *some);
+    int status = some ? SC_OK : SC_FAILED;
+    for (size_t r = 0; r < t->rows && status == SC_OK; r += ROWS) {
+        size_t height = t->rows - r < ROWS ? t->rows - r : ROWS, count = height * t->columns;
+        if (!w) status = sc_tensor_floats(file, source, r * t->columns, count, some);
+        for (size_t c = 0; c < t->columns; c++)
             for (size_t i = 0; i < height; i++) {
-                float *here = sae->W_enc + j * sae->stride + d + i, *there = rows + i * n + j;
-                if (writer) *there = *here;
+                float *here = t->values + (r + i) * t->down + c * t->across;
+                float *there = some + i * t->columns + c;
+                if (w) *there = *here;
                 else *here = *there;
             }
-        if (writer) status = sc_writer_floats(writer, rows, height * n);
+        if (w) status = sc_writer_floats(w, some, count);
+        for (size_t i = 0; digest && i < count; i++)
+            digest64_number(digest, bits_of_float(some[i]));
     }
-    free(rows);
+    free(some);
     return status;
+}
+
+/* An SAE's tensors, each latent by latent in memory, W_enc too. */
+static int move_sae(const sc_sae *sae, const sc_safetensors *file, sc_writer *w, digest64 *digest) {
+    size_t n = sae->d_sae, D = sae->d_in, stride = sae->stride;
+    const float_tensor tensors[] = {
+        { "W_enc", sae->W_enc, 2, D, n, 1, stride }, { "b_enc", sae->b_enc, 1, 1, n, 0, 1 },
+        { "W_dec", sae->W_dec, 2, n, D, stride, 1 }, { "b_dec", sae->b_dec, 1, 1, D, 0, 1 } };
+    for (size_t i = 0; i < COUNT(tensors); i++) SC_TRY(move_tensor(&tensors[i], file, w, digest));
+    return SC_OK;
 }
 
 /* A whole number from 1 on in the metadata; absent leaves *value. */
@@ -3558,37 +3562,38 @@ static int metadata_number(const sc_safetensors *file, const char *key, double m
     return SC_OK;
 }
 
-static int read_sae_metadata(sc_sae *sae, const sc_safetensors *file) {
-    const char *architecture = sc_metadata_find(file, "architecture");
+/* Where activations come from, where that is not known yet: an SAE's metadata and those of saved
+ * activations say it in the same words. */
+static int read_origin(sc_sae *sae, const sc_safetensors *file) {
     const char *hook = sc_metadata_find(file, "hook"), *model = sc_metadata_find(file, "model");
-    const char *start = sc_metadata_find(file, "b_dec_start");
     sc_hook found = SC_MLP;
-    sae->topk = architecture && strcmp(architecture, architecture_names[1]) == 0;
-    if (architecture && strcmp(architecture, architecture_names[sae->topk]) != 0)
-        return fail("%s: architecture '%s' is neither standard nor topk", file->path, architecture);
-    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
-    SC_TRY(metadata_number(file, "layer", 1e6, &sae->layer));
-    if (hook && parse_hook(hook, &found) != SC_OK)
+    if (!sae->layer) SC_TRY(metadata_number(file, "layer", 1e6, &sae->layer));
+    if (hook && sae->hook < 0 && parse_hook(hook, &found) != SC_OK)
         return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", file->path, hook);
-    if (hook) sae->hook = (int)found;
-    if (model && !(sae->model = copy_string(model))) return SC_FAILED;
-    if (start && !(sae->b_dec_start = copy_string(start))) return SC_FAILED;
-    return SC_OK;
+    if (hook && sae->hook < 0) sae->hook = (int)found;
+    if (!model || sae->model) return SC_OK;
+    sae->model = copy_string(base_name(model));
+    return sae->model ? SC_OK : SC_FAILED;
 }
 
 static int read_sae(sc_sae *sae, const sc_safetensors *file) {
     const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
+    const char *architecture = sc_metadata_find(file, "architecture");
+    const char *start = sc_metadata_find(file, "b_dec_start");
     if (!encoder || encoder->rank != 2 || encoder->count == 0)
         return fail("%s: this is no SAE: a tensor W_enc [d_in, d_sae] was expected", file->path);
     if (sc_tensor_find(file, "threshold") || sc_tensor_find(file, "log_threshold"))
         return fail("%s: a JumpReLU SAE (tensor threshold), expected standard or topk", file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
+    SC_TRY(move_sae(sae, file, NULL, NULL));
+    sae->topk = architecture && strcmp(architecture, architecture_names[1]) == 0;
+    if (architecture && strcmp(architecture, architecture_names[sae->topk]) != 0)
+        return fail("%s: architecture '%s' is neither standard nor topk", file->path, architecture);
+    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
+    SC_TRY(read_origin(sae, file));
     if (!(sae->path = copy_string(file->path))) return SC_FAILED;
-    SC_TRY(move_encoder(sae, file, encoder, NULL));
-    SC_TRY(read_rows(file, "W_dec", sae->d_sae, sae->d_in, sae->stride, sae->W_dec));
-    SC_TRY(read_rows(file, "b_enc", 1, sae->d_sae, sae->d_sae, sae->b_enc));
-    SC_TRY(read_rows(file, "b_dec", 1, sae->d_in, sae->stride, sae->b_dec));
-    return read_sae_metadata(sae, file);
+    if (start && !(sae->b_dec_start = copy_string(start))) return SC_FAILED;
+    return SC_OK;
 }
 
 int sc_sae_open(sc_sae *sae, const char *path) {
@@ -3599,26 +3604,6 @@ int sc_sae_open(sc_sae *sae, const char *path) {
     sc_safetensors_close(&file);
     if (status != SC_OK) sc_sae_close(sae);
     return status;
-}
-
-/* The tensors and what an SAE is; the caller adds how it was trained. */
-static int write_sae(sc_writer *writer, const sc_sae *sae) {
-    const struct { const char *key; size_t value; } numbers[] = {
-        { "k", sae->topk ? sae->k : 0 }, { "d_in", sae->d_in }, { "d_sae", sae->d_sae },
-        { "layer", sae->layer } };
-    SC_TRY(sc_writer_metadata(writer, "architecture", architecture_names[sae->topk]));
-    for (size_t i = 0; i < COUNT(numbers); i++) {
-        char text[32];
-        snprintf(text, sizeof text, "%zu", numbers[i].value);
-        if (numbers[i].value) SC_TRY(sc_writer_metadata(writer, numbers[i].key, text));
-    }
-    if (sae->hook >= 0) SC_TRY(sc_writer_metadata(writer, "hook", hook_names[sae->hook]));
-    if (sae->model) SC_TRY(sc_writer_metadata(writer, "model", sae->model));
-    SC_TRY(sc_writer_tensor(writer, "W_enc", SC_F32, 2, (size_t[]){ sae->d_in, sae->d_sae }));
-    SC_TRY(move_encoder(sae, NULL, NULL, writer));
-    SC_TRY(write_vector(writer, "b_enc", sae->d_sae, sae->b_enc));
-    SC_TRY(write_rows(writer, "W_dec", sae->d_sae, sae->d_in, sae->stride, sae->W_dec));
-    return write_vector(writer, "b_dec", sae->d_in, sae->b_dec);
 }
 
 /* --------------------------------------------------------------------------------------------
@@ -4465,153 +4450,126 @@ static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t ima
  * -------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    uint64_t seed, N, epoch;         /* epoch: whose order this is */
-    uint64_t from;                   /* the draw a resumed run begins with */
-    uint64_t *order;                 /* [N], NULL: first to last */
-} training_order;
-
-static int training_draw(void *context, size_t draw, size_t *image) {
-    training_order *t = context;
-    uint64_t position = draw + t->from;
-    if (t->order && position / t->N != t->epoch) {
-        t->epoch = position / t->N;
-        permutation(t->seed, t->epoch, t->order, (size_t)t->N);
-    }
-    *image = (size_t)(t->order ? t->order[position % t->N] : position % t->N);
-    return SC_OK;
-}
-
-typedef struct {
     const options *o;
     feed data;
     trainer trainer;
-    training_order order;
     size_t batch;                    /* images a step */
-    uint64_t steps, images, next_draw;
-    uint64_t digest;                 /* of what a resumed run must agree in */
+    uint64_t *order, epoch;          /* [N], and whose it is; NULL: first to last */
+    uint64_t steps, next_draw;
+    uint64_t recipe;                 /* digest of what a resumed run must agree in */
     FILE *log;
     double started;
     char *checkpoint, *previous;     /* where to, and where the one before stays */
+    uint64_t saved;                  /* the step of the last checkpoint */
     int checkpoints;                 /* asked for, not only on a signal */
 } training_run;
+
+/* Every epoch is a permutation of its own. */
+static int training_draw(void *context, size_t draw, size_t *image) {
+    training_run *run = context;
+    size_t N = run->data.images;
+    if (run->order && draw / N != run->epoch)
+        permutation((uint64_t)run->o->seed, run->epoch = draw / N, run->order, N);
+    *image = run->order ? (size_t)run->order[draw % N] : draw % N;
+    return SC_OK;
+}
 
 static volatile sig_atomic_t stop_signal;
 
 static void on_signal(int number) { stop_signal = number; }
 
-/* How photos were seen, where options say so; without them it is the model's file that does. */
-static int write_photo_recipe(sc_writer *w, const options *o) {
-    const sc_model_options *m = &o->settings;
-    const struct { const char *key, *value; } rows[] = {
-        { "crop", strcmp(o->crop, "hf") == 0 ? "hf" : NULL }, { "gelu", m->gelu },
-        { "epsilon", m->epsilon }, { "heads", m->heads }, { "mean", m->mean }, { "std", m->std } };
-    char square[32];
-    snprintf(square, sizeof square, "%ld", o->square);
-    if (o->square) SC_TRY(sc_writer_metadata(w, "square", square));
-    for (size_t i = 0; i < COUNT(rows); i++)
-        if (rows[i].value) SC_TRY(sc_writer_metadata(w, rows[i].key, rows[i].value));
-    return SC_OK;
-}
-
-/* What changes the numbers of a run, as metadata, or into a digest (less the steps, which a resumed
- * run may have more of). */
-static int take_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
+/* All that decides a run's numbers and can be told in words, as metadata of the SAE or, where there
+ * is no writer, into a digest. What is neither a text nor a number from 0 on is left out: the
+ * model's file says how it wants photos, unless options do. */
+static int put_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
+    static const sc_model_options none = { 0 };
     const options *o = run->o;
-    const struct { const char *key; double value; const char *text; } rows[] = {
-        { "l1", o->l1, NULL }, { "lr", o->lr, NULL }, { "warmup", (double)o->warmup, NULL },
-        { "batch", (double)o->batch, NULL }, { "steps", (double)run->trainer.step, NULL },
-        { "seed", o->seed, NULL }, { "ghost", o->ghost, NULL },
-        { "dead_window", (double)o->dead_window, NULL },
-        { "b_dec_images", (double)o->b_dec_images, NULL },
-        { "b_dec_start", 0, o->init ? "file" : o->b_dec }, { "order", 0, o->order } };
-    if (w && !run->data.is_file) SC_TRY(write_photo_recipe(w, o));
+    const sc_sae *sae = &run->trainer.sae;
+    int photos = !run->data.is_file;
+    const sc_model_options *seen = photos ? &o->settings : &none;
+    const struct { const char *key, *text; double number; } rows[] = {
+        { "architecture", architecture_names[sae->topk], 0 },
+        { "k", NULL, sae->topk ? (double)sae->k : -1 }, { "d_in", NULL, (double)sae->d_in },
+        { "d_sae", NULL, (double)sae->d_sae },
+        { "layer", NULL, sae->layer ? (double)sae->layer : -1 },
+        { "hook", sae->hook < 0 ? NULL : hook_names[sae->hook], -1 }, { "model", sae->model, -1 },
+        { "square", NULL, photos && o->square ? (double)o->square : -1 },
+        { "crop", photos && strcmp(o->crop, "hf") == 0 ? "hf" : NULL, -1 },
+        { "gelu", seen->gelu, -1 }, { "epsilon", seen->epsilon, -1 }, { "heads", seen->heads, -1 },
+        { "mean", seen->mean, -1 }, { "std", seen->std, -1 },
+        { "l1", NULL, sae->topk ? -1 : o->l1 }, { "lr", NULL, o->lr },
+        { "warmup", NULL, (double)o->warmup }, { "batch", NULL, (double)o->batch },
+        { "steps", NULL, (double)run->trainer.step }, { "seed", NULL, o->seed },
+        { "ghost", NULL, o->ghost }, { "dead_window", NULL, (double)o->dead_window },
+        { "b_dec_images", NULL, (double)o->b_dec_images },
+        { "b_dec_start", o->init ? "file" : o->b_dec, 0 }, { "order", o->order, 0 } };
     for (size_t i = 0; i < COUNT(rows); i++) {
-        char text[32];
-        if (run->trainer.sae.topk && strcmp(rows[i].key, "l1") == 0) continue;
-        snprintf(text, sizeof text, "%.17g", rows[i].value);
-        const char *value = rows[i].text ? rows[i].text : text;
+        char number[32];
+        const char *value = rows[i].text ? rows[i].text : number;
+        if (value == number && rows[i].number < 0) continue;
+        snprintf(number, sizeof number, "%.17g", rows[i].number);
         if (w) SC_TRY(sc_writer_metadata(w, rows[i].key, value));
-        else if (strcmp(rows[i].key, "steps") != 0) digest64_add(digest, value, strlen(value) + 1);
+        if (w) continue;
+        digest64_add(digest, rows[i].key, strlen(rows[i].key) + 1);
+        digest64_add(digest, value, strlen(value) + 1);
     }
     return SC_OK;
 }
 
-enum { SAMPLE_BYTES = 1 << 20 };     /* of the model's weights, or of the saved activations */
-
-/* What a resumed run must agree in. */
+/* Of the recipe, the data set, and the first MiB of the weights or saved activations. Taken before
+ * the first step: a resumed run may have more of them. */
 static uint64_t recipe_digest(const training_run *run) {
-    const sc_sae *sae = &run->trainer.sae;
-    const sc_model *m = &run->data.model;
-    const uint64_t numbers[] = {
-        run->data.digest, run->data.T, run->order.N, sae->d_in, sae->d_sae, (uint64_t)sae->topk,
-        sae->k, sae->layer, (uint64_t)sae->hook, m->heads, (uint64_t)m->activation,
-        bits_of_float(m->epsilon), (uint64_t)run->o->square,
-        (uint64_t)run->data.preprocess.crop_hf };
+    const sc_safetensors *source = run->data.is_file ? &run->data.file : &run->data.model.file;
+    size_t sample = (size_t)(source->data - source->map) + ((size_t)1 << 20);
     digest64 d = { 0 };
-    for (size_t i = 0; i < COUNT(numbers); i++) digest64_number(&d, numbers[i]);
-    for (int c = 0; c < 3; c++)
-        digest64_number(&d, (uint64_t)bits_of_float(m->mean[c]) << 32 | bits_of_float(m->std[c]));
-    if (sae->model) digest64_add(&d, sae->model, strlen(sae->model));
-    const sc_safetensors *source = run->data.is_file ? &run->data.file : &m->file;
-    size_t bytes = (size_t)(source->map + source->size - source->data);
-    digest64_add(&d, source->data, bytes < SAMPLE_BYTES ? bytes : SAMPLE_BYTES);
-    take_recipe(run, NULL, &d);
-    return digest64_value(&d);
-}
-
-/* The floats that training goes on from: of each a matrix [n, D] (rank 2) or a vector. The SAE's
- * come first and are written by write_sae; W_enc is the only one that lies otherwise in files. */
-enum { SAE_TENSORS = 4, STATE_TENSORS = 12, POSITION_NUMBERS = 4 };
-
-typedef struct { const char *name; float *values; int rank; size_t columns, stride; } state_tensor;
-typedef struct { state_tensor tensor[STATE_TENSORS]; } state_list;
-
-static state_list list_state(const trainer *t) {
-    size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride;
-    return (state_list){ {
-        { "W_enc", t->sae.W_enc, 2, D, stride }, { "W_dec", t->sae.W_dec, 2, D, stride },
-        { "b_enc", t->sae.b_enc, 1, n, n }, { "b_dec", t->sae.b_dec, 1, D, stride },
-        { "W_enc_m", t->W_enc.m, 2, D, stride }, { "W_enc_v", t->W_enc.v, 2, D, stride },
-        { "W_dec_m", t->W_dec.m, 2, D, stride }, { "W_dec_v", t->W_dec.v, 2, D, stride },
-        { "b_enc_m", t->b_enc.m, 1, n, n }, { "b_enc_v", t->b_enc.v, 1, n, n },
-        { "b_dec_m", t->b_dec.m, 1, D, stride }, { "b_dec_v", t->b_dec.v, 1, D, stride } } };
-}
-
-/* Of everything in a checkpoint. position: step, next draw, images so far, digest of the recipe */
-static unsigned long long state_digest(const trainer *t, const unsigned long long *position) {
-    const state_list list = list_state(t);
-    digest64 d = { 0 };
-    for (const state_tensor *s = list.tensor; s < list.tensor + STATE_TENSORS; s++)
-        for (size_t e = 0; e < (s->rank == 2 ? t->sae.d_sae : 1) * s->stride; e++)
-            digest64_number(&d, bits_of_float(s->values[e]));
-    for (size_t j = 0; j < t->sae.d_sae; j++) digest64_number(&d, (uint64_t)t->silent[j]);
-    for (size_t i = 0; i < POSITION_NUMBERS; i++) digest64_number(&d, position[i]);
+    digest64_number(&d, run->data.digest);
+    digest64_add(&d, source->map, sample < source->size ? sample : source->size);
+    put_recipe(run, NULL, &d);
     return digest64_value(&d);
 }
 
 static int write_trained(sc_writer *w, void *context) {
     const training_run *run = context;
-    SC_TRY(write_sae(w, &run->trainer.sae));
-    return take_recipe(run, w, NULL);
+    SC_TRY(put_recipe(run, w, NULL));
+    return move_sae(&run->trainer.sae, NULL, w, NULL);
 }
 
-/* All that training goes on from; then the checkpoint before, which this one is to replace, becomes
- * FILE.prev. */
+/* --- Checkpoints: the SAE, and what else training goes on from --- */
+
+/* The metadata "position": step, next draw, the recipe's digest, the checksum of it all. */
+typedef unsigned long long run_position[4];
+
+/* Writes the state, or reads it where there is no writer. Returns the checksum in *sum. */
+static int move_state(trainer *t, const run_position at, const sc_safetensors *file, sc_writer *w,
+                      unsigned long long *sum) {
+    size_t n = t->sae.d_sae, D = t->sae.d_in, row = t->sae.stride;
+    const sc_tensor *silent = w ? NULL : sc_tensor_find(file, "silent");
+    const float_tensor adam[] = {
+        { "W_enc_m", t->W_enc.m, 2, n, D, row, 1 }, { "W_enc_v", t->W_enc.v, 2, n, D, row, 1 },
+        { "W_dec_m", t->W_dec.m, 2, n, D, row, 1 }, { "W_dec_v", t->W_dec.v, 2, n, D, row, 1 },
+        { "b_enc_m", t->b_enc.m, 1, 1, n, 0, 1 }, { "b_enc_v", t->b_enc.v, 1, 1, n, 0, 1 },
+        { "b_dec_m", t->b_dec.m, 1, 1, D, 0, 1 }, { "b_dec_v", t->b_dec.v, 1, 1, D, 0, 1 } };
+    digest64 digest = { 0 };
+    SC_TRY(move_sae(&t->sae, file, w, &digest));
+    for (size_t i = 0; i < COUNT(adam); i++) SC_TRY(move_tensor(&adam[i], file, w, &digest));
+    if (w) SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
+    if (w) SC_TRY(sc_writer_integers(w, t->silent, n));
+    else if (!silent || silent->count != n)
+        return fail("%s: a tensor silent of %zu was expected", file->path, n);
+    else SC_TRY(sc_tensor_integers(file, silent, 0, n, t->silent));
+    for (size_t j = 0; j < n; j++) digest64_number(&digest, (uint64_t)t->silent[j]);
+    for (int i = 0; i < 3; i++) digest64_number(&digest, at[i]);
+    *sum = digest64_value(&digest);
+    return SC_OK;
+}
+
+/* The checkpoint before, which this one is to replace, becomes FILE.prev. */
 static int write_checkpoint(sc_writer *w, void *context) {
-    const training_run *run = context;
-    const trainer *t = &run->trainer;
-    const unsigned long long position[] = { t->step, run->next_draw, run->images, run->digest };
-    size_t n = t->sae.d_sae;
-    const state_list list = list_state(t);
-    SC_TRY(write_trained(w, context));
-    for (const state_tensor *s = list.tensor + SAE_TENSORS; s < list.tensor + STATE_TENSORS; s++)
-        SC_TRY(s->rank == 2 ? write_rows(w, s->name, n, s->columns, s->stride, s->values)
-                            : write_vector(w, s->name, s->columns, s->values));
-    SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
-    SC_TRY(sc_writer_integers(w, t->silent, n));
-    SC_TRY(put_metadata(w, "position", "%llx %llx %llx %llx", position[0], position[1], position[2],
-                        position[3]));
-    SC_TRY(put_metadata(w, "checksum", "%016llx", state_digest(t, position)));
+    training_run *run = context;
+    run_position at = { run->trainer.step, run->next_draw, run->recipe };
+    SC_TRY(put_recipe(run, w, NULL));
+    SC_TRY(move_state(&run->trainer, at, NULL, w, &at[3]));
+    SC_TRY(put_metadata(w, "position", "%llx %llx %llx %llx", at[0], at[1], at[2], at[3]));
     if (access(run->checkpoint, F_OK) != 0) return SC_OK;
     unlink(run->previous);
     if (link(run->checkpoint, run->previous) == 0
@@ -4619,63 +4577,54 @@ static int write_checkpoint(sc_writer *w, void *context) {
     return fail("%s: cannot be kept as %s: %s", run->checkpoint, run->previous, strerror(errno));
 }
 
-static int read_state(trainer *t, const sc_safetensors *file) {
-    size_t n = t->sae.d_sae, D = t->sae.d_in;
-    const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
-    const sc_tensor *silent = sc_tensor_find(file, "silent");
-    const state_list list = list_state(t);
-    if (!encoder || encoder->rank != 2 || encoder->shape[0] != D || encoder->shape[1] != n)
-        return fail("%s: a tensor W_enc of %zu x %zu was expected", file->path, D, n);
-    SC_TRY(move_encoder(&t->sae, file, encoder, NULL));
-    for (const state_tensor *s = list.tensor + 1; s < list.tensor + STATE_TENSORS; s++)
-        SC_TRY(read_rows(file, s->name, s->rank == 2 ? n : 1, s->columns, s->stride, s->values));
-    if (!silent || silent->count != n) return fail("%s: no tensor silent [%zu]", file->path, n);
-    return sc_tensor_integers(file, silent, 0, n, t->silent);
+static int save_checkpoint(training_run *run) {
+    if (run->saved == run->trainer.step) return SC_OK;
+    run->saved = run->trainer.step;
+    return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
 }
 
-static int take_checkpoint(training_run *run, const sc_safetensors *file) {
+static int read_checkpoint(training_run *run, const sc_safetensors *file) {
     trainer *t = &run->trainer;
-    const char *text = sc_metadata_find(file, "position");
-    const char *sum = sc_metadata_find(file, "checksum");
-    unsigned long long position[POSITION_NUMBERS];
-    if (!text || !sum || sscanf(text, "%16llx %16llx %16llx %16llx", &position[0], &position[1],
-                                &position[2], &position[3]) != POSITION_NUMBERS)
+    const char *position = sc_metadata_find(file, "position");
+    unsigned long long sum = 0;
+    run_position at;
+    if (!position || sscanf(position, "%16llx %16llx %16llx %16llx", &at[0], &at[1], &at[2],
+                            &at[3]) != 4)
         return fail("%s: this is no checkpoint", file->path);
-    if (position[3] != run->digest)
+    if (at[2] != run->recipe)
         return fail("%s: the checkpoint is of other options or data than this run", file->path);
-    SC_TRY(read_state(t, file));
-    if (state_digest(t, position) != strtoull(sum, NULL, 16))
-        return fail("%s: the checksum does not match the contents", file->path);
-    if (position[0] > run->steps)
-        return usage("%s: the checkpoint is of step %llu, beyond the %llu asked for", file->path,
-                     position[0], (unsigned long long)run->steps);
-    run->next_draw = run->order.from = position[1];
-    run->images = position[2];
-    for (; t->step < position[0]; t->step++) {
+    SC_TRY(move_state(t, at, file, NULL, &sum));
+    if (at[3] != sum) return fail("%s: the checksum does not match the contents", file->path);
+    if (at[0] > run->steps)
+        return usage("%s: is of step %llu, this run ends before", file->path, at[0]);
+    run->next_draw = at[1];
+    for (; t->step < at[0]; t->step++) {
         t->beta1_power *= 0.9;
         t->beta2_power *= 0.999;
     }
+    run->saved = t->step;
     return SC_OK;
 }
 
-/* Goes on from a checkpoint if there is one; a damaged one names the one before. */
+/* Goes on from a checkpoint if there is one; an error names the one before. */
 static int resume_training(training_run *run) {
     char reason[sizeof error_text];
     sc_safetensors file;
-    int there = access(run->checkpoint, F_OK) == 0, before = access(run->previous, F_OK) == 0;
-    if (!there && before)
-        return fail("%s: there is none, but the one before it is %s", run->checkpoint,
-                    run->previous);
-    if (!there) note("%s: there is no checkpoint yet, starting afresh", run->checkpoint);
-    if (!there) return SC_OK;
-    int status = sc_safetensors_open(&file, run->checkpoint);
-    if (status == SC_OK) {
-        status = take_checkpoint(run, &file);
-        sc_safetensors_close(&file);
+    int before = access(run->previous, F_OK) == 0;
+    if (!before && access(run->checkpoint, F_OK) != 0) {
+        note("%s: there is no checkpoint yet, starting afresh", run->checkpoint);
+        return SC_OK;
     }
+    int status = sc_safetensors_open(&file, run->checkpoint);
+    if (status == SC_OK) status = read_checkpoint(run, &file);
+    sc_safetensors_close(&file);
     if (status == SC_OK || !before) return status;
     memcpy(reason, error_text, sizeof reason);
     return fail("%.600s; the checkpoint before it is %.300s", reason, run->previous);
+}
+
+static int log_failed(const training_run *run) {
+    return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
 }
 
 /* Opens the log; of a resumed run, cut back to the step it goes on from. */
@@ -4683,33 +4632,30 @@ static int open_log(training_run *run) {
     static const char header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "dead,seconds\n";
     const char *path = run->o->log;
-    int resumed = run->trainer.step > 0;
+    struct stat about;
     off_t end = 0;
     char line[512];
     if (!path) return SC_OK;
-    run->log = fopen(path, resumed ? "a+" : "w");
-    if (!run->log) return fail("%s: cannot be written: %s", path, strerror(errno));
-    rewind(run->log);
+    int resumed = run->trainer.step > 0 && stat(path, &about) == 0 && S_ISREG(about.st_mode);
+    run->log = fopen(path, resumed ? "r+" : "w");
+    if (!run->log) return log_failed(run);
     while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
            && (end == 0 || strtoull(line, NULL, 10) <= run->trainer.step))
         end = ftello(run->log);
-    if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0)
-        && errno != EINVAL && errno != ESPIPE)               /* a pipe cannot and need not be cut */
-        return fail("%s: cannot be cut: %s", path, strerror(errno));
-    if (end == 0 && (fputs(header, run->log) < 0 || fflush(run->log) != 0))
-        return fail("%s: cannot be written: %s", path, strerror(errno));
-    return SC_OK;
+    if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0))
+        return log_failed(run);
+    if (end > 0 || (fputs(header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
+    return log_failed(run);
 }
 
 static int log_step(training_run *run, const step_result *r) {
-    unsigned long long step = run->trainer.step, tokens = run->images * run->data.T;
-    if (run->log && (fprintf(run->log, "%llu,%llu,%llu,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,"
-                             "%.3f\n", step, (unsigned long long)run->images, tokens, r->lr,
-                             r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
-                             r->dead, seconds_now() - run->started) < 0
-                     || fflush(run->log) != 0))
-        return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
-    show_progress("step", step, run->steps, run->images, "images",
+    uint64_t step = run->trainer.step, images = step * run->batch;
+    if (run->log && (fprintf(run->log, "%ju,%ju,%ju,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,%.3f\n",
+                             (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T),
+                             r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
+                             r->dead, seconds_now() - run->started) < 0 || fflush(run->log) != 0))
+        return log_failed(run);
+    show_progress("step", step, run->steps, images, "images",
                   "loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0, r->explained_variance);
     return SC_OK;
 }
@@ -4721,47 +4667,57 @@ static int choose_sae(training_run *run) {
     sc_sae *sae = &run->trainer.sae;
     feed *f = &run->data;
     size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D, place;
-    const char *hook = sc_metadata_find(&f->file, "hook");
-    const char *model = f->is_file ? sc_metadata_find(&f->file, "model") : o->model;
-    if (o->init) SC_TRY(sc_sae_open(sae, o->init));
-    else SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
+    SC_TRY(o->init ? sc_sae_open(sae, o->init) : sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
     SC_TRY(overrule_sae(sae, o));
     SC_TRY(check_origin(f, sae, o));
-    if (!sae->layer) SC_TRY(metadata_number(&f->file, "layer", 1e6, &sae->layer));
-    sc_hook kind = sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook;
-    if (sae->hook < 0 && hook && parse_hook(hook, &kind) != SC_OK)
-        return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", f->file.path, hook);
-    SC_TRY(add_tap(f, o->layer ? o->layer : sae->layer || f->is_file ? (long)sae->layer : -2, kind,
-                   &place));
-    sae->layer = f->tap[0].layer;
-    if (!f->is_file || hook) sae->hook = (int)kind;
-    if (!model || sae->model) return SC_OK;
-    sae->model = copy_string(base_name(model));
-    return sae->model ? SC_OK : SC_FAILED;
+    if (f->is_file) SC_TRY(read_origin(sae, &f->file));
+    else if (sae->hook < 0) sae->hook = SC_MLP;
+    if (!f->is_file && !sae->model && !(sae->model = copy_string(base_name(o->model))))
+        return SC_FAILED;
+    long layer = o->layer ? o->layer : sae->layer || f->is_file ? (long)sae->layer : -2;
+    SC_TRY(add_tap(f, layer, sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook, &place));
+    sae->layer = f->tap[place].layer;
+    return SC_OK;
 }
 
-static int prepare_run(training_run *run) {
+/* How many steps, of which images, in which order. */
+static int plan_run(training_run *run) {
     const options *o = run->o;
-    feed *f = &run->data;
-    SC_TRY(open_feed(f, o));
-    SC_TRY(choose_sae(run));
+    const feed *f = &run->data;
+    int stream = f->images == SC_UNKNOWN, shuffle = strcmp(o->order, "shuffle") == 0;
+    double images = stream ? 1e18 : o->epochs * (double)f->images;
     run->batch = (size_t)o->batch;
+    run->steps = (uint64_t)(o->steps < 0 ? ceil(images / (double)run->batch) : o->steps);
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
         return usage("--batch %zu: %zu tokens an image are too many", run->batch, f->T);
-    int shuffle = strcmp(o->order, "shuffle") == 0;
-    if (f->images == SC_UNKNOWN && shuffle)
+    if (stream && shuffle)
         return usage("a stream has one order: --order sequential was expected");
-    run->order = (training_order){ .seed = (uint64_t)o->seed, .N = f->images, .epoch = UINT64_MAX };
-    if (shuffle && !(run->order.order = new_array(f->images, sizeof *run->order.order)))
-        return SC_FAILED;
-    double images_wanted = f->images == SC_UNKNOWN ? 1e18 : o->epochs * (double)f->images;
-    run->steps = (uint64_t)(o->steps < 0 ? ceil(images_wanted / (double)run->batch) : o->steps);
-    run->trainer.options = (train_options){ o->l1, o->lr, (size_t)o->warmup,
-                                               (size_t)o->dead_window, o->ghost };
-    run->digest = recipe_digest(run);
-    SC_TRY(prepare_trainer(&run->trainer, run->batch * f->T));
-    return o->resume ? resume_training(run) : SC_OK;
+    if (!shuffle) return SC_OK;
+    run->epoch = UINT64_MAX;
+    return allocate(&run->data.memory, &run->order, f->images, sizeof *run->order);
+}
+
+/* Hands out batches from where training begins. Where b_dec starts from images, those are read
+ * ahead and kept, to be trained on too. */
+static int start_run(training_run *run) {
+    const options *o = run->o;
+    const image_slot *slot;
+    feed *f = &run->data;
+    int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer.step == 0;
+    size_t keep = !start ? 0 : o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
+    if (keep > f->images) keep = f->images;
+    if (!start && run->trainer.step == run->steps) return SC_OK;
+    SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, run, 0));
+    if (f->images != SC_UNKNOWN) f->drawn = f->reader.drawn = (size_t)run->next_draw;
+    for (; f->drawn < run->next_draw; f->drawn++)            /* a stream can only be read again */
+        if (reader_next(&f->reader, &slot) != SC_OK)
+            return fail("standard input: ended before where the checkpoint was");
+    if (!start) return SC_OK;
+    SC_TRY(next_batch(f, keep));
+    if (f->count < keep) return fail("there are fewer than %zu images", keep);
+    f->kept = keep;
+    return start_b_dec(&run->trainer.sae, o->b_dec, f->tap[0].out, keep, f->T);
 }
 
 /* An error names the step, and the image and token where there is one. */
@@ -4769,92 +4725,68 @@ static int blame_step(const training_run *run, size_t token) {
     char reason[sizeof error_text];
     if (token != SIZE_MAX) blame_token(&run->data, token);
     memcpy(reason, error_text, sizeof reason);
-    return fail("step %llu%s %.980s", (unsigned long long)run->trainer.step + 1,
+    return fail("step %ju%s %.980s", (uintmax_t)run->trainer.step + 1,
                 token == SIZE_MAX ? ":" : ",", reason);
 }
 
 static int train_steps(training_run *run) {
     trainer *t = &run->trainer;
     feed *f = &run->data;
-    uint64_t every = (uint64_t)run->o->checkpoint_every, saved = t->step;
     while (t->step < run->steps) {
         step_result result;
-        size_t token;
-        if (next_batch(f, run->batch) != SC_OK) return blame_step(run, SIZE_MAX);
-        if (f->count < run->batch && t->step == 0)
-            return fail("standard input: %zu images are no full batch of %zu", f->count,
-                        run->batch);
-        if (f->count < run->batch) {
+        size_t token = SIZE_MAX, batch = run->batch;
+        int status = next_batch(f, batch);
+        if (status == SC_OK && f->count < batch && t->step == 0)
+            return fail("standard input: %zu images are no full batch of %zu", f->count, batch);
+        if (status == SC_OK && f->count < batch) {
             note("the stream ended: %zu images are no full batch and were left out", f->count);
             break;
         }
-        int status = train_step(t, f->tap[0].out, run->batch * f->T, &result, &token);
+        if (status == SC_OK) status = train_step(t, f->tap[0].out, batch * f->T, &result, &token);
         if (status != SC_OK) return blame_step(run, token);
-        run->images += run->batch;
-        run->next_draw = f->draw[run->batch - 1] + run->order.from + 1;
+        run->next_draw = f->draw[batch - 1] + 1;
         SC_TRY(log_step(run, &result));
         int stop = (int)stop_signal;
-        if (stop || (run->checkpoints && t->step % every == 0)) {
-            SC_TRY(save_tensors(run->checkpoint, 4096, write_checkpoint, run));
-            saved = t->step;
-        }
+        if (stop || (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0))
+            SC_TRY(save_checkpoint(run));
         if (stop)
-            return fail("stopped by signal %d after step %llu; %s goes on with --resume", stop,
-                        (unsigned long long)t->step, run->checkpoint);
+            return fail("stopped by signal %d after step %ju; %s goes on with --resume", stop,
+                        (uintmax_t)t->step, run->checkpoint);
     }
-    if (!run->checkpoints || saved == t->step) return SC_OK;
-    return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
-}
-
-/* A stream's pictures that a resumed run was trained on already. */
-static int skip_stream(training_run *run) {
-    const image_slot *slot;
-    for (; run->order.from > 0; run->order.from--, run->data.drawn++) {
-        int status = reader_next(&run->data.reader, &slot);
-        if (status == SC_END) return fail("standard input: ended before where the checkpoint was");
-        SC_TRY(status);
-    }
-    return SC_OK;
+    return run->checkpoints ? save_checkpoint(run) : SC_OK;
 }
 
 static int run_training(training_run *run) {
     const options *o = run->o;
-    feed *f = &run->data;
     SC_TRY(try_output(o->output));
     if (run->checkpoints) SC_TRY(try_output(run->checkpoint));
-    SC_TRY(prepare_run(run));
-    int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer.step == 0;
-    size_t keep = !start ? 0 : o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
-    if (keep > f->images) keep = f->images;
-    if (start || run->trainer.step < run->steps)
-        SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, &run->order, 0));
-    if (f->images == SC_UNKNOWN) SC_TRY(skip_stream(run));
-    if (start) {
-        SC_TRY(next_batch(f, keep));
-        if (f->count < keep) return fail("there are fewer than %zu images", keep);
-        SC_TRY(start_b_dec(&run->trainer.sae, o->b_dec, f->tap[0].out, keep, f->T));
-        f->kept = keep;                      /* to be trained on too */
-    }
+    SC_TRY(open_feed(&run->data, o));
+    SC_TRY(choose_sae(run));
+    SC_TRY(plan_run(run));
+    run->recipe = recipe_digest(run);
+    run->trainer.options = (train_options){ o->l1, o->lr, (size_t)o->warmup,
+                                            (size_t)o->dead_window, o->ghost };
+    SC_TRY(prepare_trainer(&run->trainer, run->batch * run->data.T));
+    if (o->resume) SC_TRY(resume_training(run));
+    SC_TRY(start_run(run));
     SC_TRY(open_log(run));
     SC_TRY(train_steps(run));
     return save_tensors(o->output, 4096, write_trained, run);
 }
 
 static int train(const options *o) {
+    const char *name = o->checkpoint ? o->checkpoint : o->output;
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
     struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND };
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
-    run.checkpoint = o->checkpoint ? copy_string(o->checkpoint)
-                                   : join_text(o->output, strlen(o->output), ".ckpt");
+    run.checkpoint = join_text(name, strlen(name), o->checkpoint ? "" : ".ckpt");
     if (run.checkpoint) run.previous = join_text(run.checkpoint, strlen(run.checkpoint), ".prev");
     int status = run.previous ? run_training(&run) : SC_FAILED;
-    if (run.log && fclose(run.log) != 0 && status == SC_OK)
-        status = fail("%s: cannot be written: %s", o->log, strerror(errno));
+    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = log_failed(&run);
     close_feed(&run.data);
     free_trainer(&run.trainer);
-    free(run.order.order);
     free(run.checkpoint);
     free(run.previous);
     return status;

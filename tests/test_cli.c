@@ -555,7 +555,7 @@ static void cli_test_saes(void)
         { "a tensor b_enc of 1 x 24 was expected", { .drop = "b_enc" } },
         { "a tensor b_dec of 1 x 32 was expected", { .drop = "b_dec" } },
         { "W_dec", { .shape_of = "W_dec", .rank = 2, .shape = { 32, 24 } } },
-        { "W_dec", { .shape_of = "W_enc", .rank = 2, .shape = { 24, 32 } } },
+        { "b_enc", { .shape_of = "W_enc", .rank = 2, .shape = { 24, 32 } } },
         { "no SAE", { .shape_of = "W_enc", .rank = 1, .shape = { 768 } } },
         { "no SAE", { .shape_of = "W_enc", .rank = 2, .shape = { 32, 0 } } },
         { "b_enc", { .shape_of = "b_enc", .rank = 1, .shape = { 23 } } },
@@ -1324,6 +1324,9 @@ static void cli_test_resume_photos(void)
     works("%s", cli("%s-m @model - --order sequential --steps 2 -o @part --checkpoint @sc --resume",
                    recipe));
     check(cli_same("@part", "@whole_sae"), "a run from a stream, resumed, ends with another SAE");
+    works("%s", cli("%s-m @model - --order sequential --steps 2 -o @part --checkpoint @sc --resume",
+                   recipe));
+    check(cli_same("@part", "@whole_sae"), "a stream's finished run, resumed, ends elsewhere");
     cli_input(NULL);
 }
 
@@ -1374,7 +1377,8 @@ static void cli_test_damage(void)
     cli_refuses(1, "@hurt: the checksum does not match", line);
     with.seconds = 300;
     remove(cli("@hurt"));
-    cli_refuses(1, "@hurt: there is none, but the one before it is @hurt.prev", line);
+    cli_refuses(1, "; the checkpoint before it is @hurt.prev", line);
+    check(strstr(ran.err, cli("@hurt: cannot be opened")) != NULL, "no checkpoint: %s", ran.err);
 }
 
 /* A signal in the middle: the log is a pipe that this test empties, so training cannot run away. */
