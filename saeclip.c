@@ -5854,68 +5854,43 @@ static const char *join_sizes(const size_t *sizes, int count, const char *betwee
 
 /* --- info --- */
 
-/* A file is of the first kind whose tensor it has, of that rank. */
-static const struct { const char *tensor; int rank; const char *title, *dimensions[4]; }
-file_kinds[] = {
-    { "W_enc_m", 2, "checkpoint of a training", { "latents", "inputs" } },
-    { "W_enc", 2, "sparse autoencoder", { "inputs", "latents" } },
-    { "max_activating_image_indices", 2, "statistics", { "latents", "top images each" } },
-    { "activations", 3, "activations", { "images", "tokens each", "numbers each" } },
-    { "images", 4, "packed images", { "images", "high", "wide", "colours" } },
-    { "value", 1, "codes", { "activations that are not 0" } } };
-
-static void describe_kind(const sc_safetensors *file, size_t kind, const sc_tensor *tensor) {
-    static const char *const keys[] = { "architecture", "k", "layer", "hook", "model", "tokens",
-                                        "images" };
-    const char *position = sc_metadata_find(file, "position");
-    printf("%s", file_kinds[kind].title);
-    for (int d = 0; d < tensor->rank; d++)
-        printf("%s %zu %s", d ? "," : ":", tensor->shape[d], file_kinds[kind].dimensions[d]);
-    for (size_t i = 0; i < COUNT(keys); i++) {
-        const char *value = sc_metadata_find(file, keys[i]);
-        if (!value && i == 0 && sc_tensor_find(file, "W_enc")) value = "standard";
-        if (value) printf(", %s %s", keys[i], shown(value));
-    }
-    if (position) printf(", step %llu", strtoull(position, NULL, 16));
-    puts(sc_tensor_find(file, "labels") ? ", with labels" : "");
-}
-
-static void describe_model(const sc_safetensors *file, const char *naming) {
-    sc_model m;
-    printf("vision transformer, %s's names", naming);
-    if (sc_model_open(&m, file->path, NULL) != SC_OK) {
-        printf(", not to be used: %s\n", shown(sc_error()));
-        return;
-    }
-    printf(": %zu blocks, width %zu, %zu heads, hidden %zu, images of %zu x %zu in %zu x %zu "
-           "patches of %zu x %zu, %zu tokens with the class token, %s GELU, epsilon %g%s\n",
-           m.blocks, m.width, m.heads, m.hidden, m.image_size, m.image_size, m.grid, m.grid,
-           m.patch, m.patch, m.tokens, m.activation == QUICK_GELU ? "quick" : "exact",
-           (double)m.epsilon, find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
-    sc_model_close(&m);
-}
+/* A file is of the first kind whose tensor it has, of that rank; its shape says the rest. */
+static const struct { const char *tensor; int rank; const char *text; } file_kinds[] = {
+    { "W_enc_m", 2, "checkpoint of a training: %zu latents, %zu inputs\n" },
+    { "W_enc", 2, "sparse autoencoder: %zu inputs, %zu latents\n" },
+    { "max_activating_image_indices", 2, "statistics: %zu latents, %zu top images each\n" },
+    { "activations", 3, "activations: %zu images, %zu tokens each, %zu numbers each\n" },
+    { "images", 4, "packed images: %zu images, %zu high, %zu wide, %zu colours\n" },
+    { "value", 1, "codes: %zu activations that are not 0\n" } };
 
 static void describe(const sc_safetensors *file) {
+    sc_model m;
     for (size_t i = 0; i < COUNT(file_kinds); i++) {
-        const sc_tensor *tensor = sc_tensor_find(file, file_kinds[i].tensor);
-        if (tensor && tensor->rank == file_kinds[i].rank) {
-            describe_kind(file, i, tensor);
-            return;
-        }
+        const sc_tensor *t = sc_tensor_find(file, file_kinds[i].tensor);
+        if (!t || t->rank != file_kinds[i].rank) continue;
+        printf(file_kinds[i].text, t->shape[0], t->shape[1], t->shape[2], t->shape[3]);
+        return;
     }
-    int naming = naming_of(file);
-    if (naming < NAMINGS) describe_model(file, naming_names[naming]);
-    else puts("a safetensors file of a kind that is not known");
+    if (naming_of(file) == NAMINGS) puts("a safetensors file of a kind that is not known");
+    else if (sc_model_open(&m, file->path, NULL) != SC_OK)
+        printf("vision transformer that cannot be used: %s\n", shown(sc_error()));
+    else {
+        printf("vision transformer, %s's names: %zu blocks, width %zu, %zu heads, hidden %zu, "
+               "images of %zu x %zu in %zu x %zu patches of %zu x %zu, %s GELU, epsilon %g%s\n",
+               naming_names[m.naming], m.blocks, m.width, m.heads, m.hidden, m.image_size,
+               m.image_size, m.grid, m.grid, m.patch, m.patch,
+               m.activation == QUICK_GELU ? "quick" : "exact", (double)m.epsilon,
+               find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
+        sc_model_close(&m);
+    }
 }
 
 static int describe_file(const char *path) {
     sc_safetensors file;
-    size_t count = 0;
     SC_TRY(sc_safetensors_open(&file, path));
     printf("%s: ", shown(path));
     describe(&file);
-    for (size_t i = 0; i < file.tensors; i++) count += file.tensor[i].count;
-    printf("%zu tensors, %zu numbers, %zu bytes\n", file.tensors, count, file.size);
+    printf("%zu tensors in %zu bytes\n", file.tensors, file.size);
     for (size_t i = 0; i < file.tensors; i++) {
         const sc_tensor *t = &file.tensor[i];
         printf("    %-48s %-5s %-20s %12zu bytes\n", shown(t->name), sc_dtype_name(t->dtype),
@@ -5928,90 +5903,44 @@ static int describe_file(const char *path) {
     return end_of_output();
 }
 
-static int describe_machine(void) {
-    static const struct { const char *name; int number; } sizes[] = {
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-        { "L1 data cache", _SC_LEVEL1_DCACHE_SIZE }, { "L2 cache", _SC_LEVEL2_CACHE_SIZE },
-        { "L3 cache", _SC_LEVEL3_CACHE_SIZE },
-#endif
-        { "pages", _SC_PAGESIZE } };
+static int command_info(session *s) {
+    if (s->o->operand[0]) return describe_file(s->o->operand[0]);
     printf("saeclip %s\ninstruction sets:", SC_VERSION);
     for (size_t i = 0; i < COUNT(instruction_sets); i++)
         if (instruction_sets[i].usable())
             printf(" %s%s", instruction_sets[i].set->name,
                    instruction_sets[i].set == kernels ? " (in use)" : "");
     printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
-    for (size_t i = 0; i < COUNT(sizes); i++)
-        if (sysconf(sizes[i].number) > 0)
-            printf("%s: %ld KiB\n", sizes[i].name, sysconf(sizes[i].number) / 1024);
     return end_of_output();
-}
-
-static int command_info(session *s) {
-    return s->o->operand[0] ? describe_file(s->o->operand[0]) : describe_machine();
 }
 
 /* --- compare --- */
 
-enum { COMPARE_BLOCK = 4096 };
-
-typedef struct {
-    double absolute, relative;       /* the largest |a - b| and, where b is not 0, |a - b| / |b| */
-    size_t absolute_at, relative_at;
-    size_t beyond;                   /* elements beyond the tolerance */
-    int other_bits;
-} difference;
-
-/* Numbers as they are, also infinite ones and NaN. whole: the same exactly, of whole numbers. */
-static int read_numbers(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
-                        double *number, int64_t *whole) {
-    const unsigned char *from = t->data + first * sc_dtype_size(t->dtype);
-    float some[COMPARE_BLOCK];
-    if (t->dtype > SC_F64) SC_TRY(sc_tensor_integers(file, t, first, count, whole));
-    if (t->dtype == SC_F64) copy_numbers(number, from, count, 8);
-    if (t->dtype < SC_F64) floats_of_bytes(some, from, count, t->dtype);
-    for (size_t i = 0; i < count && t->dtype != SC_F64; i++)
-        number[i] = t->dtype < SC_F64 ? (double)some[i] : (double)whole[i];
-    return SC_OK;
-}
-
-static void count_difference(difference *d, const options *o, size_t at, double apart, double b) {
-    if (!(apart <= DBL_MAX)) apart = INFINITY;               /* one of the two is not finite */
-    double relative = apart == INFINITY ? apart : b != 0 ? apart / fabs(b) : 0;
-    if (apart == INFINITY || !(apart <= o->atol + o->rtol * fabs(b))) d->beyond++;
-    if (apart > d->absolute) d->absolute_at = at;
-    if (apart > d->absolute) d->absolute = apart;
-    if (relative > d->relative) d->relative_at = at;
-    if (relative > d->relative) d->relative = relative;
-}
-
-static int compare_numbers(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
-                           const sc_tensor *b, const options *o, difference *d) {
-    double x[COMPARE_BLOCK], y[COMPARE_BLOCK];
-    int64_t p[COMPARE_BLOCK], q[COMPARE_BLOCK];
-    size_t size = sc_dtype_size(a->dtype);
-    int whole = a->dtype > SC_F64 && b->dtype > SC_F64;
-    *d = (difference){ .other_bits = a->dtype != b->dtype };
-    for (size_t first = 0; first < a->count; first += COMPARE_BLOCK) {
-        size_t n = a->count - first < COMPARE_BLOCK ? a->count - first : COMPARE_BLOCK;
-        const unsigned char *left = a->data + first * size, *right = b->data + first * size;
-        if (a->dtype == b->dtype && memcmp(left, right, n * size) == 0) continue;
-        d->other_bits = 1;
-        if (a->dtype > SC_U8 || b->dtype > SC_U8) {          /* types not read as numbers */
-            count_difference(d, o, first, INFINITY, 0);
-            continue;
-        }
-        SC_TRY(read_numbers(fa, a, first, n, x, p));
-        SC_TRY(read_numbers(fb, b, first, n, y, q));
-        for (size_t i = 0; i < n; i++) {
-            if (whole ? p[i] == q[i] : x[i] == y[i] || (isnan(x[i]) && isnan(y[i]))) continue;
-            double apart = fabs(x[i] - y[i]);
-            if (whole) apart = (double)(p[i] > q[i] ? (uint64_t)p[i] - (uint64_t)q[i]
-                                                    : (uint64_t)q[i] - (uint64_t)p[i]);
-            count_difference(d, o, first + i, apart, y[i]);
-        }
+/* Element i, also infinite ones and NaN; whole ones exactly in *whole. */
+static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
+    const unsigned char *bytes = t->data + i * sc_dtype_size(t->dtype);
+    double number = 0;
+    float single = 0;
+    int32_t narrow = 0;
+    switch (t->dtype) {
+    case SC_F64: copy_numbers(&number, bytes, 1, 8); return number;
+    case SC_I64: copy_numbers(whole, bytes, 1, 8); return (double)*whole;
+    case SC_I32: copy_numbers(&narrow, bytes, 1, 4); return (double)(*whole = narrow);
+    case SC_U8: return (double)(*whole = *bytes);
+    default: floats_of_bytes(&single, bytes, 1, t->dtype); return (double)single;
     }
-    return SC_OK;
+}
+
+/* |a - b| of element i, infinite where that is no number; b in *y. */
+static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, double *y) {
+    int64_t p = 0, q = 0;
+    if (a->dtype > SC_U8 || b->dtype > SC_U8) return INFINITY;     /* types not read as numbers */
+    double x = number_at(a, i, &p);
+    *y = number_at(b, i, &q);
+    if (a->dtype > SC_F64 && b->dtype > SC_F64)
+        return (double)(p > q ? (uint64_t)p - (uint64_t)q : (uint64_t)q - (uint64_t)p);
+    if (x == *y || (isnan(x) && isnan(*y))) return 0;
+    return isfinite(x - *y) ? fabs(x - *y) : INFINITY;
 }
 
 /* at: an element's number in the tensor. */
@@ -6021,69 +5950,73 @@ static const char *index_text(const sc_tensor *t, size_t at) {
     return join_sizes(index, t->rank, ", ");
 }
 
-/* One row of the table; *differing counts tensors beyond the tolerance. */
-static int compare_pair(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
-                        const sc_tensor *b, const options *o, size_t *differing) {
-    difference d = { .beyond = 1 };
+/* The largest |a - b| and, where b is not 0, |a - b| / |b|, of two tensors of one shape. Returns
+ * whether some are beyond the tolerance. */
+static int compare_numbers(const sc_tensor *a, const sc_tensor *b, const options *o) {
+    size_t size = sc_dtype_size(a->dtype), beyond = 0, at[2] = { 0 };
+    double largest[2] = { 0 };
+    int same_type = a->dtype == b->dtype, same_bits = same_type;
+    for (size_t i = 0; i < a->count; i++) {
+        double y = 0;
+        if (same_type && memcmp(a->data + i * size, b->data + i * size, size) == 0) continue;
+        double apart = distance_at(a, b, i, &y);
+        double figure[] = { apart, apart == INFINITY ? apart : y != 0 ? apart / fabs(y) : 0 };
+        same_bits = 0;
+        beyond += apart == INFINITY || apart > o->atol + o->rtol * fabs(y);
+        for (int k = 0; k < 2; k++) {
+            if (figure[k] > largest[k]) at[k] = i;
+            if (figure[k] > largest[k]) largest[k] = figure[k];
+        }
+    }
+    if (largest[0] == 0) puts(same_bits ? "the same bits" : "equal, in other bits");
+    else printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| up to "
+                "%.9g at [%s]\n", beyond, a->count, largest[0], index_text(a, at[0]), largest[1],
+                index_text(a, at[1]));
+    return beyond > 0;
+}
+
+/* A row of the table. Returns whether the tensors differ. */
+static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options *o) {
     printf("%-40s %s", shown(a->name), sc_dtype_name(a->dtype));
     if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
     printf(", %s: ", join_sizes(a->shape, a->rank, " x "));
-    if (a->rank != b->rank || memcmp(a->shape, b->shape, sizeof a->shape) != 0)
-        printf("the other is %s\n", join_sizes(b->shape, b->rank, " x "));
-    else {
-        SC_TRY(compare_numbers(fa, a, fb, b, o, &d));
-        if (!d.other_bits) puts("the same bits");
-        else if (d.absolute == 0) puts("equal, in other bits");
-        else printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| "
-                    "up to %.9g at [%s]\n", d.beyond, a->count, d.absolute,
-                    index_text(a, d.absolute_at), d.relative, index_text(a, d.relative_at));
-    }
-    *differing += d.beyond > 0;
-    return SC_OK;
-}
-
-/* Metadata are named where they differ, but differences of theirs are not counted. The second time
- * round, a and b have changed places, and only what b lacks is new. */
-static void compare_metadata(const sc_safetensors *a, const sc_safetensors *b, int second) {
-    for (const sc_entry *e = a->metadata; e < a->metadata + a->entries; e++) {
-        const char *other = sc_metadata_find(b, e->key);
-        if (other && (second || strcmp(other, e->value) == 0)) continue;
-        const char *values[] = { shown(e->value), other ? shown(other) : "nothing" };
-        printf("metadata %s: %s and %s\n", shown(e->key), values[second], values[!second]);
-    }
-}
-
-static size_t only_in(const sc_safetensors *file, const sc_tensor *t) {
-    printf("%-40s only in %s\n", shown(t->name), shown(file->path));
+    if (a->rank == b->rank && memcmp(a->shape, b->shape, sizeof a->shape) == 0)
+        return compare_numbers(a, b, o);
+    printf("the other is %s\n", join_sizes(b->shape, b->rank, " x "));
     return 1;
 }
 
-static int compare_files(const sc_safetensors *a, const sc_safetensors *b, const options *o) {
-    size_t differing = 0, more = 0;
-    for (const sc_tensor *t = a->tensor; t < a->tensor + a->tensors; t++) {
-        const sc_tensor *other = sc_tensor_find(b, t->name);
-        if (other) SC_TRY(compare_pair(a, t, b, other, o, &differing));
-        else differing += only_in(a, t);
-    }
-    for (const sc_tensor *t = b->tensor; t < b->tensor + b->tensors; t++)
-        if (!sc_tensor_find(a, t->name)) more += only_in(b, t);
-    compare_metadata(a, b, 0);
-    compare_metadata(b, a, 1);
+/* Metadata that differ are named, but not counted. */
+static int compare_files(const sc_safetensors *file, const options *o) {
+    int differing = 0, rows = 0;
+    for (int k = 0; k < 2; k++)              /* of the second file, what the first has not got */
+        for (size_t i = 0; i < file[k].tensors; i++) {
+            const sc_tensor *t = &file[k].tensor[i], *other = sc_tensor_find(&file[!k], t->name);
+            if (other && k == 1) continue;
+            if (!other) printf("%-40s only in %s\n", shown(t->name), shown(file[k].path));
+            differing += other ? compare_tensors(t, other, o) : 1;
+            rows++;
+        }
+    for (int k = 0; k < 2; k++)
+        for (size_t i = 0; i < file[k].entries; i++) {
+            const char *key = file[k].metadata[i].key, *value[2];
+            for (int f = 0; f < 2; f++) value[f] = sc_metadata_find(&file[f], key);
+            if (value[!k] && (k == 1 || strcmp(value[0], value[1]) == 0)) continue;
+            printf("metadata %s: %s and %s\n", shown(key), value[0] ? shown(value[0]) : "nothing",
+                   value[1] ? shown(value[1]) : "nothing");
+        }
     SC_TRY(end_of_output());
-    if (differing + more == 0) return SC_OK;
-    return fail("%s: differs from %s in %zu of %zu tensors", a->path, b->path, differing + more,
-                a->tensors + more);
+    if (differing == 0) return SC_OK;
+    return fail("%s: differs from %s in %d of %d tensors", file[0].path, file[1].path, differing,
+                rows);
 }
 
 static int command_compare(session *s) {
-    sc_safetensors a, b;
-    SC_TRY(sc_safetensors_open(&a, s->o->operand[0]));
-    int status = sc_safetensors_open(&b, s->o->operand[1]);
-    if (status == SC_OK) {
-        status = compare_files(&a, &b, s->o);
-        sc_safetensors_close(&b);
-    }
-    sc_safetensors_close(&a);
+    sc_safetensors file[2];
+    SC_TRY(sc_safetensors_open(&file[0], s->o->operand[0]));
+    int status = sc_safetensors_open(&file[1], s->o->operand[1]);
+    if (status == SC_OK) status = compare_files(file, s->o);
+    for (int k = 0; k < 2; k++) sc_safetensors_close(&file[k]);
     return status;
 }
 

@@ -1249,7 +1249,7 @@ static void cli_test_resume(void)
     check(exists(cli("@ckpt")) && exists(cli("@ckpt.prev")),
           "there is no checkpoint, or none before");
     works("info %s", cli("@ckpt"));
-    check(strstr(ran.out, "checkpoint") != NULL && strstr(ran.out, "step 12") != NULL,
+    check(strstr(ran.out, "checkpoint") != NULL && strstr(ran.out, "steps = 12") != NULL,
           "info does not know the checkpoint of step 12: %s", ran.out);
     cli_copy("@ckpt", "@ckpt12");
     cli_copy("@ckpt.prev", "@ckpt10");
