@@ -4467,9 +4467,10 @@ typedef struct {
 /* Every epoch is a permutation of its own. */
 static int training_draw(void *context, size_t draw, size_t *image) {
     training_run *run = context;
-    size_t N = run->data.images;
-    if (run->order && draw / N != run->epoch)
-        permutation((uint64_t)run->o->seed, run->epoch = draw / N, run->order, N);
+    size_t N = run->data.images, epoch = draw / N;
+    if (run->order && epoch != run->epoch)
+        permutation((uint64_t)run->o->seed, epoch, run->order, N);
+    run->epoch = epoch;
     *image = run->order ? (size_t)run->order[draw % N] : draw % N;
     return SC_OK;
 }
@@ -4488,7 +4489,7 @@ static int put_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
     int photos = !run->data.is_file;
     const sc_model_options *seen = photos ? &o->settings : &none;
     const struct { const char *key, *text; double number; } rows[] = {
-        { "architecture", architecture_names[sae->topk], 0 },
+        { "architecture", architecture_names[sae->topk], -1 },
         { "k", NULL, sae->topk ? (double)sae->k : -1 }, { "d_in", NULL, (double)sae->d_in },
         { "d_sae", NULL, (double)sae->d_sae },
         { "layer", NULL, sae->layer ? (double)sae->layer : -1 },
@@ -4502,16 +4503,17 @@ static int put_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
         { "steps", NULL, (double)run->trainer.step }, { "seed", NULL, o->seed },
         { "ghost", NULL, o->ghost }, { "dead_window", NULL, (double)o->dead_window },
         { "b_dec_images", NULL, (double)o->b_dec_images },
-        { "b_dec_start", o->init ? "file" : o->b_dec, 0 }, { "order", o->order, 0 } };
+        { "b_dec_start", o->init ? "file" : o->b_dec, -1 }, { "order", o->order, -1 } };
     for (size_t i = 0; i < COUNT(rows); i++) {
         char number[32];
         const char *value = rows[i].text ? rows[i].text : number;
         if (value == number && rows[i].number < 0) continue;
         snprintf(number, sizeof number, "%.17g", rows[i].number);
         if (w) SC_TRY(sc_writer_metadata(w, rows[i].key, value));
-        if (w) continue;
-        digest64_add(digest, rows[i].key, strlen(rows[i].key) + 1);
-        digest64_add(digest, value, strlen(value) + 1);
+        else {
+            digest64_add(digest, rows[i].key, strlen(rows[i].key) + 1);
+            digest64_add(digest, value, strlen(value) + 1);
+        }
     }
     return SC_OK;
 }
@@ -4710,9 +4712,11 @@ static int start_run(training_run *run) {
     if (!start && run->trainer.step == run->steps) return SC_OK;
     SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, run, 0));
     if (f->images != SC_UNKNOWN) f->drawn = f->reader.drawn = (size_t)run->next_draw;
-    for (; f->drawn < run->next_draw; f->drawn++)            /* a stream can only be read again */
-        if (reader_next(&f->reader, &slot) != SC_OK)
-            return fail("standard input: ended before where the checkpoint was");
+    for (; f->drawn < run->next_draw; f->drawn++) {          /* a stream can only be read again */
+        int status = reader_next(&f->reader, &slot);
+        if (status == SC_END) return fail("standard input: ended before where the checkpoint was");
+        SC_TRY(status);
+    }
     if (!start) return SC_OK;
     SC_TRY(next_batch(f, keep));
     if (f->count < keep) return fail("there are fewer than %zu images", keep);
@@ -6027,19 +6031,13 @@ static int command_compare(session *s) {
  * ============================================================================================ */
 #ifndef SAECLIP_NO_MAIN
 
-enum command
-{ INFO, PACK, EXTRACT, TRAIN, ENCODE, EVAL, STATS, TOP, MASK, ZEROSHOT, COMPARE, COMMANDS };
-
-#define FOR(command) (1u << (command))
-#define DATA (FOR(TRAIN) | FOR(ENCODE) | FOR(EVAL) | FOR(STATS))
-#define PHOTOS (DATA | FOR(EXTRACT) | LATENTS | FOR(ZEROSHOT))
-#define SAES (FOR(ENCODE) | FOR(EVAL) | FOR(STATS) | LATENTS)
-#define LATENTS (FOR(TOP) | FOR(MASK))
-#define OUTPUT (LATENTS | FOR(PACK) | FOR(EXTRACT) | FOR(TRAIN) | FOR(ENCODE) | FOR(STATS))
-#define PICTURES (PHOTOS | FOR(PACK))
-#define EVERY (FOR(COMMANDS) - 1)
-#define OVER "overrules the model's "
-#define LIVE "; no effect with --acts"
+enum {                               /* commands, and what several of them have in common */
+    INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
+    MASK = 256, ZEROSHOT = 512, COMPARE = 1024, EVERY = 2047,
+    LATENTS = TOP | MASK, SAES = ENCODE | EVAL | STATS | LATENTS,
+    DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LATENTS | ZEROSHOT,
+    PICTURES = PHOTOS | PACK, OUTPUT = LATENTS | PACK | EXTRACT | TRAIN | ENCODE | STATS
+};
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
 typedef enum { FLAG, TEXT, TEXTS, CHOICE, WHOLE, LARGE, NUMBER } option_kind;
@@ -6049,124 +6047,119 @@ static const struct option_row {
     const char *name, *value;
     option_kind kind;
     size_t place;
-    unsigned commands;
+    int commands;
     const char *help, *fallback;
     double least, most;
 } option_table[] = {
 #define AT(field) .place = offsetof(options, field)
+#define OVER "overrules the model's "
+#define LIVE "; no effect with --acts"
     { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
     { "-s", "FILE", TEXTS, AT(sae), SAES, "the SAE (eval: as many as wanted)" },
     { "-t", "FILE", TEXT, AT(stats), LATENTS, "statistics (mask: of --mask top)" },
     { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
     { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
-    { "--acts", "FILE", TEXT, AT(acts), DATA | FOR(MASK),
-      "saved activations, instead of -m MODEL IMAGES" },
-    { "--also", "DATA", TEXT, AT(also), FOR(EVAL), "a second data set of the same kind" },
-    { "--layer", "L", WHOLE, AT(layer), PHOTOS & ~FOR(ZEROSHOT),
+    { "--acts", "FILE", TEXT, AT(acts), DATA | MASK, "saved activations, not -m and IMAGES" },
+    { "--also", "DATA", TEXT, AT(also), EVAL, "a second data set of the same kind" },
+    { "--layer", "L", WHOLE, AT(layer), PHOTOS & ~ZEROSHOT,
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
-    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS & ~FOR(ZEROSHOT),
+    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS & ~ZEROSHOT,
       "where to listen (default: the SAE's, else mlp)" },
-    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), FOR(EXTRACT), "tokens to write", "all" },
-    { "--dtype", "f32|f16", CHOICE, AT(dtype), FOR(EXTRACT), "number type", "f32" },
-    { "--size", "S", WHOLE, AT(size), FOR(PACK), "the pictures' side", "224", 1, 16384 },
-    { "--square", "N", WHOLE, AT(square), PICTURES,
-      "first resize the centre square to N x N" LIVE, NULL, 1, 16384 },
+    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT, "tokens to write", "all" },
+    { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT, "number type", "f32" },
+    { "--size", "S", WHOLE, AT(size), PACK, "the pictures' side", "224", 1, 16384 },
+    { "--square", "N", WHOLE, AT(square), PICTURES, "first resize the centre square to N x N" LIVE,
+      NULL, 1, 16384 },
     { "--crop", "torchvision|hf", CHOICE, AT(crop), PICTURES,
       "the centre crop's rounding" LIVE, "torchvision" },
-    { "--limit", "N", WHOLE, AT(limit), PICTURES, "first N images", NULL, 1, 1e15 },
-    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES,
-      "name unreadable images and go on" LIVE },
-    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS & ~FOR(ENCODE), OVER "image_mean" LIVE },
+    { "--limit", "N", WHOLE, AT(limit), PICTURES, "first N images", NULL, 1, 2e9 },
+    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES, "name bad images and go on" LIVE },
+    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS & ~ENCODE, OVER "image_mean" LIVE },
     { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS, OVER "image_std" LIVE },
     { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS, OVER "activation" LIVE },
     { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS, OVER "layer norm epsilon" LIVE },
     { "--heads", "N", TEXT, AT(settings.heads), PHOTOS, OVER "attention heads" LIVE },
-    { "--arch", "relu|topk", CHOICE, AT(arch), FOR(TRAIN) | SAES,
-      "architecture (default: relu, or the file's)" },
-    { "--k", "K", WHOLE, AT(k), FOR(TRAIN) | SAES,
+    { "--arch", "relu|topk", CHOICE, AT(arch), TRAIN | SAES, "by default relu, or the file's" },
+    { "--k", "K", WHOLE, AT(k), TRAIN | SAES,
       "TopK's k (default: 32, or the file's); no effect with relu", NULL, 1, 1e9 },
-    { "--expansion", "E", WHOLE, AT(expansion), FOR(TRAIN),
+    { "--expansion", "E", WHOLE, AT(expansion), TRAIN,
       "latents a dimension; no effect with --latents", "64", 1, 65536 },
-    { "--latents", "N", WHOLE, AT(d_sae), FOR(TRAIN), "latents", NULL, 1, SC_MAX_LATENTS },
-    { "--l1", "X", NUMBER, AT(l1), FOR(TRAIN), "weight of ReLU's L1 loss", "8e-5", 0, 1e9 },
-    { "--lr", "X", NUMBER, AT(lr), FOR(TRAIN), "learning rate", "4e-4", 0, 1e9 },
-    { "--warmup", "STEPS", WHOLE, AT(warmup), FOR(TRAIN), "steps of rising rate", "500", 0, 1e9 },
-    { "--batch", "IMAGES", WHOLE, AT(batch), FOR(TRAIN), "images a step", "16", 1, 1e9 },
-    { "--epochs", "E", NUMBER, AT(epochs), FOR(TRAIN), "rounds over the data", "1", 0, 1e9 },
-    { "--steps", "N", WHOLE, AT(steps), FOR(TRAIN), "steps (0: the initial SAE)", NULL, 0, 1e15 },
-    { "--b-dec", "zeros|mean|geomedian|geomedian-images", CHOICE, AT(b_dec), FOR(TRAIN),
+    { "--latents", "N", WHOLE, AT(d_sae), TRAIN, "latents", NULL, 1, SC_MAX_LATENTS },
+    { "--l1", "X", NUMBER, AT(l1), TRAIN, "weight of ReLU's L1 loss", "8e-5", 0, 1e9 },
+    { "--lr", "X", NUMBER, AT(lr), TRAIN, "learning rate", "4e-4", 0, 1e9 },
+    { "--warmup", "STEPS", WHOLE, AT(warmup), TRAIN, "steps of rising rate", "500", 0, 1e9 },
+    { "--batch", "IMAGES", WHOLE, AT(batch), TRAIN, "images a step", "16", 1, 1e9 },
+    { "--epochs", "E", NUMBER, AT(epochs), TRAIN, "rounds over the data", "1", 0, 1e9 },
+    { "--steps", "N", WHOLE, AT(steps), TRAIN, "steps (0: the initial SAE)", NULL, 0, 2e9 },
+    { "--b-dec", "zeros|mean|geomedian|geomedian-images", CHOICE, AT(b_dec), TRAIN,
       "where the decoder's bias starts", "zeros" },
-    { "--b-dec-images", "M", WHOLE, AT(b_dec_images), FOR(TRAIN),
+    { "--b-dec-images", "M", WHOLE, AT(b_dec_images), TRAIN,
       "images for that (default: a batch); no effect with zeros", NULL, 1, 1e9 },
-    { "--ghost", NULL, FLAG, AT(ghost), FOR(TRAIN), "ghost gradients for dead latents" },
-    { "--dead-window", "STEPS", WHOLE, AT(dead_window), FOR(TRAIN),
+    { "--ghost", NULL, FLAG, AT(ghost), TRAIN, "ghost gradients for dead latents" },
+    { "--dead-window", "STEPS", WHOLE, AT(dead_window), TRAIN,
       "silent steps after which a latent is dead; no effect without --ghost", "64", 0, 1e9 },
-    { "--init", "SAE", TEXT, AT(init), FOR(TRAIN), "start from this SAE" },
-    { "--order", "shuffle|sequential", CHOICE, AT(order), FOR(TRAIN), "of the images", "shuffle" },
-    { "--log", "CSV", TEXT, AT(log), FOR(TRAIN), "a row a step" },
-    { "--checkpoint", "FILE", TEXT, AT(checkpoint), FOR(TRAIN),
-      "where to keep the state (default: OUT.ckpt, on a signal)" },
-    { "--checkpoint-every", "STEPS", WHOLE, AT(checkpoint_every), FOR(TRAIN),
-      "no effect without --checkpoint or --resume", "1000", 1, 1e15 },
-    { "--resume", NULL, FLAG, AT(resume), FOR(TRAIN), "go on from the checkpoint" },
-    { "--dense", NULL, FLAG, AT(dense), FOR(ENCODE), "also f in full" },
-    { "--reconstruction", NULL, FLAG, AT(reconstruction), FOR(ENCODE), "also x'" },
-    { "--mean", NULL, FLAG, AT(image_means), FOR(ENCODE), "also images' mean activations" },
-    { "--top", "K", WHOLE, AT(top), FOR(STATS), "top images a latent", "16", 1, 4096 },
-    { "--top-patches", "P", WHOLE, AT(top_patches), FOR(STATS), "top patches", "64", 1, 65536 },
-    { "--class-counts", NULL, FLAG, AT(class_counts), FOR(STATS), "firing images by class" },
-    { "--threshold", "T", NUMBER, AT(threshold), FOR(STATS),
+    { "--init", "SAE", TEXT, AT(init), TRAIN, "start from this SAE" },
+    { "--order", "shuffle|sequential", CHOICE, AT(order), TRAIN, "of the images", "shuffle" },
+    { "--log", "CSV", TEXT, AT(log), TRAIN, "a row a step" },
+    { "--checkpoint", "FILE", TEXT, AT(checkpoint), TRAIN, "state to keep (default: OUT.ckpt)" },
+    { "--checkpoint-every", "STEPS", WHOLE, AT(checkpoint_every), TRAIN,
+      "no effect without --checkpoint or --resume", "1000", 1, 2e9 },
+    { "--resume", NULL, FLAG, AT(resume), TRAIN, "go on from the checkpoint" },
+    { "--dense", NULL, FLAG, AT(dense), ENCODE, "also f in full" },
+    { "--reconstruction", NULL, FLAG, AT(reconstruction), ENCODE, "also x'" },
+    { "--mean", NULL, FLAG, AT(image_means), ENCODE, "also images' mean activations" },
+    { "--top", "K", WHOLE, AT(top), STATS, "top images a latent", "16", 1, 4096 },
+    { "--top-patches", "P", WHOLE, AT(top_patches), STATS, "top patches", "64", 1, 65536 },
+    { "--class-counts", NULL, FLAG, AT(class_counts), STATS, "firing images by class" },
+    { "--threshold", "T", NUMBER, AT(threshold), STATS,
       "count tokens above T instead; no effect without --class-counts", NULL, 0, 1e30 },
-    { "--mask", "value|top", CHOICE, AT(mask), LATENTS,
-      "value: where the latent fires; top: its top patch tokens" },
-    { "--class", "C", WHOLE, AT(class_index), FOR(MASK), "the mean mask of a class", NULL, 0, 1e9 },
-    { "--rtol", "X", NUMBER, AT(rtol), FOR(COMPARE), "relative tolerance", "0", 0, 1e30 },
-    { "--atol", "X", NUMBER, AT(atol), FOR(COMPARE), "absolute tolerance", "0", 0, 1e30 },
-    { "--format", "text|markdown|csv|json", CHOICE, AT(format), FOR(EVAL) | FOR(ZEROSHOT),
-      "how to print (zeroshot: text, csv or json)", "text" },
-    { "--seed", "N", LARGE, AT(seed), EVERY, "seed of train; no effect elsewhere", "42", 0,
-      9007199254740991 },
+    { "--mask", "value|top", CHOICE, AT(mask), LATENTS, "where it fires, or its top patches" },
+    { "--class", "C", WHOLE, AT(class_index), MASK, "the mean mask of a class", NULL, 0, 1e9 },
+    { "--rtol", "X", NUMBER, AT(rtol), COMPARE, "relative tolerance", "0", 0, 1e30 },
+    { "--atol", "X", NUMBER, AT(atol), COMPARE, "absolute tolerance", "0", 0, 1e30 },
+    { "--format", "text|markdown|csv|json", CHOICE, AT(format), EVAL, "how to print", "text" },
+    { "--format", "text|csv|json", CHOICE, AT(format), ZEROSHOT, "how to print", "text" },
+    { "--seed", "N", LARGE, AT(seed), EVERY, "train's; no effect elsewhere", "42", 0, 0x1p53 - 1 },
     { "--threads", "N", WHOLE, AT(threads), EVERY, "default: all cores", NULL, 1, SC_MAX_THREADS },
     { "--quiet", NULL, FLAG, AT(quiet), EVERY, "no progress, no remarks" } };
 
 enum { OPTIONS = COUNT(option_table) };
+_Static_assert(OPTIONS <= 64, "options.given has a bit for each");
 
-/* least, most: operands; needs: the letters of options that must be given. */
-static const struct {
+/* The options in a synopsis must be given; least, most: operands. */
+static const struct command_row {
+    int bit;
     const char *name, *synopsis, *help, *example;
     int (*run)(session *s), least, most;
-    const char *needs;
-} command_table[COMMANDS] = {
-    [INFO] = { "info", "[FILE]", "what a file is; without one: the machine",
-      "clip.safetensors", command_info, 0, 1, "" },
-    [PACK] = { "pack", "IMAGES -o SET", "decodes and resizes images once",
-      "--square 256 photos -o photos.safetensors", command_pack, 1, 1, "o" },
-    [EXTRACT] = { "extract", "-m MODEL IMAGES -o ACTS", "activations at a hook point",
-      "-m clip.safetensors --layer 11 photos -o acts.safetensors", command_extract, 1, 1, "mo" },
-    [TRAIN] = { "train", "DATA -o SAE", "trains a sparse autoencoder",
-      "-m clip.safetensors photos --arch topk -o topk.safetensors", command_train, 0, 1, "o" },
-    [ENCODE] = { "encode", "-s SAE DATA -o CODES", "codes as (row, index, value) lists",
-      "-s sae.safetensors -m clip.safetensors photos -o codes", command_encode, 0, 1, "so" },
-    [EVAL] = { "eval", "-s SAE ... DATA [--also DATA]", "figures, a row an SAE and data set",
-      "-s relu.safetensors -s topk.safetensors -m clip.safetensors photos",
-      command_eval, 0, 1, "s" },
-    [STATS] = { "stats", "-s SAE DATA -o STATS", "what every latent does over a data set",
-      "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors",
-      command_stats, 0, 1, "so" },
-    [TOP] = { "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "latents' top images",
+} command_table[] = {
+    { INFO, "info", "[FILE]", "what a file is; without one: the machine",
+      "clip.safetensors", command_info, 0, 1 },
+    { PACK, "pack", "IMAGES -o SET", "decodes and resizes images once",
+      "--square 256 photos -o photos.safetensors", command_pack, 1, 1 },
+    { EXTRACT, "extract", "-m MODEL IMAGES -o ACTS", "activations at a hook point",
+      "-m clip.safetensors --layer 11 photos -o acts.safetensors", command_extract, 1, 1 },
+    { TRAIN, "train", "DATA -o SAE", "trains a sparse autoencoder",
+      "-m clip.safetensors photos --arch topk -o topk.safetensors", command_train, 0, 1 },
+    { ENCODE, "encode", "-s SAE DATA -o CODES", "codes as (row, index, value) lists",
+      "-s sae.safetensors -m clip.safetensors photos -o codes", command_encode, 0, 1 },
+    { EVAL, "eval", "-s SAE ... DATA [--also DATA]", "figures, a row an SAE and data set",
+      "-s relu.safetensors -s topk.safetensors -m clip.safetensors photos", command_eval, 0, 1 },
+    { STATS, "stats", "-s SAE DATA -o STATS", "what every latent does over a data set",
+      "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors", command_stats, 0, 1 },
+    { TOP, "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "latents' top images",
       "-s sae.safetensors -t stats.safetensors -m clip.safetensors photos -l 7,12 -o sheets",
-      command_top, 1, 1, "stlo" },
-    [MASK] = { "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
-      "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1, "slo" },
-    [ZEROSHOT] = { "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
-      "-m vit.safetensors photos.txt", command_zeroshot, 1, 1, "m" },
-    [COMPARE] = { "compare", "A B", "two safetensors files, tensor by tensor",
-      "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2, "" } };
+      command_top, 1, 1 },
+    { MASK, "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
+      "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1 },
+    { ZEROSHOT, "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
+      "-m vit.safetensors photos.txt", command_zeroshot, 1, 1 },
+    { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
+      "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2 } };
 
 static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"
          "    saeclip COMMAND [options] [IMAGES or FILE ...]\n");
-    for (int i = 0; i < COMMANDS; i++)
+    for (size_t i = 0; i < COUNT(command_table); i++)
         printf("    %-9s %s\n", command_table[i].name, command_table[i].help);
     puts("\nIMAGES: a folder (of folders, one a class), a list (.txt), a packed set (.safetensors),"
          "\none image, or - for PNM pictures on standard input.\n"
@@ -6174,54 +6167,47 @@ static int print_help(void) {
     return end_of_output();
 }
 
-static int print_command_help(enum command command) {
-    printf("saeclip %s %s\n\n%s\n\n", command_table[command].name, command_table[command].synopsis,
-           command_table[command].help);
-    for (size_t i = 0; i < OPTIONS; i++) {
-        const struct option_row *row = &option_table[i];
-        char left[48];
-        if (!(row->commands & FOR(command))) continue;
-        snprintf(left, sizeof left, "%s %s", row->name,
-                 row->kind == CHOICE ? "KIND" : row->value ? row->value : "");
-        printf("    %-24s %s", left, row->help);
+static int print_command_help(const struct command_row *command) {
+    printf("saeclip %s %s\n\n%s\n\n", command->name, command->synopsis, command->help);
+    for (const struct option_row *row = option_table; row < option_table + OPTIONS; row++) {
+        const char *value = row->kind == CHOICE ? "KIND" : row->value ? row->value : "";
+        if (!(row->commands & command->bit)) continue;
+        printf("    %s %-*s %s", row->name, 23 - (int)strlen(row->name), value, row->help);
         if (row->kind == CHOICE) printf(": %s", row->value);
         if (row->fallback) printf(" (default %s)", row->fallback);
         puts("");
     }
-    printf("\nexample: saeclip %s %s\n", command_table[command].name,
-           command_table[command].example);
+    printf("\nexample: saeclip %s %s\n", command->name, command->example);
     return end_of_output();
 }
 
 static int is_choice(const char *choices, const char *text) {
-    size_t length = strlen(text);
-    for (const char *c = choices; c; c = strchr(c, '|') ? strchr(c, '|') + 1 : NULL)
-        if (strncmp(c, text, length) == 0 && (c[length] == '|' || c[length] == '\0'))
-            return !strchr(text, '|');
+    for (size_t n; *choices; choices += n + (choices[n] == '|')) {
+        n = strcspn(choices, "|");
+        if (n == strlen(text) && memcmp(choices, text, n) == 0) return 1;
+    }
     return 0;
 }
 
-/* Puts an option's value where it belongs; text NULL: a flag. */
+/* Puts an option's value where it belongs; text NULL: there is none. */
 static int set_option(options *o, const struct option_row *row, const char *text) {
-    char *place = (char *)o + row->place;
+    void *place = (char *)o + row->place;
     double number;
-    if (row->kind == FLAG) return memcpy(place, &(int){ 1 }, sizeof(int)), SC_OK;
-    if (row->kind <= CHOICE) {
-        if (!*text) return usage("%s: a value %s was expected", row->name, row->value);
-        if (row->kind == CHOICE && !is_choice(row->value, text))
-            return usage("%s: '%s' is none of %s", row->name, text, row->value);
-        if (row->kind == TEXTS && o->saes == SC_MAX_TAPS)
-            return usage("%s: more than %d were given", row->name, SC_MAX_TAPS);
-        if (row->kind == TEXTS) place += o->saes++ * sizeof text;
-        return memcpy(place, &text, sizeof text), SC_OK;
-    }
+    if (row->kind == FLAG) *(int *)place = 1;
+    if (row->kind == FLAG) return SC_OK;
+    if (!text || !*text) return usage("%s: a value %s was expected", row->name, row->value);
+    if (row->kind == CHOICE && !is_choice(row->value, text))
+        return usage("%s: '%s' is none of %s", row->name, text, row->value);
+    if (row->kind == TEXTS && o->saes == SC_MAX_TAPS)
+        return usage("%s: more than %d were given", row->name, SC_MAX_TAPS);
+    if (row->kind == TEXTS) o->sae[o->saes++] = text;
+    if (row->kind == TEXT || row->kind == CHOICE) *(const char **)place = text;
+    if (row->kind <= CHOICE) return SC_OK;
     SC_TRY(parse_number(text, row->name, row->least, row->most, &number));
-    if (row->kind == WHOLE && number > (double)LONG_MAX)
-        return usage("%s: '%s' is more than this machine can count", row->name, text);
     if (row->kind != NUMBER && number != floor(number))
         return usage("%s: '%s' is no whole number", row->name, text);
-    if (row->kind == WHOLE) memcpy(place, &(long){ (long)number }, sizeof(long));
-    else memcpy(place, &number, sizeof number);
+    if (row->kind == WHOLE) *(long *)place = (long)number;
+    else *(double *)place = number;
     return SC_OK;
 }
 
@@ -6232,55 +6218,52 @@ static int was_given(const options *o, const char *name) {
 }
 
 /* One argument that begins with -, and its value. */
-static int parse_option(options *o, enum command command, char **argv, int *at) {
+static int parse_option(options *o, const struct command_row *command, char **argv, int *at) {
     const char *name = argv[*at], *equals = name[1] == '-' ? strchr(name, '=') : NULL;
-    const char *own = command_table[command].name;
     size_t length = equals ? (size_t)(equals - name) : strlen(name), i = 0;
     while (i < OPTIONS && (strncmp(option_table[i].name, name, length) != 0
                            || option_table[i].name[length] != '\0'
-                           || !(option_table[i].commands & FOR(command)))) i++;
-    if (i == OPTIONS) return usage("%s takes no option %s (saeclip %s --help)", own, name, own);
+                           || !(option_table[i].commands & command->bit))) i++;
+    if (i == OPTIONS)
+        return usage("%s takes no option %s (saeclip %s --help)", command->name, name,
+                     command->name);
     const struct option_row *row = &option_table[i];
     if (row->kind == FLAG && equals) return usage("%s takes no value", row->name);
-    if (row->kind != FLAG && !equals && !argv[*at + 1])
-        return usage("%s: a value %s was expected", row->name, row->value);
     if ((o->given >> i & 1) && row->kind != TEXTS) return usage("%s was given twice", row->name);
     o->given |= (uint64_t)1 << i;
-    return set_option(o, row, row->kind == FLAG ? NULL : equals ? equals + 1 : argv[++*at]);
+    if (row->kind == FLAG || equals) return set_option(o, row, equals ? equals + 1 : NULL);
+    return set_option(o, row, argv[*at + 1] ? argv[++*at] : NULL);
 }
 
 /* What options and operands a command cannot do without, or not together. */
-static int check_options(const options *o, enum command command, int operands) {
+static int check_options(const options *o, const struct command_row *command, int operands) {
     static const char *const apart[][2] = {
         { "--init", "--expansion" }, { "--init", "--latents" }, { "--init", "--b-dec" },
         { "--steps", "--epochs" }, { "--square", "--size" } };
-    const char *name = command_table[command].name;
-    for (const char *letter = command_table[command].needs; *letter; letter++)
-        if (!was_given(o, (char[]){ '-', *letter, '\0' }))
-            return usage("%s: -%c is missing (saeclip %s --help)", name, *letter, name);
+    const char *name = command->name, *outputs[] = { o->output, o->log, o->checkpoint };
+    for (const char *c = command->synopsis; (c = strchr(c, '-')) != NULL; c++)
+        if (c[2] == ' ' && !was_given(o, (char[]){ '-', c[1], '\0' }))
+            return usage("%s: -%c is missing (saeclip %s --help)", name, c[1], name);
     for (size_t i = 0; i < COUNT(apart); i++)
         if (was_given(o, apart[i][0]) && was_given(o, apart[i][1]))
             return usage("%s and %s exclude each other", apart[i][0], apart[i][1]);
-    if (operands < command_table[command].least || operands > command_table[command].most)
-        return usage("%s: %s was expected", name, command_table[command].synopsis);
+    if (operands < command->least || operands > command->most)
+        return usage("%s: %s was expected", name, command->synopsis);
     if (o->acts && (operands || o->model))
         return usage("--acts and -m MODEL IMAGES exclude each other");
-    if (o->saes > 1 && command != EVAL) return usage("%s takes one SAE: -s FILE", name);
+    if (o->saes > 1 && command->bit != EVAL) return usage("%s takes one SAE: -s FILE", name);
     if (o->mask && strcmp(o->mask, "top") == 0 && !o->stats)
         return usage("--mask top needs the SAE's statistics: -t FILE");
     if (was_given(o, "--layer") && o->layer == 0)
         return usage("--layer: '0': blocks count from 1, or from -1 back from the last");
-    const char *outputs[] = { o->output, o->log, o->checkpoint };
     for (int i = 0; i < 3; i++)
         if (outputs[i] && outputs[(i + 1) % 3] && strcmp(outputs[i], outputs[(i + 1) % 3]) == 0)
             return usage("%s was given for two outputs", outputs[i]);
-    if (command == ZEROSHOT && strcmp(o->format, "markdown") == 0)
-        return usage("--format: '%s' is none of text|csv|json", o->format);
     return SC_OK;
 }
 
 /* argv ends with NULL. */
-static int run_command(enum command command, char **argv) {
+static int run_command(const struct command_row *command, char **argv) {
     options o = { .steps = -1, .threshold = -1, .class_index = -1 };     /* -1: not given */
     int operands = 0, plain = 0;
     for (const struct option_row *row = option_table; row < option_table + OPTIONS; row++)
@@ -6297,7 +6280,7 @@ static int run_command(enum command command, char **argv) {
     SC_TRY(sc_instruction_set(getenv("SAECLIP_ISA")));
     SC_TRY(sc_threads_start((int)o.threads));
     session s = { .o = &o };
-    int status = command_table[command].run(&s);
+    int status = command->run(&s);
     close_session(&s);
     sc_threads_stop();
     return status;
@@ -6306,14 +6289,13 @@ static int run_command(enum command command, char **argv) {
 static int run_saeclip(int argc, char **argv) {
     if (argc < 2) return usage("a command was expected (saeclip --help)");
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) return print_help();
-    if (strcmp(argv[1], "--version") == 0) {
-        puts("saeclip " SC_VERSION);
-        return end_of_output();
-    }
-    for (int i = 0; i < COMMANDS; i++)
+    for (size_t i = 0; i < COUNT(command_table); i++)
         if (strcmp(argv[1], command_table[i].name) == 0)
-            return run_command((enum command)i, argv + 2);
-    return usage("'%s' is no command (saeclip --help)", argv[1]);
+            return run_command(&command_table[i], argv + 2);
+    if (strcmp(argv[1], "--version") != 0)
+        return usage("'%s' is no command (saeclip --help)", argv[1]);
+    puts("saeclip " SC_VERSION);
+    return end_of_output();
 }
 
 /* A standard stream that is closed stays unusable, instead of becoming the next file opened. */

@@ -261,6 +261,7 @@ static const cli_case cli_usage[] = {
     { 2, "-s is missing", "stats --acts @acts -o @out" },
     { 2, "-l is missing", "mask -s @sae -m @model @photos -o @out" },
     { 2, "-t is missing", "top -s @sae -m @model @photos -l 1 -o @out" },
+    { 2, "-m is missing", "top -s @sae -t @stats @photos -l 1 -o @out" },
     { 2, "extract: ", "extract -m @model -o @out" },
     { 2, "extract: ", "extract -m @model @photos @photos -o @out" },
     { 2, "compare: ", "compare @acts" },
@@ -1406,7 +1407,15 @@ static void cli_test_signals(void)
               signals[i], ran.status, ran.err);
         check(exists(checkpoint) && !exists(cli("@stopped")) && !exists(cli("@stopped.tmp")),
               "signal %d: no checkpoint, or output", signals[i]);
-        works("%s", cli("%s-o @stopped --resume%s", recipe, i ? "" : " --checkpoint @signal.ckpt"));
+        child = cli_start(cli("%s-o @stopped --resume --log @fifo%s", recipe,
+                              i ? "" : " --checkpoint @signal.ckpt"));
+        log = fopen(cli("@fifo"), "r");          /* a pipe cannot be cut back, nor read */
+        if (!log) need("a pipe");
+        while (fgets(line, sizeof line, log)) {}
+        fclose(log);
+        cli_end(child);
+        check(ran.status == 0 && strncmp(line, "3000,", 5) == 0, "resumed into a pipe: %d, %s %s",
+              ran.status, ran.err, line);
         check(cli_same("@stopped", "@whole_sae"), "signal %d, resumed: another SAE", signals[i]);
         remove(cli("@stopped"));
     }
