@@ -3376,51 +3376,55 @@ static int try_output(const char *path) {
     return SC_OK;
 }
 
-/* A [n, D] tensor to and from rows with padding. */
-static int read_rows(const sc_safetensors *file, const char *name, size_t n, size_t D,
-                     size_t stride, float *rows) {
-    const sc_tensor *tensor = sc_tensor_find(file, name);
-    if (!tensor || tensor->rank == 0 || tensor->count != n * D
-        || tensor->shape[tensor->rank - 1] != D)
-        return fail("%s: a tensor %s of %zu x %zu was expected", file->path, name, n, D);
-    for (size_t j = 0; j < n; j++)
-        SC_TRY(sc_tensor_floats(file, tensor, j * D, D, rows + j * stride));
-    return SC_OK;
-}
+/* A tensor by its shape in files, a vector (rank 1) having one row, and by where its element [r, c]
+ * lies in memory: values[r * down + c * across]. */
+typedef struct {
+    const char *name;
+    float *values;
+    int rank;
+    size_t rows, columns, down, across;
+} float_tensor;
 
-static int write_rows(sc_writer *writer, const char *name, size_t n, size_t D, size_t stride,
-                      const float *rows) {
-    SC_TRY(sc_writer_tensor(writer, name, SC_F32, 2, (size_t[]){ n, D }));
-    for (size_t j = 0; j < n; j++) SC_TRY(sc_writer_floats(writer, rows + j * stride, D));
-    return SC_OK;
-}
-
-static int write_vector(sc_writer *writer, const char *name, size_t n, const float *vector) {
-    SC_TRY(sc_writer_tensor(writer, name, SC_F32, 1, &n));
-    return sc_writer_floats(writer, vector, n);
-}
-
-/* W_enc lies [D, n] in files and latent by latent in memory: some rows at a time are read from the
- * tensor, or go to the writer where there is one. */
-static int move_encoder(const sc_sae *sae, const sc_safetensors *file, const sc_tensor *tensor,
-                        sc_writer *writer) {
+/* Writes a tensor or, where there is no writer, reads it from a file, some rows at a time. Adds it
+ * to a digest, if there is one. */
+static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
+                       digest64 *digest) {
     enum { ROWS = 16 };
-    size_t n = sae->d_sae;
-    float *rows = new_array(n, ROWS * sizeof *rows);
-    int status = rows ? SC_OK : SC_FAILED;
-    for (size_t d = 0; d < sae->d_in && status == SC_OK; d += ROWS) {
-        size_t height = sae->d_in - d < ROWS ? sae->d_in - d : ROWS;
-        if (!writer) status = sc_tensor_floats(file, tensor, d * n, height * n, rows);
-        for (size_t j = 0; j < n; j++)
+    const sc_tensor *source = w ? NULL : sc_tensor_find(file, t->name);
+    size_t shape[2] = { t->rows, t->columns };
+    if (w) SC_TRY(sc_writer_tensor(w, t->name, SC_F32, t->rank, shape + 2 - t->rank));
+    else if (!source || source->rank == 0 || source->count != t->rows * t->columns
+             || source->shape[source->rank - 1] != t->columns)
+        return fail("%s: a tensor %s of %zu x %zu was expected", file->path, t->name, t->rows,
+                    t->columns);
+    float *some = new_array(t->columns, ROWS * sizeof *some);
+    int status = some ? SC_OK : SC_FAILED;
+    for (size_t r = 0; r < t->rows && status == SC_OK; r += ROWS) {
+        size_t height = t->rows - r < ROWS ? t->rows - r : ROWS, count = height * t->columns;
+        if (!w) status = sc_tensor_floats(file, source, r * t->columns, count, some);
+        for (size_t c = 0; c < t->columns; c++)
             for (size_t i = 0; i < height; i++) {
-                float *here = sae->W_enc + j * sae->stride + d + i, *there = rows + i * n + j;
-                if (writer) *there = *here;
+                float *here = t->values + (r + i) * t->down + c * t->across;
+                float *there = some + i * t->columns + c;
+                if (w) *there = *here;
                 else *here = *there;
             }
-        if (writer) status = sc_writer_floats(writer, rows, height * n);
+        if (w) status = sc_writer_floats(w, some, count);
+        for (size_t i = 0; digest && i < count; i++)
+            digest64_number(digest, bits_of_float(some[i]));
     }
-    free(rows);
+    free(some);
     return status;
+}
+
+/* An SAE's tensors, each latent by latent in memory, W_enc too. */
+static int move_sae(const sc_sae *sae, const sc_safetensors *file, sc_writer *w, digest64 *digest) {
+    size_t n = sae->d_sae, D = sae->d_in, stride = sae->stride;
+    const float_tensor tensors[] = {
+        { "W_enc", sae->W_enc, 2, D, n, 1, stride }, { "b_enc", sae->b_enc, 1, 1, n, 0, 1 },
+        { "W_dec", sae->W_dec, 2, n, D, stride, 1 }, { "b_dec", sae->b_dec, 1, 1, D, 0, 1 } };
+    for (size_t i = 0; i < COUNT(tensors); i++) SC_TRY(move_tensor(&tensors[i], file, w, digest));
+    return SC_OK;
 }
 
 /* A whole number from 1 on in the metadata; absent leaves *value. */
@@ -3436,37 +3440,38 @@ static int metadata_number(const sc_safetensors *file, const char *key, double m
     return SC_OK;
 }
 
-static int read_sae_metadata(sc_sae *sae, const sc_safetensors *file) {
-    const char *architecture = sc_metadata_find(file, "architecture");
+/* Where activations come from, where that is not known yet: an SAE's metadata and those of saved
+ * activations say it in the same words. */
+static int read_origin(sc_sae *sae, const sc_safetensors *file) {
     const char *hook = sc_metadata_find(file, "hook"), *model = sc_metadata_find(file, "model");
-    const char *start = sc_metadata_find(file, "b_dec_start");
     sc_hook found = SC_MLP;
-    sae->topk = architecture && strcmp(architecture, architecture_names[1]) == 0;
-    if (architecture && strcmp(architecture, architecture_names[sae->topk]) != 0)
-        return fail("%s: architecture '%s' is neither standard nor topk", file->path, architecture);
-    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
-    SC_TRY(metadata_number(file, "layer", 1e6, &sae->layer));
-    if (hook && parse_hook(hook, &found) != SC_OK)
+    if (!sae->layer) SC_TRY(metadata_number(file, "layer", 1e6, &sae->layer));
+    if (hook && sae->hook < 0 && parse_hook(hook, &found) != SC_OK)
         return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", file->path, hook);
-    if (hook) sae->hook = (int)found;
-    if (model && !(sae->model = copy_string(model))) return SC_FAILED;
-    if (start && !(sae->b_dec_start = copy_string(start))) return SC_FAILED;
-    return SC_OK;
+    if (hook && sae->hook < 0) sae->hook = (int)found;
+    if (!model || sae->model) return SC_OK;
+    sae->model = copy_string(base_name(model));
+    return sae->model ? SC_OK : SC_FAILED;
 }
 
 static int read_sae(sc_sae *sae, const sc_safetensors *file) {
     const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
+    const char *architecture = sc_metadata_find(file, "architecture");
+    const char *start = sc_metadata_find(file, "b_dec_start");
     if (!encoder || encoder->rank != 2 || encoder->count == 0)
         return fail("%s: this is no SAE: a tensor W_enc [d_in, d_sae] was expected", file->path);
     if (sc_tensor_find(file, "threshold") || sc_tensor_find(file, "log_threshold"))
         return fail("%s: a JumpReLU SAE (tensor threshold), expected standard or topk", file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
+    SC_TRY(move_sae(sae, file, NULL, NULL));
+    sae->topk = architecture && strcmp(architecture, architecture_names[1]) == 0;
+    if (architecture && strcmp(architecture, architecture_names[sae->topk]) != 0)
+        return fail("%s: architecture '%s' is neither standard nor topk", file->path, architecture);
+    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
+    SC_TRY(read_origin(sae, file));
     if (!(sae->path = copy_string(file->path))) return SC_FAILED;
-    SC_TRY(move_encoder(sae, file, encoder, NULL));
-    SC_TRY(read_rows(file, "W_dec", sae->d_sae, sae->d_in, sae->stride, sae->W_dec));
-    SC_TRY(read_rows(file, "b_enc", 1, sae->d_sae, sae->d_sae, sae->b_enc));
-    SC_TRY(read_rows(file, "b_dec", 1, sae->d_in, sae->stride, sae->b_dec));
-    return read_sae_metadata(sae, file);
+    if (start && !(sae->b_dec_start = copy_string(start))) return SC_FAILED;
+    return SC_OK;
 }
 
 int sc_sae_open(sc_sae *sae, const char *path) {
@@ -3477,26 +3482,6 @@ int sc_sae_open(sc_sae *sae, const char *path) {
     sc_safetensors_close(&file);
     if (status != SC_OK) sc_sae_close(sae);
     return status;
-}
-
-/* The tensors and what an SAE is; the caller adds how it was trained. */
-static int write_sae(sc_writer *writer, const sc_sae *sae) {
-    const struct { const char *key; size_t value; } numbers[] = {
-        { "k", sae->topk ? sae->k : 0 }, { "d_in", sae->d_in }, { "d_sae", sae->d_sae },
-        { "layer", sae->layer } };
-    SC_TRY(sc_writer_metadata(writer, "architecture", architecture_names[sae->topk]));
-    for (size_t i = 0; i < COUNT(numbers); i++) {
-        char text[32];
-        snprintf(text, sizeof text, "%zu", numbers[i].value);
-        if (numbers[i].value) SC_TRY(sc_writer_metadata(writer, numbers[i].key, text));
-    }
-    if (sae->hook >= 0) SC_TRY(sc_writer_metadata(writer, "hook", hook_names[sae->hook]));
-    if (sae->model) SC_TRY(sc_writer_metadata(writer, "model", sae->model));
-    SC_TRY(sc_writer_tensor(writer, "W_enc", SC_F32, 2, (size_t[]){ sae->d_in, sae->d_sae }));
-    SC_TRY(move_encoder(sae, NULL, NULL, writer));
-    SC_TRY(write_vector(writer, "b_enc", sae->d_sae, sae->b_enc));
-    SC_TRY(write_rows(writer, "W_dec", sae->d_sae, sae->d_in, sae->stride, sae->W_dec));
-    return write_vector(writer, "b_dec", sae->d_in, sae->b_dec);
 }
 
 /* --------------------------------------------------------------------------------------------
@@ -4343,153 +4328,128 @@ static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t ima
  * -------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    uint64_t seed, N, epoch;         /* epoch: whose order this is */
-    uint64_t from;                   /* the draw a resumed run begins with */
-    uint64_t *order;                 /* [N], NULL: first to last */
-} training_order;
-
-static int training_draw(void *context, size_t draw, size_t *image) {
-    training_order *t = context;
-    uint64_t position = draw + t->from;
-    if (t->order && position / t->N != t->epoch) {
-        t->epoch = position / t->N;
-        permutation(t->seed, t->epoch, t->order, (size_t)t->N);
-    }
-    *image = (size_t)(t->order ? t->order[position % t->N] : position % t->N);
-    return SC_OK;
-}
-
-typedef struct {
     const options *o;
     feed data;
     trainer trainer;
-    training_order order;
     size_t batch;                    /* images a step */
-    uint64_t steps, images, next_draw;
-    uint64_t digest;                 /* of what a resumed run must agree in */
+    uint64_t *order, epoch;          /* [N], and whose it is; NULL: first to last */
+    uint64_t steps, next_draw;
+    uint64_t recipe;                 /* digest of what a resumed run must agree in */
     FILE *log;
     double started;
     char *checkpoint, *previous;     /* where to, and where the one before stays */
+    uint64_t saved;                  /* the step of the last checkpoint */
     int checkpoints;                 /* asked for, not only on a signal */
 } training_run;
+
+/* Every epoch is a permutation of its own. */
+static int training_draw(void *context, size_t draw, size_t *image) {
+    training_run *run = context;
+    size_t N = run->data.images, epoch = draw / N;
+    if (run->order && epoch != run->epoch)
+        permutation((uint64_t)run->o->seed, epoch, run->order, N);
+    run->epoch = epoch;
+    *image = run->order ? (size_t)run->order[draw % N] : draw % N;
+    return SC_OK;
+}
 
 static volatile sig_atomic_t stop_signal;
 
 static void on_signal(int number) { stop_signal = number; }
 
-/* How photos were seen, where options say so; without them it is the model's file that does. */
-static int write_photo_recipe(sc_writer *w, const options *o) {
-    const sc_model_options *m = &o->settings;
-    const struct { const char *key, *value; } rows[] = {
-        { "crop", strcmp(o->crop, "hf") == 0 ? "hf" : NULL }, { "gelu", m->gelu },
-        { "epsilon", m->epsilon }, { "heads", m->heads }, { "mean", m->mean }, { "std", m->std } };
-    char square[32];
-    snprintf(square, sizeof square, "%ld", o->square);
-    if (o->square) SC_TRY(sc_writer_metadata(w, "square", square));
-    for (size_t i = 0; i < COUNT(rows); i++)
-        if (rows[i].value) SC_TRY(sc_writer_metadata(w, rows[i].key, rows[i].value));
-    return SC_OK;
-}
-
-/* What changes the numbers of a run, as metadata, or into a digest (less the steps, which a resumed
- * run may have more of). */
-static int take_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
+/* All that decides a run's numbers and can be told in words, as metadata of the SAE or, where there
+ * is no writer, into a digest. What is neither a text nor a number from 0 on is left out: the
+ * model's file says how it wants photos, unless options do. */
+static int put_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
+    static const sc_model_options none = { 0 };
     const options *o = run->o;
-    const struct { const char *key; double value; const char *text; } rows[] = {
-        { "l1", o->l1, NULL }, { "lr", o->lr, NULL }, { "warmup", (double)o->warmup, NULL },
-        { "batch", (double)o->batch, NULL }, { "steps", (double)run->trainer.step, NULL },
-        { "seed", o->seed, NULL }, { "ghost", o->ghost, NULL },
-        { "dead_window", (double)o->dead_window, NULL },
-        { "b_dec_images", (double)o->b_dec_images, NULL },
-        { "b_dec_start", 0, o->init ? "file" : o->b_dec }, { "order", 0, o->order } };
-    if (w && !run->data.is_file) SC_TRY(write_photo_recipe(w, o));
+    const sc_sae *sae = &run->trainer.sae;
+    int photos = !run->data.is_file;
+    const sc_model_options *seen = photos ? &o->settings : &none;
+    const struct { const char *key, *text; double number; } rows[] = {
+        { "architecture", architecture_names[sae->topk], -1 },
+        { "k", NULL, sae->topk ? (double)sae->k : -1 }, { "d_in", NULL, (double)sae->d_in },
+        { "d_sae", NULL, (double)sae->d_sae },
+        { "layer", NULL, sae->layer ? (double)sae->layer : -1 },
+        { "hook", sae->hook < 0 ? NULL : hook_names[sae->hook], -1 }, { "model", sae->model, -1 },
+        { "square", NULL, photos && o->square ? (double)o->square : -1 },
+        { "crop", photos && strcmp(o->crop, "hf") == 0 ? "hf" : NULL, -1 },
+        { "gelu", seen->gelu, -1 }, { "epsilon", seen->epsilon, -1 }, { "heads", seen->heads, -1 },
+        { "mean", seen->mean, -1 }, { "std", seen->std, -1 },
+        { "l1", NULL, sae->topk ? -1 : o->l1 }, { "lr", NULL, o->lr },
+        { "warmup", NULL, (double)o->warmup }, { "batch", NULL, (double)o->batch },
+        { "steps", NULL, (double)run->trainer.step }, { "seed", NULL, o->seed },
+        { "ghost", NULL, o->ghost }, { "dead_window", NULL, (double)o->dead_window },
+        { "b_dec_images", NULL, (double)o->b_dec_images },
+        { "b_dec_start", o->init ? "file" : o->b_dec, -1 }, { "order", o->order, -1 } };
     for (size_t i = 0; i < COUNT(rows); i++) {
-        char text[32];
-        if (run->trainer.sae.topk && strcmp(rows[i].key, "l1") == 0) continue;
-        snprintf(text, sizeof text, "%.17g", rows[i].value);
-        const char *value = rows[i].text ? rows[i].text : text;
+        char number[32];
+        const char *value = rows[i].text ? rows[i].text : number;
+        if (value == number && rows[i].number < 0) continue;
+        snprintf(number, sizeof number, "%.17g", rows[i].number);
         if (w) SC_TRY(sc_writer_metadata(w, rows[i].key, value));
-        else if (strcmp(rows[i].key, "steps") != 0) digest64_add(digest, value, strlen(value) + 1);
+        else {
+            digest64_add(digest, rows[i].key, strlen(rows[i].key) + 1);
+            digest64_add(digest, value, strlen(value) + 1);
+        }
     }
     return SC_OK;
 }
 
-enum { SAMPLE_BYTES = 1 << 20 };     /* of the model's weights, or of the saved activations */
-
-/* What a resumed run must agree in. */
+/* Of the recipe, the data set, and the first MiB of the weights or saved activations. Taken before
+ * the first step: a resumed run may have more of them. */
 static uint64_t recipe_digest(const training_run *run) {
-    const sc_sae *sae = &run->trainer.sae;
-    const sc_model *m = &run->data.model;
-    const uint64_t numbers[] = {
-        run->data.digest, run->data.T, run->order.N, sae->d_in, sae->d_sae, (uint64_t)sae->topk,
-        sae->k, sae->layer, (uint64_t)sae->hook, m->heads, (uint64_t)m->activation,
-        bits_of_float(m->epsilon), (uint64_t)run->o->square,
-        (uint64_t)run->data.preprocess.crop_hf };
+    const sc_safetensors *source = run->data.is_file ? &run->data.file : &run->data.model.file;
+    size_t sample = (size_t)(source->data - source->map) + ((size_t)1 << 20);
     digest64 d = { 0 };
-    for (size_t i = 0; i < COUNT(numbers); i++) digest64_number(&d, numbers[i]);
-    for (int c = 0; c < 3; c++)
-        digest64_number(&d, (uint64_t)bits_of_float(m->mean[c]) << 32 | bits_of_float(m->std[c]));
-    if (sae->model) digest64_add(&d, sae->model, strlen(sae->model));
-    const sc_safetensors *source = run->data.is_file ? &run->data.file : &m->file;
-    size_t bytes = (size_t)(source->map + source->size - source->data);
-    digest64_add(&d, source->data, bytes < SAMPLE_BYTES ? bytes : SAMPLE_BYTES);
-    take_recipe(run, NULL, &d);
-    return digest64_value(&d);
-}
-
-/* The floats that training goes on from: of each a matrix [n, D] (rank 2) or a vector. The SAE's
- * come first and are written by write_sae; W_enc is the only one that lies otherwise in files. */
-enum { SAE_TENSORS = 4, STATE_TENSORS = 12, POSITION_NUMBERS = 4 };
-
-typedef struct { const char *name; float *values; int rank; size_t columns, stride; } state_tensor;
-typedef struct { state_tensor tensor[STATE_TENSORS]; } state_list;
-
-static state_list list_state(const trainer *t) {
-    size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride;
-    return (state_list){ {
-        { "W_enc", t->sae.W_enc, 2, D, stride }, { "W_dec", t->sae.W_dec, 2, D, stride },
-        { "b_enc", t->sae.b_enc, 1, n, n }, { "b_dec", t->sae.b_dec, 1, D, stride },
-        { "W_enc_m", t->W_enc.m, 2, D, stride }, { "W_enc_v", t->W_enc.v, 2, D, stride },
-        { "W_dec_m", t->W_dec.m, 2, D, stride }, { "W_dec_v", t->W_dec.v, 2, D, stride },
-        { "b_enc_m", t->b_enc.m, 1, n, n }, { "b_enc_v", t->b_enc.v, 1, n, n },
-        { "b_dec_m", t->b_dec.m, 1, D, stride }, { "b_dec_v", t->b_dec.v, 1, D, stride } } };
-}
-
-/* Of everything in a checkpoint. position: step, next draw, images so far, digest of the recipe */
-static unsigned long long state_digest(const trainer *t, const unsigned long long *position) {
-    const state_list list = list_state(t);
-    digest64 d = { 0 };
-    for (const state_tensor *s = list.tensor; s < list.tensor + STATE_TENSORS; s++)
-        for (size_t e = 0; e < (s->rank == 2 ? t->sae.d_sae : 1) * s->stride; e++)
-            digest64_number(&d, bits_of_float(s->values[e]));
-    for (size_t j = 0; j < t->sae.d_sae; j++) digest64_number(&d, (uint64_t)t->silent[j]);
-    for (size_t i = 0; i < POSITION_NUMBERS; i++) digest64_number(&d, position[i]);
+    digest64_number(&d, run->data.digest);
+    digest64_add(&d, source->map, sample < source->size ? sample : source->size);
+    put_recipe(run, NULL, &d);
     return digest64_value(&d);
 }
 
 static int write_trained(sc_writer *w, void *context) {
     const training_run *run = context;
-    SC_TRY(write_sae(w, &run->trainer.sae));
-    return take_recipe(run, w, NULL);
+    SC_TRY(put_recipe(run, w, NULL));
+    return move_sae(&run->trainer.sae, NULL, w, NULL);
 }
 
-/* All that training goes on from; then the checkpoint before, which this one is to replace, becomes
- * FILE.prev. */
+/* --- Checkpoints: the SAE, and what else training goes on from --- */
+
+/* The metadata "position": step, next draw, the recipe's digest, the checksum of it all. */
+typedef unsigned long long run_position[4];
+
+/* Writes the state, or reads it where there is no writer. Returns the checksum in *sum. */
+static int move_state(trainer *t, const run_position at, const sc_safetensors *file, sc_writer *w,
+                      unsigned long long *sum) {
+    size_t n = t->sae.d_sae, D = t->sae.d_in, row = t->sae.stride;
+    const sc_tensor *silent = w ? NULL : sc_tensor_find(file, "silent");
+    const float_tensor adam[] = {
+        { "W_enc_m", t->W_enc.m, 2, n, D, row, 1 }, { "W_enc_v", t->W_enc.v, 2, n, D, row, 1 },
+        { "W_dec_m", t->W_dec.m, 2, n, D, row, 1 }, { "W_dec_v", t->W_dec.v, 2, n, D, row, 1 },
+        { "b_enc_m", t->b_enc.m, 1, 1, n, 0, 1 }, { "b_enc_v", t->b_enc.v, 1, 1, n, 0, 1 },
+        { "b_dec_m", t->b_dec.m, 1, 1, D, 0, 1 }, { "b_dec_v", t->b_dec.v, 1, 1, D, 0, 1 } };
+    digest64 digest = { 0 };
+    SC_TRY(move_sae(&t->sae, file, w, &digest));
+    for (size_t i = 0; i < COUNT(adam); i++) SC_TRY(move_tensor(&adam[i], file, w, &digest));
+    if (w) SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
+    if (w) SC_TRY(sc_writer_integers(w, t->silent, n));
+    else if (!silent || silent->count != n)
+        return fail("%s: a tensor silent of %zu was expected", file->path, n);
+    else SC_TRY(sc_tensor_integers(file, silent, 0, n, t->silent));
+    for (size_t j = 0; j < n; j++) digest64_number(&digest, (uint64_t)t->silent[j]);
+    for (int i = 0; i < 3; i++) digest64_number(&digest, at[i]);
+    *sum = digest64_value(&digest);
+    return SC_OK;
+}
+
+/* The checkpoint before, which this one is to replace, becomes FILE.prev. */
 static int write_checkpoint(sc_writer *w, void *context) {
-    const training_run *run = context;
-    const trainer *t = &run->trainer;
-    const unsigned long long position[] = { t->step, run->next_draw, run->images, run->digest };
-    size_t n = t->sae.d_sae;
-    const state_list list = list_state(t);
-    SC_TRY(write_trained(w, context));
-    for (const state_tensor *s = list.tensor + SAE_TENSORS; s < list.tensor + STATE_TENSORS; s++)
-        SC_TRY(s->rank == 2 ? write_rows(w, s->name, n, s->columns, s->stride, s->values)
-                            : write_vector(w, s->name, s->columns, s->values));
-    SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
-    SC_TRY(sc_writer_integers(w, t->silent, n));
-    SC_TRY(put_metadata(w, "position", "%llx %llx %llx %llx", position[0], position[1], position[2],
-                        position[3]));
-    SC_TRY(put_metadata(w, "checksum", "%016llx", state_digest(t, position)));
+    training_run *run = context;
+    run_position at = { run->trainer.step, run->next_draw, run->recipe };
+    SC_TRY(put_recipe(run, w, NULL));
+    SC_TRY(move_state(&run->trainer, at, NULL, w, &at[3]));
+    SC_TRY(put_metadata(w, "position", "%llx %llx %llx %llx", at[0], at[1], at[2], at[3]));
     if (access(run->checkpoint, F_OK) != 0) return SC_OK;
     unlink(run->previous);
     if (link(run->checkpoint, run->previous) == 0
@@ -4497,63 +4457,54 @@ static int write_checkpoint(sc_writer *w, void *context) {
     return fail("%s: cannot be kept as %s: %s", run->checkpoint, run->previous, strerror(errno));
 }
 
-static int read_state(trainer *t, const sc_safetensors *file) {
-    size_t n = t->sae.d_sae, D = t->sae.d_in;
-    const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
-    const sc_tensor *silent = sc_tensor_find(file, "silent");
-    const state_list list = list_state(t);
-    if (!encoder || encoder->rank != 2 || encoder->shape[0] != D || encoder->shape[1] != n)
-        return fail("%s: a tensor W_enc of %zu x %zu was expected", file->path, D, n);
-    SC_TRY(move_encoder(&t->sae, file, encoder, NULL));
-    for (const state_tensor *s = list.tensor + 1; s < list.tensor + STATE_TENSORS; s++)
-        SC_TRY(read_rows(file, s->name, s->rank == 2 ? n : 1, s->columns, s->stride, s->values));
-    if (!silent || silent->count != n) return fail("%s: no tensor silent [%zu]", file->path, n);
-    return sc_tensor_integers(file, silent, 0, n, t->silent);
+static int save_checkpoint(training_run *run) {
+    if (run->saved == run->trainer.step) return SC_OK;
+    run->saved = run->trainer.step;
+    return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
 }
 
-static int take_checkpoint(training_run *run, const sc_safetensors *file) {
+static int read_checkpoint(training_run *run, const sc_safetensors *file) {
     trainer *t = &run->trainer;
-    const char *text = sc_metadata_find(file, "position");
-    const char *sum = sc_metadata_find(file, "checksum");
-    unsigned long long position[POSITION_NUMBERS];
-    if (!text || !sum || sscanf(text, "%16llx %16llx %16llx %16llx", &position[0], &position[1],
-                                &position[2], &position[3]) != POSITION_NUMBERS)
+    const char *position = sc_metadata_find(file, "position");
+    unsigned long long sum = 0;
+    run_position at;
+    if (!position || sscanf(position, "%16llx %16llx %16llx %16llx", &at[0], &at[1], &at[2],
+                            &at[3]) != 4)
         return fail("%s: this is no checkpoint", file->path);
-    if (position[3] != run->digest)
+    if (at[2] != run->recipe)
         return fail("%s: the checkpoint is of other options or data than this run", file->path);
-    SC_TRY(read_state(t, file));
-    if (state_digest(t, position) != strtoull(sum, NULL, 16))
-        return fail("%s: the checksum does not match the contents", file->path);
-    if (position[0] > run->steps)
-        return usage("%s: the checkpoint is of step %llu, beyond the %llu asked for", file->path,
-                     position[0], (unsigned long long)run->steps);
-    run->next_draw = run->order.from = position[1];
-    run->images = position[2];
-    for (; t->step < position[0]; t->step++) {
+    SC_TRY(move_state(t, at, file, NULL, &sum));
+    if (at[3] != sum) return fail("%s: the checksum does not match the contents", file->path);
+    if (at[0] > run->steps)
+        return usage("%s: is of step %llu, this run ends before", file->path, at[0]);
+    run->next_draw = at[1];
+    for (; t->step < at[0]; t->step++) {
         t->beta1_power *= 0.9;
         t->beta2_power *= 0.999;
     }
+    run->saved = t->step;
     return SC_OK;
 }
 
-/* Goes on from a checkpoint if there is one; a damaged one names the one before. */
+/* Goes on from a checkpoint if there is one; an error names the one before. */
 static int resume_training(training_run *run) {
     char reason[sizeof error_text];
     sc_safetensors file;
-    int there = access(run->checkpoint, F_OK) == 0, before = access(run->previous, F_OK) == 0;
-    if (!there && before)
-        return fail("%s: there is none, but the one before it is %s", run->checkpoint,
-                    run->previous);
-    if (!there) note("%s: there is no checkpoint yet, starting afresh", run->checkpoint);
-    if (!there) return SC_OK;
-    int status = sc_safetensors_open(&file, run->checkpoint);
-    if (status == SC_OK) {
-        status = take_checkpoint(run, &file);
-        sc_safetensors_close(&file);
+    int before = access(run->previous, F_OK) == 0;
+    if (!before && access(run->checkpoint, F_OK) != 0) {
+        note("%s: there is no checkpoint yet, starting afresh", run->checkpoint);
+        return SC_OK;
     }
+    int status = sc_safetensors_open(&file, run->checkpoint);
+    if (status == SC_OK) status = read_checkpoint(run, &file);
+    sc_safetensors_close(&file);
     if (status == SC_OK || !before) return status;
     memcpy(reason, error_text, sizeof reason);
     return fail("%.600s; the checkpoint before it is %.300s", reason, run->previous);
+}
+
+static int log_failed(const training_run *run) {
+    return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
 }
 
 /* Opens the log; of a resumed run, cut back to the step it goes on from. */
@@ -4561,33 +4512,30 @@ static int open_log(training_run *run) {
     static const char header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "dead,seconds\n";
     const char *path = run->o->log;
-    int resumed = run->trainer.step > 0;
+    struct stat about;
     off_t end = 0;
     char line[512];
     if (!path) return SC_OK;
-    run->log = fopen(path, resumed ? "a+" : "w");
-    if (!run->log) return fail("%s: cannot be written: %s", path, strerror(errno));
-    rewind(run->log);
+    int resumed = run->trainer.step > 0 && stat(path, &about) == 0 && S_ISREG(about.st_mode);
+    run->log = fopen(path, resumed ? "r+" : "w");
+    if (!run->log) return log_failed(run);
     while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
            && (end == 0 || strtoull(line, NULL, 10) <= run->trainer.step))
         end = ftello(run->log);
-    if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0)
-        && errno != EINVAL && errno != ESPIPE)               /* a pipe cannot and need not be cut */
-        return fail("%s: cannot be cut: %s", path, strerror(errno));
-    if (end == 0 && (fputs(header, run->log) < 0 || fflush(run->log) != 0))
-        return fail("%s: cannot be written: %s", path, strerror(errno));
-    return SC_OK;
+    if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0))
+        return log_failed(run);
+    if (end > 0 || (fputs(header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
+    return log_failed(run);
 }
 
 static int log_step(training_run *run, const step_result *r) {
-    unsigned long long step = run->trainer.step, tokens = run->images * run->data.T;
-    if (run->log && (fprintf(run->log, "%llu,%llu,%llu,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,"
-                             "%.3f\n", step, (unsigned long long)run->images, tokens, r->lr,
-                             r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
-                             r->dead, seconds_now() - run->started) < 0
-                     || fflush(run->log) != 0))
-        return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
-    show_progress("step", step, run->steps, run->images, "images",
+    uint64_t step = run->trainer.step, images = step * run->batch;
+    if (run->log && (fprintf(run->log, "%ju,%ju,%ju,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,%.3f\n",
+                             (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T),
+                             r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
+                             r->dead, seconds_now() - run->started) < 0 || fflush(run->log) != 0))
+        return log_failed(run);
+    show_progress("step", step, run->steps, images, "images",
                   "loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0, r->explained_variance);
     return SC_OK;
 }
@@ -4599,47 +4547,58 @@ static int choose_sae(training_run *run) {
     sc_sae *sae = &run->trainer.sae;
     feed *f = &run->data;
     size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D, place;
-    const char *hook = sc_metadata_find(&f->file, "hook");
-    const char *model = f->is_file ? sc_metadata_find(&f->file, "model") : o->model;
-    if (o->init) SC_TRY(sc_sae_open(sae, o->init));
-    else SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
+    SC_TRY(o->init ? sc_sae_open(sae, o->init) : sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
     SC_TRY(overrule_sae(sae, o));
     SC_TRY(check_origin(f, sae, o));
-    if (!sae->layer) SC_TRY(metadata_number(&f->file, "layer", 1e6, &sae->layer));
-    sc_hook kind = sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook;
-    if (sae->hook < 0 && hook && parse_hook(hook, &kind) != SC_OK)
-        return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", f->file.path, hook);
-    SC_TRY(add_tap(f, o->layer ? o->layer : sae->layer || f->is_file ? (long)sae->layer : -2, kind,
-                   &place));
-    sae->layer = f->tap[0].layer;
-    if (!f->is_file || hook) sae->hook = (int)kind;
-    if (!model || sae->model) return SC_OK;
-    sae->model = copy_string(base_name(model));
-    return sae->model ? SC_OK : SC_FAILED;
+    if (f->is_file) SC_TRY(read_origin(sae, &f->file));
+    else if (sae->hook < 0) sae->hook = SC_MLP;
+    if (!f->is_file && !sae->model && !(sae->model = copy_string(base_name(o->model))))
+        return SC_FAILED;
+    long layer = o->layer ? o->layer : sae->layer || f->is_file ? (long)sae->layer : -2;
+    SC_TRY(add_tap(f, layer, sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook, &place));
+    sae->layer = f->tap[place].layer;
+    return SC_OK;
 }
 
-static int prepare_run(training_run *run) {
+/* How many steps, of which images, in which order. */
+static int plan_run(training_run *run) {
     const options *o = run->o;
-    feed *f = &run->data;
-    SC_TRY(open_feed(f, o));
-    SC_TRY(choose_sae(run));
+    const feed *f = &run->data;
+    int stream = f->images == SC_UNKNOWN, shuffle = strcmp(o->order, "shuffle") == 0;
+    double images = stream ? 1e18 : o->epochs * (double)f->images;
     run->batch = (size_t)o->batch;
+    run->steps = (uint64_t)(o->steps < 0 ? ceil(images / (double)run->batch) : o->steps);
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
         return usage("--batch %zu: %zu tokens an image are too many", run->batch, f->T);
-    int shuffle = strcmp(o->order, "shuffle") == 0;
-    if (f->images == SC_UNKNOWN && shuffle)
+    if (stream && shuffle)
         return usage("a stream has one order: --order sequential was expected");
-    run->order = (training_order){ .seed = (uint64_t)o->seed, .N = f->images, .epoch = UINT64_MAX };
-    if (shuffle && !(run->order.order = new_array(f->images, sizeof *run->order.order)))
-        return SC_FAILED;
-    double images_wanted = f->images == SC_UNKNOWN ? 1e18 : o->epochs * (double)f->images;
-    run->steps = (uint64_t)(o->steps < 0 ? ceil(images_wanted / (double)run->batch) : o->steps);
-    run->trainer.options = (train_options){ o->l1, o->lr, (size_t)o->warmup,
-                                               (size_t)o->dead_window, o->ghost };
-    run->digest = recipe_digest(run);
-    SC_TRY(prepare_trainer(&run->trainer, run->batch * f->T));
-    return o->resume ? resume_training(run) : SC_OK;
+    if (!shuffle) return SC_OK;
+    run->epoch = UINT64_MAX;
+    return allocate(&run->data.memory, &run->order, f->images, sizeof *run->order);
+}
+
+/* Hands out batches from where training begins. Where b_dec starts from images, those are
+ * read ahead. */
+static int start_run(training_run *run) {
+    const options *o = run->o;
+    feed *f = &run->data;
+    int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer.step == 0;
+    size_t keep = !start ? 0 : o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
+    if (keep > f->images) keep = f->images;
+    if (!start && run->trainer.step == run->steps) return SC_OK;
+    SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, run, 0));
+    if (f->images != SC_UNKNOWN) f->drawn = (size_t)run->next_draw;
+    while (f->drawn < run->next_draw) {                      /* a stream can only be read again */
+        SC_TRY(load_images(f, 1));
+        if (f->loaded == 0) return fail("standard input: ended before where the checkpoint was");
+        f->loaded = 0;
+    }
+    if (!start) return SC_OK;
+    SC_TRY(next_batch(f, keep));
+    if (f->count < keep) return fail("there are fewer than %zu images", keep);
+    f->count = 0;                            /* not used up: to be trained on too */
+    return start_b_dec(&run->trainer.sae, o->b_dec, f->tap[0].out, keep, f->T);
 }
 
 /* An error names the step, and the image and token where there is one. */
@@ -4647,92 +4606,68 @@ static int blame_step(const training_run *run, size_t token) {
     char reason[sizeof error_text];
     if (token != SIZE_MAX) blame_token(&run->data, token);
     memcpy(reason, error_text, sizeof reason);
-    return fail("step %llu%s %.980s", (unsigned long long)run->trainer.step + 1,
+    return fail("step %ju%s %.980s", (uintmax_t)run->trainer.step + 1,
                 token == SIZE_MAX ? ":" : ",", reason);
 }
 
 static int train_steps(training_run *run) {
     trainer *t = &run->trainer;
     feed *f = &run->data;
-    uint64_t every = (uint64_t)run->o->checkpoint_every, saved = t->step;
     while (t->step < run->steps) {
         step_result result;
-        size_t token;
-        if (next_batch(f, run->batch) != SC_OK) return blame_step(run, SIZE_MAX);
-        if (f->count < run->batch && t->step == 0)
-            return fail("standard input: %zu images are no full batch of %zu", f->count,
-                        run->batch);
-        if (f->count < run->batch) {
+        size_t token = SIZE_MAX, batch = run->batch;
+        int status = next_batch(f, batch);
+        if (status == SC_OK && f->count < batch && t->step == 0)
+            return fail("standard input: %zu images are no full batch of %zu", f->count, batch);
+        if (status == SC_OK && f->count < batch) {
             note("the stream ended: %zu images are no full batch and were left out", f->count);
             break;
         }
-        int status = train_step(t, f->tap[0].out, run->batch * f->T, &result, &token);
+        if (status == SC_OK) status = train_step(t, f->tap[0].out, batch * f->T, &result, &token);
         if (status != SC_OK) return blame_step(run, token);
-        run->images += run->batch;
-        run->next_draw = f->draw[run->batch - 1] + run->order.from + 1;
+        run->next_draw = f->draw[batch - 1] + 1;
         SC_TRY(log_step(run, &result));
         int stop = (int)stop_signal;
-        if (stop || (run->checkpoints && t->step % every == 0)) {
-            SC_TRY(save_tensors(run->checkpoint, 4096, write_checkpoint, run));
-            saved = t->step;
-        }
+        if (stop || (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0))
+            SC_TRY(save_checkpoint(run));
         if (stop)
-            return fail("stopped by signal %d after step %llu; %s goes on with --resume", stop,
-                        (unsigned long long)t->step, run->checkpoint);
+            return fail("stopped by signal %d after step %ju; %s goes on with --resume", stop,
+                        (uintmax_t)t->step, run->checkpoint);
     }
-    if (!run->checkpoints || saved == t->step) return SC_OK;
-    return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
-}
-
-/* A stream's pictures that a resumed run was trained on already. */
-static int skip_stream(training_run *run) {
-    for (; run->order.from > 0; run->order.from--) {
-        SC_TRY(load_images(&run->data, 1));
-        if (run->data.loaded == 0)
-            return fail("standard input: ended before where the checkpoint was");
-        run->data.loaded = 0;
-    }
-    return SC_OK;
+    return run->checkpoints ? save_checkpoint(run) : SC_OK;
 }
 
 static int run_training(training_run *run) {
     const options *o = run->o;
-    feed *f = &run->data;
     SC_TRY(try_output(o->output));
     if (run->checkpoints) SC_TRY(try_output(run->checkpoint));
-    SC_TRY(prepare_run(run));
-    int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer.step == 0;
-    size_t keep = !start ? 0 : o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
-    if (keep > f->images) keep = f->images;
-    if (start || run->trainer.step < run->steps)
-        SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, &run->order, 0));
-    if (f->images == SC_UNKNOWN && run->trainer.step < run->steps) SC_TRY(skip_stream(run));
-    if (start) {
-        SC_TRY(next_batch(f, keep));
-        if (f->count < keep) return fail("there are fewer than %zu images", keep);
-        SC_TRY(start_b_dec(&run->trainer.sae, o->b_dec, f->tap[0].out, keep, f->T));
-        f->count = 0;                        /* not used up: to be trained on too */
-    }
+    SC_TRY(open_feed(&run->data, o));
+    SC_TRY(choose_sae(run));
+    SC_TRY(plan_run(run));
+    run->recipe = recipe_digest(run);
+    run->trainer.options = (train_options){ o->l1, o->lr, (size_t)o->warmup,
+                                            (size_t)o->dead_window, o->ghost };
+    SC_TRY(prepare_trainer(&run->trainer, run->batch * run->data.T));
+    if (o->resume) SC_TRY(resume_training(run));
+    SC_TRY(start_run(run));
     SC_TRY(open_log(run));
     SC_TRY(train_steps(run));
     return save_tensors(o->output, 4096, write_trained, run);
 }
 
 static int train(const options *o) {
+    const char *name = o->checkpoint ? o->checkpoint : o->output;
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
     struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND };
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
-    run.checkpoint = o->checkpoint ? copy_string(o->checkpoint)
-                                   : join_text(o->output, strlen(o->output), ".ckpt");
+    run.checkpoint = join_text(name, strlen(name), o->checkpoint ? "" : ".ckpt");
     if (run.checkpoint) run.previous = join_text(run.checkpoint, strlen(run.checkpoint), ".prev");
     int status = run.previous ? run_training(&run) : SC_FAILED;
-    if (run.log && fclose(run.log) != 0 && status == SC_OK)
-        status = fail("%s: cannot be written: %s", o->log, strerror(errno));
+    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = log_failed(&run);
     close_feed(&run.data);
     free_trainer(&run.trainer);
-    free(run.order.order);
     free(run.checkpoint);
     free(run.previous);
     return status;
@@ -5732,68 +5667,43 @@ static const char *join_sizes(const size_t *sizes, int count, const char *betwee
 
 /* --- info --- */
 
-/* A file is of the first kind whose tensor it has, of that rank. */
-static const struct { const char *tensor; int rank; const char *title, *dimensions[4]; }
-file_kinds[] = {
-    { "W_enc_m", 2, "checkpoint of a training", { "latents", "inputs" } },
-    { "W_enc", 2, "sparse autoencoder", { "inputs", "latents" } },
-    { "max_activating_image_indices", 2, "statistics", { "latents", "top images each" } },
-    { "activations", 3, "activations", { "images", "tokens each", "numbers each" } },
-    { "images", 4, "packed images", { "images", "high", "wide", "colours" } },
-    { "value", 1, "codes", { "activations that are not 0" } } };
-
-static void describe_kind(const sc_safetensors *file, size_t kind, const sc_tensor *tensor) {
-    static const char *const keys[] = { "architecture", "k", "layer", "hook", "model", "tokens",
-                                        "images" };
-    const char *position = sc_metadata_find(file, "position");
-    printf("%s", file_kinds[kind].title);
-    for (int d = 0; d < tensor->rank; d++)
-        printf("%s %zu %s", d ? "," : ":", tensor->shape[d], file_kinds[kind].dimensions[d]);
-    for (size_t i = 0; i < COUNT(keys); i++) {
-        const char *value = sc_metadata_find(file, keys[i]);
-        if (!value && i == 0 && sc_tensor_find(file, "W_enc")) value = "standard";
-        if (value) printf(", %s %s", keys[i], shown(value));
-    }
-    if (position) printf(", step %llu", strtoull(position, NULL, 16));
-    puts(sc_tensor_find(file, "labels") ? ", with labels" : "");
-}
-
-static void describe_model(const sc_safetensors *file, const char *naming) {
-    sc_model m;
-    printf("vision transformer, %s's names", naming);
-    if (sc_model_open(&m, file->path, NULL) != SC_OK) {
-        printf(", not to be used: %s\n", shown(sc_error()));
-        return;
-    }
-    printf(": %zu blocks, width %zu, %zu heads, hidden %zu, images of %zu x %zu in %zu x %zu "
-           "patches of %zu x %zu, %zu tokens with the class token, %s GELU, epsilon %g%s\n",
-           m.blocks, m.width, m.heads, m.hidden, m.image_size, m.image_size, m.grid, m.grid,
-           m.patch, m.patch, m.tokens, m.activation == QUICK_GELU ? "quick" : "exact",
-           (double)m.epsilon, find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
-    sc_model_close(&m);
-}
+/* A file is of the first kind whose tensor it has, of that rank; its shape says the rest. */
+static const struct { const char *tensor; int rank; const char *text; } file_kinds[] = {
+    { "W_enc_m", 2, "checkpoint of a training: %zu latents, %zu inputs\n" },
+    { "W_enc", 2, "sparse autoencoder: %zu inputs, %zu latents\n" },
+    { "max_activating_image_indices", 2, "statistics: %zu latents, %zu top images each\n" },
+    { "activations", 3, "activations: %zu images, %zu tokens each, %zu numbers each\n" },
+    { "images", 4, "packed images: %zu images, %zu high, %zu wide, %zu colours\n" },
+    { "value", 1, "codes: %zu activations that are not 0\n" } };
 
 static void describe(const sc_safetensors *file) {
+    sc_model m;
     for (size_t i = 0; i < COUNT(file_kinds); i++) {
-        const sc_tensor *tensor = sc_tensor_find(file, file_kinds[i].tensor);
-        if (tensor && tensor->rank == file_kinds[i].rank) {
-            describe_kind(file, i, tensor);
-            return;
-        }
+        const sc_tensor *t = sc_tensor_find(file, file_kinds[i].tensor);
+        if (!t || t->rank != file_kinds[i].rank) continue;
+        printf(file_kinds[i].text, t->shape[0], t->shape[1], t->shape[2], t->shape[3]);
+        return;
     }
-    int naming = naming_of(file);
-    if (naming < NAMINGS) describe_model(file, naming_names[naming]);
-    else puts("a safetensors file of a kind that is not known");
+    if (naming_of(file) == NAMINGS) puts("a safetensors file of a kind that is not known");
+    else if (sc_model_open(&m, file->path, NULL) != SC_OK)
+        printf("vision transformer that cannot be used: %s\n", shown(sc_error()));
+    else {
+        printf("vision transformer, %s's names: %zu blocks, width %zu, %zu heads, hidden %zu, "
+               "images of %zu x %zu in %zu x %zu patches of %zu x %zu, %s GELU, epsilon %g%s\n",
+               naming_names[m.naming], m.blocks, m.width, m.heads, m.hidden, m.image_size,
+               m.image_size, m.grid, m.grid, m.patch, m.patch,
+               m.activation == QUICK_GELU ? "quick" : "exact", (double)m.epsilon,
+               find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
+        sc_model_close(&m);
+    }
 }
 
 static int describe_file(const char *path) {
     sc_safetensors file;
-    size_t count = 0;
     SC_TRY(sc_safetensors_open(&file, path));
     printf("%s: ", shown(path));
     describe(&file);
-    for (size_t i = 0; i < file.tensors; i++) count += file.tensor[i].count;
-    printf("%zu tensors, %zu numbers, %zu bytes\n", file.tensors, count, file.size);
+    printf("%zu tensors in %zu bytes\n", file.tensors, file.size);
     for (size_t i = 0; i < file.tensors; i++) {
         const sc_tensor *t = &file.tensor[i];
         printf("    %-48s %-5s %-20s %12zu bytes\n", shown(t->name), sc_dtype_name(t->dtype),
@@ -5806,90 +5716,44 @@ static int describe_file(const char *path) {
     return end_of_output();
 }
 
-static int describe_machine(void) {
-    static const struct { const char *name; int number; } sizes[] = {
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-        { "L1 data cache", _SC_LEVEL1_DCACHE_SIZE }, { "L2 cache", _SC_LEVEL2_CACHE_SIZE },
-        { "L3 cache", _SC_LEVEL3_CACHE_SIZE },
-#endif
-        { "pages", _SC_PAGESIZE } };
+static int command_info(session *s) {
+    if (s->o->operand[0]) return describe_file(s->o->operand[0]);
     printf("saeclip %s\ninstruction sets:", SC_VERSION);
     for (size_t i = 0; i < COUNT(instruction_sets); i++)
         if (instruction_sets[i].usable())
             printf(" %s%s", instruction_sets[i].set->name,
                    instruction_sets[i].set == kernels ? " (in use)" : "");
     printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
-    for (size_t i = 0; i < COUNT(sizes); i++)
-        if (sysconf(sizes[i].number) > 0)
-            printf("%s: %ld KiB\n", sizes[i].name, sysconf(sizes[i].number) / 1024);
     return end_of_output();
-}
-
-static int command_info(session *s) {
-    return s->o->operand[0] ? describe_file(s->o->operand[0]) : describe_machine();
 }
 
 /* --- compare --- */
 
-enum { COMPARE_BLOCK = 4096 };
-
-typedef struct {
-    double absolute, relative;       /* the largest |a - b| and, where b is not 0, |a - b| / |b| */
-    size_t absolute_at, relative_at;
-    size_t beyond;                   /* elements beyond the tolerance */
-    int other_bits;
-} difference;
-
-/* Numbers as they are, also infinite ones and NaN. whole: the same exactly, of whole numbers. */
-static int read_numbers(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
-                        double *number, int64_t *whole) {
-    const unsigned char *from = t->data + first * sc_dtype_size(t->dtype);
-    float some[COMPARE_BLOCK];
-    if (t->dtype > SC_F64) SC_TRY(sc_tensor_integers(file, t, first, count, whole));
-    if (t->dtype == SC_F64) copy_numbers(number, from, count, 8);
-    if (t->dtype < SC_F64) floats_of_bytes(some, from, count, t->dtype);
-    for (size_t i = 0; i < count && t->dtype != SC_F64; i++)
-        number[i] = t->dtype < SC_F64 ? (double)some[i] : (double)whole[i];
-    return SC_OK;
-}
-
-static void count_difference(difference *d, const options *o, size_t at, double apart, double b) {
-    if (!(apart <= DBL_MAX)) apart = INFINITY;               /* one of the two is not finite */
-    double relative = apart == INFINITY ? apart : b != 0 ? apart / fabs(b) : 0;
-    if (apart == INFINITY || !(apart <= o->atol + o->rtol * fabs(b))) d->beyond++;
-    if (apart > d->absolute) d->absolute_at = at;
-    if (apart > d->absolute) d->absolute = apart;
-    if (relative > d->relative) d->relative_at = at;
-    if (relative > d->relative) d->relative = relative;
-}
-
-static int compare_numbers(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
-                           const sc_tensor *b, const options *o, difference *d) {
-    double x[COMPARE_BLOCK], y[COMPARE_BLOCK];
-    int64_t p[COMPARE_BLOCK], q[COMPARE_BLOCK];
-    size_t size = sc_dtype_size(a->dtype);
-    int whole = a->dtype > SC_F64 && b->dtype > SC_F64;
-    *d = (difference){ .other_bits = a->dtype != b->dtype };
-    for (size_t first = 0; first < a->count; first += COMPARE_BLOCK) {
-        size_t n = a->count - first < COMPARE_BLOCK ? a->count - first : COMPARE_BLOCK;
-        const unsigned char *left = a->data + first * size, *right = b->data + first * size;
-        if (a->dtype == b->dtype && memcmp(left, right, n * size) == 0) continue;
-        d->other_bits = 1;
-        if (a->dtype > SC_U8 || b->dtype > SC_U8) {          /* types not read as numbers */
-            count_difference(d, o, first, INFINITY, 0);
-            continue;
-        }
-        SC_TRY(read_numbers(fa, a, first, n, x, p));
-        SC_TRY(read_numbers(fb, b, first, n, y, q));
-        for (size_t i = 0; i < n; i++) {
-            if (whole ? p[i] == q[i] : x[i] == y[i] || (isnan(x[i]) && isnan(y[i]))) continue;
-            double apart = fabs(x[i] - y[i]);
-            if (whole) apart = (double)(p[i] > q[i] ? (uint64_t)p[i] - (uint64_t)q[i]
-                                                    : (uint64_t)q[i] - (uint64_t)p[i]);
-            count_difference(d, o, first + i, apart, y[i]);
-        }
+/* Element i, also infinite ones and NaN; whole ones exactly in *whole. */
+static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
+    const unsigned char *bytes = t->data + i * sc_dtype_size(t->dtype);
+    double number = 0;
+    float single = 0;
+    int32_t narrow = 0;
+    switch (t->dtype) {
+    case SC_F64: copy_numbers(&number, bytes, 1, 8); return number;
+    case SC_I64: copy_numbers(whole, bytes, 1, 8); return (double)*whole;
+    case SC_I32: copy_numbers(&narrow, bytes, 1, 4); return (double)(*whole = narrow);
+    case SC_U8: return (double)(*whole = *bytes);
+    default: floats_of_bytes(&single, bytes, 1, t->dtype); return (double)single;
     }
-    return SC_OK;
+}
+
+/* |a - b| of element i, infinite where that is no number; b in *y. */
+static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, double *y) {
+    int64_t p = 0, q = 0;
+    if (a->dtype > SC_U8 || b->dtype > SC_U8) return INFINITY;     /* types not read as numbers */
+    double x = number_at(a, i, &p);
+    *y = number_at(b, i, &q);
+    if (a->dtype > SC_F64 && b->dtype > SC_F64)
+        return (double)(p > q ? (uint64_t)p - (uint64_t)q : (uint64_t)q - (uint64_t)p);
+    if (x == *y || (isnan(x) && isnan(*y))) return 0;
+    return isfinite(x - *y) ? fabs(x - *y) : INFINITY;
 }
 
 /* at: an element's number in the tensor. */
@@ -5899,69 +5763,73 @@ static const char *index_text(const sc_tensor *t, size_t at) {
     return join_sizes(index, t->rank, ", ");
 }
 
-/* One row of the table; *differing counts tensors beyond the tolerance. */
-static int compare_pair(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
-                        const sc_tensor *b, const options *o, size_t *differing) {
-    difference d = { .beyond = 1 };
+/* The largest |a - b| and, where b is not 0, |a - b| / |b|, of two tensors of one shape. Returns
+ * whether some are beyond the tolerance. */
+static int compare_numbers(const sc_tensor *a, const sc_tensor *b, const options *o) {
+    size_t size = sc_dtype_size(a->dtype), beyond = 0, at[2] = { 0 };
+    double largest[2] = { 0 };
+    int same_type = a->dtype == b->dtype, same_bits = same_type;
+    for (size_t i = 0; i < a->count; i++) {
+        double y = 0;
+        if (same_type && memcmp(a->data + i * size, b->data + i * size, size) == 0) continue;
+        double apart = distance_at(a, b, i, &y);
+        double figure[] = { apart, apart == INFINITY ? apart : y != 0 ? apart / fabs(y) : 0 };
+        same_bits = 0;
+        beyond += apart == INFINITY || apart > o->atol + o->rtol * fabs(y);
+        for (int k = 0; k < 2; k++) {
+            if (figure[k] > largest[k]) at[k] = i;
+            if (figure[k] > largest[k]) largest[k] = figure[k];
+        }
+    }
+    if (largest[0] == 0) puts(same_bits ? "the same bits" : "equal, in other bits");
+    else printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| up to "
+                "%.9g at [%s]\n", beyond, a->count, largest[0], index_text(a, at[0]), largest[1],
+                index_text(a, at[1]));
+    return beyond > 0;
+}
+
+/* A row of the table. Returns whether the tensors differ. */
+static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options *o) {
     printf("%-40s %s", shown(a->name), sc_dtype_name(a->dtype));
     if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
     printf(", %s: ", join_sizes(a->shape, a->rank, " x "));
-    if (a->rank != b->rank || memcmp(a->shape, b->shape, sizeof a->shape) != 0)
-        printf("the other is %s\n", join_sizes(b->shape, b->rank, " x "));
-    else {
-        SC_TRY(compare_numbers(fa, a, fb, b, o, &d));
-        if (!d.other_bits) puts("the same bits");
-        else if (d.absolute == 0) puts("equal, in other bits");
-        else printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| "
-                    "up to %.9g at [%s]\n", d.beyond, a->count, d.absolute,
-                    index_text(a, d.absolute_at), d.relative, index_text(a, d.relative_at));
-    }
-    *differing += d.beyond > 0;
-    return SC_OK;
-}
-
-/* Metadata are named where they differ, but differences of theirs are not counted. The second time
- * round, a and b have changed places, and only what b lacks is new. */
-static void compare_metadata(const sc_safetensors *a, const sc_safetensors *b, int second) {
-    for (const sc_entry *e = a->metadata; e < a->metadata + a->entries; e++) {
-        const char *other = sc_metadata_find(b, e->key);
-        if (other && (second || strcmp(other, e->value) == 0)) continue;
-        const char *values[] = { shown(e->value), other ? shown(other) : "nothing" };
-        printf("metadata %s: %s and %s\n", shown(e->key), values[second], values[!second]);
-    }
-}
-
-static size_t only_in(const sc_safetensors *file, const sc_tensor *t) {
-    printf("%-40s only in %s\n", shown(t->name), shown(file->path));
+    if (a->rank == b->rank && memcmp(a->shape, b->shape, sizeof a->shape) == 0)
+        return compare_numbers(a, b, o);
+    printf("the other is %s\n", join_sizes(b->shape, b->rank, " x "));
     return 1;
 }
 
-static int compare_files(const sc_safetensors *a, const sc_safetensors *b, const options *o) {
-    size_t differing = 0, more = 0;
-    for (const sc_tensor *t = a->tensor; t < a->tensor + a->tensors; t++) {
-        const sc_tensor *other = sc_tensor_find(b, t->name);
-        if (other) SC_TRY(compare_pair(a, t, b, other, o, &differing));
-        else differing += only_in(a, t);
-    }
-    for (const sc_tensor *t = b->tensor; t < b->tensor + b->tensors; t++)
-        if (!sc_tensor_find(a, t->name)) more += only_in(b, t);
-    compare_metadata(a, b, 0);
-    compare_metadata(b, a, 1);
+/* Metadata that differ are named, but not counted. */
+static int compare_files(const sc_safetensors *file, const options *o) {
+    int differing = 0, rows = 0;
+    for (int k = 0; k < 2; k++)              /* of the second file, what the first has not got */
+        for (size_t i = 0; i < file[k].tensors; i++) {
+            const sc_tensor *t = &file[k].tensor[i], *other = sc_tensor_find(&file[!k], t->name);
+            if (other && k == 1) continue;
+            if (!other) printf("%-40s only in %s\n", shown(t->name), shown(file[k].path));
+            differing += other ? compare_tensors(t, other, o) : 1;
+            rows++;
+        }
+    for (int k = 0; k < 2; k++)
+        for (size_t i = 0; i < file[k].entries; i++) {
+            const char *key = file[k].metadata[i].key, *value[2];
+            for (int f = 0; f < 2; f++) value[f] = sc_metadata_find(&file[f], key);
+            if (value[!k] && (k == 1 || strcmp(value[0], value[1]) == 0)) continue;
+            printf("metadata %s: %s and %s\n", shown(key), value[0] ? shown(value[0]) : "nothing",
+                   value[1] ? shown(value[1]) : "nothing");
+        }
     SC_TRY(end_of_output());
-    if (differing + more == 0) return SC_OK;
-    return fail("%s: differs from %s in %zu of %zu tensors", a->path, b->path, differing + more,
-                a->tensors + more);
+    if (differing == 0) return SC_OK;
+    return fail("%s: differs from %s in %d of %d tensors", file[0].path, file[1].path, differing,
+                rows);
 }
 
 static int command_compare(session *s) {
-    sc_safetensors a, b;
-    SC_TRY(sc_safetensors_open(&a, s->o->operand[0]));
-    int status = sc_safetensors_open(&b, s->o->operand[1]);
-    if (status == SC_OK) {
-        status = compare_files(&a, &b, s->o);
-        sc_safetensors_close(&b);
-    }
-    sc_safetensors_close(&a);
+    sc_safetensors file[2];
+    SC_TRY(sc_safetensors_open(&file[0], s->o->operand[0]));
+    int status = sc_safetensors_open(&file[1], s->o->operand[1]);
+    if (status == SC_OK) status = compare_files(file, s->o);
+    for (int k = 0; k < 2; k++) sc_safetensors_close(&file[k]);
     return status;
 }
 
@@ -5972,19 +5840,13 @@ static int command_compare(session *s) {
  * ============================================================================================ */
 #ifndef SAECLIP_NO_MAIN
 
-enum command
-{ INFO, PACK, EXTRACT, TRAIN, ENCODE, EVAL, STATS, TOP, MASK, ZEROSHOT, COMPARE, COMMANDS };
-
-#define FOR(command) (1u << (command))
-#define DATA (FOR(TRAIN) | FOR(ENCODE) | FOR(EVAL) | FOR(STATS))
-#define PHOTOS (DATA | FOR(EXTRACT) | LATENTS | FOR(ZEROSHOT))
-#define SAES (FOR(ENCODE) | FOR(EVAL) | FOR(STATS) | LATENTS)
-#define LATENTS (FOR(TOP) | FOR(MASK))
-#define OUTPUT (LATENTS | FOR(PACK) | FOR(EXTRACT) | FOR(TRAIN) | FOR(ENCODE) | FOR(STATS))
-#define PICTURES (PHOTOS | FOR(PACK))
-#define EVERY (FOR(COMMANDS) - 1)
-#define OVER "overrules the model's "
-#define LIVE "; no effect with --acts"
+enum {                               /* commands, and what several of them have in common */
+    INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
+    MASK = 256, ZEROSHOT = 512, COMPARE = 1024, EVERY = 2047,
+    LATENTS = TOP | MASK, SAES = ENCODE | EVAL | STATS | LATENTS,
+    DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LATENTS | ZEROSHOT,
+    PICTURES = PHOTOS | PACK, OUTPUT = LATENTS | PACK | EXTRACT | TRAIN | ENCODE | STATS
+};
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
 typedef enum { FLAG, TEXT, TEXTS, CHOICE, WHOLE, LARGE, NUMBER } option_kind;
@@ -5994,124 +5856,119 @@ static const struct option_row {
     const char *name, *value;
     option_kind kind;
     size_t place;
-    unsigned commands;
+    int commands;
     const char *help, *fallback;
     double least, most;
 } option_table[] = {
 #define AT(field) .place = offsetof(options, field)
+#define OVER "overrules the model's "
+#define LIVE "; no effect with --acts"
     { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
     { "-s", "FILE", TEXTS, AT(sae), SAES, "the SAE (eval: as many as wanted)" },
     { "-t", "FILE", TEXT, AT(stats), LATENTS, "statistics (mask: of --mask top)" },
     { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
     { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
-    { "--acts", "FILE", TEXT, AT(acts), DATA | FOR(MASK),
-      "saved activations, instead of -m MODEL IMAGES" },
-    { "--also", "DATA", TEXT, AT(also), FOR(EVAL), "a second data set of the same kind" },
-    { "--layer", "L", WHOLE, AT(layer), PHOTOS & ~FOR(ZEROSHOT),
+    { "--acts", "FILE", TEXT, AT(acts), DATA | MASK, "saved activations, not -m and IMAGES" },
+    { "--also", "DATA", TEXT, AT(also), EVAL, "a second data set of the same kind" },
+    { "--layer", "L", WHOLE, AT(layer), PHOTOS & ~ZEROSHOT,
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
-    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS & ~FOR(ZEROSHOT),
+    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS & ~ZEROSHOT,
       "where to listen (default: the SAE's, else mlp)" },
-    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), FOR(EXTRACT), "tokens to write", "all" },
-    { "--dtype", "f32|f16", CHOICE, AT(dtype), FOR(EXTRACT), "number type", "f32" },
-    { "--size", "S", WHOLE, AT(size), FOR(PACK), "the pictures' side", "224", 1, 16384 },
-    { "--square", "N", WHOLE, AT(square), PICTURES,
-      "first resize the centre square to N x N" LIVE, NULL, 1, 16384 },
+    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT, "tokens to write", "all" },
+    { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT, "number type", "f32" },
+    { "--size", "S", WHOLE, AT(size), PACK, "the pictures' side", "224", 1, 16384 },
+    { "--square", "N", WHOLE, AT(square), PICTURES, "first resize the centre square to N x N" LIVE,
+      NULL, 1, 16384 },
     { "--crop", "torchvision|hf", CHOICE, AT(crop), PICTURES,
       "the centre crop's rounding" LIVE, "torchvision" },
-    { "--limit", "N", WHOLE, AT(limit), PICTURES, "first N images", NULL, 1, 1e15 },
-    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES,
-      "name unreadable images and go on" LIVE },
-    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS & ~FOR(ENCODE), OVER "image_mean" LIVE },
+    { "--limit", "N", WHOLE, AT(limit), PICTURES, "first N images", NULL, 1, 2e9 },
+    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES, "name bad images and go on" LIVE },
+    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS & ~ENCODE, OVER "image_mean" LIVE },
     { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS, OVER "image_std" LIVE },
     { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS, OVER "activation" LIVE },
     { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS, OVER "layer norm epsilon" LIVE },
     { "--heads", "N", TEXT, AT(settings.heads), PHOTOS, OVER "attention heads" LIVE },
-    { "--arch", "relu|topk", CHOICE, AT(arch), FOR(TRAIN) | SAES,
-      "architecture (default: relu, or the file's)" },
-    { "--k", "K", WHOLE, AT(k), FOR(TRAIN) | SAES,
+    { "--arch", "relu|topk", CHOICE, AT(arch), TRAIN | SAES, "by default relu, or the file's" },
+    { "--k", "K", WHOLE, AT(k), TRAIN | SAES,
       "TopK's k (default: 32, or the file's); no effect with relu", NULL, 1, 1e9 },
-    { "--expansion", "E", WHOLE, AT(expansion), FOR(TRAIN),
+    { "--expansion", "E", WHOLE, AT(expansion), TRAIN,
       "latents a dimension; no effect with --latents", "64", 1, 65536 },
-    { "--latents", "N", WHOLE, AT(d_sae), FOR(TRAIN), "latents", NULL, 1, SC_MAX_LATENTS },
-    { "--l1", "X", NUMBER, AT(l1), FOR(TRAIN), "weight of ReLU's L1 loss", "8e-5", 0, 1e9 },
-    { "--lr", "X", NUMBER, AT(lr), FOR(TRAIN), "learning rate", "4e-4", 0, 1e9 },
-    { "--warmup", "STEPS", WHOLE, AT(warmup), FOR(TRAIN), "steps of rising rate", "500", 0, 1e9 },
-    { "--batch", "IMAGES", WHOLE, AT(batch), FOR(TRAIN), "images a step", "16", 1, 1e9 },
-    { "--epochs", "E", NUMBER, AT(epochs), FOR(TRAIN), "rounds over the data", "1", 0, 1e9 },
-    { "--steps", "N", WHOLE, AT(steps), FOR(TRAIN), "steps (0: the initial SAE)", NULL, 0, 1e15 },
-    { "--b-dec", "zeros|mean|geomedian|geomedian-images", CHOICE, AT(b_dec), FOR(TRAIN),
+    { "--latents", "N", WHOLE, AT(d_sae), TRAIN, "latents", NULL, 1, SC_MAX_LATENTS },
+    { "--l1", "X", NUMBER, AT(l1), TRAIN, "weight of ReLU's L1 loss", "8e-5", 0, 1e9 },
+    { "--lr", "X", NUMBER, AT(lr), TRAIN, "learning rate", "4e-4", 0, 1e9 },
+    { "--warmup", "STEPS", WHOLE, AT(warmup), TRAIN, "steps of rising rate", "500", 0, 1e9 },
+    { "--batch", "IMAGES", WHOLE, AT(batch), TRAIN, "images a step", "16", 1, 1e9 },
+    { "--epochs", "E", NUMBER, AT(epochs), TRAIN, "rounds over the data", "1", 0, 1e9 },
+    { "--steps", "N", WHOLE, AT(steps), TRAIN, "steps (0: the initial SAE)", NULL, 0, 2e9 },
+    { "--b-dec", "zeros|mean|geomedian|geomedian-images", CHOICE, AT(b_dec), TRAIN,
       "where the decoder's bias starts", "zeros" },
-    { "--b-dec-images", "M", WHOLE, AT(b_dec_images), FOR(TRAIN),
+    { "--b-dec-images", "M", WHOLE, AT(b_dec_images), TRAIN,
       "images for that (default: a batch); no effect with zeros", NULL, 1, 1e9 },
-    { "--ghost", NULL, FLAG, AT(ghost), FOR(TRAIN), "ghost gradients for dead latents" },
-    { "--dead-window", "STEPS", WHOLE, AT(dead_window), FOR(TRAIN),
+    { "--ghost", NULL, FLAG, AT(ghost), TRAIN, "ghost gradients for dead latents" },
+    { "--dead-window", "STEPS", WHOLE, AT(dead_window), TRAIN,
       "silent steps after which a latent is dead; no effect without --ghost", "64", 0, 1e9 },
-    { "--init", "SAE", TEXT, AT(init), FOR(TRAIN), "start from this SAE" },
-    { "--order", "shuffle|sequential", CHOICE, AT(order), FOR(TRAIN), "of the images", "shuffle" },
-    { "--log", "CSV", TEXT, AT(log), FOR(TRAIN), "a row a step" },
-    { "--checkpoint", "FILE", TEXT, AT(checkpoint), FOR(TRAIN),
-      "where to keep the state (default: OUT.ckpt, on a signal)" },
-    { "--checkpoint-every", "STEPS", WHOLE, AT(checkpoint_every), FOR(TRAIN),
-      "no effect without --checkpoint or --resume", "1000", 1, 1e15 },
-    { "--resume", NULL, FLAG, AT(resume), FOR(TRAIN), "go on from the checkpoint" },
-    { "--dense", NULL, FLAG, AT(dense), FOR(ENCODE), "also f in full" },
-    { "--reconstruction", NULL, FLAG, AT(reconstruction), FOR(ENCODE), "also x'" },
-    { "--mean", NULL, FLAG, AT(image_means), FOR(ENCODE), "also images' mean activations" },
-    { "--top", "K", WHOLE, AT(top), FOR(STATS), "top images a latent", "16", 1, 4096 },
-    { "--top-patches", "P", WHOLE, AT(top_patches), FOR(STATS), "top patches", "64", 1, 65536 },
-    { "--class-counts", NULL, FLAG, AT(class_counts), FOR(STATS), "firing images by class" },
-    { "--threshold", "T", NUMBER, AT(threshold), FOR(STATS),
+    { "--init", "SAE", TEXT, AT(init), TRAIN, "start from this SAE" },
+    { "--order", "shuffle|sequential", CHOICE, AT(order), TRAIN, "of the images", "shuffle" },
+    { "--log", "CSV", TEXT, AT(log), TRAIN, "a row a step" },
+    { "--checkpoint", "FILE", TEXT, AT(checkpoint), TRAIN, "state to keep (default: OUT.ckpt)" },
+    { "--checkpoint-every", "STEPS", WHOLE, AT(checkpoint_every), TRAIN,
+      "no effect without --checkpoint or --resume", "1000", 1, 2e9 },
+    { "--resume", NULL, FLAG, AT(resume), TRAIN, "go on from the checkpoint" },
+    { "--dense", NULL, FLAG, AT(dense), ENCODE, "also f in full" },
+    { "--reconstruction", NULL, FLAG, AT(reconstruction), ENCODE, "also x'" },
+    { "--mean", NULL, FLAG, AT(image_means), ENCODE, "also images' mean activations" },
+    { "--top", "K", WHOLE, AT(top), STATS, "top images a latent", "16", 1, 4096 },
+    { "--top-patches", "P", WHOLE, AT(top_patches), STATS, "top patches", "64", 1, 65536 },
+    { "--class-counts", NULL, FLAG, AT(class_counts), STATS, "firing images by class" },
+    { "--threshold", "T", NUMBER, AT(threshold), STATS,
       "count tokens above T instead; no effect without --class-counts", NULL, 0, 1e30 },
-    { "--mask", "value|top", CHOICE, AT(mask), LATENTS,
-      "value: where the latent fires; top: its top patch tokens" },
-    { "--class", "C", WHOLE, AT(class_index), FOR(MASK), "the mean mask of a class", NULL, 0, 1e9 },
-    { "--rtol", "X", NUMBER, AT(rtol), FOR(COMPARE), "relative tolerance", "0", 0, 1e30 },
-    { "--atol", "X", NUMBER, AT(atol), FOR(COMPARE), "absolute tolerance", "0", 0, 1e30 },
-    { "--format", "text|markdown|csv|json", CHOICE, AT(format), FOR(EVAL) | FOR(ZEROSHOT),
-      "how to print (zeroshot: text, csv or json)", "text" },
-    { "--seed", "N", LARGE, AT(seed), EVERY, "seed of train; no effect elsewhere", "42", 0,
-      9007199254740991 },
+    { "--mask", "value|top", CHOICE, AT(mask), LATENTS, "where it fires, or its top patches" },
+    { "--class", "C", WHOLE, AT(class_index), MASK, "the mean mask of a class", NULL, 0, 1e9 },
+    { "--rtol", "X", NUMBER, AT(rtol), COMPARE, "relative tolerance", "0", 0, 1e30 },
+    { "--atol", "X", NUMBER, AT(atol), COMPARE, "absolute tolerance", "0", 0, 1e30 },
+    { "--format", "text|markdown|csv|json", CHOICE, AT(format), EVAL, "how to print", "text" },
+    { "--format", "text|csv|json", CHOICE, AT(format), ZEROSHOT, "how to print", "text" },
+    { "--seed", "N", LARGE, AT(seed), EVERY, "train's; no effect elsewhere", "42", 0, 0x1p53 - 1 },
     { "--threads", "N", WHOLE, AT(threads), EVERY, "default: all cores", NULL, 1, SC_MAX_THREADS },
     { "--quiet", NULL, FLAG, AT(quiet), EVERY, "no progress, no remarks" } };
 
 enum { OPTIONS = COUNT(option_table) };
+_Static_assert(OPTIONS <= 64, "options.given has a bit for each");
 
-/* least, most: operands; needs: the letters of options that must be given. */
-static const struct {
+/* The options in a synopsis must be given; least, most: operands. */
+static const struct command_row {
+    int bit;
     const char *name, *synopsis, *help, *example;
     int (*run)(session *s), least, most;
-    const char *needs;
-} command_table[COMMANDS] = {
-    [INFO] = { "info", "[FILE]", "what a file is; without one: the machine",
-      "clip.safetensors", command_info, 0, 1, "" },
-    [PACK] = { "pack", "IMAGES -o SET", "decodes and resizes images once",
-      "--square 256 photos -o photos.safetensors", command_pack, 1, 1, "o" },
-    [EXTRACT] = { "extract", "-m MODEL IMAGES -o ACTS", "activations at a hook point",
-      "-m clip.safetensors --layer 11 photos -o acts.safetensors", command_extract, 1, 1, "mo" },
-    [TRAIN] = { "train", "DATA -o SAE", "trains a sparse autoencoder",
-      "-m clip.safetensors photos --arch topk -o topk.safetensors", command_train, 0, 1, "o" },
-    [ENCODE] = { "encode", "-s SAE DATA -o CODES", "codes as (row, index, value) lists",
-      "-s sae.safetensors -m clip.safetensors photos -o codes", command_encode, 0, 1, "so" },
-    [EVAL] = { "eval", "-s SAE ... DATA [--also DATA]", "figures, a row an SAE and data set",
-      "-s relu.safetensors -s topk.safetensors -m clip.safetensors photos",
-      command_eval, 0, 1, "s" },
-    [STATS] = { "stats", "-s SAE DATA -o STATS", "what every latent does over a data set",
-      "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors",
-      command_stats, 0, 1, "so" },
-    [TOP] = { "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "latents' top images",
+} command_table[] = {
+    { INFO, "info", "[FILE]", "what a file is; without one: the machine",
+      "clip.safetensors", command_info, 0, 1 },
+    { PACK, "pack", "IMAGES -o SET", "decodes and resizes images once",
+      "--square 256 photos -o photos.safetensors", command_pack, 1, 1 },
+    { EXTRACT, "extract", "-m MODEL IMAGES -o ACTS", "activations at a hook point",
+      "-m clip.safetensors --layer 11 photos -o acts.safetensors", command_extract, 1, 1 },
+    { TRAIN, "train", "DATA -o SAE", "trains a sparse autoencoder",
+      "-m clip.safetensors photos --arch topk -o topk.safetensors", command_train, 0, 1 },
+    { ENCODE, "encode", "-s SAE DATA -o CODES", "codes as (row, index, value) lists",
+      "-s sae.safetensors -m clip.safetensors photos -o codes", command_encode, 0, 1 },
+    { EVAL, "eval", "-s SAE ... DATA [--also DATA]", "figures, a row an SAE and data set",
+      "-s relu.safetensors -s topk.safetensors -m clip.safetensors photos", command_eval, 0, 1 },
+    { STATS, "stats", "-s SAE DATA -o STATS", "what every latent does over a data set",
+      "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors", command_stats, 0, 1 },
+    { TOP, "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "latents' top images",
       "-s sae.safetensors -t stats.safetensors -m clip.safetensors photos -l 7,12 -o sheets",
-      command_top, 1, 1, "stlo" },
-    [MASK] = { "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
-      "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1, "slo" },
-    [ZEROSHOT] = { "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
-      "-m vit.safetensors photos.txt", command_zeroshot, 1, 1, "m" },
-    [COMPARE] = { "compare", "A B", "two safetensors files, tensor by tensor",
-      "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2, "" } };
+      command_top, 1, 1 },
+    { MASK, "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
+      "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1 },
+    { ZEROSHOT, "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
+      "-m vit.safetensors photos.txt", command_zeroshot, 1, 1 },
+    { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
+      "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2 } };
 
 static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"
          "    saeclip COMMAND [options] [IMAGES or FILE ...]\n");
-    for (int i = 0; i < COMMANDS; i++)
+    for (size_t i = 0; i < COUNT(command_table); i++)
         printf("    %-9s %s\n", command_table[i].name, command_table[i].help);
     puts("\nIMAGES: a folder (of folders, one a class), a list (.txt), a packed set (.safetensors),"
          "\none image, or - for PNM pictures on standard input.\n"
@@ -6119,54 +5976,47 @@ static int print_help(void) {
     return end_of_output();
 }
 
-static int print_command_help(enum command command) {
-    printf("saeclip %s %s\n\n%s\n\n", command_table[command].name, command_table[command].synopsis,
-           command_table[command].help);
-    for (size_t i = 0; i < OPTIONS; i++) {
-        const struct option_row *row = &option_table[i];
-        char left[48];
-        if (!(row->commands & FOR(command))) continue;
-        snprintf(left, sizeof left, "%s %s", row->name,
-                 row->kind == CHOICE ? "KIND" : row->value ? row->value : "");
-        printf("    %-24s %s", left, row->help);
+static int print_command_help(const struct command_row *command) {
+    printf("saeclip %s %s\n\n%s\n\n", command->name, command->synopsis, command->help);
+    for (const struct option_row *row = option_table; row < option_table + OPTIONS; row++) {
+        const char *value = row->kind == CHOICE ? "KIND" : row->value ? row->value : "";
+        if (!(row->commands & command->bit)) continue;
+        printf("    %s %-*s %s", row->name, 23 - (int)strlen(row->name), value, row->help);
         if (row->kind == CHOICE) printf(": %s", row->value);
         if (row->fallback) printf(" (default %s)", row->fallback);
         puts("");
     }
-    printf("\nexample: saeclip %s %s\n", command_table[command].name,
-           command_table[command].example);
+    printf("\nexample: saeclip %s %s\n", command->name, command->example);
     return end_of_output();
 }
 
 static int is_choice(const char *choices, const char *text) {
-    size_t length = strlen(text);
-    for (const char *c = choices; c; c = strchr(c, '|') ? strchr(c, '|') + 1 : NULL)
-        if (strncmp(c, text, length) == 0 && (c[length] == '|' || c[length] == '\0'))
-            return !strchr(text, '|');
+    for (size_t n; *choices; choices += n + (choices[n] == '|')) {
+        n = strcspn(choices, "|");
+        if (n == strlen(text) && memcmp(choices, text, n) == 0) return 1;
+    }
     return 0;
 }
 
-/* Puts an option's value where it belongs; text NULL: a flag. */
+/* Puts an option's value where it belongs; text NULL: there is none. */
 static int set_option(options *o, const struct option_row *row, const char *text) {
-    char *place = (char *)o + row->place;
+    void *place = (char *)o + row->place;
     double number;
-    if (row->kind == FLAG) return memcpy(place, &(int){ 1 }, sizeof(int)), SC_OK;
-    if (row->kind <= CHOICE) {
-        if (!*text) return usage("%s: a value %s was expected", row->name, row->value);
-        if (row->kind == CHOICE && !is_choice(row->value, text))
-            return usage("%s: '%s' is none of %s", row->name, text, row->value);
-        if (row->kind == TEXTS && o->saes == SC_MAX_TAPS)
-            return usage("%s: more than %d were given", row->name, SC_MAX_TAPS);
-        if (row->kind == TEXTS) place += o->saes++ * sizeof text;
-        return memcpy(place, &text, sizeof text), SC_OK;
-    }
+    if (row->kind == FLAG) *(int *)place = 1;
+    if (row->kind == FLAG) return SC_OK;
+    if (!text || !*text) return usage("%s: a value %s was expected", row->name, row->value);
+    if (row->kind == CHOICE && !is_choice(row->value, text))
+        return usage("%s: '%s' is none of %s", row->name, text, row->value);
+    if (row->kind == TEXTS && o->saes == SC_MAX_TAPS)
+        return usage("%s: more than %d were given", row->name, SC_MAX_TAPS);
+    if (row->kind == TEXTS) o->sae[o->saes++] = text;
+    if (row->kind == TEXT || row->kind == CHOICE) *(const char **)place = text;
+    if (row->kind <= CHOICE) return SC_OK;
     SC_TRY(parse_number(text, row->name, row->least, row->most, &number));
-    if (row->kind == WHOLE && number > (double)LONG_MAX)
-        return usage("%s: '%s' is more than this machine can count", row->name, text);
     if (row->kind != NUMBER && number != floor(number))
         return usage("%s: '%s' is no whole number", row->name, text);
-    if (row->kind == WHOLE) memcpy(place, &(long){ (long)number }, sizeof(long));
-    else memcpy(place, &number, sizeof number);
+    if (row->kind == WHOLE) *(long *)place = (long)number;
+    else *(double *)place = number;
     return SC_OK;
 }
 
@@ -6177,55 +6027,52 @@ static int was_given(const options *o, const char *name) {
 }
 
 /* One argument that begins with -, and its value. */
-static int parse_option(options *o, enum command command, char **argv, int *at) {
+static int parse_option(options *o, const struct command_row *command, char **argv, int *at) {
     const char *name = argv[*at], *equals = name[1] == '-' ? strchr(name, '=') : NULL;
-    const char *own = command_table[command].name;
     size_t length = equals ? (size_t)(equals - name) : strlen(name), i = 0;
     while (i < OPTIONS && (strncmp(option_table[i].name, name, length) != 0
                            || option_table[i].name[length] != '\0'
-                           || !(option_table[i].commands & FOR(command)))) i++;
-    if (i == OPTIONS) return usage("%s takes no option %s (saeclip %s --help)", own, name, own);
+                           || !(option_table[i].commands & command->bit))) i++;
+    if (i == OPTIONS)
+        return usage("%s takes no option %s (saeclip %s --help)", command->name, name,
+                     command->name);
     const struct option_row *row = &option_table[i];
     if (row->kind == FLAG && equals) return usage("%s takes no value", row->name);
-    if (row->kind != FLAG && !equals && !argv[*at + 1])
-        return usage("%s: a value %s was expected", row->name, row->value);
     if ((o->given >> i & 1) && row->kind != TEXTS) return usage("%s was given twice", row->name);
     o->given |= (uint64_t)1 << i;
-    return set_option(o, row, row->kind == FLAG ? NULL : equals ? equals + 1 : argv[++*at]);
+    if (row->kind == FLAG || equals) return set_option(o, row, equals ? equals + 1 : NULL);
+    return set_option(o, row, argv[*at + 1] ? argv[++*at] : NULL);
 }
 
 /* What options and operands a command cannot do without, or not together. */
-static int check_options(const options *o, enum command command, int operands) {
+static int check_options(const options *o, const struct command_row *command, int operands) {
     static const char *const apart[][2] = {
         { "--init", "--expansion" }, { "--init", "--latents" }, { "--init", "--b-dec" },
         { "--steps", "--epochs" }, { "--square", "--size" } };
-    const char *name = command_table[command].name;
-    for (const char *letter = command_table[command].needs; *letter; letter++)
-        if (!was_given(o, (char[]){ '-', *letter, '\0' }))
-            return usage("%s: -%c is missing (saeclip %s --help)", name, *letter, name);
+    const char *name = command->name, *outputs[] = { o->output, o->log, o->checkpoint };
+    for (const char *c = command->synopsis; (c = strchr(c, '-')) != NULL; c++)
+        if (c[2] == ' ' && !was_given(o, (char[]){ '-', c[1], '\0' }))
+            return usage("%s: -%c is missing (saeclip %s --help)", name, c[1], name);
     for (size_t i = 0; i < COUNT(apart); i++)
         if (was_given(o, apart[i][0]) && was_given(o, apart[i][1]))
             return usage("%s and %s exclude each other", apart[i][0], apart[i][1]);
-    if (operands < command_table[command].least || operands > command_table[command].most)
-        return usage("%s: %s was expected", name, command_table[command].synopsis);
+    if (operands < command->least || operands > command->most)
+        return usage("%s: %s was expected", name, command->synopsis);
     if (o->acts && (operands || o->model))
         return usage("--acts and -m MODEL IMAGES exclude each other");
-    if (o->saes > 1 && command != EVAL) return usage("%s takes one SAE: -s FILE", name);
+    if (o->saes > 1 && command->bit != EVAL) return usage("%s takes one SAE: -s FILE", name);
     if (o->mask && strcmp(o->mask, "top") == 0 && !o->stats)
         return usage("--mask top needs the SAE's statistics: -t FILE");
     if (was_given(o, "--layer") && o->layer == 0)
         return usage("--layer: '0': blocks count from 1, or from -1 back from the last");
-    const char *outputs[] = { o->output, o->log, o->checkpoint };
     for (int i = 0; i < 3; i++)
         if (outputs[i] && outputs[(i + 1) % 3] && strcmp(outputs[i], outputs[(i + 1) % 3]) == 0)
             return usage("%s was given for two outputs", outputs[i]);
-    if (command == ZEROSHOT && strcmp(o->format, "markdown") == 0)
-        return usage("--format: '%s' is none of text|csv|json", o->format);
     return SC_OK;
 }
 
 /* argv ends with NULL. */
-static int run_command(enum command command, char **argv) {
+static int run_command(const struct command_row *command, char **argv) {
     options o = { .steps = -1, .threshold = -1, .class_index = -1 };     /* -1: not given */
     int operands = 0, plain = 0;
     for (const struct option_row *row = option_table; row < option_table + OPTIONS; row++)
@@ -6242,7 +6089,7 @@ static int run_command(enum command command, char **argv) {
     SC_TRY(sc_instruction_set(getenv("SAECLIP_ISA")));
     SC_TRY(sc_threads_start((int)o.threads));
     session s = { .o = &o };
-    int status = command_table[command].run(&s);
+    int status = command->run(&s);
     close_session(&s);
     sc_threads_stop();
     return status;
@@ -6251,14 +6098,13 @@ static int run_command(enum command command, char **argv) {
 static int run_saeclip(int argc, char **argv) {
     if (argc < 2) return usage("a command was expected (saeclip --help)");
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) return print_help();
-    if (strcmp(argv[1], "--version") == 0) {
-        puts("saeclip " SC_VERSION);
-        return end_of_output();
-    }
-    for (int i = 0; i < COMMANDS; i++)
+    for (size_t i = 0; i < COUNT(command_table); i++)
         if (strcmp(argv[1], command_table[i].name) == 0)
-            return run_command((enum command)i, argv + 2);
-    return usage("'%s' is no command (saeclip --help)", argv[1]);
+            return run_command(&command_table[i], argv + 2);
+    if (strcmp(argv[1], "--version") != 0)
+        return usage("'%s' is no command (saeclip --help)", argv[1]);
+    puts("saeclip " SC_VERSION);
+    return end_of_output();
 }
 
 /* A standard stream that is closed stays unusable, instead of becoming the next file opened. */
