@@ -113,31 +113,22 @@ SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
  * Never asks for 0 bytes, so NULL always means failure. Freed with free(). */
 static void *new_array(size_t count, size_t size) {
     void *memory = NULL;
-    if (size != 0 && count > (SIZE_MAX - 64) / size) {
-        fail("out of memory: %zu x %zu bytes cannot be addressed", count, size);
-        return NULL;
-    }
-    size_t bytes = count * size + (count * size == 0);
-    if (posix_memalign(&memory, 64, bytes) != 0) {
-        fail("out of memory: %zu bytes are not to be had", bytes);
+    size_t bytes = count && size ? count * size : 1;
+    if ((size && count > (SIZE_MAX - 64) / size) || posix_memalign(&memory, 64, bytes) != 0) {
+        fail("out of memory: %zu x %zu bytes are not to be had", count, size);
         return NULL;
     }
     advise_huge_pages(memory, bytes);
-    memset(memory, 0, bytes);
-    return memory;
+    return memset(memory, 0, bytes);
 }
 
-/* The first `length` bytes of head, then tail; or NULL and a reason. */
-static char *join_text(const char *head, size_t length, const char *tail) {
-    size_t more = strlen(tail) + 1;
-    char *joined = new_array(length + more, 1);
-    if (!joined) return NULL;
-    memcpy(joined, head, length);
-    memcpy(joined + length, tail, more);
-    return joined;
+/* NULL and a reason where there is no memory. */
+static char *join_text(const char *head, const char *tail) {
+    char *joined = new_array(strlen(head) + strlen(tail) + 1, 1);
+    return joined ? strcat(strcpy(joined, head), tail) : NULL;
 }
 
-static char *copy_string(const char *text) { return join_text("", 0, text); }
+static char *copy_string(const char *text) { return join_text(text, ""); }
 
 /* Makes room for one more element in a list that doubles; list points to the list's pointer. */
 static int grow(void *list, size_t *capacity, size_t count, size_t size) {
@@ -219,21 +210,16 @@ static int quiet, line_open;         /* line_open: progress stands on the termin
 
 static const char *printable(const char *text, char *out, size_t room);
 
-/* One line on standard error. */
-static void print_line(const char *line) {
-    char safe[4 * sizeof error_text];
-    fprintf(stderr, "%ssaeclip: %s\n", line_open ? "\n" : "", printable(line, safe, sizeof safe));
-    line_open = 0;
-}
-
-/* A line on standard error that is no failure. */
+/* A line on standard error. */
 SC_PRINTF(1, 2) static void note(const char *format, ...) {
-    char line[sizeof error_text];
+    char line[sizeof error_text], safe[4 * sizeof line];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    if (!quiet) print_line(line);
+    if (quiet) return;
+    fprintf(stderr, "%ssaeclip: %s\n", line_open ? "\n" : "", printable(line, safe, sizeof safe));
+    line_open = 0;
 }
 
 static double seconds_now(void) {
@@ -242,35 +228,29 @@ static double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Progress on standard error: redrawn on a terminal, else a line now and then. total may be
- * SIZE_MAX: not known. */
-SC_PRINTF(6, 7) static void show_progress(const char *what, uint64_t done, uint64_t total,
-                                          uint64_t items, const char *unit, const char *format, ...)
-{
+/* Progress on standard error: redrawn on a terminal, else a line now and then; words end it. The
+ * first call only takes the time. total may be SIZE_MAX: not known. */
+static void show_progress(const char *what, uint64_t done, uint64_t total, uint64_t images,
+                          const char *words) {
     static double first, last;
-    static uint64_t begin, begin_items;
+    static uint64_t begin, begin_images;
     double now = seconds_now(), passed = now - first;
     int terminal = isatty(STDERR_FILENO), ends = done == total;
     if (first == 0 || done <= begin) {
         first = last = now;
         begin = done;
-        begin_items = items;
+        begin_images = images;
         return;
     }
     if (quiet || (ends ? !terminal && passed < 20 : now - last < (terminal ? 0.2 : 20))) return;
     last = now;
+    line_open = terminal && !ends;
     fprintf(stderr, "%s%s %ju", terminal ? "\r\033[K" : "saeclip: ", what, (uintmax_t)done);
     if (total != SIZE_MAX) fprintf(stderr, " of %ju", (uintmax_t)total);
-    fprintf(stderr, ", %.1f %s/s", (double)(items - begin_items) / passed, unit);
+    fprintf(stderr, ", %.1f images/s", (double)(images - begin_images) / passed);
     if (total != SIZE_MAX && !ends)
         fprintf(stderr, ", %.0f s left", passed / (double)(done - begin) * (double)(total - done));
-    char words[160];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(words, sizeof words, format, arguments);
-    va_end(arguments);
-    line_open = terminal && !ends;
-    fprintf(stderr, "%s%s%s", *words ? ", " : "", words, line_open ? "" : "\n");
+    fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
 }
 
 /* Whether all that was printed reached standard output. */
@@ -291,14 +271,11 @@ static int parse_number(const char *text, const char *what, double least, double
 
 /* "r,g,b" */
 static int parse_triple(const char *text, const char *what, float *value) {
-    char *end;
-    for (int c = 0; c < 3; c++) {
-        value[c] = (float)strtod(text, &end);
-        if (end == text || *end != (c < 2 ? ',' : '\0') || !isfinite(value[c]))
-            return usage("%s: 'R,G,B' was expected, three numbers", what);
-        text = end + 1;
-    }
-    return SC_OK;
+    double rgb[3];
+    char more;
+    int good = sscanf(text, "%lf,%lf,%lf%c", &rgb[0], &rgb[1], &rgb[2], &more) == 3;
+    for (int c = 0; c < 3 && good; c++) good = isfinite(value[c] = (float)rgb[c]);
+    return good ? SC_OK : usage("%s: 'R,G,B' was expected, three numbers", what);
 }
 
 /* ============================================================================================
@@ -317,33 +294,33 @@ static _Thread_local size_t worker;  /* this thread's number, 0 .. thread_count(
 
 static struct {
     int workers;                     /* the caller counts as worker 0 */
-    pthread_t *thread;               /* [workers - 1] */
+    pthread_t thread[SC_MAX_THREADS];/* of workers 1 .. workers - 1 */
     pthread_mutex_t lock;
     pthread_cond_t start, done;
     task_function *work;
     void *context;
-    size_t tasks, round;             /* round: how many parallel_for calls there were */
-    int busy, stop;                  /* busy: threads that have not finished this round */
+    size_t tasks, round;             /* round: how many parallel_for calls there were, or STOP */
+    int busy;                        /* threads that have not finished this round */
     atomic_size_t next;              /* the next task to hand out */
-    size_t failed_task;              /* SIZE_MAX: none failed */
-    int failed_status;
-    char failed_text[sizeof error_text];
+    size_t failed_task;
+    int status;                      /* of failed_task, if any failed */
+    char reason[sizeof error_text];
 } pool = { .workers = 1, .lock = PTHREAD_MUTEX_INITIALIZER,
            .start = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER };
+
+#define STOP SIZE_MAX                /* the round in which threads end */
 
 static int thread_count(void) { return pool.workers; }
 
 static void run_tasks(void) {
-    for (;;) {
-        size_t task = atomic_fetch_add(&pool.next, 1);
-        if (task >= pool.tasks) return;
+    for (size_t task; (task = atomic_fetch_add(&pool.next, 1)) < pool.tasks;) {
         int status = pool.work(pool.context, task);
         if (status == SC_OK) continue;
         pthread_mutex_lock(&pool.lock);
-        if (task < pool.failed_task) {
+        if (pool.status == SC_OK || task < pool.failed_task) {
             pool.failed_task = task;
-            pool.failed_status = status;
-            memcpy(pool.failed_text, error_text, sizeof error_text);
+            pool.status = status;
+            memcpy(pool.reason, error_text, sizeof error_text);
         }
         pthread_mutex_unlock(&pool.lock);
         atomic_store(&pool.next, pool.tasks);
@@ -355,16 +332,14 @@ static void *worker_main(void *argument) {
     worker = (size_t)(intptr_t)argument;
     pthread_mutex_lock(&pool.lock);
     for (;;) {
-        while (pool.round == seen && !pool.stop) pthread_cond_wait(&pool.start, &pool.lock);
-        if (pool.stop) break;
+        while (pool.round == seen) pthread_cond_wait(&pool.start, &pool.lock);
         seen = pool.round;
         pthread_mutex_unlock(&pool.lock);
+        if (seen == STOP) return NULL;
         run_tasks();
         pthread_mutex_lock(&pool.lock);
         if (--pool.busy == 0) pthread_cond_signal(&pool.done);
     }
-    pthread_mutex_unlock(&pool.lock);
-    return NULL;
 }
 
 static int parallel_for(size_t tasks, task_function *work, void *context) {
@@ -372,50 +347,40 @@ static int parallel_for(size_t tasks, task_function *work, void *context) {
     pool.work = work;
     pool.context = context;
     pool.tasks = tasks;
-    pool.failed_task = SIZE_MAX;
+    pool.status = SC_OK;
     atomic_store(&pool.next, 0);
-    int helpers = tasks > 1 && pool.workers > 1;
-    if (helpers) {
-        pool.busy = pool.workers - 1;
+    pool.busy = tasks > 1 ? pool.workers - 1 : 0;
+    if (pool.busy > 0) {
         pool.round++;
         pthread_cond_broadcast(&pool.start);
     }
     pthread_mutex_unlock(&pool.lock);
     run_tasks();
     pthread_mutex_lock(&pool.lock);
-    while (helpers && pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
-    int status = pool.failed_task == SIZE_MAX ? SC_OK : pool.failed_status;
-    if (status != SC_OK) memcpy(error_text, pool.failed_text, sizeof error_text);
+    while (pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
-    return status;
+    if (pool.status != SC_OK) memcpy(error_text, pool.reason, sizeof error_text);
+    return pool.status;
 }
 
 void sc_threads_stop(void) {
     pthread_mutex_lock(&pool.lock);
-    pool.stop = 1;
+    pool.round = STOP;
     pthread_cond_broadcast(&pool.start);
     pthread_mutex_unlock(&pool.lock);
-    for (int i = 0; i + 1 < pool.workers; i++) pthread_join(pool.thread[i], NULL);
-    free(pool.thread);
-    pool.thread = NULL;
-    pool.workers = 1;
-    pool.stop = 0;
+    for (; pool.workers > 1; pool.workers--) pthread_join(pool.thread[pool.workers - 1], NULL);
     pool.round = 0;
 }
 
 int sc_threads_start(int threads) {
     sc_threads_stop();
     if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    if (threads < 1) threads = 1;
     if (threads > SC_MAX_THREADS) threads = SC_MAX_THREADS;
-    pool.thread = new_array((size_t)threads, sizeof *pool.thread);
-    if (!pool.thread) return SC_FAILED;
     for (int i = 1; i < threads; i++) {
-        int error = pthread_create(&pool.thread[i - 1], NULL, worker_main, (void *)(intptr_t)i);
+        int error = pthread_create(&pool.thread[i], NULL, worker_main, (void *)(intptr_t)i);
         if (error) {
             sc_threads_stop();
-            return fail("thread %d of %d could not be started: %s", i + 1, threads,
-                        strerror(error));
+            return fail("thread %d of %d cannot be started: %s", i + 1, threads, strerror(error));
         }
         pool.workers = i + 1;
     }
@@ -1677,7 +1642,7 @@ static int output_open(sc_output *out, const char *path) {
     *out = (sc_output){ .path = copy_string(path), .target = realpath(path, NULL) };
     if (!out->target) out->target = copy_string(path);
     char *target = out->target;              /* a link stays, and what it leads to is replaced */
-    if (!direct && target) out->temporary = join_text(target, strlen(target), ".tmp");
+    if (!direct && target) out->temporary = join_text(target, ".tmp");
     if (out->path && (direct || out->temporary)) {
         int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(out->temporary);
         out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
@@ -3412,7 +3377,7 @@ static int for_each_batch(feed *f, int with_logits, int (*take)(void *context), 
         SC_TRY(next_batch(f, MEASURE_IMAGES));
         if (f->count == 0) return SC_OK;
         SC_TRY(take(context));
-        show_progress("image", done + f->count, f->images, done + f->count, "images", "%s", "");
+        show_progress("image", done + f->count, f->images, done + f->count, "");
     }
 }
 
@@ -4709,8 +4674,10 @@ static int log_step(training_run *run, const step_result *r) {
                              r->dead, seconds_now() - run->started) < 0
                      || fflush(run->log) != 0))
         return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
-    show_progress("step", step, run->steps, run->images, "images",
-                  "loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0, r->explained_variance);
+    char words[100];
+    snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
+             r->explained_variance);
+    show_progress("step", step, run->steps, run->images, words);
     return SC_OK;
 }
 
@@ -4847,8 +4814,8 @@ static int train(const options *o) {
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     run.checkpoint = o->checkpoint ? copy_string(o->checkpoint)
-                                   : join_text(o->output, strlen(o->output), ".ckpt");
-    if (run.checkpoint) run.previous = join_text(run.checkpoint, strlen(run.checkpoint), ".prev");
+                                   : join_text(o->output, ".ckpt");
+    if (run.checkpoint) run.previous = join_text(run.checkpoint, ".prev");
     int status = run.previous ? run_training(&run) : SC_FAILED;
     if (run.log && fclose(run.log) != 0 && status == SC_OK)
         status = fail("%s: cannot be written: %s", o->log, strerror(errno));
@@ -5429,7 +5396,7 @@ static int write_pictures(sc_writer *w, void *context) {
         if (image) name[s->labels] = (char *)(uintptr_t)image->name;
         SC_TRY(sc_writer_bytes(w, slot->pixels, S * S * 3));
         SC_TRY(keep_label(s, image ? image->label : -1));
-        show_progress("image", s->labels, f->set.count, s->labels, "images", "%s", "");
+        show_progress("image", s->labels, f->set.count, s->labels, "");
     }
     if (status != SC_END) return status;
     if (s->labels == 0) return fail("standard input: no picture came");
@@ -5820,7 +5787,7 @@ static int show_masks(viewer *v) {
     for (;; done += f->count) {
         SC_TRY(next_images(v, LOOK_IMAGES));
         if (f->count == 0) break;
-        show_progress("image", done, v->image ? v->images : f->images, done, "images", "%s", "");
+        show_progress("image", done, v->image ? v->images : f->images, done, "");
         for (size_t l = 0; l < v->latents; l++) {
             SC_TRY(find_masks(v, v->latent[l]));
             for (size_t i = 0; i < f->count && class < 0; i++)
@@ -6462,7 +6429,8 @@ int main(int argc, char **argv) {
     signal(SIGXFSZ, SIG_IGN);
     hold_streams();
     int status = run_saeclip(argc, argv);
-    if (status != SC_OK) print_line(sc_error());
+    quiet = 0;                                   /* a failure is told in any case */
+    if (status != SC_OK) note("%s", sc_error());
     return status;
 }
 
