@@ -1120,17 +1120,11 @@ static void copy_numbers(void *to, const void *from, size_t count, size_t size) 
     for (size_t i = 0; !one.first && i < count * size; i++) out[i ^ (size - 1)] = in[i];
 }
 
-static uint32_t bits_of_float(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
+typedef union { float value; uint32_t bits; } float_bits;
 
-static float float_of_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
+static uint32_t bits_of_float(float value) { return (float_bits){ .value = value }.bits; }
+
+static float float_of_bits(uint32_t bits) { return (float_bits){ .bits = bits }.value; }
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 of fraction. Exact. */
 static float float_of_half(uint32_t half) {
@@ -1326,14 +1320,12 @@ static void print_json(FILE *out, const char *text) {
 
 enum { MAX_HEADER = 100000000 };     /* the reference implementation's limit */
 
-/* As sc_dtype has them. least, most: what is written. */
-static const struct { const char *name; size_t size; double least, most; } dtypes[] = {
-    { "F32", 4, -FLT_MAX, FLT_MAX }, { "F16", 2, -65519.99609375, 65519.99609375 },
-    { "BF16", 2, 0, 0 }, { "F64", 8, -DBL_MAX, DBL_MAX }, { "I64", 8, -0x1p63, 0x1p63 },
-    { "I32", 4, INT32_MIN, INT32_MAX }, { "U8", 1, 0, 255 }, { "BOOL", 1, 0, 0 },
-    { "I8", 1, 0, 0 }, { "I16", 2, 0, 0 }, { "U16", 2, 0, 0 }, { "U32", 4, 0, 0 },
-    { "U64", 8, 0, 0 }, { "C64", 8, 0, 0 }, { "F8_E4M3", 1, 0, 0 }, { "F8_E5M2", 1, 0, 0 },
-    { "F8_E8M0", 1, 0, 0 }, { "F8_E4M3FNUZ", 1, 0, 0 }, { "F8_E5M2FNUZ", 1, 0, 0 } };
+/* As sc_dtype has them. */
+static const struct { const char *name; size_t size; } dtypes[] = {
+    { "F32", 4 }, { "F16", 2 }, { "BF16", 2 }, { "F64", 8 }, { "I64", 8 }, { "I32", 4 },
+    { "U8", 1 }, { "BOOL", 1 }, { "I8", 1 }, { "I16", 2 }, { "U16", 2 }, { "U32", 4 },
+    { "U64", 8 }, { "C64", 8 }, { "F8_E4M3", 1 }, { "F8_E5M2", 1 }, { "F8_E8M0", 1 },
+    { "F8_E4M3FNUZ", 1 }, { "F8_E5M2FNUZ", 1 } };
 
 const char *sc_dtype_name(sc_dtype dtype) { return dtypes[dtype].name; }
 
@@ -1372,8 +1364,8 @@ static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     if (j->failed) return SC_FAILED;
     while (d < COUNT(dtypes) && strcmp(dtypes[d].name, dtype) != 0) d++;
     if (d == COUNT(dtypes))
-        return fail("%s: tensor '%.100s' has the unknown dtype '%.100s', expected F32, F16 or the "
-                    "like", file->path, name, dtype);
+        return fail("%s: tensor '%.100s' has the unknown dtype '%.100s', expected F32 or alike",
+                    file->path, name, dtype);
     t.dtype = (sc_dtype)d;
     t.rank = (int)rank;
     SC_TRY(measure_tensor(&t, file->path));
@@ -1442,9 +1434,9 @@ static int by_name(const void *a, const void *b) {
 
 static int sort_by_name(const char *path, void *list, size_t count, size_t size) {
     if (count > 0) qsort(list, count, size, by_name);
-    for (char *element = list; count > 1; count--, element += size)
-        if (by_name(element, element + size) == 0)
-            return fail("%s: '%.100s' is there twice", path, *(char **)(void *)element);
+    for (char *at = list; count > 1; count--, at += size)
+        if (by_name(at, at + size) == 0)
+            return fail("%s: '%.100s' is there twice", path, *(char **)(void *)at);
     return SC_OK;
 }
 
@@ -1628,7 +1620,8 @@ static int output_commit(sc_output *out) {
 int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
     memset(w, 0, sizeof *w);
     SC_TRY(output_open(&w->out, path));
-    size_t room = header_room < 1000 ? 1000 : header_room < MAX_HEADER ? header_room : MAX_HEADER;
+    const size_t least = 1000, most = MAX_HEADER - 64;
+    size_t room = header_room < least ? least : header_room < most ? header_room : most;
     w->data = (8 + room + 63) / 64 * 64;                     /* on a cache line's boundary */
     if (fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0) return SC_OK;
     fail("%s: cannot be written out of order: %s; expected a file", path, strerror(errno));
@@ -1703,19 +1696,20 @@ int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype ki
     size_t size = sc_dtype_size(t->dtype), from = sc_dtype_size(kind);
     int half = kind == SC_F32 && t->dtype == SC_F16, narrow = kind == SC_I64 && t->dtype == SC_I32;
     if (t->dtype != kind && !half && !narrow)
-        return fail("%s: %s values, expected %s for '%.100s'", w->out.path, sc_dtype_name(kind),
-                    sc_dtype_name(t->dtype), t->name);
+        return fail("%s: tensor '%.100s' is %s and got %s values", w->out.path, t->name,
+                    sc_dtype_name(t->dtype), sc_dtype_name(kind));
     for (size_t at = 0, n; at < count; at += n, w->values += n) {
         n = count - at < BLOCK ? count - at : BLOCK;
         if (t->dtype == kind) copy_numbers(bytes, (const char *)values + at * from, n, size);
         for (size_t i = 0; i < n; i++) {
             double value = kind == SC_F32 ? (double)f[at + i] : kind == SC_F64 ? d[at + i]
                          : kind == SC_I64 ? (double)l[at + i] : 0;
-            if (!(value >= dtypes[t->dtype].least && value <= dtypes[t->dtype].most)) {
-                w->out.error = ERANGE;
+            int held = narrow ? value >= INT32_MIN && value <= INT32_MAX
+                     : kind == SC_I64 || fabs(value) < (half ? 65520 : (double)INFINITY);
+            if (!held) w->out.error = ERANGE;
+            if (!held)
                 return fail("%s: tensor '%.100s', element %zu is %g, expected what %s can hold",
                             w->out.path, t->name, w->values + i, value, sc_dtype_name(t->dtype));
-            }
             if (half) copy_numbers(bytes + 2 * i, &(uint16_t){ half_of_float((float)value) }, 1, 2);
             if (narrow) copy_numbers(bytes + 4 * i, &(int32_t){ (int32_t)value }, 1, 4);
         }
@@ -1749,12 +1743,11 @@ static int write_header(sc_writer *w) {
         fprintf(f, "],\"data_offsets\":[%zu,%zu]}", begin, begin + t->bytes);
     }
     putc('}', f);
-    off_t end = ftello(f);
-    if (end < 0) return output_failed(&w->out, errno);
-    if ((uint64_t)end > w->data)
+    uint64_t end = (uint64_t)ftello(f);
+    if (end > w->data)
         return fail("%s: its header is larger than safetensors allows or its writer foresaw, "
                     "expected at most %ju bytes", w->out.path, (uintmax_t)size);
-    fprintf(f, "%*s", (int)(w->data - (uint64_t)end), "");
+    fprintf(f, "%*s", (int)(w->data - end), "");
     return SC_OK;
 }
 
@@ -1821,14 +1814,16 @@ static int write_name_list(sc_writer *w, const char *key, char **name, size_t co
     char *list = NULL;
     size_t length = 0;
     FILE *text = open_memstream(&list, &length);
-    for (size_t i = 0; text && i < count; i++) {
+    if (!text) return fail("out of memory: a list of %zu names", count);
+    for (size_t i = 0; i < count; i++) {
         putc(i ? ',' : '[', text);
         print_json(text, name[i]);
     }
-    if (text) fputs(count ? "]" : "[]", text);
-    int lost = !text || ferror(text);
-    if (text) lost |= fclose(text) != 0;
-    int status = lost ? fail("out of memory: %zu names", count) : sc_writer_metadata(w, key, list);
+    fputs(count ? "]" : "[]", text);
+    int lost = ferror(text);
+    lost |= fclose(text);
+    int status = lost ? fail("out of memory: a list of %zu names", count)
+                      : sc_writer_metadata(w, key, list);
     free(list);
     return status;
 }
