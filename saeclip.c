@@ -1718,6 +1718,29 @@ int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype ki
     return SC_OK;
 }
 
+/* A tensor that is in memory as it will be in the file: F32, F64, I64 or U8. Behind the shape may
+ * stand how many values lie between the starts of two rows in memory, if more than a row has. */
+typedef struct {
+    const char *name;
+    const void *values;              /* NULL: not written */
+    sc_dtype dtype;
+    int rank;                        /* 1 or more */
+    size_t shape[4];
+} whole_tensor;
+
+static int write_tensors(sc_writer *w, const whole_tensor *t, size_t count) {
+    for (; count > 0; count--, t++) {
+        size_t rows = 1, columns = t->shape[t->rank - 1], stride = t->shape[t->rank];
+        size_t step = (stride ? stride : columns) * sc_dtype_size(t->dtype);
+        if (!t->values) continue;
+        SC_TRY(sc_writer_tensor(w, t->name, t->dtype, t->rank, t->shape));
+        for (int d = 0; d + 1 < t->rank; d++) rows *= t->shape[d];
+        for (const char *row = t->values; rows > 0; rows--, row += step)
+            SC_TRY(sc_writer_values(w, row, columns, t->dtype));
+    }
+    return SC_OK;
+}
+
 /* Into the hole; the file's own error tells at the end whether that went well. */
 static int write_header(sc_writer *w) {
     FILE *f = w->out.file;
@@ -5031,9 +5054,7 @@ static void derive_statistics(statistics *s) {
 static int write_statistics(sc_writer *w, void *context) {
     statistics *s = context;
     size_t n = s->sae->d_sae, K = s->K, P = s->P;
-    const struct {
-        const char *name; const void *values; sc_dtype dtype; int rank; size_t shape[3];
-    } tensors[] = {
+    const whole_tensor tensors[] = {
         { "sae_sparsity", s->sparsity, SC_F32, 1, { n } },
         { "sae_mean_acts", s->mean_act, SC_F32, 1, { n } },
         { "top_entropy", s->entropy, SC_F32, 1, { n } },
@@ -5051,16 +5072,7 @@ static int write_statistics(sc_writer *w, void *context) {
         { "class_counts", s->class_counts, SC_I64, 2, { s->data->classes, n } } };
     SC_TRY(write_statistics_metadata(w, s));
     derive_statistics(s);
-    for (size_t i = 0; i < COUNT(tensors) && tensors[i].values; i++) {
-        size_t count = 1;
-        for (int d = 0; d < tensors[i].rank; d++) count *= tensors[i].shape[d];
-        SC_TRY(sc_writer_tensor(w, tensors[i].name, tensors[i].dtype, tensors[i].rank,
-                                tensors[i].shape));
-        if (tensors[i].dtype == SC_F32) SC_TRY(sc_writer_floats(w, tensors[i].values, count));
-        else if (tensors[i].dtype == SC_F64) SC_TRY(sc_writer_doubles(w, tensors[i].values, count));
-        else SC_TRY(sc_writer_integers(w, tensors[i].values, count));
-    }
-    return SC_OK;
+    return write_tensors(w, tensors, COUNT(tensors));
 }
 
 /* --------------------------------------------------------------------------------------------
