@@ -113,31 +113,22 @@ SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
  * Never asks for 0 bytes, so NULL always means failure. Freed with free(). */
 static void *new_array(size_t count, size_t size) {
     void *memory = NULL;
-    if (size != 0 && count > (SIZE_MAX - 64) / size) {
-        fail("out of memory: %zu x %zu bytes cannot be addressed", count, size);
-        return NULL;
-    }
-    size_t bytes = count * size + (count * size == 0);
-    if (posix_memalign(&memory, 64, bytes) != 0) {
-        fail("out of memory: %zu bytes are not to be had", bytes);
+    size_t bytes = count && size ? count * size : 1;
+    if ((size && count > (SIZE_MAX - 64) / size) || posix_memalign(&memory, 64, bytes) != 0) {
+        fail("out of memory: %zu x %zu bytes are not to be had", count, size);
         return NULL;
     }
     advise_huge_pages(memory, bytes);
-    memset(memory, 0, bytes);
-    return memory;
+    return memset(memory, 0, bytes);
 }
 
-/* The first `length` bytes of head, then tail; or NULL and a reason. */
-static char *join_text(const char *head, size_t length, const char *tail) {
-    size_t more = strlen(tail) + 1;
-    char *joined = new_array(length + more, 1);
-    if (!joined) return NULL;
-    memcpy(joined, head, length);
-    memcpy(joined + length, tail, more);
-    return joined;
+/* NULL and a reason where there is no memory. */
+static char *join_text(const char *head, const char *tail) {
+    char *joined = new_array(strlen(head) + strlen(tail) + 1, 1);
+    return joined ? strcat(strcpy(joined, head), tail) : NULL;
 }
 
-static char *copy_string(const char *text) { return join_text("", 0, text); }
+static char *copy_string(const char *text) { return join_text(text, ""); }
 
 /* Makes room for one more element in a list that doubles; list points to the list's pointer. */
 static int grow(void *list, size_t *capacity, size_t count, size_t size) {
@@ -219,21 +210,16 @@ static int quiet, line_open;         /* line_open: progress stands on the termin
 
 static const char *printable(const char *text, char *out, size_t room);
 
-/* One line on standard error. */
-static void print_line(const char *line) {
-    char safe[4 * sizeof error_text];
-    fprintf(stderr, "%ssaeclip: %s\n", line_open ? "\n" : "", printable(line, safe, sizeof safe));
-    line_open = 0;
-}
-
-/* A line on standard error that is no failure. */
+/* A line on standard error. */
 SC_PRINTF(1, 2) static void note(const char *format, ...) {
-    char line[sizeof error_text];
+    char line[sizeof error_text], safe[4 * sizeof line];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    if (!quiet) print_line(line);
+    if (quiet) return;
+    fprintf(stderr, "%ssaeclip: %s\n", line_open ? "\n" : "", printable(line, safe, sizeof safe));
+    line_open = 0;
 }
 
 static double seconds_now(void) {
@@ -242,35 +228,29 @@ static double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Progress on standard error: redrawn on a terminal, else a line now and then. total may be
- * SIZE_MAX: not known. */
-SC_PRINTF(6, 7) static void show_progress(const char *what, uint64_t done, uint64_t total,
-                                          uint64_t items, const char *unit, const char *format, ...)
-{
+/* Progress on standard error: redrawn on a terminal, else a line now and then; words end it. The
+ * first call only takes the time. total may be SIZE_MAX: not known. */
+static void show_progress(const char *what, uint64_t done, uint64_t total, uint64_t images,
+                          const char *words) {
     static double first, last;
-    static uint64_t begin, begin_items;
+    static uint64_t begin, begin_images;
     double now = seconds_now(), passed = now - first;
     int terminal = isatty(STDERR_FILENO), ends = done == total;
     if (first == 0 || done <= begin) {
         first = last = now;
         begin = done;
-        begin_items = items;
+        begin_images = images;
         return;
     }
     if (quiet || (ends ? !terminal && passed < 20 : now - last < (terminal ? 0.2 : 20))) return;
     last = now;
+    line_open = terminal && !ends;
     fprintf(stderr, "%s%s %ju", terminal ? "\r\033[K" : "saeclip: ", what, (uintmax_t)done);
     if (total != SIZE_MAX) fprintf(stderr, " of %ju", (uintmax_t)total);
-    fprintf(stderr, ", %.1f %s/s", (double)(items - begin_items) / passed, unit);
+    fprintf(stderr, ", %.1f images/s", (double)(images - begin_images) / passed);
     if (total != SIZE_MAX && !ends)
         fprintf(stderr, ", %.0f s left", passed / (double)(done - begin) * (double)(total - done));
-    char words[160];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(words, sizeof words, format, arguments);
-    va_end(arguments);
-    line_open = terminal && !ends;
-    fprintf(stderr, "%s%s%s", *words ? ", " : "", words, line_open ? "" : "\n");
+    fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
 }
 
 /* Whether all that was printed reached standard output. */
@@ -291,14 +271,11 @@ static int parse_number(const char *text, const char *what, double least, double
 
 /* "r,g,b" */
 static int parse_triple(const char *text, const char *what, float *value) {
-    char *end;
-    for (int c = 0; c < 3; c++) {
-        value[c] = (float)strtod(text, &end);
-        if (end == text || *end != (c < 2 ? ',' : '\0') || !isfinite(value[c]))
-            return usage("%s: 'R,G,B' was expected, three numbers", what);
-        text = end + 1;
-    }
-    return SC_OK;
+    double rgb[3];
+    char more;
+    int good = sscanf(text, "%lf,%lf,%lf%c", &rgb[0], &rgb[1], &rgb[2], &more) == 3;
+    for (int c = 0; c < 3 && good; c++) good = isfinite(value[c] = (float)rgb[c]);
+    return good ? SC_OK : usage("%s: 'R,G,B' was expected, three numbers", what);
 }
 
 /* ============================================================================================
@@ -317,33 +294,33 @@ static _Thread_local size_t worker;  /* this thread's number, 0 .. thread_count(
 
 static struct {
     int workers;                     /* the caller counts as worker 0 */
-    pthread_t *thread;               /* [workers - 1] */
+    pthread_t thread[SC_MAX_THREADS];/* of workers 1 .. workers - 1 */
     pthread_mutex_t lock;
     pthread_cond_t start, done;
     task_function *work;
     void *context;
-    size_t tasks, round;             /* round: how many parallel_for calls there were */
-    int busy, stop;                  /* busy: threads that have not finished this round */
+    size_t tasks, round;             /* round: how many parallel_for calls there were, or STOP */
+    int busy;                        /* threads that have not finished this round */
     atomic_size_t next;              /* the next task to hand out */
-    size_t failed_task;              /* SIZE_MAX: none failed */
-    int failed_status;
-    char failed_text[sizeof error_text];
+    size_t failed_task;
+    int status;                      /* of failed_task, if any failed */
+    char reason[sizeof error_text];
 } pool = { .workers = 1, .lock = PTHREAD_MUTEX_INITIALIZER,
            .start = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER };
+
+#define STOP SIZE_MAX                /* the round in which threads end */
 
 static int thread_count(void) { return pool.workers; }
 
 static void run_tasks(void) {
-    for (;;) {
-        size_t task = atomic_fetch_add(&pool.next, 1);
-        if (task >= pool.tasks) return;
+    for (size_t task; (task = atomic_fetch_add(&pool.next, 1)) < pool.tasks;) {
         int status = pool.work(pool.context, task);
         if (status == SC_OK) continue;
         pthread_mutex_lock(&pool.lock);
-        if (task < pool.failed_task) {
+        if (pool.status == SC_OK || task < pool.failed_task) {
             pool.failed_task = task;
-            pool.failed_status = status;
-            memcpy(pool.failed_text, error_text, sizeof error_text);
+            pool.status = status;
+            memcpy(pool.reason, error_text, sizeof error_text);
         }
         pthread_mutex_unlock(&pool.lock);
         atomic_store(&pool.next, pool.tasks);
@@ -355,16 +332,14 @@ static void *worker_main(void *argument) {
     worker = (size_t)(intptr_t)argument;
     pthread_mutex_lock(&pool.lock);
     for (;;) {
-        while (pool.round == seen && !pool.stop) pthread_cond_wait(&pool.start, &pool.lock);
-        if (pool.stop) break;
+        while (pool.round == seen) pthread_cond_wait(&pool.start, &pool.lock);
         seen = pool.round;
         pthread_mutex_unlock(&pool.lock);
+        if (seen == STOP) return NULL;
         run_tasks();
         pthread_mutex_lock(&pool.lock);
         if (--pool.busy == 0) pthread_cond_signal(&pool.done);
     }
-    pthread_mutex_unlock(&pool.lock);
-    return NULL;
 }
 
 static int parallel_for(size_t tasks, task_function *work, void *context) {
@@ -372,50 +347,40 @@ static int parallel_for(size_t tasks, task_function *work, void *context) {
     pool.work = work;
     pool.context = context;
     pool.tasks = tasks;
-    pool.failed_task = SIZE_MAX;
+    pool.status = SC_OK;
     atomic_store(&pool.next, 0);
-    int helpers = tasks > 1 && pool.workers > 1;
-    if (helpers) {
-        pool.busy = pool.workers - 1;
+    pool.busy = tasks > 1 ? pool.workers - 1 : 0;
+    if (pool.busy > 0) {
         pool.round++;
         pthread_cond_broadcast(&pool.start);
     }
     pthread_mutex_unlock(&pool.lock);
     run_tasks();
     pthread_mutex_lock(&pool.lock);
-    while (helpers && pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
-    int status = pool.failed_task == SIZE_MAX ? SC_OK : pool.failed_status;
-    if (status != SC_OK) memcpy(error_text, pool.failed_text, sizeof error_text);
+    while (pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
-    return status;
+    if (pool.status != SC_OK) memcpy(error_text, pool.reason, sizeof error_text);
+    return pool.status;
 }
 
 void sc_threads_stop(void) {
     pthread_mutex_lock(&pool.lock);
-    pool.stop = 1;
+    pool.round = STOP;
     pthread_cond_broadcast(&pool.start);
     pthread_mutex_unlock(&pool.lock);
-    for (int i = 0; i + 1 < pool.workers; i++) pthread_join(pool.thread[i], NULL);
-    free(pool.thread);
-    pool.thread = NULL;
-    pool.workers = 1;
-    pool.stop = 0;
+    for (; pool.workers > 1; pool.workers--) pthread_join(pool.thread[pool.workers - 1], NULL);
     pool.round = 0;
 }
 
 int sc_threads_start(int threads) {
     sc_threads_stop();
     if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    if (threads < 1) threads = 1;
     if (threads > SC_MAX_THREADS) threads = SC_MAX_THREADS;
-    pool.thread = new_array((size_t)threads, sizeof *pool.thread);
-    if (!pool.thread) return SC_FAILED;
     for (int i = 1; i < threads; i++) {
-        int error = pthread_create(&pool.thread[i - 1], NULL, worker_main, (void *)(intptr_t)i);
+        int error = pthread_create(&pool.thread[i], NULL, worker_main, (void *)(intptr_t)i);
         if (error) {
             sc_threads_stop();
-            return fail("thread %d of %d could not be started: %s", i + 1, threads,
-                        strerror(error));
+            return fail("thread %d of %d cannot be started: %s", i + 1, threads, strerror(error));
         }
         pool.workers = i + 1;
     }
@@ -1155,17 +1120,11 @@ static void copy_numbers(void *to, const void *from, size_t count, size_t size) 
     for (size_t i = 0; !one.first && i < count * size; i++) out[i ^ (size - 1)] = in[i];
 }
 
-static uint32_t bits_of_float(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
+typedef union { float value; uint32_t bits; } float_bits;
 
-static float float_of_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
+static uint32_t bits_of_float(float value) { return (float_bits){ .value = value }.bits; }
+
+static float float_of_bits(uint32_t bits) { return (float_bits){ .bits = bits }.value; }
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 of fraction. Exact. */
 static float float_of_half(uint32_t half) {
@@ -1185,16 +1144,11 @@ static uint16_t half_of_float(float value) {
     return (uint16_t)(sign | rest);    /* the addition just above rounds to units of 2^-24 */
 }
 
-enum { LARGEST_FLOAT = 0x7f7fffff };             /* its bits */
-
-/* The index of the first value whose magnitude has bits above `largest`, or count if there is none.
- * Infinity and not-a-number are above every number. */
-static size_t first_beyond(const float *values, size_t count, uint32_t largest) {
-    uint32_t beyond = 0;
+/* The index of the first value that is not finite, or count if there is none. */
+static size_t first_not_finite(const float *values, size_t count) {
     size_t i = 0;
-    for (size_t v = 0; v < count; v++) beyond |= largest - (bits_of_float(values[v]) & 0x7fffffff);
-    while (beyond >> 31 && (bits_of_float(values[i]) & 0x7fffffff) <= largest) i++;
-    return beyond >> 31 ? i : count;
+    while (i < count && isfinite(values[i])) i++;
+    return i;
 }
 
 /* A running digest of bytes, against accidents, not against malice: every step is one-to-one in
@@ -1206,20 +1160,20 @@ static uint64_t digest64_step(uint64_t state, uint64_t word) {
     return state ^ state >> 32;
 }
 
-static void digest64_number(digest64 *digest, uint64_t number) {
-    unsigned shift = 8 * (digest->length % 8);
-    digest->state = digest64_step(digest->state, digest->word | number << shift);
-    digest->word = shift ? number >> (64 - shift) : 0;
-    digest->length += 8;
+/* Adds a little-endian number of so many bytes, 1 to 8. */
+static void digest64_take(digest64 *digest, uint64_t number, unsigned bytes) {
+    unsigned held = digest->length % 8;
+    digest->word |= number << 8 * held;
+    digest->length += bytes;
+    if (held + bytes < 8) return;
+    digest->state = digest64_step(digest->state, digest->word);
+    digest->word = held ? number >> (64 - 8 * held) : 0;
 }
 
+static void digest64_number(digest64 *digest, uint64_t n) { digest64_take(digest, n, 8); }
+
 static void digest64_add(digest64 *digest, const void *bytes, size_t count) {
-    for (const unsigned char *byte = bytes; count > 0; count--) {
-        digest->word |= (uint64_t)*byte++ << 8 * (digest->length++ % 8);
-        if (digest->length % 8 != 0) continue;
-        digest->state = digest64_step(digest->state, digest->word);
-        digest->word = 0;
-    }
+    for (const unsigned char *byte = bytes; count > 0; count--) digest64_take(digest, *byte++, 1);
 }
 
 /* The digest of all that was added so far; more may follow. */
@@ -1234,6 +1188,8 @@ static uint64_t digest64_value(const digest64 *digest) {
  * are decoded in place: that never lengthens them, and the closing quote makes room for a NUL.
  * After the first error nothing is taken any more and lists end: only the end need look. */
 
+static const char json_blanks[] = " \t\n\r";
+
 /* what: whose JSON this is, for errors; at: never at blanks */
 typedef struct { const char *what; char *text; size_t at; int failed; } json;
 
@@ -1242,28 +1198,18 @@ static void json_expect(json *j, int met, const char *expected) {
         j->failed = fail("%s: JSON byte %zu: expected %s", j->what, j->at, expected);
 }
 
-static void json_skip(json *j, size_t count) {
-    j->at += count;
-    j->at += strspn(j->text + j->at, " \t\n\r");
-}
-
+/* Whether c comes next; it is taken, and the blanks behind it. */
 static int json_take(json *j, char c) {
     if (j->failed || j->text[j->at] != c) return 0;
-    json_skip(j, 1);
+    j->at++;
+    j->at += strspn(j->text + j->at, json_blanks);
     return 1;
 }
 
-/* Whether element `index` of a list follows, and not yet the end that `close` marks. */
-static int json_next(json *j, size_t index, char close) {
-    if (json_take(j, close)) return 0;
-    if (index > 0) json_expect(j, json_take(j, ','), close == '}' ? "',' or '}'" : "',' or ']'");
-    return !j->failed;
-}
-
-/* The length of the UTF-8 character at text, 0 if there is none: a stray byte, an overlong form, a
- * surrogate or beyond U+10FFFF (RFC 3629). */
+/* The length of the UTF-8 character at text, 0 if there is none: a control byte, a stray byte, an
+ * overlong form, a surrogate or beyond U+10FFFF (RFC 3629). */
 static size_t utf8_length(const char *text) {
-    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+    static const uint32_t least[] = { 0, ' ', 0x80, 0x800, 0x10000 };
     const unsigned char *byte = (const unsigned char *)text;
     size_t length = byte[0] < 0x80 ? 1 : byte[0] >> 5 == 0x06 ? 2 : byte[0] >> 4 == 0x0e ? 3
                   : byte[0] >> 3 == 0x1e ? 4 : 0;
@@ -1283,68 +1229,60 @@ static uint32_t json_unit(const char *text) {
     return (uint32_t)strtoul(digits, NULL, 16);
 }
 
-/* Decodes the escape at j->at to `to`; returns where the next character goes. */
-static char *json_escape(json *j, char *to) {
+/* Decodes the escape at text to *to, which moves on. The escape's length; 0 if it is invalid. */
+static size_t json_escape(const char *text, char **to) {
     static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     static const unsigned char lead[] = { 0x00, 0xc0, 0xe0, 0xf0 };
-    const char *from = j->text + j->at, *letter = from[1] ? strchr(letters, from[1]) : NULL;
-    uint32_t code = letter ? (uint32_t)meanings[letter - letters] : json_unit(from);
-    int pair = code >> 10 == 0x36;                       /* beyond U+FFFF: two surrogates */
-    uint32_t low = pair ? json_unit(from + 6) : 0;
-    json_expect(j, code != 0 && code >> 10 != 0x37 && (!pair || low >> 10 == 0x37),
-                "a valid escape (of no NUL and no half of a surrogate pair)");
-    if (j->failed) return to;
-    if (pair) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
-    j->at += letter ? 2 : pair ? 12 : 6;
+    const char *letter = text[1] ? strchr(letters, text[1]) : NULL;
+    uint32_t code = letter ? (uint32_t)meanings[letter - letters] : json_unit(text);
+    uint32_t low = code >> 10 == 0x36 ? json_unit(text + 6) : 0;       /* of a surrogate pair */
+    if (low >> 10 == 0x37) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
+    if (code == 0 || code >> 11 == 0x1b) return 0;
     int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-    *to++ = (char)(lead[more] | code >> 6 * more);
-    while (more-- > 0) *to++ = (char)(0x80 | (code >> 6 * more & 0x3f));
-    return to;
+    *(*to)++ = (char)(lead[more] | code >> 6 * more);
+    for (int i = more; i-- > 0;) *(*to)++ = (char)(0x80 | (code >> 6 * i & 0x3f));
+    return letter ? 2 : more == 3 ? 12 : 6;
 }
 
 static char *json_string(json *j) {
-    json_expect(j, j->text[j->at] == '"', "a string");
+    char *start = j->text + j->at + 1, *to = start;
+    json_expect(j, start[-1] == '"', "a string");
     j->at += !j->failed;
-    char *start = j->text + j->at, *to = start;
-    while (!j->failed && j->text[j->at] != '"') {
+    for (size_t length; !j->failed && j->text[j->at] != '"'; j->at += length) {
         const char *from = j->text + j->at;
-        if (*from == '\\') {
-            to = json_escape(j, to);
-            continue;
-        }
-        size_t length = (unsigned char)*from < ' ' ? 0 : utf8_length(from);
-        json_expect(j, length > 0, "valid UTF-8 without control characters, then '\"'");
-        memmove(to, from, length);
-        to += length;
-        j->at += length;
+        int escaped = *from == '\\';
+        length = escaped ? json_escape(from, &to) : utf8_length(from);
+        json_expect(j, length > 0, escaped ? "a valid escape" : "valid UTF-8 and no control byte");
+        if (!escaped) to = (char *)memmove(to, from, length) + length;
     }
-    if (j->failed) return start;
-    *to = '\0';
-    json_skip(j, 1);
+    if (json_take(j, '"')) *to = '\0';
     return start;
 }
 
-/* The key of an object's next member and the colon behind it. */
-static char *json_key(json *j) {
-    char *key = json_string(j);
-    json_expect(j, json_take(j, ':'), "':'");
-    return key;
+/* Where element `index` of a list in these brackets begins, of an object its key, behind which the
+ * value comes next; NULL behind the list's end. */
+static char *json_next(json *j, size_t index, const char *brackets) {
+    int object = *brackets == '{';
+    if (index == 0) json_expect(j, json_take(j, *brackets), object ? "'{'" : "'['");
+    if (json_take(j, brackets[1])) return NULL;
+    if (index > 0) json_expect(j, json_take(j, ','), object ? "',' or '}'" : "',' or ']'");
+    char *element = object ? json_string(j) : j->text + j->at;
+    if (object) json_expect(j, json_take(j, ':'), "':'");
+    return j->failed ? NULL : element;
 }
 
 /* An array of at most `most` sizes; returns how many. */
 static size_t json_sizes(json *j, size_t *sizes, size_t most) {
     size_t n = 0;
-    json_expect(j, json_take(j, '['), "'['");
-    for (; json_next(j, n, ']'); n++) {
-        const char *text = j->text + j->at;
+    for (const char *text; (text = json_next(j, n, "[]")) != NULL; n++) {
         size_t digits = strspn(text, "0123456789");
         errno = 0;
         unsigned long long value = strtoull(text, NULL, 10);
-        json_expect(j, digits && (*text != '0' || digits == 1), "a whole number of 0 or more");
-        json_expect(j, !errno && (size_t)value == value, "a number that this machine can address");
+        json_expect(j, digits && (*text != '0' || digits == 1) && !errno && (size_t)value == value,
+                    "a whole number that this machine can address");
         json_expect(j, n < most, most == 2 ? "2 numbers" : "at most 8 numbers");
         if (n < most) sizes[n] = (size_t)value;
-        json_skip(j, digits);
+        j->at += digits + strspn(text + digits, json_blanks);
     }
     return n;
 }
@@ -1352,18 +1290,16 @@ static size_t json_sizes(json *j, size_t *sizes, size_t most) {
 /* text: a JSON array of strings, as metadata hold lists of names. The strings follow the pointers
  * in one block, which free(*out) gives back. */
 static int json_string_array(const char *text, const char *what, char ***out, size_t *count) {
-    size_t length = strlen(text), most = 1, n = 0;
+    size_t length = strlen(text), most = 1;
     for (const char *c = text; *c; c++) most += *c == ',';
     char **list = new_array(most * sizeof *list + length + 1, 1);
     if (!list) return SC_FAILED;
     json j = { .what = what, .text = memcpy(list + most, text, length + 1) };
-    json_skip(&j, 0);
-    json_expect(&j, json_take(&j, '['), "'['");
-    for (; json_next(&j, n, ']'); n++) list[n] = json_string(&j);
+    j.at = strspn(text, json_blanks);
+    for (*count = 0; json_next(&j, *count, "[]"); ++*count) list[*count] = json_string(&j);
     json_expect(&j, j.at == length, "nothing behind the list");
     if (j.failed) free(list);
     else *out = list;
-    *count = n;
     return j.failed;
 }
 
@@ -1372,8 +1308,8 @@ static void print_json(FILE *out, const char *text) {
     putc('"', out);
     for (size_t length; *text; text += length ? length : 1) {
         length = utf8_length(text);
-        if (length == 0) fputs("\xef\xbf\xbd", out);
-        else if ((unsigned char)*text < 0x20) fprintf(out, "\\u%04x", (unsigned)*text);
+        if ((unsigned char)*text < ' ') fprintf(out, "\\u%04x", (unsigned)*text);
+        else if (length == 0) fputs("\xef\xbf\xbd", out);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
         else fwrite(text, 1, length, out);
     }
@@ -1384,13 +1320,12 @@ static void print_json(FILE *out, const char *text) {
 
 enum { MAX_HEADER = 100000000 };     /* the reference implementation's limit */
 
-/* As sc_dtype has them; most: the largest magnitude that is written. */
-static const struct { const char *name; size_t size; double most; } dtypes[] = {
-    { "F32", 4, FLT_MAX }, { "F16", 2, 65519.99609375 }, { "BF16", 2, 0 }, { "F64", 8, DBL_MAX },
-    { "I64", 8, 0x1p63 }, { "I32", 4, INT32_MAX }, { "U8", 1, 255 }, { "BOOL", 1, 0 },
-    { "I8", 1, 0 }, { "I16", 2, 0 }, { "U16", 2, 0 }, { "U32", 4, 0 }, { "U64", 8, 0 },
-    { "C64", 8, 0 }, { "F8_E4M3", 1, 0 }, { "F8_E5M2", 1, 0 }, { "F8_E8M0", 1, 0 },
-    { "F8_E4M3FNUZ", 1, 0 }, { "F8_E5M2FNUZ", 1, 0 } };
+/* As sc_dtype has them. */
+static const struct { const char *name; size_t size; } dtypes[] = {
+    { "F32", 4 }, { "F16", 2 }, { "BF16", 2 }, { "F64", 8 }, { "I64", 8 }, { "I32", 4 },
+    { "U8", 1 }, { "BOOL", 1 }, { "I8", 1 }, { "I16", 2 }, { "U16", 2 }, { "U32", 4 },
+    { "U64", 8 }, { "C64", 8 }, { "F8_E4M3", 1 }, { "F8_E5M2", 1 }, { "F8_E8M0", 1 },
+    { "F8_E4M3FNUZ", 1 }, { "F8_E5M2FNUZ", 1 } };
 
 const char *sc_dtype_name(sc_dtype dtype) { return dtypes[dtype].name; }
 
@@ -1398,79 +1333,73 @@ size_t sc_dtype_size(sc_dtype dtype) { return dtypes[dtype].size; }
 
 /* Sets count and bytes from dtype and shape. A dimension of 0 must not hide that the others cannot
  * be multiplied: whoever reads the shape will. */
-static int measure_tensor(sc_tensor *tensor, const char *path) {
-    size_t bytes = sc_dtype_size(tensor->dtype);
+static int measure_tensor(sc_tensor *t, const char *path) {
+    size_t size = sc_dtype_size(t->dtype), bytes = size;
     int empty = 0;
-    for (int d = 0; d < tensor->rank; d++) {
-        size_t n = tensor->shape[d];
-        empty |= n == 0;
-        if (n > 0 && bytes > SIZE_MAX / n)
-            return fail("%s: tensor '%.100s' is too large for any machine", path, tensor->name);
-        bytes *= n ? n : 1;
+    for (int d = 0; d < t->rank; d++) {
+        size_t n = t->shape[d] ? t->shape[d] : 1;
+        empty |= t->shape[d] == 0;
+        if (bytes > SIZE_MAX / n)
+            return fail("%s: tensor '%.100s' is too large for any machine", path, t->name);
+        bytes *= n;
     }
-    tensor->bytes = empty ? 0 : bytes;
-    tensor->count = tensor->bytes / sc_dtype_size(tensor->dtype);
+    t->bytes = empty ? 0 : bytes;
+    t->count = t->bytes / size;
     return SC_OK;
 }
 
-/* {"dtype": ..., "shape": ..., "data_offsets": ...}, each once, in any order. */
+/* {"dtype": ..., "shape": ..., "data_offsets": ...} each once, in any order. */
 static int read_tensor(json *j, sc_safetensors *file, const char *name) {
-    const size_t none = SIZE_MAX, room = (size_t)(file->map + file->size - file->data);
-    size_t offsets[2] = { 0 }, ends = none, rank = none, d = 0;
+    const char *members = "dtype, shape and two data_offsets, each once";
+    const size_t room = (size_t)(file->map + file->size - file->data);
+    size_t at[2] = { 0 }, offsets = 0, rank = SIZE_MAX, n = 0, d = 0;
     const char *dtype = NULL;
     sc_tensor t = { .name = name };
-    json_expect(j, json_take(j, '{'), "'{'");
-    for (size_t i = 0; json_next(j, i, '}'); i++) {
-        const char *key = json_key(j);
-        if (!dtype && !strcmp(key, "dtype")) dtype = json_string(j);
-        else if (rank == none && !strcmp(key, "shape")) rank = json_sizes(j, t.shape, SC_MAX_RANK);
-        else if (ends == none && !strcmp(key, "data_offsets")) ends = json_sizes(j, offsets, 2);
-        else json_expect(j, 0, "dtype, shape and data_offsets, each once");
-    }
-    json_expect(j, dtype && rank != none && ends == 2, "dtype, shape and two data_offsets before");
+    for (const char *key; (key = json_next(j, n, "{}")) != NULL; n++)
+        if (strcmp(key, "dtype") == 0) dtype = json_string(j);
+        else if (strcmp(key, "shape") == 0) rank = json_sizes(j, t.shape, SC_MAX_RANK);
+        else if (strcmp(key, "data_offsets") == 0) offsets = json_sizes(j, at, 2);
+        else json_expect(j, 0, members);
+    json_expect(j, n == 3 && dtype && rank != SIZE_MAX && offsets == 2, members);
     if (j->failed) return SC_FAILED;
     while (d < COUNT(dtypes) && strcmp(dtypes[d].name, dtype) != 0) d++;
     if (d == COUNT(dtypes))
-        return fail("%s: tensor '%.100s' has the unknown dtype '%.100s', expected F32, F16 or the "
-                    "like", file->path, name, dtype);
+        return fail("%s: tensor '%.100s' has the unknown dtype '%.100s', expected F32 or alike",
+                    file->path, name, dtype);
     t.dtype = (sc_dtype)d;
     t.rank = (int)rank;
     SC_TRY(measure_tensor(&t, file->path));
-    if (offsets[0] > offsets[1] || offsets[1] > room || offsets[1] - offsets[0] != t.bytes)
+    if (at[0] > at[1] || at[1] > room || at[1] - at[0] != t.bytes)
         return fail("%s: tensor '%.100s' has %zu bytes by dtype and shape, but lies at %zu to %zu "
-                    "of %zu", file->path, name, t.bytes, offsets[0], offsets[1], room);
-    t.data = file->data + offsets[0];
+                    "of %zu", file->path, name, t.bytes, at[0], at[1], room);
+    t.data = file->data + at[0];
     SC_TRY(grow(&file->tensor, &file->tensor_capacity, file->tensors, sizeof t));
     file->tensor[file->tensors++] = t;
     return SC_OK;
 }
 
 static int read_metadata(json *j, sc_safetensors *file) {
-    json_expect(j, json_take(j, '{'), "'{'");
-    for (; json_next(j, file->entries, '}'); file->entries++) {
+    for (const char *key; (key = json_next(j, file->entries, "{}")) != NULL; file->entries++) {
         SC_TRY(grow(&file->metadata, &file->entry_capacity, file->entries, sizeof(sc_entry)));
-        file->metadata[file->entries].key = json_key(j);
-        file->metadata[file->entries].value = json_string(j);
+        file->metadata[file->entries] = (sc_entry){ key, json_string(j) };
     }
     return j->failed;
 }
 
 static int read_header(sc_safetensors *file) {
     uint64_t size;
+    size_t most = file->size - 8 < MAX_HEADER ? file->size - 8 : MAX_HEADER, members = 0;
     copy_numbers(&size, file->map, 1, 8);
-    size_t most = file->size - 8 < MAX_HEADER ? file->size - 8 : MAX_HEADER;
     if (size < 2 || size > most)
-        return fail("%s: not a safetensors file: its first 8 bytes announce a header of %ju bytes, "
-                    "expected 2 to %zu", file->path, (uintmax_t)size, most);
+        return fail("%s: not a safetensors file: it announces a header of %ju bytes, expected 2 to "
+                    "%zu", file->path, (uintmax_t)size, most);
     file->data = file->map + 8 + size;
     file->text = new_array((size_t)size + 1, 1);
     if (!file->text) return SC_FAILED;
     memcpy(file->text, file->map + 8, (size_t)size);
     json j = { .what = file->path, .text = file->text };
     int described = 0;
-    json_expect(&j, json_take(&j, '{'), "'{' as the header's first byte");
-    for (size_t i = 0; json_next(&j, i, '}'); i++) {
-        const char *key = json_key(&j);
+    for (const char *key; (key = json_next(&j, members, "{}")) != NULL; members++) {
         int metadata = strcmp(key, "__metadata__") == 0;
         json_expect(&j, !metadata || !described++, "__metadata__ only once");
         if (!j.failed) j.failed = metadata ? read_metadata(&j, file) : read_tensor(&j, file, key);
@@ -1487,34 +1416,27 @@ static int by_position(const void *a, const void *b) {
 
 /* Every byte of the data must belong to exactly one tensor. */
 static int check_positions(sc_safetensors *file) {
-    const unsigned char *at = file->data;
+    const unsigned char *at = file->data, *end = file->map + file->size;
     if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, by_position);
-    for (size_t i = 0; i < file->tensors; at += file->tensor[i++].bytes)
-        if (file->tensor[i].data != at)
-            return fail("%s: tensor '%.100s' begins at byte %td of the data, expected %td, where "
-                        "the one before it ends", file->path, file->tensor[i].name,
-                        file->tensor[i].data - file->data, at - file->data);
-    if (at == file->map + file->size) return SC_OK;
-    return fail("%s: %td bytes of data belong to no tensor, expected none", file->path,
-                file->map + file->size - at);
+    for (const sc_tensor *t = file->tensor; t < file->tensor + file->tensors; at += t++->bytes)
+        if (t->data != at)
+            return fail("%s: tensor '%.100s' begins at byte %td of the data, expected %td",
+                        file->path, t->name, t->data - file->data, at - file->data);
+    if (at == end) return SC_OK;
+    return fail("%s: %td bytes of data belong to no tensor, expected none", file->path, end - at);
 }
 
-/* Tensors and metadata entries both begin with the pointer to their name. */
+/* Tensors, metadata entries and images all begin with the pointer to their name. */
 static int by_name(const void *a, const void *b) {
-    const char *left, *right;
-    memcpy(&left, a, sizeof left);
-    memcpy(&right, b, sizeof right);
-    return strcmp(left, right);
+    const char *const *left = a, *const *right = b;
+    return strcmp(*left, *right);
 }
 
 static int sort_by_name(const char *path, void *list, size_t count, size_t size) {
     if (count > 0) qsort(list, count, size, by_name);
-    for (size_t i = 1; i < count; i++) {
-        const char *element = (const char *)list + i * size, *name;
-        memcpy(&name, element, sizeof name);
-        if (by_name(element - size, element) == 0)
-            return fail("%s: '%.100s' is there twice, expected once", path, name);
-    }
+    for (char *at = list; count > 1; count--, at += size)
+        if (by_name(at, at + size) == 0)
+            return fail("%s: '%.100s' is there twice", path, *(char **)(void *)at);
     return SC_OK;
 }
 
@@ -1537,8 +1459,7 @@ static int map_file(sc_safetensors *file) {
 }
 
 int sc_safetensors_open(sc_safetensors *file, const char *path) {
-    memset(file, 0, sizeof *file);
-    file->path = copy_string(path);
+    *file = (sc_safetensors){ .path = copy_string(path) };
     if (file->path && map_file(file) == SC_OK && read_header(file) == SC_OK &&
         check_positions(file) == SC_OK &&
         sort_by_name(path, file->tensor, file->tensors, sizeof *file->tensor) == SC_OK &&
@@ -1568,15 +1489,17 @@ const char *sc_metadata_find(const sc_safetensors *file, const char *key) {
     return entry ? entry->value : NULL;
 }
 
-/* Whether the values asked for exist and have a dtype from least to most. */
-static int check_values(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
-                        sc_dtype least, sc_dtype most) {
+/* Where the values asked for lie; NULL if they are not there or of no dtype from least to most. */
+static const unsigned char *find_values(const sc_safetensors *file, const sc_tensor *t,
+                                        size_t first, size_t count, sc_dtype least, sc_dtype most) {
     if (t->dtype < least || t->dtype > most)
-        return fail("%s: tensor '%.100s' is %s, expected %s", file->path, t->name,
-                    sc_dtype_name(t->dtype), least ? "I64, I32 or U8" : "F32, F16, BF16 or F64");
-    if (first <= t->count && count <= t->count - first) return SC_OK;
-    return fail("%s: tensor '%.100s' has %zu values, expected %zu from number %zu on", file->path,
-                t->name, t->count, count, first);
+        fail("%s: tensor '%.100s' is %s, expected %s", file->path, t->name,
+             sc_dtype_name(t->dtype), least ? "I64, I32 or U8" : "F32, F16, BF16 or F64");
+    else if (first > t->count || count > t->count - first)
+        fail("%s: tensor '%.100s' has %zu values, expected %zu from number %zu on", file->path,
+             t->name, t->count, count, first);
+    else return t->data + first * sc_dtype_size(t->dtype);
+    return NULL;
 }
 
 static void floats_of_bytes(float *out, const unsigned char *from, size_t count, sc_dtype dtype) {
@@ -1593,10 +1516,10 @@ static void floats_of_bytes(float *out, const unsigned char *from, size_t count,
 
 int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
                      size_t count, float *out) {
-    SC_TRY(check_values(file, tensor, first, count, SC_F32, SC_F64));
-    size_t at = first * sc_dtype_size(tensor->dtype);
-    floats_of_bytes(out, tensor->data + at, count, tensor->dtype);
-    size_t bad = first_beyond(out, count, LARGEST_FLOAT);
+    const unsigned char *from = find_values(file, tensor, first, count, SC_F32, SC_F64);
+    if (!from) return SC_FAILED;
+    floats_of_bytes(out, from, count, tensor->dtype);
+    size_t bad = first_not_finite(out, count);
     if (bad == count) return SC_OK;
     return fail("%s: tensor '%.100s', element %zu is %g, expected a finite number", file->path,
                 tensor->name, first + bad, (double)out[bad]);
@@ -1604,15 +1527,13 @@ int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t
 
 int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
                        size_t count, int64_t *out) {
-    SC_TRY(check_values(file, tensor, first, count, SC_I64, SC_U8));
-    size_t size = sc_dtype_size(tensor->dtype);
-    const unsigned char *from = tensor->data + first * size;
-    for (size_t i = 0; i < count; i++, from += size) {
-        int32_t narrow = 0;
-        out[i] = *from;
-        if (tensor->dtype == SC_I64) copy_numbers(&out[i], from, 1, 8);
-        if (tensor->dtype == SC_I32) copy_numbers(&narrow, from, 1, 4);
-        if (tensor->dtype == SC_I32) out[i] = narrow;
+    const unsigned char *from = find_values(file, tensor, first, count, SC_I64, SC_U8);
+    if (!from) return SC_FAILED;
+    if (tensor->dtype == SC_I64) copy_numbers(out, from, count, 8);
+    for (size_t i = 0; tensor->dtype != SC_I64 && i < count; i++) {
+        int32_t narrow = from[i];
+        if (tensor->dtype == SC_I32) copy_numbers(&narrow, from + 4 * i, 1, 4);
+        out[i] = narrow;
     }
     return SC_OK;
 }
@@ -1620,8 +1541,8 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
 /* --- Atomic output ---
  *
  * NAME is written as NAME.tmp, flushed to disk and renamed. What exists and is not a regular file
- * (/dev/full, a pipe) is written as it is. The first failure sticks: a caller may write on without
- * looking and ask output_commit how it went. */
+ * (/dev/full, a pipe) is written as it is. The first failure sticks, and stdio's do: a caller may
+ * write on without looking, by fprintf(out.file, ...) too, and ask output_commit how it went. */
 
 static int output_failed(sc_output *out, int error) {
     out->error = error ? error : EIO;
@@ -1633,15 +1554,6 @@ static int output_write(sc_output *out, const void *bytes, size_t count) {
     if (out->error) return output_failed(out, out->error);
     if (count == 0 || fwrite(bytes, 1, count, out->file) == count) return SC_OK;
     return output_failed(out, errno);
-}
-
-SC_PRINTF(2, 3) static int output_printf(sc_output *out, const char *format, ...) {
-    va_list arguments;
-    if (out->error) return output_failed(out, out->error);
-    va_start(arguments, format);
-    int length = vfprintf(out->file, format, arguments);
-    va_end(arguments);
-    return length < 0 ? output_failed(out, errno) : SC_OK;
 }
 
 /* Opens, locks and empties NAME.tmp; -1 and errno if it cannot, EBUSY if another process does. That
@@ -1675,9 +1587,9 @@ static int output_open(sc_output *out, const char *path) {
     struct stat there;
     int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
     *out = (sc_output){ .path = copy_string(path), .target = realpath(path, NULL) };
+    /* A link stays, and what it leads to is replaced. */
     if (!out->target) out->target = copy_string(path);
-    char *target = out->target;              /* a link stays, and what it leads to is replaced */
-    if (!direct && target) out->temporary = join_text(target, strlen(target), ".tmp");
+    if (!direct && out->target) out->temporary = join_text(out->target, ".tmp");
     if (out->path && (direct || out->temporary)) {
         int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(out->temporary);
         out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
@@ -1702,20 +1614,16 @@ static int output_commit(sc_output *out) {
 
 /* --- Writing safetensors ---
  *
- * The header is gathered in memory, in two texts, and written at the end into a hole left for it at
- * the file's front; blanks fill it up. */
-
-enum { METADATA, TENSORS };          /* the two texts */
+ * The data are written as they come, behind a hole into which the header goes at the end; blanks
+ * fill it up. */
 
 int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
     memset(w, 0, sizeof *w);
     SC_TRY(output_open(&w->out, path));
-    size_t most = MAX_HEADER - 64, room = header_room < most ? header_room : most;
-    if (room < 1000) room = 1000;
+    const size_t least = 1000, most = MAX_HEADER - 64;
+    size_t room = header_room < least ? least : header_room < most ? header_room : most;
     w->data = (8 + room + 63) / 64 * 64;                     /* on a cache line's boundary */
-    for (int i = 0; i < 2; i++) w->text[i] = open_memstream(&w->bytes[i], &w->length[i]);
-    if (w->text[0] && w->text[1] && fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0)
-        return SC_OK;
+    if (fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0) return SC_OK;
     fail("%s: cannot be written out of order: %s; expected a file", path, strerror(errno));
     sc_writer_discard(w);
     return SC_FAILED;
@@ -1723,118 +1631,124 @@ int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
 
 void sc_writer_discard(sc_writer *w) {
     output_discard(&w->out);
-    for (int i = 0; i < 2; i++) {
-        if (w->text[i]) fclose(w->text[i]);
-        free(w->bytes[i]);
-    }
+    release(&w->texts);
+    free(w->tensor);
+    free(w->metadata);
     memset(w, 0, sizeof *w);
+}
+
+static const char *keep_text(sc_writer *w, const char *text) {
+    char *copy;
+    int status = allocate(&w->texts, &copy, strlen(text) + 1, 1);
+    return status == SC_OK ? strcpy(copy, text) : NULL;
 }
 
 /* At any time before the end; the order is kept. */
 int sc_writer_metadata(sc_writer *w, const char *key, const char *value) {
-    fputs(w->entries++ ? "," : "\"__metadata__\":{", w->text[METADATA]);
-    print_json(w->text[METADATA], key);
-    putc(':', w->text[METADATA]);
-    print_json(w->text[METADATA], value);
+    sc_entry entry = { keep_text(w, key), keep_text(w, value) };
+    if (!entry.key || !entry.value) return SC_FAILED;
+    SC_TRY(grow(&w->metadata, &w->entry_capacity, w->entries, sizeof entry));
+    w->metadata[w->entries++] = entry;
     return SC_OK;
 }
 
 /* The tensor being written must be complete. */
 static int end_tensor(sc_writer *w) {
-    sc_tensor *t = &w->tensor;
     if (w->tensors == 0) return SC_OK;
+    sc_tensor *t = &w->tensor[w->tensors - 1];
     if (w->rows_open) t->shape[0] = w->values / t->count;    /* count so far is that of one row */
     w->rows_open = 0;
     SC_TRY(measure_tensor(t, w->out.path));
-    if (w->values != t->count)
-        return fail("%s: tensor '%s' got %zu values, expected %zu from its shape", w->out.path,
-                    t->name, w->values, t->count);
-    for (int d = 0; d < t->rank; d++)
-        fprintf(w->text[TENSORS], "%s%zu", d ? "," : "", t->shape[d]);
-    fprintf(w->text[TENSORS], "],\"data_offsets\":[%zu,%zu]}", w->begin, w->begin + t->bytes);
-    w->begin += t->bytes;
-    return SC_OK;
+    if (w->values == t->count) return SC_OK;
+    return fail("%s: tensor '%.100s' got %zu values, expected %zu from its shape", w->out.path,
+                t->name, w->values, t->count);
 }
 
 /* Begins the next tensor; shape[0] may be SC_ROWS. */
 int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
                      const size_t *shape) {
-    sc_tensor t = { .name = name, .dtype = dtype };
-    int rows_open = rank > 0 && shape[0] == SC_ROWS;
+    sc_tensor t = { .name = keep_text(w, name), .dtype = dtype };
     SC_TRY(end_tensor(w));
     for (; t.rank < rank && t.rank < SC_MAX_RANK; t.rank++) t.shape[t.rank] = shape[t.rank];
+    int rows_open = rank > 0 && shape[0] == SC_ROWS;
     if (rows_open) t.shape[0] = 1;
+    if (!t.name) return SC_FAILED;
     SC_TRY(measure_tensor(&t, w->out.path));
     if (t.rank != rank || (rows_open && t.count == 0) || strcmp(name, "__metadata__") == 0)
-        return fail("%s: there can be no tensor '%s' of this shape", w->out.path, name);
-    fputs(w->tensors++ ? "," : "", w->text[TENSORS]);
-    print_json(w->text[TENSORS], name);
-    fprintf(w->text[TENSORS], ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(dtype));
-    snprintf(w->name, sizeof w->name, "%s", name);
-    t.name = w->name;
-    w->tensor = t;
+        return fail("%s: there can be no tensor '%.100s' of this shape", w->out.path, name);
+    SC_TRY(grow(&w->tensor, &w->tensor_capacity, w->tensors, sizeof t));
+    w->tensor[w->tensors++] = t;
     w->values = 0;
     w->rows_open = rows_open;
     return SC_OK;
 }
 
-static double value_at(const void *values, size_t i, sc_dtype kind) {
-    return kind == SC_F32 ? (double)((const float *)values)[i]
-         : kind == SC_F64 ? ((const double *)values)[i]
-         : kind == SC_I64 ? (double)((const int64_t *)values)[i]
-         : (double)((const unsigned char *)values)[i];
-}
-
 /* Writes values that are of type `kind` in memory: F32, also as F16, F64, I64, also as I32, or U8.
  * One that cannot be held ends the writing: the file can no longer be complete. */
 int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind) {
-    unsigned char bytes[4096 * 8];
-    sc_dtype dtype = w->tensor.dtype;
-    int half = kind == SC_F32 && dtype == SC_F16, narrow = kind == SC_I64 && dtype == SC_I32;
-    if (w->tensors == 0 || !(dtype == kind || half || narrow))
-        return fail("%s: %s values, expected %s for '%s'", w->out.path, sc_dtype_name(kind),
-                    w->tensors ? sc_dtype_name(dtype) : "no tensor", w->name);
-    double most = dtypes[dtype].most, least = narrow ? INT32_MIN : -most;
-    const unsigned char *from = values;
-    for (size_t n; count > 0; count -= n, w->values += n, from += n * sc_dtype_size(kind)) {
-        n = count < 4096 ? count : 4096;
+    enum { BLOCK = 4096 };
+    unsigned char bytes[BLOCK * 8];
+    const float *f = values;
+    const double *d = values;
+    const int64_t *l = values;
+    if (w->tensors == 0) return fail("%s: no tensor to write values of", w->out.path);
+    const sc_tensor *t = &w->tensor[w->tensors - 1];
+    size_t size = sc_dtype_size(t->dtype), from = sc_dtype_size(kind);
+    int half = kind == SC_F32 && t->dtype == SC_F16, narrow = kind == SC_I64 && t->dtype == SC_I32;
+    if (t->dtype != kind && !half && !narrow)
+        return fail("%s: tensor '%.100s' is %s and got %s values", w->out.path, t->name,
+                    sc_dtype_name(t->dtype), sc_dtype_name(kind));
+    for (size_t at = 0, n; at < count; at += n, w->values += n) {
+        n = count - at < BLOCK ? count - at : BLOCK;
+        if (t->dtype == kind) copy_numbers(bytes, (const char *)values + at * from, n, size);
         for (size_t i = 0; i < n; i++) {
-            double value = value_at(from, i, kind);
-            if (!(value >= least && value <= most)) {
-                w->out.error = ERANGE;
-                return fail("%s: tensor '%s', element %zu is %g, expected what %s can hold",
-                            w->out.path, w->name, w->values + i, value, sc_dtype_name(dtype));
-            }
+            double value = kind == SC_F32 ? (double)f[at + i] : kind == SC_F64 ? d[at + i]
+                         : kind == SC_I64 ? (double)l[at + i] : 0;
+            int held = narrow ? value >= INT32_MIN && value <= INT32_MAX
+                     : kind == SC_I64 || fabs(value) < (half ? 65520 : (double)INFINITY);
+            if (!held) w->out.error = ERANGE;
+            if (!held)
+                return fail("%s: tensor '%.100s', element %zu is %g, expected what %s can hold",
+                            w->out.path, t->name, w->values + i, value, sc_dtype_name(t->dtype));
             if (half) copy_numbers(bytes + 2 * i, &(uint16_t){ half_of_float((float)value) }, 1, 2);
             if (narrow) copy_numbers(bytes + 4 * i, &(int32_t){ (int32_t)value }, 1, 4);
         }
-        if (dtype == kind) copy_numbers(bytes, from, n, sc_dtype_size(kind));
-        SC_TRY(output_write(&w->out, bytes, n * sc_dtype_size(dtype)));
+        SC_TRY(output_write(&w->out, bytes, n * size));
     }
     return SC_OK;
 }
 
-/* Ends a text that open_memstream() gathers: until it is closed its bytes can be read. */
-static int end_text(FILE *text) {
-    if (text && fflush(text) == 0 && !ferror(text)) return SC_OK;
-    return fail("out of memory: a text could not be gathered");
-}
-
+/* Into the hole; the file's own error tells at the end whether that went well. */
 static int write_header(sc_writer *w) {
-    SC_TRY(end_tensor(w));
-    if (w->entries) putc('}', w->text[METADATA]);
-    if (w->entries && w->tensors) putc(',', w->text[METADATA]);
-    for (int i = 0; i < 2; i++) SC_TRY(end_text(w->text[i]));
-    size_t length = w->length[METADATA] + w->length[TENSORS] + 2;
+    FILE *f = w->out.file;
     uint64_t bytes, size = w->data - 8;
-    if (length > size)
-        return fail("%s: its header of %zu bytes is larger than safetensors allows or its writer "
-                    "foresaw, expected at most %ju", w->out.path, length, (uintmax_t)size);
+    size_t begin = 0;
+    SC_TRY(end_tensor(w));
+    if (fseeko(f, 0, SEEK_SET) != 0) return output_failed(&w->out, errno);
     copy_numbers(&bytes, &size, 1, 8);
-    if (fseeko(w->out.file, 0, SEEK_SET) != 0) return output_failed(&w->out, errno);
-    SC_TRY(output_write(&w->out, &bytes, 8));
-    return output_printf(&w->out, "{%s%s}%*s", w->bytes[METADATA], w->bytes[TENSORS],
-                         (int)(size - length), "");
+    fwrite(&bytes, 8, 1, f);
+    putc('{', f);
+    for (size_t i = 0; i < w->entries; i++) {
+        fputs(i ? "," : "\"__metadata__\":{", f);
+        print_json(f, w->metadata[i].key);
+        putc(':', f);
+        print_json(f, w->metadata[i].value);
+    }
+    if (w->entries) fputs(w->tensors ? "}," : "}", f);
+    for (const sc_tensor *t = w->tensor; t < w->tensor + w->tensors; begin += t++->bytes) {
+        if (t > w->tensor) putc(',', f);
+        print_json(f, t->name);
+        fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(t->dtype));
+        for (int d = 0; d < t->rank; d++) fprintf(f, "%s%zu", d ? "," : "", t->shape[d]);
+        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", begin, begin + t->bytes);
+    }
+    putc('}', f);
+    uint64_t end = (uint64_t)ftello(f);
+    if (end > w->data)
+        return fail("%s: its header is larger than safetensors allows or its writer foresaw, "
+                    "expected at most %ju bytes", w->out.path, (uintmax_t)size);
+    fprintf(f, "%*s", (int)(w->data - end), "");
+    return SC_OK;
 }
 
 /* Ends the writer in either case: the whole file stands under its name, or nothing does. */
@@ -1865,13 +1779,10 @@ static const char *printable(const char *text, char *out, size_t room) {
     while (*text) {
         const unsigned char *byte = (const unsigned char *)text;
         size_t length = utf8_length(text), n = length ? length : 1;
-        int harmless = length && byte[0] >= ' ' && byte[0] != 127
-                       && !(byte[0] == 0xc2 && byte[1] < 0xa0);
+        int harmless = length && byte[0] != 127 && !(byte[0] == 0xc2 && byte[1] < 0xa0);
         if (used + 8 + sizeof "..." > room) return strcpy(out + used, "..."), out;
-        for (; n > 0; n--, text++) {
-            if (harmless) out[used++] = *text;
-            else used += (size_t)sprintf(out + used, "\\x%02x", (unsigned char)*text);
-        }
+        for (; n > 0; n--, text++)
+            used += (size_t)sprintf(out + used, harmless ? "%c" : "\\x%02x", (unsigned char)*text);
     }
     out[used] = '\0';
     return out;
@@ -1903,19 +1814,19 @@ static int write_name_list(sc_writer *w, const char *key, char **name, size_t co
     char *list = NULL;
     size_t length = 0;
     FILE *text = open_memstream(&list, &length);
-    for (size_t i = 0; text && i < count; i++) {
+    if (!text) return fail("out of memory: a list of %zu names", count);
+    for (size_t i = 0; i < count; i++) {
         putc(i ? ',' : '[', text);
         print_json(text, name[i]);
     }
-    if (text) fputs(count ? "]" : "[]", text);
-    int status = end_text(text);
-    if (status == SC_OK) status = sc_writer_metadata(w, key, list);
-    if (text) fclose(text);
+    fputs(count ? "]" : "[]", text);
+    int lost = ferror(text);
+    lost |= fclose(text);
+    int status = lost ? fail("out of memory: a list of %zu names", count)
+                      : sc_writer_metadata(w, key, list);
     free(list);
     return status;
 }
-
-static void print_json_text(const char *name) { print_json(stdout, name); }
 
 /* A CSV field: quoted, what a terminal might obey shown as ?. */
 static void print_csv_text(const char *name) {
@@ -2432,8 +2343,8 @@ int sc_images_open(sc_images *set, const char *path, size_t limit) {
     if (strcmp(path, "-") == 0) set->count = SC_UNKNOWN;
     if (set->count == SC_UNKNOWN) return SC_OK;
     int folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
-    size_t length = strlen(path) - (folder ? 0 : strlen(base_name(path)));
-    set->root = join_text(path, length, folder && path[length - 1] != '/' ? "/" : "");
+    set->root = join_text(path, folder && *base_name(path) ? "/" : "");
+    if (set->root && !folder) set->root[base_name(path) - path] = '\0';
     int status = !set->root ? SC_FAILED : folder ? open_folder(set, path)
                : strcmp(suffix, ".txt") == 0 ? open_list(set, path)
                : strcmp(suffix, ".safetensors") == 0 ? open_packed(set, path)
@@ -3267,7 +3178,7 @@ static int load_images(feed *f, size_t want) {
 /* Finite weights may still give numbers that are not. rows: [images, count, stride] of the batch */
 static int check_finite(const feed *f, const float *rows, size_t count, size_t stride) {
     size_t first = f->computed * count * stride, end = f->count * count * stride;
-    size_t bad = first + first_beyond(rows + first, end - first, LARGEST_FLOAT);
+    size_t bad = first + first_not_finite(rows + first, end - first);
     if (bad == end) return SC_OK;
     fail("%s gives %g where a finite number was expected", f->model.file.path, (double)rows[bad]);
     return blame_token(f, bad / stride * (f->T / count));
@@ -4535,8 +4446,10 @@ static int log_step(training_run *run, const step_result *r) {
                              r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
                              r->dead, seconds_now() - run->started) < 0 || fflush(run->log) != 0))
         return log_failed(run);
-    show_progress("step", step, run->steps, images, "images",
-                  "loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0, r->explained_variance);
+    char words[100];
+    snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
+             r->explained_variance);
+    show_progress("step", step, run->steps, images, words);
     return SC_OK;
 }
 
@@ -4662,8 +4575,8 @@ static int train(const options *o) {
     struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND };
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
-    run.checkpoint = join_text(name, strlen(name), o->checkpoint ? "" : ".ckpt");
-    if (run.checkpoint) run.previous = join_text(run.checkpoint, strlen(run.checkpoint), ".prev");
+    run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");
+    if (run.checkpoint) run.previous = join_text(run.checkpoint, ".prev");
     int status = run.previous ? run_training(&run) : SC_FAILED;
     if (run.log && fclose(run.log) != 0 && status == SC_OK) status = log_failed(&run);
     close_feed(&run.data);
@@ -4991,7 +4904,7 @@ static int next_encoded(session *s, size_t total) {
     feed *f = &s->data;
     size_t bad;
     SC_TRY(next_batch(f, MEASURE_IMAGES));
-    show_progress("image", f->used, total, f->used, "images", "%s", "");
+    show_progress("image", f->used, total, f->used, "");
     for (size_t i = 0; i < s->saes && f->count > 0; i++) {
         SC_TRY(run_sae(&s->batch[i], f->tap[s->tap[i]].out, f->count * f->T));
         if (check_tokens(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
@@ -5066,7 +4979,7 @@ static void print_for_programs(int as_json, const table_cell *cells, size_t colu
             if (as_json) printf("\"%s\": ", here->name);
             if (r == 0) fputs(here->name, stdout);
             else if (!here->text) printf("%.9g", here->number);
-            else if (as_json) print_json_text(here->text);
+            else if (as_json) print_json(stdout, here->text);
             else print_csv_text(here->text);
         }
         puts(!as_json ? "" : r < rows ? "}," : "}");
@@ -5515,7 +5428,7 @@ static int write_picture(const viewer *v, const char *name, size_t channels, siz
     snprintf(file, sizeof file, "%s.p%cm", name, channels == 3 ? 'p' : 'g');
     SC_TRY(join_path(v->s->o->output, file, path));
     SC_TRY(output_open(&out, path));
-    output_printf(&out, "P%d\n%zu %zu\n255\n", channels == 3 ? 6 : 5, width, height);
+    fprintf(out.file, "P%d\n%zu %zu\n255\n", channels == 3 ? 6 : 5, width, height);
     output_write(&out, v->picture, width * height * channels);
     return output_commit(&out);
 }
@@ -6118,7 +6031,8 @@ int main(int argc, char **argv) {
     signal(SIGXFSZ, SIG_IGN);
     hold_streams();
     int status = run_saeclip(argc, argv);
-    if (status != SC_OK) print_line(sc_error());
+    quiet = 0;                                   /* a failure is told in any case */
+    if (status != SC_OK) note("%s", sc_error());
     return status;
 }
 

@@ -110,12 +110,11 @@ typedef struct {
 typedef struct {
     sc_output out;
     uint64_t data;                   /* where in the file the data begin */
-    FILE *text[2];                   /* gather the header: metadata and tensors */
-    char *bytes[2];                  /* what they have gathered */
-    size_t length[2], entries, tensors;
-    sc_tensor tensor;                /* the last one */
-    char name[100];                  /* for errors: its name's beginning */
-    size_t begin, values;            /* where it begins in the data; how many it got so far */
+    sc_tensor *tensor;               /* as the header has them; the last one is being written */
+    sc_entry *metadata;
+    size_t tensors, tensor_capacity, entries, entry_capacity;
+    void *texts;                     /* memory of their names, keys and values */
+    size_t values;                   /* how many the last tensor got so far */
     int rows_open;                   /* its first dimension is SC_ROWS */
 } sc_writer;
 
