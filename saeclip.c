@@ -1828,16 +1828,6 @@ static int write_name_list(sc_writer *w, const char *key, char **name, size_t co
     return status;
 }
 
-/* A CSV field: quoted, what a terminal might obey shown as ?. */
-static void print_csv_text(const char *name) {
-    putchar('"');
-    for (; *name; name++) {
-        if (*name == '"') putchar('"');
-        putchar((unsigned char)*name < ' ' || *name == 127 ? '?' : *name);
-    }
-    putchar('"');
-}
-
 /* ============================================================================================
  * 6. Images
  *
@@ -2932,13 +2922,9 @@ int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t 
 typedef int draw_function(void *context, size_t draw, size_t *image);
 
 typedef struct {
-    size_t images;                   /* N, or SC_UNKNOWN for a stream */
     size_t T, D, stride;             /* tokens an image, width, width padded */
     size_t grid;                     /* patches a side, 0 where the tokens are no grid */
     size_t first_patch;              /* 1 where token 0 is the class token */
-    size_t classes;                  /* 0 without labels */
-    char **class_name;               /* [classes] or NULL */
-    uint64_t digest;                 /* of the data set */
     size_t taps;
     sc_tap tap[SC_MAX_TAPS];         /* hook points; out: [room, T, stride] */
     size_t *image, *draw;            /* [ahead], their indices in the data set and in the order */
@@ -2970,7 +2956,7 @@ enum {
 
 /* What an image is called in messages and tables. */
 static const char *image_name(const feed *f, size_t image) {
-    return f->images == SC_UNKNOWN ? "" : f->set.image[image].name;
+    return f->set.count == SC_UNKNOWN ? "" : f->set.image[image].name;
 }
 
 /* Adds to an error the image and token at fault; token: of the batch at hand. */
@@ -3029,10 +3015,6 @@ static int open_feed(feed *f, const options *o) {
         f->first_patch = 1;
         SC_TRY(open_photos(f, o, f->model.image_size));
     } else return usage("no data: give --acts FILE, or -m MODEL and IMAGES");
-    f->images = f->set.count;
-    f->classes = f->set.classes;
-    f->class_name = f->set.class_name;
-    f->digest = f->set.digest;
     f->stride = padded(f->D);
     if (f->D > SC_MAX_WIDTH || f->T > SC_MAX_TOKENS || f->T > SIZE_MAX / sizeof(float) / f->stride)
         return fail("%s: activations of %zu tokens x %zu are too large",
@@ -3058,46 +3040,11 @@ static int add_tap(feed *f, long layer, sc_hook hook, size_t *place) {
     return SC_OK;
 }
 
-static int overrule_sae(sc_sae *sae, const options *o) {
-    sc_hook hook = SC_MLP;
-    if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
-    if (o->k) sae->k = (size_t)o->k;
-    if (o->hook && parse_hook(o->hook, &hook) == SC_OK) sae->hook = (int)hook;
-    if (!sae->topk || (sae->k > 0 && sae->k <= sae->d_sae)) return SC_OK;
-    return fail("%s: a TopK SAE whose k is not from 1 to %zu (--k)",
-                sae->path ? sae->path : o->output, sae->d_sae);
-}
-
-/* An SAE takes activations of its width; saved ones that say where they come from must come from
- * where it listens, unless options overrule that. */
-static int check_origin(const feed *f, const sc_sae *sae, const options *o) {
-    const char *layer = sc_metadata_find(&f->file, "layer");
-    const char *hook = sc_metadata_find(&f->file, "hook");
-    if (sae->d_in != f->D)
-        return fail("%s: an SAE of width %zu, but activations of %zu", sae->path, sae->d_in, f->D);
-    if (layer && sae->layer && !o->layer && strtoul(layer, NULL, 10) != sae->layer)
-        return fail("%s: activations of layer %s where layer %zu was expected", f->file.path, layer,
-                    sae->layer);
-    if (hook && sae->hook >= 0 && !o->hook && strcmp(hook, hook_names[sae->hook]) != 0)
-        return fail("%s: activations of hook %s where %s was expected", f->file.path, hook,
-                    hook_names[sae->hook]);
-    return SC_OK;
-}
-
-/* Where an SAE listens: its metadata say, or the options. */
-static int tap_for(feed *f, const sc_sae *sae, const options *o, size_t *place) {
-    long layer = o->layer ? o->layer : (long)sae->layer;
-    SC_TRY(check_origin(f, sae, o));
-    if (!f->is_file && (!layer || sae->hook < 0))
-        return usage("%s does not say where it listens: --layer and --hook", sae->path);
-    return add_tap(f, layer, sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook, place);
-}
-
 /* Starts handing out batches of up to `room` images, in the order given (NULL: first to last; a
  * stream has no other). Pictures are loaded ahead, so that every thread can decode some. */
 static int start_feed(feed *f, size_t room, draw_function *order, void *context, int with_logits) {
     size_t S = (size_t)f->preprocess.size, many = 4 * (size_t)thread_count(), deepest = 0;
-    int stream = f->images == SC_UNKNOWN;
+    int stream = f->set.count == SC_UNKNOWN;
     for (size_t i = 0; i < f->taps; i++)
         if (f->tap[i].layer > deepest) deepest = f->tap[i].layer;
     if (f->model.blocks)
@@ -3119,7 +3066,7 @@ static int start_feed(feed *f, size_t room, draw_function *order, void *context,
 static int load_task(void *context, size_t task) {
     feed *f = context;
     size_t i = f->loaded + task, image = f->image[i], S = (size_t)f->preprocess.size;
-    f->label[i] = f->images == SC_UNKNOWN ? -1 : f->set.image[image].label;
+    f->label[i] = f->set.count == SC_UNKNOWN ? -1 : f->set.image[image].label;
     if (!f->is_file)
         return load_image(&f->set, image, &f->stream, &f->preprocess, f->pixels + i * S * S * 3);
     for (size_t t = 0; t < f->T; t++)
@@ -3148,8 +3095,8 @@ static void drop_batch(feed *f) {
  * all before it are used up. With skip_bad a bad image is named, loses its name and is passed over
  * from then on; where all are bad we fail: the order may be endless. */
 static int load_images(feed *f, size_t want) {
-    int stream = f->images == SC_UNKNOWN;
-    size_t last = f->images < f->set.limit ? f->images : f->set.limit;
+    int stream = f->set.count == SC_UNKNOWN;
+    size_t last = f->set.count < f->set.limit ? f->set.count : f->set.limit;
     while (f->loaded < want) {
         size_t end = f->loaded, most = stream ? end + 1 : f->is_file ? want : f->ahead;
         for (size_t draw = f->drawn, image = draw; end < most; image = ++draw) {
@@ -3393,6 +3340,38 @@ int sc_sae_open(sc_sae *sae, const char *path) {
     sc_safetensors_close(&file);
     if (status != SC_OK) sc_sae_close(sae);
     return status;
+}
+
+/* Options overrule what an SAE's file says. It must agree with the activations, and listens to the
+ * tap at *place. What training does not know it takes from saved activations; of a model it listens
+ * to the MLP of the last block but one. */
+static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, size_t *place) {
+    const char *layer = sc_metadata_find(&f->file, "layer");
+    const char *hook = sc_metadata_find(&f->file, "hook");
+    sc_hook kind = SC_MLP;
+    if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
+    if (o->k) sae->k = (size_t)o->k;
+    if (o->hook && parse_hook(o->hook, &kind) == SC_OK) sae->hook = (int)kind;
+    if (sae->topk && (sae->k == 0 || sae->k > sae->d_sae))
+        return fail("%s: a TopK SAE whose k is not from 1 to %zu (--k)",
+                    sae->path ? sae->path : o->output, sae->d_sae);
+    if (sae->d_in != f->D)
+        return fail("%s: an SAE of width %zu, but activations of %zu", sae->path, sae->d_in, f->D);
+    if (layer && sae->layer && !o->layer && strtoul(layer, NULL, 10) != sae->layer)
+        return fail("%s: activations of layer %s where layer %zu was expected", f->file.path, layer,
+                    sae->layer);
+    if (hook && sae->hook >= 0 && !o->hook && strcmp(hook, hook_names[sae->hook]) != 0)
+        return fail("%s: activations of hook %s where %s was expected", f->file.path, hook,
+                    hook_names[sae->hook]);
+    if (training && f->is_file) SC_TRY(read_origin(sae, &f->file));
+    else if (training && sae->hook < 0) sae->hook = SC_MLP;
+    long usual = training && !f->is_file ? -2 : 0;
+    long at = o->layer ? o->layer : sae->layer ? (long)sae->layer : usual;
+    if (!f->is_file && (!at || sae->hook < 0))
+        return usage("%s does not say where it listens: --layer and --hook", sae->path);
+    SC_TRY(add_tap(f, at, sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook, place));
+    if (training) sae->layer = f->tap[*place].layer;
+    return SC_OK;
 }
 
 /* --------------------------------------------------------------------------------------------
@@ -4256,7 +4235,7 @@ typedef struct {
 /* Every epoch is a permutation of its own. */
 static int training_draw(void *context, size_t draw, size_t *image) {
     training_run *run = context;
-    size_t N = run->data.images, epoch = draw / N;
+    size_t N = run->data.set.count, epoch = draw / N;
     if (run->order && epoch != run->epoch)
         permutation((uint64_t)run->o->seed, epoch, run->order, N);
     run->epoch = epoch;
@@ -4313,7 +4292,7 @@ static uint64_t recipe_digest(const training_run *run) {
     const sc_safetensors *source = run->data.is_file ? &run->data.file : &run->data.model.file;
     size_t sample = (size_t)(source->data - source->map) + ((size_t)1 << 20);
     digest64 d = { 0 };
-    digest64_number(&d, run->data.digest);
+    digest64_number(&d, run->data.set.digest);
     digest64_add(&d, source->map, sample < source->size ? sample : source->size);
     put_recipe(run, NULL, &d);
     return digest64_value(&d);
@@ -4462,24 +4441,18 @@ static int choose_sae(training_run *run) {
     size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D, place;
     SC_TRY(o->init ? sc_sae_open(sae, o->init) : sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
-    SC_TRY(overrule_sae(sae, o));
-    SC_TRY(check_origin(f, sae, o));
-    if (f->is_file) SC_TRY(read_origin(sae, &f->file));
-    else if (sae->hook < 0) sae->hook = SC_MLP;
-    if (!f->is_file && !sae->model && !(sae->model = copy_string(base_name(o->model))))
-        return SC_FAILED;
-    long layer = o->layer ? o->layer : sae->layer || f->is_file ? (long)sae->layer : -2;
-    SC_TRY(add_tap(f, layer, sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook, &place));
-    sae->layer = f->tap[place].layer;
-    return SC_OK;
+    SC_TRY(connect_sae(f, sae, o, 1, &place));
+    if (f->is_file || sae->model) return SC_OK;
+    sae->model = copy_string(base_name(o->model));
+    return sae->model ? SC_OK : SC_FAILED;
 }
 
 /* How many steps, of which images, in which order. */
 static int plan_run(training_run *run) {
     const options *o = run->o;
     const feed *f = &run->data;
-    int stream = f->images == SC_UNKNOWN, shuffle = strcmp(o->order, "shuffle") == 0;
-    double images = stream ? 1e18 : o->epochs * (double)f->images;
+    int stream = f->set.count == SC_UNKNOWN, shuffle = strcmp(o->order, "shuffle") == 0;
+    double images = stream ? 1e18 : o->epochs * (double)f->set.count;
     run->batch = (size_t)o->batch;
     run->steps = (uint64_t)(o->steps < 0 ? ceil(images / (double)run->batch) : o->steps);
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
@@ -4488,7 +4461,7 @@ static int plan_run(training_run *run) {
         return usage("a stream has one order: --order sequential was expected");
     if (!shuffle) return SC_OK;
     run->epoch = UINT64_MAX;
-    return allocate(&run->data.memory, &run->order, f->images, sizeof *run->order);
+    return allocate(&run->data.memory, &run->order, f->set.count, sizeof *run->order);
 }
 
 /* Hands out batches from where training begins. Where b_dec starts from images, those are
@@ -4498,10 +4471,10 @@ static int start_run(training_run *run) {
     feed *f = &run->data;
     int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer.step == 0;
     size_t keep = !start ? 0 : o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
-    if (keep > f->images) keep = f->images;
+    if (keep > f->set.count) keep = f->set.count;
     if (!start && run->trainer.step == run->steps) return SC_OK;
     SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, run, 0));
-    if (f->images != SC_UNKNOWN) f->drawn = (size_t)run->next_draw;
+    if (f->set.count != SC_UNKNOWN) f->drawn = (size_t)run->next_draw;
     while (f->drawn < run->next_draw) {                      /* a stream can only be read again */
         SC_TRY(load_images(f, 1));
         if (f->loaded == 0) return fail("standard input: ended before where the checkpoint was");
@@ -4641,8 +4614,8 @@ static int new_statistics(statistics *s, memory_list *memory, int class_counts) 
     const array_spec arrays[] = {
         ARRAY(s->latent, n, 1), ARRAY(s->top, n, s->K), ARRAY(s->patch, n, s->P),
         ARRAY(s->histogram, (size_t)thread_count(), 1), ARRAY(s->x, s->sae->d_in, 1),
-        ARRAY(s->class_counts, n, s->data->classes) };
-    if (class_counts && s->data->classes == 0)
+        ARRAY(s->class_counts, n, s->data->set.classes) };
+    if (class_counts && s->data->set.classes == 0)
         return fail("--class-counts: the data have no labels");
     SC_TRY(new_arrays(memory, arrays, COUNT(arrays) - !class_counts));
     for (size_t i = 0; i < n * s->K; i++) s->top[i] = nothing;
@@ -4784,7 +4757,7 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
     SC_TRY(put_metadata(w, "tokens", "%llu", (unsigned long long)s->images * s->data->T));
     SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->data->T));
     SC_TRY(put_metadata(w, "first_patch", "%zu", s->data->first_patch));
-    SC_TRY(put_metadata(w, "data_digest", "%016llx", (unsigned long long)s->data->digest));
+    SC_TRY(put_metadata(w, "data_digest", "%016llx", (unsigned long long)s->data->set.digest));
     SC_TRY(put_metadata(w, "sae_digest", "%016llx", (unsigned long long)sae_digest(s->sae)));
     for (int i = 0; i <= HISTOGRAM_BINS; i++)
         used += (size_t)sprintf(edges + used, "%c%.9g", i ? ',' : '[',
@@ -4832,7 +4805,7 @@ static int write_statistics(sc_writer *w, void *context) {
         { "mean_sum_exact", &l->means, sizeof *l, SC_I64, 2, { n, 2 } },   /* high, low half */
         { "activation_sum_exact", &l->activations, sizeof *l, SC_I64, 2, { n, 2 } },
         { "activation_histogram", bin, sizeof *bin, SC_I64, 1, { HISTOGRAM_BINS } },
-        { "class_counts", class, sizeof *class, SC_I64, 1, { s->data->classes, n } } };
+        { "class_counts", class, sizeof *class, SC_I64, 1, { s->data->set.classes, n } } };
     SC_TRY(write_statistics_metadata(w, s));
     derive_statistics(s);
     for (size_t i = 0; i < COUNT(tensors) - !class; i++) {
@@ -4869,15 +4842,11 @@ typedef struct {
 } session;
 
 static int open_session(session *s) {
-    for (; s->saes < s->o->saes; s->saes++) {
-        sc_sae *sae = &s->sae[s->saes];
-        SC_TRY(sc_sae_open(sae, s->o->sae[s->saes]));
-        SC_TRY(overrule_sae(sae, s->o));
-        if (s->o->layer) sae->layer = (size_t)s->o->layer;
-    }
+    for (; s->saes < s->o->saes; s->saes++)
+        SC_TRY(sc_sae_open(&s->sae[s->saes], s->o->sae[s->saes]));
     SC_TRY(open_feed(&s->data, s->o));
     for (size_t i = 0; i < s->saes; i++) {
-        SC_TRY(tap_for(&s->data, &s->sae[i], s->o, &s->tap[i]));
+        SC_TRY(connect_sae(&s->data, &s->sae[i], s->o, 0, &s->tap[i]));
         SC_TRY(new_batch(&s->batch[i], &s->sae[i], MEASURE_IMAGES * s->data.T));
     }
     return SC_OK;
@@ -4927,7 +4896,7 @@ static int measure(session *s, int reconstruct) {
         SC_TRY(new_statistics(&s->stats[i], &s->data.memory, o->class_counts));
     }
     SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, s->data.images)) == SC_OK)
+    while ((status = next_encoded(s, s->data.set.count)) == SC_OK)
         for (size_t i = 0; i < s->saes; i++) SC_TRY(count_batch(&s->stats[i]));
     return status == SC_END ? SC_OK : status;
 }
@@ -4967,6 +4936,16 @@ static void print_for_people(int markdown, const table_cell *cells, size_t colum
         for (size_t c = 0; markdown && r == 0 && c <= columns; c++)
             fputs(c < columns ? "|---" : "|\n", stdout);
     }
+}
+
+/* A CSV field: quoted, what a terminal might obey shown as ?. */
+static void print_csv_text(const char *name) {
+    putchar('"');
+    for (; *name; name++) {
+        if (*name == '"') putchar('"');
+        putchar((unsigned char)*name < ' ' || *name == 127 ? '?' : *name);
+    }
+    putchar('"');
 }
 
 /* CSV or JSON, numbers in full. */
@@ -5073,8 +5052,8 @@ static int write_labels(sc_writer *w, const session *s) {
     if (s->labels > 0 && s->label[0] < 0) return SC_OK;
     SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &s->labels));
     SC_TRY(sc_writer_integers(w, s->label, s->labels));
-    if (!s->data.class_name) return SC_OK;
-    return write_name_list(w, "class_names", s->data.class_name, s->data.classes);
+    if (!s->data.set.class_name) return SC_OK;
+    return write_name_list(w, "class_names", s->data.set.class_name, s->data.set.classes);
 }
 
 /* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
@@ -5095,7 +5074,7 @@ static int write_activations(sc_writer *w, void *context) {
     SC_TRY(sc_writer_tensor(w, "activations", strcmp(o->dtype, "f16") ? SC_F32 : SC_F16, 3,
                             (size_t[]){ SC_ROWS, end - first, f->D }));
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, f->images)) == SC_OK)
+    while ((status = next_encoded(s, f->set.count)) == SC_OK)
         for (size_t i = 0; i < f->count; i++) {
             SC_TRY(keep_label(s, f->label[i]));
             for (size_t t = i * f->T + first; t < i * f->T + end; t++)
@@ -5107,8 +5086,8 @@ static int write_activations(sc_writer *w, void *context) {
     SC_TRY(sc_writer_metadata(w, "hook", hook_names[f->tap[0].hook]));
     SC_TRY(sc_writer_metadata(w, "tokens", o->tokens));
     /* a file that lacks images of the data set is not the data set: another digest */
-    unsigned long long digest = f->digest + (f->images - s->labels);
-    if (f->images != SC_UNKNOWN) SC_TRY(put_metadata(w, "data_digest", "%016llx", digest));
+    unsigned long long digest = f->set.digest + (f->set.count - s->labels);
+    if (f->set.count != SC_UNKNOWN) SC_TRY(put_metadata(w, "data_digest", "%016llx", digest));
     return write_labels(w, s);
 }
 
@@ -5119,7 +5098,7 @@ static int command_extract(session *s) {
     SC_TRY(open_session(s));
     if (s->o->hook) SC_TRY(parse_hook(s->o->hook, &hook));
     SC_TRY(add_tap(f, s->o->layer ? s->o->layer : -2, hook, &place));
-    return save_tensors(s->o->output, 4096 + names_room(f->class_name, f->classes, 8),
+    return save_tensors(s->o->output, 4096 + names_room(f->set.class_name, f->set.classes, 8),
                         write_activations, s);
 }
 
@@ -5128,12 +5107,12 @@ static int command_extract(session *s) {
 static int write_pictures(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
-    size_t S = (size_t)f->preprocess.size, images = f->images == SC_UNKNOWN ? 0 : f->images;
+    size_t S = (size_t)f->preprocess.size, images = f->set.count == SC_UNKNOWN ? 0 : f->set.count;
     int status;
     char **name;
     SC_TRY(allocate(&s->memory, &name, images, sizeof *name));
     SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, (size_t[]){ SC_ROWS, S, S, 3 }));
-    while ((status = next_encoded(s, f->images)) == SC_OK) {
+    while ((status = next_encoded(s, f->set.count)) == SC_OK) {
         SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
         for (size_t i = 0; i < f->count; i++) {
             if (images) name[s->labels] = (char *)(uintptr_t)image_name(f, f->image[i]);
@@ -5149,10 +5128,7 @@ static int command_pack(session *s) {
     const options *o = s->o;
     feed *f = &s->data;
     SC_TRY(open_photos(f, o, (size_t)(o->square ? o->square : o->size)));
-    f->images = f->set.count;
-    f->class_name = f->set.class_name;
-    f->classes = f->set.classes;
-    size_t room = 4096 + names_room(f->class_name, f->classes, 4);
+    size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
     for (size_t i = 0; f->set.image && i < f->set.count; i++)
         room += 6 * strlen(f->set.image[i].name) + 4;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
@@ -5197,13 +5173,17 @@ static int spool_batch(session *s) {
 /* A tensor that is a part of a spool's records: `columns` numbers at `offset`. */
 static int write_part(sc_writer *w, session *s, int which, const char *name, sc_dtype dtype,
                       size_t offset, size_t columns) {
-    size_t size = which ? columns * sizeof(float) : sizeof(code);
+    enum { BLOCK = 64 };
+    sc_dtype kind = dtype == SC_I32 ? SC_I64 : dtype;
+    size_t part = columns * sc_dtype_size(kind), size = which ? part : sizeof(code);
     unsigned char *record;
-    SC_TRY(allocate(&s->memory, &record, size, 1));
+    SC_TRY(allocate(&s->memory, &record, BLOCK, size));
     SC_TRY(sc_writer_tensor(w, name, dtype, columns > 1 ? 2 : 1, (size_t[]){ SC_ROWS, columns }));
     fseek(s->spool[which], 0, SEEK_SET);
-    while (fread(record, size, 1, s->spool[which]) == 1)
-        SC_TRY(sc_writer_values(w, record + offset, columns, dtype == SC_I32 ? SC_I64 : dtype));
+    for (size_t n; (n = fread(record, size, BLOCK, s->spool[which])) > 0;) {
+        for (size_t i = 0; i < n; i++) memmove(record + i * part, record + i * size + offset, part);
+        SC_TRY(sc_writer_values(w, record, n * columns, kind));
+    }
     return check_spools(s);
 }
 
@@ -5249,7 +5229,7 @@ static int command_encode(session *s) {
             return fail("no temporary file can be made: %s", strerror(errno));
     s->batch[0].reconstruct = s->o->reconstruction;
     SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, s->data.images)) == SC_OK) SC_TRY(spool_batch(s));
+    while ((status = next_encoded(s, s->data.set.count)) == SC_OK) SC_TRY(spool_batch(s));
     return status == SC_END ? save_tensors(s->o->output, 4096, write_codes, s) : status;
 }
 
@@ -5266,7 +5246,7 @@ static int command_zeroshot(session *s) {
         return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
                     model->file.path);
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 1));
-    while ((status = next_encoded(s, f->images)) == SC_OK)
+    while ((status = next_encoded(s, f->set.count)) == SC_OK)
         for (size_t i = 0; i < f->count; i++) {
             const float *logit = f->logits + i * model->classes;
             size_t rank = 0, label = (size_t)f->label[i], image = (size_t)f->image[i];
@@ -5341,7 +5321,7 @@ static int open_statistics(viewer *v, const char *path) {
     const char *sae = sc_metadata_find(&v->stats, "sae_digest");
     const char *first_patch = sc_metadata_find(&v->stats, "first_patch");
     if (!data || !sae) return fail("%s: these are no statistics: a digest is missing", path);
-    if (strtoull(data, NULL, 16) != v->s->data.digest)
+    if (strtoull(data, NULL, 16) != v->s->data.set.digest)
         return fail("%s: statistics of other data", path);
     if (strtoull(sae, NULL, 16) != sae_digest(&v->s->sae[0]))
         return fail("%s: statistics of another SAE", path);
@@ -5462,12 +5442,12 @@ static int show_mask(const viewer *v, size_t j, size_t i) {
 /* Only the images of a class, for the mean of their masks (the report's figure 6). */
 static int choose_class(viewer *v, long class) {
     const feed *f = &v->s->data;
-    size_t images = f->classes ? f->images : 0;
+    size_t images = f->set.classes ? f->set.count : 0;
     SC_TRY(allocate(&v->s->memory, &v->image, images, sizeof *v->image));
     for (size_t i = 0; i < images; i++)
         if (f->set.image[i].label == class) v->image[v->images++] = (int64_t)i;
     if (v->images > 0) return SC_OK;
-    return fail("--class %ld: no image is of this class (of %zu)", class, f->classes);
+    return fail("--class %ld: no image is of this class (of %zu)", class, f->set.classes);
 }
 
 static int show_masks(viewer *v) {
@@ -5476,7 +5456,7 @@ static int show_masks(viewer *v) {
     int status;
     if (!v->s->o->mask) v->kind = VALUE_MASK;
     SC_TRY(open_viewer(v, v->kind == TOP_MASK));
-    v->images = class >= 0 ? 0 : f->images;
+    v->images = class >= 0 ? 0 : f->set.count;
     if (class >= 0) SC_TRY(choose_class(v, class));
     SC_TRY(start_feed(f, MEASURE_IMAGES, v->image ? listed_draw : NULL, v, 0));
     while ((status = next_encoded(v->s, v->images)) == SC_OK)
@@ -5515,7 +5495,7 @@ static int list_images(viewer *v, size_t *count) {
         int64_t *image = v->image + v->images;
         SC_TRY(sc_tensor_integers(&v->stats, v->top[0], v->latent[l] * K, K, image));
         for (; count[l] < K && image[count[l]] >= 0; count[l]++)
-            if (image[count[l]] >= (int64_t)v->s->data.images)
+            if (image[count[l]] >= (int64_t)v->s->data.set.count)
                 return fail("%s: there is no image %lld", v->stats.path,
                             (long long)image[count[l]]);
     }

@@ -494,7 +494,7 @@ static int images_in_circles(void *context, size_t draw, size_t *image)
 static int images_feed(feed *f, const sc_images *set, draw_function *order, void *context,
                        size_t room, int skip_bad)
 {
-    *f = (feed){ .set = *set, .images = set->count, .preprocess = images_one, .skip_bad = skip_bad,
+    *f = (feed){ .set = *set, .preprocess = images_one, .skip_bad = skip_bad,
                  .stream = { .name = "standard input", .file = stdin } };
     return start_feed(f, room, order, context, 0);
 }
