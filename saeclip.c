@@ -115,14 +115,12 @@ SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
  * bytes, so NULL always means failure. Freed with free(). */
 static void *reserve_array(size_t count, size_t size) {
     void *memory = NULL;
-    if (size != 0 && count > (SIZE_MAX - 64) / size) {
-        fail("out of memory: %zu x %zu bytes cannot be addressed", count, size);
+    if ((size && count > (SIZE_MAX - 64) / size)
+        || posix_memalign(&memory, 64, count && size ? count * size : 1) != 0) {
+        fail("out of memory: %zu x %zu bytes are not to be had", count, size);
         return NULL;
     }
-    size_t bytes = count * size + (count * size == 0);
-    if (posix_memalign(&memory, 64, bytes) == 0) return memory;
-    fail("out of memory: %zu bytes are not to be had", bytes);
-    return NULL;
+    return memory;
 }
 
 /* The same, zeroed. */
@@ -133,17 +131,13 @@ static void *new_array(size_t count, size_t size) {
     return memset(memory, 0, count * size);
 }
 
-/* The first `length` bytes of head, then tail; or NULL and a reason. */
-static char *join_text(const char *head, size_t length, const char *tail) {
-    size_t more = strlen(tail) + 1;
-    char *joined = new_array(length + more, 1);
-    if (!joined) return NULL;
-    memcpy(joined, head, length);
-    memcpy(joined + length, tail, more);
-    return joined;
+/* NULL and a reason where there is no memory. */
+static char *join_text(const char *head, const char *tail) {
+    char *joined = new_array(strlen(head) + strlen(tail) + 1, 1);
+    return joined ? strcat(strcpy(joined, head), tail) : NULL;
 }
 
-static char *copy_string(const char *text) { return join_text("", 0, text); }
+static char *copy_string(const char *text) { return join_text(text, ""); }
 
 /* Makes room for one more element in a list that doubles; list points to the list's pointer. */
 static int grow(void *list, size_t *capacity, size_t count, size_t size) {
@@ -227,21 +221,16 @@ static int quiet, line_open;         /* line_open: progress stands on the termin
 
 static const char *printable(const char *text, char *out, size_t room);
 
-/* One line on standard error. */
-static void print_line(const char *line) {
-    char safe[4 * sizeof error_text];
-    fprintf(stderr, "%ssaeclip: %s\n", line_open ? "\n" : "", printable(line, safe, sizeof safe));
-    line_open = 0;
-}
-
-/* A line on standard error that is no failure. */
+/* A line on standard error. */
 SC_PRINTF(1, 2) static void note(const char *format, ...) {
-    char line[sizeof error_text];
+    char line[sizeof error_text], safe[4 * sizeof line];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    if (!quiet) print_line(line);
+    if (quiet) return;
+    fprintf(stderr, "%ssaeclip: %s\n", line_open ? "\n" : "", printable(line, safe, sizeof safe));
+    line_open = 0;
 }
 
 static double seconds_now(void) {
@@ -250,35 +239,29 @@ static double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Progress on standard error: redrawn on a terminal, else a line now and then. total may be
- * SIZE_MAX: not known. */
-SC_PRINTF(6, 7) static void show_progress(const char *what, uint64_t done, uint64_t total,
-                                          uint64_t items, const char *unit, const char *format, ...)
-{
+/* Progress on standard error: redrawn on a terminal, else a line now and then; words end it. The
+ * first call only takes the time. total may be SIZE_MAX: not known. */
+static void show_progress(const char *what, uint64_t done, uint64_t total, uint64_t images,
+                          const char *words) {
     static double first, last;
-    static uint64_t begin, begin_items;
+    static uint64_t begin, begin_images;
     double now = seconds_now(), passed = now - first;
     int terminal = isatty(STDERR_FILENO), ends = done == total;
     if (first == 0 || done <= begin) {
         first = last = now;
         begin = done;
-        begin_items = items;
+        begin_images = images;
         return;
     }
     if (quiet || (ends ? !terminal && passed < 20 : now - last < (terminal ? 0.2 : 20))) return;
     last = now;
+    line_open = terminal && !ends;
     fprintf(stderr, "%s%s %ju", terminal ? "\r\033[K" : "saeclip: ", what, (uintmax_t)done);
     if (total != SIZE_MAX) fprintf(stderr, " of %ju", (uintmax_t)total);
-    fprintf(stderr, ", %.1f %s/s", (double)(items - begin_items) / passed, unit);
+    fprintf(stderr, ", %.1f images/s", (double)(images - begin_images) / passed);
     if (total != SIZE_MAX && !ends)
         fprintf(stderr, ", %.0f s left", passed / (double)(done - begin) * (double)(total - done));
-    char words[160];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(words, sizeof words, format, arguments);
-    va_end(arguments);
-    line_open = terminal && !ends;
-    fprintf(stderr, "%s%s%s", *words ? ", " : "", words, line_open ? "" : "\n");
+    fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
 }
 
 /* Whether all that was printed reached standard output. */
@@ -299,14 +282,11 @@ static int parse_number(const char *text, const char *what, double least, double
 
 /* "r,g,b" */
 static int parse_triple(const char *text, const char *what, float *value) {
-    char *end;
-    for (int c = 0; c < 3; c++) {
-        value[c] = (float)strtod(text, &end);
-        if (end == text || *end != (c < 2 ? ',' : '\0') || !isfinite(value[c]))
-            return usage("%s: 'R,G,B' was expected, three numbers", what);
-        text = end + 1;
-    }
-    return SC_OK;
+    double rgb[3];
+    char more;
+    int good = sscanf(text, "%lf,%lf,%lf%c", &rgb[0], &rgb[1], &rgb[2], &more) == 3;
+    for (int c = 0; c < 3 && good; c++) good = isfinite(value[c] = (float)rgb[c]);
+    return good ? SC_OK : usage("%s: 'R,G,B' was expected, three numbers", what);
 }
 
 /* ============================================================================================
@@ -325,33 +305,33 @@ static _Thread_local size_t worker;  /* this thread's number, 0 .. thread_count(
 
 static struct {
     int workers;                     /* the caller counts as worker 0 */
-    pthread_t *thread;               /* [workers - 1] */
+    pthread_t thread[SC_MAX_THREADS];/* of workers 1 .. workers - 1 */
     pthread_mutex_t lock;
     pthread_cond_t start, done;
     task_function *work;
     void *context;
-    size_t tasks, round;             /* round: how many parallel_for calls there were */
-    int busy, stop;                  /* busy: threads that have not finished this round */
+    size_t tasks, round;             /* round: how many parallel_for calls there were, or STOP */
+    int busy;                        /* threads that have not finished this round */
     atomic_size_t next;              /* the next task to hand out */
-    size_t failed_task;              /* SIZE_MAX: none failed */
-    int failed_status;
-    char failed_text[sizeof error_text];
+    size_t failed_task;
+    int status;                      /* of failed_task, if any failed */
+    char reason[sizeof error_text];
 } pool = { .workers = 1, .lock = PTHREAD_MUTEX_INITIALIZER,
            .start = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER };
+
+#define STOP SIZE_MAX                /* the round in which threads end */
 
 static int thread_count(void) { return pool.workers; }
 
 static void run_tasks(void) {
-    for (;;) {
-        size_t task = atomic_fetch_add(&pool.next, 1);
-        if (task >= pool.tasks) return;
+    for (size_t task; (task = atomic_fetch_add(&pool.next, 1)) < pool.tasks;) {
         int status = pool.work(pool.context, task);
         if (status == SC_OK) continue;
         pthread_mutex_lock(&pool.lock);
-        if (task < pool.failed_task) {
+        if (pool.status == SC_OK || task < pool.failed_task) {
             pool.failed_task = task;
-            pool.failed_status = status;
-            memcpy(pool.failed_text, error_text, sizeof error_text);
+            pool.status = status;
+            memcpy(pool.reason, error_text, sizeof error_text);
         }
         pthread_mutex_unlock(&pool.lock);
         atomic_store(&pool.next, pool.tasks);
@@ -363,16 +343,14 @@ static void *worker_main(void *argument) {
     worker = (size_t)(intptr_t)argument;
     pthread_mutex_lock(&pool.lock);
     for (;;) {
-        while (pool.round == seen && !pool.stop) pthread_cond_wait(&pool.start, &pool.lock);
-        if (pool.stop) break;
+        while (pool.round == seen) pthread_cond_wait(&pool.start, &pool.lock);
         seen = pool.round;
         pthread_mutex_unlock(&pool.lock);
+        if (seen == STOP) return NULL;
         run_tasks();
         pthread_mutex_lock(&pool.lock);
         if (--pool.busy == 0) pthread_cond_signal(&pool.done);
     }
-    pthread_mutex_unlock(&pool.lock);
-    return NULL;
 }
 
 static int parallel_for(size_t tasks, task_function *work, void *context) {
@@ -380,50 +358,40 @@ static int parallel_for(size_t tasks, task_function *work, void *context) {
     pool.work = work;
     pool.context = context;
     pool.tasks = tasks;
-    pool.failed_task = SIZE_MAX;
+    pool.status = SC_OK;
     atomic_store(&pool.next, 0);
-    int helpers = tasks > 1 && pool.workers > 1;
-    if (helpers) {
-        pool.busy = pool.workers - 1;
+    pool.busy = tasks > 1 ? pool.workers - 1 : 0;
+    if (pool.busy > 0) {
         pool.round++;
         pthread_cond_broadcast(&pool.start);
     }
     pthread_mutex_unlock(&pool.lock);
     run_tasks();
     pthread_mutex_lock(&pool.lock);
-    while (helpers && pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
-    int status = pool.failed_task == SIZE_MAX ? SC_OK : pool.failed_status;
-    if (status != SC_OK) memcpy(error_text, pool.failed_text, sizeof error_text);
+    while (pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
-    return status;
+    if (pool.status != SC_OK) memcpy(error_text, pool.reason, sizeof error_text);
+    return pool.status;
 }
 
 void sc_threads_stop(void) {
     pthread_mutex_lock(&pool.lock);
-    pool.stop = 1;
+    pool.round = STOP;
     pthread_cond_broadcast(&pool.start);
     pthread_mutex_unlock(&pool.lock);
-    for (int i = 0; i + 1 < pool.workers; i++) pthread_join(pool.thread[i], NULL);
-    free(pool.thread);
-    pool.thread = NULL;
-    pool.workers = 1;
-    pool.stop = 0;
+    for (; pool.workers > 1; pool.workers--) pthread_join(pool.thread[pool.workers - 1], NULL);
     pool.round = 0;
 }
 
 int sc_threads_start(int threads) {
     sc_threads_stop();
     if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    if (threads < 1) threads = 1;
     if (threads > SC_MAX_THREADS) threads = SC_MAX_THREADS;
-    pool.thread = new_array((size_t)threads, sizeof *pool.thread);
-    if (!pool.thread) return SC_FAILED;
     for (int i = 1; i < threads; i++) {
-        int error = pthread_create(&pool.thread[i - 1], NULL, worker_main, (void *)(intptr_t)i);
+        int error = pthread_create(&pool.thread[i], NULL, worker_main, (void *)(intptr_t)i);
         if (error) {
             sc_threads_stop();
-            return fail("thread %d of %d could not be started: %s", i + 1, threads,
-                        strerror(error));
+            return fail("thread %d of %d cannot be started: %s", i + 1, threads, strerror(error));
         }
         pool.workers = i + 1;
     }
@@ -1335,17 +1303,11 @@ static void copy_numbers(void *to, const void *from, size_t count, size_t size) 
     for (size_t i = 0; !one.first && i < count * size; i++) out[i ^ (size - 1)] = in[i];
 }
 
-static uint32_t bits_of_float(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
+typedef union { float value; uint32_t bits; } float_bits;
 
-static float float_of_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
+static uint32_t bits_of_float(float value) { return (float_bits){ .value = value }.bits; }
+
+static float float_of_bits(uint32_t bits) { return (float_bits){ .bits = bits }.value; }
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 of fraction. Exact. */
 static float float_of_half(uint32_t half) {
@@ -1365,16 +1327,11 @@ static uint16_t half_of_float(float value) {
     return (uint16_t)(sign | rest);    /* the addition just above rounds to units of 2^-24 */
 }
 
-enum { LARGEST_FLOAT = 0x7f7fffff };             /* its bits */
-
-/* The index of the first value whose magnitude has bits above `largest`, or count if there is none.
- * Infinity and not-a-number are above every number. */
-static size_t first_beyond(const float *values, size_t count, uint32_t largest) {
-    uint32_t beyond = 0;
+/* The index of the first value that is not finite, or count if there is none. */
+static size_t first_not_finite(const float *values, size_t count) {
     size_t i = 0;
-    for (size_t v = 0; v < count; v++) beyond |= largest - (bits_of_float(values[v]) & 0x7fffffff);
-    while (beyond >> 31 && (bits_of_float(values[i]) & 0x7fffffff) <= largest) i++;
-    return beyond >> 31 ? i : count;
+    while (i < count && isfinite(values[i])) i++;
+    return i;
 }
 
 /* A running digest of bytes, against accidents, not against malice: every step is one-to-one in
@@ -1386,20 +1343,20 @@ static uint64_t digest64_step(uint64_t state, uint64_t word) {
     return state ^ state >> 32;
 }
 
-static void digest64_number(digest64 *digest, uint64_t number) {
-    unsigned shift = 8 * (digest->length % 8);
-    digest->state = digest64_step(digest->state, digest->word | number << shift);
-    digest->word = shift ? number >> (64 - shift) : 0;
-    digest->length += 8;
+/* Adds a little-endian number of so many bytes, 1 to 8. */
+static void digest64_take(digest64 *digest, uint64_t number, unsigned bytes) {
+    unsigned held = digest->length % 8;
+    digest->word |= number << 8 * held;
+    digest->length += bytes;
+    if (held + bytes < 8) return;
+    digest->state = digest64_step(digest->state, digest->word);
+    digest->word = held ? number >> (64 - 8 * held) : 0;
 }
 
+static void digest64_number(digest64 *digest, uint64_t n) { digest64_take(digest, n, 8); }
+
 static void digest64_add(digest64 *digest, const void *bytes, size_t count) {
-    for (const unsigned char *byte = bytes; count > 0; count--) {
-        digest->word |= (uint64_t)*byte++ << 8 * (digest->length++ % 8);
-        if (digest->length % 8 != 0) continue;
-        digest->state = digest64_step(digest->state, digest->word);
-        digest->word = 0;
-    }
+    for (const unsigned char *byte = bytes; count > 0; count--) digest64_take(digest, *byte++, 1);
 }
 
 /* The digest of all that was added so far; more may follow. */
@@ -1414,6 +1371,8 @@ static uint64_t digest64_value(const digest64 *digest) {
  * are decoded in place: that never lengthens them, and the closing quote makes room for a NUL.
  * After the first error nothing is taken any more and lists end: only the end need look. */
 
+static const char json_blanks[] = " \t\n\r";
+
 /* what: whose JSON this is, for errors; at: never at blanks */
 typedef struct { const char *what; char *text; size_t at; int failed; } json;
 
@@ -1422,28 +1381,18 @@ static void json_expect(json *j, int met, const char *expected) {
         j->failed = fail("%s: JSON byte %zu: expected %s", j->what, j->at, expected);
 }
 
-static void json_skip(json *j, size_t count) {
-    j->at += count;
-    j->at += strspn(j->text + j->at, " \t\n\r");
-}
-
+/* Whether c comes next; it is taken, and the blanks behind it. */
 static int json_take(json *j, char c) {
     if (j->failed || j->text[j->at] != c) return 0;
-    json_skip(j, 1);
+    j->at++;
+    j->at += strspn(j->text + j->at, json_blanks);
     return 1;
 }
 
-/* Whether element `index` of a list follows, and not yet the end that `close` marks. */
-static int json_next(json *j, size_t index, char close) {
-    if (json_take(j, close)) return 0;
-    if (index > 0) json_expect(j, json_take(j, ','), close == '}' ? "',' or '}'" : "',' or ']'");
-    return !j->failed;
-}
-
-/* The length of the UTF-8 character at text, 0 if there is none: a stray byte, an overlong form, a
- * surrogate or beyond U+10FFFF (RFC 3629). */
+/* The length of the UTF-8 character at text, 0 if there is none: a control byte, a stray byte, an
+ * overlong form, a surrogate or beyond U+10FFFF (RFC 3629). */
 static size_t utf8_length(const char *text) {
-    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+    static const uint32_t least[] = { 0, ' ', 0x80, 0x800, 0x10000 };
     const unsigned char *byte = (const unsigned char *)text;
     size_t length = byte[0] < 0x80 ? 1 : byte[0] >> 5 == 0x06 ? 2 : byte[0] >> 4 == 0x0e ? 3
                   : byte[0] >> 3 == 0x1e ? 4 : 0;
@@ -1463,68 +1412,60 @@ static uint32_t json_unit(const char *text) {
     return (uint32_t)strtoul(digits, NULL, 16);
 }
 
-/* Decodes the escape at j->at to `to`; returns where the next character goes. */
-static char *json_escape(json *j, char *to) {
+/* Decodes the escape at text to *to, which moves on. The escape's length; 0 if it is invalid. */
+static size_t json_escape(const char *text, char **to) {
     static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     static const unsigned char lead[] = { 0x00, 0xc0, 0xe0, 0xf0 };
-    const char *from = j->text + j->at, *letter = from[1] ? strchr(letters, from[1]) : NULL;
-    uint32_t code = letter ? (uint32_t)meanings[letter - letters] : json_unit(from);
-    int pair = code >> 10 == 0x36;                       /* beyond U+FFFF: two surrogates */
-    uint32_t low = pair ? json_unit(from + 6) : 0;
-    json_expect(j, code != 0 && code >> 10 != 0x37 && (!pair || low >> 10 == 0x37),
-                "a valid escape (of no NUL and no half of a surrogate pair)");
-    if (j->failed) return to;
-    if (pair) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
-    j->at += letter ? 2 : pair ? 12 : 6;
+    const char *letter = text[1] ? strchr(letters, text[1]) : NULL;
+    uint32_t code = letter ? (uint32_t)meanings[letter - letters] : json_unit(text);
+    uint32_t low = code >> 10 == 0x36 ? json_unit(text + 6) : 0;       /* of a surrogate pair */
+    if (low >> 10 == 0x37) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
+    if (code == 0 || code >> 11 == 0x1b) return 0;
     int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-    *to++ = (char)(lead[more] | code >> 6 * more);
-    while (more-- > 0) *to++ = (char)(0x80 | (code >> 6 * more & 0x3f));
-    return to;
+    *(*to)++ = (char)(lead[more] | code >> 6 * more);
+    for (int i = more; i-- > 0;) *(*to)++ = (char)(0x80 | (code >> 6 * i & 0x3f));
+    return letter ? 2 : more == 3 ? 12 : 6;
 }
 
 static char *json_string(json *j) {
-    json_expect(j, j->text[j->at] == '"', "a string");
+    char *start = j->text + j->at + 1, *to = start;
+    json_expect(j, start[-1] == '"', "a string");
     j->at += !j->failed;
-    char *start = j->text + j->at, *to = start;
-    while (!j->failed && j->text[j->at] != '"') {
+    for (size_t length; !j->failed && j->text[j->at] != '"'; j->at += length) {
         const char *from = j->text + j->at;
-        if (*from == '\\') {
-            to = json_escape(j, to);
-            continue;
-        }
-        size_t length = (unsigned char)*from < ' ' ? 0 : utf8_length(from);
-        json_expect(j, length > 0, "valid UTF-8 without control characters, then '\"'");
-        memmove(to, from, length);
-        to += length;
-        j->at += length;
+        int escaped = *from == '\\';
+        length = escaped ? json_escape(from, &to) : utf8_length(from);
+        json_expect(j, length > 0, escaped ? "a valid escape" : "valid UTF-8 and no control byte");
+        if (!escaped) to = (char *)memmove(to, from, length) + length;
     }
-    if (j->failed) return start;
-    *to = '\0';
-    json_skip(j, 1);
+    if (json_take(j, '"')) *to = '\0';
     return start;
 }
 
-/* The key of an object's next member and the colon behind it. */
-static char *json_key(json *j) {
-    char *key = json_string(j);
-    json_expect(j, json_take(j, ':'), "':'");
-    return key;
+/* Where element `index` of a list in these brackets begins, of an object its key, behind which the
+ * value comes next; NULL behind the list's end. */
+static char *json_next(json *j, size_t index, const char *brackets) {
+    int object = *brackets == '{';
+    if (index == 0) json_expect(j, json_take(j, *brackets), object ? "'{'" : "'['");
+    if (json_take(j, brackets[1])) return NULL;
+    if (index > 0) json_expect(j, json_take(j, ','), object ? "',' or '}'" : "',' or ']'");
+    char *element = object ? json_string(j) : j->text + j->at;
+    if (object) json_expect(j, json_take(j, ':'), "':'");
+    return j->failed ? NULL : element;
 }
 
 /* An array of at most `most` sizes; returns how many. */
 static size_t json_sizes(json *j, size_t *sizes, size_t most) {
     size_t n = 0;
-    json_expect(j, json_take(j, '['), "'['");
-    for (; json_next(j, n, ']'); n++) {
-        const char *text = j->text + j->at;
+    for (const char *text; (text = json_next(j, n, "[]")) != NULL; n++) {
         size_t digits = strspn(text, "0123456789");
         errno = 0;
         unsigned long long value = strtoull(text, NULL, 10);
-        json_expect(j, digits && (*text != '0' || digits == 1), "a whole number of 0 or more");
-        json_expect(j, !errno && (size_t)value == value, "a number that this machine can address");
+        json_expect(j, digits && (*text != '0' || digits == 1) && !errno && (size_t)value == value,
+                    "a whole number that this machine can address");
         json_expect(j, n < most, most == 2 ? "2 numbers" : "at most 8 numbers");
         if (n < most) sizes[n] = (size_t)value;
-        json_skip(j, digits);
+        j->at += digits + strspn(text + digits, json_blanks);
     }
     return n;
 }
@@ -1532,18 +1473,16 @@ static size_t json_sizes(json *j, size_t *sizes, size_t most) {
 /* text: a JSON array of strings, as metadata hold lists of names. The strings follow the pointers
  * in one block, which free(*out) gives back. */
 static int json_string_array(const char *text, const char *what, char ***out, size_t *count) {
-    size_t length = strlen(text), most = 1, n = 0;
+    size_t length = strlen(text), most = 1;
     for (const char *c = text; *c; c++) most += *c == ',';
     char **list = new_array(most * sizeof *list + length + 1, 1);
     if (!list) return SC_FAILED;
     json j = { .what = what, .text = memcpy(list + most, text, length + 1) };
-    json_skip(&j, 0);
-    json_expect(&j, json_take(&j, '['), "'['");
-    for (; json_next(&j, n, ']'); n++) list[n] = json_string(&j);
+    j.at = strspn(text, json_blanks);
+    for (*count = 0; json_next(&j, *count, "[]"); ++*count) list[*count] = json_string(&j);
     json_expect(&j, j.at == length, "nothing behind the list");
     if (j.failed) free(list);
     else *out = list;
-    *count = n;
     return j.failed;
 }
 
@@ -1552,8 +1491,8 @@ static void print_json(FILE *out, const char *text) {
     putc('"', out);
     for (size_t length; *text; text += length ? length : 1) {
         length = utf8_length(text);
-        if (length == 0) fputs("\xef\xbf\xbd", out);
-        else if ((unsigned char)*text < 0x20) fprintf(out, "\\u%04x", (unsigned)*text);
+        if ((unsigned char)*text < ' ') fprintf(out, "\\u%04x", (unsigned)*text);
+        else if (length == 0) fputs("\xef\xbf\xbd", out);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
         else fwrite(text, 1, length, out);
     }
@@ -1564,13 +1503,12 @@ static void print_json(FILE *out, const char *text) {
 
 enum { MAX_HEADER = 100000000 };     /* the reference implementation's limit */
 
-/* As sc_dtype has them; most: the largest magnitude that is written. */
-static const struct { const char *name; size_t size; double most; } dtypes[] = {
-    { "F32", 4, FLT_MAX }, { "F16", 2, 65519.99609375 }, { "BF16", 2, 0 }, { "F64", 8, DBL_MAX },
-    { "I64", 8, 0x1p63 }, { "I32", 4, INT32_MAX }, { "U8", 1, 255 }, { "BOOL", 1, 0 },
-    { "I8", 1, 0 }, { "I16", 2, 0 }, { "U16", 2, 0 }, { "U32", 4, 0 }, { "U64", 8, 0 },
-    { "C64", 8, 0 }, { "F8_E4M3", 1, 0 }, { "F8_E5M2", 1, 0 }, { "F8_E8M0", 1, 0 },
-    { "F8_E4M3FNUZ", 1, 0 }, { "F8_E5M2FNUZ", 1, 0 } };
+/* As sc_dtype has them. */
+static const struct { const char *name; size_t size; } dtypes[] = {
+    { "F32", 4 }, { "F16", 2 }, { "BF16", 2 }, { "F64", 8 }, { "I64", 8 }, { "I32", 4 },
+    { "U8", 1 }, { "BOOL", 1 }, { "I8", 1 }, { "I16", 2 }, { "U16", 2 }, { "U32", 4 },
+    { "U64", 8 }, { "C64", 8 }, { "F8_E4M3", 1 }, { "F8_E5M2", 1 }, { "F8_E8M0", 1 },
+    { "F8_E4M3FNUZ", 1 }, { "F8_E5M2FNUZ", 1 } };
 
 const char *sc_dtype_name(sc_dtype dtype) { return dtypes[dtype].name; }
 
@@ -1578,79 +1516,73 @@ size_t sc_dtype_size(sc_dtype dtype) { return dtypes[dtype].size; }
 
 /* Sets count and bytes from dtype and shape. A dimension of 0 must not hide that the others cannot
  * be multiplied: whoever reads the shape will. */
-static int measure_tensor(sc_tensor *tensor, const char *path) {
-    size_t bytes = sc_dtype_size(tensor->dtype);
+static int measure_tensor(sc_tensor *t, const char *path) {
+    size_t size = sc_dtype_size(t->dtype), bytes = size;
     int empty = 0;
-    for (int d = 0; d < tensor->rank; d++) {
-        size_t n = tensor->shape[d];
-        empty |= n == 0;
-        if (n > 0 && bytes > SIZE_MAX / n)
-            return fail("%s: tensor '%.100s' is too large for any machine", path, tensor->name);
-        bytes *= n ? n : 1;
+    for (int d = 0; d < t->rank; d++) {
+        size_t n = t->shape[d] ? t->shape[d] : 1;
+        empty |= t->shape[d] == 0;
+        if (bytes > SIZE_MAX / n)
+            return fail("%s: tensor '%.100s' is too large for any machine", path, t->name);
+        bytes *= n;
     }
-    tensor->bytes = empty ? 0 : bytes;
-    tensor->count = tensor->bytes / sc_dtype_size(tensor->dtype);
+    t->bytes = empty ? 0 : bytes;
+    t->count = t->bytes / size;
     return SC_OK;
 }
 
-/* {"dtype": ..., "shape": ..., "data_offsets": ...}, each once, in any order. */
+/* {"dtype": ..., "shape": ..., "data_offsets": ...} each once, in any order. */
 static int read_tensor(json *j, sc_safetensors *file, const char *name) {
-    const size_t none = SIZE_MAX, room = (size_t)(file->map + file->size - file->data);
-    size_t offsets[2] = { 0 }, ends = none, rank = none, d = 0;
+    const char *members = "dtype, shape and two data_offsets, each once";
+    const size_t room = (size_t)(file->map + file->size - file->data);
+    size_t at[2] = { 0 }, offsets = 0, rank = SIZE_MAX, n = 0, d = 0;
     const char *dtype = NULL;
     sc_tensor t = { .name = name };
-    json_expect(j, json_take(j, '{'), "'{'");
-    for (size_t i = 0; json_next(j, i, '}'); i++) {
-        const char *key = json_key(j);
-        if (!dtype && !strcmp(key, "dtype")) dtype = json_string(j);
-        else if (rank == none && !strcmp(key, "shape")) rank = json_sizes(j, t.shape, SC_MAX_RANK);
-        else if (ends == none && !strcmp(key, "data_offsets")) ends = json_sizes(j, offsets, 2);
-        else json_expect(j, 0, "dtype, shape and data_offsets, each once");
-    }
-    json_expect(j, dtype && rank != none && ends == 2, "dtype, shape and two data_offsets before");
+    for (const char *key; (key = json_next(j, n, "{}")) != NULL; n++)
+        if (strcmp(key, "dtype") == 0) dtype = json_string(j);
+        else if (strcmp(key, "shape") == 0) rank = json_sizes(j, t.shape, SC_MAX_RANK);
+        else if (strcmp(key, "data_offsets") == 0) offsets = json_sizes(j, at, 2);
+        else json_expect(j, 0, members);
+    json_expect(j, n == 3 && dtype && rank != SIZE_MAX && offsets == 2, members);
     if (j->failed) return SC_FAILED;
     while (d < COUNT(dtypes) && strcmp(dtypes[d].name, dtype) != 0) d++;
     if (d == COUNT(dtypes))
-        return fail("%s: tensor '%.100s' has the unknown dtype '%.100s', expected F32, F16 or the "
-                    "like", file->path, name, dtype);
+        return fail("%s: tensor '%.100s' has the unknown dtype '%.100s', expected F32 or alike",
+                    file->path, name, dtype);
     t.dtype = (sc_dtype)d;
     t.rank = (int)rank;
     SC_TRY(measure_tensor(&t, file->path));
-    if (offsets[0] > offsets[1] || offsets[1] > room || offsets[1] - offsets[0] != t.bytes)
+    if (at[0] > at[1] || at[1] > room || at[1] - at[0] != t.bytes)
         return fail("%s: tensor '%.100s' has %zu bytes by dtype and shape, but lies at %zu to %zu "
-                    "of %zu", file->path, name, t.bytes, offsets[0], offsets[1], room);
-    t.data = file->data + offsets[0];
+                    "of %zu", file->path, name, t.bytes, at[0], at[1], room);
+    t.data = file->data + at[0];
     SC_TRY(grow(&file->tensor, &file->tensor_capacity, file->tensors, sizeof t));
     file->tensor[file->tensors++] = t;
     return SC_OK;
 }
 
 static int read_metadata(json *j, sc_safetensors *file) {
-    json_expect(j, json_take(j, '{'), "'{'");
-    for (; json_next(j, file->entries, '}'); file->entries++) {
+    for (const char *key; (key = json_next(j, file->entries, "{}")) != NULL; file->entries++) {
         SC_TRY(grow(&file->metadata, &file->entry_capacity, file->entries, sizeof(sc_entry)));
-        file->metadata[file->entries].key = json_key(j);
-        file->metadata[file->entries].value = json_string(j);
+        file->metadata[file->entries] = (sc_entry){ key, json_string(j) };
     }
     return j->failed;
 }
 
 static int read_header(sc_safetensors *file) {
     uint64_t size;
+    size_t most = file->size - 8 < MAX_HEADER ? file->size - 8 : MAX_HEADER, members = 0;
     copy_numbers(&size, file->map, 1, 8);
-    size_t most = file->size - 8 < MAX_HEADER ? file->size - 8 : MAX_HEADER;
     if (size < 2 || size > most)
-        return fail("%s: not a safetensors file: its first 8 bytes announce a header of %ju bytes, "
-                    "expected 2 to %zu", file->path, (uintmax_t)size, most);
+        return fail("%s: not a safetensors file: it announces a header of %ju bytes, expected 2 to "
+                    "%zu", file->path, (uintmax_t)size, most);
     file->data = file->map + 8 + size;
     file->text = new_array((size_t)size + 1, 1);
     if (!file->text) return SC_FAILED;
     memcpy(file->text, file->map + 8, (size_t)size);
     json j = { .what = file->path, .text = file->text };
     int described = 0;
-    json_expect(&j, json_take(&j, '{'), "'{' as the header's first byte");
-    for (size_t i = 0; json_next(&j, i, '}'); i++) {
-        const char *key = json_key(&j);
+    for (const char *key; (key = json_next(&j, members, "{}")) != NULL; members++) {
         int metadata = strcmp(key, "__metadata__") == 0;
         json_expect(&j, !metadata || !described++, "__metadata__ only once");
         if (!j.failed) j.failed = metadata ? read_metadata(&j, file) : read_tensor(&j, file, key);
@@ -1667,34 +1599,27 @@ static int by_position(const void *a, const void *b) {
 
 /* Every byte of the data must belong to exactly one tensor. */
 static int check_positions(sc_safetensors *file) {
-    const unsigned char *at = file->data;
+    const unsigned char *at = file->data, *end = file->map + file->size;
     if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, by_position);
-    for (size_t i = 0; i < file->tensors; at += file->tensor[i++].bytes)
-        if (file->tensor[i].data != at)
-            return fail("%s: tensor '%.100s' begins at byte %td of the data, expected %td, where "
-                        "the one before it ends", file->path, file->tensor[i].name,
-                        file->tensor[i].data - file->data, at - file->data);
-    if (at == file->map + file->size) return SC_OK;
-    return fail("%s: %td bytes of data belong to no tensor, expected none", file->path,
-                file->map + file->size - at);
+    for (const sc_tensor *t = file->tensor; t < file->tensor + file->tensors; at += t++->bytes)
+        if (t->data != at)
+            return fail("%s: tensor '%.100s' begins at byte %td of the data, expected %td",
+                        file->path, t->name, t->data - file->data, at - file->data);
+    if (at == end) return SC_OK;
+    return fail("%s: %td bytes of data belong to no tensor, expected none", file->path, end - at);
 }
 
-/* Tensors and metadata entries both begin with the pointer to their name. */
+/* Tensors, metadata entries and images all begin with the pointer to their name. */
 static int by_name(const void *a, const void *b) {
-    const char *left, *right;
-    memcpy(&left, a, sizeof left);
-    memcpy(&right, b, sizeof right);
-    return strcmp(left, right);
+    const char *const *left = a, *const *right = b;
+    return strcmp(*left, *right);
 }
 
 static int sort_by_name(const char *path, void *list, size_t count, size_t size) {
     if (count > 0) qsort(list, count, size, by_name);
-    for (size_t i = 1; i < count; i++) {
-        const char *element = (const char *)list + i * size, *name;
-        memcpy(&name, element, sizeof name);
-        if (by_name(element - size, element) == 0)
-            return fail("%s: '%.100s' is there twice, expected once", path, name);
-    }
+    for (char *at = list; count > 1; count--, at += size)
+        if (by_name(at, at + size) == 0)
+            return fail("%s: '%.100s' is there twice", path, *(char **)(void *)at);
     return SC_OK;
 }
 
@@ -1717,8 +1642,7 @@ static int map_file(sc_safetensors *file) {
 }
 
 int sc_safetensors_open(sc_safetensors *file, const char *path) {
-    memset(file, 0, sizeof *file);
-    file->path = copy_string(path);
+    *file = (sc_safetensors){ .path = copy_string(path) };
     if (file->path && map_file(file) == SC_OK && read_header(file) == SC_OK &&
         check_positions(file) == SC_OK &&
         sort_by_name(path, file->tensor, file->tensors, sizeof *file->tensor) == SC_OK &&
@@ -1748,15 +1672,17 @@ const char *sc_metadata_find(const sc_safetensors *file, const char *key) {
     return entry ? entry->value : NULL;
 }
 
-/* Whether the values asked for exist and have a dtype from least to most. */
-static int check_values(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
-                        sc_dtype least, sc_dtype most) {
+/* Where the values asked for lie; NULL if they are not there or of no dtype from least to most. */
+static const unsigned char *find_values(const sc_safetensors *file, const sc_tensor *t,
+                                        size_t first, size_t count, sc_dtype least, sc_dtype most) {
     if (t->dtype < least || t->dtype > most)
-        return fail("%s: tensor '%.100s' is %s, expected %s", file->path, t->name,
-                    sc_dtype_name(t->dtype), least ? "I64, I32 or U8" : "F32, F16, BF16 or F64");
-    if (first <= t->count && count <= t->count - first) return SC_OK;
-    return fail("%s: tensor '%.100s' has %zu values, expected %zu from number %zu on", file->path,
-                t->name, t->count, count, first);
+        fail("%s: tensor '%.100s' is %s, expected %s", file->path, t->name,
+             sc_dtype_name(t->dtype), least ? "I64, I32 or U8" : "F32, F16, BF16 or F64");
+    else if (first > t->count || count > t->count - first)
+        fail("%s: tensor '%.100s' has %zu values, expected %zu from number %zu on", file->path,
+             t->name, t->count, count, first);
+    else return t->data + first * sc_dtype_size(t->dtype);
+    return NULL;
 }
 
 static void floats_of_bytes(float *out, const unsigned char *from, size_t count, sc_dtype dtype) {
@@ -1773,10 +1699,10 @@ static void floats_of_bytes(float *out, const unsigned char *from, size_t count,
 
 int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
                      size_t count, float *out) {
-    SC_TRY(check_values(file, tensor, first, count, SC_F32, SC_F64));
-    size_t at = first * sc_dtype_size(tensor->dtype);
-    floats_of_bytes(out, tensor->data + at, count, tensor->dtype);
-    size_t bad = first_beyond(out, count, LARGEST_FLOAT);
+    const unsigned char *from = find_values(file, tensor, first, count, SC_F32, SC_F64);
+    if (!from) return SC_FAILED;
+    floats_of_bytes(out, from, count, tensor->dtype);
+    size_t bad = first_not_finite(out, count);
     if (bad == count) return SC_OK;
     return fail("%s: tensor '%.100s', element %zu is %g, expected a finite number", file->path,
                 tensor->name, first + bad, (double)out[bad]);
@@ -1784,15 +1710,13 @@ int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t
 
 int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
                        size_t count, int64_t *out) {
-    SC_TRY(check_values(file, tensor, first, count, SC_I64, SC_U8));
-    size_t size = sc_dtype_size(tensor->dtype);
-    const unsigned char *from = tensor->data + first * size;
-    for (size_t i = 0; i < count; i++, from += size) {
-        int32_t narrow = 0;
-        out[i] = *from;
-        if (tensor->dtype == SC_I64) copy_numbers(&out[i], from, 1, 8);
-        if (tensor->dtype == SC_I32) copy_numbers(&narrow, from, 1, 4);
-        if (tensor->dtype == SC_I32) out[i] = narrow;
+    const unsigned char *from = find_values(file, tensor, first, count, SC_I64, SC_U8);
+    if (!from) return SC_FAILED;
+    if (tensor->dtype == SC_I64) copy_numbers(out, from, count, 8);
+    for (size_t i = 0; tensor->dtype != SC_I64 && i < count; i++) {
+        int32_t narrow = from[i];
+        if (tensor->dtype == SC_I32) copy_numbers(&narrow, from + 4 * i, 1, 4);
+        out[i] = narrow;
     }
     return SC_OK;
 }
@@ -1800,8 +1724,8 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
 /* --- Atomic output ---
  *
  * NAME is written as NAME.tmp, flushed to disk and renamed. What exists and is not a regular file
- * (/dev/full, a pipe) is written as it is. The first failure sticks: a caller may write on without
- * looking and ask output_commit how it went. */
+ * (/dev/full, a pipe) is written as it is. The first failure sticks, and stdio's do: a caller may
+ * write on without looking, by fprintf(out.file, ...) too, and ask output_commit how it went. */
 
 static int output_failed(sc_output *out, int error) {
     out->error = error ? error : EIO;
@@ -1813,15 +1737,6 @@ static int output_write(sc_output *out, const void *bytes, size_t count) {
     if (out->error) return output_failed(out, out->error);
     if (count == 0 || fwrite(bytes, 1, count, out->file) == count) return SC_OK;
     return output_failed(out, errno);
-}
-
-SC_PRINTF(2, 3) static int output_printf(sc_output *out, const char *format, ...) {
-    va_list arguments;
-    if (out->error) return output_failed(out, out->error);
-    va_start(arguments, format);
-    int length = vfprintf(out->file, format, arguments);
-    va_end(arguments);
-    return length < 0 ? output_failed(out, errno) : SC_OK;
 }
 
 /* Opens, locks and empties NAME.tmp; -1 and errno if it cannot, EBUSY if another process does. That
@@ -1855,9 +1770,9 @@ static int output_open(sc_output *out, const char *path) {
     struct stat there;
     int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
     *out = (sc_output){ .path = copy_string(path), .target = realpath(path, NULL) };
+    /* A link stays, and what it leads to is replaced. */
     if (!out->target) out->target = copy_string(path);
-    char *target = out->target;              /* a link stays, and what it leads to is replaced */
-    if (!direct && target) out->temporary = join_text(target, strlen(target), ".tmp");
+    if (!direct && out->target) out->temporary = join_text(out->target, ".tmp");
     if (out->path && (direct || out->temporary)) {
         int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(out->temporary);
         out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
@@ -1882,20 +1797,16 @@ static int output_commit(sc_output *out) {
 
 /* --- Writing safetensors ---
  *
- * The header is gathered in memory, in two texts, and written at the end into a hole left for it at
- * the file's front; blanks fill it up. */
-
-enum { METADATA, TENSORS };          /* the two texts */
+ * The data are written as they come, behind a hole into which the header goes at the end; blanks
+ * fill it up. */
 
 int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
     memset(w, 0, sizeof *w);
     SC_TRY(output_open(&w->out, path));
-    size_t most = MAX_HEADER - 64, room = header_room < most ? header_room : most;
-    if (room < 1000) room = 1000;
+    const size_t least = 1000, most = MAX_HEADER - 64;
+    size_t room = header_room < least ? least : header_room < most ? header_room : most;
     w->data = (8 + room + 63) / 64 * 64;                     /* on a cache line's boundary */
-    for (int i = 0; i < 2; i++) w->text[i] = open_memstream(&w->bytes[i], &w->length[i]);
-    if (w->text[0] && w->text[1] && fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0)
-        return SC_OK;
+    if (fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0) return SC_OK;
     fail("%s: cannot be written out of order: %s; expected a file", path, strerror(errno));
     sc_writer_discard(w);
     return SC_FAILED;
@@ -1903,118 +1814,124 @@ int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
 
 void sc_writer_discard(sc_writer *w) {
     output_discard(&w->out);
-    for (int i = 0; i < 2; i++) {
-        if (w->text[i]) fclose(w->text[i]);
-        free(w->bytes[i]);
-    }
+    release(&w->texts);
+    free(w->tensor);
+    free(w->metadata);
     memset(w, 0, sizeof *w);
+}
+
+static const char *keep_text(sc_writer *w, const char *text) {
+    char *copy;
+    int status = allocate(&w->texts, &copy, strlen(text) + 1, 1);
+    return status == SC_OK ? strcpy(copy, text) : NULL;
 }
 
 /* At any time before the end; the order is kept. */
 int sc_writer_metadata(sc_writer *w, const char *key, const char *value) {
-    fputs(w->entries++ ? "," : "\"__metadata__\":{", w->text[METADATA]);
-    print_json(w->text[METADATA], key);
-    putc(':', w->text[METADATA]);
-    print_json(w->text[METADATA], value);
+    sc_entry entry = { keep_text(w, key), keep_text(w, value) };
+    if (!entry.key || !entry.value) return SC_FAILED;
+    SC_TRY(grow(&w->metadata, &w->entry_capacity, w->entries, sizeof entry));
+    w->metadata[w->entries++] = entry;
     return SC_OK;
 }
 
 /* The tensor being written must be complete. */
 static int end_tensor(sc_writer *w) {
-    sc_tensor *t = &w->tensor;
     if (w->tensors == 0) return SC_OK;
+    sc_tensor *t = &w->tensor[w->tensors - 1];
     if (w->rows_open) t->shape[0] = w->values / t->count;    /* count so far is that of one row */
     w->rows_open = 0;
     SC_TRY(measure_tensor(t, w->out.path));
-    if (w->values != t->count)
-        return fail("%s: tensor '%s' got %zu values, expected %zu from its shape", w->out.path,
-                    t->name, w->values, t->count);
-    for (int d = 0; d < t->rank; d++)
-        fprintf(w->text[TENSORS], "%s%zu", d ? "," : "", t->shape[d]);
-    fprintf(w->text[TENSORS], "],\"data_offsets\":[%zu,%zu]}", w->begin, w->begin + t->bytes);
-    w->begin += t->bytes;
-    return SC_OK;
+    if (w->values == t->count) return SC_OK;
+    return fail("%s: tensor '%.100s' got %zu values, expected %zu from its shape", w->out.path,
+                t->name, w->values, t->count);
 }
 
 /* Begins the next tensor; shape[0] may be SC_ROWS. */
 int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
                      const size_t *shape) {
-    sc_tensor t = { .name = name, .dtype = dtype };
-    int rows_open = rank > 0 && shape[0] == SC_ROWS;
+    sc_tensor t = { .name = keep_text(w, name), .dtype = dtype };
     SC_TRY(end_tensor(w));
     for (; t.rank < rank && t.rank < SC_MAX_RANK; t.rank++) t.shape[t.rank] = shape[t.rank];
+    int rows_open = rank > 0 && shape[0] == SC_ROWS;
     if (rows_open) t.shape[0] = 1;
+    if (!t.name) return SC_FAILED;
     SC_TRY(measure_tensor(&t, w->out.path));
     if (t.rank != rank || (rows_open && t.count == 0) || strcmp(name, "__metadata__") == 0)
-        return fail("%s: there can be no tensor '%s' of this shape", w->out.path, name);
-    fputs(w->tensors++ ? "," : "", w->text[TENSORS]);
-    print_json(w->text[TENSORS], name);
-    fprintf(w->text[TENSORS], ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(dtype));
-    snprintf(w->name, sizeof w->name, "%s", name);
-    t.name = w->name;
-    w->tensor = t;
+        return fail("%s: there can be no tensor '%.100s' of this shape", w->out.path, name);
+    SC_TRY(grow(&w->tensor, &w->tensor_capacity, w->tensors, sizeof t));
+    w->tensor[w->tensors++] = t;
     w->values = 0;
     w->rows_open = rows_open;
     return SC_OK;
 }
 
-static double value_at(const void *values, size_t i, sc_dtype kind) {
-    return kind == SC_F32 ? (double)((const float *)values)[i]
-         : kind == SC_F64 ? ((const double *)values)[i]
-         : kind == SC_I64 ? (double)((const int64_t *)values)[i]
-         : (double)((const unsigned char *)values)[i];
-}
-
 /* Writes values that are of type `kind` in memory: F32, also as F16, F64, I64, also as I32, or U8.
  * One that cannot be held ends the writing: the file can no longer be complete. */
 int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind) {
-    unsigned char bytes[4096 * 8];
-    sc_dtype dtype = w->tensor.dtype;
-    int half = kind == SC_F32 && dtype == SC_F16, narrow = kind == SC_I64 && dtype == SC_I32;
-    if (w->tensors == 0 || !(dtype == kind || half || narrow))
-        return fail("%s: %s values, expected %s for '%s'", w->out.path, sc_dtype_name(kind),
-                    w->tensors ? sc_dtype_name(dtype) : "no tensor", w->name);
-    double most = dtypes[dtype].most, least = narrow ? INT32_MIN : -most;
-    const unsigned char *from = values;
-    for (size_t n; count > 0; count -= n, w->values += n, from += n * sc_dtype_size(kind)) {
-        n = count < 4096 ? count : 4096;
+    enum { BLOCK = 4096 };
+    unsigned char bytes[BLOCK * 8];
+    const float *f = values;
+    const double *d = values;
+    const int64_t *l = values;
+    if (w->tensors == 0) return fail("%s: no tensor to write values of", w->out.path);
+    const sc_tensor *t = &w->tensor[w->tensors - 1];
+    size_t size = sc_dtype_size(t->dtype), from = sc_dtype_size(kind);
+    int half = kind == SC_F32 && t->dtype == SC_F16, narrow = kind == SC_I64 && t->dtype == SC_I32;
+    if (t->dtype != kind && !half && !narrow)
+        return fail("%s: tensor '%.100s' is %s and got %s values", w->out.path, t->name,
+                    sc_dtype_name(t->dtype), sc_dtype_name(kind));
+    for (size_t at = 0, n; at < count; at += n, w->values += n) {
+        n = count - at < BLOCK ? count - at : BLOCK;
+        if (t->dtype == kind) copy_numbers(bytes, (const char *)values + at * from, n, size);
         for (size_t i = 0; i < n; i++) {
-            double value = value_at(from, i, kind);
-            if (!(value >= least && value <= most)) {
-                w->out.error = ERANGE;
-                return fail("%s: tensor '%s', element %zu is %g, expected what %s can hold",
-                            w->out.path, w->name, w->values + i, value, sc_dtype_name(dtype));
-            }
+            double value = kind == SC_F32 ? (double)f[at + i] : kind == SC_F64 ? d[at + i]
+                         : kind == SC_I64 ? (double)l[at + i] : 0;
+            int held = narrow ? value >= INT32_MIN && value <= INT32_MAX
+                     : kind == SC_I64 || fabs(value) < (half ? 65520 : (double)INFINITY);
+            if (!held) w->out.error = ERANGE;
+            if (!held)
+                return fail("%s: tensor '%.100s', element %zu is %g, expected what %s can hold",
+                            w->out.path, t->name, w->values + i, value, sc_dtype_name(t->dtype));
             if (half) copy_numbers(bytes + 2 * i, &(uint16_t){ half_of_float((float)value) }, 1, 2);
             if (narrow) copy_numbers(bytes + 4 * i, &(int32_t){ (int32_t)value }, 1, 4);
         }
-        if (dtype == kind) copy_numbers(bytes, from, n, sc_dtype_size(kind));
-        SC_TRY(output_write(&w->out, bytes, n * sc_dtype_size(dtype)));
+        SC_TRY(output_write(&w->out, bytes, n * size));
     }
     return SC_OK;
 }
 
-/* Ends a text that open_memstream() gathers: until it is closed its bytes can be read. */
-static int end_text(FILE *text) {
-    if (text && fflush(text) == 0 && !ferror(text)) return SC_OK;
-    return fail("out of memory: a text could not be gathered");
-}
-
+/* Into the hole; the file's own error tells at the end whether that went well. */
 static int write_header(sc_writer *w) {
-    SC_TRY(end_tensor(w));
-    if (w->entries) putc('}', w->text[METADATA]);
-    if (w->entries && w->tensors) putc(',', w->text[METADATA]);
-    for (int i = 0; i < 2; i++) SC_TRY(end_text(w->text[i]));
-    size_t length = w->length[METADATA] + w->length[TENSORS] + 2;
+    FILE *f = w->out.file;
     uint64_t bytes, size = w->data - 8;
-    if (length > size)
-        return fail("%s: its header of %zu bytes is larger than safetensors allows or its writer "
-                    "foresaw, expected at most %ju", w->out.path, length, (uintmax_t)size);
+    size_t begin = 0;
+    SC_TRY(end_tensor(w));
+    if (fseeko(f, 0, SEEK_SET) != 0) return output_failed(&w->out, errno);
     copy_numbers(&bytes, &size, 1, 8);
-    if (fseeko(w->out.file, 0, SEEK_SET) != 0) return output_failed(&w->out, errno);
-    SC_TRY(output_write(&w->out, &bytes, 8));
-    return output_printf(&w->out, "{%s%s}%*s", w->bytes[METADATA], w->bytes[TENSORS],
-                         (int)(size - length), "");
+    fwrite(&bytes, 8, 1, f);
+    putc('{', f);
+    for (size_t i = 0; i < w->entries; i++) {
+        fputs(i ? "," : "\"__metadata__\":{", f);
+        print_json(f, w->metadata[i].key);
+        putc(':', f);
+        print_json(f, w->metadata[i].value);
+    }
+    if (w->entries) fputs(w->tensors ? "}," : "}", f);
+    for (const sc_tensor *t = w->tensor; t < w->tensor + w->tensors; begin += t++->bytes) {
+        if (t > w->tensor) putc(',', f);
+        print_json(f, t->name);
+        fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(t->dtype));
+        for (int d = 0; d < t->rank; d++) fprintf(f, "%s%zu", d ? "," : "", t->shape[d]);
+        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", begin, begin + t->bytes);
+    }
+    putc('}', f);
+    uint64_t end = (uint64_t)ftello(f);
+    if (end > w->data)
+        return fail("%s: its header is larger than safetensors allows or its writer foresaw, "
+                    "expected at most %ju bytes", w->out.path, (uintmax_t)size);
+    fprintf(f, "%*s", (int)(w->data - end), "");
+    return SC_OK;
 }
 
 /* Ends the writer in either case: the whole file stands under its name, or nothing does. */
@@ -2045,13 +1962,10 @@ static const char *printable(const char *text, char *out, size_t room) {
     while (*text) {
         const unsigned char *byte = (const unsigned char *)text;
         size_t length = utf8_length(text), n = length ? length : 1;
-        int harmless = length && byte[0] >= ' ' && byte[0] != 127
-                       && !(byte[0] == 0xc2 && byte[1] < 0xa0);
+        int harmless = length && byte[0] != 127 && !(byte[0] == 0xc2 && byte[1] < 0xa0);
         if (used + 8 + sizeof "..." > room) return strcpy(out + used, "..."), out;
-        for (; n > 0; n--, text++) {
-            if (harmless) out[used++] = *text;
-            else used += (size_t)sprintf(out + used, "\\x%02x", (unsigned char)*text);
-        }
+        for (; n > 0; n--, text++)
+            used += (size_t)sprintf(out + used, harmless ? "%c" : "\\x%02x", (unsigned char)*text);
     }
     out[used] = '\0';
     return out;
@@ -2083,35 +1997,25 @@ static int write_name_list(sc_writer *w, const char *key, char **name, size_t co
     char *list = NULL;
     size_t length = 0;
     FILE *text = open_memstream(&list, &length);
-    for (size_t i = 0; text && i < count; i++) {
+    if (!text) return fail("out of memory: a list of %zu names", count);
+    for (size_t i = 0; i < count; i++) {
         putc(i ? ',' : '[', text);
         print_json(text, name[i]);
     }
-    if (text) fputs(count ? "]" : "[]", text);
-    int status = end_text(text);
-    if (status == SC_OK) status = sc_writer_metadata(w, key, list);
-    if (text) fclose(text);
+    fputs(count ? "]" : "[]", text);
+    int lost = ferror(text);
+    lost |= fclose(text);
+    int status = lost ? fail("out of memory: a list of %zu names", count)
+                      : sc_writer_metadata(w, key, list);
     free(list);
     return status;
-}
-
-static void print_json_text(const char *name) { print_json(stdout, name); }
-
-/* A CSV field: quoted, what a terminal might obey shown as ?. */
-static void print_csv_text(const char *name) {
-    putchar('"');
-    for (; *name; name++) {
-        if (*name == '"') putchar('"');
-        putchar((unsigned char)*name < ' ' || *name == 127 ? '?' : *name);
-    }
-    putchar('"');
 }
 
 /* ============================================================================================
  * 6. Images
  *
  * From a file's bytes to the pixels a model sees, as the data flow: PNM pictures, other formats by
- * way of a decoder program, Pillow's resize, data sets, and a reader that loads many at once.
+ * way of a decoder program, Pillow's resize, data sets.
  * ============================================================================================ */
 
 /* Beside SC_OK and SC_FAILED; MACHINE_FAILED is no image's fault, so that --skip-bad is no help. */
@@ -2122,8 +2026,15 @@ enum { MAX_PATH = 4096, MAX_DEPTH = 16, CHUNK = 1024, WEIGHT_BITS = 22 };
 /* rgb: [height, width, 3], 8 bits, `stride` bytes from row to row */
 typedef struct { size_t width, height, stride; const unsigned char *rgb; } picture;
 
+/* A file's format, told by its first bytes, and the Debian package that decodes it, if that needs
+ * one. In magic, ? is any byte and _ a blank. */
+typedef struct { const char *name, *magic, *decoder, *package; size_t length; } image_format;
+
 /* Where pictures are read from. rgb: [capacity, CHUNK, 3], for the last picture's pixels */
-typedef struct { const char *name; FILE *file; unsigned char *rgb; size_t capacity; } image_source;
+typedef struct {
+    const char *name; FILE *file; const image_format *format;
+    unsigned char *rgb; size_t capacity;
+} image_source;
 
 /* --- PNM (netpbm.sourceforge.net/doc/pnm.html); P4 is what pngtopnm makes of one-bit PNGs --- */
 
@@ -2215,8 +2126,6 @@ static int pnm_read(image_source *source, picture *result) {
 
 /* --- Other formats: a decoder program turns them into PNM --- */
 
-/* What counts as an image is decided by its first bytes; in magic, ? is any and _ a blank. */
-typedef struct { const char *name, *magic, *decoder, *package; size_t length; } image_format;
 static const image_format formats[] = {
     { "PNM", "P2_", NULL, NULL, 3 }, { "PNM", "P3_", NULL, NULL, 3 },
     { "PNM", "P5_", NULL, NULL, 3 }, { "PNM", "P6_", NULL, NULL, 3 },
@@ -2228,33 +2137,34 @@ static const image_format formats[] = {
     { "WebP", "RIFF????WEBP", NULL, "imagemagick", 12 },
 };
 
-/* SC_END: it is no image. O_NONBLOCK: a named pipe must be refused, not waited for. */
-static int open_image(const char *path, FILE **file, const image_format **format) {
+/* Opens an image at its first byte, or only looks at it (source NULL). SC_END: it is none.
+ * O_NONBLOCK: a named pipe must be refused, not waited for. */
+static int open_image(const char *path, image_source *source) {
     char start[16];
     int descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    *file = descriptor < 0 ? NULL : fdopen(descriptor, "rb");
-    if (!*file) return fail("%s: cannot be opened: %s", path, strerror(errno));
-    size_t size = fread(start, 1, sizeof start, *file);
-    int status = ferror(*file) ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
-    rewind(*file);
-    for (size_t f = 0; f < sizeof formats / sizeof *formats && status == SC_END; f++) {
+    FILE *file = descriptor < 0 ? NULL : fdopen(descriptor, "rb");
+    if (!file) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    size_t size = fread(start, 1, sizeof start, file), same = 0, f = 0;
+    int status = ferror(file) ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
+    for (; f < COUNT(formats) && status == SC_END; f++) {
         const char *magic = formats[f].magic;
-        size_t i = 0;
-        while (i < size && i < formats[f].length && (magic[i] == '?' || magic[i] == start[i] ||
-               (magic[i] == '_' && is_blank(start[i])))) i++;
-        *format = &formats[f];
-        if (i == formats[f].length) return SC_OK;
+        for (same = 0; same < size && same < formats[f].length && (magic[same] == '?' ||
+             magic[same] == start[same] || (magic[same] == '_' && is_blank(start[same])));) same++;
+        if (same == formats[f].length) status = SC_OK;
     }
+    rewind(file);
     if (status == SC_END) fail("%s: not an image; a JPEG, PNG or PNM file was expected", path);
-    fclose(*file);
+    if (status == SC_OK && source) *source = (image_source){ path, file, &formats[f - 1], NULL, 0 };
+    else fclose(file);
     return status;
 }
 
-/* Returns an errno. posix_spawn and not fork: a fork copies the page tables of all our weights. Its
- * own process group: Ctrl-C, upon which training saves its state, must not look like a bad image.
- * The lock: no other child may inherit a pipe that has no FD_CLOEXEC yet. stderr is read at last;
- * O_NONBLOCK, lest a decoder that says too much should wait for us forever. */
-static int start_decoder(char **argument, int file, int end[4], pid_t *child) {
+/* Starts a decoder on a file, its output at *out; returns an errno. posix_spawn and not fork, which
+ * copies the page tables of all our weights. Its own process group: Ctrl-C, upon which training
+ * saves its state, must not look like a bad image. The lock: no other child may inherit a pipe that
+ * has no FD_CLOEXEC yet. Its stderr is read at last, from end[2]; O_NONBLOCK, lest a decoder that
+ * says too much should wait for us forever. */
+static int start_decoder(char **argument, int file, FILE **out, int end[4], pid_t *child) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     posix_spawn_file_actions_t files;
     posix_spawnattr_t attributes;
@@ -2262,17 +2172,20 @@ static int start_decoder(char **argument, int file, int end[4], pid_t *child) {
     int error = pipe(end) != 0 || pipe(end + 2) != 0 ? errno : 0;
     for (int i = 0; i < 4 && !error; i++) fcntl(end[i], F_SETFD, FD_CLOEXEC);
     for (int i = 2; i < 4 && !error; i++) fcntl(end[i], F_SETFL, O_NONBLOCK);
-    if (!error) error = posix_spawnattr_init(&attributes);
+    *out = error ? NULL : fdopen(end[0], "rb");
+    if (*out) end[0] = -1;                     /* which closes that end */
+    if (!error) error = *out ? posix_spawnattr_init(&attributes) : errno;
     if (!error && (error = posix_spawn_file_actions_init(&files)) == 0) {
         posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
-        error = posix_spawn_file_actions_adddup2(&files, file, 0);
-        if (!error) error = posix_spawn_file_actions_adddup2(&files, end[1], 1);
-        if (!error) error = posix_spawn_file_actions_adddup2(&files, end[3], 2);
+        const int from[3] = { file, end[1], end[3] };
+        for (int i = 0; i < 3 && !error; i++)
+            error = posix_spawn_file_actions_adddup2(&files, from[i], i);
         if (!error) error = posix_spawnp(child, *argument, &files, &attributes, argument, environ);
         posix_spawn_file_actions_destroy(&files);
         posix_spawnattr_destroy(&attributes);
     }
     pthread_mutex_unlock(&lock);
+    if (error && *out) fclose(*out);
     for (int i = 0; i < 4; i++)
         if (end[i] >= 0 && (i % 2 == 1 || error)) close(end[i]);
     return error;
@@ -2290,24 +2203,20 @@ static int run_decoder(const char *command, int file, image_source *source, pict
         argument[count++] = word;
     if (count == 0 || (size_t)length >= sizeof text)
         return fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
-    int error = lseek(file, 0, SEEK_SET) != 0 ? errno : start_decoder(argument, file, end, &child);
+    int error = lseek(file, 0, SEEK_SET) != 0 ? errno
+              : start_decoder(argument, file, &source->file, end, &child);
     if (error && error != ENOENT && error != EACCES)
         fail("%s: %s could not be started: %s", source->name, argument[0], strerror(error));
     if (error) return MACHINE_FAILED;
-    source->file = fdopen(end[0], "rb");
-    if (!source->file) fail("%s: out of memory", source->name);
-    int status = source->file ? pnm_read(source, result) : MACHINE_FAILED;
-    while (source->file && getc_unlocked(source->file) != EOF) {}   /* it may write more */
-    int to_end = source->file && feof(source->file);
-    if (!to_end) kill(child, SIGKILL);
+    int status = pnm_read(source, result);
+    while (getc_unlocked(source->file) != EOF) {}                  /* it may write more */
+    fclose(source->file);
     while (waitpid(child, &ended, 0) < 0 && errno == EINTR) {}
     if (read(end[2], words, sizeof words - 1) < 0) words[0] = '\0';
-    if (source->file) fclose(source->file);
-    else close(end[0]);
     close(end[2]);
     int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
     int warned = code == 2 && strstr(argument[0], "djpeg") && !strstr(words, "Premature end of");
-    if (!to_end || (!killed && (code == 0 || warned) && status != SC_END)) return status;
+    if (!killed && (code == 0 || warned) && status != SC_END) return status;
     if (!killed && code == 127 && status == SC_END && !*words) return MACHINE_FAILED;
     const char *line = *words ? words + strspn(words, " \t\r\n") : "it said nothing";
     fail("%s: %s ended with %s %d: %.*s", source->name, argument[0], killed ? "signal" : "status",
@@ -2318,23 +2227,19 @@ static int run_decoder(const char *command, int file, image_source *source, pict
 /* Reads a file's picture into source->rgb, which the caller frees. A format's decoders are tried in
  * turn: the next one if one is missing or has failed without a byte (some djpegs refuse CMYK). */
 static int read_picture(const char *path, image_source *source, picture *result) {
-    FILE *file;
-    const image_format *format;
-    if (open_image(path, &file, &format) != SC_OK) return SC_FAILED;
-    *source = (image_source){ .name = path, .file = file };
-    const char *own = getenv("SAECLIP_DECODER");
-    const char *command[] = { own ? own : format->decoder,
-                              own ? NULL : "magick -[0] -alpha off -depth 8 ppm:-",
-                              own ? NULL : "convert -[0] -alpha off -depth 8 ppm:-" };
-    int status = format->package ? MACHINE_FAILED : pnm_read(source, result), now = status;
-    if (format->package && own)
-        fail("%s: SAECLIP_DECODER names '%s', which cannot be started", path, own);
-    else if (format->package)
-        fail("%s: there is no program to decode %s; Debian's package %s has one", path,
-             format->name, format->package);
-    for (int i = 0; i < 3 && format->package && now != SC_OK && now != SC_FAILED; i++) {
+    if (open_image(path, source) != SC_OK) return SC_FAILED;
+    FILE *file = source->file;
+    const image_format *format = source->format;
+    const char *own = getenv("SAECLIP_DECODER"), *command[] = { own ? own : format->decoder,
+        "magick -[0] -alpha off -depth 8 ppm:-", "convert -[0] -alpha off -depth 8 ppm:-" };
+    int tries = !format->package ? 0 : own ? 1 : 3, now = MACHINE_FAILED, status = now;
+    if (tries == 0) status = pnm_read(source, result);
+    else if (own) fail("%s: SAECLIP_DECODER names '%s', which cannot be started", path, own);
+    else fail("%s: there is no program to decode %s; Debian's package %s has one", path,
+              format->name, format->package);
+    for (int i = 0; i < tries && now != SC_OK && now != SC_FAILED; i++) {
         if (command[i]) now = run_decoder(command[i], fileno(file), source, result);
-        if (command[i] && now != MACHINE_FAILED) status = now;
+        if (now != MACHINE_FAILED) status = now;
     }
     fclose(file);
     return status == SC_END ? SC_FAILED : status;
@@ -2432,34 +2337,37 @@ static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pi
 
 /* --- Data sets --- */
 
-/* Names, none longer than a path, lie packed in blocks: an image costs its name and 16 bytes. */
-struct sc_names { struct sc_names *next; size_t used; char text[1 << 16]; };
-
+/* Names lie packed in blocks: an image costs its name and 16 bytes. */
 static char *keep_name(sc_images *set, const char *name) {
-    size_t bytes = strlen(name) + 1;
-    if (!set->names || sizeof set->names->text - set->names->used < bytes) {
-        struct sc_names *block = new_array(1, sizeof *block);
-        if (!block) return NULL;
-        block->next = set->names;
-        set->names = block;
+    size_t bytes = strlen(name) + 1, block = bytes > 1 << 16 ? bytes : 1 << 16;
+    if (set->room < bytes) {
+        if (allocate(&set->memory, &set->text, block, 1) != SC_OK) return NULL;
+        set->room = block;
     }
-    char *copy = set->names->text + set->names->used;
-    set->names->used += bytes;
-    return memcpy(copy, name, bytes);
+    char *copy = memcpy(set->text, name, bytes);
+    set->text += bytes;
+    set->room -= bytes;
+    return copy;
 }
 
 static int add_image(sc_images *set, const char *name, int64_t label) {
+    char *copy = keep_name(set, name);
+    if (!copy) return SC_FAILED;
     SC_TRY(grow(&set->image, &set->capacity, set->count, sizeof *set->image));
-    set->image[set->count++] = (sc_image){ name, label };
-    return name ? SC_OK : SC_FAILED;
+    set->image[set->count++] = (sc_image){ copy, label };
+    if (label >= (int64_t)set->classes) set->classes = (size_t)label + 1;
+    return SC_OK;
 }
 
-/* Names are relative to the folder that a path lies in. Returns the path's last part. */
-static char *set_root(sc_images *set, const char *path) {
-    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
-    set->root = copy_string(path);
-    if (set->root) set->root[name - path] = '\0';
-    return set->root ? keep_name(set, name) : NULL;
+static int add_class(sc_images *set, const char *name) {
+    SC_TRY(grow(&set->class_name, &set->class_capacity, set->classes, sizeof *set->class_name));
+    set->class_name[set->classes] = keep_name(set, name);
+    return set->class_name[set->classes++] ? SC_OK : SC_FAILED;
+}
+
+static const char *base_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
 }
 
 /* A folder may end with a slash, or be "" where names are the current folder's. */
@@ -2471,72 +2379,64 @@ static int join_path(const char *folder, const char *name, char path[MAX_PATH]) 
     return length < MAX_PATH ? SC_OK : fail("%s%s%s: the path is too long", folder, slash, name);
 }
 
-/* Lists the files below a folder; at the top, folders are classes, to be walked when all are known.
- * A link to nowhere is a file; one that leads up ends too deep. */
+static int is_visible(const struct dirent *entry) { return entry->d_name[0] != '.'; }
+
+static int by_entry(const struct dirent **a, const struct dirent **b) {
+    return strcmp((*a)->d_name, (*b)->d_name);
+}
+
+/* Lists the files below a folder, and the classes: the folders at the top. A link to nowhere is a
+ * file; one that leads up ends too deep. */
 static int walk_folder(sc_images *set, const char *folder, int64_t label, int depth) {
     char path[MAX_PATH];
     struct stat about;
-    const struct dirent *entry;
-    DIR *stream = opendir(folder);
-    if (!stream) return fail("%s: cannot be opened: %s", folder, strerror(errno));
-    int status = depth <= MAX_DEPTH ? SC_OK : fail("%s: lies more than %d deep", folder, MAX_DEPTH);
-    while (status == SC_OK && (errno = 0, entry = readdir(stream)) != NULL) {
-        if (entry->d_name[0] == '.') continue;
-        if ((status = join_path(folder, entry->d_name, path)) != SC_OK) break;
+    struct dirent **entry;
+    if (depth > MAX_DEPTH) return fail("%s: lies more than %d deep", folder, MAX_DEPTH);
+    int entries = scandir(folder, &entry, is_visible, by_entry), status = SC_OK;
+    if (entries < 0) return fail("%s: cannot be opened: %s", folder, strerror(errno));
+    for (int i = 0; i < entries && status == SC_OK; i++) {
+        if ((status = join_path(folder, entry[i]->d_name, path)) != SC_OK) break;
         int found = stat(path, &about) == 0, is_folder = found && S_ISDIR(about.st_mode);
         if (!found || S_ISREG(about.st_mode))
-            status = add_image(set, keep_name(set, path + strlen(set->root)), label);
-        else if (is_folder && depth > 0)
-            status = walk_folder(set, path, label, depth + 1);
-        else if (is_folder)
-            status = grow(&set->class_name, &set->class_capacity, set->classes, sizeof(char *));
-        if (status != SC_OK || !is_folder || depth > 0) continue;
-        set->class_name[set->classes] = keep_name(set, entry->d_name);
-        status = set->class_name[set->classes++] ? SC_OK : SC_FAILED;
+            status = add_image(set, path + strlen(set->root), label);
+        if (is_folder && depth == 0) status = add_class(set, entry[i]->d_name);
+        if (is_folder && status == SC_OK)
+            status = walk_folder(set, path, depth ? label : (int64_t)set->classes - 1, depth + 1);
     }
-    if (status == SC_OK && errno) status = fail("%s: cannot be read: %s", folder, strerror(errno));
-    closedir(stream);
+    for (int i = 0; i < entries; i++) free(entry[i]);
+    free(entry);
     return status;
 }
 
-/* Keeps the images among the files listed, those in class folders or the loose ones; if there is
- * none the list stays as it is. What cannot be opened counts: its turn to be an error will come. */
-static int keep_images(sc_images *set, const char *folder, int in_classes) {
+/* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. What
+ * cannot be opened counts as an image: its turn to be an error will come. */
+static int open_folder(sc_images *set, const char *folder) {
     char path[MAX_PATH];
-    const image_format *format;
-    FILE *file;
-    size_t kept = 0, others = 0;
-    for (size_t i = 0; i < set->count && kept < set->limit; i++) {
-        int wanted = (set->image[i].label >= 0) == in_classes;
-        int status = wanted ? join_path(set->root, set->image[i].name, path) : SC_END;
-        if (status == SC_OK && (status = open_image(path, &file, &format)) == SC_OK) fclose(file);
-        if (status == SC_END) others++;
-        else set->image[kept++] = set->image[i];
-    }
-    if (kept > 0 && others > 0)
-        note("%s: %zu files passed over: not images, or beside class folders", folder, others);
-    if (kept > 0) set->count = kept;
-    return kept > 0;
-}
-
-/* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. */
-static int open_folder(sc_images *set, const char *path) {
-    char folder[MAX_PATH];
-    SC_TRY(join_path(path, "", folder));
-    if (!set_root(set, folder)) return SC_FAILED;
-    SC_TRY(walk_folder(set, path, -1, 0));
-    if (set->classes) qsort(set->class_name, set->classes, sizeof(char *), by_name);
-    for (size_t c = 0; c < set->classes; c++) {
-        SC_TRY(join_path(path, set->class_name[c], folder));
-        SC_TRY(walk_folder(set, folder, (int64_t)c, 1));
-    }
+    size_t kept = 0;
+    SC_TRY(walk_folder(set, folder, -1, 0));
     if (set->count) qsort(set->image, set->count, sizeof *set->image, by_name);
-    if (keep_images(set, path, 1)) return SC_OK;
-    free(set->class_name);
-    set->class_name = NULL;
-    set->classes = 0;
-    return keep_images(set, path, 0) ? SC_OK : fail("%s: no image among the %zu files of this"
-           " folder; FOLDER/<class>/<image> or FOLDER/<image> was expected", path, set->count);
+    for (int loose = 0; loose < 2 && kept == 0; loose++) {
+        size_t others = 0;
+        if (loose) {
+            free(set->class_name);
+            set->class_name = NULL;
+            set->classes = 0;
+        }
+        for (size_t i = 0; i < set->count && kept < set->limit; i++) {
+            int status = (set->image[i].label < 0) != loose ? SC_END
+                       : join_path(set->root, set->image[i].name, path);
+            if (status == SC_OK) status = open_image(path, NULL);
+            if (status == SC_END) others++;
+            else set->image[kept++] = set->image[i];
+        }
+        if (kept > 0 && others > 0)
+            note("%s: %zu files passed over: not images, or beside class folders", folder, others);
+    }
+    if (kept == 0)
+        return fail("%s: no image among the %zu files of this folder; FOLDER/<class>/<image> or "
+                    "FOLDER/<image> was expected", folder, set->count);
+    set->count = kept;
+    return SC_OK;
 }
 
 /* Lines "path" or "path<TAB>label"; a # begins a comment at a line's start or after a blank. */
@@ -2544,7 +2444,7 @@ static int open_list(sc_images *set, const char *path) {
     char text[MAX_PATH + 64], *line, *end, *tab;
     FILE *list = fopen(path, "r");
     if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
-    int status = set_root(set, path) ? SC_OK : SC_FAILED;
+    int status = SC_OK;
     for (size_t number = 1; status == SC_OK && set->count < set->limit &&
                             fgets(text, sizeof text, list); number++) {
         if (strlen(text) + 1 == sizeof text) status = fail("%s: line %zu: too long", path, number);
@@ -2561,7 +2461,7 @@ static int open_list(sc_images *set, const char *path) {
         if (status != SC_OK || !*line) continue;
         if (set->count > 0 && (set->image[0].label < 0) != (label < 0))
             status = fail("%s: line %zu: expected labels on every line or on none", path, number);
-        else status = add_image(set, keep_name(set, line), label);
+        else status = add_image(set, line, label);
     }
     if (status == SC_OK && (ferror(list) || set->count == 0))
         status = fail("%s: %s", path, ferror(list) ? "cannot be read" : "a list without an image");
@@ -2569,74 +2469,76 @@ static int open_list(sc_images *set, const char *path) {
     return status;
 }
 
-/* images U8 [N, H, W, 3], labels I64 [N], metadata class_names and file_names. */
+/* Adds the images that a file has, which may say their labels (I64 [count], from `least` on) and
+ * then, in its metadata, the classes' names. name: [count], or NULL */
+static int add_images(sc_images *set, const sc_safetensors *file, size_t count, int64_t least,
+                      char **name) {
+    const sc_tensor *labels = sc_tensor_find(file, "labels");
+    const char *classes = labels ? sc_metadata_find(file, "class_names") : NULL;
+    int64_t label = -1;
+    if (labels && (labels->dtype != SC_I64 || labels->rank != 1 || labels->count != count))
+        return fail("%s: a tensor labels I64 [%zu] was expected", file->path, count);
+    if (classes) SC_TRY(json_string_array(classes, file->path, &set->class_name, &set->classes));
+    size_t most = classes ? set->classes : SC_MAX_CLASSES;
+    for (size_t i = 0; i < count && i < set->limit; i++) {
+        if (labels) SC_TRY(sc_tensor_integers(file, labels, i, 1, &label));
+        if (labels && (label < least || label >= (int64_t)most))
+            return fail("%s: the label of image %zu is none of the %zu classes", file->path, i,
+                        most);
+        SC_TRY(add_image(set, name ? name[i] : "", label));
+    }
+    return SC_OK;
+}
+
+/* images U8 [N, H, W, 3], labels and names. */
 static int open_packed(sc_images *set, const char *path) {
-    set->packed = new_array(1, sizeof *set->packed);
-    if (!set->packed || !set_root(set, path)) return SC_FAILED;
-    SC_TRY(sc_safetensors_open(set->packed, path));
-    const sc_tensor *images = sc_tensor_find(set->packed, "images");
-    const sc_tensor *labels = sc_tensor_find(set->packed, "labels");
-    const char *class_names = sc_metadata_find(set->packed, "class_names");
-    const char *file_names = sc_metadata_find(set->packed, "file_names");
+    SC_TRY(sc_safetensors_open(&set->packed, path));
+    const sc_tensor *images = sc_tensor_find(&set->packed, "images");
+    const char *file_names = sc_metadata_find(&set->packed, "file_names");
     if (!images || images->dtype != SC_U8 || images->rank != 4 || images->bytes == 0 ||
         images->shape[1] > MAX_PIXELS / images->shape[2] || images->shape[3] != 3)
         return fail("%s: a tensor images U8 [N, H, W, 3], not empty nor huge, was expected", path);
     size_t count = images->shape[0], names = count;
-    if (class_names) SC_TRY(json_string_array(class_names, path, &set->class_name, &set->classes));
-    if (file_names) SC_TRY(json_string_array(file_names, path, &set->file_name, &names));
-    if (names != count) return fail("%s: %zu file_names for %zu images", path, names, count);
-    if (labels && (labels->dtype != SC_I64 || labels->rank != 1 || labels->count != count))
-        return fail("%s: a tensor labels I64 [%zu] was expected", path, count);
-    size_t most = class_names ? set->classes : SC_MAX_CLASSES;
-    for (size_t i = 0; i < count && i < set->limit; i++) {
-        int64_t label = -1;
-        if (labels) SC_TRY(sc_tensor_integers(set->packed, labels, i, 1, &label));
-        if (labels && (uint64_t)label >= most)
-            return fail("%s: the label of image %zu is none of the %zu classes", path, i, most);
-        SC_TRY(add_image(set, file_names ? set->file_name[i] : "", label));
-    }
-    return SC_OK;
+    char **name = NULL;
+    if (file_names) SC_TRY(json_string_array(file_names, path, &name, &names));
+    int status = names == count ? add_images(set, &set->packed, count, 0, name)
+               : fail("%s: %zu file_names for %zu images", path, names, count);
+    free(name);
+    return status;
 }
 
 /* The digest is of N, classes, labels, and names below the root: moving or packing keeps it. */
 int sc_images_open(sc_images *set, const char *path, size_t limit) {
     const char *suffix = strrchr(path, '.') ? strrchr(path, '.') : "";
-    const image_format *format;
     struct stat about;
     digest64 digest = { 0 };
-    FILE *file;
     *set = (sc_images){ .limit = limit ? limit : SIZE_MAX };
     if (strcmp(path, "-") == 0) set->count = SC_UNKNOWN;
     if (set->count == SC_UNKNOWN) return SC_OK;
-    int status = stat(path, &about) == 0 && S_ISDIR(about.st_mode) ? open_folder(set, path)
+    int folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
+    set->root = join_text(path, folder && *base_name(path) ? "/" : "");
+    if (set->root && !folder) set->root[base_name(path) - path] = '\0';
+    int status = !set->root ? SC_FAILED : folder ? open_folder(set, path)
                : strcmp(suffix, ".txt") == 0 ? open_list(set, path)
-               : strcmp(suffix, ".safetensors") == 0 ? open_packed(set, path) : SC_END;
-    if (status == SC_END && open_image(path, &file, &format) == SC_OK) {
-        fclose(file);
-        status = add_image(set, set_root(set, path), -1);
-    }
-    digest64_number(&digest, set->count);
-    digest64_number(&digest, set->classes);
-    for (size_t c = 0; c < set->classes && status == SC_OK; c++)
-        digest64_add(&digest, set->class_name[c], strlen(set->class_name[c]) + 1);
-    set->labelled = status == SC_OK && set->image[0].label != -1;
-    for (size_t i = 0; i < set->count && status == SC_OK; i++) {
-        const sc_image *image = &set->image[i];
-        if (image->label >= (int64_t)set->classes) set->classes = (size_t)image->label + 1;
-        digest64_add(&digest, image->name, strlen(image->name) + 1);
-        digest64_number(&digest, (uint64_t)image->label);
-    }
+               : strcmp(suffix, ".safetensors") == 0 ? open_packed(set, path)
+               : open_image(path, NULL) == SC_OK ? add_image(set, base_name(path), -1) : SC_FAILED;
     if (status != SC_OK) sc_images_close(set);
-    else set->digest = digest64_value(&digest);
-    return status == SC_OK ? SC_OK : SC_FAILED;
+    if (status != SC_OK) return SC_FAILED;
+    digest64_number(&digest, set->count);
+    digest64_number(&digest, set->class_name ? set->classes : 0);
+    for (size_t c = 0; c < set->classes && set->class_name; c++)
+        digest64_add(&digest, set->class_name[c], strlen(set->class_name[c]) + 1);
+    for (size_t i = 0; i < set->count; i++) {
+        digest64_add(&digest, set->image[i].name, strlen(set->image[i].name) + 1);
+        digest64_number(&digest, (uint64_t)set->image[i].label);
+    }
+    set->digest = digest64_value(&digest);
+    return SC_OK;
 }
 
 void sc_images_close(sc_images *set) {
-    for (struct sc_names *block; (block = set->names) != NULL; free(block))
-        set->names = block->next;
-    if (set->packed) sc_safetensors_close(set->packed);
-    free(set->packed);
-    free(set->file_name);
+    release(&set->memory);
+    sc_safetensors_close(&set->packed);
     free(set->class_name);
     free(set->image);
     free(set->root);
@@ -2650,8 +2552,8 @@ static int load_image(const sc_images *set, size_t index, image_source *stream,
     picture found;
     char path[MAX_PATH];
     int status = SC_OK;
-    if (set->packed) {
-        const sc_tensor *images = sc_tensor_find(set->packed, "images");
+    if (set->packed.path) {
+        const sc_tensor *images = sc_tensor_find(&set->packed, "images");
         size_t height = images->shape[1], width = images->shape[2];
         found = (picture){ width, height, 3 * width, images->data + index * height * width * 3 };
     } else if (set->count == SC_UNKNOWN) {
@@ -2670,97 +2572,6 @@ int sc_image_load(const sc_images *set, size_t index, const sc_preprocess *prep,
     if (set->count == SC_UNKNOWN || index >= set->count)
         return usage("image %zu of a set of %zu was asked for", index, set->count);
     return load_image(set, index, NULL, prep, pixels) == SC_OK ? SC_OK : SC_FAILED;
-}
-
-/* --- Many images in any order: as many as there are slots are loaded at once, by the pool --- */
-
-/* The image of draw 0, 1, ...; SC_END when there are no more. */
-typedef int draw_function(void *context, size_t draw, size_t *image);
-
-typedef struct {
-    size_t draw, image;                        /* image: index in the set; a stream counts */
-    unsigned char *pixels;                     /* [S, S, 3] */
-    int status; char reason[sizeof error_text];
-} image_slot;
-
-typedef struct {
-    const sc_images *set; sc_preprocess prep;
-    draw_function *order; void *context;
-    int skip_bad;
-    size_t slots, loaded, next, drawn;
-    size_t bad, bytes;                         /* images named as bad; of a slot's pixels */
-    image_slot *slot;                          /* [slots], of which `loaded` are filled */
-    unsigned char *pixels, *named;             /* [slots, S, S, 3]; [count], 1: named */
-    image_source stream;                       /* standard input, if file is not NULL */
-} image_reader;
-
-static int load_task(void *context, size_t task) {
-    image_reader *reader = context;
-    image_slot *slot = &reader->slot[task];
-    slot->pixels = reader->pixels + task * reader->bytes;
-    slot->status = load_image(reader->set, slot->image, &reader->stream, &reader->prep,
-                              slot->pixels);
-    if (slot->status != SC_OK) strcpy(slot->reason, error_text);
-    return SC_OK;                              /* an error waits for its turn */
-}
-
-static int load_slots(image_reader *reader) {
-    size_t end = reader->stream.file ? reader->set->limit : reader->set->count;
-    int status = SC_OK;
-    for (reader->next = reader->loaded = 0; reader->loaded < reader->slots; reader->loaded++) {
-        image_slot *slot = &reader->slot[reader->loaded];
-        slot->draw = slot->image = reader->drawn;
-        if (!reader->order) status = reader->drawn < end ? SC_OK : SC_END;
-        else status = reader->order(reader->context, slot->draw, &slot->image);
-        if (status != SC_OK) break;
-        reader->drawn++;
-    }
-    return reader->loaded ? parallel_for(reader->loaded, load_task, reader) : status;
-}
-
-/* The next picture in order, or SC_END; it is the caller's until the next call. With skip_bad a bad
- * one is named, once, and passed over; where all are bad we fail: the order may be endless. */
-static int reader_next(image_reader *reader, const image_slot **next) {
-    for (;; reader->next++) {
-        if (reader->next == reader->loaded) SC_TRY(load_slots(reader));
-        const image_slot *slot = *next = &reader->slot[reader->next];
-        if (slot->status == SC_OK) break;
-        strcpy(error_text, slot->reason);
-        if (slot->status == SC_END) return SC_END;
-        if (slot->status == MACHINE_FAILED || !reader->skip_bad) return SC_FAILED;
-        if (!reader->named[slot->image]) note("%s; passed over", slot->reason);
-        reader->bad += !reader->named[slot->image];
-        reader->named[slot->image] = 1;
-        if (reader->bad == reader->set->count)
-            return fail("%s; none of %zu images could be read", slot->reason, reader->bad);
-    }
-    reader->next++;
-    return SC_OK;
-}
-
-static void reader_close(image_reader *reader) {
-    free(reader->stream.rgb);
-    free(reader->slot);
-    free(reader->pixels);
-    free(reader->named);
-    *reader = (image_reader){ 0 };
-}
-
-/* order NULL: the set's own, once; a stream has no other. threads: of the pool. */
-static int reader_open(image_reader *reader, const sc_images *set, const sc_preprocess *prep,
-                       draw_function *order, void *context, int threads, int skip_bad) {
-    int stream = set->count == SC_UNKNOWN;
-    size_t slots = stream || threads < 1 ? 1 : 4 * (size_t)threads, size = (size_t)prep->size;
-    *reader = (image_reader){ .set = set, .prep = *prep, .order = stream ? NULL : order,
-                              .context = context, .skip_bad = skip_bad && !stream,
-                              .slots = slots, .bytes = size * size * 3,
-                              .stream = { "standard input", stream ? stdin : NULL, NULL, 0 } };
-    reader->slot = new_array(reader->slots, sizeof *reader->slot);
-    reader->pixels = new_array(reader->slots, reader->bytes);
-    reader->named = new_array(stream ? 0 : set->count, 1);
-    if (reader->slot && reader->pixels && reader->named) return SC_OK;
-    reader_close(reader);
-    return SC_FAILED;
 }
 
 /* ============================================================================================
@@ -3292,31 +3103,33 @@ int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t 
  * `extract` wrote, or computed from photos as they are read. Several hook points share one pass.
  * ============================================================================================ */
 
+/* The image of draw 0, 1, ...; SC_OK, or SC_END when there are no more. */
+typedef int draw_function(void *context, size_t draw, size_t *image);
+
 typedef struct {
-    size_t images;                   /* N, or SC_UNKNOWN for a stream */
     size_t T, D, stride;             /* tokens an image, width, width padded */
     size_t grid;                     /* patches a side, 0 where the tokens are no grid */
     size_t first_patch;              /* 1 where token 0 is the class token */
-    size_t classes;                  /* 0 without labels */
-    char **class_name;               /* [classes] or NULL */
-    uint64_t digest;                 /* of the data set */
     size_t taps;
-    sc_tap tap[SC_MAX_TAPS];         /* hook points; out: [room T, stride] of the batch at hand */
-    size_t count, begin;             /* images in the batch at hand; the new ones begin there */
-    uint64_t *image, *draw;          /* [room], their indices in the data set and in the order */
-    int64_t *label;                  /* [room], -1 without */
-    unsigned char *pixels;           /* [room, S, S, 3] */
+    sc_tap tap[SC_MAX_TAPS];         /* hook points; out: [room, T, stride] */
+    size_t *image, *draw;            /* [ahead], their indices in the data set and in the order */
+    int64_t *label;                  /* [ahead], -1 without */
+    unsigned char *pixels;           /* [ahead, S, S, 3] */
     float *logits;                   /* [room, classes], where asked for */
-    size_t drawn;
-    size_t kept, kept_at;            /* images read ahead: how many, and where they begin */
+    size_t count;                    /* images in the batch at hand: the first in the arrays */
+    size_t computed, loaded, ahead;  /* so many have activations; are there; may be there */
+    size_t used;                     /* images of the batches before */
+    size_t drawn, bad;               /* draws that were loaded; images named as bad */
+    array_spec array[5 + SC_MAX_TAPS];           /* all of the above arrays, a row an image */
+    size_t arrays;
     memory_list memory;
     int is_file, skip_bad;
     sc_safetensors file;             /* activations, where is_file */
-    const sc_tensor *activations, *labels;
-    sc_images set;                   /* photos otherwise */
+    const sc_tensor *activations;
+    sc_images set;                   /* photos; of a file the labels alone */
     sc_model model;
     sc_preprocess preprocess;
-    image_reader reader;
+    image_source stream;             /* standard input */
     draw_function *order;
     void *order_context;
 } feed;
@@ -3328,100 +3141,69 @@ enum {
 
 /* What an image is called in messages and tables. */
 static const char *image_name(const feed *f, size_t image) {
-    if (f->is_file || !f->set.image || image >= f->set.count) return "";
-    return f->set.image[image].name;
+    return f->set.count == SC_UNKNOWN ? "" : f->set.image[image].name;
 }
 
 /* Adds to an error the image and token at fault; token: of the batch at hand. */
 static int blame_token(const feed *f, size_t token) {
     char reason[sizeof error_text];
-    size_t image = (size_t)f->image[token / f->T];
+    size_t image = f->image[token / f->T];
     const char *name = image_name(f, image);
     memcpy(reason, error_text, sizeof reason);
     return fail("image %zu%s%.300s, token %zu: %.600s", image, *name ? " " : "", name, token % f->T,
                 reason);
 }
 
-static int64_t feed_label(const feed *f, size_t image) {
-    int64_t label = -1;
-    if (!f->is_file) return image < f->set.count && f->set.image ? f->set.image[image].label : -1;
-    if (f->labels) sc_tensor_integers(&f->file, f->labels, image, 1, &label);
-    return label;
-}
-
-/* Labels of saved activations: what classes there are, and a digest if the file has none. */
-static int read_feed_labels(feed *f) {
-    const char *names = sc_metadata_find(&f->file, "class_names");
-    const char *digest = sc_metadata_find(&f->file, "data_digest");
-    digest64 sum = { 0 };
-    f->labels = sc_tensor_find(&f->file, "labels");
-    if (f->labels && f->labels->count != f->images)
-        return fail("%s: %zu labels for %zu images", f->file.path, f->labels->count, f->images);
-    if (names && f->labels)
-        SC_TRY(json_string_array(names, f->file.path, &f->class_name, &f->classes));
-    int64_t label = -1, largest = f->class_name ? (int64_t)f->classes - 1 : SC_MAX_CLASSES - 1;
-    for (size_t i = 0; i < f->images; i++) {
-        if (f->labels) SC_TRY(sc_tensor_integers(&f->file, f->labels, i, 1, &label));
-        if (label < -1 || label > largest)
-            return fail("%s: label %lld of image %zu is out of range", f->file.path,
-                        (long long)label, i);
-        if (label >= (int64_t)f->classes) f->classes = (size_t)label + 1;
-        digest64_number(&sum, (uint64_t)label);
-    }
-    f->digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : digest64_value(&sum);
-    return SC_OK;
-}
-
-static int open_activations(feed *f, const char *path, size_t limit) {
-    SC_TRY(sc_safetensors_open(&f->file, path));
-    const sc_tensor *a = sc_tensor_find(&f->file, "activations");
+/* A file that does not say of which data set it is has a digest of its labels. */
+static int open_activations(feed *f, const options *o) {
+    SC_TRY(sc_safetensors_open(&f->file, o->acts));
+    const sc_tensor *a = f->activations = sc_tensor_find(&f->file, "activations");
     const char *tokens = sc_metadata_find(&f->file, "tokens");
+    const char *digest = sc_metadata_find(&f->file, "data_digest");
+    digest64 labels = { 0 };
     if (!a || a->rank != 3 || a->count == 0)
-        return fail("%s: a tensor activations [images, tokens, width] was expected", path);
-    f->activations = a;
+        return fail("%s: a tensor activations [images, tokens, width] was expected", o->acts);
     f->is_file = 1;
-    f->images = a->shape[0];
     f->T = a->shape[1];
     f->D = a->shape[2];
     f->first_patch = !tokens || strcmp(tokens, "patches") != 0;  /* of "cls" no token is a patch */
-    if (f->D > SC_MAX_WIDTH || f->T > SC_MAX_TOKENS)
-        return fail("%s: activations of %zu tokens x %zu are too large", path, f->T, f->D);
-    SC_TRY(read_feed_labels(f));
-    if (limit && limit < f->images) {
-        f->images = limit;
-        f->digest = digest64_step(f->digest, limit);         /* it is not the whole data set */
+    f->set.limit = SIZE_MAX;
+    SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1, NULL));
+    for (size_t i = 0; i < f->set.count && !digest; i++)
+        digest64_number(&labels, (uint64_t)f->set.image[i].label);
+    f->set.digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : digest64_value(&labels);
+    if (o->limit && (size_t)o->limit < f->set.count) {
+        f->set.count = (size_t)o->limit;
+        f->set.digest = digest64_step(f->set.digest, f->set.count);  /* not the whole data set */
     }
     return SC_OK;
 }
 
-/* How a model or a packed set wants its pictures. */
-static sc_preprocess preprocess_for(const options *o, size_t side) {
-    return (sc_preprocess){ .size = (int)side, .square = (int)o->square,
-                            .crop_hf = strcmp(o->crop, "hf") == 0 };
-}
-
-static int open_photos(feed *f, const options *o) {
+/* Images as a model, or a packed set, of pictures of `side` wants them. */
+static int open_photos(feed *f, const options *o, size_t side) {
+    f->preprocess = (sc_preprocess){ .size = (int)side, .square = (int)o->square,
+                                     .crop_hf = strcmp(o->crop, "hf") == 0 };
     SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
-    SC_TRY(sc_model_open(&f->model, o->model, &o->settings));
-    f->images = f->set.count;
-    f->T = f->model.tokens;
-    f->D = f->model.width;
-    f->first_patch = 1;
-    f->classes = f->set.classes;
-    f->class_name = f->set.class_name;
-    f->digest = f->set.digest;
-    f->skip_bad = o->skip_bad;
-    f->preprocess = preprocess_for(o, f->model.image_size);
+    f->stream = (image_source){ .name = "standard input", .file = stdin };
+    f->skip_bad = o->skip_bad && f->set.count != SC_UNKNOWN;
     return SC_OK;
 }
 
 /* Opens DATA: saved activations (--acts), or images through a model. */
 static int open_feed(feed *f, const options *o) {
     *f = (feed){ 0 };
-    if (o->acts && !o->operand[0]) SC_TRY(open_activations(f, o->acts, (size_t)o->limit));
-    else if (o->operand[0] && o->model) SC_TRY(open_photos(f, o));
-    else return usage("no data: give --acts FILE, or -m MODEL and IMAGES");
+    if (o->acts && !o->operand[0]) SC_TRY(open_activations(f, o));
+    else if (o->operand[0] && o->model) {
+        SC_TRY(sc_model_open(&f->model, o->model, &o->settings));
+        f->T = f->model.tokens;
+        f->D = f->model.width;
+        f->first_patch = 1;
+        SC_TRY(open_photos(f, o, f->model.image_size));
+    } else return usage("no data: give --acts FILE, or -m MODEL and IMAGES");
     f->stride = padded(f->D);
+    if (f->D > SC_MAX_WIDTH || f->T > SC_MAX_TOKENS || f->T > SIZE_MAX / sizeof(float) / f->stride)
+        return fail("%s: activations of %zu tokens x %zu are too large",
+                    f->is_file ? f->file.path : f->model.file.path, f->T, f->D);
     while ((f->grid + 1) * (f->grid + 1) <= f->T - f->first_patch) f->grid++;
     if (f->grid * f->grid != f->T - f->first_patch) f->grid = 0;
     return SC_OK;
@@ -3434,179 +3216,136 @@ static int add_tap(feed *f, long layer, sc_hook hook, size_t *place) {
     if (!f->is_file && (layer == 0 || layer > blocks || -layer > blocks))
         return fail("%s: layer %ld of %ld: 1 to %ld or -1 to -%ld was expected", f->model.file.path,
                     layer, blocks, blocks, blocks);
-    size_t number = layer > 0 ? (size_t)layer : f->is_file ? 0 : (size_t)(blocks + 1 + layer);
+    sc_tap tap = { .hook = hook, .stride = f->stride };
+    tap.layer = layer > 0 ? (size_t)layer : f->is_file ? 0 : (size_t)(blocks + 1 + layer);
     for (*place = 0; *place < f->taps; ++*place)
-        if (f->is_file || (f->tap[*place].layer == number && f->tap[*place].hook == hook))
+        if (f->is_file || (f->tap[*place].layer == tap.layer && f->tap[*place].hook == hook))
             return SC_OK;
-    if (f->taps == SC_MAX_TAPS) return usage("more than %d hook points", SC_MAX_TAPS);
-    f->tap[f->taps++] = (sc_tap){ .layer = number, .hook = hook, .stride = f->stride };
+    f->tap[f->taps++] = tap;                     /* there are no more SAEs than room for taps */
     return SC_OK;
 }
 
-static int overrule_sae(sc_sae *sae, const options *o) {
-    if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
-    if (o->k) sae->k = (size_t)o->k;
-    if (sae->topk && sae->k > sae->d_sae && !sae->path)
-        return fail("--k %zu is more than the %zu latents", sae->k, sae->d_sae);
-    if (sae->topk && (sae->k == 0 || sae->k > sae->d_sae))
-        return fail("%s: a TopK SAE whose k is not from 1 to %zu (--k)", sae->path, sae->d_sae);
-    sc_hook hook = SC_MLP;
-    if (o->hook && parse_hook(o->hook, &hook) == SC_OK) sae->hook = (int)hook;
-    return SC_OK;
-}
-
-/* An SAE takes activations of its width; saved ones that say where they come from must come from
- * where it listens, unless options overrule that. */
-static int check_origin(const feed *f, const sc_sae *sae, const options *o) {
-    const char *layer = sc_metadata_find(&f->file, "layer");
-    const char *hook = sc_metadata_find(&f->file, "hook");
-    if (sae->d_in != f->D)
-        return fail("%s: an SAE of width %zu, but activations of %zu", sae->path, sae->d_in, f->D);
-    if (layer && sae->layer && !o->layer && strtoul(layer, NULL, 10) != sae->layer)
-        return fail("%s: activations of layer %s where layer %zu was expected", f->file.path, layer,
-                    sae->layer);
-    if (hook && sae->hook >= 0 && !o->hook && strcmp(hook, hook_names[sae->hook]) != 0)
-        return fail("%s: activations of hook %s where %s was expected", f->file.path, hook,
-                    hook_names[sae->hook]);
-    return SC_OK;
-}
-
-/* Where an SAE listens: its metadata say, or the options. */
-static int tap_for(feed *f, const sc_sae *sae, const options *o, size_t *place) {
-    long layer = o->layer ? o->layer : (long)sae->layer;
-    SC_TRY(check_origin(f, sae, o));
-    if (!f->is_file && (!layer || sae->hook < 0))
-        return usage("%s does not say where it listens: --layer and --hook", sae->path);
-    return add_tap(f, layer, sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook, place);
-}
-
-/* Starts handing out batches of up to `room` images, in the order given (NULL: first to last),
- * from draw number `from` on. */
+/* Starts handing out batches of up to `room` images, in the order given (NULL: first to last; a
+ * stream has no other). Pictures are loaded ahead, so that every thread can decode some. */
 static int start_feed(feed *f, size_t room, draw_function *order, void *context, int with_logits) {
-    size_t S = f->model.image_size, deepest = 0;
-    const array_spec arrays[] = {
-        ARRAY(f->image, room, 1), ARRAY(f->draw, room, 1), ARRAY(f->label, room, 1),
-        ARRAY(f->pixels, room, S * S * 3) };
-    f->order = order;
-    f->order_context = context;
-    if (f->T > SIZE_MAX / room) return fail("a batch of %zu images is too large", room);
-    SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
-    for (size_t i = 0; i < f->taps; i++) {
-        SC_TRY(allocate(&f->memory, &f->tap[i].out, room * f->T, f->stride * sizeof(float)));
+    size_t S = (size_t)f->preprocess.size, many = 4 * (size_t)thread_count(), deepest = 0;
+    int stream = f->set.count == SC_UNKNOWN;
+    for (size_t i = 0; i < f->taps; i++)
         if (f->tap[i].layer > deepest) deepest = f->tap[i].layer;
-    }
-    if (f->is_file) return SC_OK;
-    SC_TRY(sc_model_load(&f->model, with_logits ? f->model.blocks : deepest, with_logits));
-    if (with_logits)
-        SC_TRY(allocate(&f->memory, &f->logits, room, f->model.classes * sizeof *f->logits));
-    return reader_open(&f->reader, &f->set, &f->preprocess, order, context, thread_count(),
-                       f->skip_bad);
+    if (f->model.blocks)
+        SC_TRY(sc_model_load(&f->model, with_logits ? f->model.blocks : deepest, with_logits));
+    f->order = stream ? NULL : order;
+    f->order_context = context;
+    f->ahead = f->is_file || stream || room > many ? room : many;
+    const array_spec images[] = {
+        ARRAY(f->image, f->ahead, 1), ARRAY(f->draw, f->ahead, 1), ARRAY(f->label, f->ahead, 1),
+        ARRAY(f->pixels, f->ahead, S * S * 3) };
+    memcpy(f->array, images, sizeof images);
+    f->arrays = COUNT(images);
+    for (size_t i = 0; i < f->taps; i++)
+        f->array[f->arrays++] = (array_spec)ARRAY(f->tap[i].out, room, f->T * f->stride);
+    if (with_logits) f->array[f->arrays++] = (array_spec)ARRAY(f->logits, room, f->model.classes);
+    return new_arrays(&f->memory, f->array, f->arrays);
 }
 
-static int read_activations_task(void *context, size_t i) {
+static int load_task(void *context, size_t task) {
     feed *f = context;
-    i += f->begin;
-    f->label[i] = feed_label(f, f->image[i]);
-    for (size_t t = 0; t < f->T; t++) {
-        size_t row = (size_t)f->image[i] * f->T + t;
-        if (sc_tensor_floats(&f->file, f->activations, row * f->D, f->D,
+    size_t i = f->loaded + task, image = f->image[i], S = (size_t)f->preprocess.size;
+    f->label[i] = f->set.count == SC_UNKNOWN ? -1 : f->set.image[image].label;
+    if (!f->is_file)
+        return load_image(&f->set, image, &f->stream, &f->preprocess, f->pixels + i * S * S * 3);
+    for (size_t t = 0; t < f->T; t++)
+        if (sc_tensor_floats(&f->file, f->activations, (image * f->T + t) * f->D, f->D,
                              f->tap[0].out + (i * f->T + t) * f->stride) != SC_OK)
             return blame_token(f, i * f->T + t);
-    }
     return SC_OK;
 }
 
-static int next_from_file(feed *f, size_t want) {
-    for (; f->count < want; f->count++, f->drawn++) {
-        size_t image = f->drawn;
-        int status = f->order ? f->order(f->order_context, f->drawn, &image)
-                              : image < f->images ? SC_OK : SC_END;
-        if (status == SC_END) break;
-        SC_TRY(status);
-        f->image[f->count] = image;
-        f->draw[f->count] = f->drawn;
+/* The images that were loaded ahead move to the front, where the last batch was. */
+static void drop_batch(feed *f) {
+    for (size_t a = 0; a < f->arrays; a++) {
+        size_t rows = f->loaded < f->array[a].rows ? f->loaded : f->array[a].rows;
+        size_t bytes = f->array[a].row_bytes;
+        unsigned char *front;
+        memcpy(&front, f->array[a].pointer, sizeof front);
+        if (rows > f->count) memmove(front, front + f->count * bytes, (rows - f->count) * bytes);
     }
-    return parallel_for(f->count - f->begin, read_activations_task, f);
+    f->used += f->count;
+    f->loaded -= f->count;
+    f->computed -= f->count;
+    f->count = 0;
+}
+
+/* Has `want` images loaded, fewer only at the end. One that fails is met again, and an error, when
+ * all before it are used up. With skip_bad a bad image is named, loses its name and is passed over
+ * from then on; where all are bad we fail: the order may be endless. */
+static int load_images(feed *f, size_t want) {
+    int stream = f->set.count == SC_UNKNOWN;
+    size_t last = f->set.count < f->set.limit ? f->set.count : f->set.limit;
+    while (f->loaded < want) {
+        size_t end = f->loaded, most = stream ? end + 1 : f->is_file ? want : f->ahead;
+        for (size_t draw = f->drawn, image = draw; end < most; image = ++draw) {
+            if (f->order ? f->order(f->order_context, draw, &image) == SC_END : draw >= last) break;
+            f->draw[end] = draw;
+            f->image[end] = image;
+            end += stream || f->set.image[image].name;
+        }
+        if (end == f->loaded) return SC_OK;
+        int status = parallel_for(end - f->loaded, load_task, f);
+        if (status != SC_OK) end = f->loaded + pool.failed_task;     /* all before it are there */
+        if (status != SC_OK && end == f->loaded) {
+            if (status == SC_END) return SC_OK;
+            if (status != SC_FAILED || !f->skip_bad) return SC_FAILED;
+            char reason[sizeof error_text];
+            note("%s; passed over", strcpy(reason, error_text));
+            f->set.image[f->image[end]].name = NULL;
+            if (++f->bad == f->set.count)
+                return fail("%s; none of %zu images could be read", reason, f->bad);
+        } else f->drawn = f->draw[end - 1] + 1;
+        f->loaded = end;
+    }
+    return SC_OK;
 }
 
 /* Finite weights may still give numbers that are not. rows: [images, count, stride] of the batch */
 static int check_finite(const feed *f, const float *rows, size_t count, size_t stride) {
-    size_t first = f->begin * count * stride, end = f->count * count * stride;
-    size_t bad = first + first_beyond(rows + first, end - first, LARGEST_FLOAT);
+    size_t first = f->computed * count * stride, end = f->count * count * stride;
+    size_t bad = first + first_not_finite(rows + first, end - first);
     if (bad == end) return SC_OK;
     fail("%s gives %g where a finite number was expected", f->model.file.path, (double)rows[bad]);
     return blame_token(f, bad / stride * (f->T / count));
 }
 
-static int next_from_photos(feed *f, size_t want) {
-    size_t S = f->model.image_size, bytes = S * S * 3;
-    const image_slot *slot;
-    while (f->count < want) {
-        int status = reader_next(&f->reader, &slot);
-        if (status == SC_END && f->drawn == 0)
-            return fail("%s: no picture came", f->set.root ? f->set.root : "standard input");
-        if (status == SC_END) break;
-        SC_TRY(status);
-        f->drawn++;
-        memcpy(f->pixels + f->count * bytes, slot->pixels, bytes);
-        f->image[f->count] = slot->image;
-        f->draw[f->count] = slot->draw;
-        f->label[f->count++] = feed_label(f, slot->image);
-    }
-    for (size_t first = f->begin; first < f->count; first += FORWARD_IMAGES) {
-        size_t images = f->count - first < FORWARD_IMAGES ? f->count - first : FORWARD_IMAGES;
+static int compute_activations(feed *f) {
+    size_t S = f->model.image_size, images;
+    for (size_t first = f->computed; first < f->count; first += images) {
         sc_tap tap[SC_MAX_TAPS];
+        images = f->count - first < FORWARD_IMAGES ? f->count - first : FORWARD_IMAGES;
         memcpy(tap, f->tap, sizeof tap);
         for (size_t i = 0; i < f->taps; i++) tap[i].out += first * f->T * f->stride;
-        SC_TRY(sc_model_forward(&f->model, f->pixels + first * bytes, images, tap, f->taps,
+        SC_TRY(sc_model_forward(&f->model, f->pixels + first * S * S * 3, images, tap, f->taps,
                                 f->logits ? f->logits + first * f->model.classes : NULL));
     }
     for (size_t i = 0; i < f->taps; i++) SC_TRY(check_finite(f, f->tap[i].out, f->T, f->stride));
     return f->logits ? check_finite(f, f->logits, 1, f->model.classes) : SC_OK;
 }
 
-/* Images that were read ahead come first: they move to the front of the arrays. */
-static void next_from_kept(feed *f, size_t want) {
-    size_t row = f->T * f->stride, some = f->kept < want ? f->kept : want;
-    for (; f->count < some; f->count++, f->kept_at++) {
-        f->image[f->count] = f->image[f->kept_at];
-        f->draw[f->count] = f->draw[f->kept_at];
-        memmove(f->tap[0].out + f->count * row, f->tap[0].out + f->kept_at * row,
-                row * sizeof(float));
-    }
-    f->kept -= some;
-}
-
 /* The next batch: f->count images, 0 at the end. */
 static int next_batch(feed *f, size_t want) {
-    f->count = 0;
-    next_from_kept(f, want);
-    f->begin = f->count;
-    if (f->count == want) return SC_OK;
-    return f->is_file ? next_from_file(f, want) : next_from_photos(f, want);
-}
-
-/* Hands every batch of a data set to `take`. */
-static int for_each_batch(feed *f, int with_logits, int (*take)(void *context), void *context) {
-    uint64_t done = 0;
-    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, with_logits));
-    for (;; done += f->count) {
-        SC_TRY(next_batch(f, MEASURE_IMAGES));
-        if (f->count == 0) return SC_OK;
-        SC_TRY(take(context));
-        show_progress("image", done + f->count, f->images, done + f->count, "images", "%s", "");
-    }
-}
-
-static const char *base_name(const char *path) {
-    const char *slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
+    drop_batch(f);
+    SC_TRY(load_images(f, want));
+    if (f->drawn == 0)
+        return fail("%s: no picture came", f->set.root ? f->set.root : "standard input");
+    f->count = f->loaded < want ? f->loaded : want;
+    if (f->computed >= f->count) return SC_OK;
+    if (f->model.blocks && (f->taps || f->logits)) SC_TRY(compute_activations(f));
+    f->computed = f->count;
+    return SC_OK;
 }
 
 static void close_feed(feed *f) {
     release(&f->memory);
-    if (f->is_file) free(f->class_name);
-    else reader_close(&f->reader);
+    free(f->stream.rgb);
     sc_safetensors_close(&f->file);
     sc_images_close(&f->set);
     sc_model_close(&f->model);
@@ -3680,51 +3419,55 @@ static int try_output(const char *path) {
     return SC_OK;
 }
 
-/* A [n, D] tensor to and from rows with padding. */
-static int read_rows(const sc_safetensors *file, const char *name, size_t n, size_t D,
-                     size_t stride, float *rows) {
-    const sc_tensor *tensor = sc_tensor_find(file, name);
-    if (!tensor || tensor->rank == 0 || tensor->count != n * D
-        || tensor->shape[tensor->rank - 1] != D)
-        return fail("%s: a tensor %s of %zu x %zu was expected", file->path, name, n, D);
-    for (size_t j = 0; j < n; j++)
-        SC_TRY(sc_tensor_floats(file, tensor, j * D, D, rows + j * stride));
-    return SC_OK;
-}
+/* A tensor by its shape in files, a vector (rank 1) having one row, and by where its element [r, c]
+ * lies in memory: values[r * down + c * across]. */
+typedef struct {
+    const char *name;
+    float *values;
+    int rank;
+    size_t rows, columns, down, across;
+} float_tensor;
 
-static int write_rows(sc_writer *writer, const char *name, size_t n, size_t D, size_t stride,
-                      const float *rows) {
-    SC_TRY(sc_writer_tensor(writer, name, SC_F32, 2, (size_t[]){ n, D }));
-    for (size_t j = 0; j < n; j++) SC_TRY(sc_writer_floats(writer, rows + j * stride, D));
-    return SC_OK;
-}
-
-static int write_vector(sc_writer *writer, const char *name, size_t n, const float *vector) {
-    SC_TRY(sc_writer_tensor(writer, name, SC_F32, 1, &n));
-    return sc_writer_floats(writer, vector, n);
-}
-
-/* W_enc lies [D, n] in files and latent by latent in memory: some rows at a time are read from the
- * tensor, or go to the writer where there is one. */
-static int move_encoder(const sc_sae *sae, const sc_safetensors *file, const sc_tensor *tensor,
-                        sc_writer *writer) {
+/* Writes a tensor or, where there is no writer, reads it from a file, some rows at a time. Adds it
+ * to a digest, if there is one. */
+static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
+                       digest64 *digest) {
     enum { ROWS = 16 };
-    size_t n = sae->d_sae;
-    float *rows = new_array(n, ROWS * sizeof *rows);
-    int status = rows ? SC_OK : SC_FAILED;
-    for (size_t d = 0; d < sae->d_in && status == SC_OK; d += ROWS) {
-        size_t height = sae->d_in - d < ROWS ? sae->d_in - d : ROWS;
-        if (!writer) status = sc_tensor_floats(file, tensor, d * n, height * n, rows);
-        for (size_t j = 0; j < n; j++)
+    const sc_tensor *source = w ? NULL : sc_tensor_find(file, t->name);
+    size_t shape[2] = { t->rows, t->columns };
+    if (w) SC_TRY(sc_writer_tensor(w, t->name, SC_F32, t->rank, shape + 2 - t->rank));
+    else if (!source || source->rank == 0 || source->count != t->rows * t->columns
+             || source->shape[source->rank - 1] != t->columns)
+        return fail("%s: a tensor %s of %zu x %zu was expected", file->path, t->name, t->rows,
+                    t->columns);
+    float *some = new_array(t->columns, ROWS * sizeof *some);
+    int status = some ? SC_OK : SC_FAILED;
+    for (size_t r = 0; r < t->rows && status == SC_OK; r += ROWS) {
+        size_t height = t->rows - r < ROWS ? t->rows - r : ROWS, count = height * t->columns;
+        if (!w) status = sc_tensor_floats(file, source, r * t->columns, count, some);
+        for (size_t c = 0; c < t->columns; c++)
             for (size_t i = 0; i < height; i++) {
-                float *here = sae->W_enc + j * sae->stride + d + i, *there = rows + i * n + j;
-                if (writer) *there = *here;
+                float *here = t->values + (r + i) * t->down + c * t->across;
+                float *there = some + i * t->columns + c;
+                if (w) *there = *here;
                 else *here = *there;
             }
-        if (writer) status = sc_writer_floats(writer, rows, height * n);
+        if (w) status = sc_writer_floats(w, some, count);
+        for (size_t i = 0; digest && i < count; i++)
+            digest64_number(digest, bits_of_float(some[i]));
     }
-    free(rows);
+    free(some);
     return status;
+}
+
+/* An SAE's tensors, each latent by latent in memory, W_enc too. */
+static int move_sae(const sc_sae *sae, const sc_safetensors *file, sc_writer *w, digest64 *digest) {
+    size_t n = sae->d_sae, D = sae->d_in, stride = sae->stride;
+    const float_tensor tensors[] = {
+        { "W_enc", sae->W_enc, 2, D, n, 1, stride }, { "b_enc", sae->b_enc, 1, 1, n, 0, 1 },
+        { "W_dec", sae->W_dec, 2, n, D, stride, 1 }, { "b_dec", sae->b_dec, 1, 1, D, 0, 1 } };
+    for (size_t i = 0; i < COUNT(tensors); i++) SC_TRY(move_tensor(&tensors[i], file, w, digest));
+    return SC_OK;
 }
 
 /* A whole number from 1 on in the metadata; absent leaves *value. */
@@ -3740,37 +3483,38 @@ static int metadata_number(const sc_safetensors *file, const char *key, double m
     return SC_OK;
 }
 
-static int read_sae_metadata(sc_sae *sae, const sc_safetensors *file) {
-    const char *architecture = sc_metadata_find(file, "architecture");
+/* Where activations come from, where that is not known yet: an SAE's metadata and those of saved
+ * activations say it in the same words. */
+static int read_origin(sc_sae *sae, const sc_safetensors *file) {
     const char *hook = sc_metadata_find(file, "hook"), *model = sc_metadata_find(file, "model");
-    const char *start = sc_metadata_find(file, "b_dec_start");
     sc_hook found = SC_MLP;
-    sae->topk = architecture && strcmp(architecture, architecture_names[1]) == 0;
-    if (architecture && strcmp(architecture, architecture_names[sae->topk]) != 0)
-        return fail("%s: architecture '%s' is neither standard nor topk", file->path, architecture);
-    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
-    SC_TRY(metadata_number(file, "layer", 1e6, &sae->layer));
-    if (hook && parse_hook(hook, &found) != SC_OK)
+    if (!sae->layer) SC_TRY(metadata_number(file, "layer", 1e6, &sae->layer));
+    if (hook && sae->hook < 0 && parse_hook(hook, &found) != SC_OK)
         return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", file->path, hook);
-    if (hook) sae->hook = (int)found;
-    if (model && !(sae->model = copy_string(model))) return SC_FAILED;
-    if (start && !(sae->b_dec_start = copy_string(start))) return SC_FAILED;
-    return SC_OK;
+    if (hook && sae->hook < 0) sae->hook = (int)found;
+    if (!model || sae->model) return SC_OK;
+    sae->model = copy_string(base_name(model));
+    return sae->model ? SC_OK : SC_FAILED;
 }
 
 static int read_sae(sc_sae *sae, const sc_safetensors *file) {
     const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
+    const char *architecture = sc_metadata_find(file, "architecture");
+    const char *start = sc_metadata_find(file, "b_dec_start");
     if (!encoder || encoder->rank != 2 || encoder->count == 0)
         return fail("%s: this is no SAE: a tensor W_enc [d_in, d_sae] was expected", file->path);
     if (sc_tensor_find(file, "threshold") || sc_tensor_find(file, "log_threshold"))
         return fail("%s: a JumpReLU SAE (tensor threshold), expected standard or topk", file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
+    SC_TRY(move_sae(sae, file, NULL, NULL));
+    sae->topk = architecture && strcmp(architecture, architecture_names[1]) == 0;
+    if (architecture && strcmp(architecture, architecture_names[sae->topk]) != 0)
+        return fail("%s: architecture '%s' is neither standard nor topk", file->path, architecture);
+    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
+    SC_TRY(read_origin(sae, file));
     if (!(sae->path = copy_string(file->path))) return SC_FAILED;
-    SC_TRY(move_encoder(sae, file, encoder, NULL));
-    SC_TRY(read_rows(file, "W_dec", sae->d_sae, sae->d_in, sae->stride, sae->W_dec));
-    SC_TRY(read_rows(file, "b_enc", 1, sae->d_sae, sae->d_sae, sae->b_enc));
-    SC_TRY(read_rows(file, "b_dec", 1, sae->d_in, sae->stride, sae->b_dec));
-    return read_sae_metadata(sae, file);
+    if (start && !(sae->b_dec_start = copy_string(start))) return SC_FAILED;
+    return SC_OK;
 }
 
 int sc_sae_open(sc_sae *sae, const char *path) {
@@ -3783,24 +3527,36 @@ int sc_sae_open(sc_sae *sae, const char *path) {
     return status;
 }
 
-/* The tensors and what an SAE is; the caller adds how it was trained. */
-static int write_sae(sc_writer *writer, const sc_sae *sae) {
-    const struct { const char *key; size_t value; } numbers[] = {
-        { "k", sae->topk ? sae->k : 0 }, { "d_in", sae->d_in }, { "d_sae", sae->d_sae },
-        { "layer", sae->layer } };
-    SC_TRY(sc_writer_metadata(writer, "architecture", architecture_names[sae->topk]));
-    for (size_t i = 0; i < COUNT(numbers); i++) {
-        char text[32];
-        snprintf(text, sizeof text, "%zu", numbers[i].value);
-        if (numbers[i].value) SC_TRY(sc_writer_metadata(writer, numbers[i].key, text));
-    }
-    if (sae->hook >= 0) SC_TRY(sc_writer_metadata(writer, "hook", hook_names[sae->hook]));
-    if (sae->model) SC_TRY(sc_writer_metadata(writer, "model", sae->model));
-    SC_TRY(sc_writer_tensor(writer, "W_enc", SC_F32, 2, (size_t[]){ sae->d_in, sae->d_sae }));
-    SC_TRY(move_encoder(sae, NULL, NULL, writer));
-    SC_TRY(write_vector(writer, "b_enc", sae->d_sae, sae->b_enc));
-    SC_TRY(write_rows(writer, "W_dec", sae->d_sae, sae->d_in, sae->stride, sae->W_dec));
-    return write_vector(writer, "b_dec", sae->d_in, sae->b_dec);
+/* Options overrule what an SAE's file says. It must agree with the activations, and listens to the
+ * tap at *place. What training does not know it takes from saved activations; of a model it listens
+ * to the MLP of the last block but one. */
+static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, size_t *place) {
+    const char *layer = sc_metadata_find(&f->file, "layer");
+    const char *hook = sc_metadata_find(&f->file, "hook");
+    sc_hook kind = SC_MLP;
+    if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
+    if (o->k) sae->k = (size_t)o->k;
+    if (o->hook && parse_hook(o->hook, &kind) == SC_OK) sae->hook = (int)kind;
+    if (sae->topk && (sae->k == 0 || sae->k > sae->d_sae))
+        return fail("%s: a TopK SAE whose k is not from 1 to %zu (--k)",
+                    sae->path ? sae->path : o->output, sae->d_sae);
+    if (sae->d_in != f->D)
+        return fail("%s: an SAE of width %zu, but activations of %zu", sae->path, sae->d_in, f->D);
+    if (layer && sae->layer && !o->layer && strtoul(layer, NULL, 10) != sae->layer)
+        return fail("%s: activations of layer %s where layer %zu was expected", f->file.path, layer,
+                    sae->layer);
+    if (hook && sae->hook >= 0 && !o->hook && strcmp(hook, hook_names[sae->hook]) != 0)
+        return fail("%s: activations of hook %s where %s was expected", f->file.path, hook,
+                    hook_names[sae->hook]);
+    if (training && f->is_file) SC_TRY(read_origin(sae, &f->file));
+    else if (training && sae->hook < 0) sae->hook = SC_MLP;
+    long usual = training && !f->is_file ? -2 : 0;
+    long at = o->layer ? o->layer : sae->layer ? (long)sae->layer : usual;
+    if (!f->is_file && (!at || sae->hook < 0))
+        return usage("%s does not say where it listens: --layer and --hook", sae->path);
+    SC_TRY(add_tap(f, at, sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook, place));
+    if (training) sae->layer = f->tap[*place].layer;
+    return SC_OK;
 }
 
 /* --------------------------------------------------------------------------------------------
@@ -4676,153 +4432,128 @@ static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t ima
  * -------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    uint64_t seed, N, epoch;         /* epoch: whose order this is */
-    uint64_t from;                   /* the draw a resumed run begins with */
-    uint64_t *order;                 /* [N], NULL: first to last */
-} training_order;
-
-static int training_draw(void *context, size_t draw, size_t *image) {
-    training_order *t = context;
-    uint64_t position = draw + t->from;
-    if (t->order && position / t->N != t->epoch) {
-        t->epoch = position / t->N;
-        permutation(t->seed, t->epoch, t->order, (size_t)t->N);
-    }
-    *image = (size_t)(t->order ? t->order[position % t->N] : position % t->N);
-    return SC_OK;
-}
-
-typedef struct {
     const options *o;
     feed data;
     trainer trainer;
-    training_order order;
     size_t batch;                    /* images a step */
-    uint64_t steps, images, next_draw;
-    uint64_t digest;                 /* of what a resumed run must agree in */
+    uint64_t *order, epoch;          /* [N], and whose it is; NULL: first to last */
+    uint64_t steps, next_draw;
+    uint64_t recipe;                 /* digest of what a resumed run must agree in */
     FILE *log;
     double started;
     char *checkpoint, *previous;     /* where to, and where the one before stays */
+    uint64_t saved;                  /* the step of the last checkpoint */
     int checkpoints;                 /* asked for, not only on a signal */
 } training_run;
+
+/* Every epoch is a permutation of its own. */
+static int training_draw(void *context, size_t draw, size_t *image) {
+    training_run *run = context;
+    size_t N = run->data.set.count, epoch = draw / N;
+    if (run->order && epoch != run->epoch)
+        permutation((uint64_t)run->o->seed, epoch, run->order, N);
+    run->epoch = epoch;
+    *image = run->order ? (size_t)run->order[draw % N] : draw % N;
+    return SC_OK;
+}
 
 static volatile sig_atomic_t stop_signal;
 
 static void on_signal(int number) { stop_signal = number; }
 
-/* How photos were seen, where options say so; without them it is the model's file that does. */
-static int write_photo_recipe(sc_writer *w, const options *o) {
-    const sc_model_options *m = &o->settings;
-    const struct { const char *key, *value; } rows[] = {
-        { "crop", strcmp(o->crop, "hf") == 0 ? "hf" : NULL }, { "gelu", m->gelu },
-        { "epsilon", m->epsilon }, { "heads", m->heads }, { "mean", m->mean }, { "std", m->std } };
-    char square[32];
-    snprintf(square, sizeof square, "%ld", o->square);
-    if (o->square) SC_TRY(sc_writer_metadata(w, "square", square));
-    for (size_t i = 0; i < COUNT(rows); i++)
-        if (rows[i].value) SC_TRY(sc_writer_metadata(w, rows[i].key, rows[i].value));
-    return SC_OK;
-}
-
-/* What changes the numbers of a run, as metadata, or into a digest (less the steps, which a resumed
- * run may have more of). */
-static int take_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
+/* All that decides a run's numbers and can be told in words, as metadata of the SAE or, where there
+ * is no writer, into a digest. What is neither a text nor a number from 0 on is left out: the
+ * model's file says how it wants photos, unless options do. */
+static int put_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
+    static const sc_model_options none = { 0 };
     const options *o = run->o;
-    const struct { const char *key; double value; const char *text; } rows[] = {
-        { "l1", o->l1, NULL }, { "lr", o->lr, NULL }, { "warmup", (double)o->warmup, NULL },
-        { "batch", (double)o->batch, NULL }, { "steps", (double)run->trainer.step, NULL },
-        { "seed", o->seed, NULL }, { "ghost", o->ghost, NULL },
-        { "dead_window", (double)o->dead_window, NULL },
-        { "b_dec_images", (double)o->b_dec_images, NULL },
-        { "b_dec_start", 0, o->init ? "file" : o->b_dec }, { "order", 0, o->order } };
-    if (w && !run->data.is_file) SC_TRY(write_photo_recipe(w, o));
+    const sc_sae *sae = &run->trainer.sae;
+    int photos = !run->data.is_file;
+    const sc_model_options *seen = photos ? &o->settings : &none;
+    const struct { const char *key, *text; double number; } rows[] = {
+        { "architecture", architecture_names[sae->topk], -1 },
+        { "k", NULL, sae->topk ? (double)sae->k : -1 }, { "d_in", NULL, (double)sae->d_in },
+        { "d_sae", NULL, (double)sae->d_sae },
+        { "layer", NULL, sae->layer ? (double)sae->layer : -1 },
+        { "hook", sae->hook < 0 ? NULL : hook_names[sae->hook], -1 }, { "model", sae->model, -1 },
+        { "square", NULL, photos && o->square ? (double)o->square : -1 },
+        { "crop", photos && strcmp(o->crop, "hf") == 0 ? "hf" : NULL, -1 },
+        { "gelu", seen->gelu, -1 }, { "epsilon", seen->epsilon, -1 }, { "heads", seen->heads, -1 },
+        { "mean", seen->mean, -1 }, { "std", seen->std, -1 },
+        { "l1", NULL, sae->topk ? -1 : o->l1 }, { "lr", NULL, o->lr },
+        { "warmup", NULL, (double)o->warmup }, { "batch", NULL, (double)o->batch },
+        { "steps", NULL, (double)run->trainer.step }, { "seed", NULL, o->seed },
+        { "ghost", NULL, o->ghost }, { "dead_window", NULL, (double)o->dead_window },
+        { "b_dec_images", NULL, (double)o->b_dec_images },
+        { "b_dec_start", o->init ? "file" : o->b_dec, -1 }, { "order", o->order, -1 } };
     for (size_t i = 0; i < COUNT(rows); i++) {
-        char text[32];
-        if (run->trainer.sae.topk && strcmp(rows[i].key, "l1") == 0) continue;
-        snprintf(text, sizeof text, "%.17g", rows[i].value);
-        const char *value = rows[i].text ? rows[i].text : text;
+        char number[32];
+        const char *value = rows[i].text ? rows[i].text : number;
+        if (value == number && rows[i].number < 0) continue;
+        snprintf(number, sizeof number, "%.17g", rows[i].number);
         if (w) SC_TRY(sc_writer_metadata(w, rows[i].key, value));
-        else if (strcmp(rows[i].key, "steps") != 0) digest64_add(digest, value, strlen(value) + 1);
+        else {
+            digest64_add(digest, rows[i].key, strlen(rows[i].key) + 1);
+            digest64_add(digest, value, strlen(value) + 1);
+        }
     }
     return SC_OK;
 }
 
-enum { SAMPLE_BYTES = 1 << 20 };     /* of the model's weights, or of the saved activations */
-
-/* What a resumed run must agree in. */
+/* Of the recipe, the data set, and the first MiB of the weights or saved activations. Taken before
+ * the first step: a resumed run may have more of them. */
 static uint64_t recipe_digest(const training_run *run) {
-    const sc_sae *sae = &run->trainer.sae;
-    const sc_model *m = &run->data.model;
-    const uint64_t numbers[] = {
-        run->data.digest, run->data.T, run->order.N, sae->d_in, sae->d_sae, (uint64_t)sae->topk,
-        sae->k, sae->layer, (uint64_t)sae->hook, m->heads, (uint64_t)m->activation,
-        bits_of_float(m->epsilon), (uint64_t)run->o->square,
-        (uint64_t)run->data.preprocess.crop_hf };
+    const sc_safetensors *source = run->data.is_file ? &run->data.file : &run->data.model.file;
+    size_t sample = (size_t)(source->data - source->map) + ((size_t)1 << 20);
     digest64 d = { 0 };
-    for (size_t i = 0; i < COUNT(numbers); i++) digest64_number(&d, numbers[i]);
-    for (int c = 0; c < 3; c++)
-        digest64_number(&d, (uint64_t)bits_of_float(m->mean[c]) << 32 | bits_of_float(m->std[c]));
-    if (sae->model) digest64_add(&d, sae->model, strlen(sae->model));
-    const sc_safetensors *source = run->data.is_file ? &run->data.file : &m->file;
-    size_t bytes = (size_t)(source->map + source->size - source->data);
-    digest64_add(&d, source->data, bytes < SAMPLE_BYTES ? bytes : SAMPLE_BYTES);
-    take_recipe(run, NULL, &d);
-    return digest64_value(&d);
-}
-
-/* The floats that training goes on from: of each a matrix [n, D] (rank 2) or a vector. The SAE's
- * come first and are written by write_sae; W_enc is the only one that lies otherwise in files. */
-enum { SAE_TENSORS = 4, STATE_TENSORS = 12, POSITION_NUMBERS = 4 };
-
-typedef struct { const char *name; float *values; int rank; size_t columns, stride; } state_tensor;
-typedef struct { state_tensor tensor[STATE_TENSORS]; } state_list;
-
-static state_list list_state(const trainer *t) {
-    size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride;
-    return (state_list){ {
-        { "W_enc", t->sae.W_enc, 2, D, stride }, { "W_dec", t->sae.W_dec, 2, D, stride },
-        { "b_enc", t->sae.b_enc, 1, n, n }, { "b_dec", t->sae.b_dec, 1, D, stride },
-        { "W_enc_m", t->W_enc.m, 2, D, stride }, { "W_enc_v", t->W_enc.v, 2, D, stride },
-        { "W_dec_m", t->W_dec.m, 2, D, stride }, { "W_dec_v", t->W_dec.v, 2, D, stride },
-        { "b_enc_m", t->b_enc.m, 1, n, n }, { "b_enc_v", t->b_enc.v, 1, n, n },
-        { "b_dec_m", t->b_dec.m, 1, D, stride }, { "b_dec_v", t->b_dec.v, 1, D, stride } } };
-}
-
-/* Of everything in a checkpoint. position: step, next draw, images so far, digest of the recipe */
-static unsigned long long state_digest(const trainer *t, const unsigned long long *position) {
-    const state_list list = list_state(t);
-    digest64 d = { 0 };
-    for (const state_tensor *s = list.tensor; s < list.tensor + STATE_TENSORS; s++)
-        for (size_t e = 0; e < (s->rank == 2 ? t->sae.d_sae : 1) * s->stride; e++)
-            digest64_number(&d, bits_of_float(s->values[e]));
-    for (size_t j = 0; j < t->sae.d_sae; j++) digest64_number(&d, (uint64_t)t->silent[j]);
-    for (size_t i = 0; i < POSITION_NUMBERS; i++) digest64_number(&d, position[i]);
+    digest64_number(&d, run->data.set.digest);
+    digest64_add(&d, source->map, sample < source->size ? sample : source->size);
+    put_recipe(run, NULL, &d);
     return digest64_value(&d);
 }
 
 static int write_trained(sc_writer *w, void *context) {
     const training_run *run = context;
-    SC_TRY(write_sae(w, &run->trainer.sae));
-    return take_recipe(run, w, NULL);
+    SC_TRY(put_recipe(run, w, NULL));
+    return move_sae(&run->trainer.sae, NULL, w, NULL);
 }
 
-/* All that training goes on from; then the checkpoint before, which this one is to replace, becomes
- * FILE.prev. */
+/* --- Checkpoints: the SAE, and what else training goes on from --- */
+
+/* The metadata "position": step, next draw, the recipe's digest, the checksum of it all. */
+typedef unsigned long long run_position[4];
+
+/* Writes the state, or reads it where there is no writer. Returns the checksum in *sum. */
+static int move_state(trainer *t, const run_position at, const sc_safetensors *file, sc_writer *w,
+                      unsigned long long *sum) {
+    size_t n = t->sae.d_sae, D = t->sae.d_in, row = t->sae.stride;
+    const sc_tensor *silent = w ? NULL : sc_tensor_find(file, "silent");
+    const float_tensor adam[] = {
+        { "W_enc_m", t->W_enc.m, 2, n, D, row, 1 }, { "W_enc_v", t->W_enc.v, 2, n, D, row, 1 },
+        { "W_dec_m", t->W_dec.m, 2, n, D, row, 1 }, { "W_dec_v", t->W_dec.v, 2, n, D, row, 1 },
+        { "b_enc_m", t->b_enc.m, 1, 1, n, 0, 1 }, { "b_enc_v", t->b_enc.v, 1, 1, n, 0, 1 },
+        { "b_dec_m", t->b_dec.m, 1, 1, D, 0, 1 }, { "b_dec_v", t->b_dec.v, 1, 1, D, 0, 1 } };
+    digest64 digest = { 0 };
+    SC_TRY(move_sae(&t->sae, file, w, &digest));
+    for (size_t i = 0; i < COUNT(adam); i++) SC_TRY(move_tensor(&adam[i], file, w, &digest));
+    if (w) SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
+    if (w) SC_TRY(sc_writer_integers(w, t->silent, n));
+    else if (!silent || silent->count != n)
+        return fail("%s: a tensor silent of %zu was expected", file->path, n);
+    else SC_TRY(sc_tensor_integers(file, silent, 0, n, t->silent));
+    for (size_t j = 0; j < n; j++) digest64_number(&digest, (uint64_t)t->silent[j]);
+    for (int i = 0; i < 3; i++) digest64_number(&digest, at[i]);
+    *sum = digest64_value(&digest);
+    return SC_OK;
+}
+
+/* The checkpoint before, which this one is to replace, becomes FILE.prev. */
 static int write_checkpoint(sc_writer *w, void *context) {
-    const training_run *run = context;
-    const trainer *t = &run->trainer;
-    const unsigned long long position[] = { t->step, run->next_draw, run->images, run->digest };
-    size_t n = t->sae.d_sae;
-    const state_list list = list_state(t);
-    SC_TRY(write_trained(w, context));
-    for (const state_tensor *s = list.tensor + SAE_TENSORS; s < list.tensor + STATE_TENSORS; s++)
-        SC_TRY(s->rank == 2 ? write_rows(w, s->name, n, s->columns, s->stride, s->values)
-                            : write_vector(w, s->name, s->columns, s->values));
-    SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
-    SC_TRY(sc_writer_integers(w, t->silent, n));
-    SC_TRY(put_metadata(w, "position", "%llx %llx %llx %llx", position[0], position[1], position[2],
-                        position[3]));
-    SC_TRY(put_metadata(w, "checksum", "%016llx", state_digest(t, position)));
+    training_run *run = context;
+    run_position at = { run->trainer.step, run->next_draw, run->recipe };
+    SC_TRY(put_recipe(run, w, NULL));
+    SC_TRY(move_state(&run->trainer, at, NULL, w, &at[3]));
+    SC_TRY(put_metadata(w, "position", "%llx %llx %llx %llx", at[0], at[1], at[2], at[3]));
     if (access(run->checkpoint, F_OK) != 0) return SC_OK;
     unlink(run->previous);
     if (link(run->checkpoint, run->previous) == 0
@@ -4830,63 +4561,54 @@ static int write_checkpoint(sc_writer *w, void *context) {
     return fail("%s: cannot be kept as %s: %s", run->checkpoint, run->previous, strerror(errno));
 }
 
-static int read_state(trainer *t, const sc_safetensors *file) {
-    size_t n = t->sae.d_sae, D = t->sae.d_in;
-    const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
-    const sc_tensor *silent = sc_tensor_find(file, "silent");
-    const state_list list = list_state(t);
-    if (!encoder || encoder->rank != 2 || encoder->shape[0] != D || encoder->shape[1] != n)
-        return fail("%s: a tensor W_enc of %zu x %zu was expected", file->path, D, n);
-    SC_TRY(move_encoder(&t->sae, file, encoder, NULL));
-    for (const state_tensor *s = list.tensor + 1; s < list.tensor + STATE_TENSORS; s++)
-        SC_TRY(read_rows(file, s->name, s->rank == 2 ? n : 1, s->columns, s->stride, s->values));
-    if (!silent || silent->count != n) return fail("%s: no tensor silent [%zu]", file->path, n);
-    return sc_tensor_integers(file, silent, 0, n, t->silent);
+static int save_checkpoint(training_run *run) {
+    if (run->saved == run->trainer.step) return SC_OK;
+    run->saved = run->trainer.step;
+    return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
 }
 
-static int take_checkpoint(training_run *run, const sc_safetensors *file) {
+static int read_checkpoint(training_run *run, const sc_safetensors *file) {
     trainer *t = &run->trainer;
-    const char *text = sc_metadata_find(file, "position");
-    const char *sum = sc_metadata_find(file, "checksum");
-    unsigned long long position[POSITION_NUMBERS];
-    if (!text || !sum || sscanf(text, "%16llx %16llx %16llx %16llx", &position[0], &position[1],
-                                &position[2], &position[3]) != POSITION_NUMBERS)
+    const char *position = sc_metadata_find(file, "position");
+    unsigned long long sum = 0;
+    run_position at;
+    if (!position || sscanf(position, "%16llx %16llx %16llx %16llx", &at[0], &at[1], &at[2],
+                            &at[3]) != 4)
         return fail("%s: this is no checkpoint", file->path);
-    if (position[3] != run->digest)
+    if (at[2] != run->recipe)
         return fail("%s: the checkpoint is of other options or data than this run", file->path);
-    SC_TRY(read_state(t, file));
-    if (state_digest(t, position) != strtoull(sum, NULL, 16))
-        return fail("%s: the checksum does not match the contents", file->path);
-    if (position[0] > run->steps)
-        return usage("%s: the checkpoint is of step %llu, beyond the %llu asked for", file->path,
-                     position[0], (unsigned long long)run->steps);
-    run->next_draw = run->order.from = position[1];
-    run->images = position[2];
-    for (; t->step < position[0]; t->step++) {
+    SC_TRY(move_state(t, at, file, NULL, &sum));
+    if (at[3] != sum) return fail("%s: the checksum does not match the contents", file->path);
+    if (at[0] > run->steps)
+        return usage("%s: is of step %llu, this run ends before", file->path, at[0]);
+    run->next_draw = at[1];
+    for (; t->step < at[0]; t->step++) {
         t->beta1_power *= 0.9;
         t->beta2_power *= 0.999;
     }
+    run->saved = t->step;
     return SC_OK;
 }
 
-/* Goes on from a checkpoint if there is one; a damaged one names the one before. */
+/* Goes on from a checkpoint if there is one; an error names the one before. */
 static int resume_training(training_run *run) {
     char reason[sizeof error_text];
     sc_safetensors file;
-    int there = access(run->checkpoint, F_OK) == 0, before = access(run->previous, F_OK) == 0;
-    if (!there && before)
-        return fail("%s: there is none, but the one before it is %s", run->checkpoint,
-                    run->previous);
-    if (!there) note("%s: there is no checkpoint yet, starting afresh", run->checkpoint);
-    if (!there) return SC_OK;
-    int status = sc_safetensors_open(&file, run->checkpoint);
-    if (status == SC_OK) {
-        status = take_checkpoint(run, &file);
-        sc_safetensors_close(&file);
+    int before = access(run->previous, F_OK) == 0;
+    if (!before && access(run->checkpoint, F_OK) != 0) {
+        note("%s: there is no checkpoint yet, starting afresh", run->checkpoint);
+        return SC_OK;
     }
+    int status = sc_safetensors_open(&file, run->checkpoint);
+    if (status == SC_OK) status = read_checkpoint(run, &file);
+    sc_safetensors_close(&file);
     if (status == SC_OK || !before) return status;
     memcpy(reason, error_text, sizeof reason);
     return fail("%.600s; the checkpoint before it is %.300s", reason, run->previous);
+}
+
+static int log_failed(const training_run *run) {
+    return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
 }
 
 /* Opens the log; of a resumed run, cut back to the step it goes on from. */
@@ -4894,34 +4616,33 @@ static int open_log(training_run *run) {
     static const char header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "dead,seconds\n";
     const char *path = run->o->log;
-    int resumed = run->trainer.step > 0;
+    struct stat about;
     off_t end = 0;
     char line[512];
     if (!path) return SC_OK;
-    run->log = fopen(path, resumed ? "a+" : "w");
-    if (!run->log) return fail("%s: cannot be written: %s", path, strerror(errno));
-    rewind(run->log);
+    int resumed = run->trainer.step > 0 && stat(path, &about) == 0 && S_ISREG(about.st_mode);
+    run->log = fopen(path, resumed ? "r+" : "w");
+    if (!run->log) return log_failed(run);
     while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
            && (end == 0 || strtoull(line, NULL, 10) <= run->trainer.step))
         end = ftello(run->log);
-    if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0)
-        && errno != EINVAL && errno != ESPIPE)               /* a pipe cannot and need not be cut */
-        return fail("%s: cannot be cut: %s", path, strerror(errno));
-    if (end == 0 && (fputs(header, run->log) < 0 || fflush(run->log) != 0))
-        return fail("%s: cannot be written: %s", path, strerror(errno));
-    return SC_OK;
+    if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0))
+        return log_failed(run);
+    if (end > 0 || (fputs(header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
+    return log_failed(run);
 }
 
 static int log_step(training_run *run, const step_result *r) {
-    unsigned long long step = run->trainer.step, tokens = run->images * run->data.T;
-    if (run->log && (fprintf(run->log, "%llu,%llu,%llu,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,"
-                             "%.3f\n", step, (unsigned long long)run->images, tokens, r->lr,
-                             r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
-                             r->dead, seconds_now() - run->started) < 0
-                     || fflush(run->log) != 0))
-        return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
-    show_progress("step", step, run->steps, run->images, "images",
-                  "loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0, r->explained_variance);
+    uint64_t step = run->trainer.step, images = step * run->batch;
+    if (run->log && (fprintf(run->log, "%ju,%ju,%ju,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,%.3f\n",
+                             (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T),
+                             r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
+                             r->dead, seconds_now() - run->started) < 0 || fflush(run->log) != 0))
+        return log_failed(run);
+    char words[100];
+    snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
+             r->explained_variance);
+    show_progress("step", step, run->steps, images, words);
     return SC_OK;
 }
 
@@ -4932,47 +4653,52 @@ static int choose_sae(training_run *run) {
     sc_sae *sae = &run->trainer.sae;
     feed *f = &run->data;
     size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D, place;
-    const char *hook = sc_metadata_find(&f->file, "hook");
-    const char *model = f->is_file ? sc_metadata_find(&f->file, "model") : o->model;
-    if (o->init) SC_TRY(sc_sae_open(sae, o->init));
-    else SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
+    SC_TRY(o->init ? sc_sae_open(sae, o->init) : sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
-    SC_TRY(overrule_sae(sae, o));
-    SC_TRY(check_origin(f, sae, o));
-    if (!sae->layer) SC_TRY(metadata_number(&f->file, "layer", 1e6, &sae->layer));
-    sc_hook kind = sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook;
-    if (sae->hook < 0 && hook && parse_hook(hook, &kind) != SC_OK)
-        return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", f->file.path, hook);
-    SC_TRY(add_tap(f, o->layer ? o->layer : sae->layer || f->is_file ? (long)sae->layer : -2, kind,
-                   &place));
-    sae->layer = f->tap[0].layer;
-    if (!f->is_file || hook) sae->hook = (int)kind;
-    if (!model || sae->model) return SC_OK;
-    sae->model = copy_string(base_name(model));
+    SC_TRY(connect_sae(f, sae, o, 1, &place));
+    if (f->is_file || sae->model) return SC_OK;
+    sae->model = copy_string(base_name(o->model));
     return sae->model ? SC_OK : SC_FAILED;
 }
 
-static int prepare_run(training_run *run) {
+/* How many steps, of which images, in which order. */
+static int plan_run(training_run *run) {
     const options *o = run->o;
-    feed *f = &run->data;
-    SC_TRY(open_feed(f, o));
-    SC_TRY(choose_sae(run));
+    const feed *f = &run->data;
+    int stream = f->set.count == SC_UNKNOWN, shuffle = strcmp(o->order, "shuffle") == 0;
+    double images = stream ? 1e18 : o->epochs * (double)f->set.count;
     run->batch = (size_t)o->batch;
+    run->steps = (uint64_t)(o->steps < 0 ? ceil(images / (double)run->batch) : o->steps);
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
         return usage("--batch %zu: %zu tokens an image are too many", run->batch, f->T);
-    int shuffle = strcmp(o->order, "shuffle") == 0;
-    if (f->images == SC_UNKNOWN && shuffle)
+    if (stream && shuffle)
         return usage("a stream has one order: --order sequential was expected");
-    run->order = (training_order){ .seed = (uint64_t)o->seed, .N = f->images, .epoch = UINT64_MAX };
-    if (shuffle && !(run->order.order = new_array(f->images, sizeof *run->order.order)))
-        return SC_FAILED;
-    double images_wanted = f->images == SC_UNKNOWN ? 1e18 : o->epochs * (double)f->images;
-    run->steps = (uint64_t)(o->steps < 0 ? ceil(images_wanted / (double)run->batch) : o->steps);
-    run->trainer.options = (train_options){ o->l1, o->lr, (size_t)o->warmup,
-                                               (size_t)o->dead_window, o->ghost };
-    run->digest = recipe_digest(run);
-    SC_TRY(prepare_trainer(&run->trainer, run->batch * f->T));
-    return o->resume ? resume_training(run) : SC_OK;
+    if (!shuffle) return SC_OK;
+    run->epoch = UINT64_MAX;
+    return allocate(&run->data.memory, &run->order, f->set.count, sizeof *run->order);
+}
+
+/* Hands out batches from where training begins. Where b_dec starts from images, those are
+ * read ahead. */
+static int start_run(training_run *run) {
+    const options *o = run->o;
+    feed *f = &run->data;
+    int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer.step == 0;
+    size_t keep = !start ? 0 : o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
+    if (keep > f->set.count) keep = f->set.count;
+    if (!start && run->trainer.step == run->steps) return SC_OK;
+    SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, run, 0));
+    if (f->set.count != SC_UNKNOWN) f->drawn = (size_t)run->next_draw;
+    while (f->drawn < run->next_draw) {                      /* a stream can only be read again */
+        SC_TRY(load_images(f, 1));
+        if (f->loaded == 0) return fail("standard input: ended before where the checkpoint was");
+        f->loaded = 0;
+    }
+    if (!start) return SC_OK;
+    SC_TRY(next_batch(f, keep));
+    if (f->count < keep) return fail("there are fewer than %zu images", keep);
+    f->count = 0;                            /* not used up: to be trained on too */
+    return start_b_dec(&run->trainer.sae, o->b_dec, f->tap[0].out, keep, f->T);
 }
 
 /* An error names the step, and the image and token where there is one. */
@@ -4980,92 +4706,68 @@ static int blame_step(const training_run *run, size_t token) {
     char reason[sizeof error_text];
     if (token != SIZE_MAX) blame_token(&run->data, token);
     memcpy(reason, error_text, sizeof reason);
-    return fail("step %llu%s %.980s", (unsigned long long)run->trainer.step + 1,
+    return fail("step %ju%s %.980s", (uintmax_t)run->trainer.step + 1,
                 token == SIZE_MAX ? ":" : ",", reason);
 }
 
 static int train_steps(training_run *run) {
     trainer *t = &run->trainer;
     feed *f = &run->data;
-    uint64_t every = (uint64_t)run->o->checkpoint_every, saved = t->step;
     while (t->step < run->steps) {
         step_result result;
-        size_t token;
-        if (next_batch(f, run->batch) != SC_OK) return blame_step(run, SIZE_MAX);
-        if (f->count < run->batch && t->step == 0)
-            return fail("standard input: %zu images are no full batch of %zu", f->count,
-                        run->batch);
-        if (f->count < run->batch) {
+        size_t token = SIZE_MAX, batch = run->batch;
+        int status = next_batch(f, batch);
+        if (status == SC_OK && f->count < batch && t->step == 0)
+            return fail("standard input: %zu images are no full batch of %zu", f->count, batch);
+        if (status == SC_OK && f->count < batch) {
             note("the stream ended: %zu images are no full batch and were left out", f->count);
             break;
         }
-        int status = train_step(t, f->tap[0].out, run->batch * f->T, &result, &token);
+        if (status == SC_OK) status = train_step(t, f->tap[0].out, batch * f->T, &result, &token);
         if (status != SC_OK) return blame_step(run, token);
-        run->images += run->batch;
-        run->next_draw = f->draw[run->batch - 1] + run->order.from + 1;
+        run->next_draw = f->draw[batch - 1] + 1;
         SC_TRY(log_step(run, &result));
         int stop = (int)stop_signal;
-        if (stop || (run->checkpoints && t->step % every == 0)) {
-            SC_TRY(save_tensors(run->checkpoint, 4096, write_checkpoint, run));
-            saved = t->step;
-        }
+        if (stop || (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0))
+            SC_TRY(save_checkpoint(run));
         if (stop)
-            return fail("stopped by signal %d after step %llu; %s goes on with --resume", stop,
-                        (unsigned long long)t->step, run->checkpoint);
+            return fail("stopped by signal %d after step %ju; %s goes on with --resume", stop,
+                        (uintmax_t)t->step, run->checkpoint);
     }
-    if (!run->checkpoints || saved == t->step) return SC_OK;
-    return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
-}
-
-/* A stream's pictures that a resumed run was trained on already. */
-static int skip_stream(training_run *run) {
-    const image_slot *slot;
-    for (; run->order.from > 0; run->order.from--, run->data.drawn++) {
-        int status = reader_next(&run->data.reader, &slot);
-        if (status == SC_END) return fail("standard input: ended before where the checkpoint was");
-        SC_TRY(status);
-    }
-    return SC_OK;
+    return run->checkpoints ? save_checkpoint(run) : SC_OK;
 }
 
 static int run_training(training_run *run) {
     const options *o = run->o;
-    feed *f = &run->data;
     SC_TRY(try_output(o->output));
     if (run->checkpoints) SC_TRY(try_output(run->checkpoint));
-    SC_TRY(prepare_run(run));
-    int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer.step == 0;
-    size_t keep = !start ? 0 : o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
-    if (keep > f->images) keep = f->images;
-    if (start || run->trainer.step < run->steps)
-        SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, &run->order, 0));
-    if (f->images == SC_UNKNOWN) SC_TRY(skip_stream(run));
-    if (start) {
-        SC_TRY(next_batch(f, keep));
-        if (f->count < keep) return fail("there are fewer than %zu images", keep);
-        SC_TRY(start_b_dec(&run->trainer.sae, o->b_dec, f->tap[0].out, keep, f->T));
-        f->kept = keep;                      /* to be trained on too */
-    }
+    SC_TRY(open_feed(&run->data, o));
+    SC_TRY(choose_sae(run));
+    SC_TRY(plan_run(run));
+    run->recipe = recipe_digest(run);
+    run->trainer.options = (train_options){ o->l1, o->lr, (size_t)o->warmup,
+                                            (size_t)o->dead_window, o->ghost };
+    SC_TRY(prepare_trainer(&run->trainer, run->batch * run->data.T));
+    if (o->resume) SC_TRY(resume_training(run));
+    SC_TRY(start_run(run));
     SC_TRY(open_log(run));
     SC_TRY(train_steps(run));
     return save_tensors(o->output, 4096, write_trained, run);
 }
 
 static int train(const options *o) {
+    const char *name = o->checkpoint ? o->checkpoint : o->output;
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
     struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND };
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
-    run.checkpoint = o->checkpoint ? copy_string(o->checkpoint)
-                                   : join_text(o->output, strlen(o->output), ".ckpt");
-    if (run.checkpoint) run.previous = join_text(run.checkpoint, strlen(run.checkpoint), ".prev");
+    run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");
+    if (run.checkpoint) run.previous = join_text(run.checkpoint, ".prev");
     int status = run.previous ? run_training(&run) : SC_FAILED;
-    if (run.log && fclose(run.log) != 0 && status == SC_OK)
-        status = fail("%s: cannot be written: %s", o->log, strerror(errno));
+    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = log_failed(&run);
     close_feed(&run.data);
     free_trainer(&run.trainer);
-    free(run.order.order);
     free(run.checkpoint);
     free(run.previous);
     return status;
@@ -5093,49 +4795,45 @@ static void add_running(running_sum *sum, double value) {
 
 static double running_total(const running_sum *sum) { return sum->total + sum->part; }
 
+/* One of the largest values of a latent, and what it belongs to. */
+typedef struct { float value; int64_t image, other; } top_entry;
+
+static const top_entry nothing = { 0, -1, -1 };
+
 typedef struct {
+    int64_t images, tokens;          /* on which it fires */
+    exact_sum means, activations;    /* of a_j over images, of f_j over tokens */
+    float sparsity, mean, entropy;   /* worked out at the end, as is */
+    double sum;                      /* activations, rounded */
+} latent_record;
+
+typedef struct {
+    const sae_batch *batch;          /* the images at hand, encoded */
     const sc_sae *sae;
     const feed *data;
-    size_t tap, K, P;
+    size_t K, P;
     double threshold;                /* of class_counts; negative: count images */
-    uint64_t images, tokens;
-    sae_batch batch;
-    memory_list memory;
-    uint64_t *image_count, *token_count;         /* [n] */
-    exact_sum *mean_sum, *activation_sum;        /* [n], of a_j over images, of f_j over tokens */
-    float *top_value;                            /* [n, K], descending */
-    int64_t *top_image, *top_label;              /* [n, K] */
-    float *patch_value;                          /* [n, P], descending */
-    int64_t *patch;                              /* [n, P, 2], image and token */
-    int64_t *class_counts;                       /* [C, n], NULL if not asked for */
-    uint64_t *histogram;                         /* [workers, HISTOGRAM_BINS] */
+    uint64_t images;                 /* so far */
+    latent_record *latent;           /* [n] */
+    top_entry *top, *patch;          /* [n, K], [n, P], descending; other: the label, the token */
+    int64_t *class_counts;           /* [C, n], NULL if not asked for */
+    int64_t (*histogram)[HISTOGRAM_BINS];        /* [workers] */
     running_sum mse, squared_error, l0, l1;
-    running_sum (*x)[2];                         /* [D], of x and x^2 */
-    float *sparsity, *mean_act, *entropy;        /* [n], worked out at the end, as is */
-    double *sum;                                 /* [n], activation_sum rounded */
+    running_sum (*x)[2];             /* [D], of x and x^2 */
 } statistics;
 
-static void free_statistics(statistics *s) {
-    free_batch(&s->batch);
-    release(&s->memory);
-    *s = (statistics){ 0 };
-}
-
-/* sae, data, tap, K, P, threshold are set; room: images a batch. */
-static int new_statistics(statistics *s, size_t room, int class_counts) {
-    size_t n = s->sae->d_sae, K = s->K, P = s->P, C = s->data->classes;
+/* All but the arrays is set. */
+static int new_statistics(statistics *s, memory_list *memory, int class_counts) {
+    size_t n = s->sae->d_sae;
     const array_spec arrays[] = {
-        ARRAY(s->image_count, n, 1), ARRAY(s->token_count, n, 1), ARRAY(s->mean_sum, n, 1),
-        ARRAY(s->activation_sum, n, 1), ARRAY(s->top_value, n, K), ARRAY(s->top_image, n, K),
-        ARRAY(s->top_label, n, K), ARRAY(s->patch_value, n, P), ARRAY(s->patch, n, 2 * P),
-        ARRAY(s->histogram, (size_t)thread_count(), HISTOGRAM_BINS), ARRAY(s->x, s->sae->d_in, 1),
-        ARRAY(s->sparsity, n, 1), ARRAY(s->mean_act, n, 1), ARRAY(s->entropy, n, 1),
-        ARRAY(s->sum, n, 1), ARRAY(s->class_counts, n, C) };
-    if (class_counts && C == 0) return fail("--class-counts: the data have no labels");
-    SC_TRY(new_batch(&s->batch, s->sae, room * s->data->T));
-    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays) - !class_counts));
-    for (size_t i = 0; i < n * K; i++) s->top_image[i] = s->top_label[i] = -1;
-    for (size_t i = 0; i < n * P * 2; i++) s->patch[i] = -1;
+        ARRAY(s->latent, n, 1), ARRAY(s->top, n, s->K), ARRAY(s->patch, n, s->P),
+        ARRAY(s->histogram, (size_t)thread_count(), 1), ARRAY(s->x, s->sae->d_in, 1),
+        ARRAY(s->class_counts, n, s->data->set.classes) };
+    if (class_counts && s->data->set.classes == 0)
+        return fail("--class-counts: the data have no labels");
+    SC_TRY(new_arrays(memory, arrays, COUNT(arrays) - !class_counts));
+    for (size_t i = 0; i < n * s->K; i++) s->top[i] = nothing;
+    for (size_t i = 0; i < n * s->P; i++) s->patch[i] = nothing;
     return SC_OK;
 }
 
@@ -5151,21 +4849,14 @@ static size_t histogram_bin(float f) {
     return (size_t)(bin < 0 ? 0 : bin > last ? last : bin);
 }
 
-/* Puts a value into a descending list of the largest, and a and b, `step` apart from place to
- * place, beside it. What comes later loses a tie. */
-static void keep_largest(size_t size, float *value, float new, int64_t *a, int64_t new_a,
-                         int64_t *b, int64_t new_b, size_t step) {
-    size_t place = size;
-    for (; place > 0 && new > value[place - 1]; place--)
-        if (place < size) {                                  /* else the last one drops out */
-            value[place] = value[place - 1];
-            a[place * step] = a[(place - 1) * step];
-            b[place * step] = b[(place - 1) * step];
-        }
-    if (place == size) return;
-    value[place] = new;
-    a[place * step] = new_a;
-    b[place * step] = new_b;
+/* Puts an entry into a descending list of the largest. What comes later loses a tie. */
+static void keep_largest(top_entry *list, size_t size, top_entry new) {
+    for (size_t i = size; i-- > 0 && new.value > list[i].value; list[i] = new)
+        if (i + 1 < size) list[i + 1] = list[i];
+}
+
+static void count_class(statistics *s, size_t j, int64_t label) {
+    if (s->class_counts && label >= 0) s->class_counts[(size_t)label * s->sae->d_sae + j]++;
 }
 
 /* Latent j's mean over the batch's image i. */
@@ -5173,45 +4864,35 @@ static void count_image(statistics *s, size_t j, size_t i, double sum) {
     float mean = (float)(sum / (double)s->data->T);
     int64_t image = (int64_t)s->data->image[i], label = s->data->label[i];
     if (!(mean > 0)) return;
-    s->image_count[j]++;
-    exact_add_float(&s->mean_sum[j], mean);
-    if (s->class_counts && label >= 0 && s->threshold < 0)
-        s->class_counts[(size_t)label * s->sae->d_sae + j]++;
-    keep_largest(s->K, s->top_value + j * s->K, mean, s->top_image + j * s->K, image,
-                 s->top_label + j * s->K, label, 1);
+    s->latent[j].images++;
+    exact_add_float(&s->latent[j].means, mean);
+    if (s->threshold < 0) count_class(s, j, label);
+    keep_largest(s->top + j * s->K, s->K, (top_entry){ mean, image, label });
 }
 
 /* Activation f of latent j on a token of the batch's image i. */
-static void count_token(statistics *s, size_t j, size_t i, size_t token, float f,
-                        uint64_t *histogram) {
-    int64_t label = s->data->label[i];
-    s->token_count[j]++;
-    exact_add_float(&s->activation_sum[j], f);
-    histogram[histogram_bin(f)]++;
-    if (s->class_counts && label >= 0 && s->threshold >= 0 && (double)f > s->threshold)
-        s->class_counts[(size_t)label * s->sae->d_sae + j]++;
-    int64_t image = (int64_t)s->data->image[i], *patch = s->patch + j * s->P * 2;
+static void count_token(statistics *s, size_t j, size_t i, size_t token, float f) {
+    int64_t image = (int64_t)s->data->image[i];
+    s->latent[j].tokens++;
+    exact_add_float(&s->latent[j].activations, f);
+    s->histogram[worker][histogram_bin(f)]++;
+    if (s->threshold >= 0 && (double)f > s->threshold) count_class(s, j, s->data->label[i]);
     if (token >= s->data->first_patch)
-        keep_largest(s->P, s->patch_value + j * s->P, f, patch, image, patch + 1, (int64_t)token,
-                     2);
+        keep_largest(s->patch + j * s->P, s->P, (top_entry){ f, image, (int64_t)token });
 }
 
 static int count_task(void *context, size_t block) {
     statistics *s = context;
-    uint64_t *histogram = s->histogram + worker * HISTOGRAM_BINS;
-    for (size_t j = block * CHAIN; j < s->sae->d_sae && j < (block + 1) * CHAIN; j++) {
-        size_t at = 0;                                       /* the image being summed */
-        double sum = 0;
-        for (size_t i = 0; i < s->batch.tiles; i++)
-            for (code_walk w = walk_codes(&s->batch.tile[i], j); next_code(&w);) {
-                size_t t = s->batch.tile[i].first + w.token, image = t / s->data->T;
-                if (image != at) count_image(s, j, at, sum);
-                if (image != at) sum = 0;
-                at = image;
-                sum += w.value;
-                count_token(s, j, image, t % s->data->T, w.value, histogram);
+    size_t n = s->sae->d_sae, T = s->data->T;
+    for (size_t j = block * CHAIN; j < n && j < (block + 1) * CHAIN; j++) {
+        double sum[MEASURE_IMAGES] = { 0 };
+        for (size_t i = 0; i < s->batch->tiles; i++)
+            for (code_walk w = walk_codes(&s->batch->tile[i], j); next_code(&w);) {
+                size_t t = s->batch->tile[i].first + w.token;
+                sum[t / T] += w.value;
+                count_token(s, j, t / T, t % T, w.value);
             }
-        count_image(s, j, at, sum);
+        for (size_t i = 0; i < s->data->count; i++) count_image(s, j, i, sum[i]);
     }
     return SC_OK;
 }
@@ -5219,65 +4900,52 @@ static int count_task(void *context, size_t block) {
 /* Sums over tokens of one dimension, for the variance. */
 static int sum_x_task(void *context, size_t d) {
     statistics *s = context;
-    for (size_t t = 0; t < s->batch.T; t++) {
-        double x = s->batch.x[t * s->sae->stride + d];
+    for (size_t t = 0; t < s->batch->T; t++) {
+        double x = s->batch->x[t * s->sae->stride + d];
         add_running(&s->x[d][0], x);
         add_running(&s->x[d][1], x * x);
     }
     return SC_OK;
 }
 
-/* The batch at hand through an SAE. x: one of the feed's taps */
-static int run_and_check(sae_batch *batch, const feed *f, const float *x) {
-    size_t bad;
-    SC_TRY(run_sae(batch, x, f->count * f->T));
-    return check_tokens(batch, &bad) == SC_OK ? SC_OK : blame_token(f, bad);
-}
-
 static int count_batch(statistics *s) {
-    const feed *f = s->data;
-    const sae_batch *b = &s->batch;
-    SC_TRY(run_and_check(&s->batch, f, f->tap[s->tap].out));
-    for (size_t t = 0; t < b->T; t++)
-        if (!(b->sum_f[t] < 0x1p40)) {                       /* exact sums end at 2^63 */
-            fail("activations of %g are too large to be summed exactly", b->sum_f[t]);
-            return blame_token(f, t);
-        }
-    SC_TRY(parallel_for(chains_of(s->sae->d_sae), count_task, s));
-    if (b->reconstruct) SC_TRY(parallel_for(s->sae->d_in, sum_x_task, s));
-    for (size_t t = 0; b->reconstruct && t < b->T; t++) {
+    const sae_batch *b = s->batch;
+    for (size_t t = 0; t < b->T; t++) {
         add_running(&s->mse, b->squared_error[t] / b->norm[t]);
         add_running(&s->squared_error, b->squared_error[t]);
         add_running(&s->l0, b->active[t]);
         add_running(&s->l1, b->sum_f[t]);
+        if (b->sum_f[t] < 0x1p40) continue;                  /* exact sums end at 2^63 */
+        fail("activations of %g are too large to be summed exactly", b->sum_f[t]);
+        return blame_token(s->data, t);
     }
-    s->images += f->count;
-    s->tokens += b->T;
-    return SC_OK;
+    if (b->reconstruct) SC_TRY(parallel_for(s->sae->d_in, sum_x_task, s));
+    s->images += s->data->count;
+    return parallel_for(chains_of(s->sae->d_sae), count_task, s);
 }
 
 /* Entropy of the classes of latent j's top images, weighted by activation; -1: not defined. */
 static double top_entropy(const statistics *s, size_t j) {
-    const float *value = s->top_value + j * s->K;
-    const int64_t *label = s->top_label + j * s->K;
+    const top_entry *top = s->top + j * s->K;
     size_t active = 0, needed = s->K < 10 ? s->K : 10;
     double total = 0, entropy = 0;
-    while (active < s->K && value[active] > 0) total += value[active++];
-    if (active < needed || active == 0) return -1;
+    while (active < s->K && top[active].value > 0) total += top[active++].value;
+    if (active < needed) return -1;
     for (size_t i = 0; i < active; i++) {
         double share = 0;
-        size_t seen = 0;
-        if (label[i] < 0) return -1;
-        while (seen < i && label[seen] != label[i]) seen++;
-        if (seen < i) continue;                              /* its class was counted */
-        for (size_t k = i; k < active; k++) share += label[k] == label[i] ? value[k] : 0;
+        size_t first = 0;
+        if (top[i].other < 0) return -1;
+        while (top[first].other != top[i].other) first++;
+        if (first < i) continue;                             /* its class was counted */
+        for (size_t k = i; k < active; k++)
+            share += top[k].other == top[i].other ? top[k].value : 0;
         entropy -= share / total * log64(share / total);
     }
     return entropy > 0 ? entropy : 0;
 }
 
-static double mean_activation(const statistics *s, size_t j) {
-    return s->image_count[j] ? exact_value(s->mean_sum[j]) / (double)s->image_count[j] : 0;
+static double mean_activation(const latent_record *l) {
+    return l->images ? exact_value(l->means) / (double)l->images : 0;
 }
 
 /* Of what an SAE computes, so that statistics are not taken for another's. */
@@ -5300,10 +4968,10 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
     char edges[HISTOGRAM_BINS * 20 + 32];
     size_t used = 0;
     SC_TRY(put_metadata(w, "images", "%zu", (size_t)s->images));
-    SC_TRY(put_metadata(w, "tokens", "%llu", (unsigned long long)s->tokens));
+    SC_TRY(put_metadata(w, "tokens", "%llu", (unsigned long long)s->images * s->data->T));
     SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->data->T));
     SC_TRY(put_metadata(w, "first_patch", "%zu", s->data->first_patch));
-    SC_TRY(put_metadata(w, "data_digest", "%016llx", (unsigned long long)s->data->digest));
+    SC_TRY(put_metadata(w, "data_digest", "%016llx", (unsigned long long)s->data->set.digest));
     SC_TRY(put_metadata(w, "sae_digest", "%016llx", (unsigned long long)sae_digest(s->sae)));
     for (int i = 0; i <= HISTOGRAM_BINS; i++)
         used += (size_t)sprintf(edges + used, "%c%.9g", i ? ',' : '[',
@@ -5317,114 +4985,134 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
 /* What is worked out from the counts, latent by latent; the workers' histograms joined. */
 static void derive_statistics(statistics *s) {
     for (size_t j = 0; j < s->sae->d_sae; j++) {
-        s->sparsity[j] = (float)((double)s->image_count[j] / (double)(s->images ? s->images : 1));
-        s->mean_act[j] = (float)mean_activation(s, j);
-        s->entropy[j] = (float)top_entropy(s, j);
-        s->sum[j] = exact_value(s->activation_sum[j]);
+        latent_record *l = &s->latent[j];
+        l->sparsity = (float)((double)l->images / (double)s->images);
+        l->mean = (float)mean_activation(l);
+        l->entropy = (float)top_entropy(s, j);
+        l->sum = exact_value(l->activations);
     }
     for (size_t i = HISTOGRAM_BINS; i < (size_t)thread_count() * HISTOGRAM_BINS; i++)
-        s->histogram[i % HISTOGRAM_BINS] += s->histogram[i];
+        s->histogram[0][i % HISTOGRAM_BINS] += s->histogram[i / HISTOGRAM_BINS][i % HISTOGRAM_BINS];
 }
 
+/* A tensor's elements, each of one number or of two side by side, lie `step` bytes apart. */
 static int write_statistics(sc_writer *w, void *context) {
     statistics *s = context;
+    const latent_record *l = s->latent;
+    const top_entry *top = s->top, *patch = s->patch;
+    const int64_t *bin = s->histogram[0], *class = s->class_counts;
     size_t n = s->sae->d_sae, K = s->K, P = s->P;
     const struct {
-        const char *name; const void *values; sc_dtype dtype; int rank; size_t shape[3];
+        const char *name; const void *first; size_t step; sc_dtype dtype; size_t numbers, shape[4];
     } tensors[] = {
-        { "sae_sparsity", s->sparsity, SC_F32, 1, { n } },
-        { "sae_mean_acts", s->mean_act, SC_F32, 1, { n } },
-        { "top_entropy", s->entropy, SC_F32, 1, { n } },
-        { "max_activating_image_values", s->top_value, SC_F32, 2, { n, K } },
-        { "max_activating_patch_values", s->patch_value, SC_F32, 2, { n, P } },
-        { "max_activating_image_indices", s->top_image, SC_I64, 2, { n, K } },
-        { "max_activating_image_label_indices", s->top_label, SC_I64, 2, { n, K } },
-        { "max_activating_patch_indices", s->patch, SC_I64, 3, { n, P, 2 } },
-        { "image_count", s->image_count, SC_I64, 1, { n } },
-        { "token_count", s->token_count, SC_I64, 1, { n } },
-        { "activation_sum", s->sum, SC_F64, 1, { n } },
-        { "mean_sum_exact", s->mean_sum, SC_I64, 2, { n, 2 } },          /* high and low halves */
-        { "activation_sum_exact", s->activation_sum, SC_I64, 2, { n, 2 } },
-        { "activation_histogram", s->histogram, SC_I64, 1, { HISTOGRAM_BINS } },
-        { "class_counts", s->class_counts, SC_I64, 2, { s->data->classes, n } } };
+        { "sae_sparsity", &l->sparsity, sizeof *l, SC_F32, 1, { n } },
+        { "sae_mean_acts", &l->mean, sizeof *l, SC_F32, 1, { n } },
+        { "top_entropy", &l->entropy, sizeof *l, SC_F32, 1, { n } },
+        { "max_activating_image_values", &top->value, sizeof *top, SC_F32, 1, { n, K } },
+        { "max_activating_patch_values", &patch->value, sizeof *top, SC_F32, 1, { n, P } },
+        { "max_activating_image_indices", &top->image, sizeof *top, SC_I64, 1, { n, K } },
+        { "max_activating_image_label_indices", &top->other, sizeof *top, SC_I64, 1, { n, K } },
+        { "max_activating_patch_indices", &patch->image, sizeof *top, SC_I64, 2, { n, P, 2 } },
+        { "image_count", &l->images, sizeof *l, SC_I64, 1, { n } },
+        { "token_count", &l->tokens, sizeof *l, SC_I64, 1, { n } },
+        { "activation_sum", &l->sum, sizeof *l, SC_F64, 1, { n } },
+        { "mean_sum_exact", &l->means, sizeof *l, SC_I64, 2, { n, 2 } },   /* high, low half */
+        { "activation_sum_exact", &l->activations, sizeof *l, SC_I64, 2, { n, 2 } },
+        { "activation_histogram", bin, sizeof *bin, SC_I64, 1, { HISTOGRAM_BINS } },
+        { "class_counts", class, sizeof *class, SC_I64, 1, { s->data->set.classes, n } } };
     SC_TRY(write_statistics_metadata(w, s));
     derive_statistics(s);
-    for (size_t i = 0; i < COUNT(tensors) && tensors[i].values; i++) {
+    for (size_t i = 0; i < COUNT(tensors) - !class; i++) {
+        const size_t *shape = tensors[i].shape, numbers = tensors[i].numbers;
+        const char *first = tensors[i].first;
         size_t count = 1;
-        for (int d = 0; d < tensors[i].rank; d++) count *= tensors[i].shape[d];
-        SC_TRY(sc_writer_tensor(w, tensors[i].name, tensors[i].dtype, tensors[i].rank,
-                                tensors[i].shape));
-        if (tensors[i].dtype == SC_F32) SC_TRY(sc_writer_floats(w, tensors[i].values, count));
-        else if (tensors[i].dtype == SC_F64) SC_TRY(sc_writer_doubles(w, tensors[i].values, count));
-        else SC_TRY(sc_writer_integers(w, tensors[i].values, count));
+        int rank = 0;
+        while (shape[rank] > 0) count *= shape[rank++];
+        SC_TRY(sc_writer_tensor(w, tensors[i].name, tensors[i].dtype, rank, shape));
+        for (size_t e = 0; e < count / numbers; e++)
+            SC_TRY(sc_writer_values(w, first + e * tensors[i].step, numbers, tensors[i].dtype));
     }
     return SC_OK;
 }
 
-/* --------------------------------------------------------------------------------------------
- * Several SAEs over one data set, in one forward pass
- * -------------------------------------------------------------------------------------------- */
+/* --- Several SAEs over one data set, in one forward pass --- */
+
+/* An activation as `encode` writes it. */
+typedef struct { int64_t row, index; float value; } code;
 
 /* What commands work on. Starts as { .o = ... } and is closed by who made it. */
 typedef struct {
-    const options *o;
+    options *o;
     size_t saes, tap[SC_MAX_TAPS];   /* tap: an SAE's place among the data's hook points */
     sc_sae sae[SC_MAX_TAPS];
     feed data;
+    sae_batch batch[SC_MAX_TAPS];    /* what each SAE makes of the data's batch at hand */
     statistics stats[SC_MAX_TAPS];   /* of the data set at hand */
-    sae_batch batch;                 /* of one SAE, where its codes are wanted */
     int64_t *label;                  /* [labels], of the images that came */
-    size_t labels, label_room;
+    code *code;                      /* [code_room], of a tile */
+    size_t labels, label_room, code_room;
+    FILE *spool[2];                  /* of codes, of x' */
     memory_list memory;
 } session;
 
 static int open_session(session *s) {
-    for (; s->saes < s->o->saes; s->saes++) {
-        sc_sae *sae = &s->sae[s->saes];
-        SC_TRY(sc_sae_open(sae, s->o->sae[s->saes]));
-        SC_TRY(overrule_sae(sae, s->o));
-        if (s->o->layer) sae->layer = (size_t)s->o->layer;
-    }
+    for (; s->saes < s->o->saes; s->saes++)
+        SC_TRY(sc_sae_open(&s->sae[s->saes], s->o->sae[s->saes]));
     SC_TRY(open_feed(&s->data, s->o));
-    for (size_t i = 0; i < s->saes; i++)
-        SC_TRY(tap_for(&s->data, &s->sae[i], s->o, &s->tap[i]));
+    for (size_t i = 0; i < s->saes; i++) {
+        SC_TRY(connect_sae(&s->data, &s->sae[i], s->o, 0, &s->tap[i]));
+        SC_TRY(new_batch(&s->batch[i], &s->sae[i], MEASURE_IMAGES * s->data.T));
+    }
     return SC_OK;
 }
 
 /* The data and what was found out about them; the SAEs stay. */
 static void close_data(session *s) {
-    for (size_t i = 0; i < SC_MAX_TAPS; i++) free_statistics(&s->stats[i]);
+    for (size_t i = 0; i < SC_MAX_TAPS; i++) free_batch(&s->batch[i]);
     close_feed(&s->data);
 }
 
 static void close_session(session *s) {
     close_data(s);
     for (size_t i = 0; i < SC_MAX_TAPS; i++) sc_sae_close(&s->sae[i]);
-    free_batch(&s->batch);
+    for (int i = 0; i < 2; i++)
+        if (s->spool[i]) fclose(s->spool[i]);
     free(s->label);
+    free(s->code);
     release(&s->memory);
+}
+
+/* The next batch of `total` images, through every SAE; SC_END behind the last. */
+static int next_encoded(session *s, size_t total) {
+    feed *f = &s->data;
+    size_t bad;
+    SC_TRY(next_batch(f, MEASURE_IMAGES));
+    show_progress("image", f->used, total, f->used, "");
+    for (size_t i = 0; i < s->saes && f->count > 0; i++) {
+        SC_TRY(run_sae(&s->batch[i], f->tap[s->tap[i]].out, f->count * f->T));
+        if (check_tokens(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
+    }
+    return f->count > 0 ? SC_OK : SC_END;
 }
 
 static int command_train(session *s) { return train(s->o); }
 
-static int measure_batch(void *context) {
-    session *s = context;
-    for (size_t i = 0; i < s->saes; i++) SC_TRY(count_batch(&s->stats[i]));
-    return SC_OK;
-}
-
 /* One pass over a data set for all SAEs. */
 static int measure(session *s, int reconstruct) {
     const options *o = s->o;
+    int status;
     SC_TRY(open_session(s));
     for (size_t i = 0; i < s->saes; i++) {
-        s->stats[i] = (statistics){ .sae = &s->sae[i], .data = &s->data, .tap = s->tap[i],
+        s->stats[i] = (statistics){ .batch = &s->batch[i], .sae = &s->sae[i], .data = &s->data,
                                     .K = (size_t)o->top, .P = (size_t)o->top_patches,
                                     .threshold = o->threshold };
-        SC_TRY(new_statistics(&s->stats[i], MEASURE_IMAGES, o->class_counts));
-        s->stats[i].batch.reconstruct = reconstruct;
+        s->batch[i].reconstruct = reconstruct;
+        SC_TRY(new_statistics(&s->stats[i], &s->data.memory, o->class_counts));
     }
-    return for_each_batch(&s->data, 0, measure_batch, s);
+    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(s, s->data.set.count)) == SC_OK)
+        for (size_t i = 0; i < s->saes; i++) SC_TRY(count_batch(&s->stats[i]));
+    return status == SC_END ? SC_OK : status;
 }
 
 static int command_stats(session *s) {
@@ -5433,128 +5121,139 @@ static int command_stats(session *s) {
     return save_tensors(s->o->output, 16384, write_statistics, &s->stats[0]);
 }
 
-/* A row of the report's table and the further figures. */
-enum { EVAL_LABELS = 5, EVAL_FIGURES = 17, EVAL_COLUMNS = EVAL_LABELS + EVAL_FIGURES };
+/* --- Tables --- */
 
-typedef struct { const char *label[EVAL_LABELS]; double figure[EVAL_FIGURES]; } eval_row;
+/* A cell, and what its column is called by programs and for people; text NULL: a number. */
+typedef struct { const char *name, *title, *text; double number; } table_cell;
 
-static const struct { const char *name, *title; } eval_columns[EVAL_COLUMNS] = {
-    { "sae", "SAE" }, { "data", "data" }, { "output", "CLIP output" },
-    { "activation", "activation" }, { "geometric_bias", "geometric bias" }, { "mse", "MSE" },
-    { "mse_raw", "MSE raw" }, { "explained_variance", "explained variance" },
-    { "explained_variance_uncentred", "uncentred" }, { "mean_activation", "mean activation" },
-    { "mean_sae_mean_acts", "mean of latents' means" }, { "l0", "L0 a token" },
-    { "l0_fraction", "L0 / latents" }, { "l1", "L1 a token" }, { "entropy_mean", "entropy" },
-    { "entropy_sum", "entropy sum" }, { "entropy_latents", "latents with entropy" },
-    { "dead", "dead" }, { "every_image", "on every image" }, { "one_image", "on 1 image" },
-    { "two_images", "on 2 images" }, { "images", "images" } };
+/* A cell as people see it; row 0 are the titles. cells: [rows, columns] */
+static const char *cell_text(const table_cell *cells, size_t columns, size_t row, size_t column) {
+    const table_cell *c = &cells[(row ? row - 1 : 0) * columns + column];
+    if (row == 0 || c->text) return row ? shown(c->text) : c->title;
+    char *number = text_room();
+    snprintf(number, TEXT_ROOM, "%.4g", c->number);
+    return number;
+}
 
-static eval_row evaluate(const statistics *s, const char *data) {
+static void print_for_people(int markdown, const table_cell *cells, size_t columns, size_t rows) {
+    for (size_t r = 0; r <= rows; r++) {
+        for (size_t c = 0; c < columns; c++) {
+            int width = 0;
+            for (size_t i = 0; i <= rows; i++) {
+                int length = (int)strlen(cell_text(cells, columns, i, c));
+                if (length > width) width = length;
+            }
+            printf(markdown ? "| %-*s " : c ? "  %*s" : "%*s", width,
+                   cell_text(cells, columns, r, c));
+        }
+        puts(markdown ? "|" : "");
+        for (size_t c = 0; markdown && r == 0 && c <= columns; c++)
+            fputs(c < columns ? "|---" : "|\n", stdout);
+    }
+}
+
+/* A CSV field: quoted, what a terminal might obey shown as ?. */
+static void print_csv_text(const char *name) {
+    putchar('"');
+    for (; *name; name++) {
+        if (*name == '"') putchar('"');
+        putchar((unsigned char)*name < ' ' || *name == 127 ? '?' : *name);
+    }
+    putchar('"');
+}
+
+/* CSV or JSON, numbers in full. */
+static void print_for_programs(int as_json, const table_cell *cells, size_t columns, size_t rows) {
+    if (as_json) puts("[");
+    for (size_t r = as_json ? 1 : 0; r <= rows; r++) {
+        for (size_t c = 0; c < columns; c++) {
+            const table_cell *here = &cells[(r ? r - 1 : 0) * columns + c];
+            fputs(as_json ? c ? ", " : "  {" : c ? "," : "", stdout);
+            if (as_json) printf("\"%s\": ", here->name);
+            if (r == 0) fputs(here->name, stdout);
+            else if (!here->text) printf("%.9g", here->number);
+            else if (as_json) print_json(stdout, here->text);
+            else print_csv_text(here->text);
+        }
+        puts(!as_json ? "" : r < rows ? "}," : "}");
+    }
+    if (as_json) puts("]");
+}
+
+/* format: text, markdown, csv or json; a row or more */
+static int print_table(const char *format, const table_cell *cells, size_t columns, size_t rows) {
+    int as_json = strcmp(format, "json") == 0;
+    if (as_json || strcmp(format, "csv") == 0) print_for_programs(as_json, cells, columns, rows);
+    else print_for_people(strcmp(format, "markdown") == 0, cells, columns, rows);
+    return end_of_output();
+}
+
+/* --- eval --- */
+
+enum { EVAL_COLUMNS = 22 };
+
+/* A row of the report's table, and the further figures. row: [EVAL_COLUMNS] */
+static void evaluate(const statistics *s, const char *data, table_cell *row) {
     const sc_sae *sae = s->sae;
-    const char *start = sae->b_dec_start;
-    double tokens = (double)s->tokens, n = (double)s->sae->d_sae, D = (double)s->sae->d_in;
-    double error = running_total(&s->squared_error), x2 = 0, mean2 = 0;
-    double entropy = 0, entropies = 0, means = 0, dead = 0, once = 0, twice = 0, always = 0;
-    for (size_t d = 0; d < s->sae->d_in; d++) {
+    const char *start = sae->b_dec_start, *geometric = start ? strstr(start, "geomedian") : NULL;
+    double tokens = (double)(s->images * s->data->T), numbers = tokens * (double)sae->d_in;
+    double n = (double)sae->d_sae, error = running_total(&s->squared_error);
+    double active = running_total(&s->l0), sum_f = running_total(&s->l1), x2 = 0, mean2 = 0;
+    double means = 0, entropy = 0, entropies = 0, always = 0, on[3] = { 0 };  /* 0, 1, 2 images */
+    for (size_t d = 0; d < sae->d_in; d++) {
         double mean = running_total(&s->x[d][0]) / tokens;
         mean2 += mean * mean;
         x2 += running_total(&s->x[d][1]);
     }
-    for (size_t j = 0; j < s->sae->d_sae; j++) {
+    for (size_t j = 0; j < sae->d_sae; j++) {
+        int64_t images = s->latent[j].images;
         double e = top_entropy(s, j);
         entropy += e >= 0 ? e : 0;
         entropies += e >= 0;
-        means += mean_activation(s, j);
-        dead += s->image_count[j] == 0;
-        once += s->image_count[j] == 1;
-        twice += s->image_count[j] == 2;
-        always += s->image_count[j] == s->images;
+        means += mean_activation(&s->latent[j]);
+        always += images == (int64_t)s->images;
+        if (images < 3) on[images]++;
     }
-    double variance = x2 - tokens * mean2, active = running_total(&s->l0);
-    return (eval_row){ {
-        sae->path, data, sae->hook < 0 ? "?" : hook_names[sae->hook], sae->topk ? "TopK" : "ReLU",
-        !start ? "?" : strstr(start, "geomedian") ? "yes" : "no" }, {
-        running_total(&s->mse) / (tokens * D), error / (tokens * D),
-        variance > 0 ? 1 - error / variance : 0, 1 - error / x2,
-        active > 0 ? running_total(&s->l1) / active : 0, dead < n ? means / (n - dead) : 0,
-        active / tokens, active / tokens / n, running_total(&s->l1) / tokens,
-        entropies > 0 ? entropy / entropies : -1, entropy, entropies, dead, always, once, twice,
-        (double)s->images } };
-}
-
-/* How a table is printed: what stands around rows and between cells; align: 1 right, -1 left. */
-typedef struct {
-    const char *name, *begin, *before, *between, *after, *after_last, *end;
-    const char *digits;              /* figures in full for programs, four digits for people */
-    int align, titles;               /* titles: 1 for people, 2 names, 0 a name before each cell */
-} table_format;
-
-static const table_format table_formats[] = {
-    { "text", "", "", "  ", "\n", "\n", "", "%.4g", 1, 1 },
-    { "markdown", "", "| ", " | ", " |\n", " |\n", "", "%.4g", -1, 1 },
-    { "csv", "", "", ",", "\n", "\n", "", "%.9g", 0, 2 },
-    { "json", "[\n", "  {", ", ", "},\n", "}\n", "]\n", "%.9g", 0, 0 } };
-
-/* row NULL: the titles. */
-static const char *cell_text(const table_format *f, const eval_row *row, size_t column) {
-    if (!row) return f->titles == 1 ? eval_columns[column].title : eval_columns[column].name;
-    if (column < EVAL_LABELS) return f->align ? shown(row->label[column]) : row->label[column];
-    char *text = text_room();
-    snprintf(text, TEXT_ROOM, f->digits, row->figure[column - EVAL_LABELS]);
-    return text;
-}
-
-static void print_row(const table_format *f, const eval_row *row, const int *width) {
-    fputs(f->before, stdout);
-    for (size_t c = 0; c < EVAL_COLUMNS; c++) {
-        const char *text = cell_text(f, row, c);
-        if (c) fputs(f->between, stdout);
-        if (!f->titles) printf("\"%s\": ", eval_columns[c].name);
-        if (f->align || !row || c >= EVAL_LABELS) printf("%*s", f->align * width[c], text);
-        else if (f->titles) print_csv_text(text);
-        else print_json_text(text);
-    }
-}
-
-static int print_table(const char *format, const eval_row *row, size_t rows) {
-    const table_format *f = table_formats;
-    int width[EVAL_COLUMNS] = { 0 };
-    while (strcmp(f->name, format) != 0) f++;
-    for (size_t c = 0; c < EVAL_COLUMNS; c++)
-        for (size_t r = 0; r <= rows; r++) {
-            int length = (int)strlen(cell_text(f, r ? &row[r - 1] : NULL, c));
-            if (length > width[c]) width[c] = length;
-        }
-    fputs(f->begin, stdout);
-    for (size_t r = f->titles ? 0 : 1; r <= rows; r++) {
-        print_row(f, r ? &row[r - 1] : NULL, width);
-        fputs(r < rows ? f->after : f->after_last, stdout);
-        for (int c = 0; r == 0 && f->align < 0 && c <= EVAL_COLUMNS; c++)
-            fputs(c < EVAL_COLUMNS ? "|---" : "|\n", stdout);
-    }
-    fputs(f->end, stdout);
-    return end_of_output();
+    double variance = x2 - tokens * mean2;
+    const table_cell cells[EVAL_COLUMNS] = {
+        { "sae", "SAE", sae->path, 0 }, { "data", "data", data, 0 },
+        { "output", "CLIP output", sae->hook < 0 ? "?" : hook_names[sae->hook], 0 },
+        { "activation", "activation", sae->topk ? "TopK" : "ReLU", 0 },
+        { "geometric_bias", "geometric bias", !start ? "?" : geometric ? "yes" : "no", 0 },
+        { "mse", "MSE", NULL, running_total(&s->mse) / numbers },
+        { "mse_raw", "MSE raw", NULL, error / numbers },
+        { "explained_variance", "explained variance", NULL,
+          variance > 0 ? 1 - error / variance : 0 },
+        { "explained_variance_uncentred", "uncentred", NULL, 1 - error / x2 },
+        { "mean_activation", "mean activation", NULL, active > 0 ? sum_f / active : 0 },
+        { "mean_sae_mean_acts", "mean of latents' means", NULL,
+          on[0] < n ? means / (n - on[0]) : 0 },
+        { "l0", "L0 a token", NULL, active / tokens },
+        { "l0_fraction", "L0 / latents", NULL, active / tokens / n },
+        { "l1", "L1 a token", NULL, sum_f / tokens },
+        { "entropy_mean", "entropy", NULL, entropies > 0 ? entropy / entropies : -1 },
+        { "entropy_sum", "entropy sum", NULL, entropy },
+        { "entropy_latents", "latents with entropy", NULL, entropies },
+        { "dead", "dead", NULL, on[0] }, { "every_image", "on every image", NULL, always },
+        { "one_image", "on 1 image", NULL, on[1] }, { "two_images", "on 2 images", NULL, on[2] },
+        { "images", "images", NULL, (double)s->images } };
+    memcpy(row, cells, sizeof cells);
 }
 
 static int command_eval(session *s) {
-    const options *o = s->o;
-    const char *data[2] = { o->acts ? o->acts : o->operand[0], o->also };
-    eval_row row[2 * SC_MAX_TAPS];
+    options *o = s->o;
+    const char **data = o->acts ? &o->acts : &o->operand[0];
+    table_cell row[2 * SC_MAX_TAPS][EVAL_COLUMNS];
     size_t rows = 0;
-    options one = *o;
-    s->o = &one;
-    for (int i = 0; i < 2 && (i == 0 || data[i]); i++) {
-        *(o->acts ? &one.acts : &one.operand[0]) = data[i];
+    for (;; *data = o->also, o->also = NULL) {
         SC_TRY(measure(s, 1));
-        for (size_t k = 0; k < s->saes; k++) row[rows++] = evaluate(&s->stats[k], data[i]);
+        for (size_t i = 0; i < s->saes; i++) evaluate(&s->stats[i], *data, row[rows++]);
+        if (!o->also) return print_table(o->format, row[0], EVAL_COLUMNS, rows);
         close_data(s);
     }
-    return print_table(o->format, row, rows);
 }
 
-/* --------------------------------------------------------------------------------------------
- * Writing activations, codes and packed images, as they come
- * -------------------------------------------------------------------------------------------- */
+/* --- What extract and pack have in common: labels and names --- */
 
 static int keep_label(session *s, int64_t label) {
     SC_TRY(grow(&s->label, &s->label_room, s->labels, sizeof *s->label));
@@ -5562,14 +5261,13 @@ static int keep_label(session *s, int64_t label) {
     return SC_OK;
 }
 
-/* The labels kept, if no image lacks one, and the classes' names. */
+/* The labels kept, which all images have or none, and the classes' names. */
 static int write_labels(sc_writer *w, const session *s) {
-    for (size_t i = 0; i < s->labels; i++)
-        if (s->label[i] < 0) return SC_OK;
+    if (s->labels > 0 && s->label[0] < 0) return SC_OK;
     SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &s->labels));
     SC_TRY(sc_writer_integers(w, s->label, s->labels));
-    if (!s->data.class_name) return SC_OK;
-    return write_name_list(w, "class_names", s->data.class_name, s->data.classes);
+    if (!s->data.set.class_name) return SC_OK;
+    return write_name_list(w, "class_names", s->data.set.class_name, s->data.set.classes);
 }
 
 /* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
@@ -5581,35 +5279,29 @@ static size_t names_room(char **name, size_t count, size_t more) {
 
 /* --- extract --- */
 
-typedef struct { session *s; sc_writer *w; size_t first, end; } extraction; /* of an image's T */
-
-static int extract_batch(void *context) {
-    const extraction *e = context;
-    const feed *f = &e->s->data;
-    for (size_t i = 0; i < f->count; i++) {
-        SC_TRY(keep_label(e->s, f->label[i]));
-        for (size_t t = e->first; t < e->end; t++)
-            SC_TRY(sc_writer_floats(e->w, f->tap[0].out + (i * f->T + t) * f->stride, f->D));
-    }
-    return SC_OK;
-}
-
 static int write_activations(sc_writer *w, void *context) {
     session *s = context;
     const options *o = s->o;
     feed *f = &s->data;
-    extraction e = { s, w, strcmp(o->tokens, "patches") == 0, strcmp(o->tokens, "cls") ? f->T : 1 };
+    size_t first = strcmp(o->tokens, "patches") == 0, end = strcmp(o->tokens, "cls") ? f->T : 1;
+    int status;
     SC_TRY(sc_writer_tensor(w, "activations", strcmp(o->dtype, "f16") ? SC_F32 : SC_F16, 3,
-                            (size_t[]){ SC_ROWS, e.end - e.first, f->D }));
-    SC_TRY(for_each_batch(f, 0, extract_batch, &e));
-    /* a file that lacks images of the data set is not the data set: another digest */
-    uint64_t missing = f->images == SC_UNKNOWN ? 0 : f->images - s->labels;
-    unsigned long long digest = f->digest + missing;
+                            (size_t[]){ SC_ROWS, end - first, f->D }));
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(s, f->set.count)) == SC_OK)
+        for (size_t i = 0; i < f->count; i++) {
+            SC_TRY(keep_label(s, f->label[i]));
+            for (size_t t = i * f->T + first; t < i * f->T + end; t++)
+                SC_TRY(sc_writer_floats(w, f->tap[0].out + t * f->stride, f->D));
+        }
+    if (status != SC_END) return status;
     SC_TRY(sc_writer_metadata(w, "model", base_name(o->model)));
     SC_TRY(put_metadata(w, "layer", "%zu", f->tap[0].layer));
     SC_TRY(sc_writer_metadata(w, "hook", hook_names[f->tap[0].hook]));
     SC_TRY(sc_writer_metadata(w, "tokens", o->tokens));
-    if (f->images != SC_UNKNOWN) SC_TRY(put_metadata(w, "data_digest", "%016llx", digest));
+    /* a file that lacks images of the data set is not the data set: another digest */
+    unsigned long long digest = f->set.digest + (f->set.count - s->labels);
+    if (f->set.count != SC_UNKNOWN) SC_TRY(put_metadata(w, "data_digest", "%016llx", digest));
     return write_labels(w, s);
 }
 
@@ -5620,7 +5312,7 @@ static int command_extract(session *s) {
     SC_TRY(open_session(s));
     if (s->o->hook) SC_TRY(parse_hook(s->o->hook, &hook));
     SC_TRY(add_tap(f, s->o->layer ? s->o->layer : -2, hook, &place));
-    return save_tensors(s->o->output, 4096 + names_room(f->class_name, f->classes, 8),
+    return save_tensors(s->o->output, 4096 + names_room(f->set.class_name, f->set.classes, 8),
                         write_activations, s);
 }
 
@@ -5629,205 +5321,165 @@ static int command_extract(session *s) {
 static int write_pictures(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
-    const image_slot *slot;
-    size_t S = (size_t)f->preprocess.size;
-    int status, stream = f->set.count == SC_UNKNOWN;
+    size_t S = (size_t)f->preprocess.size, images = f->set.count == SC_UNKNOWN ? 0 : f->set.count;
+    int status;
     char **name;
-    SC_TRY(allocate(&s->memory, &name, stream ? 0 : f->set.count, sizeof *name));
+    SC_TRY(allocate(&s->memory, &name, images, sizeof *name));
     SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, (size_t[]){ SC_ROWS, S, S, 3 }));
-    while ((status = reader_next(&f->reader, &slot)) == SC_OK) {
-        const sc_image *image = stream ? NULL : &f->set.image[slot->image];
-        if (image) name[s->labels] = (char *)(uintptr_t)image->name;
-        SC_TRY(sc_writer_bytes(w, slot->pixels, S * S * 3));
-        SC_TRY(keep_label(s, image ? image->label : -1));
-        show_progress("image", s->labels, f->set.count, s->labels, "images", "%s", "");
+    while ((status = next_encoded(s, f->set.count)) == SC_OK) {
+        SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
+        for (size_t i = 0; i < f->count; i++) {
+            if (images) name[s->labels] = (char *)(uintptr_t)image_name(f, f->image[i]);
+            SC_TRY(keep_label(s, f->label[i]));
+        }
     }
     if (status != SC_END) return status;
-    if (s->labels == 0) return fail("standard input: no picture came");
     SC_TRY(write_labels(w, s));
-    return stream || !*name[0] ? SC_OK : write_name_list(w, "file_names", name, s->labels);
+    return images && *name[0] ? write_name_list(w, "file_names", name, s->labels) : SC_OK;
 }
 
 static int command_pack(session *s) {
     const options *o = s->o;
     feed *f = &s->data;
-    SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
-    f->class_name = f->set.class_name;
-    f->classes = f->set.classes;
-    f->preprocess = preprocess_for(o, (size_t)(o->square ? o->square : o->size));
-    size_t room = 4096 + names_room(f->class_name, f->classes, 4);
-    for (size_t i = 0; i < f->set.count && f->set.count != SC_UNKNOWN; i++)
+    SC_TRY(open_photos(f, o, (size_t)(o->square ? o->square : o->size)));
+    size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
+    for (size_t i = 0; f->set.image && i < f->set.count; i++)
         room += 6 * strlen(f->set.image[i].name) + 4;
-    SC_TRY(reader_open(&f->reader, &f->set, &f->preprocess, NULL, NULL, thread_count(),
-                       o->skip_bad));
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     return save_tensors(o->output, room, write_pictures, s);
 }
 
-/* --- encode: tensors of unknown length are gathered in temporary files side by side --- */
+/* --- encode: what comes waits in temporary files until all tensors can be written --- */
 
-/* A value is a float or, of rows and indices, an int64_t. */
-typedef struct {
-    const char *name;
-    sc_dtype dtype;
-    int wanted;
-    size_t width;                    /* 1: a tensor of rank 1 */
-    size_t count;                    /* values so far */
-    FILE *file;
-} spool;
-
-enum { CODE_ROW, CODE_INDEX, CODE_VALUE, CODE_DENSE, CODE_RECONSTRUCTION, CODE_MEAN, SPOOLS };
-
-typedef struct {
-    session *s;
-    spool spool[SPOOLS];
-    size_t rows;                     /* tokens so far */
-    float *row;                      /* [n], a token's f */
-    size_t *next;                    /* [n], where a latent's next value of the tile lies */
-    double *sum;                     /* [MEASURE_IMAGES, n], over each image's tokens */
-} encoding;
-
-static int is_whole(const spool *p) { return p->dtype == SC_I64 || p->dtype == SC_I32; }
-
-static int add_values(encoding *e, int which, const void *values, size_t count) {
-    spool *p = &e->spool[which];
-    size_t size = is_whole(p) ? sizeof(int64_t) : sizeof(float);
-    if (p->wanted && fwrite(values, size, count, p->file) != count)
-        return fail("a temporary file cannot be written: %s", strerror(errno));
-    p->count += count;
+/* Their first failure sticks: it is enough to ask now and then. */
+static int check_spools(const session *s) {
+    for (int i = 0; i < 2; i++)
+        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i]))
+            return fail("a temporary file cannot be written or read back: %s", strerror(errno));
     return SC_OK;
 }
 
-/* The codes of a tile, token by token; latents ascending. */
-static int add_tile(encoding *e, const tile_codes *tile) {
-    const sae_batch *batch = &e->s->batch;
-    size_t n = batch->sae->d_sae;
-    memcpy(e->next, tile->start, n * sizeof *e->next);
-    for (size_t t = 0; t < tile->tokens; t++) {
-        size_t at = tile->first + t;
-        memset(e->row, 0, n * sizeof *e->row);
-        for (size_t j = 0; j < n; j++) {
-            if (e->next[j] == tile->start[j + 1] || tile->token[e->next[j]] != t) continue;
-            e->row[j] = tile->value[e->next[j]++];
-            e->sum[at / e->s->data.T * n + j] += e->row[j];
-            SC_TRY(add_values(e, CODE_ROW, &(int64_t){ (int64_t)(e->rows + at) }, 1));
-            SC_TRY(add_values(e, CODE_INDEX, &(int64_t){ (int64_t)j }, 1));
-            SC_TRY(add_values(e, CODE_VALUE, &e->row[j], 1));
-        }
-        const float *output = batch->output + at * batch->sae->stride;
-        SC_TRY(add_values(e, CODE_DENSE, e->row, n));
-        SC_TRY(add_values(e, CODE_RECONSTRUCTION, output, batch->sae->d_in));
-    }
+/* A tile's codes, sorted by token by counting, which keeps latents ascending. row: of token 0 */
+static int spool_codes(session *s, const tile_codes *tile, size_t row) {
+    size_t place[TILE_TOKENS + 1] = { 0 };                   /* of each token's next code */
+    for (size_t t = 0; t < tile->tokens; t++)
+        place[t + 1] = place[t] + (size_t)s->batch[0].active[tile->first + t];
+    size_t codes = place[tile->tokens];
+    while (s->code_room < codes)
+        SC_TRY(grow(&s->code, &s->code_room, s->code_room, sizeof *s->code));
+    for (size_t j = 0; j < s->sae[0].d_sae; j++)
+        for (code_walk w = walk_codes(tile, j); next_code(&w);)
+            s->code[place[w.token]++] = (code){ (int64_t)(row + w.token), (int64_t)j, w.value };
+    if (codes > 0) fwrite(s->code, sizeof *s->code, codes, s->spool[0]);
     return SC_OK;
 }
 
-static int encode_batch(void *context) {
-    encoding *e = context;
-    const feed *f = &e->s->data;
-    sae_batch *batch = &e->s->batch;
-    size_t n = batch->sae->d_sae;
-    SC_TRY(run_and_check(batch, f, f->tap[0].out));
-    memset(e->sum, 0, f->count * n * sizeof *e->sum);
-    for (size_t i = 0; i < batch->tiles; i++) SC_TRY(add_tile(e, &batch->tile[i]));
-    for (size_t i = 0; i < f->count; i++) {
-        for (size_t j = 0; j < n; j++) e->row[j] = (float)(e->sum[i * n + j] / (double)f->T);
-        SC_TRY(add_values(e, CODE_MEAN, e->row, n));
-    }
-    e->rows += batch->T;
-    return SC_OK;
+static int spool_batch(session *s) {
+    const sae_batch *b = &s->batch[0];
+    size_t row = s->data.used * s->data.T;
+    for (size_t i = 0; i < b->tiles; i++)
+        SC_TRY(spool_codes(s, &b->tile[i], row + b->tile[i].first));
+    for (size_t t = 0; t < b->T && b->reconstruct; t++)
+        fwrite(b->output + t * b->sae->stride, sizeof(float), b->sae->d_in, s->spool[1]);
+    return check_spools(s);
 }
 
-static int write_spool(sc_writer *w, const spool *p) {
-    enum { BLOCK = 4096 };
-    int64_t whole[BLOCK];
-    float value[BLOCK];
-    SC_TRY(sc_writer_tensor(w, p->name, p->dtype, p->width == 1 ? 1 : 2,
-                            (size_t[]){ p->count / p->width, p->width }));
-    rewind(p->file);
-    for (size_t some = 1; some > 0;) {
-        some = is_whole(p) ? fread(whole, sizeof *whole, BLOCK, p->file)
-                           : fread(value, sizeof *value, BLOCK, p->file);
-        SC_TRY(is_whole(p) ? sc_writer_integers(w, whole, some) : sc_writer_floats(w, value, some));
+/* A tensor that is a part of a spool's records: `columns` numbers at `offset`. */
+static int write_part(sc_writer *w, session *s, int which, const char *name, sc_dtype dtype,
+                      size_t offset, size_t columns) {
+    enum { BLOCK = 64 };
+    sc_dtype kind = dtype == SC_I32 ? SC_I64 : dtype;
+    size_t part = columns * sc_dtype_size(kind), size = which ? part : sizeof(code);
+    unsigned char *record;
+    SC_TRY(allocate(&s->memory, &record, BLOCK, size));
+    SC_TRY(sc_writer_tensor(w, name, dtype, columns > 1 ? 2 : 1, (size_t[]){ SC_ROWS, columns }));
+    fseek(s->spool[which], 0, SEEK_SET);
+    for (size_t n; (n = fread(record, size, BLOCK, s->spool[which])) > 0;) {
+        for (size_t i = 0; i < n; i++) memmove(record + i * part, record + i * size + offset, part);
+        SC_TRY(sc_writer_values(w, record, n * columns, kind));
     }
-    return ferror(p->file) ? fail("a temporary file cannot be read back") : SC_OK;
+    return check_spools(s);
+}
+
+/* The mean of f over every `group` tokens, from the codes. */
+static int write_means(sc_writer *w, session *s, const char *name, size_t group) {
+    size_t n = s->sae[0].d_sae, rows = s->data.used * s->data.T;
+    float *mean = NULL;
+    double *sum = NULL;
+    code c;
+    const array_spec arrays[] = { ARRAY(mean, n, 1), ARRAY(sum, n, 1) };
+    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
+    SC_TRY(sc_writer_tensor(w, name, SC_F32, n > 1 ? 2 : 1, (size_t[]){ SC_ROWS, n }));
+    fseek(s->spool[0], 0, SEEK_SET);
+    int more = fread(&c, sizeof c, 1, s->spool[0]) == 1;
+    for (size_t end = group; end <= rows; end += group) {
+        memset(sum, 0, n * sizeof *sum);
+        for (; more && (size_t)c.row < end; more = fread(&c, sizeof c, 1, s->spool[0]) == 1)
+            sum[c.index] += c.value;
+        for (size_t j = 0; j < n; j++) mean[j] = (float)(sum[j] / (double)group);
+        SC_TRY(sc_writer_floats(w, mean, n));
+    }
+    return check_spools(s);
 }
 
 static int write_codes(sc_writer *w, void *context) {
-    encoding *e = context;
-    for (spool *p = e->spool; p < e->spool + SPOOLS; p++)
-        if (p->wanted) SC_TRY(write_spool(w, p));
-    return SC_OK;
-}
-
-static int encode(encoding *e) {
-    session *s = e->s;
+    session *s = context;
     const options *o = s->o;
-    SC_TRY(try_output(o->output));
-    SC_TRY(open_session(s));
-    size_t n = s->sae[0].d_sae, D = s->sae[0].d_in;
-    const spool spools[SPOOLS] = {
-        { "row", SC_I64, 1, 1, 0, NULL }, { "index", SC_I32, 1, 1, 0, NULL },
-        { "value", SC_F32, 1, 1, 0, NULL }, { "f", SC_F32, o->dense, n, 0, NULL },
-        { "reconstruction", SC_F32, o->reconstruction, D, 0, NULL },
-        { "image_means", SC_F32, o->image_means, n, 0, NULL } };
-    const array_spec arrays[] = { ARRAY(e->row, n, 1), ARRAY(e->next, n, 1),
-                                  ARRAY(e->sum, n, MEASURE_IMAGES) };
-    memcpy(e->spool, spools, sizeof spools);
-    SC_TRY(new_batch(&s->batch, &s->sae[0], MEASURE_IMAGES * s->data.T));
-    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
-    for (spool *p = e->spool; p < e->spool + SPOOLS; p++)
-        if (p->wanted && !(p->file = tmpfile()))
-            return fail("no temporary file can be made: %s", strerror(errno));
-    SC_TRY(for_each_batch(&s->data, 0, encode_batch, e));
-    return save_tensors(o->output, 4096, write_codes, e);
+    SC_TRY(write_part(w, s, 0, "row", SC_I64, offsetof(code, row), 1));
+    SC_TRY(write_part(w, s, 0, "index", SC_I32, offsetof(code, index), 1));
+    SC_TRY(write_part(w, s, 0, "value", SC_F32, offsetof(code, value), 1));
+    if (o->dense) SC_TRY(write_means(w, s, "f", 1));
+    if (o->reconstruction)
+        SC_TRY(write_part(w, s, 1, "reconstruction", SC_F32, 0, s->sae[0].d_in));
+    return o->image_means ? write_means(w, s, "image_means", s->data.T) : SC_OK;
 }
 
 static int command_encode(session *s) {
-    encoding e = { .s = s };
-    int status = encode(&e);
-    for (int i = 0; i < SPOOLS; i++)
-        if (e.spool[i].file) fclose(e.spool[i].file);
-    return status;
+    int status;
+    SC_TRY(try_output(s->o->output));
+    SC_TRY(open_session(s));
+    for (int i = 0; i < 2; i++)
+        if (!(s->spool[i] = tmpfile()))
+            return fail("no temporary file can be made: %s", strerror(errno));
+    s->batch[0].reconstruct = s->o->reconstruction;
+    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(s, s->data.set.count)) == SC_OK) SC_TRY(spool_batch(s));
+    return status == SC_END ? save_tensors(s->o->output, 4096, write_codes, s) : status;
 }
 
 /* --- zeroshot --- */
 
-typedef struct { const feed *data; size_t images, top1, top5; } hits;
-
-/* Where each image's class stands among the logits; ties go to the lower index. */
-static int count_hits(void *context) {
-    hits *h = context;
-    const feed *f = h->data;
-    size_t classes = f->model.classes;
-    for (size_t i = 0; i < f->count; i++) {
-        const float *logit = f->logits + i * classes;
-        size_t rank = 0, label = (size_t)f->label[i], image = (size_t)f->image[i];
-        if (label >= classes)                                /* also -1, which is beyond all */
-            return fail("image %zu %s: label %lld, but the head has %zu classes", image,
-                        image_name(f, image), (long long)f->label[i], classes);
-        for (size_t c = 0; c < classes; c++)
-            rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
-        h->images++;
-        h->top1 += rank < 1;
-        h->top5 += rank < 5;
-    }
-    return SC_OK;
-}
-
+/* An image counts where its label is among the best 1 or 5 classes; ties go to the lower one. */
 static int command_zeroshot(session *s) {
-    hits h = { .data = &s->data };
-    SC_TRY(open_session(s));
-    const sc_model *model = &s->data.model;                  /* timm's head may be a classifier */
+    size_t top1 = 0, top5 = 0;
+    const sc_model *model = &s->data.model;
+    feed *f = &s->data;
+    int status;
+    SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
     if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
         return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
                     model->file.path);
-    SC_TRY(for_each_batch(&s->data, 1, count_hits, &h));
-    double images = (double)h.images;
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 1));
+    while ((status = next_encoded(s, f->set.count)) == SC_OK)
+        for (size_t i = 0; i < f->count; i++) {
+            const float *logit = f->logits + i * model->classes;
+            size_t rank = 0, label = (size_t)f->label[i], image = (size_t)f->image[i];
+            if (label >= model->classes)                     /* also -1, which is beyond all */
+                return fail("image %zu %s: label %lld, but the head has %zu classes", image,
+                            image_name(f, image), (long long)f->label[i], model->classes);
+            for (size_t c = 0; c < model->classes; c++)
+                rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
+            top1 += rank < 1;
+            top5 += rank < 5;
+        }
+    if (status != SC_END) return status;
+    size_t images = f->used;
     if (strcmp(s->o->format, "json") == 0)
-        printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", h.images, h.top1, h.top5);
+        printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", images, top1, top5);
     else if (strcmp(s->o->format, "csv") == 0)
-        printf("images,top1,top5\n%zu,%zu,%zu\n", h.images, h.top1, h.top5);
-    else printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", h.images, h.top1,
-                100.0 * (double)h.top1 / images, h.top5, 100.0 * (double)h.top5 / images);
+        printf("images,top1,top5\n%zu,%zu,%zu\n", images, top1, top5);
+    else printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", images, top1,
+                100.0 * (double)top1 / (double)images, top5, 100.0 * (double)top5 / (double)images);
     return end_of_output();
 }
 
@@ -5839,18 +5491,21 @@ static int command_zeroshot(session *s) {
  * PatchSAE shows them.
  * ============================================================================================ */
 
-enum { LOOK_IMAGES = 16, MOST_LATENTS = 1024, SHEET_GAP = 2, SILENT = 30 };
+enum { MOST_LATENTS = 1024, SHEET_GAP = 2, SILENT = 30 };
 
 typedef struct {
     session *s;
     sc_safetensors stats;
+    const sc_tensor *top[2];         /* of the statistics: latents' top images, top patches */
+    uint64_t first_patch;            /* of the statistics' tokens */
     enum { NO_MASK, VALUE_MASK, TOP_MASK } kind;
     size_t latent[MOST_LATENTS], latents;        /* asked for */
-    size_t *image, images;           /* [images], the only ones to look at, where not NULL */
-    size_t patches;                  /* of an image */
-    double *mask;                    /* [LOOK_IMAGES, patches], one latent's on the batch at hand */
+    int64_t *image;                  /* [images], the only ones to look at, where not NULL */
+    size_t images, patches;          /* patches: of an image */
+    double *mask;                    /* [MEASURE_IMAGES, patches], one latent's on the batch */
     double *sum;                     /* [latents, patches], of a class */
-    unsigned char *picture;          /* [S, S, 3], room for a mask or an overlay */
+    unsigned char *picture;          /* room for what is drawn */
+    size_t width, height;            /* of a sheet */
     int made;                        /* the folder, by us */
 } viewer;
 
@@ -5870,24 +5525,27 @@ static int parse_latents(viewer *v, const char *text) {
     }
 }
 
-/* Statistics tell of one data set and one SAE. */
+/* Statistics tell of one data set and one SAE; each latent has a row of images, one of patches. */
 static int open_statistics(viewer *v, const char *path) {
+    static const char *const names[] = { "max_activating_image_indices",
+                                         "max_activating_patch_indices" };
+    size_t n = v->s->sae[0].d_sae;
     SC_TRY(sc_safetensors_open(&v->stats, path));
     const char *data = sc_metadata_find(&v->stats, "data_digest");
     const char *sae = sc_metadata_find(&v->stats, "sae_digest");
+    const char *first_patch = sc_metadata_find(&v->stats, "first_patch");
     if (!data || !sae) return fail("%s: these are no statistics: a digest is missing", path);
-    if (strtoull(data, NULL, 16) != v->s->data.digest)
+    if (strtoull(data, NULL, 16) != v->s->data.set.digest)
         return fail("%s: statistics of other data", path);
-    if (strtoull(sae, NULL, 16) == sae_digest(&v->s->sae[0])) return SC_OK;
-    return fail("%s: statistics of another SAE", path);
-}
-
-/* A tensor of the statistics: for each latent a row of numbers (size 1) or of pairs (2). */
-static int stats_tensor(const viewer *v, const char *name, size_t size, const sc_tensor **tensor) {
-    const sc_tensor *t = *tensor = sc_tensor_find(&v->stats, name);
-    size_t n = v->s->sae[0].d_sae;
-    if (t && t->rank > 1 && t->shape[1] > 0 && t->count / size / t->shape[1] == n) return SC_OK;
-    return fail("%s: a tensor %s [%zu, ...] was expected", v->stats.path, name, n);
+    if (strtoull(sae, NULL, 16) != sae_digest(&v->s->sae[0]))
+        return fail("%s: statistics of another SAE", path);
+    v->first_patch = first_patch ? strtoull(first_patch, NULL, 10) : 1;
+    for (size_t i = 0; i < 2; i++) {
+        const sc_tensor *t = v->top[i] = sc_tensor_find(&v->stats, names[i]);
+        if (!t || t->rank < 2 || t->shape[1] == 0 || t->count / (i + 1) / t->shape[1] != n)
+            return fail("%s: a tensor %s [%zu, ...] was expected", path, names[i], n);
+    }
+    return SC_OK;
 }
 
 /* The folder, the data and, where asked for, the statistics to look at them with. */
@@ -5899,12 +5557,13 @@ static int open_viewer(viewer *v, int with_stats) {
     SC_TRY(parse_latents(v, o->latents));
     if (f->grid == 0 || f->T == 1) return fail("tokens were expected that are a square of patches");
     if (with_stats) SC_TRY(open_statistics(v, o->stats));
-    if (v->kind == VALUE_MASK) SC_TRY(new_batch(&s->batch, &s->sae[0], LOOK_IMAGES * f->T));
-    else if (!f->is_file) f->taps = 0;           /* spares the forward pass */
+    if (v->kind != VALUE_MASK) s->saes = 0;      /* spares the SAE, and the forward pass */
+    if (v->kind != VALUE_MASK && !f->is_file) f->taps = 0;
+    s->batch[0].reconstruct = 0;
     v->patches = f->grid * f->grid;
     size_t side = f->is_file ? f->grid : f->model.image_size;
     const array_spec arrays[] = {
-        ARRAY(v->mask, LOOK_IMAGES, v->patches), ARRAY(v->picture, side * side, 3),
+        ARRAY(v->mask, MEASURE_IMAGES, v->patches), ARRAY(v->picture, side * side, 3),
         ARRAY(v->sum, v->latents, v->patches) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
     v->made = mkdir(o->output, 0777) == 0;
@@ -5914,38 +5573,27 @@ static int open_viewer(viewer *v, int with_stats) {
 
 static int listed_draw(void *context, size_t draw, size_t *image) {
     const viewer *v = context;
-    if (draw < v->images) *image = v->image[draw];
+    if (draw < v->images) *image = (size_t)v->image[draw];
     return draw < v->images ? SC_OK : SC_END;
-}
-
-/* The next batch, encoded where latents' values are wanted. */
-static int next_images(viewer *v, size_t want) {
-    feed *f = &v->s->data;
-    SC_TRY(next_batch(f, want));
-    if (v->kind != VALUE_MASK || f->count == 0) return SC_OK;
-    return run_and_check(&v->s->batch, f, f->tap[0].out);
 }
 
 /* v->mask of latent j: its values on the batch's patches, or 1 on those that are among its top
  * patches of the whole data set. */
 static int find_masks(viewer *v, size_t j) {
     const feed *f = &v->s->data;
-    const sc_tensor *top;
-    const char *text = sc_metadata_find(&v->stats, "first_patch");
-    const int64_t first_patch = text ? strtoll(text, NULL, 10) : 1;
-    memset(v->mask, 0, LOOK_IMAGES * v->patches * sizeof *v->mask);
-    for (size_t i = 0; i < v->s->batch.tiles; i++)
-        for (code_walk w = walk_codes(&v->s->batch.tile[i], j); next_code(&w);) {
-            size_t row = v->s->batch.tile[i].first + w.token, token = row % f->T;
+    const sae_batch *b = &v->s->batch[0];
+    size_t P = v->kind == TOP_MASK ? v->top[1]->shape[1] : 0;
+    memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
+    for (size_t i = 0; i < b->tiles; i++)
+        for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);) {
+            size_t row = b->tile[i].first + w.token, token = row % f->T;
             if (token >= f->first_patch)
                 v->mask[row / f->T * v->patches + token - f->first_patch] = w.value;
         }
-    if (v->kind != TOP_MASK) return SC_OK;
-    SC_TRY(stats_tensor(v, "max_activating_patch_indices", 2, &top));
-    for (size_t p = 0; p < top->shape[1]; p++) {
+    for (size_t p = 0; p < P; p++) {
         int64_t at[2];                           /* image and token, -1 where there is none */
-        SC_TRY(sc_tensor_integers(&v->stats, top, (j * top->shape[1] + p) * 2, 2, at));
-        uint64_t patch = (uint64_t)at[1] - (uint64_t)first_patch;
+        SC_TRY(sc_tensor_integers(&v->stats, v->top[1], (j * P + p) * 2, 2, at));
+        uint64_t patch = (uint64_t)at[1] - v->first_patch;
         for (size_t i = 0; i < f->count && patch < v->patches; i++)
             if (f->image[i] == (uint64_t)at[0]) v->mask[i * v->patches + patch] = 1;
     }
@@ -5966,28 +5614,27 @@ static void draw_crop(unsigned char *to, size_t stride, const unsigned char *cro
         }
 }
 
-/* FOLDER/NAME as a PGM (1 channel) or PPM (3). */
-static int write_picture(const char *folder, const char *name, size_t channels, size_t width,
-                         size_t height, const unsigned char *pixels) {
+/* v->picture as NAME.pgm (1 channel) or NAME.ppm (3) of the folder. */
+static int write_picture(const viewer *v, const char *name, size_t channels, size_t width,
+                         size_t height) {
     sc_output out;
-    char path[MAX_PATH];
-    if (snprintf(path, sizeof path, "%s/%s", folder, name) >= MAX_PATH)
-        return fail("%s: the path is too long", folder);
+    char path[MAX_PATH], file[160];
+    snprintf(file, sizeof file, "%s.p%cm", name, channels == 3 ? 'p' : 'g');
+    SC_TRY(join_path(v->s->o->output, file, path));
     SC_TRY(output_open(&out, path));
-    output_printf(&out, "P%d\n%zu %zu\n255\n", channels == 3 ? 6 : 5, width, height);
-    output_write(&out, pixels, width * height * channels);
+    fprintf(out.file, "P%d\n%zu %zu\n255\n", channels == 3 ? 6 : 5, width, height);
+    output_write(&out, v->picture, width * height * channels);
     return output_commit(&out);
 }
 
 /* round(255 f / largest) */
 static int write_mask(const viewer *v, const char *name, const double *mask) {
-    size_t grid = v->s->data.grid;
     double largest = 0;
     memset(v->picture, 0, v->patches);
     for (size_t p = 0; p < v->patches; p++) largest = mask[p] > largest ? mask[p] : largest;
     for (size_t p = 0; p < v->patches && largest > 0; p++)
         v->picture[p] = (unsigned char)floor(255 * mask[p] / largest + 0.5);
-    return write_picture(v->s->o->output, name, 1, grid, grid, v->picture);
+    return write_picture(v, name, 1, v->s->data.grid, v->s->data.grid);
 }
 
 /* Latent j on the batch's image i: the mask, and the picture under it where there is one. Files are
@@ -5995,43 +5642,38 @@ static int write_mask(const viewer *v, const char *name, const double *mask) {
 static int show_mask(const viewer *v, size_t j, size_t i) {
     const feed *f = &v->s->data;
     const double *mask = v->mask + i * v->patches;
-    const char *own = base_name(image_name(f, (size_t)f->image[i]));
-    size_t S = f->model.image_size, room = 128, used;
-    char name[192];
-    used = (size_t)snprintf(name, room, "latent_%zu_%zu_", j, (size_t)f->image[i]);
-    for (; *own && used < room; own++)
-        name[used++] = isalnum((unsigned char)*own) || strchr(".-", *own) ? *own : '_';
-    strcpy(name + used, ".pgm");
+    size_t S = f->model.image_size, image = (size_t)f->image[i];
+    char name[129];
+    snprintf(name, sizeof name, "latent_%zu_%zu_%s", j, image, base_name(image_name(f, image)));
+    for (char *c = name; *c; c++)
+        if (!isalnum((unsigned char)*c) && !strchr(".-", *c)) *c = '_';
     SC_TRY(write_mask(v, name, mask));
     if (f->is_file) return SC_OK;
     draw_crop(v->picture, 3 * S, f->pixels + i * S * S * 3, S, mask, f->grid);
-    strcpy(name + used, ".ppm");
-    return write_picture(v->s->o->output, name, 3, S, S, v->picture);
+    return write_picture(v, name, 3, S, S);
 }
 
 /* Only the images of a class, for the mean of their masks (the report's figure 6). */
 static int choose_class(viewer *v, long class) {
     const feed *f = &v->s->data;
-    size_t images = f->classes ? f->images : 0;
+    size_t images = f->set.classes ? f->set.count : 0;
     SC_TRY(allocate(&v->s->memory, &v->image, images, sizeof *v->image));
     for (size_t i = 0; i < images; i++)
-        if (feed_label(f, i) == class) v->image[v->images++] = i;
+        if (f->set.image[i].label == class) v->image[v->images++] = (int64_t)i;
     if (v->images > 0) return SC_OK;
-    return fail("--class %ld: no image is of this class (of %zu)", class, f->classes);
+    return fail("--class %ld: no image is of this class (of %zu)", class, f->set.classes);
 }
 
 static int show_masks(viewer *v) {
     long class = v->s->o->class_index;
     feed *f = &v->s->data;
-    size_t done = 0;
+    int status;
     if (!v->s->o->mask) v->kind = VALUE_MASK;
     SC_TRY(open_viewer(v, v->kind == TOP_MASK));
+    v->images = class >= 0 ? 0 : f->set.count;
     if (class >= 0) SC_TRY(choose_class(v, class));
-    SC_TRY(start_feed(f, LOOK_IMAGES, v->image ? listed_draw : NULL, v, 0));
-    for (;; done += f->count) {
-        SC_TRY(next_images(v, LOOK_IMAGES));
-        if (f->count == 0) break;
-        show_progress("image", done, v->image ? v->images : f->images, done, "images", "%s", "");
+    SC_TRY(start_feed(f, MEASURE_IMAGES, v->image ? listed_draw : NULL, v, 0));
+    while ((status = next_encoded(v->s, v->images)) == SC_OK)
         for (size_t l = 0; l < v->latents; l++) {
             SC_TRY(find_masks(v, v->latent[l]));
             for (size_t i = 0; i < f->count && class < 0; i++)
@@ -6039,69 +5681,68 @@ static int show_masks(viewer *v) {
             for (size_t e = 0; e < f->count * v->patches && class >= 0; e++)
                 v->sum[l * v->patches + e % v->patches] += v->mask[e];
         }
-    }
+    if (status != SC_END) return status;
     for (size_t l = 0; l < v->latents && class >= 0; l++) {
         char name[96];
-        snprintf(name, sizeof name, "latent_%zu_class_%ld.pgm", v->latent[l], class);
-        for (size_t p = 0; p < v->patches; p++) v->sum[l * v->patches + p] /= (double)done;
+        snprintf(name, sizeof name, "latent_%zu_class_%ld", v->latent[l], class);
+        for (size_t p = 0; p < v->patches; p++) v->sum[l * v->patches + p] /= (double)f->used;
         SC_TRY(write_mask(v, name, v->sum + l * v->patches));
     }
     return SC_OK;
 }
 
-static size_t sheet_columns(size_t K) {
-    size_t columns = 1;
-    while (columns * columns < K) columns++;
-    return columns;
-}
-
-/* The sheet of latent j's next `count` images: cells row by row, the strongest image first. */
-static int show_sheet(viewer *v, size_t j, size_t count, size_t K, unsigned char *sheet) {
-    const feed *f = &v->s->data;
-    size_t S = f->model.image_size, step = S + SHEET_GAP, columns = sheet_columns(K);
-    size_t width = columns * step - SHEET_GAP, height = (K - 1) / columns * step + S;
+/* The sheet of latent j is complete; the next one starts dark. */
+static int finish_sheet(viewer *v, size_t j, size_t images) {
     char name[64];
-    memset(sheet, 0, height * width * 3);
-    for (size_t done = 0; done < count; done += f->count) {
-        SC_TRY(next_images(v, count - done < LOOK_IMAGES ? count - done : LOOK_IMAGES));
-        if (v->kind) SC_TRY(find_masks(v, j));
-        for (size_t i = 0; i < f->count; i++) {
-            size_t row = (done + i) / columns, column = (done + i) % columns;
-            draw_crop(sheet + (row * width + column) * step * 3, width * 3,
-                      f->pixels + i * S * S * 3, S, v->kind ? v->mask + i * v->patches : NULL,
-                      f->grid);
-        }
-    }
-    if (count == 0) note("latent %zu fires on no image: its sheet is empty", j);
-    snprintf(name, sizeof name, "latent_%zu.ppm", j);
-    return write_picture(v->s->o->output, name, 3, width, height, sheet);
+    if (images == 0) note("latent %zu fires on no image: its sheet is empty", j);
+    snprintf(name, sizeof name, "latent_%zu", j);
+    SC_TRY(write_picture(v, name, 3, v->width, v->height));
+    memset(v->picture, 0, v->height * v->width * 3);
+    return SC_OK;
 }
 
 /* The images to look at are each latent's top images, as the statistics have them, in turn. */
+static int list_images(viewer *v, size_t *count) {
+    size_t K = v->top[0]->shape[1];
+    SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
+    for (size_t l = 0; l < v->latents; l++, v->images += count[l - 1]) {
+        int64_t *image = v->image + v->images;
+        SC_TRY(sc_tensor_integers(&v->stats, v->top[0], v->latent[l] * K, K, image));
+        for (; count[l] < K && image[count[l]] >= 0; count[l]++)
+            if (image[count[l]] >= (int64_t)v->s->data.set.count)
+                return fail("%s: there is no image %lld", v->stats.path,
+                            (long long)image[count[l]]);
+    }
+    return SC_OK;
+}
+
+/* Sheets have their images row by row, the strongest first. */
 static int show_sheets(viewer *v) {
-    size_t count[MOST_LATENTS] = { 0 };
-    const sc_tensor *top;
+    size_t count[MOST_LATENTS] = { 0 }, columns = 1, l = 0, cell = 0;
     feed *f = &v->s->data;
+    int status = SC_END;
     if (strcmp(v->s->o->operand[0], "-") == 0)
         return usage("top picks images: a stream has no choice of them");
     SC_TRY(open_viewer(v, 1));
-    SC_TRY(stats_tensor(v, "max_activating_image_indices", 1, &top));
-    size_t K = top->shape[1], cell = f->model.image_size + SHEET_GAP, columns = sheet_columns(K);
-    unsigned char *sheet;
-    SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
-    SC_TRY(allocate(&v->s->memory, &sheet, columns * columns * 3, cell * cell));
-    for (size_t l = 0; l < v->latents; l++)
-        for (int64_t image = 0; count[l] < K && image >= 0;) {
-            SC_TRY(sc_tensor_integers(&v->stats, top, v->latent[l] * K + count[l], 1, &image));
-            if (image >= (int64_t)f->images)
-                return fail("%s: there is no image %lld", v->stats.path, (long long)image);
-            if (image >= 0) v->image[v->images++] = (size_t)image;
-            count[l] += image >= 0;
-        }
+    SC_TRY(list_images(v, count));
+    size_t K = v->top[0]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
+    while (columns * columns < K) columns++;
+    v->width = columns * step - SHEET_GAP;
+    v->height = (K - 1) / columns * step + S;
+    SC_TRY(allocate(&v->s->memory, &v->picture, columns * columns * 3, step * step));
     f->skip_bad = 0;                             /* a cell is for one image and no other */
-    SC_TRY(start_feed(f, LOOK_IMAGES, listed_draw, v, 0));
-    for (size_t l = 0; l < v->latents; l++)
-        SC_TRY(show_sheet(v, v->latent[l], count[l], K, sheet));
+    SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
+    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK)
+        for (size_t i = 0; i < f->count; i++, cell++) {
+            for (; cell == count[l]; l++, cell = 0)
+                SC_TRY(finish_sheet(v, v->latent[l], count[l]));
+            if (v->kind && (i == 0 || cell == 0)) SC_TRY(find_masks(v, v->latent[l]));
+            draw_crop(v->picture + (cell / columns * v->width + cell % columns) * step * 3,
+                      v->width * 3, f->pixels + i * S * S * 3, S,
+                      v->kind ? v->mask + i * v->patches : NULL, f->grid);
+        }
+    if (status != SC_END) return status;
+    for (; l < v->latents; l++) SC_TRY(finish_sheet(v, v->latent[l], count[l]));
     return SC_OK;
 }
 
@@ -6134,68 +5775,43 @@ static const char *join_sizes(const size_t *sizes, int count, const char *betwee
 
 /* --- info --- */
 
-/* A file is of the first kind whose tensor it has, of that rank. */
-static const struct { const char *tensor; int rank; const char *title, *dimensions[4]; }
-file_kinds[] = {
-    { "W_enc_m", 2, "checkpoint of a training", { "latents", "inputs" } },
-    { "W_enc", 2, "sparse autoencoder", { "inputs", "latents" } },
-    { "max_activating_image_indices", 2, "statistics", { "latents", "top images each" } },
-    { "activations", 3, "activations", { "images", "tokens each", "numbers each" } },
-    { "images", 4, "packed images", { "images", "high", "wide", "colours" } },
-    { "value", 1, "codes", { "activations that are not 0" } } };
-
-static void describe_kind(const sc_safetensors *file, size_t kind, const sc_tensor *tensor) {
-    static const char *const keys[] = { "architecture", "k", "layer", "hook", "model", "tokens",
-                                        "images" };
-    const char *position = sc_metadata_find(file, "position");
-    printf("%s", file_kinds[kind].title);
-    for (int d = 0; d < tensor->rank; d++)
-        printf("%s %zu %s", d ? "," : ":", tensor->shape[d], file_kinds[kind].dimensions[d]);
-    for (size_t i = 0; i < COUNT(keys); i++) {
-        const char *value = sc_metadata_find(file, keys[i]);
-        if (!value && i == 0 && sc_tensor_find(file, "W_enc")) value = "standard";
-        if (value) printf(", %s %s", keys[i], shown(value));
-    }
-    if (position) printf(", step %llu", strtoull(position, NULL, 16));
-    puts(sc_tensor_find(file, "labels") ? ", with labels" : "");
-}
-
-static void describe_model(const sc_safetensors *file, const char *naming) {
-    sc_model m;
-    printf("vision transformer, %s's names", naming);
-    if (sc_model_open(&m, file->path, NULL) != SC_OK) {
-        printf(", not to be used: %s\n", shown(sc_error()));
-        return;
-    }
-    printf(": %zu blocks, width %zu, %zu heads, hidden %zu, images of %zu x %zu in %zu x %zu "
-           "patches of %zu x %zu, %zu tokens with the class token, %s GELU, epsilon %g%s\n",
-           m.blocks, m.width, m.heads, m.hidden, m.image_size, m.image_size, m.grid, m.grid,
-           m.patch, m.patch, m.tokens, m.activation == QUICK_GELU ? "quick" : "exact",
-           (double)m.epsilon, find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
-    sc_model_close(&m);
-}
+/* A file is of the first kind whose tensor it has, of that rank; its shape says the rest. */
+static const struct { const char *tensor; int rank; const char *text; } file_kinds[] = {
+    { "W_enc_m", 2, "checkpoint of a training: %zu latents, %zu inputs\n" },
+    { "W_enc", 2, "sparse autoencoder: %zu inputs, %zu latents\n" },
+    { "max_activating_image_indices", 2, "statistics: %zu latents, %zu top images each\n" },
+    { "activations", 3, "activations: %zu images, %zu tokens each, %zu numbers each\n" },
+    { "images", 4, "packed images: %zu images, %zu high, %zu wide, %zu colours\n" },
+    { "value", 1, "codes: %zu activations that are not 0\n" } };
 
 static void describe(const sc_safetensors *file) {
+    sc_model m;
     for (size_t i = 0; i < COUNT(file_kinds); i++) {
-        const sc_tensor *tensor = sc_tensor_find(file, file_kinds[i].tensor);
-        if (tensor && tensor->rank == file_kinds[i].rank) {
-            describe_kind(file, i, tensor);
-            return;
-        }
+        const sc_tensor *t = sc_tensor_find(file, file_kinds[i].tensor);
+        if (!t || t->rank != file_kinds[i].rank) continue;
+        printf(file_kinds[i].text, t->shape[0], t->shape[1], t->shape[2], t->shape[3]);
+        return;
     }
-    int naming = naming_of(file);
-    if (naming < NAMINGS) describe_model(file, naming_names[naming]);
-    else puts("a safetensors file of a kind that is not known");
+    if (naming_of(file) == NAMINGS) puts("a safetensors file of a kind that is not known");
+    else if (sc_model_open(&m, file->path, NULL) != SC_OK)
+        printf("vision transformer that cannot be used: %s\n", shown(sc_error()));
+    else {
+        printf("vision transformer, %s's names: %zu blocks, width %zu, %zu heads, hidden %zu, "
+               "images of %zu x %zu in %zu x %zu patches of %zu x %zu, %s GELU, epsilon %g%s\n",
+               naming_names[m.naming], m.blocks, m.width, m.heads, m.hidden, m.image_size,
+               m.image_size, m.grid, m.grid, m.patch, m.patch,
+               m.activation == QUICK_GELU ? "quick" : "exact", (double)m.epsilon,
+               find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
+        sc_model_close(&m);
+    }
 }
 
 static int describe_file(const char *path) {
     sc_safetensors file;
-    size_t count = 0;
     SC_TRY(sc_safetensors_open(&file, path));
     printf("%s: ", shown(path));
     describe(&file);
-    for (size_t i = 0; i < file.tensors; i++) count += file.tensor[i].count;
-    printf("%zu tensors, %zu numbers, %zu bytes\n", file.tensors, count, file.size);
+    printf("%zu tensors in %zu bytes\n", file.tensors, file.size);
     for (size_t i = 0; i < file.tensors; i++) {
         const sc_tensor *t = &file.tensor[i];
         printf("    %-48s %-5s %-20s %12zu bytes\n", shown(t->name), sc_dtype_name(t->dtype),
@@ -6208,90 +5824,44 @@ static int describe_file(const char *path) {
     return end_of_output();
 }
 
-static int describe_machine(void) {
-    static const struct { const char *name; int number; } sizes[] = {
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-        { "L1 data cache", _SC_LEVEL1_DCACHE_SIZE }, { "L2 cache", _SC_LEVEL2_CACHE_SIZE },
-        { "L3 cache", _SC_LEVEL3_CACHE_SIZE },
-#endif
-        { "pages", _SC_PAGESIZE } };
+static int command_info(session *s) {
+    if (s->o->operand[0]) return describe_file(s->o->operand[0]);
     printf("saeclip %s\ninstruction sets:", SC_VERSION);
     for (size_t i = 0; i < COUNT(instruction_sets); i++)
         if (instruction_sets[i].usable())
             printf(" %s%s", instruction_sets[i].set->name,
                    instruction_sets[i].set == kernels ? " (in use)" : "");
     printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
-    for (size_t i = 0; i < COUNT(sizes); i++)
-        if (sysconf(sizes[i].number) > 0)
-            printf("%s: %ld KiB\n", sizes[i].name, sysconf(sizes[i].number) / 1024);
     return end_of_output();
-}
-
-static int command_info(session *s) {
-    return s->o->operand[0] ? describe_file(s->o->operand[0]) : describe_machine();
 }
 
 /* --- compare --- */
 
-enum { COMPARE_BLOCK = 4096 };
-
-typedef struct {
-    double absolute, relative;       /* the largest |a - b| and, where b is not 0, |a - b| / |b| */
-    size_t absolute_at, relative_at;
-    size_t beyond;                   /* elements beyond the tolerance */
-    int other_bits;
-} difference;
-
-/* Numbers as they are, also infinite ones and NaN. whole: the same exactly, of whole numbers. */
-static int read_numbers(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
-                        double *number, int64_t *whole) {
-    const unsigned char *from = t->data + first * sc_dtype_size(t->dtype);
-    float some[COMPARE_BLOCK];
-    if (t->dtype > SC_F64) SC_TRY(sc_tensor_integers(file, t, first, count, whole));
-    if (t->dtype == SC_F64) copy_numbers(number, from, count, 8);
-    if (t->dtype < SC_F64) floats_of_bytes(some, from, count, t->dtype);
-    for (size_t i = 0; i < count && t->dtype != SC_F64; i++)
-        number[i] = t->dtype < SC_F64 ? (double)some[i] : (double)whole[i];
-    return SC_OK;
-}
-
-static void count_difference(difference *d, const options *o, size_t at, double apart, double b) {
-    if (!(apart <= DBL_MAX)) apart = INFINITY;               /* one of the two is not finite */
-    double relative = apart == INFINITY ? apart : b != 0 ? apart / fabs(b) : 0;
-    if (apart == INFINITY || !(apart <= o->atol + o->rtol * fabs(b))) d->beyond++;
-    if (apart > d->absolute) d->absolute_at = at;
-    if (apart > d->absolute) d->absolute = apart;
-    if (relative > d->relative) d->relative_at = at;
-    if (relative > d->relative) d->relative = relative;
-}
-
-static int compare_numbers(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
-                           const sc_tensor *b, const options *o, difference *d) {
-    double x[COMPARE_BLOCK], y[COMPARE_BLOCK];
-    int64_t p[COMPARE_BLOCK], q[COMPARE_BLOCK];
-    size_t size = sc_dtype_size(a->dtype);
-    int whole = a->dtype > SC_F64 && b->dtype > SC_F64;
-    *d = (difference){ .other_bits = a->dtype != b->dtype };
-    for (size_t first = 0; first < a->count; first += COMPARE_BLOCK) {
-        size_t n = a->count - first < COMPARE_BLOCK ? a->count - first : COMPARE_BLOCK;
-        const unsigned char *left = a->data + first * size, *right = b->data + first * size;
-        if (a->dtype == b->dtype && memcmp(left, right, n * size) == 0) continue;
-        d->other_bits = 1;
-        if (a->dtype > SC_U8 || b->dtype > SC_U8) {          /* types not read as numbers */
-            count_difference(d, o, first, INFINITY, 0);
-            continue;
-        }
-        SC_TRY(read_numbers(fa, a, first, n, x, p));
-        SC_TRY(read_numbers(fb, b, first, n, y, q));
-        for (size_t i = 0; i < n; i++) {
-            if (whole ? p[i] == q[i] : x[i] == y[i] || (isnan(x[i]) && isnan(y[i]))) continue;
-            double apart = fabs(x[i] - y[i]);
-            if (whole) apart = (double)(p[i] > q[i] ? (uint64_t)p[i] - (uint64_t)q[i]
-                                                    : (uint64_t)q[i] - (uint64_t)p[i]);
-            count_difference(d, o, first + i, apart, y[i]);
-        }
+/* Element i, also infinite ones and NaN; whole ones exactly in *whole. */
+static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
+    const unsigned char *bytes = t->data + i * sc_dtype_size(t->dtype);
+    double number = 0;
+    float single = 0;
+    int32_t narrow = 0;
+    switch (t->dtype) {
+    case SC_F64: copy_numbers(&number, bytes, 1, 8); return number;
+    case SC_I64: copy_numbers(whole, bytes, 1, 8); return (double)*whole;
+    case SC_I32: copy_numbers(&narrow, bytes, 1, 4); return (double)(*whole = narrow);
+    case SC_U8: return (double)(*whole = *bytes);
+    default: floats_of_bytes(&single, bytes, 1, t->dtype); return (double)single;
     }
-    return SC_OK;
+}
+
+/* |a - b| of element i, infinite where that is no number; b in *y. */
+static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, double *y) {
+    int64_t p = 0, q = 0;
+    if (a->dtype > SC_U8 || b->dtype > SC_U8) return INFINITY;     /* types not read as numbers */
+    double x = number_at(a, i, &p);
+    *y = number_at(b, i, &q);
+    if (a->dtype > SC_F64 && b->dtype > SC_F64)
+        return (double)(p > q ? (uint64_t)p - (uint64_t)q : (uint64_t)q - (uint64_t)p);
+    if (x == *y || (isnan(x) && isnan(*y))) return 0;
+    return isfinite(x - *y) ? fabs(x - *y) : INFINITY;
 }
 
 /* at: an element's number in the tensor. */
@@ -6301,69 +5871,73 @@ static const char *index_text(const sc_tensor *t, size_t at) {
     return join_sizes(index, t->rank, ", ");
 }
 
-/* One row of the table; *differing counts tensors beyond the tolerance. */
-static int compare_pair(const sc_safetensors *fa, const sc_tensor *a, const sc_safetensors *fb,
-                        const sc_tensor *b, const options *o, size_t *differing) {
-    difference d = { .beyond = 1 };
+/* The largest |a - b| and, where b is not 0, |a - b| / |b|, of two tensors of one shape. Returns
+ * whether some are beyond the tolerance. */
+static int compare_numbers(const sc_tensor *a, const sc_tensor *b, const options *o) {
+    size_t size = sc_dtype_size(a->dtype), beyond = 0, at[2] = { 0 };
+    double largest[2] = { 0 };
+    int same_type = a->dtype == b->dtype, same_bits = same_type;
+    for (size_t i = 0; i < a->count; i++) {
+        double y = 0;
+        if (same_type && memcmp(a->data + i * size, b->data + i * size, size) == 0) continue;
+        double apart = distance_at(a, b, i, &y);
+        double figure[] = { apart, apart == INFINITY ? apart : y != 0 ? apart / fabs(y) : 0 };
+        same_bits = 0;
+        beyond += apart == INFINITY || apart > o->atol + o->rtol * fabs(y);
+        for (int k = 0; k < 2; k++) {
+            if (figure[k] > largest[k]) at[k] = i;
+            if (figure[k] > largest[k]) largest[k] = figure[k];
+        }
+    }
+    if (largest[0] == 0) puts(same_bits ? "the same bits" : "equal, in other bits");
+    else printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| up to "
+                "%.9g at [%s]\n", beyond, a->count, largest[0], index_text(a, at[0]), largest[1],
+                index_text(a, at[1]));
+    return beyond > 0;
+}
+
+/* A row of the table. Returns whether the tensors differ. */
+static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options *o) {
     printf("%-40s %s", shown(a->name), sc_dtype_name(a->dtype));
     if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
     printf(", %s: ", join_sizes(a->shape, a->rank, " x "));
-    if (a->rank != b->rank || memcmp(a->shape, b->shape, sizeof a->shape) != 0)
-        printf("the other is %s\n", join_sizes(b->shape, b->rank, " x "));
-    else {
-        SC_TRY(compare_numbers(fa, a, fb, b, o, &d));
-        if (!d.other_bits) puts("the same bits");
-        else if (d.absolute == 0) puts("equal, in other bits");
-        else printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| "
-                    "up to %.9g at [%s]\n", d.beyond, a->count, d.absolute,
-                    index_text(a, d.absolute_at), d.relative, index_text(a, d.relative_at));
-    }
-    *differing += d.beyond > 0;
-    return SC_OK;
-}
-
-/* Metadata are named where they differ, but differences of theirs are not counted. The second time
- * round, a and b have changed places, and only what b lacks is new. */
-static void compare_metadata(const sc_safetensors *a, const sc_safetensors *b, int second) {
-    for (const sc_entry *e = a->metadata; e < a->metadata + a->entries; e++) {
-        const char *other = sc_metadata_find(b, e->key);
-        if (other && (second || strcmp(other, e->value) == 0)) continue;
-        const char *values[] = { shown(e->value), other ? shown(other) : "nothing" };
-        printf("metadata %s: %s and %s\n", shown(e->key), values[second], values[!second]);
-    }
-}
-
-static size_t only_in(const sc_safetensors *file, const sc_tensor *t) {
-    printf("%-40s only in %s\n", shown(t->name), shown(file->path));
+    if (a->rank == b->rank && memcmp(a->shape, b->shape, sizeof a->shape) == 0)
+        return compare_numbers(a, b, o);
+    printf("the other is %s\n", join_sizes(b->shape, b->rank, " x "));
     return 1;
 }
 
-static int compare_files(const sc_safetensors *a, const sc_safetensors *b, const options *o) {
-    size_t differing = 0, more = 0;
-    for (const sc_tensor *t = a->tensor; t < a->tensor + a->tensors; t++) {
-        const sc_tensor *other = sc_tensor_find(b, t->name);
-        if (other) SC_TRY(compare_pair(a, t, b, other, o, &differing));
-        else differing += only_in(a, t);
-    }
-    for (const sc_tensor *t = b->tensor; t < b->tensor + b->tensors; t++)
-        if (!sc_tensor_find(a, t->name)) more += only_in(b, t);
-    compare_metadata(a, b, 0);
-    compare_metadata(b, a, 1);
+/* Metadata that differ are named, but not counted. */
+static int compare_files(const sc_safetensors *file, const options *o) {
+    int differing = 0, rows = 0;
+    for (int k = 0; k < 2; k++)              /* of the second file, what the first has not got */
+        for (size_t i = 0; i < file[k].tensors; i++) {
+            const sc_tensor *t = &file[k].tensor[i], *other = sc_tensor_find(&file[!k], t->name);
+            if (other && k == 1) continue;
+            if (!other) printf("%-40s only in %s\n", shown(t->name), shown(file[k].path));
+            differing += other ? compare_tensors(t, other, o) : 1;
+            rows++;
+        }
+    for (int k = 0; k < 2; k++)
+        for (size_t i = 0; i < file[k].entries; i++) {
+            const char *key = file[k].metadata[i].key, *value[2];
+            for (int f = 0; f < 2; f++) value[f] = sc_metadata_find(&file[f], key);
+            if (value[!k] && (k == 1 || strcmp(value[0], value[1]) == 0)) continue;
+            printf("metadata %s: %s and %s\n", shown(key), value[0] ? shown(value[0]) : "nothing",
+                   value[1] ? shown(value[1]) : "nothing");
+        }
     SC_TRY(end_of_output());
-    if (differing + more == 0) return SC_OK;
-    return fail("%s: differs from %s in %zu of %zu tensors", a->path, b->path, differing + more,
-                a->tensors + more);
+    if (differing == 0) return SC_OK;
+    return fail("%s: differs from %s in %d of %d tensors", file[0].path, file[1].path, differing,
+                rows);
 }
 
 static int command_compare(session *s) {
-    sc_safetensors a, b;
-    SC_TRY(sc_safetensors_open(&a, s->o->operand[0]));
-    int status = sc_safetensors_open(&b, s->o->operand[1]);
-    if (status == SC_OK) {
-        status = compare_files(&a, &b, s->o);
-        sc_safetensors_close(&b);
-    }
-    sc_safetensors_close(&a);
+    sc_safetensors file[2];
+    SC_TRY(sc_safetensors_open(&file[0], s->o->operand[0]));
+    int status = sc_safetensors_open(&file[1], s->o->operand[1]);
+    if (status == SC_OK) status = compare_files(file, s->o);
+    for (int k = 0; k < 2; k++) sc_safetensors_close(&file[k]);
     return status;
 }
 
@@ -6452,9 +6026,11 @@ static int run_step(bench *b) {
 }
 
 static int run_stats(bench *b) {
-    int decode = b->stats.batch.reconstruct = strcmp(b->line->name, "eval") == 0;
+    sae_batch *batch = &b->trainer.batch;
+    int decode = batch->reconstruct = strcmp(b->line->name, "eval") == 0;
     SC_TRY(run_vit(b));
     b->flops += 2 * b->images * BENCH_T * BENCH_D * (BENCH_LATENTS + (decode ? b->line->k : 0));
+    SC_TRY(run_sae(batch, b->data.tap[0].out, b->data.count * BENCH_T));
     return count_batch(&b->stats);
 }
 
@@ -6506,10 +6082,11 @@ static int prepare_line(bench *b) {
     for (size_t j = 0; j < BENCH_LATENTS; j++)
         sae->b_enc[j] = (float)(-line->shift * sqrt(2.0 * BENCH_D / BENCH_LATENTS));
     b->trainer.options = (train_options){ .l1 = 8e-5, .dead_window = INT_MAX };
-    b->stats = (statistics){ .sae = sae, .data = &b->data, .K = 16, .P = 64, .threshold = -1 };
-    return line->run == run_stats ? new_statistics(&b->stats, line->images, 0)
-         : line->run == run_step ? prepare_trainer(&b->trainer, STEP_TOKENS)
-         : new_batch(&b->trainer.batch, sae, STEP_TOKENS);
+    if (line->run == run_step) return prepare_trainer(&b->trainer, STEP_TOKENS);
+    b->stats = (statistics){ .batch = &b->trainer.batch, .sae = sae, .data = &b->data, .K = 16,
+                             .P = 64, .threshold = -1 };
+    SC_TRY(new_statistics(&b->stats, &b->data.memory, 0));
+    return new_batch(&b->trainer.batch, sae, line->images ? line->images * BENCH_T : STEP_TOKENS);
 }
 
 /* One line with the threads at hand: the median of three runs after one that does not count, short
@@ -6566,7 +6143,6 @@ static int bench_line_rows(bench *b, int shown) {
         SC_TRY(sc_threads_start(many ? b->threads : 1));
         status = measure_line(b, many, figure);
         if (status == SC_OK && shown) print_figures(b, figure);
-        free_statistics(&b->stats);
         free_trainer(&b->trainer);
         close_feed(&b->data);
     }
@@ -6605,19 +6181,13 @@ static int command_bench(session *s) {
  * ============================================================================================ */
 #ifndef SAECLIP_NO_MAIN
 
-enum command
-{ INFO, PACK, EXTRACT, TRAIN, ENCODE, EVAL, STATS, TOP, MASK, ZEROSHOT, COMPARE, BENCH, COMMANDS };
-
-#define FOR(command) (1u << (command))
-#define DATA (FOR(TRAIN) | FOR(ENCODE) | FOR(EVAL) | FOR(STATS))
-#define PHOTOS (DATA | FOR(EXTRACT) | LATENTS | FOR(ZEROSHOT))
-#define SAES (FOR(ENCODE) | FOR(EVAL) | FOR(STATS) | LATENTS)
-#define LATENTS (FOR(TOP) | FOR(MASK))
-#define OUTPUT (LATENTS | FOR(PACK) | FOR(EXTRACT) | FOR(TRAIN) | FOR(ENCODE) | FOR(STATS))
-#define PICTURES (PHOTOS | FOR(PACK))
-#define EVERY (FOR(COMMANDS) - 1)
-#define OVER "overrules the model's "
-#define LIVE "; no effect with --acts"
+enum {                               /* commands, and what several of them have in common */
+    INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
+    MASK = 256, ZEROSHOT = 512, COMPARE = 1024, BENCH = 2048, EVERY = 4095,
+    LATENTS = TOP | MASK, SAES = ENCODE | EVAL | STATS | LATENTS,
+    DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LATENTS | ZEROSHOT,
+    PICTURES = PHOTOS | PACK, OUTPUT = LATENTS | PACK | EXTRACT | TRAIN | ENCODE | STATS
+};
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
 typedef enum { FLAG, TEXT, TEXTS, CHOICE, WHOLE, LARGE, NUMBER } option_kind;
@@ -6627,127 +6197,122 @@ static const struct option_row {
     const char *name, *value;
     option_kind kind;
     size_t place;
-    unsigned commands;
+    int commands;
     const char *help, *fallback;
     double least, most;
 } option_table[] = {
 #define AT(field) .place = offsetof(options, field)
+#define OVER "overrules the model's "
+#define LIVE "; no effect with --acts"
     { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
     { "-s", "FILE", TEXTS, AT(sae), SAES, "the SAE (eval: as many as wanted)" },
     { "-t", "FILE", TEXT, AT(stats), LATENTS, "statistics (mask: of --mask top)" },
     { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
     { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
-    { "--acts", "FILE", TEXT, AT(acts), DATA | FOR(MASK),
-      "saved activations, instead of -m MODEL IMAGES" },
-    { "--also", "DATA", TEXT, AT(also), FOR(EVAL), "a second data set of the same kind" },
-    { "--layer", "L", WHOLE, AT(layer), PHOTOS & ~FOR(ZEROSHOT),
+    { "--acts", "FILE", TEXT, AT(acts), DATA | MASK, "saved activations, not -m and IMAGES" },
+    { "--also", "DATA", TEXT, AT(also), EVAL, "a second data set of the same kind" },
+    { "--layer", "L", WHOLE, AT(layer), PHOTOS & ~ZEROSHOT,
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
-    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS & ~FOR(ZEROSHOT),
+    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS & ~ZEROSHOT,
       "where to listen (default: the SAE's, else mlp)" },
-    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), FOR(EXTRACT), "tokens to write", "all" },
-    { "--dtype", "f32|f16", CHOICE, AT(dtype), FOR(EXTRACT), "number type", "f32" },
-    { "--size", "S", WHOLE, AT(size), FOR(PACK), "the pictures' side", "224", 1, 16384 },
-    { "--square", "N", WHOLE, AT(square), PICTURES,
-      "first resize the centre square to N x N" LIVE, NULL, 1, 16384 },
+    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT, "tokens to write", "all" },
+    { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT, "number type", "f32" },
+    { "--size", "S", WHOLE, AT(size), PACK, "the pictures' side", "224", 1, 16384 },
+    { "--square", "N", WHOLE, AT(square), PICTURES, "first resize the centre square to N x N" LIVE,
+      NULL, 1, 16384 },
     { "--crop", "torchvision|hf", CHOICE, AT(crop), PICTURES,
       "the centre crop's rounding" LIVE, "torchvision" },
-    { "--limit", "N", WHOLE, AT(limit), PICTURES, "first N images", NULL, 1, 1e15 },
-    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES,
-      "name unreadable images and go on" LIVE },
-    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS & ~FOR(ENCODE), OVER "image_mean" LIVE },
+    { "--limit", "N", WHOLE, AT(limit), PICTURES, "first N images", NULL, 1, 2e9 },
+    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES, "name bad images and go on" LIVE },
+    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS & ~ENCODE, OVER "image_mean" LIVE },
     { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS, OVER "image_std" LIVE },
     { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS, OVER "activation" LIVE },
     { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS, OVER "layer norm epsilon" LIVE },
     { "--heads", "N", TEXT, AT(settings.heads), PHOTOS, OVER "attention heads" LIVE },
-    { "--arch", "relu|topk", CHOICE, AT(arch), FOR(TRAIN) | SAES,
-      "architecture (default: relu, or the file's)" },
-    { "--k", "K", WHOLE, AT(k), FOR(TRAIN) | SAES,
+    { "--arch", "relu|topk", CHOICE, AT(arch), TRAIN | SAES, "by default relu, or the file's" },
+    { "--k", "K", WHOLE, AT(k), TRAIN | SAES,
       "TopK's k (default: 32, or the file's); no effect with relu", NULL, 1, 1e9 },
-    { "--expansion", "E", WHOLE, AT(expansion), FOR(TRAIN),
+    { "--expansion", "E", WHOLE, AT(expansion), TRAIN,
       "latents a dimension; no effect with --latents", "64", 1, 65536 },
-    { "--latents", "N", WHOLE, AT(d_sae), FOR(TRAIN), "latents", NULL, 1, SC_MAX_LATENTS },
-    { "--l1", "X", NUMBER, AT(l1), FOR(TRAIN), "weight of ReLU's L1 loss", "8e-5", 0, 1e9 },
-    { "--lr", "X", NUMBER, AT(lr), FOR(TRAIN), "learning rate", "4e-4", 0, 1e9 },
-    { "--warmup", "STEPS", WHOLE, AT(warmup), FOR(TRAIN), "steps of rising rate", "500", 0, 1e9 },
-    { "--batch", "IMAGES", WHOLE, AT(batch), FOR(TRAIN), "images a step", "16", 1, 1e9 },
-    { "--epochs", "E", NUMBER, AT(epochs), FOR(TRAIN), "rounds over the data", "1", 0, 1e9 },
-    { "--steps", "N", WHOLE, AT(steps), FOR(TRAIN), "steps (0: the initial SAE)", NULL, 0, 1e15 },
-    { "--b-dec", "zeros|mean|geomedian|geomedian-images", CHOICE, AT(b_dec), FOR(TRAIN),
+    { "--latents", "N", WHOLE, AT(d_sae), TRAIN, "latents", NULL, 1, SC_MAX_LATENTS },
+    { "--l1", "X", NUMBER, AT(l1), TRAIN, "weight of ReLU's L1 loss", "8e-5", 0, 1e9 },
+    { "--lr", "X", NUMBER, AT(lr), TRAIN, "learning rate", "4e-4", 0, 1e9 },
+    { "--warmup", "STEPS", WHOLE, AT(warmup), TRAIN, "steps of rising rate", "500", 0, 1e9 },
+    { "--batch", "IMAGES", WHOLE, AT(batch), TRAIN, "images a step", "16", 1, 1e9 },
+    { "--epochs", "E", NUMBER, AT(epochs), TRAIN, "rounds over the data", "1", 0, 1e9 },
+    { "--steps", "N", WHOLE, AT(steps), TRAIN, "steps (0: the initial SAE)", NULL, 0, 2e9 },
+    { "--b-dec", "zeros|mean|geomedian|geomedian-images", CHOICE, AT(b_dec), TRAIN,
       "where the decoder's bias starts", "zeros" },
-    { "--b-dec-images", "M", WHOLE, AT(b_dec_images), FOR(TRAIN),
+    { "--b-dec-images", "M", WHOLE, AT(b_dec_images), TRAIN,
       "images for that (default: a batch); no effect with zeros", NULL, 1, 1e9 },
-    { "--ghost", NULL, FLAG, AT(ghost), FOR(TRAIN), "ghost gradients for dead latents" },
-    { "--dead-window", "STEPS", WHOLE, AT(dead_window), FOR(TRAIN),
+    { "--ghost", NULL, FLAG, AT(ghost), TRAIN, "ghost gradients for dead latents" },
+    { "--dead-window", "STEPS", WHOLE, AT(dead_window), TRAIN,
       "silent steps after which a latent is dead; no effect without --ghost", "64", 0, 1e9 },
-    { "--init", "SAE", TEXT, AT(init), FOR(TRAIN), "start from this SAE" },
-    { "--order", "shuffle|sequential", CHOICE, AT(order), FOR(TRAIN), "of the images", "shuffle" },
-    { "--log", "CSV", TEXT, AT(log), FOR(TRAIN), "a row a step" },
-    { "--checkpoint", "FILE", TEXT, AT(checkpoint), FOR(TRAIN),
-      "where to keep the state (default: OUT.ckpt, on a signal)" },
-    { "--checkpoint-every", "STEPS", WHOLE, AT(checkpoint_every), FOR(TRAIN),
-      "no effect without --checkpoint or --resume", "1000", 1, 1e15 },
-    { "--resume", NULL, FLAG, AT(resume), FOR(TRAIN), "go on from the checkpoint" },
-    { "--dense", NULL, FLAG, AT(dense), FOR(ENCODE), "also f in full" },
-    { "--reconstruction", NULL, FLAG, AT(reconstruction), FOR(ENCODE), "also x'" },
-    { "--mean", NULL, FLAG, AT(image_means), FOR(ENCODE), "also images' mean activations" },
-    { "--top", "K", WHOLE, AT(top), FOR(STATS), "top images a latent", "16", 1, 4096 },
-    { "--top-patches", "P", WHOLE, AT(top_patches), FOR(STATS), "top patches", "64", 1, 65536 },
-    { "--class-counts", NULL, FLAG, AT(class_counts), FOR(STATS), "firing images by class" },
-    { "--threshold", "T", NUMBER, AT(threshold), FOR(STATS),
+    { "--init", "SAE", TEXT, AT(init), TRAIN, "start from this SAE" },
+    { "--order", "shuffle|sequential", CHOICE, AT(order), TRAIN, "of the images", "shuffle" },
+    { "--log", "CSV", TEXT, AT(log), TRAIN, "a row a step" },
+    { "--checkpoint", "FILE", TEXT, AT(checkpoint), TRAIN, "state to keep (default: OUT.ckpt)" },
+    { "--checkpoint-every", "STEPS", WHOLE, AT(checkpoint_every), TRAIN,
+      "no effect without --checkpoint or --resume", "1000", 1, 2e9 },
+    { "--resume", NULL, FLAG, AT(resume), TRAIN, "go on from the checkpoint" },
+    { "--dense", NULL, FLAG, AT(dense), ENCODE, "also f in full" },
+    { "--reconstruction", NULL, FLAG, AT(reconstruction), ENCODE, "also x'" },
+    { "--mean", NULL, FLAG, AT(image_means), ENCODE, "also images' mean activations" },
+    { "--top", "K", WHOLE, AT(top), STATS, "top images a latent", "16", 1, 4096 },
+    { "--top-patches", "P", WHOLE, AT(top_patches), STATS, "top patches", "64", 1, 65536 },
+    { "--class-counts", NULL, FLAG, AT(class_counts), STATS, "firing images by class" },
+    { "--threshold", "T", NUMBER, AT(threshold), STATS,
       "count tokens above T instead; no effect without --class-counts", NULL, 0, 1e30 },
-    { "--mask", "value|top", CHOICE, AT(mask), LATENTS,
-      "value: where the latent fires; top: its top patch tokens" },
-    { "--class", "C", WHOLE, AT(class_index), FOR(MASK), "the mean mask of a class", NULL, 0, 1e9 },
-    { "--rtol", "X", NUMBER, AT(rtol), FOR(COMPARE), "relative tolerance", "0", 0, 1e30 },
-    { "--atol", "X", NUMBER, AT(atol), FOR(COMPARE), "absolute tolerance", "0", 0, 1e30 },
-    { "--format", "text|markdown|csv|json", CHOICE, AT(format),
-      FOR(EVAL) | FOR(ZEROSHOT) | FOR(BENCH),
-      "how to print (zeroshot: text, csv or json; bench: text or json)", "text" },
-    { "--seed", "N", LARGE, AT(seed), EVERY, "seed of train; no effect elsewhere", "42", 0,
-      9007199254740991 },
+    { "--mask", "value|top", CHOICE, AT(mask), LATENTS, "where it fires, or its top patches" },
+    { "--class", "C", WHOLE, AT(class_index), MASK, "the mean mask of a class", NULL, 0, 1e9 },
+    { "--rtol", "X", NUMBER, AT(rtol), COMPARE, "relative tolerance", "0", 0, 1e30 },
+    { "--atol", "X", NUMBER, AT(atol), COMPARE, "absolute tolerance", "0", 0, 1e30 },
+    { "--format", "text|markdown|csv|json", CHOICE, AT(format), EVAL, "how to print", "text" },
+    { "--format", "text|csv|json", CHOICE, AT(format), ZEROSHOT, "how to print", "text" },
+    { "--format", "text|json", CHOICE, AT(format), BENCH, "how to print", "text" },
+    { "--seed", "N", LARGE, AT(seed), EVERY, "train's; no effect elsewhere", "42", 0, 0x1p53 - 1 },
     { "--threads", "N", WHOLE, AT(threads), EVERY, "default: all cores", NULL, 1, SC_MAX_THREADS },
     { "--quiet", NULL, FLAG, AT(quiet), EVERY, "no progress, no remarks" } };
 
 enum { OPTIONS = COUNT(option_table) };
+_Static_assert(OPTIONS <= 64, "options.given has a bit for each");
 
-/* least, most: operands; needs: the letters of options that must be given. */
-static const struct {
+/* The options in a synopsis must be given; least, most: operands. */
+static const struct command_row {
+    int bit;
     const char *name, *synopsis, *help, *example;
     int (*run)(session *s), least, most;
-    const char *needs;
-} command_table[COMMANDS] = {
-    [INFO] = { "info", "[FILE]", "what a file is; without one: the machine",
-      "clip.safetensors", command_info, 0, 1, "" },
-    [PACK] = { "pack", "IMAGES -o SET", "decodes and resizes images once",
-      "--square 256 photos -o photos.safetensors", command_pack, 1, 1, "o" },
-    [EXTRACT] = { "extract", "-m MODEL IMAGES -o ACTS", "activations at a hook point",
-      "-m clip.safetensors --layer 11 photos -o acts.safetensors", command_extract, 1, 1, "mo" },
-    [TRAIN] = { "train", "DATA -o SAE", "trains a sparse autoencoder",
-      "-m clip.safetensors photos --arch topk -o topk.safetensors", command_train, 0, 1, "o" },
-    [ENCODE] = { "encode", "-s SAE DATA -o CODES", "codes as (row, index, value) lists",
-      "-s sae.safetensors -m clip.safetensors photos -o codes", command_encode, 0, 1, "so" },
-    [EVAL] = { "eval", "-s SAE ... DATA [--also DATA]", "figures, a row an SAE and data set",
-      "-s relu.safetensors -s topk.safetensors -m clip.safetensors photos",
-      command_eval, 0, 1, "s" },
-    [STATS] = { "stats", "-s SAE DATA -o STATS", "what every latent does over a data set",
-      "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors",
-      command_stats, 0, 1, "so" },
-    [TOP] = { "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "latents' top images",
+} command_table[] = {
+    { INFO, "info", "[FILE]", "what a file is; without one: the machine",
+      "clip.safetensors", command_info, 0, 1 },
+    { PACK, "pack", "IMAGES -o SET", "decodes and resizes images once",
+      "--square 256 photos -o photos.safetensors", command_pack, 1, 1 },
+    { EXTRACT, "extract", "-m MODEL IMAGES -o ACTS", "activations at a hook point",
+      "-m clip.safetensors --layer 11 photos -o acts.safetensors", command_extract, 1, 1 },
+    { TRAIN, "train", "DATA -o SAE", "trains a sparse autoencoder",
+      "-m clip.safetensors photos --arch topk -o topk.safetensors", command_train, 0, 1 },
+    { ENCODE, "encode", "-s SAE DATA -o CODES", "codes as (row, index, value) lists",
+      "-s sae.safetensors -m clip.safetensors photos -o codes", command_encode, 0, 1 },
+    { EVAL, "eval", "-s SAE ... DATA [--also DATA]", "figures, a row an SAE and data set",
+      "-s relu.safetensors -s topk.safetensors -m clip.safetensors photos", command_eval, 0, 1 },
+    { STATS, "stats", "-s SAE DATA -o STATS", "what every latent does over a data set",
+      "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors", command_stats, 0, 1 },
+    { TOP, "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "latents' top images",
       "-s sae.safetensors -t stats.safetensors -m clip.safetensors photos -l 7,12 -o sheets",
-      command_top, 1, 1, "stlo" },
-    [MASK] = { "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
-      "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1, "slo" },
-    [ZEROSHOT] = { "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
-      "-m vit.safetensors photos.txt", command_zeroshot, 1, 1, "m" },
-    [COMPARE] = { "compare", "A B", "two safetensors files, tensor by tensor",
-      "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2, "" },
-    [BENCH] = { "bench", "[LINE ...]", "how fast this machine and saeclip's work on it are",
-      "--threads 1 --format json out", command_bench, 0, MAX_OPERANDS, "" } };
+      command_top, 1, 1 },
+    { MASK, "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
+      "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1 },
+    { ZEROSHOT, "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
+      "-m vit.safetensors photos.txt", command_zeroshot, 1, 1 },
+    { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
+      "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2 },
+    { BENCH, "bench", "[LINE ...]", "how fast this machine and saeclip's work on it are",
+      "--threads 1 --format json out", command_bench, 0, MAX_OPERANDS } };
 
 static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"
          "    saeclip COMMAND [options] [IMAGES or FILE ...]\n");
-    for (int i = 0; i < COMMANDS; i++)
+    for (size_t i = 0; i < COUNT(command_table); i++)
         printf("    %-9s %s\n", command_table[i].name, command_table[i].help);
     puts("\nIMAGES: a folder (of folders, one a class), a list (.txt), a packed set (.safetensors),"
          "\none image, or - for PNM pictures on standard input.\n"
@@ -6755,54 +6320,47 @@ static int print_help(void) {
     return end_of_output();
 }
 
-static int print_command_help(enum command command) {
-    printf("saeclip %s %s\n\n%s\n\n", command_table[command].name, command_table[command].synopsis,
-           command_table[command].help);
-    for (size_t i = 0; i < OPTIONS; i++) {
-        const struct option_row *row = &option_table[i];
-        char left[48];
-        if (!(row->commands & FOR(command))) continue;
-        snprintf(left, sizeof left, "%s %s", row->name,
-                 row->kind == CHOICE ? "KIND" : row->value ? row->value : "");
-        printf("    %-24s %s", left, row->help);
+static int print_command_help(const struct command_row *command) {
+    printf("saeclip %s %s\n\n%s\n\n", command->name, command->synopsis, command->help);
+    for (const struct option_row *row = option_table; row < option_table + OPTIONS; row++) {
+        const char *value = row->kind == CHOICE ? "KIND" : row->value ? row->value : "";
+        if (!(row->commands & command->bit)) continue;
+        printf("    %s %-*s %s", row->name, 23 - (int)strlen(row->name), value, row->help);
         if (row->kind == CHOICE) printf(": %s", row->value);
         if (row->fallback) printf(" (default %s)", row->fallback);
         puts("");
     }
-    printf("\nexample: saeclip %s %s\n", command_table[command].name,
-           command_table[command].example);
+    printf("\nexample: saeclip %s %s\n", command->name, command->example);
     return end_of_output();
 }
 
 static int is_choice(const char *choices, const char *text) {
-    size_t length = strlen(text);
-    for (const char *c = choices; c; c = strchr(c, '|') ? strchr(c, '|') + 1 : NULL)
-        if (strncmp(c, text, length) == 0 && (c[length] == '|' || c[length] == '\0'))
-            return !strchr(text, '|');
+    for (size_t n; *choices; choices += n + (choices[n] == '|')) {
+        n = strcspn(choices, "|");
+        if (n == strlen(text) && memcmp(choices, text, n) == 0) return 1;
+    }
     return 0;
 }
 
-/* Puts an option's value where it belongs; text NULL: a flag. */
+/* Puts an option's value where it belongs; text NULL: there is none. */
 static int set_option(options *o, const struct option_row *row, const char *text) {
-    char *place = (char *)o + row->place;
+    void *place = (char *)o + row->place;
     double number;
-    if (row->kind == FLAG) return memcpy(place, &(int){ 1 }, sizeof(int)), SC_OK;
-    if (row->kind <= CHOICE) {
-        if (!*text) return usage("%s: a value %s was expected", row->name, row->value);
-        if (row->kind == CHOICE && !is_choice(row->value, text))
-            return usage("%s: '%s' is none of %s", row->name, text, row->value);
-        if (row->kind == TEXTS && o->saes == SC_MAX_TAPS)
-            return usage("%s: more than %d were given", row->name, SC_MAX_TAPS);
-        if (row->kind == TEXTS) place += o->saes++ * sizeof text;
-        return memcpy(place, &text, sizeof text), SC_OK;
-    }
+    if (row->kind == FLAG) *(int *)place = 1;
+    if (row->kind == FLAG) return SC_OK;
+    if (!text || !*text) return usage("%s: a value %s was expected", row->name, row->value);
+    if (row->kind == CHOICE && !is_choice(row->value, text))
+        return usage("%s: '%s' is none of %s", row->name, text, row->value);
+    if (row->kind == TEXTS && o->saes == SC_MAX_TAPS)
+        return usage("%s: more than %d were given", row->name, SC_MAX_TAPS);
+    if (row->kind == TEXTS) o->sae[o->saes++] = text;
+    if (row->kind == TEXT || row->kind == CHOICE) *(const char **)place = text;
+    if (row->kind <= CHOICE) return SC_OK;
     SC_TRY(parse_number(text, row->name, row->least, row->most, &number));
-    if (row->kind == WHOLE && number > (double)LONG_MAX)
-        return usage("%s: '%s' is more than this machine can count", row->name, text);
     if (row->kind != NUMBER && number != floor(number))
         return usage("%s: '%s' is no whole number", row->name, text);
-    if (row->kind == WHOLE) memcpy(place, &(long){ (long)number }, sizeof(long));
-    else memcpy(place, &number, sizeof number);
+    if (row->kind == WHOLE) *(long *)place = (long)number;
+    else *(double *)place = number;
     return SC_OK;
 }
 
@@ -6813,57 +6371,52 @@ static int was_given(const options *o, const char *name) {
 }
 
 /* One argument that begins with -, and its value. */
-static int parse_option(options *o, enum command command, char **argv, int *at) {
+static int parse_option(options *o, const struct command_row *command, char **argv, int *at) {
     const char *name = argv[*at], *equals = name[1] == '-' ? strchr(name, '=') : NULL;
-    const char *own = command_table[command].name;
     size_t length = equals ? (size_t)(equals - name) : strlen(name), i = 0;
     while (i < OPTIONS && (strncmp(option_table[i].name, name, length) != 0
                            || option_table[i].name[length] != '\0'
-                           || !(option_table[i].commands & FOR(command)))) i++;
-    if (i == OPTIONS) return usage("%s takes no option %s (saeclip %s --help)", own, name, own);
+                           || !(option_table[i].commands & command->bit))) i++;
+    if (i == OPTIONS)
+        return usage("%s takes no option %s (saeclip %s --help)", command->name, name,
+                     command->name);
     const struct option_row *row = &option_table[i];
     if (row->kind == FLAG && equals) return usage("%s takes no value", row->name);
-    if (row->kind != FLAG && !equals && !argv[*at + 1])
-        return usage("%s: a value %s was expected", row->name, row->value);
     if ((o->given >> i & 1) && row->kind != TEXTS) return usage("%s was given twice", row->name);
     o->given |= (uint64_t)1 << i;
-    return set_option(o, row, row->kind == FLAG ? NULL : equals ? equals + 1 : argv[++*at]);
+    if (row->kind == FLAG || equals) return set_option(o, row, equals ? equals + 1 : NULL);
+    return set_option(o, row, argv[*at + 1] ? argv[++*at] : NULL);
 }
 
 /* What options and operands a command cannot do without, or not together. */
-static int check_options(const options *o, enum command command, int operands) {
+static int check_options(const options *o, const struct command_row *command, int operands) {
     static const char *const apart[][2] = {
         { "--init", "--expansion" }, { "--init", "--latents" }, { "--init", "--b-dec" },
         { "--steps", "--epochs" }, { "--square", "--size" } };
-    const char *name = command_table[command].name;
-    for (const char *letter = command_table[command].needs; *letter; letter++)
-        if (!was_given(o, (char[]){ '-', *letter, '\0' }))
-            return usage("%s: -%c is missing (saeclip %s --help)", name, *letter, name);
+    const char *name = command->name, *outputs[] = { o->output, o->log, o->checkpoint };
+    for (const char *c = command->synopsis; (c = strchr(c, '-')) != NULL; c++)
+        if (c[2] == ' ' && !was_given(o, (char[]){ '-', c[1], '\0' }))
+            return usage("%s: -%c is missing (saeclip %s --help)", name, c[1], name);
     for (size_t i = 0; i < COUNT(apart); i++)
         if (was_given(o, apart[i][0]) && was_given(o, apart[i][1]))
             return usage("%s and %s exclude each other", apart[i][0], apart[i][1]);
-    if (operands < command_table[command].least || operands > command_table[command].most)
-        return usage("%s: %s was expected", name, command_table[command].synopsis);
+    if (operands < command->least || operands > command->most)
+        return usage("%s: %s was expected", name, command->synopsis);
     if (o->acts && (operands || o->model))
         return usage("--acts and -m MODEL IMAGES exclude each other");
-    if (o->saes > 1 && command != EVAL) return usage("%s takes one SAE: -s FILE", name);
+    if (o->saes > 1 && command->bit != EVAL) return usage("%s takes one SAE: -s FILE", name);
     if (o->mask && strcmp(o->mask, "top") == 0 && !o->stats)
         return usage("--mask top needs the SAE's statistics: -t FILE");
     if (was_given(o, "--layer") && o->layer == 0)
         return usage("--layer: '0': blocks count from 1, or from -1 back from the last");
-    const char *outputs[] = { o->output, o->log, o->checkpoint };
     for (int i = 0; i < 3; i++)
         if (outputs[i] && outputs[(i + 1) % 3] && strcmp(outputs[i], outputs[(i + 1) % 3]) == 0)
             return usage("%s was given for two outputs", outputs[i]);
-    if (command == ZEROSHOT && strcmp(o->format, "markdown") == 0)
-        return usage("--format: '%s' is none of text|csv|json", o->format);
-    if (command == BENCH && strcmp(o->format, "text") != 0 && strcmp(o->format, "json") != 0)
-        return usage("--format: '%s' is neither text nor json", o->format);
     return SC_OK;
 }
 
 /* argv ends with NULL. */
-static int run_command(enum command command, char **argv) {
+static int run_command(const struct command_row *command, char **argv) {
     options o = { .steps = -1, .threshold = -1, .class_index = -1 };     /* -1: not given */
     int operands = 0, plain = 0;
     for (const struct option_row *row = option_table; row < option_table + OPTIONS; row++)
@@ -6880,7 +6433,7 @@ static int run_command(enum command command, char **argv) {
     SC_TRY(sc_instruction_set(getenv("SAECLIP_ISA")));
     SC_TRY(sc_threads_start((int)o.threads));
     session s = { .o = &o };
-    int status = command_table[command].run(&s);
+    int status = command->run(&s);
     close_session(&s);
     sc_threads_stop();
     return status;
@@ -6889,14 +6442,13 @@ static int run_command(enum command command, char **argv) {
 static int run_saeclip(int argc, char **argv) {
     if (argc < 2) return usage("a command was expected (saeclip --help)");
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) return print_help();
-    if (strcmp(argv[1], "--version") == 0) {
-        puts("saeclip " SC_VERSION);
-        return end_of_output();
-    }
-    for (int i = 0; i < COMMANDS; i++)
+    for (size_t i = 0; i < COUNT(command_table); i++)
         if (strcmp(argv[1], command_table[i].name) == 0)
-            return run_command((enum command)i, argv + 2);
-    return usage("'%s' is no command (saeclip --help)", argv[1]);
+            return run_command(&command_table[i], argv + 2);
+    if (strcmp(argv[1], "--version") != 0)
+        return usage("'%s' is no command (saeclip --help)", argv[1]);
+    puts("saeclip " SC_VERSION);
+    return end_of_output();
 }
 
 /* A standard stream that is closed stays unusable, instead of becoming the next file opened. */
@@ -6910,7 +6462,8 @@ int main(int argc, char **argv) {
     signal(SIGXFSZ, SIG_IGN);
     hold_streams();
     int status = run_saeclip(argc, argv);
-    if (status != SC_OK) print_line(sc_error());
+    quiet = 0;                                   /* a failure is told in any case */
+    if (status != SC_OK) note("%s", sc_error());
     return status;
 }
 

@@ -110,12 +110,11 @@ typedef struct {
 typedef struct {
     sc_output out;
     uint64_t data;                   /* where in the file the data begin */
-    FILE *text[2];                   /* gather the header: metadata and tensors */
-    char *bytes[2];                  /* what they have gathered */
-    size_t length[2], entries, tensors;
-    sc_tensor tensor;                /* the last one */
-    char name[100];                  /* for errors: its name's beginning */
-    size_t begin, values;            /* where it begins in the data; how many it got so far */
+    sc_tensor *tensor;               /* as the header has them; the last one is being written */
+    sc_entry *metadata;
+    size_t tensors, tensor_capacity, entries, entry_capacity;
+    void *texts;                     /* memory of their names, keys and values */
+    size_t values;                   /* how many the last tensor got so far */
     int rows_open;                   /* its first dimension is SC_ROWS */
 } sc_writer;
 
@@ -156,16 +155,15 @@ typedef struct {
 typedef struct {
     size_t count;                    /* SC_UNKNOWN: a stream on standard input */
     sc_image *image;                 /* [count] */
-    int labelled;
     size_t classes;                  /* class names, else largest label + 1, 0 without labels */
     char **class_name;               /* [classes], NULL if the classes have numbers only */
     uint64_t digest;                 /* of names, labels, class names and count; 0: a stream */
     char *root;                      /* what stands before names: a folder with its slash, or "" */
     size_t limit;                    /* at most so many images; SIZE_MAX: all */
-    sc_safetensors *packed;          /* NULL: not a packed set */
-    char **file_name;                /* [count] of a packed set, NULL if it has none */
-    struct sc_names *names;          /* where the names lie */
-    size_t capacity, class_capacity; /* of image and class_name */
+    sc_safetensors packed;           /* path NULL: not a packed set */
+    void *memory;                    /* the names' blocks; in the last one text is free, of room */
+    char *text;
+    size_t room, capacity, class_capacity;       /* capacities: of image and class_name */
 } sc_images;
 
 /* A folder of class folders, a flat folder, a list, a packed set, one image, or "-"; limit: how

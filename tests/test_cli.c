@@ -261,6 +261,7 @@ static const cli_case cli_usage[] = {
     { 2, "-s is missing", "stats --acts @acts -o @out" },
     { 2, "-l is missing", "mask -s @sae -m @model @photos -o @out" },
     { 2, "-t is missing", "top -s @sae -m @model @photos -l 1 -o @out" },
+    { 2, "-m is missing", "top -s @sae -t @stats @photos -l 1 -o @out" },
     { 2, "extract: ", "extract -m @model -o @out" },
     { 2, "extract: ", "extract -m @model @photos @photos -o @out" },
     { 2, "compare: ", "compare @acts" },
@@ -579,7 +580,7 @@ static void cli_test_saes(void)
         { "a tensor b_enc of 1 x 24 was expected", { .drop = "b_enc" } },
         { "a tensor b_dec of 1 x 32 was expected", { .drop = "b_dec" } },
         { "W_dec", { .shape_of = "W_dec", .rank = 2, .shape = { 32, 24 } } },
-        { "W_dec", { .shape_of = "W_enc", .rank = 2, .shape = { 24, 32 } } },
+        { "b_enc", { .shape_of = "W_enc", .rank = 2, .shape = { 24, 32 } } },
         { "no SAE", { .shape_of = "W_enc", .rank = 1, .shape = { 768 } } },
         { "no SAE", { .shape_of = "W_enc", .rank = 2, .shape = { 32, 0 } } },
         { "b_enc", { .shape_of = "b_enc", .rank = 1, .shape = { 23 } } },
@@ -638,7 +639,7 @@ static void cli_test_mismatches(void)
           "eval --quiet -s @nowhere -m @model @photos" },
         { 1, "from 1 to 24 (--k)", "eval -s @sae --arch topk --k 25 --acts @acts" },
         { 1, "from 1 to 24 (--k)", "eval -s @sae --arch topk --acts @acts" },
-        { 1, "--k 25 is more than the 24 latents",
+        { 1, "@out: a TopK SAE whose k is not from 1 to 24 (--k)",
           "train --acts @acts --latents 24 --arch topk --k 25 -o @out" },
         { 1, "@sae: there is no latent 24", "mask -s @sae --acts @acts -l 3,24 -o @out" },
         { 1, "@stats: statistics of another SAE",
@@ -680,9 +681,9 @@ static void cli_test_activations(void)
         { 1, "@flat: a tensor activations [images, tokens, width]", "eval -s @sae --acts @flat" },
         { 1, "@none: a tensor activations", "train --acts @none -o @out" },
         { 1, "@sae: a tensor activations", "train --acts @sae -o @out" },
-        { 1, "@few: 6 labels for 7 images", "stats -s @sae --acts @few -o @out" },
-        { 1, "@below: label -5 of image 2", "stats -s @sae --acts @below -o @out" },
-        { 1, "@above: label 3 of image 2", "stats -s @sae --acts @above -o @out" },
+        { 1, "@few: a tensor labels I64 [7]", "stats -s @sae --acts @few -o @out" },
+        { 1, "@below: the label of image 2", "stats -s @sae --acts @below -o @out" },
+        { 1, "@above: the label of image 2", "stats -s @sae --acts @above -o @out" },
         { 1, "@names: ", "stats -s @sae --acts @names -o @out" },
         { 1, "@ear: metadata hook = 'ear'", "train --acts @ear -o @out" },
         { 1, "@ear: activations of hook ear where mlp", "eval -s @sae --acts @ear" },
@@ -1273,7 +1274,7 @@ static void cli_test_resume(void)
     check(exists(cli("@ckpt")) && exists(cli("@ckpt.prev")),
           "there is no checkpoint, or none before");
     works("info %s", cli("@ckpt"));
-    check(strstr(ran.out, "checkpoint") != NULL && strstr(ran.out, "step 12") != NULL,
+    check(strstr(ran.out, "checkpoint") != NULL && strstr(ran.out, "steps = 12") != NULL,
           "info does not know the checkpoint of step 12: %s", ran.out);
     cli_copy("@ckpt", "@ckpt12");
     cli_copy("@ckpt.prev", "@ckpt10");
@@ -1348,6 +1349,9 @@ static void cli_test_resume_photos(void)
     works("%s", cli("%s-m @model - --order sequential --steps 2 -o @part --checkpoint @sc --resume",
                    recipe));
     check(cli_same("@part", "@whole_sae"), "a run from a stream, resumed, ends with another SAE");
+    works("%s", cli("%s-m @model - --order sequential --steps 2 -o @part --checkpoint @sc --resume",
+                   recipe));
+    check(cli_same("@part", "@whole_sae"), "a stream's finished run, resumed, ends elsewhere");
     cli_input(NULL);
 }
 
@@ -1398,7 +1402,8 @@ static void cli_test_damage(void)
     cli_refuses(1, "@hurt: the checksum does not match", line);
     with.seconds = 300;
     remove(cli("@hurt"));
-    cli_refuses(1, "@hurt: there is none, but the one before it is @hurt.prev", line);
+    cli_refuses(1, "; the checkpoint before it is @hurt.prev", line);
+    check(strstr(ran.err, cli("@hurt: cannot be opened")) != NULL, "no checkpoint: %s", ran.err);
 }
 
 /* A signal in the middle: the log is a pipe that this test empties, so training cannot run away. */
@@ -1426,7 +1431,15 @@ static void cli_test_signals(void)
               signals[i], ran.status, ran.err);
         check(exists(checkpoint) && !exists(cli("@stopped")) && !exists(cli("@stopped.tmp")),
               "signal %d: no checkpoint, or output", signals[i]);
-        works("%s", cli("%s-o @stopped --resume%s", recipe, i ? "" : " --checkpoint @signal.ckpt"));
+        child = cli_start(cli("%s-o @stopped --resume --log @fifo%s", recipe,
+                              i ? "" : " --checkpoint @signal.ckpt"));
+        log = fopen(cli("@fifo"), "r");          /* a pipe cannot be cut back, nor read */
+        if (!log) need("a pipe");
+        while (fgets(line, sizeof line, log)) {}
+        fclose(log);
+        cli_end(child);
+        check(ran.status == 0 && strncmp(line, "3000,", 5) == 0, "resumed into a pipe: %d, %s %s",
+              ran.status, ran.err, line);
         check(cli_same("@stopped", "@whole_sae"), "signal %d, resumed: another SAE", signals[i]);
         remove(cli("@stopped"));
     }

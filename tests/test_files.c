@@ -224,8 +224,8 @@ static const struct { const char *header; size_t data; const char *error; } file
     { "{" TENSOR("a", "U8", "1,1,1,1,1,1,1,1", "0", "1") "}", 1, NULL },
     { "{" TENSOR("\\u0061\\ud83d\\ude00", "U8", "1", "0", "1") "}", 1, NULL },
     { "{\"__metadata__\":{\"a\":\"b\",\"c\":\"d\"}," TENSOR("a", "U8", "1", "0", "1") "}", 1, NULL },
-    { " {}", 0, "'{' as the header's first byte" },
-    { "[]", 0, "'{' as the header's first byte" },
+    { " {}", 0, "JSON byte 0: expected '{'" },
+    { "[]", 0, "JSON byte 0: expected '{'" },
     { "{}x", 0, "nothing but spaces" },
     { "{}{}", 0, "nothing but spaces" },
     { "{\"a\"", 0, "':'" },
@@ -233,12 +233,12 @@ static const struct { const char *header; size_t data; const char *error; } file
     { "{" TENSOR("a", "U8", "1", "0", "1") ",}", 1, "a string" },
     { "{" TENSOR("a", "U8", "1", "0", "1"), 1, "',' or '}'" },
     { "{\"a\":1}", 0, "'{'" },
-    { "{\"a\":{}}", 0, "dtype, shape and two data_offsets before" },
-    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1]}}", 1, "dtype, shape and two data_offsets before" },
-    { "{\"a\":{\"dtype\":\"U8\",\"data_offsets\":[0,1]}}", 1, "dtype, shape and two data_offsets before" },
-    { "{\"a\":{\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "dtype, shape and two data_offsets before" },
-    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0]}}", 1, "dtype, shape and two data_offsets before" },
-    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[]}}", 1, "dtype, shape and two data_offsets before" },
+    { "{\"a\":{}}", 0, "dtype, shape and two data_offsets" },
+    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1]}}", 1, "dtype, shape and two data_offsets" },
+    { "{\"a\":{\"dtype\":\"U8\",\"data_offsets\":[0,1]}}", 1, "dtype, shape and two data_offsets" },
+    { "{\"a\":{\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "dtype, shape and two data_offsets" },
+    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0]}}", 1, "dtype, shape and two data_offsets" },
+    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[]}}", 1, "dtype, shape and two data_offsets" },
     { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1,2]}}", 1, "expected 2 numbers" },
     { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1],\"x\":1}}", 1, "each once" },
     { "{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 1,
@@ -367,7 +367,7 @@ static void files_bad_files(void)
     files_put64(size, 100000000);
     put_file(in_folder("long"), size, 8);
     if (truncate(in_folder("long"), 8 + 100000000) == 0)
-        check(sc_safetensors_open(&file, in_folder("long")) == SC_FAILED && says("first byte"),
+        check(sc_safetensors_open(&file, in_folder("long")) == SC_FAILED && says("JSON byte 0"),
               "reads a header at the limit");
     unlink(in_folder("long"));
     check(sc_safetensors_open(&file, in_folder("missing")) == SC_FAILED &&
@@ -485,7 +485,7 @@ static void files_output(void)
     const char *path = in_folder("out"), *temporary = in_folder("out.tmp");
     put_file(path, "old", 3);
     check(output_open(&out, path) == SC_OK, "output_open");
-    output_printf(&out, "%s %d", "new", 42);
+    fprintf(out.file, "%s %d", "new", 42);
     fflush(out.file);
     check(holds(path, "old") && exists(temporary), "the old file stands until the commit");
     output_write(&out, "!", 1);
@@ -513,10 +513,10 @@ static void files_output(void)
     for (size_t i = 0; i < 2 * big; i++) bytes[i] = (char)('a' + i * 7 % 26);
     bytes[2 * big - 1] = '\0';
     output_open(&out, path);
-    output_printf(&out, "%.*s", 1000, bytes);
+    fprintf(out.file, "%.*s", 1000, bytes);
     output_write(&out, bytes + 1000, big - 1000);
     for (size_t i = big; i < big + 1000; i++) output_write(&out, bytes + i, 1);
-    output_printf(&out, "%s", bytes + big + 1000);
+    fprintf(out.file, "%s", bytes + big + 1000);
     check(output_commit(&out) == SC_OK, "a long output");
     const char *back = get_file(path, &count);
     check(back && count == 2 * big - 1 && memcmp(back, bytes, count) == 0, "a long output's bytes");
@@ -543,7 +543,7 @@ static void files_output_destinations(void)
         output_write(&out, "x", 1);
         fflush(out.file);
         fail("something else");
-        output_printf(&out, "%s", "y");
+        fprintf(out.file, "%s", "y");
         check(output_commit(&out) == SC_FAILED && says("No space left"), "a failure is not forgotten");
     }
     check(!null || (output_open(&out, null) == SC_OK && output_write(&out, "x", 1) == SC_OK &&
@@ -626,9 +626,9 @@ static void files_output_lock(void)
                     if (!says("another process")) _exit(1);
                     continue;
                 }
-                for (int k = 0; k < 50; k++) output_printf(&out, "%d", p);
+                for (int k = 0; k < 50; k++) fprintf(out.file, "%d", p);
                 fflush(out.file);
-                for (int k = 0; k < 50; k++) output_printf(&out, "%d", p);
+                for (int k = 0; k < 50; k++) fprintf(out.file, "%d", p);
                 if (i % 3 == 0) output_discard(&out);
                 else if (output_commit(&out) != SC_OK) _exit(2);
                 size_t count;

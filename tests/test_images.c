@@ -211,7 +211,7 @@ static void images_test_folder(void)
     images_write_ppm("set/loose.ppm", 2, 2, 1);
     images_write_ppm("set/Loose.ppm", 2, 2, 1);
     images_make_folder("set/empty");
-    check(images_opens(&set, "set", 0) && set.count == 2 && !set.labelled && !set.classes &&
+    check(images_opens(&set, "set", 0) && set.count == 2 && !set.classes &&
           !set.class_name &&
           images_named(&set, 0, "Loose.ppm", -1) && images_named(&set, 1, "loose.ppm", -1), "a flat folder");
     check(images_said == 1, "files that are no images are counted in one line");
@@ -226,7 +226,7 @@ static void images_test_folder(void)
     images_write_ppm("set/.hidden/x", 2, 2, 1);
     images_write_ppm("set/b/.x", 2, 2, 1);
     check(symlink("x", images_file("set/b/link")) == 0, "a link");
-    check(images_opens(&set, "set", 0) && set.count == 4 && set.labelled && set.classes == 3 &&
+    check(images_opens(&set, "set", 0) && set.count == 4 && set.classes == 3 &&
           images_named(&set, 0, "b-1/x", 1) && images_named(&set, 1, "b/deep/x", 0) && images_named(&set, 2, "b/link",
               0) &&
           images_named(&set, 3, "b/x", 0) && strcmp(set.class_name[1], "b-1") == 0, "class folders win");
@@ -266,7 +266,7 @@ static void images_test_list(void)
     sc_images set;
     unsigned char pixel[3];
     images_write_text("list.txt", "# c\r\n\r\nmoved/b/x\t7\r\n  moved/a/x\t0 # d\n#e\nmoved/b/deep/x\t2");
-    check(images_opens(&set, "list.txt", 0) && set.count == 3 && set.labelled && set.classes == 8 &&
+    check(images_opens(&set, "list.txt", 0) && set.count == 3 && set.classes == 8 &&
           !set.class_name && images_named(&set, 0, "moved/b/x", 7) && images_named(&set, 1, "moved/a/x", 0) &&
           images_named(&set, 2, "moved/b/deep/x", 2), "a labelled list");
     check(sc_image_load(&set, 2, &images_one, pixel) == SC_OK && pixel[0] == 1, "paths are the list's");
@@ -280,7 +280,7 @@ static void images_test_list(void)
               "%s is refused when its turn comes", set.image[i].name);
     sc_images_close(&set);
     images_write_text("list.txt", "moved/b/x\nwith #1 blank\na#b\n");
-    check(images_opens(&set, "list.txt", 0) && set.count == 3 && !set.labelled && !set.classes &&
+    check(images_opens(&set, "list.txt", 0) && set.count == 3 && !set.classes &&
           images_named(&set, 1, "with", -1) && images_named(&set, 2, "a#b", -1), "an unlabelled list");
     sc_images_close(&set);
     static const struct { const char *text, *says; } bad[] = {
@@ -336,7 +336,7 @@ static void images_test_packed(void)
         if (kind == 0)
             check(images_named(&set, 0, "b/x", 1) && images_named(&set, 1, "a/y", 0) && set.classes == 2,
                   "its names");
-        else check(images_named(&set, 0, "", -1) && !set.labelled && !set.classes, "no names");
+        else check(images_named(&set, 0, "", -1) && !set.classes, "no names");
         sc_images_close(&set);
     }
     images_make_folder("as");
@@ -490,19 +490,33 @@ static int images_in_circles(void *context, size_t draw, size_t *image)
     return draw < order->end ? SC_OK : SC_END;
 }
 
-static int images_broken_order(void *context, size_t draw, size_t *image)
+/* A feed of pixels alone, `room` images at a time. */
+static int images_feed(feed *f, const sc_images *set, draw_function *order, void *context,
+                       size_t room, int skip_bad)
 {
-    (void)context;
-    *image = 0;
-    return draw < 2 ? SC_OK : fail("the order is broken");
+    *f = (feed){ .set = *set, .preprocess = images_one, .skip_bad = skip_bad,
+                 .stream = { .name = "standard input", .file = stdin } };
+    return start_feed(f, room, order, context, 0);
+}
+
+static int images_next(feed *f)
+{
+    int status = next_batch(f, 1);
+    return status == SC_OK && f->count == 0 ? SC_END : status;
+}
+
+/* The set stays, without the names that bad images lost. */
+static void images_end(feed *f)
+{
+    f->set = (sc_images){ 0 };
+    close_feed(f);
 }
 
 static void images_test_reader(void)
 {
     enum { N = 40 };
     sc_images set;
-    image_reader reader;
-    const image_slot *slot;
+    feed f;
     char name[32];
     images_make_folder("many");
     for (int i = 0; i < N; i++) {
@@ -511,69 +525,79 @@ static void images_test_reader(void)
     }
     check(images_opens(&set, "many", 0) && set.count == N, "forty images");
     images_circle order = { N, 3 * N + 5 };
-    for (int threads = 1; threads <= 8; threads *= 2) {
+    for (size_t room = 1; room <= 64; room *= 4) {
         size_t draw = 0, wrong = 0;
-        int status = reader_open(&reader, &set, &images_one, images_in_circles, &order, threads, 0);
-        while (status == SC_OK && (status = reader_next(&reader, &slot)) == SC_OK) {
-            wrong += slot->draw != draw || slot->image != draw * 7 % N ||
-                slot->pixels[0] != slot->image;
+        int status = images_feed(&f, &set, images_in_circles, &order, room, 0);
+        while (status == SC_OK && (status = images_next(&f)) == SC_OK) {
+            wrong += f.draw[0] != draw || f.image[0] != draw * 7 % N || f.pixels[0] != f.image[0];
             draw++;
         }
-        check(status == SC_END && draw == 3 * N + 5 && wrong == 0, "in order with %d threads",
-              threads);
-        check(reader_next(&reader, &slot) == SC_END, "the end stays the end");
-        reader_close(&reader);
-        reader_close(&reader);
+        check(status == SC_END && draw == 3 * N + 5 && wrong == 0, "in order with room for %zu",
+              room);
+        check(images_next(&f) == SC_END, "the end stays the end");
+        images_end(&f);
+        images_end(&f);
     }
-    check(reader_open(&reader, &set, &images_one, NULL, NULL, 4, 0) == SC_OK &&
-          reader_next(&reader, &slot) == SC_OK && slot->pixels[0] == 0, "in the set's order");
-    reader_close(&reader);                     /* in the middle */
-    check(reader_open(&reader, &set, &images_one, images_broken_order, NULL, 3, 1) == SC_OK &&
-          reader_next(&reader, &slot) == SC_OK && reader_next(&reader, &slot) == SC_OK &&
-          reader_next(&reader, &slot) == SC_FAILED && strstr(sc_error(), "order is broken"),
-          "an order's error is not passed over");
-    reader_close(&reader);
+    for (size_t want = 2; want <= 50; want += 3) {
+        size_t draw = 0, wrong = 0;
+        int status = images_feed(&f, &set, images_in_circles, &order, 50, 0);
+        for (; status == SC_OK && (status = next_batch(&f, want)) == SC_OK && f.count > 0;)
+            for (size_t i = 0; i < f.count; i++, draw++)
+                wrong += f.draw[i] != draw || f.image[i] != draw * 7 % N || f.label[i] != -1
+                         || f.pixels[3 * i] != f.image[i];
+        check(status == SC_OK && draw == 3 * N + 5 && wrong == 0, "in batches of %zu", want);
+        images_end(&f);
+    }
+    check(images_feed(&f, &set, NULL, NULL, 16, 0) == SC_OK && images_next(&f) == SC_OK &&
+          f.pixels[0] == 0, "in the set's order");
+    f.count = 0;
+    check(images_next(&f) == SC_OK && f.pixels[0] == 0 && images_next(&f) == SC_OK &&
+          f.pixels[0] == 1, "what was not used comes again");
+    images_end(&f);                            /* in the middle */
     images_write_text("many/07.ppm", "P6 9 9 255\nshort");
     images_write_text("many/11.ppm", "P6 9 9 255\nshort");
     size_t good = 0;
-    int status = reader_open(&reader, &set, &images_one, NULL, NULL, 4, 0);
-    while (status == SC_OK && (status = reader_next(&reader, &slot)) == SC_OK) good++;
-    check(status == SC_FAILED && good == 7 && strstr(sc_error(), "07.ppm") && slot->draw == 7,
+    int status = images_feed(&f, &set, NULL, NULL, 16, 0);
+    while (status == SC_OK && (status = images_next(&f)) == SC_OK) good++;
+    check(status == SC_FAILED && good == 7 && strstr(sc_error(), "07.ppm") && f.drawn == 7,
           "an error comes in its turn (%zu)", good);
-    check(reader_next(&reader, &slot) == SC_FAILED && strstr(sc_error(), "07.ppm"), "and stays");
-    reader_close(&reader);
+    check(images_next(&f) == SC_FAILED && strstr(sc_error(), "07.ppm"), "and stays");
+    images_end(&f);
     size_t last = 0, gaps = 0;
     good = 0;
     images_listen();
-    status = reader_open(&reader, &set, &images_one, images_in_circles, &order, 4, 1);
-    while (status == SC_OK && (status = reader_next(&reader, &slot)) == SC_OK) {
-        gaps += slot->draw > last + 1;
-        last = slot->draw;
+    status = images_feed(&f, &set, images_in_circles, &order, 16, 1);
+    while (status == SC_OK && (status = images_next(&f)) == SC_OK) {
+        gaps += f.draw[0] > last + 1;
+        last = f.draw[0];
         good++;
     }
     int lines = images_heard("short");
     check(status == SC_END && abs(lines) == 2 && good == 3 * N + 5 - 7 && gaps == 7,
           "bad images are passed over, and named once (%d lines, %zu good, %zu gaps)",
           lines, good, gaps);
-    reader_close(&reader);
+    images_end(&f);
+    sc_images_close(&set);
     for (int i = 0; i < N; i++) {
         snprintf(name, sizeof name, "many/%02d.ppm", i);
         images_write_text(name, "P6 9 9 255\nshort");
     }
     images_circle endless = { N, SIZE_MAX };
-    check(reader_open(&reader, &set, &images_one, images_in_circles, &endless, 3, 1) == SC_OK &&
-          reader_next(&reader, &slot) == SC_FAILED && strstr(sc_error(), "none of 40"),
+    check(images_opens(&set, "many", 0) &&
+          images_feed(&f, &set, images_in_circles, &endless, 3, 1) == SC_OK &&
+          images_next(&f) == SC_FAILED && strstr(sc_error(), "none of 40"),
           "an endless order of bad images ends");
-    reader_close(&reader);
+    images_end(&f);
+    sc_images_close(&set);
     for (int i = 0; i < N; i++) {
         snprintf(name, sizeof name, "many/%02d.ppm", i);
         images_write_text(name, "\xff\xd8\xff fake");
     }
     setenv("SAECLIP_DECODER", "no-such-program-here", 1);
-    check(reader_open(&reader, &set, &images_one, NULL, NULL, 4, 1) == SC_OK &&
-          reader_next(&reader, &slot) == SC_FAILED && strstr(sc_error(), "no-such"),
+    check(images_opens(&set, "many", 0) && images_feed(&f, &set, NULL, NULL, 16, 1) == SC_OK &&
+          images_next(&f) == SC_FAILED && strstr(sc_error(), "no-such"),
           "--skip-bad does not skip a missing decoder");
-    reader_close(&reader);
+    images_end(&f);
     unsetenv("SAECLIP_DECODER");
     check(waitpid(-1, NULL, WNOHANG) < 0, "no child is left");
     sc_images_close(&set);
@@ -583,8 +607,7 @@ static void images_test_reader(void)
 static size_t images_stream(const char *bytes, size_t count, size_t limit, int *status)
 {
     sc_images set;
-    image_reader reader;
-    const image_slot *slot;
+    feed f = { 0 };
     int end[2], stdin_copy = dup(0);
     size_t pictures = 0;
     if (pipe(end) != 0 || write(end[1], bytes, count) != (ssize_t)count) exit(1);
@@ -592,12 +615,12 @@ static size_t images_stream(const char *bytes, size_t count, size_t limit, int *
     clearerr(stdin);
     close(end[1]);
     *status = sc_images_open(&set, "-", limit);
-    if (*status == SC_OK) *status = reader_open(&reader, &set, &images_one, NULL, NULL, 4, 1);
-    while (*status == SC_OK && (*status = reader_next(&reader, &slot)) == SC_OK) {
-        if (slot->image == pictures && slot->pixels[0] == 'a' + (int)pictures) pictures++;
-    }
-    reader_close(&reader);
+    if (*status == SC_OK) *status = images_feed(&f, &set, NULL, NULL, 16, 0);
+    while (*status == SC_OK && (*status = images_next(&f)) == SC_OK)
+        if (f.image[0] == pictures && f.pixels[0] == 'a' + (int)pictures) pictures++;
+    images_end(&f);
     sc_images_close(&set);
+    while (getc(stdin) != EOF) {}              /* nothing is left for the next stream */
     dup2(stdin_copy, 0);
     close(stdin_copy);
     close(end[0]);
@@ -611,7 +634,8 @@ static void images_test_stream(void)
     check(images_stream(three, sizeof three - 1, 0, &status) == 3 && status == SC_END,
           "a stream of three");
     check(images_stream(three, sizeof three - 1, 2, &status) == 2 && status == SC_END, "two of a stream");
-    check(images_stream("", 0, 0, &status) == 0 && status == SC_END, "an empty stream");
+    check(images_stream("", 0, 0, &status) == 0 && status == SC_FAILED &&
+          strstr(sc_error(), "no picture came"), "an empty stream");
     check(images_stream(three, 20, 0, &status) == 1 && status == SC_FAILED, "a cut stream is an error");
     check(images_stream("P6 1 1 255\naaa\xff\xd8\xff", 17, 0, &status) == 1 && status == SC_FAILED &&
           strstr(sc_error(), "standard input: not a PNM"), "a JPEG in a stream is an error");
