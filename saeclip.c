@@ -625,7 +625,7 @@ static double exact_value(exact_sum sum) {
 enum {
     CHAIN_STRIDE = CHAIN + 16,       /* from row to row of a block of A, off the cache's period */
     MAX_ROWS = 14, MAX_COLUMNS = 32, /* the largest tile of a product */
-    TILES_AT_ONCE = 8,               /* that take turns with a block of B in the first-level cache */
+    TILES_AT_ONCE = 8,               /* that take turns with a block of B, in the nearest cache */
     ROW_FLOATS = 72 << 10,           /* rows of A kept in a second-level cache: 288 KiB of 512 */
     SHARES = 16,                     /* of a product, for each thread */
     MASK_BITS = 64
@@ -1181,7 +1181,7 @@ static size_t row_buffer_size(size_t K) {
     return tile > ROW_FLOATS ? tile : ROW_FLOATS;
 }
 
-/* Copies rows of A for the kernel: the first ones, or those in `index`; zeros fill up the last tile.
+/* Copies rows of A for the kernel: the first ones, or those in `index`; zeros fill the last tile.
  * a: [rows, K] at a_stride; index: [rows] or NULL; buffer: [chains][room][CHAIN_STRIDE] */
 static void load_rows(float *buffer, const float *a, size_t a_stride, const size_t *index,
                       size_t rows, size_t K, size_t room) {
@@ -1216,8 +1216,8 @@ static void product_panel(const float *buffer, size_t rows, size_t room, const p
     kernels->finish(sum, rows, width, &corner);
 }
 
-/* Rows of c = a b: one thread's share. a: [rows, K], or those rows of it that `index` lists; to: rows
- * and all columns of the panels first .. last - 1, its pointers at column 0 of the whole product */
+/* Rows of c = a b: one thread's share. a: [rows, K], or those rows of it that `index` lists; to: the
+ * rows in the columns of panels first .. last - 1, its pointers at column 0 of the whole product */
 static void product_rows(const float *a, size_t a_stride, const size_t *index, size_t rows,
                          const packed_matrix *b, size_t first, size_t last, const tile_target *to,
                          float *buffer) {
@@ -3626,7 +3626,8 @@ static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory) 
     size_t deepest = sae->d_in > CHAIN ? sae->d_in : CHAIN, columns = (size_t)kernels->columns;
     s->weights = (packed_matrix){ .K = CHAIN, .N = sae->d_in, .panels = panels_of(sae->d_in) };
     const array_spec arrays[] = {
-        ARRAY(s->h, rows_at_once(sae->d_in), TILE_TOKENS), ARRAY(s->buffer, row_buffer_size(deepest), 1),
+        ARRAY(s->h, rows_at_once(sae->d_in), TILE_TOKENS),
+        ARRAY(s->buffer, row_buffer_size(deepest), 1),
         ARRAY(s->dense, TILE_TOKENS, CHAIN), ARRAY(s->sum, sae->stride, 1),
         ARRAY(s->weights.data, s->weights.panels * columns, CHAIN),
         ARRAY(s->heap, sae->topk ? sae->k : 0, TILES_A_TASK * TILE_TOKENS),
@@ -3702,8 +3703,8 @@ static packed_matrix tile_panels(const sae_batch *batch, const tile_codes *tile)
 }
 
 /* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of latents j .. j + count - 1 on panels of tokens, or of
- * those that `latent` lists (j 0). latent: [count] or NULL; rows of h are h_stride long, and what lies
- * past the last token is not meant for anyone. */
+ * those that `latent` lists (j 0). latent: [count] or NULL; rows of h are h_stride long, and what
+ * lies past the last token is not meant for anyone. */
 static void pre_activations(const sc_sae *sae, size_t j, const size_t *latent, size_t count,
                             const packed_matrix *panels, float *h, size_t h_stride, float *buffer) {
     tile_target to = { .c = h, .c_stride = h_stride, .row_bias = sae->b_enc + j };
@@ -3835,7 +3836,7 @@ static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t bloc
             value[place[w.token]] = w.value;
             latent[place[w.token]] = (uint32_t)j;
         }
-    for (size_t t = 0, i = 0; t < tile->tokens; i = place[t++])   /* a place is now its token's end */
+    for (size_t t = 0, i = 0; t < tile->tokens; i = place[t++])  /* places are now tokens' ends */
         kernels->add_chain(value + i, latent + i, place[t] - i, sae->W_dec + block * stride,
                            out + t * stride, stride);
 }
