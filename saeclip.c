@@ -1216,7 +1216,7 @@ static void product_panel(const float *buffer, size_t rows, size_t room, const p
     kernels->finish(sum, rows, width, &corner);
 }
 
-/* Rows of c = a b: one thread's share. a: [rows, K], or those rows of it that `index` lists; to: the
+/* Rows of c = a b: one thread's share. a: [rows, K], or those rows that `index` lists; to: the
  * rows in the columns of panels first .. last - 1, its pointers at column 0 of the whole product */
 static void product_rows(const float *a, size_t a_stride, const size_t *index, size_t rows,
                          const packed_matrix *b, size_t first, size_t last, const tile_target *to,
@@ -4178,19 +4178,20 @@ static void sparse_gradients(trainer *t, size_t j, size_t count, backward_scratc
     }
 }
 
-/* What the ghost loss adds to dW_dec, and to dh of the dead among latents j .. j + count - 1. */
+/* What the ghost loss adds to dW_dec, and to dh of the dead among latents j .. j + count - 1; f is
+ * overwritten. */
 static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_scratch *s) {
     const sae_batch *batch = &t->batch;
     size_t row = padded_tokens(t), stride = t->sae.stride;
     tile_target to = { .c = s->extra, .c_stride = stride };
     pre_activations(&t->sae, j, NULL, count, &batch->panels, s->e, row, s->buffer);
+    kernels->dot_table(t->sae.W_dec + j * stride, count, t->ghost, batch->T, stride, s->f, row);
     for (size_t i = 0; i < count; i++) {
         float *e = s->e + i * row;
         if (is_dead(t, j + i)) kernels->exponentials(e, batch->T);
         else memset(e, 0, batch->T * sizeof *e);
         for (size_t k = 0; is_dead(t, j + i) && k < batch->T; k++)
-            s->dh[i * row + k] += e[k] * kernels->dot(t->sae.W_dec + (j + i) * stride,
-                                                      t->ghost + k * stride, stride);
+            s->dh[i * row + k] += e[k] * s->f[i * row + k];
     }
     product_rows(s->e, row, NULL, count, &t->ghost_rows, 0, t->ghost_rows.panels, &to, s->buffer);
     for (size_t e = 0; e < count * stride; e++) s->dW_dec[e] += s->extra[e];
