@@ -1273,7 +1273,7 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
     size_t panel_tasks = (wanted + row_tasks - 1) / row_tasks;
     p.panel_step = (b->panels + panel_tasks - 1) / panel_tasks;
     panel_tasks = (b->panels + p.panel_step - 1) / p.panel_step;
-    p.buffer = new_array((size_t)thread_count() * row_buffer_size(b->K), sizeof *p.buffer);
+    p.buffer = reserve_array((size_t)thread_count() * row_buffer_size(b->K), sizeof *p.buffer);
     if (!p.buffer) return SC_FAILED;
     int status = parallel_for(row_tasks * panel_tasks, product_task, &p);
     free(p.buffer);
