@@ -174,9 +174,12 @@ static void draw_background(picture *p, uint64_t *lot) {
 }
 
 static object draw_lots(uint64_t *lot, int smallest, int largest) {
-    object o = { .shape = between(lot, 0, SHAPES - 1), .colour = between(lot, 0, COLOURS - 1),
-                 .texture = between(lot, 0, TEXTURES - 1), .angle = between(lot, 0, 63),
-                 .radius = between(lot, smallest * UNIT, largest * UNIT) };
+    object o;                            /* one by one: initialisers have no order of their own */
+    o.shape = between(lot, 0, SHAPES - 1);
+    o.colour = between(lot, 0, COLOURS - 1);
+    o.texture = between(lot, 0, TEXTURES - 1);
+    o.radius = between(lot, smallest * UNIT, largest * UNIT);
+    o.angle = between(lot, 0, 63);
     int reach = o.radius * 9 / 8, light = between(lot, 218, 266);
     o.x = between(lot, reach, SIDE * UNIT - reach);
     o.y = between(lot, reach, SIDE * UNIT - reach);
