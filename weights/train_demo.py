@@ -1,22 +1,33 @@
 #!/usr/bin/python3
-"""Trains weights/demo.safetensors, a small CLIP on the pictures that tests/synth draws.
+"""Trains weights/demo.safetensors, a small CLIP, on the pictures that tests/synth draws.
 
     make tests/synth
-    OMP_NUM_THREADS=1 /usr/bin/python3 weights/train_demo.py        about an hour on 2 cores
-    OMP_NUM_THREADS=1 /usr/bin/python3 weights/train_demo.py --resume
+    OMP_NUM_THREADS=1 /usr/bin/python3 weights/train_demo.py             about 45 minutes on 2 cores
+    OMP_NUM_THREADS=1 /usr/bin/python3 weights/train_demo.py --resume    goes on from a checkpoint
 
-PyTorch 1.13 and numpy from Debian 12 (python3-torch, python3-numpy), float32, CPU only.
+PyTorch 1.13 and numpy as Debian 12 has them (python3-torch, python3-numpy), float32, no GPU.
+
+The run that made the file: seed 1 (the default), 166,400 pictures in 1,300 steps, 46 minutes on 2
+cores of a busy machine (Zen 3). On unseen pictures `saeclip zeroshot` then named colour and shape
+right on 1,976 of 2,000 with one object (98.8 %; synth's seed 7) and on 1,970 of 2,000 with one to
+three (98.5 %, the main object; seed 8). A linear probe of the penultimate MLP's output on patches
+with at least 16 pixels of an object: shape 92 %, colour 100 %, texture 91 %. Another machine or
+library adds in another order, so a new run gives another file, and about these figures.
 
 The image side is CLIP's vision transformer: 14 x 14 patches of 8 pixels and a class token, pre-norm
-blocks with QuickGELU, 64-wide heads. The text side is a vector for each word: the prompt "red star" is
-the sum of two, to unit length. Every picture is held against all 48 prompts, which is CLIP's loss where
-captions are class prompts. What makes it learn from some 100,000 pictures instead of millions:
-  - linear heads on the patch tokens of the penultimate block say for the object under the patch its
-    shape, colour and texture and the way to its centre: 196 answers a picture instead of one. They are
-    dropped afterwards;
+blocks with QuickGELU, 64-wide heads. The text side is a vector for each word: the prompt "red star"
+is the sum of two, to unit length. Every picture is held against all 48 prompts: this is CLIP's loss
+where captions are class prompts. What makes so few pictures enough:
+  - linear heads on the patch tokens after the penultimate block say for the object under the patch
+    its shape, colour and texture and the way to its centre: 196 answers a picture instead of one;
+  - more such heads see what that block's MLP adds to the stream, and that only as a direction:
+    logits are 8 times the cosine with a vector for each answer. So shape, colour and texture must
+    each be a good part of it, and latents of this MLP can be held against all three. (A model made
+    without them let colour pass the MLP by: 4 % of its output's variance on objects, shape 59 %.)
+    All these heads are dropped afterwards;
   - positions begin as sines and cosines, so that attention can tell neighbours from the first step;
-  - pictures of one object come first, and most of the time only TOKENS patches of a picture are seen,
-    those on and around objects before others; the last stage sees all 196.
+  - pictures of one object come first, and most of the time only 64 or 72 patches of a picture are
+    seen, those on and around objects before others; the last stage sees all 196.
 """
 import argparse
 import json
@@ -46,7 +57,7 @@ RECORD = FACTS + COVER + SIDE * SIDE * 3
 MEAN, STD = 0.5, 0.25
 OUTPUTS = 64
 # Pictures, patches seen of each, objects (0: one to three).
-STAGES = [(64_000, 64, 1), (112_000, 72, 0), (40_000, 196, 0)]
+STAGES = [(64_000, 64, 1), (76_800, 72, 0), (25_600, 196, 0)]
 TRAIN_SEED, TEST_SEED = 1001, 2002       # of worlds: no picture is in both
 
 
@@ -61,14 +72,16 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x):                # x: [B, T, D]
+    def forward(self, x):
+        """x: [B, T, D]. The stream after this block, and what its MLP added to it."""
         B, T, D = x.shape
         qkv = self.qkv(self.layer_norm1(x)).view(B, T, 3, self.heads, 64).permute(2, 0, 3, 1, 4)
         scores = (qkv[0] * 0.125) @ qkv[1].transpose(2, 3)
         mixed = (torch.softmax(scores, -1) @ qkv[2]).transpose(1, 2).reshape(B, T, D)
         x = x + self.out_proj(mixed)
         # SiLU is quicker than QuickGELU(x) = SiLU(1.702 x) / 1.702; export() moves the factors.
-        return x + self.fc2(F.silu(self.fc1(self.layer_norm2(x))))
+        added = self.fc2(F.silu(self.fc1(self.layer_norm2(x))))
+        return x + added, added
 
 
 def waves(width):
@@ -94,8 +107,9 @@ class Model(nn.Module):
         self.shape_words = nn.Parameter(torch.randn(len(SHAPES), OUTPUTS))
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.sizes = [len(SHAPES) + 1, len(COLOURS) + 1, len(TEXTURES) + 1, 2]
-        self.answer_norm = nn.LayerNorm(width)           # these two are not kept
+        self.answer_norm = nn.LayerNorm(width)           # these three are not kept
         self.answer = nn.Linear(width, sum(self.sizes))
+        self.even = nn.Linear(width, sum(self.sizes[:3]), bias=False)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -108,15 +122,19 @@ class Model(nn.Module):
         return F.normalize(words.reshape(len(CLASS_NAMES), OUTPUTS), dim=-1)
 
     def forward(self, pixels, place):
-        """pixels: [B, T, PIXELS]; place: [B, T] patch numbers. Logits of the prompts, and answers."""
+        """pixels: [B, T, PIXELS]; place: [B, T], patches' numbers. Logits of the prompts; answers
+        from the stream after the penultimate block; answers from what its MLP added."""
         x = self.patches(pixels) + self.positions[1:][place]
         first = (self.class_embedding + self.positions[0]).expand(len(x), 1, -1)
         x = self.pre(torch.cat([first, x], 1))
         for block in self.blocks[:-1]:
-            x = block(x)
+            x, added = block(x)
         answers = self.answer(self.answer_norm(x[:, 1:])).split(self.sizes, -1)
-        image = F.normalize(self.projection(self.post(self.blocks[-1](x)[:, 0])), dim=-1)
-        return image @ self.text().t() * self.scale.exp().clamp(max=50), answers
+        cosines = F.normalize(added[:, 1:], dim=-1) @ F.normalize(self.even.weight, dim=-1).t()
+        x, _ = self.blocks[-1](x)
+        image = F.normalize(self.projection(self.post(x[:, 0])), dim=-1)
+        logits = image @ self.text().t() * self.scale.exp().clamp(max=50)
+        return logits, answers, (8 * cosines).split(self.sizes[:3], -1)
 
 
 class World:
@@ -158,7 +176,7 @@ def losses(model, records, tokens):
     """The loss and figures to print."""
     pixels, place, under, there = choose(records, tokens)
     label = records[:, 0].long()
-    logits, answers = model(pixels, place)
+    logits, answers, even = model(pixels, place)
     total = F.cross_entropy(logits, label)
     best = logits.argmax(1)
     figures = {"clip": total.item(), "right": (best == label).float().mean().item(),
@@ -168,7 +186,8 @@ def losses(model, records, tokens):
         nothing = torch.full_like(under[..., f], model.sizes[f] - 1)
         target = torch.where(there, under[..., f], nothing)
         total = total + weights[f] * F.cross_entropy(answers[f].flatten(0, 1), target.flatten())
-        hit = answers[f].argmax(-1)[there] == target[there]
+        total = total + 0.5 * F.cross_entropy(even[f].flatten(0, 1), target.flatten())
+        hit = even[f].argmax(-1)[there] == target[there]
         figures[names[f]] = hit.float().mean().item()
     row = torch.div(place, GRID, rounding_mode="floor")
     centre = torch.stack([place % GRID, row], -1) * PATCH + PATCH // 2
@@ -342,10 +361,10 @@ def main():
     a.add_argument("--rate", type=float, default=1.5e-3)
     a.add_argument("--seed", type=int, default=1)
     a.add_argument("--scale", type=float, default=1, help="so many times the stages' pictures")
-    a.add_argument("--every", type=int, default=50, help="steps from one line of figures to the next")
-    a.add_argument("--test-every", type=int, default=500)
+    a.add_argument("--every", type=int, default=50, help="steps from line to line of figures")
+    a.add_argument("--test-every", type=int, default=250)
     a.add_argument("--synth", default=os.path.join(HERE, "../tests/synth"))
-    a.add_argument("--work", default=os.path.join(HERE, "../build"), help="folder of the checkpoint")
+    a.add_argument("--work", default=os.path.join(HERE, "../build"), help="the checkpoint's folder")
     a.add_argument("--pid", help="file to write the process number to")
     a.add_argument("--resume", action="store_true")
     a.add_argument("-o", "--output", default=os.path.join(HERE, "demo.safetensors"))
