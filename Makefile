@@ -27,6 +27,10 @@ saeclip: $(SOURCE)
 tests/test: $(SOURCE) $(TESTS)
 	$(BUILD) $(TEST) -o $@ tests/test.c $(LIBS)
 
+# Pictures with known answers; see its head.
+tests/synth: $(SOURCE) tests/synth.c
+	$(BUILD) $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
+
 # The whole method on the user's own photos and model: out/ holds what comes out.
 EPOCHS  = 4
 LATENTS = 1,3,5,7,11,13,17,19,23,29,31,37
@@ -75,7 +79,7 @@ install: saeclip
 	$(INSTALL) -m 644 saeclip.h $(DESTDIR)$(PREFIX)/include
 
 clean:
-	rm -rf saeclip tests/test build out
+	rm -rf saeclip tests/test tests/synth build out
 
 help:
 	@echo "make           builds ./saeclip                 (CC=... the compiler, CFLAGS_EXTRA=... more flags)"
