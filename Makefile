@@ -31,19 +31,27 @@ tests/test: $(SOURCE) $(TESTS)
 tests/synth: $(SOURCE) tests/synth.c
 	$(BUILD) $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
 
-# The whole method on the user's own photos and model: out/ holds what comes out.
-EPOCHS  = 4
-LATENTS = 1,3,5,7,11,13,17,19,23,29,31,37
-DATA    = -m "$(MODEL)" "$(IMAGES)"
-demo: saeclip
-	@[ -n "$(MODEL)" ] && [ -n "$(IMAGES)" ] || { \
-	    echo "make demo MODEL=open_clip_model.safetensors IMAGES=folder-of-photos"; exit 2; }
+# The whole method, into out/: on pictures that are drawn for it and the small model in weights/, or on
+# the user's own with MODEL=FILE IMAGES=DIR.
+MODEL     = weights/demo.safetensors
+IMAGES    = out/world/pictures
+PICTURES  = 2000
+EXPANSION = 2
+EPOCHS    = 4
+LATENTS   = 1,3,5,7,11,13,17,19,23,29,31,37
+ACTS      = out/activations.safetensors
+TRAIN     = ./saeclip train --acts $(ACTS) --expansion $(EXPANSION) --epochs $(EPOCHS) --warmup 20 --lr 2e-3 \
+            --b-dec geomedian
+demo: saeclip tests/synth
 	@mkdir -p out
-	./saeclip train $(DATA) --arch topk --expansion 8 --warmup 20 --epochs $(EPOCHS) --log out/topk.csv \
-	    -o out/topk.safetensors
-	./saeclip eval -s out/topk.safetensors $(DATA)
-	./saeclip stats -s out/topk.safetensors $(DATA) -o out/stats.safetensors
-	./saeclip top -s out/topk.safetensors -t out/stats.safetensors $(DATA) -l $(LATENTS) \
+	@[ "$(IMAGES)" != out/world/pictures ] || tests/synth draw -o out/world --count $(PICTURES) --seed 1
+	./saeclip zeroshot -m "$(MODEL)" "$(IMAGES)" || echo "(this model or folder has no classes to name)"
+	./saeclip extract -m "$(MODEL)" "$(IMAGES)" -o $(ACTS)
+	$(TRAIN) --arch relu --l1 1e-3 --log out/relu.csv -o out/relu.safetensors
+	$(TRAIN) --arch topk --k 8 --log out/topk.csv -o out/topk.safetensors
+	./saeclip eval -s out/relu.safetensors -s out/topk.safetensors --acts $(ACTS)
+	./saeclip stats -s out/relu.safetensors -m "$(MODEL)" "$(IMAGES)" -o out/stats.safetensors
+	./saeclip top -s out/relu.safetensors -t out/stats.safetensors -m "$(MODEL)" "$(IMAGES)" -l $(LATENTS) \
 	    --mask value -o out/sheets
 	@echo "Look at out/sheets/*.ppm: a latent's 16 top images, lit where it fires."
 
@@ -83,7 +91,7 @@ clean:
 
 help:
 	@echo "make           builds ./saeclip                 (CC=... the compiler, CFLAGS_EXTRA=... more flags)"
-	@echo "make demo      the whole method on your photos  (MODEL=FILE IMAGES=DIR, EPOCHS=4, LATENTS=1,3,...)"
+	@echo "make demo      the whole method, into out/      (MODEL=FILE IMAGES=DIR: on your own photos)"
 	@echo "make test      builds and runs the tests        (SAECLIP_DATA=DIR: with the real photos there)"
 	@echo "make check     the tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the"
 	@echo "               threads under ThreadSanitizer"

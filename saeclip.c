@@ -626,7 +626,6 @@ enum {
     CHAIN_STRIDE = CHAIN + 16,       /* from row to row of a block of A, off the cache's period */
     MAX_ROWS = 14, MAX_COLUMNS = 32, /* the largest tile of a product */
     TILES_AT_ONCE = 8,               /* that take turns with a block of B, in the nearest cache */
-    ROW_FLOATS = 72 << 10,           /* rows of A kept in a second-level cache: 288 KiB of 512 */
     SHARES = 16,                     /* of a product, for each thread */
     MASK_BITS = 64
 };
@@ -1114,12 +1113,24 @@ static const struct { const kernel_set *set; int (*usable)(void); } instruction_
 
 static const kernel_set *kernels = &kernels_scalar;
 
+/* Floats of a product's A that are kept together: 9 / 16 of a second-level cache, which has half a
+ * megabyte if the system does not say. */
+static size_t buffer_floats = 72 << 10;
+
+static void measure_cache(void) {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (bytes >= 1 << 18) buffer_floats = (size_t)bytes / 16 * 9 / sizeof(float);
+#endif
+}
+
 int sc_instruction_set(const char *name) {
     size_t count = sizeof instruction_sets / sizeof *instruction_sets;
     for (size_t i = 0; i < count; i++)
         if ((!name || strcmp(name, instruction_sets[i].set->name) == 0)
             && instruction_sets[i].usable()) {
             kernels = instruction_sets[i].set;
+            measure_cache();
             if (!kernels->contracts() && !kernels_scalar.contracts()) return SC_OK;
             return fail("this build contracts a * b + c: compile with -ffp-contract=off");
         }
@@ -1129,8 +1140,8 @@ int sc_instruction_set(const char *name) {
 
 /* --------------------------------------------------------------------------------------------
  * Matrix products. B is packed once into panels as wide as the kernel's tile, [panels][K][columns];
- * A is copied, a tile's rows at a time, into a buffer with fixed strides; threads share out blocks
- * of rows and panels.
+ * A is copied, some tiles' rows at a time, into a buffer with fixed strides; threads share out
+ * blocks of rows and panels.
  * -------------------------------------------------------------------------------------------- */
 
 typedef sc_matrix packed_matrix;     /* data: [panels][K][kernels->columns], 0 past column N */
@@ -1170,7 +1181,8 @@ static size_t chains_of(size_t K) { return (K + CHAIN - 1) / CHAIN; }
 
 /* How many rows of A a buffer holds: of several tiles if there is room. */
 static size_t rows_at_once(size_t K) {
-    size_t tiles = ROW_FLOATS / ((chains_of(K) + 1) * (size_t)kernels->rows * CHAIN_STRIDE);
+    size_t tile = (chains_of(K) + 1) * (size_t)kernels->rows * CHAIN_STRIDE;
+    size_t tiles = buffer_floats / tile;
     tiles = tiles < 1 ? 1 : tiles > TILES_AT_ONCE ? TILES_AT_ONCE : tiles;
     return tiles * (size_t)kernels->rows;
 }
@@ -1178,7 +1190,7 @@ static size_t rows_at_once(size_t K) {
 /* Floats in such a buffer, for products of this K or a smaller one. */
 static size_t row_buffer_size(size_t K) {
     size_t tile = chains_of(K) * (size_t)kernels->rows * CHAIN_STRIDE;
-    return tile > ROW_FLOATS ? tile : ROW_FLOATS;
+    return tile > buffer_floats ? tile : buffer_floats;
 }
 
 /* Copies rows of A for the kernel: the first ones, or those in `index`; zeros fill the last tile.
