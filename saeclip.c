@@ -73,19 +73,6 @@ extern char **environ;
         if (status_ != SC_OK) return status_;                                                      \
     } while (0)
 
-/* Huge pages where the system offers them; the program is right without. */
-static void advise_huge_pages(void *memory, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    if (bytes >= (size_t)4 << 20) {
-        uintptr_t start = ((uintptr_t)memory + 4095) & ~(uintptr_t)4095;
-        madvise((void *)start, bytes - 4096, MADV_HUGEPAGE);
-    }
-#else
-    (void)memory;
-    (void)bytes;
-#endif
-}
-
 /* ============================================================================================
  * 1. Errors and memory
  *
@@ -126,9 +113,7 @@ static void *reserve_array(size_t count, size_t size) {
 /* The same, zeroed. */
 static void *new_array(size_t count, size_t size) {
     void *memory = reserve_array(count, size);
-    if (!memory) return NULL;
-    advise_huge_pages(memory, count * size);
-    return memset(memory, 0, count * size);
+    return memory ? memset(memory, 0, count * size) : NULL;
 }
 
 /* NULL and a reason where there is no memory. */
