@@ -5949,7 +5949,7 @@ enum {
     READ_TASKS = 512, READ_FLOATS = 1 << 18, PEAK_TASKS = 2048, PEAK_ROUNDS = 5000
 };
 
-enum figure { SECONDS, GFLOPS, SHARE, BYTES, RATE, SPEEDUP, OF_VIT, MEMORY, FIGURES };
+enum figure { SECONDS, GFLOPS, SHARE, MOVED, RATE, SPEEDUP, OF_VIT, MEMORY, FIGURES };
 /* A figure's key in JSON; its title and unit in the table. */
 static const struct { const char *key, *title; double unit; } bench_figures[FIGURES] = {
     { "seconds", "ms", 1e-3 }, { "gflops", "GFLOP/s", 1 }, { "share", "% of peak", 0.01 },
@@ -6102,7 +6102,7 @@ static int measure_line(bench *b, int many, double *figure) {
     }
     double seconds = fmax(fmin(t[0], t[1]), fmin(fmax(t[0], t[1]), t[2]));
     figure[GFLOPS] = 1e-9 * b->flops / seconds;
-    figure[BYTES] = b->bytes;
+    figure[MOVED] = b->bytes;
     figure[RATE] = 1e-9 * b->bytes / seconds;
     seconds /= b->images;
     if (b->set == kernels) b->peak[many] = figure[GFLOPS];
