@@ -19,8 +19,11 @@
  *   10. Training
  *   11. Measuring
  *   12. Looking
- *   13. Tools
- *   14. The command line
+ *   13. Figures
+ *   14. The atlas
+ *   15. Tools
+ *   16. The command line
+ *   17. The atlas's page
  *
  * Who wants the algorithm alone reads 3, 7 and 9 to 11; the rest is getting data in and out. */
 #ifndef SC_ISA
@@ -5758,7 +5761,15 @@ static int command_top(session *s) { return look(s, show_sheets); }
 static int command_mask(session *s) { return look(s, show_masks); }
 
 /* ============================================================================================
- * 13. Tools
+ * 13. Figures
+ * ============================================================================================ */
+
+/* ============================================================================================
+ * 14. The atlas
+ * ============================================================================================ */
+
+/* ============================================================================================
+ * 15. Tools
  *
  * `info` says what a file or this machine is, `compare` how far apart two files are, `bench` how
  * fast this machine is and how near to that the work comes.
@@ -6174,7 +6185,7 @@ static int command_bench(session *s) {
 }
 
 /* ============================================================================================
- * 14. The command line
+ * 16. The command line
  *
  * One table of options, one of commands. An option's row says which commands take it.
  * ============================================================================================ */
@@ -6182,7 +6193,8 @@ static int command_bench(session *s) {
 
 enum {                               /* commands, and what several of them have in common */
     INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
-    MASK = 256, ZEROSHOT = 512, COMPARE = 1024, BENCH = 2048, EVERY = 4095,
+    MASK = 256, ZEROSHOT = 512, COMPARE = 1024, BENCH = 2048,
+    MERGE = 4096, EXPLAIN = 8192, PLOT = 16384, ATLAS = 32768, EVERY = 65535,
     LATENTS = TOP | MASK, SAES = ENCODE | EVAL | STATS | LATENTS,
     DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LATENTS | ZEROSHOT,
     PICTURES = PHOTOS | PACK, OUTPUT = LATENTS | PACK | EXTRACT | TRAIN | ENCODE | STATS
