@@ -17,7 +17,7 @@ RACES  = -O1 -g -fsanitize=thread
 SOURCE = saeclip.c saeclip.h
 TESTS  = tests/test.c tests/check.h tests/test_*.c
 
-.PHONY: all demo test check bench install clean help
+.PHONY: all demo test check faults bench install clean help
 
 all: saeclip
 
@@ -73,6 +73,14 @@ check: build/guard_saeclip build/guard_test build/races_saeclip build/races_test
 	SAECLIP=build/guard_saeclip build/guard_test
 	SAECLIP=build/races_saeclip build/races_test threads
 
+# The program is inside this one, behind a seam; the names below it would shadow its own.
+build/guard_faults: $(SOURCE) tests/faults.c tests/check.h
+	@mkdir -p build
+	$(BUILD) $(GUARD) $(TEST) -Wno-shadow -o $@ tests/faults.c $(LIBS)
+
+faults: saeclip build/guard_faults
+	build/guard_faults
+
 # The peers are passed over where they are not installed (README).
 PEERS = ../peers
 ROUNDS = 3
@@ -95,6 +103,8 @@ help:
 	@echo "make test      builds and runs the tests        (SAECLIP_DATA=DIR: with the real photos there)"
 	@echo "make check     the tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the"
 	@echo "               threads under ThreadSanitizer"
+	@echo "make faults    each call that may fail fails in turn, training is killed at random, and no"
+	@echo "               file is lost: thousands of runs, some minutes"
 	@echo "make bench     how fast it is here, and against its peers (PEERS=DIR of node_modules, ROUNDS=3)"
 	@echo "make install   copies saeclip and saeclip.h     (PREFIX=/usr/local DESTDIR=)"
 	@echo "make clean     removes what was built"

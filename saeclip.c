@@ -252,9 +252,11 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
     fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
 }
 
-/* Whether all that was printed reached standard output. */
+/* Whether all that was printed reached standard output. A reader that went away is told nothing. */
 static int end_of_output(void) {
+    errno = EIO;                     /* ferror() may be of a call long ago */
     if (fflush(stdout) == 0 && !ferror(stdout)) return SC_OK;
+    if (errno == EPIPE) return fail("%s", "");
     return fail("standard output: cannot be written: %s", strerror(errno));
 }
 
@@ -1747,8 +1749,11 @@ static int open_temporary(const char *name) {
     int fd;
     while ((fd = open(name, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666)) >= 0) {
         int error = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0 ? 0 : errno;
-        if (error == 0 && stat(name, &named) == 0 && locked.st_ino == named.st_ino &&
-            locked.st_dev == named.st_dev && ftruncate(fd, 0) == 0) break;
+        int ours = error == 0 && stat(name, &named) == 0 && locked.st_ino == named.st_ino &&
+                   locked.st_dev == named.st_dev;
+        if (ours && ftruncate(fd, 0) == 0) break;
+        if (ours) error = errno;
+        if (ours) unlink(name);
         close(fd);
         errno = error == EACCES || error == EAGAIN ? EBUSY : error;
         if (error) return -1;
@@ -1769,15 +1774,20 @@ static void output_discard(sc_output *out) {
 static int output_open(sc_output *out, const char *path) {
     struct stat there;
     int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
-    *out = (sc_output){ .path = copy_string(path), .target = realpath(path, NULL) };
+    *out = (sc_output){ .path = copy_string(path) };
     /* A link stays, and what it leads to is replaced. */
-    if (!out->target) out->target = copy_string(path);
-    if (!direct && out->target) out->temporary = join_text(out->target, ".tmp");
+    if (out->path && !direct) out->target = realpath(path, NULL);
+    if (out->path && !direct && !out->target) {
+        if (errno == ENOENT) out->target = copy_string(path);
+        else output_failed(out, errno);
+    }
+    if (out->target) out->temporary = join_text(out->target, ".tmp");
     if (out->path && (direct || out->temporary)) {
         int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(out->temporary);
         out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
         if (out->file) return SC_OK;
         output_failed(out, errno);
+        if (fd >= 0 && !direct) unlink(out->temporary);
         if (fd >= 0) close(fd);
     }
     output_discard(out);
@@ -1787,6 +1797,7 @@ static int output_open(sc_output *out, const char *path) {
 /* Ends the output in either case: the whole file stands under its name, or nothing does. */
 static int output_commit(sc_output *out) {
     int status = output_write(out, "", 0);                   /* whether all went well so far */
+    errno = EIO;                                             /* as in end_of_output() */
     if (status == SC_OK && (fflush(out->file) != 0 || ferror(out->file) || (out->temporary &&
         (fsync(fileno(out->file)) != 0 || rename(out->temporary, out->target) != 0))))
         status = output_failed(out, errno);
@@ -2143,7 +2154,9 @@ static int open_image(const char *path, image_source *source) {
     char start[16];
     int descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     FILE *file = descriptor < 0 ? NULL : fdopen(descriptor, "rb");
-    if (!file) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    if (!file) fail("%s: cannot be opened: %s", path, strerror(errno));
+    if (!file && descriptor >= 0) close(descriptor);
+    if (!file) return SC_FAILED;
     size_t size = fread(start, 1, sizeof start, file), same = 0, f = 0;
     int status = ferror(file) ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
     for (; f < COUNT(formats) && status == SC_END; f++) {
@@ -4628,6 +4641,7 @@ static int open_log(training_run *run) {
     while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
            && (end == 0 || strtoull(line, NULL, 10) <= run->trainer.step))
         end = ftello(run->log);
+    if (ferror(run->log)) return log_failed(run);
     if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0))
         return log_failed(run);
     if (end > 0 || (fputs(header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
@@ -5353,11 +5367,15 @@ static int command_pack(session *s) {
 
 /* --- encode: what comes waits in temporary files until all tensors can be written --- */
 
+static int spool_failed(void) {
+    return fail("a temporary file cannot be written or read back: %s", strerror(errno));
+}
+
 /* Their first failure sticks: it is enough to ask now and then. */
 static int check_spools(const session *s) {
+    errno = EIO;                                             /* of a failure long ago */
     for (int i = 0; i < 2; i++)
-        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i]))
-            return fail("a temporary file cannot be written or read back: %s", strerror(errno));
+        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i])) return spool_failed();
     return SC_OK;
 }
 
@@ -5395,7 +5413,7 @@ static int write_part(sc_writer *w, session *s, int which, const char *name, sc_
     unsigned char *record;
     SC_TRY(allocate(&s->memory, &record, BLOCK, size));
     SC_TRY(sc_writer_tensor(w, name, dtype, columns > 1 ? 2 : 1, (size_t[]){ SC_ROWS, columns }));
-    fseek(s->spool[which], 0, SEEK_SET);
+    if (fseek(s->spool[which], 0, SEEK_SET) != 0) return spool_failed();
     for (size_t n; (n = fread(record, size, BLOCK, s->spool[which])) > 0;) {
         for (size_t i = 0; i < n; i++) memmove(record + i * part, record + i * size + offset, part);
         SC_TRY(sc_writer_values(w, record, n * columns, kind));
@@ -5412,7 +5430,7 @@ static int write_means(sc_writer *w, session *s, const char *name, size_t group)
     const array_spec arrays[] = { ARRAY(mean, n, 1), ARRAY(sum, n, 1) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
     SC_TRY(sc_writer_tensor(w, name, SC_F32, n > 1 ? 2 : 1, (size_t[]){ SC_ROWS, n }));
-    fseek(s->spool[0], 0, SEEK_SET);
+    if (fseek(s->spool[0], 0, SEEK_SET) != 0) return spool_failed();
     int more = fread(&c, sizeof c, 1, s->spool[0]) == 1;
     for (size_t end = group; end <= rows; end += group) {
         memset(sum, 0, n * sizeof *sum);
@@ -6474,7 +6492,7 @@ int main(int argc, char **argv) {
     hold_streams();
     int status = run_saeclip(argc, argv);
     quiet = 0;                                   /* a failure is told in any case */
-    if (status != SC_OK) note("%s", sc_error());
+    if (status != SC_OK && *sc_error()) note("%s", sc_error());
     return status;
 }
 
