@@ -1332,6 +1332,11 @@ static uint16_t half_of_float(float value) {
 /* The index of the first value that is not finite, or count if there is none. */
 static size_t first_not_finite(const float *values, size_t count) {
     size_t i = 0;
+    for (uint32_t most = 0; i + 64 <= count; i += 64) {      /* 64 at a time can be vectors */
+        for (size_t k = i; k < i + 64; k++)
+            most |= (bits_of_float(values[k]) & 0x7f800000) + 0x800000;
+        if (most >> 31) break;
+    }
     while (i < count && isfinite(values[i])) i++;
     return i;
 }
@@ -1729,10 +1734,14 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
  * (/dev/full, a pipe) is written as it is. The first failure sticks, and stdio's do: a caller may
  * write on without looking, by fprintf(out.file, ...) too, and ask output_commit how it went. */
 
+static int write_failed(const char *path, int error) {
+    return fail("%s: cannot be written: %s", path,
+                error == EBUSY ? "another process is writing it" : strerror(error));
+}
+
 static int output_failed(sc_output *out, int error) {
     out->error = error ? error : EIO;
-    return fail("%s: cannot be written: %s", out->path, out->error == EBUSY ?
-                "another process is writing it" : strerror(out->error));
+    return write_failed(out->path, out->error);
 }
 
 static int output_write(sc_output *out, const void *bytes, size_t count) {
@@ -4241,8 +4250,8 @@ static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, back
 }
 
 /* Gradients and Adam for a group of latents. */
-static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, backward_scratch *s)
-{
+static int update_latents(trainer *t, size_t j, size_t count, float *W_enc_db,
+                          backward_scratch *s) {
     const sc_sae *sae = &t->sae;
     size_t stride = sae->stride, terms = 0;
     int ghosts = 0;
@@ -4261,7 +4270,12 @@ static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, 
         kernels->adam(W_dec, t->W_dec.m + row, t->W_dec.v + row, dW_dec, stride, t->adam);
         kernels->adam(W_enc, t->W_enc.m + row, t->W_enc.v + row, dW_enc, stride, t->adam);
         t->silent[j + i] = count_codes(&t->batch, j + i) ? 0 : t->silent[j + i] + 1;
+        const float *made[] = { W_dec, W_enc, t->W_dec.v + row, t->W_enc.v + row };
+        for (size_t k = 0; k < COUNT(made); k++)
+            if (first_not_finite(made[k], stride) < stride)
+                return fail("latent %zu gets weights or moments that are not finite", j + i);
     }
+    return SC_OK;
 }
 
 static int update_task(void *context, size_t block) {
@@ -4273,7 +4287,7 @@ static int update_task(void *context, size_t block) {
     memset(W_enc_db, 0, t->sae.stride * sizeof *W_enc_db);
     if (end > t->sae.d_sae) end = t->sae.d_sae;
     for (size_t j = block * CHAIN; j < end; j += rows)
-        update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s);
+        SC_TRY(update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s));
     return SC_OK;
 }
 
@@ -4371,6 +4385,9 @@ static int train_step(trainer *t, const float *x, size_t T, step_result *result,
     SC_TRY(parallel_for(blocks, update_task, t));
     SC_TRY(parallel_for(t->sae.stride / PARTIALS, b_dec_task, t));
     kernels->adam(t->sae.b_enc, t->b_enc.m, t->b_enc.v, t->db_enc, padded(t->sae.d_sae), t->adam);
+    size_t n = t->sae.d_sae, D = t->sae.stride;
+    if (first_not_finite(t->sae.b_enc, n) < n || first_not_finite(t->sae.b_dec, D) < D)
+        return fail("a bias becomes what is not finite");
     t->step++;
     return SC_OK;
 }
@@ -4622,28 +4639,32 @@ static int resume_training(training_run *run) {
     return fail("%.600s; the checkpoint before it is %.300s", reason, run->previous);
 }
 
-static int log_failed(const training_run *run) {
-    return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
-}
+static int log_failed(const training_run *run) { return write_failed(run->o->log, errno); }
 
-/* Opens the log; of a resumed run, cut back to the step it goes on from. */
+/* Opens and locks the log; of a resumed run, cut back to the step it goes on from. */
 static int open_log(training_run *run) {
     static const char header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "dead,seconds\n";
     const char *path = run->o->log;
+    struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     struct stat about;
     off_t end = 0;
     char line[512];
     if (!path) return SC_OK;
-    int resumed = run->trainer.step > 0 && stat(path, &about) == 0 && S_ISREG(about.st_mode);
-    run->log = fopen(path, resumed ? "r+" : "w");
+    int there = stat(path, &about) == 0, regular = !there || S_ISREG(about.st_mode);
+    int resumed = run->trainer.step > 0 && there && regular;
+    run->log = fopen(path, resumed ? "r+" : regular ? "a" : "w");    /* "w" empties: another's? */
     if (!run->log) return log_failed(run);
+    if (regular && fcntl(fileno(run->log), F_SETLK, &lock) != 0) {
+        if (errno == EACCES || errno == EAGAIN) errno = EBUSY;
+        return log_failed(run);
+    }
     while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
            && (end == 0 || strtoull(line, NULL, 10) <= run->trainer.step))
         end = ftello(run->log);
     if (ferror(run->log)) return log_failed(run);
-    if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0))
-        return log_failed(run);
+    if ((resumed && fseeko(run->log, end, SEEK_SET) != 0)
+        || (regular && ftruncate(fileno(run->log), end) != 0)) return log_failed(run);
     if (end > 0 || (fputs(header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
     return log_failed(run);
 }
@@ -4726,6 +4747,12 @@ static int blame_step(const training_run *run, size_t token) {
                 token == SIZE_MAX ? ":" : ",", reason);
 }
 
+static int stop_training(training_run *run) {
+    SC_TRY(save_checkpoint(run));
+    return fail("stopped by signal %d after step %ju; %s goes on with --resume", (int)stop_signal,
+                (uintmax_t)run->trainer.step, run->checkpoint);
+}
+
 static int train_steps(training_run *run) {
     trainer *t = &run->trainer;
     feed *f = &run->data;
@@ -4733,6 +4760,7 @@ static int train_steps(training_run *run) {
         step_result result;
         size_t token = SIZE_MAX, batch = run->batch;
         int status = next_batch(f, batch);
+        if (status != SC_OK && stop_signal) return stop_training(run);
         if (status == SC_OK && f->count < batch && t->step == 0)
             return fail("standard input: %zu images are no full batch of %zu", f->count, batch);
         if (status == SC_OK && f->count < batch) {
@@ -4743,12 +4771,9 @@ static int train_steps(training_run *run) {
         if (status != SC_OK) return blame_step(run, token);
         run->next_draw = f->draw[batch - 1] + 1;
         SC_TRY(log_step(run, &result));
-        int stop = (int)stop_signal;
-        if (stop || (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0))
+        if (stop_signal) return stop_training(run);
+        if (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0)
             SC_TRY(save_checkpoint(run));
-        if (stop)
-            return fail("stopped by signal %d after step %ju; %s goes on with --resume", stop,
-                        (uintmax_t)t->step, run->checkpoint);
     }
     return run->checkpoints ? save_checkpoint(run) : SC_OK;
 }
@@ -4775,7 +4800,10 @@ static int train(const options *o) {
     const char *name = o->checkpoint ? o->checkpoint : o->output;
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
-    struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND };
+    /* A signal ends the wait for a stream, and nothing else: a decoder's bytes must all come. */
+    int stream = o->operand[0] && strcmp(o->operand[0], "-") == 0;
+    struct sigaction action = { .sa_handler = on_signal,
+                                .sa_flags = SA_RESETHAND | (stream ? 0 : SA_RESTART) };
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");

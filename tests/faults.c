@@ -1,4 +1,4 @@
-/* Faults: `make faults`, or build/guard_faults [ROW...] in the checkout's root.
+/* Faults: `make faults`, or build/guard_faults [ROW|damaged|disk|kill ...] in the checkout's root.
  *
  * saeclip.c is compiled here once more, with every call that may fail replaced by one that counts: memory,
  * opening, reading, writing, names, threads, children. That is the seam: call i of a run is told to fail, for
@@ -8,7 +8,9 @@
  *     once     files of an earlier run lie there; the call fails, the next one does not
  *     from     nothing lies there; from that call on all of its kind fail, as on a disk that is full
  *     die      (rows that train) the process is killed at that call; the same command goes on from there
- * Then training is killed at random moments, and signals, limits and NaN are tried on it. */
+ * Then checkpoints are damaged, the disk is too small for one, and training is killed (kill -9) 200 times at
+ * random moments: what goes on from there ends with the same bytes. Signals, NaN and two runs that write the
+ * same files are in test_cli.c and test_files.c. */
 #define _POSIX_C_SOURCE 200809L
 #define _XOPEN_SOURCE 700
 #define _FILE_OFFSET_BITS 64
@@ -555,6 +557,155 @@ static void harm_row(const row *r)
     fprintf(stderr, "%-16s %ld faults\n", r->name, calls);
 }
 
+/* ------------------------------------------------------------------------------------------------------
+ * Checkpoints: damaged ones, a full disk, kill -9 at any time
+ * ------------------------------------------------------------------------------------------------------ */
+
+/* Byte after byte of a checkpoint is changed: it is refused and the one before it named, or nothing hangs on
+ * that byte. Copied over it, the one before goes on to the same bytes. */
+static void damage_checkpoints(const row *r)
+{
+    size_t count, refused = 0;
+    expect(r, FAULT_ONCE);
+    char *bytes = read_whole(in_folder("in/ckpt3"), &count);
+    for (size_t i = 0; i < count + 7; i += i < count ? 37 : 1) {
+        prepare_folder(r, FAULT_ONCE);
+        if (i < count) bytes[i] = (char)(bytes[i] ^ (1 << i % 8));
+        put_file(in_folder("work/ckpt"), bytes, i < count ? count : count / 7 * (i - count));
+        if (i < count) bytes[i] = (char)(bytes[i] ^ (1 << i % 8));
+        before.count = 0;
+        list_tree(&before, in_folder("work"), "");
+        run_row(r, "", FAULT_COUNTING, 0);
+        const char *file = ran.status ? spoiled_file(0) : other_file();
+        check(!file && (ran.status == 0 || (ran.status == 1 && is_one_line(ran.err) &&
+              strstr(ran.err, "; the checkpoint before it is ckpt.prev"))),
+              "a checkpoint with byte %zu of %zu changed, or short: another '%s', status %d, %s", i, count,
+              file ? file : "", ran.status, ran.err);
+        refused += ran.status != 0;
+    }
+    free(bytes);
+    check(refused > count / 37 / 2, "only %zu of damaged checkpoints are refused", refused);
+    rename(in_folder("work/ckpt.prev"), in_folder("work/ckpt"));
+    run_row(r, "", FAULT_COUNTING, 0);
+    check(ran.status == 0 && digest_of(in_folder("work/out")) == find_file(&expected, "out")->digest,
+          "the checkpoint before goes on to another SAE: status %d, %s", ran.status, ran.err);
+    fprintf(stderr, "%-16s %zu refused\n", "damaged", refused);
+}
+
+/* Starts ./saeclip in the folder "work"; most: the size of a file that is too large for the disk, or 0. */
+static pid_t start_program(const char *command, rlim_t most)
+{
+    char whole[4200], line[2000], *words[128] = { whole }, *rest = line;
+    int count = 1;
+    if (!realpath(program(), whole)) need("%s", program());
+    snprintf(line, sizeof line, "%s", command);
+    for (char *word; count < 127 && (word = strtok_r(rest, " ", &rest)) != NULL;) words[count++] = word;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child < 0) need("fork");
+    if (child > 0) return child;
+    struct rlimit limit = { most, most };
+    int err = open(in_folder(".err"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    if (dup2(err, 2) < 0 || chdir(in_folder("work")) != 0) _exit(126);
+    if (most && setrlimit(RLIMIT_FSIZE, &limit) != 0) _exit(126);
+    alarm(120);
+    execv(whole, words);
+    _exit(127);
+}
+
+static int end_program(pid_t child)
+{
+    int status;
+    while (waitpid(child, &status, 0) < 0)
+        if (errno != EINTR) need("waitpid");
+    free(ran.err);
+    ran.err = read_whole(in_folder(".err"), &ran.err_count);
+    return ran.status = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+/* A log without its last column, the seconds. */
+static char *log_without_times(void)
+{
+    char *log = read_whole(in_folder("work/log.csv"), &(size_t){ 0 }), *to = log;
+    for (const char *line = log; line && *line; line += strcspn(line, "\n") + 1) {
+        size_t length = strcspn(line, "\n");
+        while (length > 0 && line[length] != ',') length--;
+        memmove(to, line, length);
+        to += length;
+        *to++ = '\n';
+    }
+    if (log) *to = '\0';
+    return log;
+}
+
+#define FAULT_LONG FAULT_RELU "--steps 1500 -o out --log log.csv --checkpoint ckpt --checkpoint-every 4 "
+
+static char *whole_log;              /* of the run that is never killed, which leaves in/whole too */
+
+static void expect_long(void)
+{
+    remove_tree(in_folder("work"));
+    mkdir(in_folder("work"), 0777);
+    end_program(start_program(FAULT_LONG, 0));
+    check(ran.status == 0, "the run that is not killed: status %d, %s", ran.status, ran.err);
+    copy_file(in_folder("work/out"), in_folder("in/whole"));
+    whole_log = log_without_times();
+}
+
+/* Whether the folder holds what the run that was never killed left. */
+static void check_long(const char *what)
+{
+    char *log = log_without_times();
+    left.count = 0;
+    list_tree(&left, in_folder("work"), "");
+    check(ran.status == 0, "%s, resumed: status %d, %s", what, ran.status, ran.err);
+    check(same_files(in_folder("work/out"), in_folder("in/whole")), "%s, resumed: another SAE", what);
+    check(log && strcmp(log, whole_log) == 0, "%s, resumed: another log", what);
+    check(left.count == 4, "%s, resumed: %d files where out, log.csv, ckpt and ckpt.prev were expected", what,
+          left.count);
+    free(log);
+}
+
+/* kill -9 after 1 to 120 ms, again and again, until a run comes through; then from the start. */
+static void kill_training(int wanted)
+{
+    int kills = 0, laps = 0;
+    test_random_state = 9;
+    for (; kills < wanted; laps++) {
+        remove_tree(in_folder("work"));
+        mkdir(in_folder("work"), 0777);
+        do {
+            pid_t child = start_program(FAULT_LONG "--resume", 0);
+            long wait = 1 + (long)(random64() % 120);
+            nanosleep(&(struct timespec){ 0, wait * 1000000 }, NULL);
+            kill(child, SIGKILL);
+            kills += end_program(child) == -SIGKILL;
+        } while (ran.status == -SIGKILL && kills < wanted);
+        if (ran.status == -SIGKILL) end_program(start_program(FAULT_LONG "--resume", 0));
+        check_long("killed at random");
+    }
+    printf("killed at random moments: %d times in %d runs\n", kills, laps);
+}
+
+/* The next checkpoint does not fit on the disk: the one before stays, and goes on where there is room. */
+static void fill_disk(const row *r)
+{
+    size_t count;
+    expect(r, FAULT_ONCE);
+    remove_tree(in_folder("work"));
+    mkdir(in_folder("work"), 0777);
+    copy_file(in_folder("in/ckpt3"), in_folder("work/ckpt"));
+    get_file(in_folder("work/ckpt"), &count);
+    end_program(start_program(r->command, (rlim_t)count - 100));
+    check(ran.status == 1 && is_one_line(ran.err) && strstr(ran.err, "ckpt: cannot be written: "),
+          "a disk too small for a checkpoint: status %d, %s", ran.status, ran.err);
+    check(same_files(in_folder("work/ckpt"), in_folder("in/ckpt3")) && !exists(in_folder("work/ckpt.tmp")),
+          "a disk too small for a checkpoint: the one before is lost, or half of one left");
+    end_program(start_program(r->command, 0));
+    check(ran.status == 0 && digest_of(in_folder("work/out")) == find_file(&expected, "out")->digest,
+          "after a full disk: status %d, %s", ran.status, ran.err);
+}
+
 static void make_seam(void)
 {
     int file = open(in_folder(".seam"), O_RDWR | O_CREAT, 0600);
@@ -564,19 +715,32 @@ static void make_seam(void)
     close(file);
 }
 
+static int is_wanted(const char *name, int count, char **names)
+{
+    for (int n = 1; n < count; n++)
+        if (strcmp(names[n], name) == 0) return 1;
+    return count < 2;
+}
+
 int main(int count, char **names)
 {
+    const row *resumed = rows;
+    while (strcmp(resumed->name, "train-resumed") != 0) resumed++;
     make_folder();
     make_seam();
     make_inputs();
-    for (size_t i = 0; i < FAULT_ROWS; i++) {
-        int wanted = count < 2;
-        for (int n = 1; n < count; n++) wanted |= strcmp(names[n], rows[i].name) == 0;
-        if (wanted) harm_row(&rows[i]);
+    for (size_t i = 0; i < FAULT_ROWS; i++)
+        if (is_wanted(rows[i].name, count, names)) harm_row(&rows[i]);
+    if (is_wanted("damaged", count, names)) damage_checkpoints(resumed);
+    if (is_wanted("disk", count, names)) fill_disk(resumed);
+    if (is_wanted("kill", count, names)) {
+        expect_long();
+        kill_training(200);
     }
     printf("faults injected:");
-    for (int k = 0; k < FAULT_KINDS; k++) printf(" %s %ld,", kind_names[k], injected[k]);
-    printf(" of which %ld did no harm; killed at a call: %ld\n", harmless, deaths);
+    for (int k = 0; k < FAULT_KINDS; k++) printf("%s %s %ld", k ? "," : "", kind_names[k], injected[k]);
+    printf("; %ld did no harm; killed at a call: %ld\n", harmless, deaths);
+    free(whole_log);
     remove_tree(folder);
     printf("%zu passed, %zu failed, %zu skipped\n", passed, failed, skipped);
     return failed != 0;
