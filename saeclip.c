@@ -1785,8 +1785,7 @@ static int output_open(sc_output *out, const char *path) {
     int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
     *out = (sc_output){ .path = copy_string(path) };
     /* A link stays, and what it leads to is replaced. */
-    if (out->path && !direct) out->target = realpath(path, NULL);
-    if (out->path && !direct && !out->target) {
+    if (out->path && !direct && !(out->target = realpath(path, NULL))) {
         if (errno == ENOENT) out->target = copy_string(path);
         else output_failed(out, errno);
     }
@@ -4639,8 +4638,6 @@ static int resume_training(training_run *run) {
     return fail("%.600s; the checkpoint before it is %.300s", reason, run->previous);
 }
 
-static int log_failed(const training_run *run) { return write_failed(run->o->log, errno); }
-
 /* Opens and locks the log; of a resumed run, cut back to the step it goes on from. */
 static int open_log(training_run *run) {
     static const char header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
@@ -4654,19 +4651,19 @@ static int open_log(training_run *run) {
     int there = stat(path, &about) == 0, regular = !there || S_ISREG(about.st_mode);
     int resumed = run->trainer.step > 0 && there && regular;
     run->log = fopen(path, resumed ? "r+" : regular ? "a" : "w");    /* "w" empties: another's? */
-    if (!run->log) return log_failed(run);
+    if (!run->log) return write_failed(path, errno);
     if (regular && fcntl(fileno(run->log), F_SETLK, &lock) != 0) {
         if (errno == EACCES || errno == EAGAIN) errno = EBUSY;
-        return log_failed(run);
+        return write_failed(path, errno);
     }
     while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
            && (end == 0 || strtoull(line, NULL, 10) <= run->trainer.step))
         end = ftello(run->log);
-    if (ferror(run->log)) return log_failed(run);
+    if (ferror(run->log)) return write_failed(path, errno);
     if ((resumed && fseeko(run->log, end, SEEK_SET) != 0)
-        || (regular && ftruncate(fileno(run->log), end) != 0)) return log_failed(run);
+        || (regular && ftruncate(fileno(run->log), end) != 0)) return write_failed(path, errno);
     if (end > 0 || (fputs(header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
-    return log_failed(run);
+    return write_failed(path, errno);
 }
 
 static int log_step(training_run *run, const step_result *r) {
@@ -4675,7 +4672,7 @@ static int log_step(training_run *run, const step_result *r) {
                              (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T),
                              r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
                              r->dead, seconds_now() - run->started) < 0 || fflush(run->log) != 0))
-        return log_failed(run);
+        return write_failed(run->o->log, errno);
     char words[100];
     snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
              r->explained_variance);
@@ -4809,7 +4806,7 @@ static int train(const options *o) {
     run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");
     if (run.checkpoint) run.previous = join_text(run.checkpoint, ".prev");
     int status = run.previous ? run_training(&run) : SC_FAILED;
-    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = log_failed(&run);
+    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = write_failed(o->log, errno);
     close_feed(&run.data);
     free_trainer(&run.trainer);
     free(run.checkpoint);

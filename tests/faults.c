@@ -1,4 +1,4 @@
-/* Faults: `make faults`, or build/guard_faults [ROW|damaged|disk|kill ...] in the checkout's root.
+/* Faults: `make faults`, or build/guard_faults [ROW|rows|damaged|disk|kill ...] in the checkout's root.
  *
  * saeclip.c is compiled here once more, with every call that may fail replaced by one that counts: memory,
  * opening, reading, writing, names, threads, children. That is the seam: call i of a run is told to fail, for
@@ -608,6 +608,7 @@ static pid_t start_program(const char *command, rlim_t most)
     int err = open(in_folder(".err"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
     if (dup2(err, 2) < 0 || chdir(in_folder("work")) != 0) _exit(126);
     if (most && setrlimit(RLIMIT_FSIZE, &limit) != 0) _exit(126);
+    if (most) setenv("GCOV_PREFIX", folder, 1);      /* make coverage: not over counts */
     alarm(120);
     execv(whole, words);
     _exit(127);
@@ -730,7 +731,8 @@ int main(int count, char **names)
     make_seam();
     make_inputs();
     for (size_t i = 0; i < FAULT_ROWS; i++)
-        if (is_wanted(rows[i].name, count, names)) harm_row(&rows[i]);
+        if (is_wanted(rows[i].name, count, names) || (count == 2 && strcmp(names[1], "rows") == 0))
+            harm_row(&rows[i]);
     if (is_wanted("damaged", count, names)) damage_checkpoints(resumed);
     if (is_wanted("disk", count, names)) fill_disk(resumed);
     if (is_wanted("kill", count, names)) {
