@@ -5927,7 +5927,7 @@ static int read_counts(plot_series *s) {
 static int read_mask(plot_series *s) {
     image_source source;
     picture mask = { 0, 0, 0, NULL };
-    SC_TRY(open_image(s->path, &source));
+    if (open_image(s->path, &source) != SC_OK) return SC_FAILED;
     int status = strchr("25", source.format->magic[1]) ? pnm_read(&source, &mask) : SC_OK;
     if (status == SC_OK && (mask.width != mask.height || mask.width - 1 >= MASK_CELLS))
         status = fail("%s: no mask: a square PGM of at most %d x %d was expected", s->path,
@@ -5946,8 +5946,8 @@ static void start_plot(plot *p, double width, size_t height) {
     fprintf(p->out, "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" viewBox=\"0 0 %.0f "
             "%zu\" width=\"%.0f\" height=\"%zu\">\n<title>saeclip: %s</title>\n<style>\n"
             ".plot{font:12px system-ui,sans-serif}.plot text{fill:#222}.paper{fill:#fff}\n"
-            ".grid{fill:none;stroke:#ddd}.bar{fill:#8b95a1}.plot circle{stroke:#999;stroke-width:.4}\n"
-            ".line{fill:none;stroke-width:1.5;stroke-linejoin:round;stroke-linecap:round}\n"
+            ".grid{fill:none;stroke:#ddd}.bar{fill:#8b95a1}.line{fill:none;stroke-width:1.5;"
+            "stroke-linejoin:round;stroke-linecap:round}.plot circle{stroke:#999;stroke-width:.4}\n"
             "@media(prefers-color-scheme:dark){.plot text{fill:#ddd}.paper{fill:#16181c}"
             ".grid{stroke:#3b3f46}}\n</style>\n<rect class=\"paper\" width=\"100%%\" "
             "height=\"100%%\"/>\n", width, height, width, height, p->kind->name);
@@ -6045,7 +6045,7 @@ static plot_axis fit_axis(const plot *p, int scale, size_t column, double from, 
     return a;
 }
 
-static const char centre[] = " text-anchor=\"middle\"", bold[] = " font-weight=\"bold\"";
+static const char centred_text[] = " text-anchor=\"middle\"", bold_text[] = " font-weight=\"bold\"";
 
 /* Grid lines, numbers and label: upright, left of a panel from x `at` to `across`, or below one
  * from y `at` up to `across`. */
@@ -6060,10 +6060,10 @@ static void draw_axis(plot *p, const plot_axis *a, int upright, double at, doubl
         fprintf(p->out, "<path class=\"grid\" d=\"M%.1f %.1f%c%.1f\"/>\n", upright ? at : v,
                 upright ? v : at, upright ? 'H' : 'V', across);
         if (upright) draw_text(p, at - 6, v + 4, end, "%.10g", value);
-        else draw_text(p, v, at + 16, centre, "%.10g", value);
+        else draw_text(p, v, at + 16, centred_text, "%.10g", value);
     }
     if (upright) draw_text(p, -middle, at - 60, turned, "%s", label);
-    else draw_text(p, middle, at + 36, centre, "%s", label);
+    else draw_text(p, middle, at + 36, centred_text, "%s", label);
 }
 
 /* --- Lines: curves, activations, counts --- */
@@ -6171,7 +6171,7 @@ static void draw_latents(plot *p) {
         double left = 82 + step * (double)i, right = left + PANEL;
         plot_axis x = fit_axis(p, LOG_SCALE, 0, left, right);
         plot_axis y = fit_axis(p, LOG_SCALE, 1, bottom, top);
-        draw_text(p, left, 22, bold, "%s", name_end(s->path, 50));
+        draw_text(p, left, 22, bold_text, "%s", name_end(s->path, 50));
         draw_text(p, left, 40, "", "%s", s->words);
         draw_axis(p, &x, 0, bottom, top, "frequency (share of images, log scale)");
         draw_axis(p, &y, 1, left, right, "mean activation on the images it fires on (log scale)");
@@ -6191,7 +6191,7 @@ static void draw_masks(plot *p) {
         double left = 20 + wide * (double)(i % across), y = top + (double)(i / across * tall);
         size_t grid = (size_t)sqrt((double)s->rows);
         double side = (double)MASK_SIDE / (double)grid;
-        draw_text(p, left, y - 28, bold, "%s", name_end(s->path, 26));
+        draw_text(p, left, y - 28, bold_text, "%s", name_end(s->path, 26));
         draw_text(p, left, y - 10, "", "%s", s->words);
         fputs("<g shape-rendering=\"crispEdges\">\n", p->out);
         for (size_t r = 0; r < s->rows; r++)
@@ -6793,7 +6793,7 @@ static const struct command_row {
     { MASK, "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
       "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1 },
     { PLOT, "plot", "KIND FILE ... -o SVG", "figures: curves latents activations counts mask",
-      "curves relu.csv topk.csv -o curves.svg", command_plot, 2, MAX_OPERANDS },
+      "latents stats.safetensors -o latents.svg", command_plot, 2, MAX_OPERANDS },
     { ZEROSHOT, "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
       "-m vit.safetensors photos.txt", command_zeroshot, 1, 1 },
     { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
