@@ -6005,10 +6005,11 @@ enum { LINEAR_SCALE, AUTO_SCALE, ZERO_SCALE, LOG_SCALE };
 /* low and high, numbers or their log10, lie at the pixels from and to; ticks `step` apart. */
 typedef struct { int is_log; double low, high, from, to, step; } plot_axis;
 
-static double power10(int e) {
-    double p = 1;
-    for (int i = abs(e); i > 0; i--) p *= 10;                /* exact up to 10^22 */
-    return e < 0 ? 1 / p : p;
+/* factor 10^exponent, as near as a double comes */
+static double decimal(int factor, int exponent) {
+    char text[24];
+    snprintf(text, sizeof text, "%de%d", factor, exponent);
+    return strtod(text, NULL);
 }
 
 static double on_axis(const plot_axis *a, double value) {
@@ -6041,29 +6042,27 @@ static plot_axis fit_axis(const plot *p, int scale, size_t column, double from, 
     a.low -= more;
     a.high += more;
     for (int i = a.is_log ? 900 : 0; a.step == 0 || (a.high - a.low) / a.step > 8; i++)
-        a.step = (i % 3 == 0 ? 1 : i % 3 == 1 ? 2 : 5) * power10(i / 3 - 300);
+        a.step = decimal(i % 3 == 0 ? 1 : i % 3 == 1 ? 2 : 5, i / 3 - 300);
     return a;
 }
-
-static const char centred_text[] = " text-anchor=\"middle\"", bold_text[] = " font-weight=\"bold\"";
 
 /* Grid lines, numbers and label: upright, left of a panel from x `at` to `across`, or below one
  * from y `at` up to `across`. */
 static void draw_axis(plot *p, const plot_axis *a, int upright, double at, double across,
                       const char *label) {
-    static const char end[] = " text-anchor=\"end\"";
+    static const char centre[] = " text-anchor=\"middle\"", end[] = " text-anchor=\"end\"";
     static const char turned[] = " text-anchor=\"middle\" transform=\"rotate(-90)\"";
     double middle = (a->from + a->to) / 2;
     for (double k = ceil(a->low / a->step); k <= floor(a->high / a->step); k++) {
-        double value = a->is_log ? power10((int)(k * a->step)) : k * a->step + 0.0;
+        double value = a->is_log ? decimal(1, (int)(k * a->step)) : k * a->step + 0.0;
         double v = axis_place(a, value);
         fprintf(p->out, "<path class=\"grid\" d=\"M%.1f %.1f%c%.1f\"/>\n", upright ? at : v,
                 upright ? v : at, upright ? 'H' : 'V', across);
         if (upright) draw_text(p, at - 6, v + 4, end, "%.10g", value);
-        else draw_text(p, v, at + 16, centred_text, "%.10g", value);
+        else draw_text(p, v, at + 16, centre, "%.10g", value);
     }
     if (upright) draw_text(p, -middle, at - 60, turned, "%s", label);
-    else draw_text(p, middle, at + 36, centred_text, "%s", label);
+    else draw_text(p, middle, at + 36, centre, "%s", label);
 }
 
 /* --- Lines: curves, activations, counts --- */
@@ -6121,12 +6120,11 @@ static void draw_lines(plot *p) {
 
 /* A bar of colours, its axis on the left. */
 static void draw_scale(plot *p, const plot_axis *a, double x, const char *label) {
-    enum { STEPS = 50 };
-    double height = (a->from - a->to) / STEPS;
+    double height = (a->from - a->to) / 50;
     draw_axis(p, a, 1, x, x, label);
-    for (int i = 0; i < STEPS; i++)
+    for (int i = 0; i < 50; i++)
         draw_rect(p, x, a->from - (i + 1) * height, 14, height + (i > 0),
-                  fill_colour((i + 0.5) / STEPS));
+                  fill_colour((i + 0.5) / 50));
 }
 
 /* A point for each cell in which latents lie, at their mean place and of their mean entropy's
@@ -6171,7 +6169,7 @@ static void draw_latents(plot *p) {
         double left = 82 + step * (double)i, right = left + PANEL;
         plot_axis x = fit_axis(p, LOG_SCALE, 0, left, right);
         plot_axis y = fit_axis(p, LOG_SCALE, 1, bottom, top);
-        draw_text(p, left, 22, bold_text, "%s", name_end(s->path, 50));
+        draw_text(p, left, 22, " font-weight=\"bold\"", "%s", name_end(s->path, 50));
         draw_text(p, left, 40, "", "%s", s->words);
         draw_axis(p, &x, 0, bottom, top, "frequency (share of images, log scale)");
         draw_axis(p, &y, 1, left, right, "mean activation on the images it fires on (log scale)");
@@ -6191,7 +6189,7 @@ static void draw_masks(plot *p) {
         double left = 20 + wide * (double)(i % across), y = top + (double)(i / across * tall);
         size_t grid = (size_t)sqrt((double)s->rows);
         double side = (double)MASK_SIDE / (double)grid;
-        draw_text(p, left, y - 28, bold_text, "%s", name_end(s->path, 26));
+        draw_text(p, left, y - 28, " font-weight=\"bold\"", "%s", name_end(s->path, 26));
         draw_text(p, left, y - 10, "", "%s", s->words);
         fputs("<g shape-rendering=\"crispEdges\">\n", p->out);
         for (size_t r = 0; r < s->rows; r++)

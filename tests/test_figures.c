@@ -365,7 +365,9 @@ static void figures_mask(void)
     figures_has(svg, 1, "<rect x=\"20.0\" y=\"152.0\" width=\"100.0\" height=\"100.0\" fill=\"#21908d\"/>");
     figures_has(svg, 2, "height=\"100.0\" fill=\"#440154\"/>");
     figures_has(svg, 1, ">2 x 2 patches<");
+    figures_has(svg, 1, ">0<");
     figures_has(svg, 1, ">0.4<");
+    figures_has(svg, 1, ">1<");                              /* a scale ends with its largest value */
     svg = figures_plot("mask %s %s %s %s %s", path, path, path, path, path);
     figures_has(svg, 5, ">2 x 2 patches<");
     figures_has(svg, 1, "<rect x=\"120.0\" y=\"316.0\" width=\"100.0\" height=\"100.0\" fill=\"#fde725\"/>");
