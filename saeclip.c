@@ -6071,6 +6071,12 @@ static void draw_axis(plot *p, const plot_axis *a, int upright, double at, doubl
 static const char *const line_colours[] = { "#2f8fd8", "#e0851b", "#1fa67a", "#d4569a", "#8b6fe8",
                                             "#c9a400", "#d5492e", "#7d8794" };
 
+static void start_line(plot *p, const char *tag, size_t index) {
+    size_t colours = COUNT(line_colours);
+    fprintf(p->out, "<%s class=\"line\" stroke=\"%s\"%s ", tag, line_colours[index % colours],
+            index < colours ? "" : " stroke-dasharray=\"5 4\"");
+}
+
 /* A column over the first as a line of at most LINE_POINTS points: of each group of rows the
  * smallest and the largest, so that no spike is lost. */
 static void draw_line(plot *p, size_t index, size_t column, const plot_axis *x,
@@ -6079,8 +6085,8 @@ static void draw_line(plot *p, size_t index, size_t column, const plot_axis *x,
     size_t rows = s->rows, groups = LINE_POINTS / 2;
     while (y->is_log && rows > 0 && !(s->row[rows - 1][column] > 0)) rows--;    /* of counts */
     size_t group = rows > LINE_POINTS ? (rows + groups - 1) / groups : 1;
-    fprintf(p->out, "<polyline class=\"line\" stroke=\"%s\" points=\"",
-            line_colours[index % COUNT(line_colours)]);
+    start_line(p, "polyline", index);
+    fputs("points=\"", p->out);
     for (size_t first = 0; first < rows; first += group) {
         size_t least = first, most = first;
         for (size_t i = first; i < rows && i < first + group; i++) {
@@ -6088,9 +6094,9 @@ static void draw_line(plot *p, size_t index, size_t column, const plot_axis *x,
             if (s->row[i][column] > s->row[most][column]) most = i;
         }
         const size_t point[2] = { least < most ? least : most, least < most ? most : least };
-        for (int i = least == most && rows > 1; i < 2; i++)  /* a single row twice: a dot */
-            fprintf(p->out, "%.1f,%.1f ", axis_place(x, s->row[point[i]][0]),
-                    axis_place(y, s->row[point[i]][column]));
+        for (int i = least == most && rows > 1; i < 2; i++)  /* a single row: a dash */
+            fprintf(p->out, "%.1f,%.1f ", axis_place(x, s->row[point[i]][0]) + (rows > 1 ? 0 :
+                    8 * i - 4), axis_place(y, s->row[point[i]][column]));
     }
     fputs("\"/>\n", p->out);
 }
@@ -6110,8 +6116,8 @@ static void draw_lines(plot *p) {
     }
     for (size_t n = 0; n < p->count; n++) {
         double y = 346 + 20 * (double)n;
-        fprintf(p->out, "<path class=\"line\" stroke=\"%s\" d=\"M82 %.1fh22\"/>\n",
-                line_colours[n % COUNT(line_colours)], y - 4);
+        start_line(p, "path", n);
+        fprintf(p->out, "d=\"M82 %.1fh22\"/>\n", y - 4);
         draw_text(p, 112, y, "", "%s: %s", name_end(p->series[n].path, 44), p->series[n].words);
     }
 }
@@ -6176,7 +6182,7 @@ static void draw_latents(plot *p) {
         draw_cells(p, s, &x, &y, entropy.high);
     }
     draw_scale(p, &entropy, end + 72, "entropy of the top images' classes (nats)");
-    draw_text(p, 82, 506, "", "grey: no entropy, of few images or no labels; larger: several");
+    draw_text(p, 82, 506, "", "larger: several latents; grey: no entropy (too few images)");
 }
 
 static void draw_masks(plot *p) {

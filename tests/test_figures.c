@@ -97,7 +97,7 @@ static void figures_curves(void)
           "the loss runs through %s", figures_points(svg, 0));
     check(strcmp(figures_points(svg, 2), "453.4,272.6 514.7,211.3 576.0,150.0 637.3,88.7 698.6,27.4 ") == 0,
           "the MSE runs through %s", figures_points(svg, 2));
-    check(strcmp(figures_points(svg, 1), "150.7,88.7 150.7,88.7 ") == 0, "a log of one step is no dot but %s",
+    check(strcmp(figures_points(svg, 1), "146.7,88.7 154.7,88.7 ") == 0, "a log of one step is no dash but %s",
           figures_points(svg, 1));
     const char *const texts[] = { ">0.01<", ">0.1<", ">10<", ">100<", ">loss<", ">MSE<",
         ">L0 (active latents a token)<", "a.csv: 5 steps, MSE 5 and L0 3 at the end<",
@@ -106,6 +106,9 @@ static void figures_curves(void)
     figures_has(svg, 3, ">step<");
     figures_has(svg, 3 + 1, ">5<");                          /* steps, and the MSE's axis */
     figures_has(svg, 1, "prefers-color-scheme:dark");
+    svg = figures_plot("curves %s %s %s %s %s %s %s %s %s", b, a, a, a, a, a, a, a, b);
+    figures_has(svg, 4, " stroke=\"#2f8fd8\" stroke-dasharray");       /* the ninth is the first, dashed */
+    figures_has(svg, 8, " stroke=\"#2f8fd8\"");
     figures_plot("curves %s", b);                            /* where all axes have one value */
 }
 
@@ -164,9 +167,9 @@ static void figures_names(void)
         { "\x1b[31m\xff\xc2\x9b.csv", "/\\x1b[31m\\xff\\xc2\\x9b.csv: 5 steps" },
         { "\xef\xbf\xbeo\xef\xbf\xbf\xef\xbf\xbd\xef\xac\x81.csv", "/o\xef\xbf\xbd\xef\xac\x81.csv: 5 steps" },
         { "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"
-          "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9 a.csv",
-          ">\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"
-          "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9 a.csv: 5 steps" } };
+          "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9 ab.csv",
+          ">\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"
+          "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9 ab.csv: 5 steps" } };
     size_t count;
     char *log = read_whole(in_folder("a.csv"), &count), path[2000];
     for (size_t i = 0; i < COUNT(names); i++) {
@@ -280,12 +283,23 @@ static void figures_bad_statistics(void)
         refuses(1, cases[i].says, "plot latents %s -o %s", path, refused);
     }
     refuses(1, "a list sae_sparsity", "plot latents %s -o %s", GOLDEN "acts.safetensors", refused);
+    put_file(path, "", 0);
+    refuses(1, "safetensors", "plot latents %s -o %s", path, refused);
+    sc_writer w;                                             /* lists of 1 and 2 */
+    if (sc_writer_open(&w, path, 4096) != SC_OK
+        || sc_writer_tensor(&w, "sae_sparsity", SC_F32, 1, (size_t[]){ 1 }) != SC_OK
+        || sc_writer_floats(&w, good, 1) != SC_OK
+        || sc_writer_tensor(&w, "sae_mean_acts", SC_F32, 1, (size_t[]){ 2 }) != SC_OK
+        || sc_writer_floats(&w, good, 2) != SC_OK || sc_writer_finish(&w) != SC_OK) need("%s", path);
+    refuses(1, "a list sae_mean_acts was expected, as long as others", "plot latents %s -o %s", path, refused);
     const int64_t counts[] = { 3, 1 }, negative[] = { -1, 1 };
     figures_stats(path, 2, NULL, NULL, NULL, counts, NULL);
     refuses(1, "metadata images", "plot counts %s -o %s", path, refused);
     figures_stats(path, 2, NULL, NULL, NULL, counts, "2");
     refuses(1, "images was expected, 3 or more", "plot counts %s -o %s", path, refused);
     figures_stats(path, 2, NULL, NULL, NULL, counts, "nan");
+    refuses(1, "metadata images", "plot counts %s -o %s", path, refused);
+    figures_stats(path, 2, NULL, NULL, NULL, counts, "inf");
     refuses(1, "metadata images", "plot counts %s -o %s", path, refused);
     figures_stats(path, 2, NULL, NULL, NULL, negative, "2");
     refuses(1, "element 0 of image_count is -1", "plot counts %s -o %s", path, refused);
@@ -302,7 +316,7 @@ static void figures_counts(void)
     const char *svg = figures_plot("counts %s %s", path, other);
     check(strcmp(figures_points(svg, 0), "99.5,104.6 216.5,104.6 333.5,133.4 450.5,156.3 567.5,195.4 ") == 0,
           "images by latent run through %s", figures_points(svg, 0));
-    check(strcmp(figures_points(svg, 1), "99.5,195.4 99.5,195.4 ") == 0, "one latent is no dot");
+    check(strcmp(figures_points(svg, 1), "95.5,195.4 103.5,195.4 ") == 0, "one latent is no dash");
     figures_has(svg, 1, "counts.st: 6 latents: 2 on all 5 images, 2 on 1 or 2, 1 on none<");
     figures_has(svg, 1, "others.st: 1 latents: 1 on all 1 images, 1 on 1 or 2, 0 on none<");
     figures_has(svg, 1, ">images on which a latent fires (log scale)<");
@@ -321,17 +335,17 @@ static void figures_histogram(const char *path, size_t n, const int64_t *count, 
         need("%s: %s", path, sc_error());
 }
 
-/* 75 % at the geometric mean of 4 and 16, none at 32, 25 % at 128: 0.90309 to 2.10721 in log10, of which the middle
- * 1.50515 +- 1 lies on 620 pixels. */
+/* 75 % at the geometric mean of 4 and 16, none at 32, 25 % at 80: 0.90309 to 1.90309 in log10, of which the middle
+ * 1.40309 +- 1 lies on 620 pixels. */
 static void figures_activations(void)
 {
     const int64_t count[] = { 0, 3, 0, 1, 0 }, silent[5] = { 0 }, minus[] = { 1, -1, 1, 1, 1 };
-    const char *path = in_folder("bins.st"), *edges = "[1,4,16,64,256,1024]";
+    const char *path = in_folder("bins.st"), *edges = "[1,4,16,64,100,1024]";
     static const char *const bad[] = { NULL, "", "[]", "[1,4,16,64,256]", "[1,4,16,64,256,1024,2048]", "[0,1,2,3,4,5]",
         "[1,4,16,16,256,1024]", "[1,4,16,nan,256,1024]", "[1,4,16,64,256,inf]", "[1,4,16,64,256,1024" };
     figures_histogram(path, 5, count, edges);
     const char *svg = figures_plot("activations %s", path);
-    check(strcmp(figures_points(svg, 0), "205.4,20.0 392.0,280.0 578.6,193.3 ") == 0,
+    check(strcmp(figures_points(svg, 0), "237.0,20.0 423.6,280.0 547.0,193.3 ") == 0,
           "active values run through %s", figures_points(svg, 0));
     figures_has(svg, 1, "bins.st: 4 active values<");
     figures_has(svg, 1, ">active values in a bin (%)<");
