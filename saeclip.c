@@ -193,14 +193,14 @@ enum { MAX_OPERANDS = 16 };
  * default (see the table of options at the end). */
 typedef struct {
     const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
-    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask;
+    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch;
     const char *operand[MAX_OPERANDS + 1];   /* IMAGES, files or lines of bench; NULL ends them */
     sc_model_options settings;
     const char *sae[SC_MAX_TAPS];
     size_t saes;
     long layer, threads, size, square, limit, k, expansion, d_sae, batch, steps, warmup;
     long b_dec_images, dead_window, checkpoint_every, top, top_patches, class_index;
-    double l1, lr, epochs, threshold, rtol, atol, seed;
+    double l1, lr, epochs, threshold, max_frequency, rtol, atol, seed;
     int quiet, skip_bad, ghost, resume, class_counts, dense, reconstruction, image_means;
     uint64_t given;                          /* bit i: row i of the table was given */
 } options;
@@ -1486,12 +1486,15 @@ static int json_string_array(const char *text, const char *what, char ***out, si
     return j.failed;
 }
 
-/* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. */
+/* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. What could end a
+ * script that it stands in is escaped, too: <, and U+2028 and U+2029, which were ends of lines. */
 static void print_json(FILE *out, const char *text) {
     putc('"', out);
     for (size_t length; *text; text += length ? length : 1) {
         length = utf8_length(text);
-        if ((unsigned char)*text < ' ') fprintf(out, "\\u%04x", (unsigned)*text);
+        int line = strncmp(text, "\xe2\x80\xa8", 3) == 0 || strncmp(text, "\xe2\x80\xa9", 3) == 0;
+        if ((unsigned char)*text < ' ' || *text == '<') fprintf(out, "\\u%04x", (unsigned)*text);
+        else if (line) fprintf(out, "\\u20%x", (unsigned)text[2] & 0x3f);
         else if (length == 0) fputs("\xef\xbf\xbd", out);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
         else fwrite(text, 1, length, out);
@@ -1990,6 +1993,13 @@ SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const cha
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
     return sc_writer_metadata(w, key, text);
+}
+
+/* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
+static size_t names_room(char **name, size_t count, size_t more) {
+    size_t room = 0;
+    for (size_t i = 0; name && i < count; i++) room += 7 * strlen(name[i]) + more;
+    return room;
 }
 
 /* A list of names as metadata, a JSON array in a string. */
@@ -4981,6 +4991,8 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
                                       LOWEST_OCTAVE + i / BINS_AN_OCTAVE));
     memcpy(edges + used, "]", 2);
     SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
+    if (s->data->set.class_name)
+        SC_TRY(write_name_list(w, "class_names", s->data->set.class_name, s->data->set.classes));
     return s->threshold < 0 ? SC_OK : put_metadata(w, "threshold", "%.17g", s->threshold);
 }
 
@@ -5118,9 +5130,11 @@ static int measure(session *s, int reconstruct) {
 }
 
 static int command_stats(session *s) {
+    const sc_images *set = &s->data.set;
     SC_TRY(try_output(s->o->output));
     SC_TRY(measure(s, 0));
-    return save_tensors(s->o->output, 16384, write_statistics, &s->stats[0]);
+    return save_tensors(s->o->output, 16384 + names_room(set->class_name, set->classes, 8),
+                        write_statistics, &s->stats[0]);
 }
 
 /* --- Tables --- */
@@ -5133,7 +5147,8 @@ static const char *cell_text(const table_cell *cells, size_t columns, size_t row
     const table_cell *c = &cells[(row ? row - 1 : 0) * columns + column];
     if (row == 0 || c->text) return row ? shown(c->text) : c->title;
     char *number = text_room();
-    snprintf(number, TEXT_ROOM, "%.4g", c->number);
+    int whole = c->number == floor(c->number) && fabs(c->number) < 1e9;
+    snprintf(number, TEXT_ROOM, whole ? "%.0f" : "%.4g", c->number);
     return number;
 }
 
@@ -5272,13 +5287,6 @@ static int write_labels(sc_writer *w, const session *s) {
     return write_name_list(w, "class_names", s->data.set.class_name, s->data.set.classes);
 }
 
-/* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
-static size_t names_room(char **name, size_t count, size_t more) {
-    size_t room = 0;
-    for (size_t i = 0; name && i < count; i++) room += 6 * strlen(name[i]) + more;
-    return room;
-}
-
 /* --- extract --- */
 
 static int write_activations(sc_writer *w, void *context) {
@@ -5346,7 +5354,7 @@ static int command_pack(session *s) {
     SC_TRY(open_photos(f, o, (size_t)(o->square ? o->square : o->size)));
     size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
     for (size_t i = 0; f->set.image && i < f->set.count; i++)
-        room += 6 * strlen(f->set.image[i].name) + 4;
+        room += 7 * strlen(f->set.image[i].name) + 4;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     return save_tensors(o->output, room, write_pictures, s);
 }
@@ -5495,10 +5503,17 @@ static int command_zeroshot(session *s) {
 
 enum { MOST_LATENTS = 1024, SHEET_GAP = 2, SILENT = 30 };
 
+/* Tensors of the statistics, a row a latent. */
+enum {
+    TOP_IMAGES, TOP_VALUES, TOP_LABELS, TOP_PATCHES, FREQUENCY, IMAGE_MEAN, ENTROPY, LOOKED_AT
+};
+
 typedef struct {
     session *s;
     sc_safetensors stats;
-    const sc_tensor *top[2];         /* of the statistics: latents' top images, top patches */
+    const sc_tensor *of[LOOKED_AT];
+    top_entry *entry;                /* [K], a latent's top images as the statistics have them */
+    int any_data;                    /* the statistics need not be of the data at hand */
     uint64_t first_patch;            /* of the statistics' tokens */
     enum { NO_MASK, VALUE_MASK, TOP_MASK } kind;
     size_t latent[MOST_LATENTS], latents;        /* asked for */
@@ -5527,27 +5542,31 @@ static int parse_latents(viewer *v, const char *text) {
     }
 }
 
-/* Statistics tell of one data set and one SAE; each latent has a row of images, one of patches. */
+/* Statistics tell of one data set and one SAE. */
 static int open_statistics(viewer *v, const char *path) {
-    static const char *const names[] = { "max_activating_image_indices",
-                                         "max_activating_patch_indices" };
+    static const struct { const char *name; int rank; } tensors[LOOKED_AT] = {
+        { "max_activating_image_indices", 2 }, { "max_activating_image_values", 2 },
+        { "max_activating_image_label_indices", 2 }, { "max_activating_patch_indices", 3 },
+        { "sae_sparsity", 1 }, { "sae_mean_acts", 1 }, { "top_entropy", 1 } };
     size_t n = v->s->sae[0].d_sae;
     SC_TRY(sc_safetensors_open(&v->stats, path));
     const char *data = sc_metadata_find(&v->stats, "data_digest");
     const char *sae = sc_metadata_find(&v->stats, "sae_digest");
     const char *first_patch = sc_metadata_find(&v->stats, "first_patch");
     if (!data || !sae) return fail("%s: these are no statistics: a digest is missing", path);
-    if (strtoull(data, NULL, 16) != v->s->data.set.digest)
+    if (!v->any_data && strtoull(data, NULL, 16) != v->s->data.set.digest)
         return fail("%s: statistics of other data", path);
     if (strtoull(sae, NULL, 16) != sae_digest(&v->s->sae[0]))
         return fail("%s: statistics of another SAE", path);
     v->first_patch = first_patch ? strtoull(first_patch, NULL, 10) : 1;
-    for (size_t i = 0; i < 2; i++) {
-        const sc_tensor *t = v->top[i] = sc_tensor_find(&v->stats, names[i]);
-        if (!t || t->rank < 2 || t->shape[1] == 0 || t->count / (i + 1) / t->shape[1] != n)
-            return fail("%s: a tensor %s [%zu, ...] was expected", path, names[i], n);
+    for (size_t i = 0; i < LOOKED_AT; i++) {
+        const sc_tensor *t = v->of[i] = sc_tensor_find(&v->stats, tensors[i].name);
+        if (!t || t->rank != tensors[i].rank || t->count == 0 || t->shape[0] != n ||
+            (t->rank == 3 && t->shape[2] != 2) || (t->rank == 2 && t->count != v->of[0]->count))
+            return fail("%s: a tensor %s [%zu%s] was expected", path, tensors[i].name, n,
+                        tensors[i].rank == 1 ? "" : tensors[i].rank == 2 ? ", K" : ", P, 2");
     }
-    return SC_OK;
+    return allocate(&v->s->memory, &v->entry, v->of[0]->shape[1], sizeof *v->entry);
 }
 
 /* The folder, the data and, where asked for, the statistics to look at them with. */
@@ -5556,7 +5575,7 @@ static int open_viewer(viewer *v, int with_stats) {
     const options *o = s->o;
     feed *f = &s->data;
     SC_TRY(open_session(s));
-    SC_TRY(parse_latents(v, o->latents));
+    if (o->latents) SC_TRY(parse_latents(v, o->latents));
     if (f->grid == 0 || f->T == 1) return fail("tokens were expected that are a square of patches");
     if (with_stats) SC_TRY(open_statistics(v, o->stats));
     if (v->kind != VALUE_MASK) s->saes = 0;      /* spares the SAE, and the forward pass */
@@ -5568,8 +5587,8 @@ static int open_viewer(viewer *v, int with_stats) {
         ARRAY(v->mask, MEASURE_IMAGES, v->patches), ARRAY(v->picture, side * side, 3),
         ARRAY(v->sum, v->latents, v->patches) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
-    v->made = mkdir(o->output, 0777) == 0;
-    if (v->made || errno == EEXIST) return SC_OK;
+    v->made = o->output && mkdir(o->output, 0777) == 0;
+    if (v->made || !o->output || errno == EEXIST) return SC_OK;
     return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
 }
 
@@ -5584,7 +5603,7 @@ static int listed_draw(void *context, size_t draw, size_t *image) {
 static int find_masks(viewer *v, size_t j) {
     const feed *f = &v->s->data;
     const sae_batch *b = &v->s->batch[0];
-    size_t P = v->kind == TOP_MASK ? v->top[1]->shape[1] : 0;
+    size_t P = v->kind == TOP_MASK ? v->of[TOP_PATCHES]->shape[1] : 0;
     memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
     for (size_t i = 0; i < b->tiles; i++)
         for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);) {
@@ -5594,7 +5613,7 @@ static int find_masks(viewer *v, size_t j) {
         }
     for (size_t p = 0; p < P; p++) {
         int64_t at[2];                           /* image and token, -1 where there is none */
-        SC_TRY(sc_tensor_integers(&v->stats, v->top[1], (j * P + p) * 2, 2, at));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_PATCHES], (j * P + p) * 2, 2, at));
         uint64_t patch = (uint64_t)at[1] - v->first_patch;
         for (size_t i = 0; i < f->count && patch < v->patches; i++)
             if (f->image[i] == (uint64_t)at[0]) v->mask[i * v->patches + patch] = 1;
@@ -5705,11 +5724,11 @@ static int finish_sheet(viewer *v, size_t j, size_t images) {
 
 /* The images to look at are each latent's top images, as the statistics have them, in turn. */
 static int list_images(viewer *v, size_t *count) {
-    size_t K = v->top[0]->shape[1];
+    size_t K = v->of[TOP_IMAGES]->shape[1];
     SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
     for (size_t l = 0; l < v->latents; l++, v->images += count[l - 1]) {
         int64_t *image = v->image + v->images;
-        SC_TRY(sc_tensor_integers(&v->stats, v->top[0], v->latent[l] * K, K, image));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], v->latent[l] * K, K, image));
         for (; count[l] < K && image[count[l]] >= 0; count[l]++)
             if (image[count[l]] >= (int64_t)v->s->data.set.count)
                 return fail("%s: there is no image %lld", v->stats.path,
@@ -5727,7 +5746,7 @@ static int show_sheets(viewer *v) {
         return usage("top picks images: a stream has no choice of them");
     SC_TRY(open_viewer(v, 1));
     SC_TRY(list_images(v, count));
-    size_t K = v->top[0]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
+    size_t K = v->of[TOP_IMAGES]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
     while (columns * columns < K) columns++;
     v->width = columns * step - SHEET_GAP;
     v->height = (K - 1) / columns * step + S;
@@ -5748,6 +5767,125 @@ static int show_sheets(viewer *v) {
     return SC_OK;
 }
 
+/* --- explain --- */
+
+enum { EXPLAINED = 16, EXPLAIN_COLUMNS = 5, CLASSES_SHOWN = 3 };
+
+/* v->entry of latent j. */
+static int read_top(viewer *v, size_t j) {
+    size_t K = v->of[TOP_IMAGES]->shape[1];
+    for (size_t k = 0; k < K; k++) {
+        top_entry *e = &v->entry[k];
+        SC_TRY(sc_tensor_floats(&v->stats, v->of[TOP_VALUES], j * K + k, 1, &e->value));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], j * K + k, 1, &e->image));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_LABELS], j * K + k, 1, &e->other));
+    }
+    return SC_OK;
+}
+
+/* The classes (other) with the largest shares (value) of the activation of v->entry, in descending
+ * order; how many. largest: [room] */
+static size_t top_classes(const viewer *v, top_entry *largest, size_t room) {
+    size_t K = v->of[TOP_IMAGES]->shape[1], active = 0, found = 0;
+    double total = 0;
+    while (active < K && v->entry[active].value > 0) total += v->entry[active++].value;
+    for (size_t i = 0; i < room; i++) largest[i] = nothing;
+    for (size_t i = 0; i < active; i++) {
+        double share = 0;
+        size_t first = 0;
+        while (v->entry[first].other != v->entry[i].other) first++;
+        for (size_t k = i; k < active && first == i; k++)
+            share += v->entry[k].other == v->entry[i].other ? v->entry[k].value : 0;
+        if (v->entry[i].other >= 0)
+            keep_largest(largest, room, (top_entry){ (float)(share / total), 0, v->entry[i].other });
+    }
+    while (found < room && largest[found].value > 0) found++;
+    return found;
+}
+
+/* f_j of one token of the batch's only image, or its mean over all tokens (token SIZE_MAX). */
+static float activation_of(const viewer *v, size_t j, size_t token) {
+    const sae_batch *b = &v->s->batch[0];
+    double sum = 0;
+    for (size_t i = 0; i < b->tiles; i++)
+        for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);)
+            if (token == SIZE_MAX || b->tile[i].first + w.token == token) sum += w.value;
+    return (float)(token == SIZE_MAX ? sum / (double)v->s->data.T : sum);
+}
+
+/* A latent's row: row [EXPLAIN_COLUMNS], text [TEXT_ROOM] for its classes. */
+static int explain_latent(viewer *v, top_entry latent, table_cell *row, char *text) {
+    size_t j = (size_t)latent.image, used = 0;
+    const sc_images *set = &v->s->data.set;
+    float frequency, entropy;
+    top_entry class[CLASSES_SHOWN];
+    SC_TRY(sc_tensor_floats(&v->stats, v->of[FREQUENCY], j, 1, &frequency));
+    SC_TRY(sc_tensor_floats(&v->stats, v->of[ENTROPY], j, 1, &entropy));
+    SC_TRY(read_top(v, j));
+    strcpy(text, "");
+    for (size_t i = 0, found = top_classes(v, class, CLASSES_SHOWN); i < found; i++) {
+        size_t c = (size_t)class[i].other;
+        char number[32], name[100];
+        snprintf(number, sizeof number, "class %zu", c);
+        used += (size_t)snprintf(text + used, TEXT_ROOM - used, "%s%s %.0f %%", i ? ", " : "",
+                                 c < set->classes && set->class_name ?
+                                 printable(set->class_name[c], name, sizeof name) : number,
+                                 100 * (double)class[i].value);
+    }
+    const table_cell cells[EXPLAIN_COLUMNS] = {
+        { "latent", "latent", NULL, (double)j }, { "activation", "activation", NULL, latent.value },
+        { "frequency", "frequency", NULL, frequency }, { "entropy", "entropy", NULL, entropy },
+        { "classes", "classes of its top images", text, 0 } };
+    memcpy(row, cells, sizeof cells);
+    return SC_OK;
+}
+
+/* The statistics' class names, not those of wherever the image lies. */
+static int name_classes(viewer *v) {
+    sc_images *set = &v->s->data.set;
+    const char *names = sc_metadata_find(&v->stats, "class_names");
+    free(set->class_name);
+    set->class_name = NULL;
+    return names ? json_string_array(names, v->stats.path, &set->class_name, &set->classes) : SC_OK;
+}
+
+/* The latents that are strongest on an image, or on its patch R,C. */
+static int explain(viewer *v) {
+    const options *o = v->s->o;
+    const feed *f = &v->s->data;
+    top_entry strongest[EXPLAINED];
+    table_cell cells[EXPLAINED][EXPLAIN_COLUMNS];
+    char classes[EXPLAINED][TEXT_ROOM], more;
+    size_t r = 0, c = 0, rows = 0;
+    v->kind = VALUE_MASK;
+    v->any_data = 1;
+    SC_TRY(open_viewer(v, 1));
+    if (o->patch && (sscanf(o->patch, "%9zu,%9zu%c", &r, &c, &more) != 2 || r >= f->grid ||
+                     c >= f->grid))
+        return usage("--patch: '%s' is not R,C, a row and a column from 0,0 to %zu,%zu", o->patch,
+                     f->grid - 1, f->grid - 1);
+    SC_TRY(start_feed(&v->s->data, MEASURE_IMAGES, NULL, NULL, 0));
+    SC_TRY(next_encoded(v->s, 1));
+    if (f->count != 1) return fail("%s: one image was expected, here are more", o->operand[0]);
+    for (size_t i = 0; i < EXPLAINED; i++) strongest[i] = nothing;
+    for (size_t j = 0; j < v->s->sae[0].d_sae; j++) {
+        float frequency, a = activation_of(v, j, o->patch ? f->first_patch + r * f->grid + c
+                                                          : SIZE_MAX);
+        SC_TRY(sc_tensor_floats(&v->stats, v->of[FREQUENCY], j, 1, &frequency));
+        if ((double)frequency <= o->max_frequency)
+            keep_largest(strongest, EXPLAINED, (top_entry){ a, (int64_t)j, 0 });
+    }
+    SC_TRY(name_classes(v));
+    for (; rows < EXPLAINED && strongest[rows].value > 0; rows++) {
+        size_t j = (size_t)strongest[rows].image;
+        SC_TRY(explain_latent(v, strongest[rows], cells[rows], classes[rows]));
+        if (o->output) SC_TRY(find_masks(v, j));
+        if (o->output) SC_TRY(show_mask(v, j, 0));
+    }
+    if (rows == 0) note("no latent fires there");
+    return rows > 0 ? print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows) : SC_OK;
+}
+
 static int look(session *s, int (*show)(viewer *v)) {
     const char *mask = s->o->mask;
     viewer v = { .s = s, .kind = !mask ? NO_MASK : strcmp(mask, "top") ? VALUE_MASK : TOP_MASK };
@@ -5759,6 +5897,7 @@ static int look(session *s, int (*show)(viewer *v)) {
 
 static int command_top(session *s) { return look(s, show_sheets); }
 static int command_mask(session *s) { return look(s, show_masks); }
+static int command_explain(session *s) { return look(s, explain); }
 
 /* ============================================================================================
  * 13. Figures
@@ -6195,9 +6334,10 @@ enum {                               /* commands, and what several of them have 
     INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
     MASK = 256, ZEROSHOT = 512, COMPARE = 1024, BENCH = 2048,
     MERGE = 4096, EXPLAIN = 8192, PLOT = 16384, ATLAS = 32768, EVERY = 65535,
-    LATENTS = TOP | MASK, SAES = ENCODE | EVAL | STATS | LATENTS,
-    DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LATENTS | ZEROSHOT,
-    PICTURES = PHOTOS | PACK, OUTPUT = LATENTS | PACK | EXTRACT | TRAIN | ENCODE | STATS
+    LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
+    SAES = ENCODE | EVAL | STATS | LOOKS,
+    DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,
+    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS
 };
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
@@ -6217,7 +6357,7 @@ static const struct option_row {
 #define LIVE "; no effect with --acts"
     { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
     { "-s", "FILE", TEXTS, AT(sae), SAES, "the SAE (eval: as many as wanted)" },
-    { "-t", "FILE", TEXT, AT(stats), LATENTS, "statistics (mask: of --mask top)" },
+    { "-t", "FILE", TEXT, AT(stats), LOOKS, "statistics (mask: of --mask top)" },
     { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
     { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
     { "--acts", "FILE", TEXT, AT(acts), DATA | MASK, "saved activations, not -m and IMAGES" },
@@ -6276,9 +6416,13 @@ static const struct option_row {
       "count tokens above T instead; no effect without --class-counts", NULL, 0, 1e30 },
     { "--mask", "value|top", CHOICE, AT(mask), LATENTS, "where it fires, or its top patches" },
     { "--class", "C", WHOLE, AT(class_index), MASK, "the mean mask of a class", NULL, 0, 1e9 },
+    { "--patch", "R,C", TEXT, AT(patch), EXPLAIN, "only this patch; row and column from 0" },
+    { "--max-frequency", "F", NUMBER, AT(max_frequency), EXPLAIN,
+      "leave out latents that fire on a larger share of the images", "1", 0, 1 },
     { "--rtol", "X", NUMBER, AT(rtol), COMPARE, "relative tolerance", "0", 0, 1e30 },
     { "--atol", "X", NUMBER, AT(atol), COMPARE, "absolute tolerance", "0", 0, 1e30 },
-    { "--format", "text|markdown|csv|json", CHOICE, AT(format), EVAL, "how to print", "text" },
+    { "--format", "text|markdown|csv|json", CHOICE, AT(format), EVAL | EXPLAIN, "how to print",
+      "text" },
     { "--format", "text|csv|json", CHOICE, AT(format), ZEROSHOT, "how to print", "text" },
     { "--format", "text|json", CHOICE, AT(format), BENCH, "how to print", "text" },
     { "--seed", "N", LARGE, AT(seed), EVERY, "train's; no effect elsewhere", "42", 0, 0x1p53 - 1 },
@@ -6313,6 +6457,9 @@ static const struct command_row {
       command_top, 1, 1 },
     { MASK, "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
       "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1 },
+    { EXPLAIN, "explain", "-s SAE -m MODEL -t STATS IMAGE", "the strongest latents of an image",
+      "-s sae.safetensors -m clip.safetensors -t stats.safetensors photo.jpg --patch 7,7 -o masks",
+      command_explain, 1, 1 },
     { ZEROSHOT, "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
       "-m vit.safetensors photos.txt", command_zeroshot, 1, 1 },
     { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
