@@ -44,8 +44,10 @@ static void atlas_explain(void)
     check(strcmp(look_output, wanted) == 0, "row 1, column 0 is the third patch: %s", look_output);
     check(look_run(EXPLAIN "both.ppm --format json --max-frequency 0.5") == 0
           && look_says("\"latent\": 1,") && !look_says("\"latent\": 0,"), "frequent latents are left out");
-    check(look_run(EXPLAIN "both.ppm --max-frequency 0.66666669") == 0 && look_says("\n     0        0.16"),
+    check(look_run(EXPLAIN "both.ppm --max-frequency 0.666666686534881591796875") == 0 && look_says("\n     0        0.16"),
           "the bound itself is not left out");
+    check(look_run(EXPLAIN "set --limit 1 --format json") == 0 && look_says("b\\u003cscript"),
+          "classes have the names that they have in the statistics");
     check(look_run(EXPLAIN "set/b/2.ppm -o explained") == 0 && is_mask("explained/latent_1_0_2.ppm.pgm", 0, 255, 0, 0)
           && exists(in_folder("look/explained/latent_1_0_2.ppm.ppm"))
           && !exists(in_folder("look/explained/latent_0_0_2.ppm.pgm")), "masks of the latents that fire");
@@ -135,17 +137,18 @@ static void atlas_masks(void)
     }
 }
 
-/* A picture of smooth colours and an edge, written, decoded by someone else, and compared. */
+/* A picture of smooth colours, an edge and noise, written, decoded by someone else, and compared. */
 static void atlas_jpeg(void)
 {
-    enum { S = 44 };                             /* not whole blocks */
+    enum { S = 100 };                            /* not whole blocks */
     static unsigned char picture_in[S * S * 3], picture_out[S * S * 3];
     sc_images set;
     sc_preprocess prep = { .size = S };
     double error = 0;
     for (int i = 0; i < S * S * 3; i++) {
         int x = i / 3 % S, y = i / 3 / S, c = i % 3;
-        picture_in[i] = (unsigned char)(x + y > 50 ? 250 - 2 * x - c * 40 : 20 + 3 * y + c * x);
+        picture_in[i] = (unsigned char)(y > 70 ? (int)((unsigned)i * 2654435761u >> 25)
+                                        : x + y > 50 ? 250 - x - c * 40 : 20 + 3 * y + c * x);
     }
     FILE *out = fopen(in_folder("look/a.jpg"), "wb");
     if (!out) need("a.jpg");
@@ -161,7 +164,7 @@ static void atlas_jpeg(void)
     sc_images_close(&set);
     for (int i = 0; i < S * S * 3; i++) error += pow(picture_in[i] - picture_out[i], 2);
     error = sqrt(error / (S * S * 3));
-    check(error < 5, "the JPEG is off by %.3g of 255 (root mean square)", error);
+    check(error < 10, "the JPEG is off by %.3g of 255 (root mean square)", error);
 }
 
 static void atlas_refusals(void)
