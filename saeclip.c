@@ -6069,8 +6069,6 @@ typedef struct {
     FILE *masks;                     /* [n, K, patches], digits; where a slot has an image */
 } atlas;
 
-static const char *page_line(size_t line);      /* NULL behind the last */
-
 /* What writes a file of the atlas; number: which of its kind. */
 typedef int write_function(atlas *a, FILE *out, size_t number);
 
@@ -6225,11 +6223,7 @@ static int write_numbers(atlas *a, FILE *out, size_t ignored) {
     return SC_OK;
 }
 
-static int write_page(atlas *a, FILE *out, size_t line) {
-    (void)a;
-    for (const char *text; (text = page_line(line)) != NULL; line++) fprintf(out, "%s\n", text);
-    return SC_OK;
-}
+static int write_page(atlas *a, FILE *out, size_t line);     /* with its lines, at the end */
 
 /* The page comes last: a folder that has one is whole. */
 static int write_atlas(atlas *a) {
@@ -7025,14 +7019,14 @@ static const char *const atlas_page[] = {
     "#scatter { width: 100%; height: 320px; flex: none; cursor: crosshair; }",
     ".row { display: grid; grid-template-columns: 54px 78px 66px 66px 1fr; gap: 6px; height: 28px;",
     "       padding: 3px 6px; color: inherit; text-decoration: none; text-align: right;",
-    "       white-space: nowrap; font-variant-numeric: tabular-nums; border-radius: 4px; }",
-    ".row > * { overflow: hidden; text-overflow: ellipsis; min-width: 0; }",
+    "       font-variant-numeric: tabular-nums; }",
+    ".row > *, figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }",
     ".row > :last-child { text-align: left; }",
-    "a.row:hover, .row[aria-current] { background: var(--chosen); }",
+    "a.row:hover, .row.chosen { background: var(--chosen); }",
     ".row button { all: unset; cursor: pointer; color: var(--mark); }",
     ".row button.sorted { font-weight: bold; }",
     "#list { flex: 1; overflow-y: auto; position: relative; }",
-    "#rows { position: absolute; left: 0; right: 0; }",
+    "#rows { position: absolute; width: 100%; }",
     "#view { overflow-y: auto; padding: 12px 16px; }",
     "#masks { display: flex; flex-wrap: wrap; gap: 6px 10px; padding: 8px 0; }",
     "#figures { display: grid; gap: 14px;",
@@ -7041,21 +7035,17 @@ static const char *const atlas_page[] = {
     ".picture { position: relative; aspect-ratio: 1; background: var(--line); }",
     ".picture > * { position: absolute; width: 100%; height: 100%; image-rendering: pixelated; }",
     ".picture > img { image-rendering: auto; }",
-    "figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }",
     "@media (max-width: 800px) {",
     "    body { display: block; }",
-    "    #choice { border: 0; }",
     "    #scatter { height: 220px; }",
     "    .row { grid-template-columns: 42px 58px 62px 58px 1fr; font-size: 14px; }",
     "    #list { flex: none; height: 168px; }",
-    "    #view { border-top: 1px solid var(--line); }",
     "    #figures { grid-template-columns: repeat(3, 1fr); gap: 8px; }",
     "}",
     "</style>",
     "</head>",
     "<body>",
-    "<header><h1>Atlas</h1><span id='about' class='soft'>",
-    "<noscript>This page needs JavaScript.</noscript></span></header>",
+    "<header><h1>Atlas</h1><span id='about' class='soft'>needs JavaScript</span></header>",
     "<section id='choice'>",
     "<canvas id='scatter' role='img' aria-label='all latents'></canvas>",
     "<div class='row soft'><button value='index'>latent</button>",
@@ -7102,9 +7092,7 @@ static const char *const atlas_page[] = {
     "};",
     "",
     "function make(tag, parent, properties) {",
-    "    const element = Object.assign(document.createElement(tag), properties);",
-    "    parent.append(element);",
-    "    return element;",
+    "    return parent.appendChild(Object.assign(document.createElement(tag), properties));",
     "}",
     "",
     "function nameOf(c) { return c < 0 ? '' : data.classes[c] ?? 'class ' + c; }",
@@ -7139,8 +7127,8 @@ static const char *const atlas_page[] = {
     "    $('rows').replaceChildren();",
     "    $('rows').style.top = first * ROW + 'px';",
     "    for (const j of order.slice(first, first + list.clientHeight / ROW + 2)) {",
-    "        const row = make('a', $('rows'), { className: 'row', href: '#latent=' + j });",
-    "        if (j === latent) row.setAttribute('aria-current', 'true');",
+    "        const className = j === latent ? 'row chosen' : 'row';",
+    "        const row = make('a', $('rows'), { className, href: '#latent=' + j });",
     "        for (const textContent of [j, percent(data.frequency[j]), digits(data.mean[j]),",
     "                                   entropyOf(j), nameOf(data.class[j])])",
     "            make('span', row, { textContent });",
@@ -7314,8 +7302,10 @@ static const char *const atlas_page[] = {
     "</html>",
 };
 
-static const char *page_line(size_t line) {
-    return line < COUNT(atlas_page) ? atlas_page[line] : NULL;
+static int write_page(atlas *a, FILE *out, size_t line) {
+    for (; line < COUNT(atlas_page); line++) fprintf(out, "%s\n", atlas_page[line]);
+    (void)a;
+    return SC_OK;
 }
 
 #endif /* !SC_ISA */
