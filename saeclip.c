@@ -670,7 +670,7 @@ SC_TARGET static SC_INLINE void KERNEL(chains)(int rows, size_t terms, const flo
     SC_V chain[SC_TILE_ROWS][SC_VECTORS];
     SC_UNROLL for (int r = 0; r < rows; r++)
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) chain[r][v] = SC_SET(0.0f);
-    for (size_t k = 0; k < terms; k++, b += SC_COLUMNS) {
+    SC_UNROLL_SOME for (size_t k = 0; k < terms; k++, b += SC_COLUMNS) {
         SC_V column[SC_VECTORS];
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) column[v] = SC_LOAD(b + v * SC_LANES);
         SC_UNROLL for (int r = 0; r < rows; r++) {
@@ -948,10 +948,13 @@ static const kernel_set KERNEL(kernels) = {
 
 #if defined(__clang__)
 #define SC_UNROLL _Pragma("unroll")
+#define SC_UNROLL_SOME _Pragma("unroll 4")
 #elif defined(__GNUC__)
 #define SC_UNROLL _Pragma("GCC unroll 32")
+#define SC_UNROLL_SOME _Pragma("GCC unroll 4")
 #else
 #define SC_UNROLL
+#define SC_UNROLL_SOME
 #endif
 #if defined(__GNUC__)
 #define SC_INLINE __attribute__((always_inline)) inline
@@ -2970,7 +2973,8 @@ static int embed(forward_pass *pass) {
     return SC_OK;
 }
 
-/* One head of one image: out = softmax(q k^T / sqrt d) v. q, k, v: [T, d] within qkv [T, 3 D] */
+/* One head of one image, some queries at a time so that their scores stay in a near cache:
+ * out = softmax(q k^T / sqrt d) v. q, k, v: [T, d] within qkv [T, 3 D]; scores: [rows, padded T] */
 static int head_task(void *context, size_t task) {
     forward_pass *pass = context;
     const sc_model *model = pass->model;
@@ -2983,16 +2987,21 @@ static int head_task(void *context, size_t task) {
     keys.data = pass->head_scratch + worker * pass->head_scratch_size;
     values.data = keys.data + keys.panels * columns * d;
     float *scores = values.data + values.panels * columns * T;
-    float *buffer = scores + T * padded(T);
+    float *buffer = scores + rows_at_once(d) * padded(T);
     tile_target to_scores = { .c = scores, .c_stride = padded(T) };
     tile_target to_out = { .c = pass->normed + image * T * pass->normed_stride + head * d,
                            .c_stride = pass->normed_stride };
     pack_panels(&keys, 0, keys.panels, k, 1, stride);
     pack_panels(&values, 0, values.panels, v, stride, 1);
-    product_rows(q, stride, NULL, T, &keys, 0, keys.panels, &to_scores, buffer);
-    for (size_t t = 0; t < T; t++)
-        kernels->softmax(scores + t * padded(T), T, 1.0f / sqrtf((float)d));
-    product_rows(scores, padded(T), NULL, T, &values, 0, values.panels, &to_out, buffer);
+    for (size_t first = 0; first < T; first += rows_at_once(d)) {
+        size_t rows = T - first < rows_at_once(d) ? T - first : rows_at_once(d);
+        product_rows(q + first * stride, stride, NULL, rows, &keys, 0, keys.panels, &to_scores,
+                     buffer);
+        for (size_t t = 0; t < rows; t++)
+            kernels->softmax(scores + t * padded(T), T, 1.0f / sqrtf((float)d));
+        product_rows(scores, padded(T), NULL, rows, &values, 0, values.panels, &to_out, buffer);
+        to_out.c += rows * to_out.c_stride;
+    }
     return SC_OK;
 }
 
@@ -3079,7 +3088,7 @@ static int new_forward_pass(forward_pass *pass, const sc_model *model) {
     pass->wide_stride = padded(widest > pixels ? widest : pixels);
     pass->normed_stride = padded(D);
     pass->head_scratch_size = padded(panels_of(T) * columns * d + panels_of(d) * columns * T
-                                     + T * padded(T) + row_buffer_size(longest));
+                                     + rows_at_once(d) * padded(T) + row_buffer_size(longest));
     const array_spec arrays[] = {
         ARRAY(pass->x, pass->rows, D), ARRAY(pass->normed, pass->rows, pass->normed_stride),
         ARRAY(pass->wide, pass->rows, pass->wide_stride),
