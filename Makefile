@@ -32,28 +32,19 @@ tests/synth: $(SOURCE) tests/synth.c
 	$(BUILD) $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
 
 # The whole method, into out/: on pictures that are drawn for it and the small model in weights/, or on
-# the user's own with MODEL=FILE IMAGES=DIR.
+# the user's own with MODEL=FILE IMAGES=DIR. LATENTS are those that get a sheet; by default twelve that
+# know shapes, colours and textures of what is drawn, the same in every run. CLASS is the user's own.
 MODEL     = weights/demo.safetensors
-IMAGES    = out/world/pictures
+IMAGES    =
 PICTURES  = 2000
-EXPANSION = 2
+UNSEEN    = 500
+EXPANSION = 4
 EPOCHS    = 4
-LATENTS   = 1,3,5,7,11,13,17,19,23,29,31,37
-ACTS      = out/activations.safetensors
-TRAIN     = ./saeclip train --acts $(ACTS) --expansion $(EXPANSION) --epochs $(EPOCHS) --warmup 20 --lr 2e-3 \
-            --b-dec geomedian
+LATENTS   = 412,127,386,312,433,286,477,277,91,204,181,348
+CLASS     = 0
 demo: saeclip tests/synth
-	@mkdir -p out
-	@[ "$(IMAGES)" != out/world/pictures ] || tests/synth draw -o out/world --count $(PICTURES) --seed 1
-	./saeclip zeroshot -m "$(MODEL)" "$(IMAGES)" || echo "(this model or folder has no classes to name)"
-	./saeclip extract -m "$(MODEL)" "$(IMAGES)" -o $(ACTS)
-	$(TRAIN) --arch relu --l1 1e-3 --log out/relu.csv -o out/relu.safetensors
-	$(TRAIN) --arch topk --k 8 --log out/topk.csv -o out/topk.safetensors
-	./saeclip eval -s out/relu.safetensors -s out/topk.safetensors --acts $(ACTS)
-	./saeclip stats -s out/relu.safetensors -m "$(MODEL)" "$(IMAGES)" -o out/stats.safetensors
-	./saeclip top -s out/relu.safetensors -t out/stats.safetensors -m "$(MODEL)" "$(IMAGES)" -l $(LATENTS) \
-	    --mask value -o out/sheets
-	@echo "Look at out/sheets/*.ppm: a latent's 16 top images, lit where it fires."
+	@MODEL="$(MODEL)" IMAGES="$(IMAGES)" PICTURES=$(PICTURES) UNSEEN=$(UNSEEN) EXPANSION=$(EXPANSION) \
+	    EPOCHS=$(EPOCHS) LATENTS=$(LATENTS) CLASS=$(CLASS) tests/demo.sh
 
 test: saeclip tests/test
 	tests/test
