@@ -46,10 +46,10 @@ demo: saeclip tests/synth
 	@MODEL="$(MODEL)" IMAGES="$(IMAGES)" PICTURES=$(PICTURES) UNSEEN=$(UNSEEN) EXPANSION=$(EXPANSION) \
 	    EPOCHS=$(EPOCHS) LATENTS=$(LATENTS) CLASS=$(CLASS) tests/demo.sh
 
-test: saeclip tests/test
+test: saeclip tests/test tests/synth
 	tests/test
 
-build/guard_saeclip build/guard_test: MODE = $(GUARD)
+build/guard_saeclip build/guard_test build/guard_synth: MODE = $(GUARD)
 build/races_saeclip build/races_test: MODE = $(RACES)
 
 build/guard_saeclip build/races_saeclip: $(SOURCE)
@@ -60,8 +60,12 @@ build/guard_test build/races_test: $(SOURCE) $(TESTS)
 	@mkdir -p build
 	$(BUILD) $(MODE) $(TEST) -o $@ tests/test.c $(LIBS)
 
-check: build/guard_saeclip build/guard_test build/races_saeclip build/races_test
-	SAECLIP=build/guard_saeclip build/guard_test
+build/guard_synth: $(SOURCE) tests/synth.c
+	@mkdir -p build
+	$(BUILD) $(MODE) $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
+
+check: build/guard_saeclip build/guard_test build/guard_synth build/races_saeclip build/races_test
+	SAECLIP=build/guard_saeclip SYNTH=build/guard_synth build/guard_test
 	SAECLIP=build/races_saeclip build/races_test threads
 
 # The peers are passed over where they are not installed (README).

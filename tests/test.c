@@ -13,6 +13,7 @@
 #include "test_threads.c"
 #include "test_cli.c"
 #include "test_look.c"
+#include "test_demo.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "numbers", test_numbers },
@@ -24,6 +25,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "threads", test_threads },
     { "cli", test_cli },
     { "look", test_look },
+    { "demo", test_demo },
     { NULL, NULL }
 };
 
