@@ -6240,7 +6240,8 @@ static const struct option_row {
 #define OVER "overrules the model's "
 #define LIVE "; no effect with --acts"
     { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
-    { "-s", "FILE", TEXTS, AT(sae), SAES, "the SAE (eval: as many as wanted; zeroshot: x' in x's place)" },
+    { "-s", "FILE", TEXTS, AT(sae), SAES,
+      "the SAE (eval: as many as wanted; zeroshot: x' takes x's place)" },
     { "-t", "FILE", TEXT, AT(stats), LATENTS, "statistics (mask: of --mask top)" },
     { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
     { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
@@ -6337,7 +6338,7 @@ static const struct command_row {
       command_top, 1, 1 },
     { MASK, "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
       "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1 },
-    { ZEROSHOT, "zeroshot", "-m MODEL IMAGES", "top-1 and top-5 by head or text embeddings, -s: of x'",
+    { ZEROSHOT, "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
       "-m vit.safetensors photos.txt", command_zeroshot, 1, 1 },
     { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
       "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2 },

@@ -4,7 +4,7 @@
  *     make tests/synth
  *     tests/synth draw -o out/world --count 2000          pictures, masks and factors as files
  *     tests/synth stream --objects 1 | ...                records without end, to train on
- *     tests/synth score --seed S --codes A --unseen B     which latent knows which shape, colour, texture
+ *     tests/synth score --seed S --codes A --unseen B     which latent knows which shape or colour
  *
  * What `draw` writes below its folder:
  *     pictures/<class>/<number>.ppm    class: colour and shape of the main object, as "red star"
@@ -14,8 +14,7 @@
  *
  * A picture depends on the seed and its number alone, and all arithmetic is that of integers, so
  * the bytes are the same on every machine. `score` draws them again instead of reading them: A is
- * what `saeclip encode --mean` made of the folder pictures/ of numbers 0 to N - 1, and B of those of
- * `draw --first N`. */
+ * what `saeclip encode --mean` made of the pictures 0 to N - 1, and B of those from N on. */
 #define _FILE_OFFSET_BITS 64
 #include "../saeclip.h"
 
@@ -392,7 +391,7 @@ static int know_pictures(world *w, uint64_t seed, uint64_t first) {
     return SC_OK;
 }
 
-/* Visits all codes: counts each latent's, or (code NULL no longer) puts them where they belong. */
+/* Visits all codes: counts each latent's or, once there is room, puts them where they belong. */
 static int visit_codes(world *w, const sc_safetensors *file) {
     enum { BLOCK = 4096 };
     static int64_t row[BLOCK], index[BLOCK];
@@ -419,7 +418,7 @@ static int visit_codes(world *w, const sc_safetensors *file) {
     return SC_OK;
 }
 
-/* Sorts the codes by latent, by counting. start[j + 1] is latent j's first place while they come. */
+/* Sorts the codes by latent, by counting. start[j + 1] is where latent j's next code goes. */
 static int read_codes(world *w, const sc_safetensors *file) {
     const sc_tensor *means = sc_tensor_find(file, "image_means");
     if (!means || means->rank != 2 || means->shape[0] > UINT32_MAX / PATCHES)
@@ -533,13 +532,13 @@ static void print_scores(world *w, const size_t *latent, const double *area) {
         overlap(&w[0], latent[v], v, &threshold, 1);
         double shared = overlap(&w[1], latent[v], v, &threshold, 0);
         find_areas(&w[1], latent[v], unseen);
-        printf("  %-8s%-9s %6zu   %5.3f    %5.3f     %5.3f\n", kind, value_name(v), latent[v], area[v],
-               unseen[v], shared);
+        printf("  %-8s%-9s %6zu   %5.3f    %5.3f     %5.3f\n", kind, value_name(v), latent[v],
+               area[v], unseen[v], shared);
         areas += v < SHAPES + COLOURS && unseen[v] > 0.95;
         overlaps += v < SHAPES + COLOURS && shared > 0.5;
     }
-    printf("Of %d shapes and colours %d have an area over 0.95 and %d an overlap over 0.5 on unseen "
-           "pictures.\n", SHAPES + COLOURS, areas, overlaps);
+    printf("Of %d shapes and colours %d have an area over 0.95 and %d an overlap over 0.5 on "
+           "unseen pictures.\n", SHAPES + COLOURS, areas, overlaps);
 }
 
 static int command_score(const options *o) {
