@@ -2,7 +2,7 @@
 # `make demo`: the whole method in a minute, on pictures that are drawn for it and the small CLIP in weights/, or
 # on the user's own MODEL and IMAGES. Everything goes into out/. The variables are the Makefile's.
 set -eu
-drawn=out/world/pictures unseen=out/unseen/pictures acts=out/activations.safetensors
+drawn=out/world/pictures unseen=out/unseen/pictures acts=out/seen.safetensors
 [ -n "$IMAGES" ] && own=1 || own='' IMAGES=$drawn
 
 say() { printf '\n%s\n' "$*"; }
@@ -17,10 +17,10 @@ train() {
 # The columns of eval's table that a terminal has room for.
 short_table() {
     awk -F, 'NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i
-                       printf "  %-10s  %-24s %9s %10s %9s %8s %5s\n", "activation", "data", "MSE", "explained",
+                       printf "  %-10s  %-8s %9s %10s %9s %8s %5s\n", "activation", "data", "MSE", "explained",
                               "L0", "entropy", "dead" }
-             NR > 1  { gsub(/"/, ""); sub(/.*\//, "", $at["data"])
-                       printf "  %-10s  %-24s %9.3g %8.1f %% %9.1f %8.2f %5d\n", $at["activation"], $at["data"],
+             NR > 1  { gsub(/"/, ""); sub(/.*\//, "", $at["data"]); sub(/[.].*/, "", $at["data"])
+                       printf "  %-10s  %-8s %9.3g %8.1f %% %9.1f %8.2f %5d\n", $at["activation"], $at["data"],
                               $at["mse"], 100 * $at["explained_variance"], $at["l0"], $at["entropy_mean"],
                               $at["dead"] }' "$1"
 }
@@ -67,9 +67,9 @@ saeclip plot latents "$@" -o out/figures/latents.svg
 for kind in activations counts; do
     saeclip plot $kind out/relu.stats.safetensors out/topk.stats.safetensors -o out/figures/$kind.svg
 done
-if [ "$own" ]; then set -- "$IMAGES" --class "$CLASS"
-else set -- "$unseen/red star"/*.ppm; set -- "$1"; fi
-saeclip mask -s out/relu.safetensors -m "$MODEL" "$@" -l "$LATENTS" -o out/masks
+if [ "$own" ]; then set -- "$IMAGES" --class "$CLASS" -l "$LATENTS"
+else set -- "$unseen/red star/002053.ppm" -l 204,277,312,433; fi         # checked, red, square, star
+saeclip mask -s out/relu.safetensors -m "$MODEL" "$@" -o out/masks
 saeclip plot mask out/masks/*.pgm -o out/figures/mask.svg
 
 say "6. What latents mean: sheets of their top pictures, dark where they are silent, and an atlas of all of them"
