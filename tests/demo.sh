@@ -68,7 +68,10 @@ for kind in activations counts; do
     saeclip plot $kind out/relu.stats.safetensors out/topk.stats.safetensors -o out/figures/$kind.svg
 done
 if [ "$own" ]; then set -- "$IMAGES" --class "$CLASS" -l "$LATENTS"
-else set -- "$unseen/red star/002053.ppm" -l 204,277,312,433; fi         # checked, red, square, star
+else
+    set -- "$unseen/red star"/*.ppm
+    set -- "$1" -l 204,277,312,433               # checked, red, square, star
+fi
 saeclip mask -s out/relu.safetensors -m "$MODEL" "$@" -o out/masks
 saeclip plot mask out/masks/*.pgm -o out/figures/mask.svg
 
