@@ -3009,13 +3009,21 @@ static int taps_at(const sc_tap *tap, size_t layer, sc_hook hook) {
     return tap->layer == layer && tap->hook == hook;
 }
 
-/* Gives an output to whoever taps it. output: [M, D] at stride */
-static void tap_output(const forward_pass *pass, size_t layer, sc_hook hook, const float *output,
-                       size_t stride) {
-    for (const sc_tap *tap = pass->taps; tap < pass->taps + pass->count; tap++)
-        for (size_t row = 0; taps_at(tap, layer, hook) && row < pass->rows; row++)
-            memcpy(tap->out + row * tap->stride, output + row * stride,
-                   pass->model->width * sizeof *output);
+/* Gives an output to whoever taps it, and takes back what is to stand in its place.
+ * output: [M, D] at stride */
+static int tap_output(const forward_pass *pass, size_t layer, sc_hook hook, float *output,
+                      size_t stride) {
+    size_t bytes = pass->model->width * sizeof *output;
+    for (const sc_tap *tap = pass->taps; tap < pass->taps + pass->count; tap++) {
+        if (!taps_at(tap, layer, hook)) continue;
+        for (size_t row = 0; row < pass->rows; row++)
+            memcpy(tap->out + row * tap->stride, output + row * stride, bytes);
+        if (!tap->replace) continue;
+        SC_TRY(tap->replace(tap->context, tap->out, pass->rows));
+        for (size_t row = 0; row < pass->rows; row++)
+            memcpy(output + row * stride, tap->out + row * tap->stride, bytes);
+    }
+    return SC_OK;
 }
 
 /* x += a W + bias, by way of normed or wide, whichever is not a, if somebody taps it. */
@@ -3030,7 +3038,7 @@ static int add_layer(forward_pass *pass, const float *a, const sc_layer *layer, 
                        .bias = layer->bias, .residual = tapped ? NULL : pass->x,
                        .residual_stride = D };
     SC_TRY(multiply(a, pass->rows, a_stride, &layer->matrix, to));
-    tap_output(pass, number, hook, output, stride);
+    SC_TRY(tap_output(pass, number, hook, output, stride));
     for (size_t i = 0; tapped && i < pass->rows; i++)
         for (size_t d = 0; d < D; d++)
             pass->x[i * D + d] = output[i * stride + d] + pass->x[i * D + d] + 0.0f;
@@ -3052,8 +3060,7 @@ static int forward_block(forward_pass *pass, size_t number) {
     SC_TRY(norm_rows(pass, &block[NORM2]));
     SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[FC1].matrix, wide));
     SC_TRY(add_layer(pass, pass->wide, &block[FC2], number, SC_MLP));
-    tap_output(pass, number, SC_RESID, pass->x, model->width);
-    return SC_OK;
+    return tap_output(pass, number, SC_RESID, pass->x, model->width);
 }
 
 /* head(norm(class token)); with class prompts, the cosine with each. out: [B, outputs] or
@@ -5112,7 +5119,7 @@ static int next_encoded(session *s, size_t total) {
     size_t bad;
     SC_TRY(next_batch(f, MEASURE_IMAGES));
     show_progress("image", f->used, total, f->used, "");
-    for (size_t i = 0; i < s->saes && f->count > 0; i++) {
+    for (size_t i = 0; i < s->saes && f->count > 0 && !f->tap[s->tap[i]].replace; i++) {
         SC_TRY(run_sae(&s->batch[i], f->tap[s->tap[i]].out, f->count * f->T));
         if (check_tokens(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
     }
@@ -5469,17 +5476,34 @@ static int command_encode(session *s) {
 
 /* --- zeroshot --- */
 
+/* The SAE in the loop: x' takes x's place. x: [tokens, stride] */
+static int replace_by_output(void *context, float *x, size_t tokens) {
+    session *s = context;
+    size_t bad;
+    SC_TRY(run_sae(&s->batch[0], x, tokens));
+    if (check_tokens(&s->batch[0], &bad) != SC_OK) return blame_token(&s->data, bad);
+    memcpy(x, s->batch[0].output, tokens * s->sae[0].stride * sizeof *x);
+    return SC_OK;
+}
+
+static int start_zeroshot(session *s) {
+    const sc_model *model = &s->data.model;
+    SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
+    if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
+        return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
+                    model->file.path);
+    if (s->saes) s->data.tap[0].replace = replace_by_output;
+    s->data.tap[0].context = s;
+    return start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 1);
+}
+
 /* An image counts where its label is among the best 1 or 5 classes; ties go to the lower one. */
 static int command_zeroshot(session *s) {
     size_t top1 = 0, top5 = 0;
     const sc_model *model = &s->data.model;
     feed *f = &s->data;
     int status;
-    SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
-    if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
-        return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
-                    model->file.path);
-    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 1));
+    SC_TRY(start_zeroshot(s));
     while ((status = next_encoded(s, f->set.count)) == SC_OK)
         for (size_t i = 0; i < f->count; i++) {
             const float *logit = f->logits + i * model->classes;
@@ -7183,7 +7207,7 @@ enum {                               /* commands, and what several of them have 
     MASK = 256, ZEROSHOT = 512, COMPARE = 1024, BENCH = 2048,
     MERGE = 4096, EXPLAIN = 8192, PLOT = 16384, ATLAS = 32768, EVERY = 65535,
     LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
-    SAES = ENCODE | EVAL | STATS | LOOKS,
+    SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
     DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,
     PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT
 };
@@ -7204,15 +7228,16 @@ static const struct option_row {
 #define OVER "overrules the model's "
 #define LIVE "; no effect with --acts"
     { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
-    { "-s", "FILE", TEXTS, AT(sae), SAES, "the SAE (eval: as many as wanted)" },
+    { "-s", "FILE", TEXTS, AT(sae), SAES,
+      "the SAE (eval: as many as wanted; zeroshot: x' takes x's place)" },
     { "-t", "FILE", TEXT, AT(stats), LOOKS, "statistics (mask: of --mask top)" },
     { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
     { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
     { "--acts", "FILE", TEXT, AT(acts), DATA | MASK, "saved activations, not -m and IMAGES" },
     { "--also", "DATA", TEXT, AT(also), EVAL, "a second data set of the same kind" },
-    { "--layer", "L", WHOLE, AT(layer), PHOTOS & ~ZEROSHOT,
+    { "--layer", "L", WHOLE, AT(layer), PHOTOS,
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
-    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS & ~ZEROSHOT,
+    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS,
       "where to listen (default: the SAE's, else mlp)" },
     { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT, "tokens to write", "all" },
     { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT, "number type", "f32" },
@@ -7417,6 +7442,8 @@ static int check_options(const options *o, const struct command_row *command, in
     if (o->acts && (operands || o->model))
         return usage("--acts and -m MODEL IMAGES exclude each other");
     if (o->saes > 1 && command->bit != EVAL) return usage("%s takes one SAE: -s FILE", name);
+    if (command->bit == ZEROSHOT && !o->saes && (o->layer || o->hook || o->arch || o->k))
+        return usage("zeroshot: --layer, --hook, --arch and --k are about an SAE: -s FILE");
     if (o->mask && strcmp(o->mask, "top") == 0 && !o->stats)
         return usage("--mask top needs the SAE's statistics: -t FILE");
     if (was_given(o, "--layer") && o->layer == 0)

@@ -15,6 +15,7 @@
 #include "test_look.c"
 #include "test_figures.c"
 #include "test_atlas.c"
+#include "test_demo.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "numbers", test_numbers },
@@ -28,6 +29,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "look", test_look },
     { "figures", test_figures },
     { "atlas", test_atlas },
+    { "demo", test_demo },
     { NULL, NULL }
 };
 
