@@ -127,6 +127,7 @@ static void figures_thinned(void)
     check(figures_count(figures_points(svg, 0), ",27.4 ") == 1 &&
           figures_count(figures_points(svg, 0), ",272.6 ") == points - 1, "a spike is lost");
     check(figures_count(figures_points(svg, 1), ",272.6 ") == 1, "a spike down is lost");
+    figures_has(svg, 3, ">0<");                              /* of the steps, and not -0 */
 }
 
 static void figures_bad_logs(void)
@@ -227,6 +228,8 @@ static void figures_latents(void)
     figures_has(svg, 1, "<circle cx=\"298.9\" cy=\"277.0\" r=\"1.8\" fill=\"#440154\"/>");
     figures_has(svg, 1, "<circle cx=\"402.7\" cy=\"121.3\" r=\"1.8\" fill=\"#fde725\"/>");
     figures_has(svg, 6, "class=\"bar\"");
+    figures_has(svg, 1, "<rect x=\"87.0\" y=\"54.0\" width=\"4.0\" height=\"54.0\" class=\"bar\"/>");
+    figures_has(svg, 1, "<rect x=\"416.0\" y=\"117.0\" width=\"54.0\" height=\"4.0\" class=\"bar\"/>");
     figures_has(svg, 1, ">4 latents, of which 1 never fire<");
     figures_has(svg, 1, ">entropy of the top images&#39; classes (nats)<");
     const char *const texts[] = { ">0.001<", ">0.01<", ">0.1<", ">1<", ">10<", ">100<" };
