@@ -193,14 +193,14 @@ enum { MAX_OPERANDS = 16 };
  * default (see the table of options at the end). */
 typedef struct {
     const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
-    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask;
+    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch;
     const char *operand[MAX_OPERANDS + 1];   /* IMAGES, files or lines of bench; NULL ends them */
     sc_model_options settings;
     const char *sae[SC_MAX_TAPS];
     size_t saes;
     long layer, threads, size, square, limit, k, expansion, d_sae, batch, steps, warmup;
     long b_dec_images, dead_window, checkpoint_every, top, top_patches, class_index;
-    double l1, lr, epochs, threshold, rtol, atol, seed;
+    double l1, lr, epochs, threshold, max_frequency, rtol, atol, seed;
     int quiet, skip_bad, ghost, resume, class_counts, dense, reconstruction, image_means;
     uint64_t given;                          /* bit i: row i of the table was given */
 } options;
@@ -1489,12 +1489,15 @@ static int json_string_array(const char *text, const char *what, char ***out, si
     return j.failed;
 }
 
-/* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. */
+/* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. What could end a
+ * script that it stands in is escaped, too: <, and U+2028 and U+2029, which were ends of lines. */
 static void print_json(FILE *out, const char *text) {
     putc('"', out);
     for (size_t length; *text; text += length ? length : 1) {
         length = utf8_length(text);
-        if ((unsigned char)*text < ' ') fprintf(out, "\\u%04x", (unsigned)*text);
+        int line = strncmp(text, "\xe2\x80\xa8", 3) == 0 || strncmp(text, "\xe2\x80\xa9", 3) == 0;
+        if ((unsigned char)*text < ' ' || *text == '<') fprintf(out, "\\u%04x", (unsigned)*text);
+        else if (line) fprintf(out, "\\u20%x", (unsigned)text[2] & 0x3f);
         else if (length == 0) fputs("\xef\xbf\xbd", out);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
         else fwrite(text, 1, length, out);
@@ -1993,6 +1996,13 @@ SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const cha
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
     return sc_writer_metadata(w, key, text);
+}
+
+/* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
+static size_t names_room(char **name, size_t count, size_t more) {
+    size_t room = 0;
+    for (size_t i = 0; name && i < count; i++) room += 7 * strlen(name[i]) + more;
+    return room;
 }
 
 /* A list of names as metadata, a JSON array in a string. */
@@ -4991,6 +5001,8 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
                                       LOWEST_OCTAVE + i / BINS_AN_OCTAVE));
     memcpy(edges + used, "]", 2);
     SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
+    if (s->data->set.class_name)
+        SC_TRY(write_name_list(w, "class_names", s->data->set.class_name, s->data->set.classes));
     return s->threshold < 0 ? SC_OK : put_metadata(w, "threshold", "%.17g", s->threshold);
 }
 
@@ -5128,9 +5140,11 @@ static int measure(session *s, int reconstruct) {
 }
 
 static int command_stats(session *s) {
+    const sc_images *set = &s->data.set;
     SC_TRY(try_output(s->o->output));
     SC_TRY(measure(s, 0));
-    return save_tensors(s->o->output, 16384, write_statistics, &s->stats[0]);
+    return save_tensors(s->o->output, 16384 + names_room(set->class_name, set->classes, 8),
+                        write_statistics, &s->stats[0]);
 }
 
 /* --- Tables --- */
@@ -5143,7 +5157,8 @@ static const char *cell_text(const table_cell *cells, size_t columns, size_t row
     const table_cell *c = &cells[(row ? row - 1 : 0) * columns + column];
     if (row == 0 || c->text) return row ? shown(c->text) : c->title;
     char *number = text_room();
-    snprintf(number, TEXT_ROOM, "%.4g", c->number);
+    int whole = c->number == floor(c->number) && fabs(c->number) < 1e9;
+    snprintf(number, TEXT_ROOM, whole ? "%.0f" : "%.4g", c->number);
     return number;
 }
 
@@ -5282,13 +5297,6 @@ static int write_labels(sc_writer *w, const session *s) {
     return write_name_list(w, "class_names", s->data.set.class_name, s->data.set.classes);
 }
 
-/* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
-static size_t names_room(char **name, size_t count, size_t more) {
-    size_t room = 0;
-    for (size_t i = 0; name && i < count; i++) room += 6 * strlen(name[i]) + more;
-    return room;
-}
-
 /* --- extract --- */
 
 static int write_activations(sc_writer *w, void *context) {
@@ -5356,7 +5364,7 @@ static int command_pack(session *s) {
     SC_TRY(open_photos(f, o, (size_t)(o->square ? o->square : o->size)));
     size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
     for (size_t i = 0; f->set.image && i < f->set.count; i++)
-        room += 6 * strlen(f->set.image[i].name) + 4;
+        room += 7 * strlen(f->set.image[i].name) + 4;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     return save_tensors(o->output, room, write_pictures, s);
 }
@@ -5505,10 +5513,17 @@ static int command_zeroshot(session *s) {
 
 enum { MOST_LATENTS = 1024, SHEET_GAP = 2, SILENT = 30 };
 
+/* Tensors of the statistics, a row a latent. */
+enum {
+    TOP_IMAGES, TOP_VALUES, TOP_LABELS, TOP_PATCHES, FREQUENCY, IMAGE_MEAN, ENTROPY, LOOKED_AT
+};
+
 typedef struct {
     session *s;
     sc_safetensors stats;
-    const sc_tensor *top[2];         /* of the statistics: latents' top images, top patches */
+    const sc_tensor *of[LOOKED_AT];
+    top_entry *entry;                /* [K], a latent's top images as the statistics have them */
+    int any_data;                    /* the statistics need not be of the data at hand */
     uint64_t first_patch;            /* of the statistics' tokens */
     enum { NO_MASK, VALUE_MASK, TOP_MASK } kind;
     size_t latent[MOST_LATENTS], latents;        /* asked for */
@@ -5537,27 +5552,31 @@ static int parse_latents(viewer *v, const char *text) {
     }
 }
 
-/* Statistics tell of one data set and one SAE; each latent has a row of images, one of patches. */
+/* Statistics tell of one data set and one SAE. */
 static int open_statistics(viewer *v, const char *path) {
-    static const char *const names[] = { "max_activating_image_indices",
-                                         "max_activating_patch_indices" };
+    static const struct { const char *name; int rank; } tensors[LOOKED_AT] = {
+        { "max_activating_image_indices", 2 }, { "max_activating_image_values", 2 },
+        { "max_activating_image_label_indices", 2 }, { "max_activating_patch_indices", 3 },
+        { "sae_sparsity", 1 }, { "sae_mean_acts", 1 }, { "top_entropy", 1 } };
     size_t n = v->s->sae[0].d_sae;
     SC_TRY(sc_safetensors_open(&v->stats, path));
     const char *data = sc_metadata_find(&v->stats, "data_digest");
     const char *sae = sc_metadata_find(&v->stats, "sae_digest");
     const char *first_patch = sc_metadata_find(&v->stats, "first_patch");
     if (!data || !sae) return fail("%s: these are no statistics: a digest is missing", path);
-    if (strtoull(data, NULL, 16) != v->s->data.set.digest)
+    if (!v->any_data && strtoull(data, NULL, 16) != v->s->data.set.digest)
         return fail("%s: statistics of other data", path);
     if (strtoull(sae, NULL, 16) != sae_digest(&v->s->sae[0]))
         return fail("%s: statistics of another SAE", path);
     v->first_patch = first_patch ? strtoull(first_patch, NULL, 10) : 1;
-    for (size_t i = 0; i < 2; i++) {
-        const sc_tensor *t = v->top[i] = sc_tensor_find(&v->stats, names[i]);
-        if (!t || t->rank < 2 || t->shape[1] == 0 || t->count / (i + 1) / t->shape[1] != n)
-            return fail("%s: a tensor %s [%zu, ...] was expected", path, names[i], n);
+    for (size_t i = 0; i < LOOKED_AT; i++) {
+        const sc_tensor *t = v->of[i] = sc_tensor_find(&v->stats, tensors[i].name);
+        if (!t || t->rank != tensors[i].rank || t->count == 0 || t->shape[0] != n ||
+            (t->rank == 3 && t->shape[2] != 2) || (t->rank == 2 && t->count != v->of[0]->count))
+            return fail("%s: a tensor %s [%zu%s] was expected", path, tensors[i].name, n,
+                        tensors[i].rank == 1 ? "" : tensors[i].rank == 2 ? ", K" : ", P, 2");
     }
-    return SC_OK;
+    return allocate(&v->s->memory, &v->entry, v->of[0]->shape[1], sizeof *v->entry);
 }
 
 /* The folder, the data and, where asked for, the statistics to look at them with. */
@@ -5566,7 +5585,7 @@ static int open_viewer(viewer *v, int with_stats) {
     const options *o = s->o;
     feed *f = &s->data;
     SC_TRY(open_session(s));
-    SC_TRY(parse_latents(v, o->latents));
+    if (o->latents) SC_TRY(parse_latents(v, o->latents));
     if (f->grid == 0 || f->T == 1) return fail("tokens were expected that are a square of patches");
     if (with_stats) SC_TRY(open_statistics(v, o->stats));
     if (v->kind != VALUE_MASK) s->saes = 0;      /* spares the SAE, and the forward pass */
@@ -5578,8 +5597,8 @@ static int open_viewer(viewer *v, int with_stats) {
         ARRAY(v->mask, MEASURE_IMAGES, v->patches), ARRAY(v->picture, side * side, 3),
         ARRAY(v->sum, v->latents, v->patches) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
-    v->made = mkdir(o->output, 0777) == 0;
-    if (v->made || errno == EEXIST) return SC_OK;
+    v->made = o->output && mkdir(o->output, 0777) == 0;
+    if (v->made || !o->output || errno == EEXIST) return SC_OK;
     return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
 }
 
@@ -5594,7 +5613,7 @@ static int listed_draw(void *context, size_t draw, size_t *image) {
 static int find_masks(viewer *v, size_t j) {
     const feed *f = &v->s->data;
     const sae_batch *b = &v->s->batch[0];
-    size_t P = v->kind == TOP_MASK ? v->top[1]->shape[1] : 0;
+    size_t P = v->kind == TOP_MASK ? v->of[TOP_PATCHES]->shape[1] : 0;
     memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
     for (size_t i = 0; i < b->tiles; i++)
         for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);) {
@@ -5604,7 +5623,7 @@ static int find_masks(viewer *v, size_t j) {
         }
     for (size_t p = 0; p < P; p++) {
         int64_t at[2];                           /* image and token, -1 where there is none */
-        SC_TRY(sc_tensor_integers(&v->stats, v->top[1], (j * P + p) * 2, 2, at));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_PATCHES], (j * P + p) * 2, 2, at));
         uint64_t patch = (uint64_t)at[1] - v->first_patch;
         for (size_t i = 0; i < f->count && patch < v->patches; i++)
             if (f->image[i] == (uint64_t)at[0]) v->mask[i * v->patches + patch] = 1;
@@ -5715,11 +5734,11 @@ static int finish_sheet(viewer *v, size_t j, size_t images) {
 
 /* The images to look at are each latent's top images, as the statistics have them, in turn. */
 static int list_images(viewer *v, size_t *count) {
-    size_t K = v->top[0]->shape[1];
+    size_t K = v->of[TOP_IMAGES]->shape[1];
     SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
     for (size_t l = 0; l < v->latents; l++, v->images += count[l - 1]) {
         int64_t *image = v->image + v->images;
-        SC_TRY(sc_tensor_integers(&v->stats, v->top[0], v->latent[l] * K, K, image));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], v->latent[l] * K, K, image));
         for (; count[l] < K && image[count[l]] >= 0; count[l]++)
             if (image[count[l]] >= (int64_t)v->s->data.set.count)
                 return fail("%s: there is no image %lld", v->stats.path,
@@ -5737,7 +5756,7 @@ static int show_sheets(viewer *v) {
         return usage("top picks images: a stream has no choice of them");
     SC_TRY(open_viewer(v, 1));
     SC_TRY(list_images(v, count));
-    size_t K = v->top[0]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
+    size_t K = v->of[TOP_IMAGES]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
     while (columns * columns < K) columns++;
     v->width = columns * step - SHEET_GAP;
     v->height = (K - 1) / columns * step + S;
@@ -5758,6 +5777,125 @@ static int show_sheets(viewer *v) {
     return SC_OK;
 }
 
+/* --- explain --- */
+
+enum { EXPLAINED = 16, EXPLAIN_COLUMNS = 5, CLASSES_SHOWN = 3 };
+
+/* v->entry of latent j. */
+static int read_top(viewer *v, size_t j) {
+    size_t K = v->of[TOP_IMAGES]->shape[1];
+    for (size_t k = 0; k < K; k++) {
+        top_entry *e = &v->entry[k];
+        SC_TRY(sc_tensor_floats(&v->stats, v->of[TOP_VALUES], j * K + k, 1, &e->value));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], j * K + k, 1, &e->image));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_LABELS], j * K + k, 1, &e->other));
+    }
+    return SC_OK;
+}
+
+/* The classes (other) with the largest shares (value) of the activation of v->entry, in descending
+ * order; how many. largest: [room] */
+static size_t top_classes(const viewer *v, top_entry *largest, size_t room) {
+    size_t K = v->of[TOP_IMAGES]->shape[1], active = 0, found = 0;
+    double total = 0;
+    while (active < K && v->entry[active].value > 0) total += v->entry[active++].value;
+    for (size_t i = 0; i < room; i++) largest[i] = nothing;
+    for (size_t i = 0; i < active; i++) {
+        double share = 0;
+        size_t first = 0;
+        while (v->entry[first].other != v->entry[i].other) first++;
+        for (size_t k = i; k < active && first == i; k++)
+            share += v->entry[k].other == v->entry[i].other ? v->entry[k].value : 0;
+        if (v->entry[i].other >= 0)
+            keep_largest(largest, room, (top_entry){ (float)(share / total), 0, v->entry[i].other });
+    }
+    while (found < room && largest[found].value > 0) found++;
+    return found;
+}
+
+/* f_j of one token of the batch's only image, or its mean over all tokens (token SIZE_MAX). */
+static float activation_of(const viewer *v, size_t j, size_t token) {
+    const sae_batch *b = &v->s->batch[0];
+    double sum = 0;
+    for (size_t i = 0; i < b->tiles; i++)
+        for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);)
+            if (token == SIZE_MAX || b->tile[i].first + w.token == token) sum += w.value;
+    return (float)(token == SIZE_MAX ? sum / (double)v->s->data.T : sum);
+}
+
+/* A latent's row: row [EXPLAIN_COLUMNS], text [TEXT_ROOM] for its classes. */
+static int explain_latent(viewer *v, top_entry latent, table_cell *row, char *text) {
+    size_t j = (size_t)latent.image, used = 0;
+    const sc_images *set = &v->s->data.set;
+    float frequency, entropy;
+    top_entry class[CLASSES_SHOWN];
+    SC_TRY(sc_tensor_floats(&v->stats, v->of[FREQUENCY], j, 1, &frequency));
+    SC_TRY(sc_tensor_floats(&v->stats, v->of[ENTROPY], j, 1, &entropy));
+    SC_TRY(read_top(v, j));
+    strcpy(text, "");
+    for (size_t i = 0, found = top_classes(v, class, CLASSES_SHOWN); i < found; i++) {
+        size_t c = (size_t)class[i].other;
+        char number[32], name[100];
+        snprintf(number, sizeof number, "class %zu", c);
+        used += (size_t)snprintf(text + used, TEXT_ROOM - used, "%s%s %.0f %%", i ? ", " : "",
+                                 c < set->classes && set->class_name ?
+                                 printable(set->class_name[c], name, sizeof name) : number,
+                                 100 * (double)class[i].value);
+    }
+    const table_cell cells[EXPLAIN_COLUMNS] = {
+        { "latent", "latent", NULL, (double)j }, { "activation", "activation", NULL, latent.value },
+        { "frequency", "frequency", NULL, frequency }, { "entropy", "entropy", NULL, entropy },
+        { "classes", "classes of its top images", text, 0 } };
+    memcpy(row, cells, sizeof cells);
+    return SC_OK;
+}
+
+/* The statistics' class names, not those of wherever the image lies. */
+static int name_classes(viewer *v) {
+    sc_images *set = &v->s->data.set;
+    const char *names = sc_metadata_find(&v->stats, "class_names");
+    free(set->class_name);
+    set->class_name = NULL;
+    return names ? json_string_array(names, v->stats.path, &set->class_name, &set->classes) : SC_OK;
+}
+
+/* The latents that are strongest on an image, or on its patch R,C. */
+static int explain(viewer *v) {
+    const options *o = v->s->o;
+    const feed *f = &v->s->data;
+    top_entry strongest[EXPLAINED];
+    table_cell cells[EXPLAINED][EXPLAIN_COLUMNS];
+    char classes[EXPLAINED][TEXT_ROOM], more;
+    size_t r = 0, c = 0, rows = 0;
+    v->kind = VALUE_MASK;
+    v->any_data = 1;
+    SC_TRY(open_viewer(v, 1));
+    if (o->patch && (sscanf(o->patch, "%9zu,%9zu%c", &r, &c, &more) != 2 || r >= f->grid ||
+                     c >= f->grid))
+        return usage("--patch: '%s' is not R,C, a row and a column from 0,0 to %zu,%zu", o->patch,
+                     f->grid - 1, f->grid - 1);
+    SC_TRY(start_feed(&v->s->data, MEASURE_IMAGES, NULL, NULL, 0));
+    SC_TRY(next_encoded(v->s, 1));
+    if (f->count != 1) return fail("%s: one image was expected, here are more", o->operand[0]);
+    for (size_t i = 0; i < EXPLAINED; i++) strongest[i] = nothing;
+    for (size_t j = 0; j < v->s->sae[0].d_sae; j++) {
+        float frequency, a = activation_of(v, j, o->patch ? f->first_patch + r * f->grid + c
+                                                          : SIZE_MAX);
+        SC_TRY(sc_tensor_floats(&v->stats, v->of[FREQUENCY], j, 1, &frequency));
+        if ((double)frequency <= o->max_frequency)
+            keep_largest(strongest, EXPLAINED, (top_entry){ a, (int64_t)j, 0 });
+    }
+    SC_TRY(name_classes(v));
+    for (; rows < EXPLAINED && strongest[rows].value > 0; rows++) {
+        size_t j = (size_t)strongest[rows].image;
+        SC_TRY(explain_latent(v, strongest[rows], cells[rows], classes[rows]));
+        if (o->output) SC_TRY(find_masks(v, j));
+        if (o->output) SC_TRY(show_mask(v, j, 0));
+    }
+    if (rows == 0) note("no latent fires there");
+    return rows > 0 ? print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows) : SC_OK;
+}
+
 static int look(session *s, int (*show)(viewer *v)) {
     const char *mask = s->o->mask;
     viewer v = { .s = s, .kind = !mask ? NO_MASK : strcmp(mask, "top") ? VALUE_MASK : TOP_MASK };
@@ -5769,6 +5907,7 @@ static int look(session *s, int (*show)(viewer *v)) {
 
 static int command_top(session *s) { return look(s, show_sheets); }
 static int command_mask(session *s) { return look(s, show_masks); }
+static int command_explain(session *s) { return look(s, explain); }
 
 /* ============================================================================================
  * 13. Figures
@@ -6258,7 +6397,363 @@ static int command_plot(session *s) {
 
 /* ============================================================================================
  * 14. The atlas
+ *
+ * A folder that a browser opens without a server. index.html is the page (section 17), data/ holds
+ * what it shows: latents.js the numbers of all latents, J.js the top images of the J-th PART of
+ * them, with their masks, I.jpg image I, once, however many latents show it. A page from a file may
+ * not read files, but it may have scripts: each is one call with JSON.
  * ============================================================================================ */
+
+/* --- Pictures: baseline JPEG (ITU-T T.81), one table of steps and one pair of codes for all of Y,
+ * Cb and Cr. A tenth of what stored PNGs take, which for thousands of pictures counts --- */
+
+typedef struct {
+    FILE *out;
+    uint32_t bits;                   /* the last `held` wait for a whole byte */
+    unsigned held;
+    unsigned char symbol[2][162], length[2][256];        /* of DC, of AC: in order of their codes */
+    uint16_t code[2][256];
+    int last[3];                     /* DC of each component's block before */
+} jpeg_writer;
+
+static const unsigned char zigzag[64] = {
+    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48,
+    41, 34, 27, 20, 13, 6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
+    30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63 };
+
+/* The example of annex K for brightness, halved, in zigzag order. */
+static const unsigned char quantiser[64] = {
+    8, 6, 6, 7, 6, 5, 8, 7, 7, 7, 9, 9, 8, 10, 12, 20, 13, 12, 11, 11, 12, 25,
+    18, 19, 15, 20, 29, 26, 31, 30, 29, 26, 28, 28, 32, 36, 46, 39, 32, 34, 44, 35, 28, 28,
+    40, 55, 41, 44, 48, 49, 52, 52, 52, 31, 39, 57, 61, 56, 50, 60, 46, 51, 52, 50 };
+
+/* Codes of each length, 1 to 16 bits, of annex K's tables K.3 and K.5. */
+static const unsigned char jpeg_counts[2][16] = {
+    { 0, 1, 5, 1, 1, 1, 1, 1, 1 }, { 0, 2, 1, 3, 3, 2, 4, 3, 5, 5, 4, 4, 0, 0, 1, 125 } };
+
+/* A symbol of AC is a run of zeros (high half) and a size; after these all others in order. */
+static void make_codes(jpeg_writer *j) {
+    static const unsigned char frequent[37] = {
+        0x01, 0x02, 0x03, 0x00, 0x04, 0x11, 0x05, 0x12, 0x21, 0x31, 0x41, 0x06, 0x13,
+        0x51, 0x61, 0x07, 0x22, 0x71, 0x14, 0x32, 0x81, 0x91, 0xa1, 0x08, 0x23, 0x42,
+        0xb1, 0xc1, 0x15, 0x52, 0xd1, 0xf0, 0x24, 0x33, 0x62, 0x72, 0x82 };
+    size_t used = sizeof frequent;
+    memcpy(j->symbol[1], frequent, used);
+    for (unsigned char i = 0; i < 12; i++) j->symbol[0][i] = i;
+    for (int symbol = 1; symbol < 256; symbol++)
+        if (symbol % 16 >= 1 && symbol % 16 <= 10 && !memchr(frequent, symbol, sizeof frequent))
+            j->symbol[1][used++] = (unsigned char)symbol;
+    for (int table = 0; table < 2; table++) {
+        const unsigned char *symbol = j->symbol[table];
+        unsigned next = 0;
+        for (unsigned char length = 1; length <= 16; length++, next *= 2)
+            for (int i = jpeg_counts[table][length - 1]; i > 0; i--, symbol++) {
+                j->code[table][*symbol] = (uint16_t)next++;
+                j->length[table][*symbol] = length;
+            }
+    }
+}
+
+static void put_bits(jpeg_writer *j, unsigned bits, unsigned count) {
+    j->bits = j->bits << count | bits;
+    for (j->held += count; j->held >= 8; j->held -= 8) {
+        int byte = (int)(j->bits >> (j->held - 8) & 0xff);
+        putc(byte, j->out);
+        if (byte == 0xff) putc(0, j->out);               /* or it would be a marker */
+    }
+}
+
+/* A value of DC, or of AC after a run of zeros: the code of its size, its low bits. */
+static void put_value(jpeg_writer *j, int table, unsigned run, int value) {
+    unsigned size = 0;
+    while (abs(value) >> size) size++;
+    put_bits(j, j->code[table][run << 4 | size], j->length[table][run << 4 | size]);
+    put_bits(j, (unsigned)(value < 0 ? value - 1 : value) & ((1u << size) - 1), size);
+}
+
+/* The cosine transform of each row of 8, turned, so that the same again does the columns. */
+static void transform_rows(const double *in, double *out) {
+    static const double half_cosine[9] = {               /* cos(k pi / 16) / 2 */
+        0.5, 0.49039264020161522, 0.46193976625564337, 0.41573480615127262, 0.35355339059327379,
+        0.27778511650980114, 0.19134171618254492, 0.097545161008064133, 0 };
+    for (size_t i = 0; i < 64; i++) {
+        size_t row = i % 8, u = i / 8;
+        out[i] = 0;
+        for (size_t x = 0; x < 8; x++) {
+            size_t angle = u ? (2 * x + 1) * u % 32 : 4, k = angle > 16 ? 32 - angle : angle;
+            out[i] += in[row * 8 + x] * (k > 8 ? -half_cosine[16 - k] : half_cosine[k]);
+        }
+    }
+}
+
+/* block: [8, 8] of component c */
+static void put_block(jpeg_writer *j, int c, const double *block) {
+    double half[64], frequency[64];
+    unsigned run = 0;
+    transform_rows(block, half);
+    transform_rows(half, frequency);
+    for (size_t i = 0; i < 64; i++) {
+        int value = (int)floor(frequency[zigzag[i]] / quantiser[i] + 0.5);
+        if (i == 0) {
+            put_value(j, 0, 0, value - j->last[c]);
+            j->last[c] = value;
+        } else if (value == 0) run++;
+        else {
+            for (; run > 15; run -= 16) put_bits(j, j->code[1][0xf0], j->length[1][0xf0]);
+            put_value(j, 1, run, value);
+            run = 0;
+        }
+    }
+    if (run > 0) put_bits(j, j->code[1][0], j->length[1][0]);
+}
+
+/* pixels: [S, S, 3] */
+static void put_jpeg(FILE *out, const unsigned char *pixels, size_t S) {
+    static const double to_ycc[3][3] = {                 /* JFIF */
+        { 0.299, 0.587, 0.114 }, { -0.168735892, -0.331264108, 0.5 },
+        { 0.5, -0.418687589, -0.081312411 } };
+    const unsigned char start[] = { 0xff, 0xd8, 0xff, 0xdb, 0, 67, 0 };
+    const unsigned char frame[] = { 0xff, 0xc0, 0, 17, 8, (unsigned char)(S >> 8), (unsigned char)S,
+        (unsigned char)(S >> 8), (unsigned char)S, 3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0 };
+    const unsigned char scan[] = { 0xff, 0xda, 0, 12, 3, 1, 0, 2, 0, 3, 0, 0, 63, 0 };
+    jpeg_writer j = { .out = out };
+    double block[64];
+    make_codes(&j);
+    fwrite(start, sizeof start, 1, out);
+    fwrite(quantiser, sizeof quantiser, 1, out);
+    fwrite(frame, sizeof frame, 1, out);
+    for (int table = 0; table < 2; table++) {
+        size_t symbols = table ? 162 : 12;
+        fprintf(out, "\xff\xc4%c%c%c", 0, (int)symbols + 19, 16 * table);
+        fwrite(jpeg_counts[table], 16, 1, out);
+        fwrite(j.symbol[table], symbols, 1, out);
+    }
+    fwrite(scan, sizeof scan, 1, out);
+    for (size_t b = 0, across = (S + 7) / 8; b < across * across; b++)
+        for (int c = 0; c < 3; c++) {
+            for (size_t i = 0; i < 64; i++) {            /* beyond the edge: the edge */
+                size_t row = b / across * 8 + i / 8, column = b % across * 8 + i % 8;
+                const unsigned char *rgb = pixels + ((row < S ? row : S - 1) * S
+                                                     + (column < S ? column : S - 1)) * 3;
+                block[i] = to_ycc[c][0] * rgb[0] + to_ycc[c][1] * rgb[1] + to_ycc[c][2] * rgb[2]
+                         - (c == 0 ? 128 : 0);
+            }
+            put_block(&j, c, block);
+        }
+    put_bits(&j, 0x7f, 7);                               /* fills the last byte */
+    fputs("\xff\xd9", out);
+}
+
+/* --- Scripts --- */
+
+enum { PART = 64 };                  /* latents whose top images come in one script */
+
+/* That an image is among a latent's top images: slot = latent K + rank. */
+typedef struct { int64_t image; size_t slot; } atlas_use;
+
+typedef struct {
+    viewer *v;
+    size_t n, K, P;                  /* latents, their top images, their top patches */
+    atlas_use *use;                  /* [uses], by image */
+    size_t uses;
+    int64_t *patch;                  /* [P, 2], of one latent */
+    char *digits;                    /* [patches], a mask */
+    FILE *masks;                     /* [n, K, patches], digits; where a slot has an image */
+} atlas;
+
+/* What writes a file of the atlas; number: which of its kind. */
+typedef int write_function(atlas *a, FILE *out, size_t number);
+
+/* Writes DIR/NAME: the whole file stands there, or nothing does. */
+static int save_file(atlas *a, const char *name, write_function *write, size_t number) {
+    sc_output out;
+    char path[MAX_PATH];
+    SC_TRY(join_path(a->v->s->o->output, name, path));
+    SC_TRY(output_open(&out, path));
+    int status = write(a, out.file, number);
+    if (status == SC_OK) return output_commit(&out);
+    output_discard(&out);
+    return status;
+}
+
+static int by_use(const void *left, const void *right) {
+    const atlas_use *a = left, *b = right;
+    if (a->image != b->image) return a->image < b->image ? -1 : 1;
+    return a->slot < b->slot ? -1 : 1;
+}
+
+/* Who shows which image; v->image becomes each of them, once, in ascending order. */
+static int list_uses(atlas *a) {
+    viewer *v = a->v;
+    size_t slots = a->n * a->K;
+    const array_spec arrays[] = {
+        ARRAY(a->use, slots, 1), ARRAY(v->image, slots, 1), ARRAY(a->patch, a->P, 2),
+        ARRAY(a->digits, v->patches, 1) };
+    SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
+    SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], 0, slots, v->image));
+    for (size_t slot = 0; slot < slots; slot++) {
+        if (v->image[slot] >= (int64_t)v->s->data.set.count)
+            return fail("%s: there is no image %lld", v->stats.path, (long long)v->image[slot]);
+        if (v->image[slot] >= 0) a->use[a->uses++] = (atlas_use){ v->image[slot], slot };
+    }
+    if (a->uses > 0) qsort(a->use, a->uses, sizeof *a->use, by_use);
+    for (size_t i = 0; i < a->uses; i++)
+        if (i == 0 || a->use[i].image != a->use[i - 1].image)
+            v->image[v->images++] = a->use[i].image;
+    return SC_OK;
+}
+
+/* A mask in 16 levels: 0 is silent, f the largest. */
+static int keep_mask(atlas *a, size_t slot, const double *mask) {
+    size_t patches = a->v->patches;
+    double largest = 0;
+    for (size_t p = 0; p < patches; p++) largest = mask[p] > largest ? mask[p] : largest;
+    for (size_t p = 0; p < patches; p++)
+        a->digits[p] = "0123456789abcdef"[mask[p] > 0 ? (int)ceil(15 * mask[p] / largest) : 0];
+    if (fseeko(a->masks, (off_t)(slot * patches), SEEK_SET) == 0 &&
+        fwrite(a->digits, patches, 1, a->masks) == 1) return SC_OK;
+    return fail("a temporary file cannot be written: %s", strerror(errno));
+}
+
+static int write_jpeg(atlas *a, FILE *out, size_t i) {
+    const feed *f = &a->v->s->data;
+    size_t S = f->model.image_size;
+    put_jpeg(out, f->pixels + i * S * S * 3, S);
+    return SC_OK;
+}
+
+/* One pass over the images that any latent shows: the pictures, and the masks of who shows them. */
+static int look_at_images(atlas *a) {
+    viewer *v = a->v;
+    feed *f = &v->s->data;
+    size_t at = 0;
+    int status = SC_END;
+    f->skip_bad = 0;                             /* they were good when the statistics were made */
+    SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
+    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK)
+        for (size_t i = 0; i < f->count; i++) {
+            char name[64];
+            snprintf(name, sizeof name, "data/%zu.jpg", f->image[i]);
+            SC_TRY(save_file(a, name, write_jpeg, i));
+            for (; at < a->uses && a->use[at].image == (int64_t)f->image[i]; at++) {
+                SC_TRY(find_masks(v, a->use[at].slot / a->K));
+                SC_TRY(keep_mask(a, a->use[at].slot, v->mask + i * v->patches));
+            }
+        }
+    return status == SC_END ? SC_OK : status;
+}
+
+/* The top images of latent j, each [image, activation, class, name, mask, top patches]. */
+static int write_latent(atlas *a, FILE *out, size_t j) {
+    viewer *v = a->v;
+    SC_TRY(read_top(v, j));
+    SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_PATCHES], j * a->P * 2, a->P * 2, a->patch));
+    putc('[', out);
+    for (size_t k = 0; k < a->K && v->entry[k].image >= 0; k++) {
+        const top_entry *e = &v->entry[k];
+        const char *comma = "";
+        if (fseeko(a->masks, (off_t)((j * a->K + k) * v->patches), SEEK_SET) != 0 ||
+            fread(a->digits, v->patches, 1, a->masks) != 1)
+            return fail("a temporary file cannot be read back: %s", strerror(errno));
+        fprintf(out, "%s[%lld,%.6g,%lld,", k ? ",\n" : "", (long long)e->image, (double)e->value,
+                (long long)e->other);
+        print_json(out, image_name(&v->s->data, (size_t)e->image));
+        fprintf(out, ",\"%.*s\",[", (int)v->patches, a->digits);
+        for (size_t p = 0; p < a->P; p++) {
+            uint64_t patch = (uint64_t)a->patch[2 * p + 1] - v->first_patch;
+            if (a->patch[2 * p] != e->image || patch >= v->patches) continue;
+            fprintf(out, "%s%zu", comma, (size_t)patch);
+            comma = ",";
+        }
+        fputs("]]", out);
+    }
+    putc(']', out);
+    return SC_OK;
+}
+
+static int write_latents(atlas *a, FILE *out, size_t part) {
+    fprintf(out, "atlas.part(%zu,[\n", part);
+    for (size_t j = part * PART; j < a->n && j < (part + 1) * PART; j++) {
+        if (j % PART) fputs(",\n", out);
+        SC_TRY(write_latent(a, out, j));
+    }
+    fputs("]);\n", out);
+    return SC_OK;
+}
+
+/* What the list and the scatter show; the class is the one with the largest share. */
+static int write_numbers(atlas *a, FILE *out, size_t ignored) {
+    static const struct { const char *name; int tensor; } numbers[] = {
+        { "frequency", FREQUENCY }, { "mean", IMAGE_MEAN }, { "entropy", ENTROPY } };
+    viewer *v = a->v;
+    const sc_images *set = &v->s->data.set;
+    fputs("atlas.open({\"name\":", out);
+    print_json(out, base_name(v->s->sae[0].path));
+    fprintf(out, ",\"images\":%zu,\"part\":%d,\"grid\":%zu,\n\"classes\":[", set->count, PART,
+            v->s->data.grid);
+    for (size_t c = 0; c < set->classes && set->class_name; c++) {
+        fputs(c ? ",\n" : "", out);
+        print_json(out, set->class_name[c]);
+    }
+    for (size_t i = 0; i < COUNT(numbers); i++) {
+        fprintf(out, "],\n\"%s\":[", numbers[i].name);
+        for (size_t j = 0; j < a->n; j++) {
+            float value;
+            SC_TRY(sc_tensor_floats(&v->stats, v->of[numbers[i].tensor], j, 1, &value));
+            fprintf(out, "%s%.6g", j ? "," : "", (double)value);
+        }
+    }
+    fputs("],\n\"class\":[", out);
+    for (size_t j = 0; j < a->n; j++) {
+        top_entry class;
+        SC_TRY(read_top(v, j));
+        top_classes(v, &class, 1);
+        fprintf(out, "%s%lld", j ? "," : "", (long long)class.other);
+    }
+    fputs("]});\n", out);
+    (void)ignored;
+    return SC_OK;
+}
+
+static int write_page(atlas *a, FILE *out, size_t line);     /* with its lines, at the end */
+
+/* The page comes last: a folder that has one is whole. */
+static int write_atlas(atlas *a) {
+    char name[64];
+    SC_TRY(list_uses(a));
+    SC_TRY(look_at_images(a));
+    for (size_t part = 0; part * PART < a->n; part++) {
+        snprintf(name, sizeof name, "data/%zu.js", part);
+        SC_TRY(save_file(a, name, write_latents, part));
+    }
+    SC_TRY(save_file(a, "data/latents.js", write_numbers, 0));
+    return save_file(a, "index.html", write_page, 0);
+}
+
+static int show_atlas(viewer *v) {
+    char page[MAX_PATH], data[MAX_PATH];
+    atlas a = { .v = v, .n = 0 };
+    if (strcmp(v->s->o->operand[0], "-") == 0)
+        return usage("atlas picks images: a stream has no choice of them");
+    v->kind = VALUE_MASK;
+    SC_TRY(open_viewer(v, 1));
+    SC_TRY(join_path(v->s->o->output, "index.html", page));
+    SC_TRY(join_path(v->s->o->output, "data", data));
+    a.n = v->s->sae[0].d_sae;
+    a.K = v->of[TOP_IMAGES]->shape[1];
+    a.P = v->of[TOP_PATCHES]->shape[1];
+    a.masks = v->s->spool[0] = tmpfile();
+    if (!a.masks) return fail("no temporary file can be made: %s", strerror(errno));
+    if (mkdir(data, 0777) != 0 && errno != EEXIST)
+        return fail("%s: the folder cannot be made: %s", data, strerror(errno));
+    if (unlink(page) != 0 && errno != ENOENT)
+        return fail("%s: cannot be replaced: %s", page, strerror(errno));
+    int status = write_atlas(&a);
+    if (status != SC_OK) rmdir(data);                        /* goes only if it is empty */
+    return status;
+}
+
+static int command_atlas(session *s) { return look(s, show_atlas); }
 
 /* ============================================================================================
  * 15. Tools
@@ -6687,9 +7182,10 @@ enum {                               /* commands, and what several of them have 
     INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
     MASK = 256, ZEROSHOT = 512, COMPARE = 1024, BENCH = 2048,
     MERGE = 4096, EXPLAIN = 8192, PLOT = 16384, ATLAS = 32768, EVERY = 65535,
-    LATENTS = TOP | MASK, SAES = ENCODE | EVAL | STATS | LATENTS,
-    DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LATENTS | ZEROSHOT,
-    PICTURES = PHOTOS | PACK, OUTPUT = LATENTS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT
+    LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
+    SAES = ENCODE | EVAL | STATS | LOOKS,
+    DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,
+    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT
 };
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
@@ -6709,7 +7205,7 @@ static const struct option_row {
 #define LIVE "; no effect with --acts"
     { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
     { "-s", "FILE", TEXTS, AT(sae), SAES, "the SAE (eval: as many as wanted)" },
-    { "-t", "FILE", TEXT, AT(stats), LATENTS, "statistics (mask: of --mask top)" },
+    { "-t", "FILE", TEXT, AT(stats), LOOKS, "statistics (mask: of --mask top)" },
     { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
     { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
     { "--acts", "FILE", TEXT, AT(acts), DATA | MASK, "saved activations, not -m and IMAGES" },
@@ -6768,9 +7264,13 @@ static const struct option_row {
       "count tokens above T instead; no effect without --class-counts", NULL, 0, 1e30 },
     { "--mask", "value|top", CHOICE, AT(mask), LATENTS, "where it fires, or its top patches" },
     { "--class", "C", WHOLE, AT(class_index), MASK, "the mean mask of a class", NULL, 0, 1e9 },
+    { "--patch", "R,C", TEXT, AT(patch), EXPLAIN, "only this patch; row and column from 0" },
+    { "--max-frequency", "F", NUMBER, AT(max_frequency), EXPLAIN,
+      "leave out latents that fire on a larger share of the images", "1", 0, 1 },
     { "--rtol", "X", NUMBER, AT(rtol), COMPARE, "relative tolerance", "0", 0, 1e30 },
     { "--atol", "X", NUMBER, AT(atol), COMPARE, "absolute tolerance", "0", 0, 1e30 },
-    { "--format", "text|markdown|csv|json", CHOICE, AT(format), EVAL, "how to print", "text" },
+    { "--format", "text|markdown|csv|json", CHOICE, AT(format), EVAL | EXPLAIN, "how to print",
+      "text" },
     { "--format", "text|csv|json", CHOICE, AT(format), ZEROSHOT, "how to print", "text" },
     { "--format", "text|json", CHOICE, AT(format), BENCH, "how to print", "text" },
     { "--seed", "N", LARGE, AT(seed), EVERY, "train's; no effect elsewhere", "42", 0, 0x1p53 - 1 },
@@ -6807,6 +7307,13 @@ static const struct command_row {
       "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1 },
     { PLOT, "plot", "KIND FILE ... -o SVG", "figures: curves latents activations counts mask",
       "latents stats.safetensors -o latents.svg", command_plot, 2, MAX_OPERANDS },
+    { EXPLAIN, "explain", "-s SAE -m MODEL -t STATS IMAGE", "the strongest latents of an image",
+      "-s sae.safetensors -m clip.safetensors -t stats.safetensors photo.jpg --patch 7,7 -o masks",
+      command_explain, 1, 1 },
+    { ATLAS, "atlas", "-s SAE -t STATS -m MODEL IMAGES -o DIR",
+      "pages to browse the latents: DIR/index.html",
+      "-s sae.safetensors -t stats.safetensors -m clip.safetensors photos -o atlas",
+      command_atlas, 1, 1 },
     { ZEROSHOT, "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
       "-m vit.safetensors photos.txt", command_zeroshot, 1, 1 },
     { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
@@ -6973,4 +7480,326 @@ int main(int argc, char **argv) {
 }
 
 #endif /* !SAECLIP_NO_MAIN */
+
+/* ============================================================================================
+ * 17. The atlas's page
+ *
+ * HTML, CSS and JavaScript, line by line as index.html has them.
+ * ============================================================================================ */
+
+static const char *const atlas_page[] = {
+    "<!DOCTYPE html>",
+    "<html lang='en'>",
+    "<head>",
+    "<meta charset='utf-8'>",
+    "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+    "<title>Atlas of latents</title>",
+    "<style>",
+    ":root { color-scheme: light dark; --back: #fff; --text: #1c1e21; --soft: #666b73;",
+    "        --line: #d9dce1; --mark: #0b57d0; --chosen: #e4edfb; }",
+    "@media (prefers-color-scheme: dark) {",
+    "    :root { --back: #15171a; --text: #e6e7e9; --soft: #9aa0a8; --line: #363a40;",
+    "            --mark: #8ab4f8; --chosen: #22324c; }",
+    "}",
+    "* { box-sizing: border-box; }",
+    "body { margin: 0; height: 100vh; display: grid; grid-template: auto 1fr / 440px 1fr;",
+    "       font: 15px/1.4 system-ui, sans-serif; background: var(--back); color: var(--text); }",
+    "header { grid-column: 1 / 3; padding: 10px 16px; border-bottom: 1px solid var(--line); }",
+    "h1, h2 { display: inline; margin-right: 12px; font-size: 20px; }",
+    "a { color: var(--mark); }",
+    ".soft, figcaption span { color: var(--soft); }",
+    "#choice { display: flex; flex-direction: column; min-height: 0; padding: 12px 16px;",
+    "          border-right: 1px solid var(--line); }",
+    "#scatter { width: 100%; height: 320px; flex: none; cursor: crosshair; }",
+    ".row { display: grid; grid-template-columns: 54px 78px 66px 66px 1fr; gap: 6px; height: 28px;",
+    "       padding: 3px 6px; color: inherit; text-decoration: none; text-align: right;",
+    "       font-variant-numeric: tabular-nums; }",
+    ".row > *, figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }",
+    ".row > :last-child { text-align: left; }",
+    "a.row:hover, .row.chosen { background: var(--chosen); }",
+    ".row button { all: unset; cursor: pointer; color: var(--mark); }",
+    ".row button.sorted { font-weight: bold; }",
+    "#list { flex: 1; overflow-y: auto; position: relative; }",
+    "#rows { position: absolute; width: 100%; }",
+    "#view { overflow-y: auto; padding: 12px 16px; }",
+    "#masks { display: flex; flex-wrap: wrap; gap: 6px 10px; padding: 8px 0; }",
+    "#figures { display: grid; gap: 14px;",
+    "           grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }",
+    "figure { margin: 0; min-width: 0; }",
+    ".picture { position: relative; aspect-ratio: 1; background: var(--line); }",
+    ".picture > * { position: absolute; width: 100%; height: 100%; image-rendering: pixelated; }",
+    ".picture > img { image-rendering: auto; }",
+    "@media (max-width: 800px) {",
+    "    body { display: block; }",
+    "    #scatter { height: 220px; }",
+    "    .row { grid-template-columns: 42px 58px 62px 58px 1fr; font-size: 14px; }",
+    "    #list { flex: none; height: 168px; }",
+    "    #figures { grid-template-columns: repeat(3, 1fr); gap: 8px; }",
+    "}",
+    "</style>",
+    "</head>",
+    "<body>",
+    "<header><h1>Atlas</h1><span id='about' class='soft'>needs JavaScript</span></header>",
+    "<section id='choice'>",
+    "<canvas id='scatter' role='img' aria-label='all latents'></canvas>",
+    "<div class='row soft'><button value='index'>latent</button>",
+    "<button value='frequency' title='share of the images on which it fires'>images</button>",
+    "<button value='mean' title='mean activation over these images'>mean</button>",
+    "<button value='entropy' title='of the classes of its top images'>entropy</button>",
+    "<select id='class' aria-label='class'><option value=''>every class</option></select></div>",
+    "<div id='list'><div id='space'></div><div id='rows'></div></div>",
+    "</section>",
+    "<main id='view'>",
+    "<h2><a id='name'></a></h2><span id='facts' class='soft'></span>",
+    "<div id='masks'>",
+    "<button id='before' title='left arrow'>&#8592;</button>",
+    "<button id='after' title='right arrow'>&#8594;</button>",
+    "<label><input type='radio' name='mask' value='none'> pictures</label>",
+    "<label><input type='radio' name='mask' value='value' checked> where it fires</label>",
+    "<label><input type='radio' name='mask' value='top'> top patches</label>",
+    "</div>",
+    "<p id='classes'></p>",
+    "<div id='figures'></div>",
+    "</main>",
+    "<script>",
+    "'use strict';",
+    "const ROW = 28, LEFT = 44, TOP = 34, RIGHT = 12, BOTTOM = 40;",
+    "const $ = id => document.getElementById(id);",
+    "let data, parts = {}, latent = -1, order = [], key = 'entropy', way = 1, x, y, highest;",
+    "",
+    "// What the scripts in data/ call: latents.js once, N.js when one of its latents is shown.",
+    "const atlas = {",
+    "    open(all) {",
+    "        data = all;",
+    "        data.index = data.frequency.map((f, j) => j);",
+    "        $('about').textContent = data.name + ': ' + data.index.length.toLocaleString() +",
+    "            ' latents, ' + data.images.toLocaleString() + ' images';",
+    "        for (const [name, c] of [...new Set(data.class)].map(c => [nameOf(c), c]).sort())",
+    "            if (c >= 0) make('option', $('class'), { textContent: name, value: c });",
+    "        const live = data.index.filter(j => data.frequency[j] > 0);",
+    "        [x, y] = [axis(live, data.frequency), axis(live, data.mean)];",
+    "        highest = live.reduce((most, j) => Math.max(most, data.entropy[j]), 0.1);",
+    "        arrange();",
+    "        follow();",
+    "    },",
+    "    part(number, latents) { parts[number] = latents; }",
+    "};",
+    "",
+    "function make(tag, parent, properties) {",
+    "    return parent.appendChild(Object.assign(document.createElement(tag), properties));",
+    "}",
+    "",
+    "function nameOf(c) { return c < 0 ? '' : data.classes[c] ?? 'class ' + c; }",
+    "function digits(value) {",
+    "    return value > 0 && value < 1e-3 ? value.toExponential(1) : Number(value.toPrecision(3));",
+    "}",
+    "function entropyOf(j) { return data.entropy[j] < 0 ? '-' : data.entropy[j].toFixed(2); }",
+    "function percent(share) { return digits(100 * share) + ' %'; }",
+    "",
+    "// --- The list: of its rows only those in sight are there ---",
+    "",
+    "function arrange() {",
+    "    const only = $('class').value, value = data[key];",
+    "    const silent = j => data.frequency[j] === 0 || value[j] < 0;",
+    "    order = data.index.filter(j => only === '' || data.class[j] === Number(only));",
+    "    order.sort((a, b) => silent(a) - silent(b) || way * (value[a] - value[b]) || a - b);",
+    "    for (const head of heads) head.className = head.value === key ? 'sorted' : '';",
+    "    $('space').style.height = order.length * ROW + 'px';",
+    "    reveal();",
+    "}",
+    "",
+    "function reveal() {",
+    "    const list = $('list'), top = order.indexOf(latent) * ROW;",
+    "    if (top < list.scrollTop || top > list.scrollTop + list.clientHeight - ROW)",
+    "        list.scrollTop = top - list.clientHeight / 2;",
+    "    fill();",
+    "    draw();",
+    "}",
+    "",
+    "function fill() {",
+    "    const list = $('list'), first = Math.floor(list.scrollTop / ROW);",
+    "    $('rows').replaceChildren();",
+    "    $('rows').style.top = first * ROW + 'px';",
+    "    for (const j of order.slice(first, first + list.clientHeight / ROW + 2)) {",
+    "        const className = j === latent ? 'row chosen' : 'row';",
+    "        const row = make('a', $('rows'), { className, href: '#latent=' + j });",
+    "        for (const textContent of [j, percent(data.frequency[j]), digits(data.mean[j]),",
+    "                                   entropyOf(j), nameOf(data.class[j])])",
+    "            make('span', row, { textContent });",
+    "    }",
+    "}",
+    "",
+    "// --- The scatter ---",
+    "",
+    "function axis(latents, values) {",
+    "    const logs = latents.map(j => Math.log10(values[j]));",
+    "    const low = logs.reduce((a, b) => Math.min(a, b), 0) - 0.1;",
+    "    return { low, span: logs.reduce((a, b) => Math.max(a, b), low) + 0.1 - low };",
+    "}",
+    "",
+    "// Where a latent's point is, in the canvas.",
+    "function place(j) {",
+    "    const width = $('scatter').clientWidth, bottom = $('scatter').clientHeight - BOTTOM;",
+    "    const across = (Math.log10(data.frequency[j]) - x.low) / x.span;",
+    "    const up = (Math.log10(data.mean[j]) - y.low) / y.span;",
+    "    return [LEFT + across * (width - LEFT - RIGHT), bottom - up * (bottom - TOP)];",
+    "}",
+    "",
+    "function colour(entropy) {",
+    "    return entropy < 0 ? '#8a8f98' : 'hsl(' + (215 + 190 * entropy / highest) + ' 75% 55%)';",
+    "}",
+    "",
+    "function draw() {",
+    "    const canvas = $('scatter'), g = canvas.getContext('2d'), size = order[5000] ? 2 : 4;",
+    "    canvas.width = canvas.clientWidth * devicePixelRatio;",
+    "    canvas.height = canvas.clientHeight * devicePixelRatio;",
+    "    g.scale(devicePixelRatio, devicePixelRatio);",
+    "    drawAxes(g, getComputedStyle(document.body).color);",
+    "    for (const j of order) {",
+    "        const [left, top] = place(j);",
+    "        g.fillStyle = colour(data.entropy[j]);",
+    "        g.fillRect(left - size / 2, top - size / 2, size, size);",
+    "    }",
+    "    g.lineWidth = 2;",
+    "    g.beginPath();",
+    "    if (latent >= 0) g.arc(...place(latent), 7, 0, 7);",
+    "    g.stroke();",
+    "}",
+    "",
+    "function drawAxes(g, ink) {",
+    "    const right = g.canvas.clientWidth - RIGHT, bottom = g.canvas.clientHeight - BOTTOM;",
+    "    g.font = '12px system-ui, sans-serif';",
+    "    g.fillStyle = g.strokeStyle = ink;",
+    "    g.lineWidth = 0.5;",
+    "    g.strokeRect(LEFT, TOP, right - LEFT, bottom - TOP);",
+    "    g.fillText('log10 mean activation', 0, 14);",
+    "    g.textAlign = 'center';",
+    "    g.fillText('log10 frequency', (LEFT + right) / 2, bottom + 34);",
+    "    ticks(x, (t, at) => g.fillText(t, LEFT + at * (right - LEFT), bottom + 16));",
+    "    g.textAlign = 'right';",
+    "    ticks(y, (t, at) => g.fillText(t, LEFT - 6, bottom - at * (bottom - TOP) + 4));",
+    "    g.fillText('entropy 0', right - 104, 14);",
+    "    g.fillText(highest.toFixed(1), right, 14);",
+    "    for (let i = 0; i < 70; i++) {",
+    "        g.fillStyle = colour(highest * i / 70);",
+    "        g.fillRect(right - 98 + i, 6, 1, 8);",
+    "    }",
+    "}",
+    "",
+    "function ticks(range, label) {",
+    "    const step = range.span > 2 ? 1 : range.span > 0.8 ? 0.5 : 0.1;",
+    "    for (let t = Math.ceil(range.low / step); t * step <= range.low + range.span; t++)",
+    "        label(Number((t * step).toFixed(1)), (t * step - range.low) / range.span);",
+    "}",
+    "",
+    "$('scatter').onclick = event => {",
+    "    let best = -1, least = 20 ** 2;",
+    "    for (const j of order) {",
+    "        const [left, top] = place(j);",
+    "        const distance = (left - event.offsetX) ** 2 + (top - event.offsetY) ** 2;",
+    "        if (distance < least) [best, least] = [j, distance];",
+    "    }",
+    "    if (best >= 0) location.hash = 'latent=' + best;",
+    "};",
+    "",
+    "// --- One latent: the address names it ---",
+    "",
+    "function follow() {",
+    "    const named = new URLSearchParams(location.hash.slice(1)).get('latent') ?? order[0];",
+    "    if (data.index[named] === undefined) return tell('There is no latent ' + named + '.');",
+    "    latent = Number(named);",
+    "    $('name').textContent = document.title = 'Latent ' + latent;",
+    "    $('name').href = '#latent=' + latent;",
+    "    $('facts').textContent = data.frequency[latent] === 0 ? 'fires on no image' :",
+    "        'fires on ' + percent(data.frequency[latent]) + ' of the images, mean activation ' +",
+    "        digits(data.mean[latent]) + ', entropy ' + entropyOf(latent);",
+    "    reveal();",
+    "    load(Math.floor(latent / data.part));",
+    "}",
+    "",
+    "function tell(what) {",
+    "    $('classes').textContent = what;",
+    "    $('figures').replaceChildren();",
+    "}",
+    "",
+    "// A page from a file may not read files, but it may have scripts.",
+    "function load(number) {",
+    "    if (number !== Math.floor(latent / data.part)) return;",
+    "    if (parts[number]) return show(parts[number][latent % data.part]);",
+    "    if (Object.keys(parts).length > 16) parts = {};",
+    "    const src = 'data/' + number + '.js';",
+    "    make('script', document.head, { src, onload() { load(number); this.remove(); },",
+    "                                    onerror() { tell(src + ' cannot be read.'); } });",
+    "}",
+    "",
+    "function show(images) {",
+    "    const shares = new Map(), total = images.reduce((sum, image) => sum + image[1], 0);",
+    "    for (const image of images) shares.set(image[2], (shares.get(image[2]) ?? 0) + image[1]);",
+    "    tell([...shares].filter(([c]) => c >= 0).sort((a, b) => b[1] - a[1]).slice(0, 6)",
+    "        .map(([c, sum]) => nameOf(c) + ' ' + percent(sum / total)).join(', '));",
+    "    for (const [number, activation, label, title, values, patches] of images) {",
+    "        const figure = make('figure', $('figures'));",
+    "        const picture = make('div', figure, { className: 'picture' });",
+    "        make('img', picture, { src: 'data/' + number + '.jpg', alt: title });",
+    "        make('canvas', picture, { title, width: data.grid, height: data.grid, strength: {",
+    "            none: () => 1,",
+    "            value: p => parseInt(values[p], 16) / 15,",
+    "            top: p => Number(patches.includes(p))",
+    "        } });",
+    "        make('figcaption', figure, { textContent: digits(activation) + ' ' })",
+    "            .append(make('span', figure, { textContent: nameOf(label) }));",
+    "    }",
+    "    paint();",
+    "}",
+    "",
+    "// Darkens patches: silent ones (0) nearly black, the strongest (1) not at all.",
+    "function paint() {",
+    "    const kind = document.querySelector('[name=mask]:checked').value;",
+    "    for (const canvas of document.querySelectorAll('.picture canvas')) {",
+    "        const g = canvas.getContext('2d'), pixels = g.createImageData(data.grid, data.grid);",
+    "        for (let p = 0; p < data.grid ** 2; p++) {",
+    "            const strength = canvas.strength[kind](p);",
+    "            pixels.data[4 * p + 3] = strength ? 110 * (1 - strength) : 225;",
+    "        }",
+    "        g.putImageData(pixels, 0, 0);",
+    "    }",
+    "}",
+    "",
+    "function step(by) {",
+    "    const next = order[order.indexOf(latent) + by];",
+    "    if (next !== undefined) location.replace('#latent=' + next);",
+    "}",
+    "",
+    "const heads = document.querySelectorAll('.row button');",
+    "for (const head of heads) head.onclick = () => {",
+    "    way = key === head.value ? -way : 1;",
+    "    key = head.value;",
+    "    arrange();",
+    "};",
+    "$('class').onchange = arrange;",
+    "$('list').onscroll = fill;",
+    "$('masks').onchange = paint;",
+    "$('before').onclick = () => step(-1);",
+    "$('after').onclick = () => step(1);",
+    "onkeydown = event => {",
+    "    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];",
+    "    if (!by || event.target.matches('select')) return;",
+    "    event.preventDefault();",
+    "    step(by);",
+    "};",
+    "onhashchange = follow;",
+    "onresize = reveal;",
+    "matchMedia('(prefers-color-scheme: dark)').onchange = draw;",
+    "</script>",
+    "<script src='data/latents.js'></script>",
+    "</body>",
+    "</html>",
+};
+
+static int write_page(atlas *a, FILE *out, size_t line) {
+    for (; line < COUNT(atlas_page); line++) fprintf(out, "%s\n", atlas_page[line]);
+    (void)a;
+    return SC_OK;
+}
+
 #endif /* !SC_ISA */

@@ -14,6 +14,7 @@
 #include "test_cli.c"
 #include "test_look.c"
 #include "test_figures.c"
+#include "test_atlas.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "numbers", test_numbers },
@@ -26,6 +27,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "cli", test_cli },
     { "look", test_look },
     { "figures", test_figures },
+    { "atlas", test_atlas },
     { NULL, NULL }
 };
 
