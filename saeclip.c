@@ -7046,6 +7046,7 @@ static const char *const atlas_page[] = {
     ".picture > img { image-rendering: auto; }",
     "@media (max-width: 800px) {",
     "    body { display: block; }",
+    "    #choice { border: 0; }",
     "    #scatter { height: 220px; }",
     "    .row { grid-template-columns: 42px 58px 62px 58px 1fr; font-size: 14px; }",
     "    #list { flex: none; height: 168px; }",

@@ -122,7 +122,7 @@ static void atlas_masks(void)
         static const char *const names[] = { "latent_0_0_0.ppm.pgm", "latent_0_1______--1.ppm.pgm",
                                              "latent_1_2_2.ppm.pgm" };
         size_t count;
-        char begin[8];
+        char begin[16];
         snprintf(begin, sizeof begin, "[%d,", i);
         mask = get_file(in_folder("look/mixed.masks/%s", names[i]), &count);
         line = strstr(part, begin);
