@@ -274,8 +274,9 @@ static const char *const atlas_script[] = {
 static const char *atlas_browse(const char *browser, const char *page, const char **err)
 {
     static char address[1200], profile[1200];
-    char *arguments[] = { (char *)(uintptr_t)browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-                          "--enable-logging=stderr", "--virtual-time-budget=60000", profile, address, NULL };
+    char *arguments[] = { (char *)(uintptr_t)browser, "--headless", "--no-sandbox", "--disable-gpu",
+                          "--disable-dev-shm-usage", "--dump-dom", "--enable-logging=stderr",
+                          "--virtual-time-budget=60000", profile, address, NULL };
     int status;
     snprintf(address, sizeof address, "file://%s", page);
     snprintf(profile, sizeof profile, "--user-data-dir=%s", in_folder("browser"));
