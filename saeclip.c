@@ -3009,13 +3009,21 @@ static int taps_at(const sc_tap *tap, size_t layer, sc_hook hook) {
     return tap->layer == layer && tap->hook == hook;
 }
 
-/* Gives an output to whoever taps it. output: [M, D] at stride */
-static void tap_output(const forward_pass *pass, size_t layer, sc_hook hook, const float *output,
-                       size_t stride) {
-    for (const sc_tap *tap = pass->taps; tap < pass->taps + pass->count; tap++)
-        for (size_t row = 0; taps_at(tap, layer, hook) && row < pass->rows; row++)
-            memcpy(tap->out + row * tap->stride, output + row * stride,
-                   pass->model->width * sizeof *output);
+/* Gives an output to whoever taps it, and takes back what is to stand in its place.
+ * output: [M, D] at stride */
+static int tap_output(const forward_pass *pass, size_t layer, sc_hook hook, float *output,
+                      size_t stride) {
+    size_t bytes = pass->model->width * sizeof *output;
+    for (const sc_tap *tap = pass->taps; tap < pass->taps + pass->count; tap++) {
+        if (!taps_at(tap, layer, hook)) continue;
+        for (size_t row = 0; row < pass->rows; row++)
+            memcpy(tap->out + row * tap->stride, output + row * stride, bytes);
+        if (!tap->replace) continue;
+        SC_TRY(tap->replace(tap->context, tap->out, pass->rows));
+        for (size_t row = 0; row < pass->rows; row++)
+            memcpy(output + row * stride, tap->out + row * tap->stride, bytes);
+    }
+    return SC_OK;
 }
 
 /* x += a W + bias, by way of normed or wide, whichever is not a, if somebody taps it. */
@@ -3030,7 +3038,7 @@ static int add_layer(forward_pass *pass, const float *a, const sc_layer *layer, 
                        .bias = layer->bias, .residual = tapped ? NULL : pass->x,
                        .residual_stride = D };
     SC_TRY(multiply(a, pass->rows, a_stride, &layer->matrix, to));
-    tap_output(pass, number, hook, output, stride);
+    SC_TRY(tap_output(pass, number, hook, output, stride));
     for (size_t i = 0; tapped && i < pass->rows; i++)
         for (size_t d = 0; d < D; d++)
             pass->x[i * D + d] = output[i * stride + d] + pass->x[i * D + d] + 0.0f;
@@ -3052,8 +3060,7 @@ static int forward_block(forward_pass *pass, size_t number) {
     SC_TRY(norm_rows(pass, &block[NORM2]));
     SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[FC1].matrix, wide));
     SC_TRY(add_layer(pass, pass->wide, &block[FC2], number, SC_MLP));
-    tap_output(pass, number, SC_RESID, pass->x, model->width);
-    return SC_OK;
+    return tap_output(pass, number, SC_RESID, pass->x, model->width);
 }
 
 /* head(norm(class token)); with class prompts, the cosine with each. out: [B, outputs] or
@@ -4632,10 +4639,11 @@ static int log_failed(const training_run *run) {
     return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
 }
 
+static const char log_header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
+                                 "dead,seconds\n";
+
 /* Opens the log; of a resumed run, cut back to the step it goes on from. */
 static int open_log(training_run *run) {
-    static const char header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
-                                 "dead,seconds\n";
     const char *path = run->o->log;
     struct stat about;
     off_t end = 0;
@@ -4649,7 +4657,7 @@ static int open_log(training_run *run) {
         end = ftello(run->log);
     if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0))
         return log_failed(run);
-    if (end > 0 || (fputs(header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
+    if (end > 0 || (fputs(log_header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
     return log_failed(run);
 }
 
@@ -5111,7 +5119,7 @@ static int next_encoded(session *s, size_t total) {
     size_t bad;
     SC_TRY(next_batch(f, MEASURE_IMAGES));
     show_progress("image", f->used, total, f->used, "");
-    for (size_t i = 0; i < s->saes && f->count > 0; i++) {
+    for (size_t i = 0; i < s->saes && f->count > 0 && !f->tap[s->tap[i]].replace; i++) {
         SC_TRY(run_sae(&s->batch[i], f->tap[s->tap[i]].out, f->count * f->T));
         if (check_tokens(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
     }
@@ -5468,17 +5476,34 @@ static int command_encode(session *s) {
 
 /* --- zeroshot --- */
 
+/* The SAE in the loop: x' takes x's place. x: [tokens, stride] */
+static int replace_by_output(void *context, float *x, size_t tokens) {
+    session *s = context;
+    size_t bad;
+    SC_TRY(run_sae(&s->batch[0], x, tokens));
+    if (check_tokens(&s->batch[0], &bad) != SC_OK) return blame_token(&s->data, bad);
+    memcpy(x, s->batch[0].output, tokens * s->sae[0].stride * sizeof *x);
+    return SC_OK;
+}
+
+static int start_zeroshot(session *s) {
+    const sc_model *model = &s->data.model;
+    SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
+    if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
+        return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
+                    model->file.path);
+    if (s->saes) s->data.tap[0].replace = replace_by_output;
+    s->data.tap[0].context = s;
+    return start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 1);
+}
+
 /* An image counts where its label is among the best 1 or 5 classes; ties go to the lower one. */
 static int command_zeroshot(session *s) {
     size_t top1 = 0, top5 = 0;
     const sc_model *model = &s->data.model;
     feed *f = &s->data;
     int status;
-    SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
-    if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
-        return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
-                    model->file.path);
-    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 1));
+    SC_TRY(start_zeroshot(s));
     while ((status = next_encoded(s, f->set.count)) == SC_OK)
         for (size_t i = 0; i < f->count; i++) {
             const float *logit = f->logits + i * model->classes;
@@ -5910,7 +5935,489 @@ static int command_explain(session *s) { return look(s, explain); }
 
 /* ============================================================================================
  * 13. Figures
+ *
+ * `plot` draws the report's figures as SVG (w3.org/TR/SVG11) from files that other commands wrote.
+ * A kind of figure is a row of a table: how a file becomes rows of numbers, how the rows of all
+ * files are drawn. Places come from IEEE operations and our own logarithm, so the same files give
+ * the same bytes everywhere. Paper and ink follow the reader's light or dark.
  * ============================================================================================ */
+
+enum {
+    LINE_POINTS = 1000,                          /* of a line, at most */
+    PANEL = 330, CELL = 5, CELLS = PANEL / CELL, /* of latents, in pixels: cells of points */
+    BAR_ROOM = 54,                               /* for the bars beside them */
+    MASK_SIDE = 200, MASK_CELLS = 64, MASKS_A_ROW = 4
+};
+
+/* What a file holds, and what the figure says of it. row: [rows], of a kind's columns */
+typedef struct {
+    const char *path;
+    sc_safetensors file;             /* statistics, once looked into */
+    double (*row)[4];
+    size_t rows, capacity;
+    char words[160];
+} plot_series;
+
+typedef struct {
+    const struct plot_kind *kind;
+    plot_series series[MAX_OPERANDS];
+    size_t count;
+    FILE *out;
+} plot;
+
+/* Of lines also the panels' axes: column 0 of the rows along x, the others up. */
+struct plot_kind {
+    const char *name;
+    int (*read)(plot_series *s);
+    void (*draw)(plot *p);
+    const char *x, *y[3];
+    int x_scale, y_scale;
+};
+
+static int add_row(plot_series *s, double a, double b, double c, double d) {
+    SC_TRY(grow(&s->row, &s->capacity, s->rows, sizeof *s->row));
+    memcpy(s->row[s->rows++], (double[]){ a, b, c, d }, sizeof *s->row);
+    return SC_OK;
+}
+
+/* --- Reading --- */
+
+/* Columns: step, loss, mse, l0. */
+static int read_log(plot_series *s) {
+    char line[512];
+    double v[4] = { 0 };
+    FILE *file = fopen(s->path, "r");
+    if (!file) return fail("%s: cannot be opened: %s", s->path, strerror(errno));
+    int status = fgets(line, sizeof line, file) && strcmp(line, log_header) == 0 ? SC_OK
+               : fail("%s: no training log: its first line should be %.*s", s->path,
+                      (int)sizeof log_header - 2, log_header);
+    for (size_t number = 2; status == SC_OK && fgets(line, sizeof line, file); number++) {
+        int end = 0;
+        sscanf(line, "%lf,%*f,%*f,%*f,%lf,%lf,%*f,%*f,%lf,%*f,%*f,%*f%n", &v[0], &v[1], &v[2],
+               &v[3], &end);
+        for (int c = 0; c < 4 && end > 0; c++) end = fabs(v[c]) <= 1e30 ? end : 0;
+        if (end > 0 && line[end] == '\n') status = add_row(s, v[0], v[1], v[2], v[3]);
+        else status = fail("%s: line %zu: expected 12 finite numbers", s->path, number);
+    }
+    if (status == SC_OK && (ferror(file) || s->rows == 0))
+        status = fail("%s: %s", s->path, ferror(file) ? "cannot be read" : "a log without a step");
+    fclose(file);
+    snprintf(s->words, sizeof s->words, "%zu steps, MSE %.4g and L0 %.4g at the end", s->rows, v[2],
+             v[3]);
+    return status;
+}
+
+/* A tensor of statistics, each of its numbers from least to most, as a column. */
+static int read_column(plot_series *s, size_t column, const char *name, double least,
+                       double most) {
+    if (!s->file.path) SC_TRY(sc_safetensors_open(&s->file, s->path));
+    const sc_tensor *t = sc_tensor_find(&s->file, name);
+    if (!t || t->rank != 1 || t->count == 0 || (s->rows > 0 && t->count != s->rows))
+        return fail("%s: no statistics: a list %s was expected, as long as others", s->path, name);
+    for (size_t i = 0; i < t->count; i++) {
+        float real = 0;
+        int64_t whole = 0;
+        SC_TRY(t->dtype < SC_I64 ? sc_tensor_floats(&s->file, t, i, 1, &real)
+                                 : sc_tensor_integers(&s->file, t, i, 1, &whole));
+        double value = t->dtype < SC_I64 ? (double)real : (double)whole;
+        if (!(value >= least && value <= most))
+            return fail("%s: element %zu of %s is %g, expected %g to %g", s->path, i, name, value,
+                        least, most);
+        if (i == s->rows) SC_TRY(add_row(s, 0, 0, 0, 0));
+        s->row[i][column] = value;
+    }
+    return SC_OK;
+}
+
+/* Columns: frequency, mean activation, entropy, of the latents that fire. */
+static int read_latents(plot_series *s) {
+    size_t fire = 0, latents;
+    SC_TRY(read_column(s, 0, "sae_sparsity", 0, 1));
+    SC_TRY(read_column(s, 1, "sae_mean_acts", 0, FLT_MAX));
+    SC_TRY(read_column(s, 2, "top_entropy", -1, 100));
+    for (latents = 0; latents < s->rows; latents++)
+        if (s->row[latents][0] > 0 && s->row[latents][1] > 0)
+            memmove(s->row[fire++], s->row[latents], sizeof *s->row);
+    s->rows = fire;
+    snprintf(s->words, sizeof s->words, "%zu latents, of which %zu never fire", latents,
+             latents - fire);
+    return SC_OK;
+}
+
+/* Columns: a bin's middle, its share. */
+static int read_histogram(plot_series *s) {
+    double total = 0, left = 0, right = 0;
+    size_t first = 0;
+    char *end = NULL;
+    SC_TRY(read_column(s, 1, "activation_histogram", 0, 1e18));
+    const char *text = sc_metadata_find(&s->file, "histogram_edges");
+    for (size_t i = 0; i <= s->rows; i++, left = right, text = end) {
+        right = text && *text ? strtod(text + 1, &end) : 0;
+        if (!(right > left && right < 1e30) || *end != (i < s->rows ? ',' : ']'))
+            return fail("%s: no statistics: metadata histogram_edges, ascending, were expected",
+                        s->path);
+        if (i > 0) s->row[i - 1][0] = sqrt(left * right);
+        if (i > 0) total += s->row[i - 1][1];
+    }
+    snprintf(s->words, sizeof s->words, "%.0f active values", total);
+    while (s->rows > 0 && s->row[s->rows - 1][1] == 0) s->rows--;
+    while (first < s->rows && s->row[first][1] == 0) first++;
+    if (s->rows > 0) memmove(s->row, s->row + first, (s->rows -= first) * sizeof *s->row);
+    for (size_t r = 0; r < s->rows; r++) s->row[r][1] *= 100 / total;
+    return SC_OK;
+}
+
+/* The larger second column first. */
+static int by_images(const void *a, const void *b) {
+    const double *left = a, *right = b;
+    return (left[1] < right[1]) - (left[1] > right[1]);
+}
+
+/* Columns: rank, images on which the latent fires. */
+static int read_counts(plot_series *s) {
+    size_t all = 0, few = 0, none = 0;
+    SC_TRY(read_column(s, 1, "image_count", 0, 1e15));
+    const char *text = sc_metadata_find(&s->file, "images");
+    double images = text ? strtod(text, NULL) : 0;
+    qsort(s->row, s->rows, sizeof *s->row, by_images);
+    if (!(images >= 1 && images <= 1e15 && s->row[0][1] <= images))
+        return fail("%s: no statistics: metadata images was expected, %.0f or more", s->path,
+                    fmax(1, s->row[0][1]));
+    for (size_t r = 0; r < s->rows; r++) {
+        double count = s->row[r][1];
+        s->row[r][0] = (double)(r + 1);
+        all += count == images;
+        few += count == 1 || count == 2;
+        none += count == 0;
+    }
+    snprintf(s->words, sizeof s->words, "%zu latents: %zu on all %.0f images, %zu on 1 or 2, "
+             "%zu on none", s->rows, all, images, few, none);
+    return SC_OK;
+}
+
+/* Column 2: the patches' values. */
+static int read_mask(plot_series *s) {
+    image_source source;
+    picture mask = { 0, 0, 0, NULL };
+    if (open_image(s->path, &source) != SC_OK) return SC_FAILED;
+    int status = strchr("25", source.format->magic[1]) ? pnm_read(&source, &mask) : SC_OK;
+    if (status == SC_OK && (mask.width != mask.height || mask.width - 1 >= MASK_CELLS))
+        status = fail("%s: no mask: a square PGM of at most %d x %d was expected", s->path,
+                      MASK_CELLS, MASK_CELLS);
+    for (size_t i = 0; status == SC_OK && i < mask.width * mask.width; i++)
+        status = add_row(s, 0, 0, mask.rgb[3 * i] / 255.0, 0);
+    fclose(source.file);
+    free(source.rgb);
+    snprintf(s->words, sizeof s->words, "%zu x %zu patches", mask.width, mask.width);
+    return status == SC_OK ? SC_OK : SC_FAILED;
+}
+
+/* --- SVG --- */
+
+static void start_plot(plot *p, double width, size_t height) {
+    fprintf(p->out, "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" viewBox=\"0 0 %.0f "
+            "%zu\" width=\"%.0f\" height=\"%zu\">\n<title>saeclip: %s</title>\n<style>\n"
+            ".plot{font:12px system-ui,sans-serif}.plot text{fill:#222}.paper{fill:#fff}\n"
+            ".grid{fill:none;stroke:#ddd}.bar{fill:#8b95a1}.line{fill:none;stroke-width:1.5;"
+            "stroke-linejoin:round;stroke-linecap:round}.plot circle{stroke:#999;stroke-width:.4}\n"
+            "@media(prefers-color-scheme:dark){.plot text{fill:#ddd}.paper{fill:#16181c}"
+            ".grid{stroke:#3b3f46}}\n</style>\n<rect class=\"paper\" width=\"100%%\" "
+            "height=\"100%%\"/>\n", width, height, width, height, p->kind->name);
+}
+
+/* Text and nothing else, whatever names hold: printable() shows what XML cannot have, but U+FFFE
+ * and U+FFFF. style: attributes */
+SC_PRINTF(5, 6) static void draw_text(plot *p, double x, double y, const char *style,
+                                      const char *format, ...) {
+    char line[TEXT_ROOM];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    fprintf(p->out, "<text x=\"%.1f\" y=\"%.1f\"%s>", x, y, style);
+    for (const char *c = shown(line); *c; c++)
+        if (strncmp(c, "\xef\xbf", 2) == 0 && (unsigned char)c[2] > 0xbd) c += 2;
+        else if (strchr("&<>\"'", *c)) fprintf(p->out, "&#%d;", *c);
+        else putc(*c, p->out);
+    fputs("</text>\n", p->out);
+}
+
+static void draw_rect(plot *p, double x, double y, double width, double height, const char *style) {
+    fprintf(p->out, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" %s/>\n", x, y,
+            width, height, style);
+}
+
+/* The end of a name, which tells files apart. */
+static const char *name_end(const char *name, size_t most) {
+    size_t length = strlen(name);
+    name += length > most ? length - most : 0;
+    while ((*name & 0xc0) == 0x80) name++;       /* within a letter */
+    return name;
+}
+
+/* viridis (Smith and van der Walt, 2015), interpolated. t: 0 .. 1; below 0: grey */
+static const char *fill_colour(double t) {
+    static const unsigned char map[][3] = {
+        { 68, 1, 84 }, { 71, 44, 122 }, { 59, 81, 139 }, { 44, 113, 142 }, { 33, 144, 141 },
+        { 39, 173, 129 }, { 92, 200, 99 }, { 170, 220, 50 }, { 253, 231, 37 } };
+    int at = t < 1 ? (int)(8 * t) : 7, rgb[3] = { 136, 136, 136 };
+    for (int c = 0; c < 3 && t >= 0; c++)
+        rgb[c] = (int)(map[at][c] + (8 * t - at) * (map[at + 1][c] - map[at][c]) + 0.5);
+    char *out = text_room();
+    sprintf(out, "fill=\"#%02x%02x%02x\"", rgb[0], rgb[1], rgb[2]);
+    return out;
+}
+
+/* --- Axes --- */
+
+/* AUTO_SCALE: logarithmic where values span a factor of 30; ZERO_SCALE: linear from 0. In this and
+ * in LOG_SCALE what is not above 0 has no say. */
+enum { LINEAR_SCALE, AUTO_SCALE, ZERO_SCALE, LOG_SCALE };
+
+/* low and high, numbers or their log10, lie at the pixels from and to; ticks `step` apart. */
+typedef struct { int is_log; double low, high, from, to, step; } plot_axis;
+
+/* factor 10^exponent, as near as a double comes */
+static double decimal(int factor, int exponent) {
+    char text[24];
+    snprintf(text, sizeof text, "%de%d", factor, exponent);
+    return strtod(text, NULL);
+}
+
+static double on_axis(const plot_axis *a, double value) {
+    return a->is_log ? log64(value) * 0.43429448190325183 : value;
+}
+
+static double axis_place(const plot_axis *a, double value) {
+    return a->from + (a->to - a->from) * (on_axis(a, value) - a->low) / (a->high - a->low);
+}
+
+/* An axis with room for a column of all series. */
+static plot_axis fit_axis(const plot *p, int scale, size_t column, double from, double to) {
+    plot_axis a = { .from = from, .to = to };
+    double low = (double)INFINITY, high = -low;
+    for (const plot_series *s = p->series; s < p->series + p->count; s++)
+        for (size_t r = 0; r < s->rows; r++) {
+            double value = s->row[r][column];
+            if (scale >= ZERO_SCALE && !(value > 0)) continue;
+            low = fmin(low, value);
+            high = fmax(high, value);
+        }
+    if (low > high) low = high = 1;              /* there are no values */
+    if (scale == ZERO_SCALE) low = 0;
+    a.is_log = scale == LOG_SCALE || (scale == AUTO_SCALE && low > 0 && high / low >= 30);
+    a.low = on_axis(&a, low);
+    a.high = on_axis(&a, high);
+    double span = a.high - a.low, more = scale == ZERO_SCALE ? 0 : 0.03 * span;
+    if (a.is_log) more = fmax((2 - span) / 2, more);         /* two powers of ten, at least */
+    else if (!(span > 1e-7 * fabs(high))) more = high == 0 ? 1 : fabs(high) / 2;
+    a.low -= more;
+    a.high += more;
+    for (int i = a.is_log ? 900 : 0; a.step == 0 || (a.high - a.low) / a.step > 8; i++)
+        a.step = decimal(i % 3 == 0 ? 1 : i % 3 == 1 ? 2 : 5, i / 3 - 300);
+    return a;
+}
+
+/* Grid lines, numbers and label: upright, left of a panel from x `at` to `across`, or below one
+ * from y `at` up to `across`. */
+static void draw_axis(plot *p, const plot_axis *a, int upright, double at, double across,
+                      const char *label) {
+    static const char centre[] = " text-anchor=\"middle\"", end[] = " text-anchor=\"end\"";
+    static const char turned[] = " text-anchor=\"middle\" transform=\"rotate(-90)\"";
+    double middle = (a->from + a->to) / 2;
+    for (double k = ceil(a->low / a->step); k <= floor(a->high / a->step); k++) {
+        double value = a->is_log ? decimal(1, (int)(k * a->step)) : k * a->step + 0.0;
+        double v = axis_place(a, value);
+        fprintf(p->out, "<path class=\"grid\" d=\"M%.1f %.1f%c%.1f\"/>\n", upright ? at : v,
+                upright ? v : at, upright ? 'H' : 'V', across);
+        if (upright) draw_text(p, at - 6, v + 4, end, "%.10g", value);
+        else draw_text(p, v, at + 16, centre, "%.10g", value);
+    }
+    if (upright) draw_text(p, -middle, at - 60, turned, "%s", label);
+    else draw_text(p, middle, at + 36, centre, "%s", label);
+}
+
+/* --- Lines: curves, activations, counts --- */
+
+/* Told apart on white and on black. */
+static const char *const line_colours[] = { "#2f8fd8", "#e0851b", "#1fa67a", "#d4569a", "#8b6fe8",
+                                            "#c9a400", "#d5492e", "#7d8794" };
+
+static void start_line(plot *p, const char *tag, size_t index) {
+    size_t colours = COUNT(line_colours);
+    fprintf(p->out, "<%s class=\"line\" stroke=\"%s\"%s ", tag, line_colours[index % colours],
+            index < colours ? "" : " stroke-dasharray=\"5 4\"");
+}
+
+/* A column over the first as a line of at most LINE_POINTS points: of each group of rows the
+ * smallest and the largest, so that no spike is lost. */
+static void draw_line(plot *p, size_t index, size_t column, const plot_axis *x,
+                      const plot_axis *y) {
+    const plot_series *s = &p->series[index];
+    size_t rows = s->rows, groups = LINE_POINTS / 2;
+    while (y->is_log && rows > 0 && !(s->row[rows - 1][column] > 0)) rows--;    /* of counts */
+    size_t group = rows > LINE_POINTS ? (rows + groups - 1) / groups : 1;
+    start_line(p, "polyline", index);
+    fputs("points=\"", p->out);
+    for (size_t first = 0; first < rows; first += group) {
+        size_t least = first, most = first;
+        for (size_t i = first; i < rows && i < first + group; i++) {
+            if (s->row[i][column] < s->row[least][column]) least = i;
+            if (s->row[i][column] > s->row[most][column]) most = i;
+        }
+        const size_t point[2] = { least < most ? least : most, least < most ? most : least };
+        for (int i = least == most && rows > 1; i < 2; i++)  /* a single row: a dash */
+            fprintf(p->out, "%.1f,%.1f ", axis_place(x, s->row[point[i]][0]) + (rows > 1 ? 0 :
+                    8 * i - 4), axis_place(y, s->row[point[i]][column]));
+    }
+    fputs("\"/>\n", p->out);
+}
+
+static void draw_lines(plot *p) {
+    const struct plot_kind *k = p->kind;
+    size_t panels = k->y[1] ? 3 : 1;
+    const double width = panels > 1 ? 260 : 620, step = width + 104, top = 20, bottom = 280;
+    start_plot(p, step * (double)panels, 340 + 20 * p->count);
+    for (size_t i = 0; i < panels; i++) {
+        double left = 82 + step * (double)i;
+        plot_axis x = fit_axis(p, k->x_scale, 0, left, left + width);
+        plot_axis y = fit_axis(p, k->y_scale, i + 1, bottom, top);
+        draw_axis(p, &x, 0, bottom, top, k->x);
+        draw_axis(p, &y, 1, left, left + width, k->y[i]);
+        for (size_t n = 0; n < p->count; n++) draw_line(p, n, i + 1, &x, &y);
+    }
+    for (size_t n = 0; n < p->count; n++) {
+        double y = 346 + 20 * (double)n;
+        start_line(p, "path", n);
+        fprintf(p->out, "d=\"M82 %.1fh22\"/>\n", y - 4);
+        draw_text(p, 112, y, "", "%s: %s", name_end(p->series[n].path, 44), p->series[n].words);
+    }
+}
+
+/* --- Latents and masks --- */
+
+/* A bar of colours, its axis on the left. */
+static void draw_scale(plot *p, const plot_axis *a, double x, const char *label) {
+    double height = (a->from - a->to) / 50;
+    draw_axis(p, a, 1, x, x, label);
+    for (int i = 0; i < 50; i++)
+        draw_rect(p, x, a->from - (i + 1) * height, 14, height + (i > 0),
+                  fill_colour((i + 0.5) / 50));
+}
+
+/* A point for each cell in which latents lie, at their mean place and of their mean entropy's
+ * colour, the larger the more they are: 49,152 of them stay light, and one alone is exact. Above
+ * and right of the panel, bars: how many there are in a row or column of cells. */
+static void draw_cells(plot *p, const plot_series *s, const plot_axis *x, const plot_axis *y,
+                       double entropy) {
+    struct { double latents, x, y, known, entropy; } cell[CELLS * CELLS] = { { 0 } }, *c;
+    double bar[2][CELLS] = { { 0 } }, most[2] = { 1, 1 };
+    for (size_t r = 0; r < s->rows; r++) {
+        double across = axis_place(x, s->row[r][0]), down = axis_place(y, s->row[r][1]);
+        size_t i = (size_t)(across - x->from) / CELL, j = (size_t)(down - y->to) / CELL;
+        most[0] = fmax(most[0], ++bar[0][i]);
+        most[1] = fmax(most[1], ++bar[1][j]);
+        c = &cell[j * CELLS + i];
+        c->latents++;
+        c->x += across;
+        c->y += down;
+        c->known += s->row[r][2] >= 0;
+        c->entropy += fmax(s->row[r][2], 0);
+    }
+    for (c = cell; c < cell + CELLS * CELLS; c++)
+        if (c->latents > 0)
+            fprintf(p->out, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"%.1f\" %s/>\n", c->x / c->latents,
+                    c->y / c->latents, fmin(1.8 + 0.3 * log64(c->latents), 3.5),
+                    fill_colour(c->known > 0 ? c->entropy / c->known / entropy : -1));
+    for (int i = 0; i < CELLS; i++) {
+        double up = BAR_ROOM * bar[0][i] / most[0], right = BAR_ROOM * bar[1][i] / most[1];
+        if (up > 0) draw_rect(p, x->from + CELL * i, y->to - 4 - up, CELL - 1, up, "class=\"bar\"");
+        if (right > 0)
+            draw_rect(p, x->to + 4, y->to + CELL * i, right, CELL - 1, "class=\"bar\"");
+    }
+}
+
+static void draw_latents(plot *p) {
+    const double step = 82 + PANEL + BAR_ROOM + 16, top = 112, bottom = top + PANEL;
+    const double end = step * (double)p->count;
+    plot_axis entropy = fit_axis(p, ZERO_SCALE, 2, bottom, top);
+    start_plot(p, end + 116, 524);
+    for (size_t i = 0; i < p->count; i++) {
+        const plot_series *s = &p->series[i];
+        double left = 82 + step * (double)i, right = left + PANEL;
+        plot_axis x = fit_axis(p, LOG_SCALE, 0, left, right);
+        plot_axis y = fit_axis(p, LOG_SCALE, 1, bottom, top);
+        draw_text(p, left, 22, " font-weight=\"bold\"", "%s", name_end(s->path, 50));
+        draw_text(p, left, 40, "", "%s", s->words);
+        draw_axis(p, &x, 0, bottom, top, "frequency (share of images, log scale)");
+        draw_axis(p, &y, 1, left, right, "mean activation on the images it fires on (log scale)");
+        draw_cells(p, s, &x, &y, entropy.high);
+    }
+    draw_scale(p, &entropy, end + 72, "entropy of the top images' classes (nats)");
+    draw_text(p, 82, 506, "", "larger: several latents; grey: no entropy (too few images)");
+}
+
+static void draw_masks(plot *p) {
+    const size_t across = p->count < MASKS_A_ROW ? p->count : MASKS_A_ROW, tall = MASK_SIDE + 64;
+    const double wide = MASK_SIDE + 24, end = wide * (double)across, top = 52;
+    plot_axis value = fit_axis(p, ZERO_SCALE, 2, top + MASK_SIDE, top);
+    start_plot(p, end + 120, tall * ((p->count - 1) / across + 1) + 16);
+    for (size_t i = 0; i < p->count; i++) {
+        const plot_series *s = &p->series[i];
+        double left = 20 + wide * (double)(i % across), y = top + (double)(i / across * tall);
+        size_t grid = (size_t)sqrt((double)s->rows);
+        double side = (double)MASK_SIDE / (double)grid;
+        draw_text(p, left, y - 28, " font-weight=\"bold\"", "%s", name_end(s->path, 26));
+        draw_text(p, left, y - 10, "", "%s", s->words);
+        fputs("<g shape-rendering=\"crispEdges\">\n", p->out);
+        for (size_t r = 0; r < s->rows; r++)
+            draw_rect(p, left + side * (double)(r % grid), y + side * (double)(r / grid),
+                      side, side, fill_colour(s->row[r][2] / value.high));
+        fputs("</g>\n", p->out);
+    }
+    draw_scale(p, &value, end + 82, "activation (share of the largest)");
+}
+
+/* --- plot --- */
+
+static const struct plot_kind plot_kinds[] = {
+    { "curves", read_log, draw_lines, "step", { "loss", "MSE", "L0 (active latents a token)" },
+      LINEAR_SCALE, AUTO_SCALE },
+    { "latents", read_latents, draw_latents, NULL, { NULL }, 0, 0 },
+    { "activations", read_histogram, draw_lines, "activation of an active latent (log scale)",
+      { "active values in a bin (%)" }, LOG_SCALE, ZERO_SCALE },
+    { "counts", read_counts, draw_lines, "latents, the most frequent first",
+      { "images on which a latent fires (log scale)" }, LINEAR_SCALE, LOG_SCALE },
+    { "mask", read_mask, draw_masks, NULL, { NULL }, 0, 0 } };
+
+static int command_plot(session *s) {
+    const char *const *operand = s->o->operand;
+    plot p = { .kind = plot_kinds };
+    sc_output out;
+    int status = SC_OK;
+    while (strcmp(p.kind->name, operand[0]) != 0)
+        if (++p.kind == plot_kinds + COUNT(plot_kinds))
+            return usage("plot: '%s' is none of curves, latents, activations, counts, mask",
+                         operand[0]);
+    if (p.kind->draw == draw_latents && operand[1 + 2])
+        return usage("plot latents: at most 2 files were expected");
+    for (; operand[p.count + 1] && status == SC_OK; p.count++) {
+        p.series[p.count].path = operand[p.count + 1];
+        status = p.kind->read(&p.series[p.count]);
+    }
+    if (status == SC_OK) status = output_open(&out, s->o->output);
+    if (status == SC_OK) {
+        p.out = out.file;
+        p.kind->draw(&p);
+        fputs("</svg>\n", p.out);
+        status = output_commit(&out);
+    }
+    for (plot_series *each = p.series; each < p.series + p.count; each++) {
+        sc_safetensors_close(&each->file);
+        free(each->row);
+    }
+    return status;
+}
 
 /* ============================================================================================
  * 14. The atlas
@@ -6700,9 +7207,9 @@ enum {                               /* commands, and what several of them have 
     MASK = 256, ZEROSHOT = 512, COMPARE = 1024, BENCH = 2048,
     MERGE = 4096, EXPLAIN = 8192, PLOT = 16384, ATLAS = 32768, EVERY = 65535,
     LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
-    SAES = ENCODE | EVAL | STATS | LOOKS,
+    SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
     DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,
-    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS
+    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT
 };
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
@@ -6721,15 +7228,16 @@ static const struct option_row {
 #define OVER "overrules the model's "
 #define LIVE "; no effect with --acts"
     { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
-    { "-s", "FILE", TEXTS, AT(sae), SAES, "the SAE (eval: as many as wanted)" },
+    { "-s", "FILE", TEXTS, AT(sae), SAES,
+      "the SAE (eval: as many as wanted; zeroshot: x' takes x's place)" },
     { "-t", "FILE", TEXT, AT(stats), LOOKS, "statistics (mask: of --mask top)" },
     { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
     { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
     { "--acts", "FILE", TEXT, AT(acts), DATA | MASK, "saved activations, not -m and IMAGES" },
     { "--also", "DATA", TEXT, AT(also), EVAL, "a second data set of the same kind" },
-    { "--layer", "L", WHOLE, AT(layer), PHOTOS & ~ZEROSHOT,
+    { "--layer", "L", WHOLE, AT(layer), PHOTOS,
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
-    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS & ~ZEROSHOT,
+    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS,
       "where to listen (default: the SAE's, else mlp)" },
     { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT, "tokens to write", "all" },
     { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT, "number type", "f32" },
@@ -6822,6 +7330,8 @@ static const struct command_row {
       command_top, 1, 1 },
     { MASK, "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
       "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1 },
+    { PLOT, "plot", "KIND FILE ... -o SVG", "figures: curves latents activations counts mask",
+      "latents stats.safetensors -o latents.svg", command_plot, 2, MAX_OPERANDS },
     { EXPLAIN, "explain", "-s SAE -m MODEL -t STATS IMAGE", "the strongest latents of an image",
       "-s sae.safetensors -m clip.safetensors -t stats.safetensors photo.jpg --patch 7,7 -o masks",
       command_explain, 1, 1 },
@@ -6932,6 +7442,8 @@ static int check_options(const options *o, const struct command_row *command, in
     if (o->acts && (operands || o->model))
         return usage("--acts and -m MODEL IMAGES exclude each other");
     if (o->saes > 1 && command->bit != EVAL) return usage("%s takes one SAE: -s FILE", name);
+    if (command->bit == ZEROSHOT && !o->saes && (o->layer || o->hook || o->arch || o->k))
+        return usage("zeroshot: --layer, --hook, --arch and --k are about an SAE: -s FILE");
     if (o->mask && strcmp(o->mask, "top") == 0 && !o->stats)
         return usage("--mask top needs the SAE's statistics: -t FILE");
     if (was_given(o, "--layer") && o->layer == 0)
