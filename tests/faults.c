@@ -247,6 +247,17 @@ static const row rows[] = {
       "-o out", .before = "out/" },
     { .name = "mask-class", .command = "mask --quiet --threads 1 -s ../in/sae -t ../in/stats --acts ../in/acts "
       "-l 1,2 --class 1 --mask top -o out", .before = "out/" },
+    { .name = "explain", .command = "explain --quiet --threads 1 -s ../in/sae -m ../in/model -t ../in/stats "
+      "../in/photos/cats/a.ppm --patch 1,2 -o out", .before = "out/" },
+    { .name = "explain-json", .command = "explain --quiet --threads 1 -s ../in/sae -m ../in/model -t ../in/stats "
+      "../in/photos/cats/a.ppm --format json" },
+    { .name = "plot-curves", .command = "plot curves ../in/log3.csv -o out", .before = "out" },
+    { .name = "plot-latents", .command = "plot latents ../in/stats -o out", .before = "kept>out" },
+    { .name = "plot-activations", .command = "plot activations ../in/stats -o out", .before = "out" },
+    { .name = "plot-counts", .command = "plot counts ../in/stats -o out", .before = "out" },
+    { .name = "atlas", .command = "atlas --quiet --threads 1 -s ../in/sae -t ../in/stats -m ../in/model "
+      "../in/photos --limit 6 -o out", .before = "out/" },
+    { .name = "zeroshot-sae", .command = "zeroshot --quiet --threads 1 -s ../in/sae -m ../in/model ../in/photos" },
     { .name = "zeroshot", .command = "zeroshot --quiet --threads 1 -m ../in/model ../in/photos --format json" },
     { .name = "compare", .command = "compare --quiet ../in/sae ../in/sae" },
 };
@@ -782,7 +793,6 @@ const char *sc_error(void);
 #define fread(p, s, n, f) (STREAM(f, FAULT_READING, "fread", EIO) ? 0 : fread(p, s, n, f))
 #define fgets(t, n, f) (STREAM(f, FAULT_READING, "fgets", EIO) ? NULL : fgets(t, n, f))
 #define getc_unlocked(f) (STREAM(f, FAULT_READING, "getc", EIO) ? EOF : getc_unlocked(f))
-#define read(d, p, n) (FAULT(FAULT_READING, "read", EIO) ? -1 : read(d, p, n))
 #define lseek(d, o, w) (FAULT(FAULT_READING, "lseek", EIO) ? -1 : lseek(d, o, w))
 
 #define fwrite(p, s, n, f) (STREAM(f, FAULT_WRITING, "fwrite", ENOSPC) ? 0 : fwrite(p, s, n, f))
