@@ -87,9 +87,11 @@ build/guard_synth: $(SOURCE) tests/synth.c
 	@mkdir -p build
 	$(BUILD) $(MODE) $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
 
+# RACED: what ThreadSanitizer is to watch; nothing for the whole suite, which takes it some minutes.
+RACED = threads
 check: build/guard_saeclip build/guard_test build/guard_synth build/races_saeclip build/races_test
 	SAECLIP=build/guard_saeclip SYNTH=build/guard_synth build/guard_test
-	SAECLIP=build/races_saeclip build/races_test threads
+	SAECLIP=build/races_saeclip build/races_test $(RACED)
 
 # The program is inside this one, behind a seam; the names below it would shadow its own.
 build/guard_faults: $(SOURCE) tests/faults.c tests/check.h
@@ -138,7 +140,7 @@ help:
 	@echo "make report    the report's SAEs, table and figures (MODEL=FILE TRAIN=IMAGES VAL=IMAGES OUT=DIR)"
 	@echo "make test      builds and runs the tests        (SAECLIP_DATA=DIR: with the real photos there)"
 	@echo "make check     the tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the"
-	@echo "               threads under ThreadSanitizer"
+	@echo "               threads under ThreadSanitizer (RACED= all of them)"
 	@echo "make faults    each call that may fail fails in turn, training is killed at random, and no"
 	@echo "               file is lost: thousands of runs, some minutes"
 	@echo "make coverage  how many lines of saeclip.c these run, and which they do not (gcc and its gcov)"
