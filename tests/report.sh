@@ -10,7 +10,13 @@ done
 names='attn-relu attn-topk mlp-relu mlp-topk mlp-geometric'
 
 saeclip() {                                      # shows what it does
-    echo "saeclip $*" >&2
+    {
+        printf 'saeclip'
+        for word; do
+            case $word in *' '*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac
+        done
+        echo
+    } >&2
     ./saeclip "$@"
 }
 # from HOOK PART COMMAND...: runs it on the kept activations of a part, or on the photos themselves
