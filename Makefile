@@ -97,7 +97,7 @@ ROUNDS = 3
 bench: saeclip
 	./saeclip bench
 	@command -v python3 >/dev/null || { echo "the comparison with peers needs python3"; exit 0; }; \
-	    python3 tests/bench/compare.py --peers $(PEERS) --rounds $(ROUNDS)
+	    python3 tests/bench/compare.py --peers $(PEERS) --rounds $(ROUNDS) && python3 tests/bench/atlas.py
 
 install: saeclip
 	$(INSTALL) -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include

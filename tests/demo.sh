@@ -30,7 +30,7 @@ short_table() {
                               "L0", "entropy", "dead" }
              NR > 1  { gsub(/"/, ""); sub(/.*\//, "", $at["data"]); sub(/[.].*/, "", $at["data"])
                        printf "  %-10s  %-8s %9.3g %8.1f %% %9.1f %8s %5d\n", $at["activation"], $at["data"],
-                              $at["mse"], 100 * $at["explained_variance"], $at["l0"], 
+                              $at["mse"], 100 * $at["explained_variance"], $at["l0"],
                               $at["entropy_mean"] < 0 ? "-" : sprintf("%.2f", $at["entropy_mean"]), $at["dead"] }' "$1"
 }
 
