@@ -5830,8 +5830,8 @@ static size_t top_classes(const viewer *v, top_entry *largest, size_t room) {
         while (v->entry[first].other != v->entry[i].other) first++;
         for (size_t k = i; k < active && first == i; k++)
             share += v->entry[k].other == v->entry[i].other ? v->entry[k].value : 0;
-        if (v->entry[i].other >= 0)
-            keep_largest(largest, room, (top_entry){ (float)(share / total), 0, v->entry[i].other });
+        top_entry class = { (float)(share / total), 0, v->entry[i].other };
+        if (class.other >= 0) keep_largest(largest, room, class);
     }
     while (found < room && largest[found].value > 0) found++;
     return found;
@@ -7076,7 +7076,7 @@ static const bench_line bench_lines[] = {
 static int prepare_model(bench *b, size_t images, size_t blocks) {
     feed *f = &b->data;
     *f = (feed){ .T = BENCH_T, .first_patch = 1, .count = images, .memory = f->memory, .taps = 1,
-                 .tap = { { blocks, blocks == 12 ? SC_RESID : SC_MLP, NULL, BENCH_D } } };
+                 .tap = { { blocks, blocks == 12 ? SC_RESID : SC_MLP, NULL, BENCH_D, NULL } } };
     f->model = (sc_model){ .width = BENCH_D, .heads = 12, .hidden = 4 * BENCH_D, .patch = 16,
                            .grid = 14, .tokens = BENCH_T, .image_size = 224, .blocks = blocks,
                            .activation = QUICK_GELU, .epsilon = 1e-5f, .std = { 1, 1, 1 } };
@@ -7558,6 +7558,7 @@ static const char *const atlas_page[] = {
     ".picture > img { image-rendering: auto; }",
     "@media (max-width: 800px) {",
     "    body { display: block; }",
+    "    #choice { border: 0; }",
     "    #scatter { height: 220px; }",
     "    .row { grid-template-columns: 42px 58px 62px 58px 1fr; font-size: 14px; }",
     "    #list { flex: none; height: 168px; }",
