@@ -79,9 +79,12 @@ done
 if [ "$own" ]; then set -- "$IMAGES" --class "$CLASS" -l "$LATENTS"
 else
     set -- "$unseen/red star"/*.ppm
-    set -- "$1" -l 204,277,312,433               # checked, red, square, star
+    set -- "$1" -l 204,277,312,433
 fi
 if saeclip mask -s out/relu.safetensors -m "$MODEL" "$@" -o out/masks; then
+    for known in 204-checked 277-red 312-square 433-star; do
+        [ "$own" ] || mv out/masks/latent_${known%-*}_*.pgm out/masks/${known#*-}-${known%-*}.pgm
+    done
     saeclip plot mask out/masks/*.pgm -o out/figures/mask.svg
 else say "  (no figure of masks: CLASS=C names another class)"; fi
 
