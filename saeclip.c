@@ -7076,7 +7076,8 @@ static const bench_line bench_lines[] = {
 static int prepare_model(bench *b, size_t images, size_t blocks) {
     feed *f = &b->data;
     *f = (feed){ .T = BENCH_T, .first_patch = 1, .count = images, .memory = f->memory, .taps = 1,
-                 .tap = { { blocks, blocks == 12 ? SC_RESID : SC_MLP, NULL, BENCH_D, NULL } } };
+                 .tap = { { .layer = blocks, .hook = blocks == 12 ? SC_RESID : SC_MLP,
+                            .stride = BENCH_D } } };
     f->model = (sc_model){ .width = BENCH_D, .heads = 12, .hidden = 4 * BENCH_D, .patch = 16,
                            .grid = 14, .tokens = BENCH_T, .image_size = 224, .blocks = blocks,
                            .activation = QUICK_GELU, .epsilon = 1e-5f, .std = { 1, 1, 1 } };
