@@ -30,9 +30,6 @@
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
-#ifndef _XOPEN_SOURCE
-#define _XOPEN_SOURCE 700            /* POSIX.1-2008 too; glibc shows realpath() only with it */
-#endif
 #ifndef _FILE_OFFSET_BITS
 #define _FILE_OFFSET_BITS 64
 #endif
@@ -63,6 +60,8 @@
 #include <unistd.h>
 
 extern char **environ;
+/* POSIX.1-2008's stdlib.h has it; glibc's shows it only where more is asked for. */
+char *realpath(const char *restrict path, char *restrict resolved);
 
 #if defined(__GNUC__)
 #define SC_PRINTF(text, first) __attribute__((format(printf, text, first)))

@@ -13,6 +13,7 @@
 #include "test_threads.c"
 #include "test_cli.c"
 #include "test_look.c"
+#include "test_fingerprint.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "numbers", test_numbers },
@@ -24,6 +25,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "threads", test_threads },
     { "cli", test_cli },
     { "look", test_look },
+    { "fingerprint", test_fingerprint },
     { NULL, NULL }
 };
 
@@ -31,7 +33,7 @@ int main(int count, char **names)
 {
     make_folder();
     quiet = 1;
-    if (sc_instruction_set(NULL) != SC_OK || sc_threads_start(2) != SC_OK) need("%s", sc_error());
+    if (sc_instruction_set(given_isa()) != SC_OK || sc_threads_start(2) != SC_OK) need("%s", sc_error());
     for (int i = 3; i < 256; i++) fcntl(i, F_SETFD, FD_CLOEXEC);   /* what we were started with */
     for (size_t i = 0; subjects[i].name; i++) {
         int wanted = count < 2;

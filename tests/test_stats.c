@@ -182,7 +182,7 @@ static void stats_merge_refuses(void)
         { "--class-counts", "--class-counts was given for" }, { "--top 5", "max_activating_image_values of the" },
         { "--top-patches 5", "max_activating_patch_values of the" } };
     char out[400], one[400];
-    snprintf(out, sizeof out, "%s", in_folder("out"));
+    snprintf(out, sizeof out, "%s", in_folder("refused"));
     snprintf(one, sizeof one, "%s", in_folder("one"));
     works(STATS_OF("stats", "exact") "--shard 1/2 -o %s", one);
     for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
