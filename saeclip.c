@@ -1295,18 +1295,25 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
 /* Copies count numbers of size bytes between memory and file, either way. On a big-endian machine
  * byte b of a number changes place with byte b ^ (size - 1). */
 static void copy_numbers(void *to, const void *from, size_t count, size_t size) {
-    const union { uint16_t number; unsigned char first; } one = { 1 };
+    const uint16_t one = 1;
     const unsigned char *in = from;
-    unsigned char *out = to;
-    if (one.first && count > 0) memcpy(out, in, count * size);
-    for (size_t i = 0; !one.first && i < count * size; i++) out[i ^ (size - 1)] = in[i];
+    unsigned char *out = to, little;
+    memcpy(&little, &one, 1);
+    if (little && count > 0) memcpy(out, in, count * size);
+    for (size_t i = 0; !little && i < count * size; i++) out[i ^ (size - 1)] = in[i];
 }
 
-typedef union { float value; uint32_t bits; } float_bits;
+static uint32_t bits_of_float(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
 
-static uint32_t bits_of_float(float value) { return (float_bits){ .value = value }.bits; }
-
-static float float_of_bits(uint32_t bits) { return (float_bits){ .bits = bits }.value; }
+static float float_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 of fraction. Exact. */
 static float float_of_half(uint32_t half) {

@@ -2,7 +2,7 @@
 # Builds saeclip and its tests for one target after the other, runs the tests and tests/fingerprint.sh, and
 # prints a table: every target must have README.md's fingerprint.
 #     make portability                     all targets that this machine has the tools for
-#     make portability TARGETS="clang-O3 s390x"
+#     make portability TARGETS="clang-O3 s390x" SUBJECTS="numbers sae"     only these, of the tests (-: none)
 # Programs for other processors are linked statically and run by qemu-user. FLAGS: the Makefile's.
 set -u
 export LC_ALL=C
@@ -29,6 +29,7 @@ targets() {
 }
 
 folder=$PWD/build/portability
+table=$folder/table.$$
 expected=$(sed -n 's/^ *fingerprint \([0-9a-f]\{16\}\) .*/\1/p' README.md)
 passed=0 failed=0 skipped=0
 mkdir -p "$folder"
@@ -51,11 +52,11 @@ starter() {
 }
 
 # row NAME FINGERPRINT TESTS SECONDS
-row() { printf '%-20s %-18s %-44s %5s s\n' "$@" | tee -a "$folder/table"; }
+row() { printf '%-20s %-18s %-44s %5s s\n' "$@" | tee -a "$table"; }
 
 # run_target NAME COMPILER FLAGS RUNNER ENVIRONMENT SUBJECTS
 run_target() {
-    name=$1 cc=$2 flags=$3 runner=$4 setting=$5 subjects=$6 begin=$(date +%s)
+    name=$1 cc=$2 flags=$3 runner=$4 setting=$5 subjects=${SUBJECTS-$6} begin=$(date +%s)
     command -v "$cc" >/dev/null || { skip "$name" "no $cc"; return; }
     place=$folder/$(echo "$cc $flags" | tr ' /=' '___')
     if ! build "$place" "$cc" "$flags"; then
@@ -90,13 +91,14 @@ skip() {
     row "$1" "-" "skipped: $2" 0
 }
 
-: >"$folder/table"
-targets >"$folder/targets"
+: >"$table"
+targets >"$table.todo"
 while IFS='|' read -r name cc flags runner setting subjects <&3; do
     case " ${*:-$name} " in *" $name "*) run_target "$name" "$cc" "$flags" "$runner" "$setting" "$subjects" ;; esac
-done 3<"$folder/targets"
+done 3<"$table.todo"
 echo
 echo "All of it (README's fingerprint: ${expected:-none}):"
-cat "$folder/table"
+cat "$table"
+rm -f "$table" "$table.todo"
 echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ]
