@@ -211,10 +211,12 @@ static void restore_isa(void)
     else unsetenv("SAECLIP_ISA");
 }
 
+static const char *other_program;    /* what runs in the place of saeclip, until it is NULL again */
+
 /* The program under test: ./saeclip, or what the environment's SAECLIP names. */
 static const char *program(void)
 {
-    const char *name = getenv("SAECLIP");
+    const char *name = other_program ? other_program : getenv("SAECLIP");
     return name && *name ? name : "./saeclip";
 }
 

@@ -13,6 +13,9 @@
 #include "test_threads.c"
 #include "test_cli.c"
 #include "test_look.c"
+#include "test_figures.c"
+#include "test_atlas.c"
+#include "test_demo.c"
 #include "test_fingerprint.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
@@ -25,6 +28,9 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "threads", test_threads },
     { "cli", test_cli },
     { "look", test_look },
+    { "figures", test_figures },
+    { "atlas", test_atlas },
+    { "demo", test_demo },
     { "fingerprint", test_fingerprint },
     { NULL, NULL }
 };

@@ -355,7 +355,8 @@ static int cli_example_fits(const char *help, const char *example)
 }
 
 static const char *const cli_commands[] = { "info", "pack", "extract", "train", "encode", "eval",
-                                            "stats", "merge", "top", "mask", "zeroshot", "compare", "bench" };
+                                            "stats", "merge", "top", "mask", "plot", "zeroshot",
+                                            "compare", "bench" };
 
 enum { CLI_COMMANDS = sizeof cli_commands / sizeof *cli_commands };
 
