@@ -6,9 +6,11 @@ PREFIX  = /usr/local
 INSTALL = install
 
 # Fused and reordered floating-point operations would change results: these flags keep them out.
-EXACT  = -std=c11 -ffp-contract=off -fno-math-errno -fno-trapping-math -D_DEFAULT_SOURCE
+EXACT  = -std=c11 -ffp-contract=off -fno-math-errno -fno-trapping-math
+POSIX  = -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64
 WARN   = -Wall -Wextra -Wpedantic -Wshadow -Wvla
-BUILD  = $(CC) $(EXACT) $(CFLAGS) $(WARN) -pthread $(CFLAGS_EXTRA)
+FLAGS  = $(EXACT) $(POSIX) $(WARN) -pthread
+BUILD  = $(CC) $(FLAGS) $(CFLAGS) $(CFLAGS_EXTRA)
 LIBS   = -lm
 # What only the tests add: they call part of the functions that are static.
 TEST   = -Wno-unused-function
@@ -17,7 +19,7 @@ RACES  = -O1 -g -fsanitize=thread
 SOURCE = saeclip.c saeclip.h
 TESTS  = tests/test.c tests/check.h tests/test_*.c
 
-.PHONY: all demo report test check bench install clean help
+.PHONY: all demo report test check bench fingerprint portability install clean help
 
 all: saeclip
 
@@ -91,6 +93,14 @@ check: build/guard_saeclip build/guard_test build/guard_synth build/races_saecli
 	SAECLIP=build/guard_saeclip SYNTH=build/guard_synth build/guard_test
 	SAECLIP=build/races_saeclip build/races_test threads
 
+# One line, to be compared with README.md's.
+fingerprint: saeclip tests/synth
+	@sh tests/fingerprint.sh
+
+# Every target that there are tools for, or TARGETS="clang-O3 s390x"; takes its time.
+portability:
+	@FLAGS='$(FLAGS)' sh tests/portability.sh $(TARGETS)
+
 # The peers are passed over where they are not installed (README).
 PEERS = ../peers
 ROUNDS = 3
@@ -114,6 +124,9 @@ help:
 	@echo "make test      builds and runs the tests        (SAECLIP_DATA=DIR: with the real photos there)"
 	@echo "make check     the tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the"
 	@echo "               threads under ThreadSanitizer"
+	@echo "make fingerprint  a checksum of what saeclip computes: the same everywhere, README.md has it"
+	@echo "make portability  the tests and the fingerprint with other compilers, flags and processors"
+	@echo "               (TARGETS=\"clang-O3 s390x\": some of them; what has no tools here is named)"
 	@echo "make bench     how fast it is here, and against its peers (PEERS=DIR of node_modules, ROUNDS=3)"
 	@echo "make install   copies saeclip and saeclip.h     (PREFIX=/usr/local DESTDIR=)"
 	@echo "make clean     removes what was built"

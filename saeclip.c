@@ -30,9 +30,6 @@
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
-#ifndef _XOPEN_SOURCE
-#define _XOPEN_SOURCE 700            /* POSIX.1-2008 too; glibc shows realpath() only with it */
-#endif
 #ifndef _FILE_OFFSET_BITS
 #define _FILE_OFFSET_BITS 64
 #endif
@@ -63,6 +60,8 @@
 #include <unistd.h>
 
 extern char **environ;
+/* POSIX.1-2008's stdlib.h has it; glibc's shows it only where more is asked for. */
+char *realpath(const char *restrict path, char *restrict resolved);
 
 #if defined(__GNUC__)
 #define SC_PRINTF(text, first) __attribute__((format(printf, text, first)))
@@ -187,13 +186,13 @@ static void release(memory_list *list) {
     }
 }
 
-enum { MAX_OPERANDS = 16 };
+enum { MAX_OPERANDS = 1024 };        /* also the most shards of a data set */
 
 /* What the command line says. Texts are NULL, numbers 0 where not given, unless options have a
  * default (see the table of options at the end). */
 typedef struct {
     const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
-    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch;
+    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch, *shard;
     const char *operand[MAX_OPERANDS + 1];   /* IMAGES, files or lines of bench; NULL ends them */
     sc_model_options settings;
     const char *sae[SC_MAX_TAPS];
@@ -1299,18 +1298,25 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
 /* Copies count numbers of size bytes between memory and file, either way. On a big-endian machine
  * byte b of a number changes place with byte b ^ (size - 1). */
 static void copy_numbers(void *to, const void *from, size_t count, size_t size) {
-    const union { uint16_t number; unsigned char first; } one = { 1 };
+    const uint16_t one = 1;
     const unsigned char *in = from;
-    unsigned char *out = to;
-    if (one.first && count > 0) memcpy(out, in, count * size);
-    for (size_t i = 0; !one.first && i < count * size; i++) out[i ^ (size - 1)] = in[i];
+    unsigned char *out = to, little;
+    memcpy(&little, &one, 1);
+    if (little && count > 0) memcpy(out, in, count * size);
+    for (size_t i = 0; !little && i < count * size; i++) out[i ^ (size - 1)] = in[i];
 }
 
-typedef union { float value; uint32_t bits; } float_bits;
+static uint32_t bits_of_float(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
 
-static uint32_t bits_of_float(float value) { return (float_bits){ .value = value }.bits; }
-
-static float float_of_bits(uint32_t bits) { return (float_bits){ .bits = bits }.value; }
+static float float_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 of fraction. Exact. */
 static float float_of_half(uint32_t half) {
@@ -3360,7 +3366,7 @@ static int compute_activations(feed *f) {
 static int next_batch(feed *f, size_t want) {
     drop_batch(f);
     SC_TRY(load_images(f, want));
-    if (f->drawn == 0)
+    if (f->drawn == 0 && f->bad == 0)                        /* all of a shard may be bad */
         return fail("%s: no picture came", f->set.root ? f->set.root : "standard input");
     f->count = f->loaded < want ? f->loaded : want;
     if (f->computed >= f->count) return SC_OK;
@@ -4843,6 +4849,8 @@ typedef struct {
     size_t K, P;
     double threshold;                /* of class_counts; negative: count images */
     uint64_t images;                 /* so far */
+    uint64_t sae_digest;
+    size_t shard, shards;            /* which part of the data set, from 1; 1 of 1 is all of it */
     latent_record *latent;           /* [n] */
     top_entry *top, *patch;          /* [n, K], [n, P], descending; other: the label, the token */
     int64_t *class_counts;           /* [C, n], NULL if not asked for */
@@ -4878,9 +4886,15 @@ static size_t histogram_bin(float f) {
     return (size_t)(bin < 0 ? 0 : bin > last ? last : bin);
 }
 
-/* Puts an entry into a descending list of the largest. What comes later loses a tie. */
+/* Whether an entry goes before another: the larger value, of equal ones the lower index. */
+static int goes_before(const top_entry *a, const top_entry *b) {
+    if (a->value != b->value) return a->value > b->value;
+    return a->image < b->image || (a->image == b->image && a->other < b->other);
+}
+
+/* Puts an entry into a list of the largest, in this order. */
 static void keep_largest(top_entry *list, size_t size, top_entry new) {
-    for (size_t i = size; i-- > 0 && new.value > list[i].value; list[i] = new)
+    for (size_t i = size; i-- > 0 && goes_before(&new, &list[i]); list[i] = new)
         if (i + 1 < size) list[i + 1] = list[i];
 }
 
@@ -5001,7 +5015,8 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
     SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->data->T));
     SC_TRY(put_metadata(w, "first_patch", "%zu", s->data->first_patch));
     SC_TRY(put_metadata(w, "data_digest", "%016llx", (unsigned long long)s->data->set.digest));
-    SC_TRY(put_metadata(w, "sae_digest", "%016llx", (unsigned long long)sae_digest(s->sae)));
+    SC_TRY(put_metadata(w, "sae_digest", "%016llx", (unsigned long long)s->sae_digest));
+    if (s->shards > 1) SC_TRY(put_metadata(w, "shard", "%zu/%zu", s->shard, s->shards));
     for (int i = 0; i <= HISTOGRAM_BINS; i++)
         used += (size_t)sprintf(edges + used, "%c%.9g", i ? ',' : '[',
                                 ldexp(quarter_octave[i % BINS_AN_OCTAVE],
@@ -5017,7 +5032,7 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
 static void derive_statistics(statistics *s) {
     for (size_t j = 0; j < s->sae->d_sae; j++) {
         latent_record *l = &s->latent[j];
-        l->sparsity = (float)((double)l->images / (double)s->images);
+        l->sparsity = s->images ? (float)((double)l->images / (double)s->images) : 0;
         l->mean = (float)mean_activation(l);
         l->entropy = (float)top_entropy(s, j);
         l->sum = exact_value(l->activations);
@@ -5026,42 +5041,59 @@ static void derive_statistics(statistics *s) {
         s->histogram[0][i % HISTOGRAM_BINS] += s->histogram[i / HISTOGRAM_BINS][i % HISTOGRAM_BINS];
 }
 
-/* A tensor's elements, each of one number or of two side by side, lie `step` bytes apart. */
+/* A tensor of the file: its elements, each of one number or of two side by side, lie `step` bytes
+ * apart in memory. Of shards those `summed` are added up, two numbers as an exact sum. */
+typedef struct {
+    const char *name;
+    void *first;
+    size_t step;
+    int summed;
+    sc_dtype dtype;
+    size_t numbers, shape[4];
+} statistics_tensor;
+
+enum { STATISTICS_TENSORS = 15 };
+
+/* Sets tensor: [STATISTICS_TENSORS] and returns how many there are: the last one is optional. */
+static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
+    latent_record *l = s->latent;
+    top_entry *top = s->top, *patch = s->patch;
+    int64_t *bin = s->histogram[0], *class = s->class_counts;
+    size_t n = s->sae->d_sae, K = s->K, P = s->P, C = s->data->set.classes;
+    size_t L = sizeof *l, E = sizeof *top, I = sizeof *bin;
+    const statistics_tensor all[STATISTICS_TENSORS] = {
+        { "sae_sparsity", &l->sparsity, L, 0, SC_F32, 1, { n } },
+        { "sae_mean_acts", &l->mean, L, 0, SC_F32, 1, { n } },
+        { "top_entropy", &l->entropy, L, 0, SC_F32, 1, { n } },
+        { "max_activating_image_values", &top->value, E, 0, SC_F32, 1, { n, K } },
+        { "max_activating_patch_values", &patch->value, E, 0, SC_F32, 1, { n, P } },
+        { "max_activating_image_indices", &top->image, E, 0, SC_I64, 1, { n, K } },
+        { "max_activating_image_label_indices", &top->other, E, 0, SC_I64, 1, { n, K } },
+        { "max_activating_patch_indices", &patch->image, E, 0, SC_I64, 2, { n, P, 2 } },
+        { "image_count", &l->images, L, 1, SC_I64, 1, { n } },
+        { "token_count", &l->tokens, L, 1, SC_I64, 1, { n } },
+        { "activation_sum", &l->sum, L, 0, SC_F64, 1, { n } },
+        { "mean_sum_exact", &l->means, L, 1, SC_I64, 2, { n, 2 } },   /* high, low half */
+        { "activation_sum_exact", &l->activations, L, 1, SC_I64, 2, { n, 2 } },
+        { "activation_histogram", bin, I, 1, SC_I64, 1, { HISTOGRAM_BINS } },
+        { "class_counts", class, I, 1, SC_I64, 1, { C, n } } };
+    memcpy(tensor, all, sizeof all);
+    return STATISTICS_TENSORS - !class;
+}
+
 static int write_statistics(sc_writer *w, void *context) {
     statistics *s = context;
-    const latent_record *l = s->latent;
-    const top_entry *top = s->top, *patch = s->patch;
-    const int64_t *bin = s->histogram[0], *class = s->class_counts;
-    size_t n = s->sae->d_sae, K = s->K, P = s->P;
-    const struct {
-        const char *name; const void *first; size_t step; sc_dtype dtype; size_t numbers, shape[4];
-    } tensors[] = {
-        { "sae_sparsity", &l->sparsity, sizeof *l, SC_F32, 1, { n } },
-        { "sae_mean_acts", &l->mean, sizeof *l, SC_F32, 1, { n } },
-        { "top_entropy", &l->entropy, sizeof *l, SC_F32, 1, { n } },
-        { "max_activating_image_values", &top->value, sizeof *top, SC_F32, 1, { n, K } },
-        { "max_activating_patch_values", &patch->value, sizeof *top, SC_F32, 1, { n, P } },
-        { "max_activating_image_indices", &top->image, sizeof *top, SC_I64, 1, { n, K } },
-        { "max_activating_image_label_indices", &top->other, sizeof *top, SC_I64, 1, { n, K } },
-        { "max_activating_patch_indices", &patch->image, sizeof *top, SC_I64, 2, { n, P, 2 } },
-        { "image_count", &l->images, sizeof *l, SC_I64, 1, { n } },
-        { "token_count", &l->tokens, sizeof *l, SC_I64, 1, { n } },
-        { "activation_sum", &l->sum, sizeof *l, SC_F64, 1, { n } },
-        { "mean_sum_exact", &l->means, sizeof *l, SC_I64, 2, { n, 2 } },   /* high, low half */
-        { "activation_sum_exact", &l->activations, sizeof *l, SC_I64, 2, { n, 2 } },
-        { "activation_histogram", bin, sizeof *bin, SC_I64, 1, { HISTOGRAM_BINS } },
-        { "class_counts", class, sizeof *class, SC_I64, 1, { s->data->set.classes, n } } };
+    statistics_tensor tensor[STATISTICS_TENSORS];
+    size_t tensors = list_statistics(s, tensor);
     SC_TRY(write_statistics_metadata(w, s));
     derive_statistics(s);
-    for (size_t i = 0; i < COUNT(tensors) - !class; i++) {
-        const size_t *shape = tensors[i].shape, numbers = tensors[i].numbers;
-        const char *first = tensors[i].first;
+    for (const statistics_tensor *t = tensor; t < tensor + tensors; t++) {
         size_t count = 1;
         int rank = 0;
-        while (shape[rank] > 0) count *= shape[rank++];
-        SC_TRY(sc_writer_tensor(w, tensors[i].name, tensors[i].dtype, rank, shape));
-        for (size_t e = 0; e < count / numbers; e++)
-            SC_TRY(sc_writer_values(w, first + e * tensors[i].step, numbers, tensors[i].dtype));
+        while (t->shape[rank] > 0) count *= t->shape[rank++];
+        SC_TRY(sc_writer_tensor(w, t->name, t->dtype, rank, t->shape));
+        for (size_t e = 0; e < count / t->numbers; e++)
+            SC_TRY(sc_writer_values(w, (char *)t->first + e * t->step, t->numbers, t->dtype));
     }
     return SC_OK;
 }
@@ -5128,30 +5160,176 @@ static int next_encoded(session *s, size_t total) {
 
 static int command_train(session *s) { return train(s->o); }
 
-/* One pass over a data set for all SAEs. */
+/* Whether text is "I/N": part I, from 1, of N. */
+static int parse_shard(const char *text, size_t *shard, size_t *shards) {
+    int end = 0, read = sscanf(text, "%4zu/%4zu%n", shard, shards, &end);
+    return read == 2 && !text[end] && *shard > 0 && *shard <= *shards && *shards <= MAX_OPERANDS;
+}
+
+/* Shard I of N: images ceil((I - 1) count / N) up to, not with, ceil(I count / N). Neighbours, as
+ * they are read fastest; the first shard is never empty. */
+static int take_shard(feed *f, statistics *s, const char *shard) {
+    uint64_t count = f->set.count;
+    if (!parse_shard(shard, &s->shard, &s->shards))
+        return usage("--shard: '%s': I/N was expected, I from 1 to N, N at most %d", shard,
+                     MAX_OPERANDS);
+    if (count == SC_UNKNOWN) return usage("--shard: nobody knows how many images a stream has");
+    f->drawn = (size_t)(((s->shard - 1) * count + s->shards - 1) / s->shards);
+    f->set.limit = (size_t)((s->shard * count + s->shards - 1) / s->shards);
+    return SC_OK;
+}
+
+/* One pass over a data set, or a shard of it, for all SAEs. */
 static int measure(session *s, int reconstruct) {
     const options *o = s->o;
+    feed *f = &s->data;
     int status;
     SC_TRY(open_session(s));
     for (size_t i = 0; i < s->saes; i++) {
-        s->stats[i] = (statistics){ .batch = &s->batch[i], .sae = &s->sae[i], .data = &s->data,
+        s->stats[i] = (statistics){ .batch = &s->batch[i], .sae = &s->sae[i], .data = f,
                                     .K = (size_t)o->top, .P = (size_t)o->top_patches,
                                     .threshold = o->threshold };
         s->batch[i].reconstruct = reconstruct;
-        SC_TRY(new_statistics(&s->stats[i], &s->data.memory, o->class_counts));
+        SC_TRY(new_statistics(&s->stats[i], &f->memory, o->class_counts));
     }
-    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, s->data.set.count)) == SC_OK)
+    if (o->shard) SC_TRY(take_shard(f, &s->stats[0], o->shard));
+    size_t total = o->shard ? f->set.limit - f->drawn : f->set.count;
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(s, total)) == SC_OK)
         for (size_t i = 0; i < s->saes; i++) SC_TRY(count_batch(&s->stats[i]));
     return status == SC_END ? SC_OK : status;
 }
 
+static int save_statistics(session *s) {
+    size_t room = 16384 + names_room(s->data.set.class_name, s->data.set.classes, 8);
+    return save_tensors(s->o->output, room, write_statistics, &s->stats[0]);
+}
+
 static int command_stats(session *s) {
-    const sc_images *set = &s->data.set;
     SC_TRY(try_output(s->o->output));
     SC_TRY(measure(s, 0));
-    return save_tensors(s->o->output, 16384 + names_room(set->class_name, set->classes, 8),
-                        write_statistics, &s->stats[0]);
+    s->stats[0].sae_digest = sae_digest(&s->sae[0]);
+    return save_statistics(s);
+}
+
+/* --- merge: one shard after the other, in any order, to the bytes of one run over all --- */
+
+static uint64_t number_in(const sc_safetensors *file, const char *key, int base) {
+    const char *text = sc_metadata_find(file, key);
+    return text ? strtoull(text, NULL, base) : 0;
+}
+
+/* What all shards have in common, from the first one's file. */
+static int begin_merge(session *s, const sc_safetensors *file) {
+    const sc_tensor *top = sc_tensor_find(file, "max_activating_image_values");
+    const sc_tensor *patch = sc_tensor_find(file, "max_activating_patch_values");
+    const sc_tensor *class = sc_tensor_find(file, "class_counts");
+    const char *threshold = sc_metadata_find(file, "threshold");
+    const char *names = sc_metadata_find(file, "class_names");
+    if (!top || !patch || patch->shape[0] != top->shape[0]
+        || (class && class->shape[1] != top->shape[0]))
+        return fail("%s: these are no statistics", file->path);
+    s->sae[0].d_sae = top->shape[0];
+    s->data.T = (size_t)number_in(file, "tokens_per_image", 10);
+    s->data.first_patch = (size_t)number_in(file, "first_patch", 10);
+    s->data.set.digest = number_in(file, "data_digest", 16);
+    s->data.set.classes = class ? class->shape[0] : 0;
+    if (names) SC_TRY(json_string_array(names, file->path, &s->data.set.class_name,
+                                        &s->data.set.classes));
+    s->stats[0] = (statistics){ .sae = &s->sae[0], .data = &s->data, .K = top->shape[1],
+                                .P = patch->shape[1], .threshold = threshold ? atof(threshold) : -1,
+                                .sae_digest = number_in(file, "sae_digest", 16) };
+    return new_statistics(&s->stats[0], &s->memory, class != NULL);
+}
+
+/* Puts a tensor where it belongs, added to what is there if it is one of those. */
+static int read_statistics(const sc_safetensors *file, const statistics_tensor *t) {
+    const sc_tensor *from = sc_tensor_find(file, t->name);
+    size_t size = sc_dtype_size(t->dtype), bytes = t->numbers * size;
+    if (!from || from->count == 0 || from->dtype != t->dtype
+        || memcmp(from->shape, t->shape, sizeof t->shape) != 0)
+        return fail("%s: a tensor %s of the first file's shape was expected", file->path, t->name);
+    for (size_t e = 0; e < from->count / t->numbers; e++) {
+        exact_sum sum = { 0, 0 }, more = { 0, 0 };           /* one number lies in the high half */
+        char *place = (char *)t->first + e * t->step;
+        copy_numbers(&more, from->data + e * bytes, t->numbers, size);
+        if (t->summed) memcpy(&sum, place, bytes);
+        exact_add(&sum, more);
+        memcpy(place, &sum, bytes);
+    }
+    return SC_OK;
+}
+
+/* Refuses a file that is not of the first one's run, or whose shard, which it finds out, does not
+ * fit: shards 0 means that none was there before. there: [MAX_OPERANDS + 1] */
+static int check_shard(const sc_safetensors *file, const sc_safetensors *first, size_t *shards,
+                       unsigned char *there) {
+    static const char *const same[][2] = {
+        { "sae_digest", "another SAE" }, { "data_digest", "other data" },
+        { "threshold", "another --threshold" }, { "tokens_per_image", "other tokens" },
+        { "first_patch", "other tokens" }, { "histogram_edges", "another histogram" } };
+    const char *text = sc_metadata_find(file, "shard");
+    size_t shard = 1, of = 1;
+    for (size_t i = 0; i < COUNT(same); i++) {
+        const char *a = sc_metadata_find(file, same[i][0]);
+        const char *b = sc_metadata_find(first, same[i][0]);
+        if (a ? !b || strcmp(a, b) != 0 : b != NULL)
+            return fail("%s: statistics of %s than %s", file->path, same[i][1], first->path);
+    }
+    if (file->tensors != first->tensors)
+        return fail("%s: --class-counts was given for this or for %s, expected for all or none",
+                    file->path, first->path);
+    if (text && !parse_shard(text, &shard, &of))
+        return fail("%s: shard '%.50s' where I/N was expected", file->path, text);
+    if (*shards && *shards != of)
+        return fail("%s: a shard of %zu, but %s is one of %zu", file->path, of, first->path,
+                    *shards);
+    if (there[shard]++) return fail("%s: shard %zu of %zu was there before", file->path, shard, of);
+    *shards = of;
+    return SC_OK;
+}
+
+/* Joins a shard to `all`; its lists of the largest come by way of part's. */
+static int merge_shard(statistics *all, const statistics *part, const sc_safetensors *file) {
+    statistics_tensor tensor[STATISTICS_TENSORS];
+    size_t tensors = list_statistics(part, tensor), n = all->sae->d_sae;
+    for (size_t i = 0; i < tensors; i++) SC_TRY(read_statistics(file, &tensor[i]));
+    for (size_t i = 0; i < n * all->K; i++)
+        keep_largest(all->top + i / all->K * all->K, all->K, part->top[i]);
+    for (size_t i = 0; i < n * all->P; i++)
+        keep_largest(all->patch + i / all->P * all->P, all->P, part->patch[i]);
+    all->images += number_in(file, "images", 10);
+    return SC_OK;
+}
+
+static int merge_files(session *s, const sc_safetensors *first) {
+    unsigned char there[MAX_OPERANDS + 1] = { 0 };
+    size_t shards = 0;
+    SC_TRY(begin_merge(s, first));
+    statistics *all = &s->stats[0], part = *all;
+    const array_spec lists[] = { ARRAY(part.top, all->sae->d_sae, all->K),
+                                 ARRAY(part.patch, all->sae->d_sae, all->P) };
+    SC_TRY(new_arrays(&s->memory, lists, COUNT(lists)));
+    for (const char **path = s->o->operand; *path; path++) {
+        sc_safetensors file;
+        SC_TRY(sc_safetensors_open(&file, *path));
+        int status = check_shard(&file, first, &shards, there);
+        if (status == SC_OK) status = merge_shard(all, &part, &file);
+        sc_safetensors_close(&file);
+        SC_TRY(status);
+    }
+    for (size_t i = 1; i <= shards; i++)
+        if (!there[i]) return fail("shard %zu of %zu is missing", i, shards);
+    return SC_OK;
+}
+
+static int command_merge(session *s) {
+    sc_safetensors first;
+    SC_TRY(try_output(s->o->output));
+    SC_TRY(sc_safetensors_open(&first, s->o->operand[0]));
+    int status = merge_files(s, &first);
+    sc_safetensors_close(&first);
+    return status == SC_OK ? save_statistics(s) : status;
 }
 
 /* --- Tables --- */
@@ -7210,7 +7388,7 @@ enum {                               /* commands, and what several of them have 
     LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
     SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
     DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,
-    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT
+    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
 };
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
@@ -7288,6 +7466,7 @@ static const struct option_row {
     { "--class-counts", NULL, FLAG, AT(class_counts), STATS, "firing images by class" },
     { "--threshold", "T", NUMBER, AT(threshold), STATS,
       "count tokens above T instead; no effect without --class-counts", NULL, 0, 1e30 },
+    { "--shard", "I/N", TEXT, AT(shard), STATS, "only part I, from 1, of N, for merge" },
     { "--mask", "value|top", CHOICE, AT(mask), LATENTS, "where it fires, or its top patches" },
     { "--class", "C", WHOLE, AT(class_index), MASK, "the mean mask of a class", NULL, 0, 1e9 },
     { "--patch", "R,C", TEXT, AT(patch), EXPLAIN, "only this patch; row and column from 0" },
@@ -7326,6 +7505,8 @@ static const struct command_row {
       "-s relu.safetensors -s topk.safetensors -m clip.safetensors photos", command_eval, 0, 1 },
     { STATS, "stats", "-s SAE DATA -o STATS", "what every latent does over a data set",
       "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors", command_stats, 0, 1 },
+    { MERGE, "merge", "STATS ... -o STATS", "joins the statistics of all shards of a data set",
+      "first.safetensors second.safetensors -o both.safetensors", command_merge, 1, MAX_OPERANDS },
     { TOP, "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "latents' top images",
       "-s sae.safetensors -t stats.safetensors -m clip.safetensors photos -l 7,12 -o sheets",
       command_top, 1, 1 },
@@ -7345,7 +7526,7 @@ static const struct command_row {
     { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
       "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2 },
     { BENCH, "bench", "[LINE ...]", "how fast this machine and saeclip's work on it are",
-      "--threads 1 --format json out", command_bench, 0, MAX_OPERANDS } };
+      "--threads 1 --format json out", command_bench, 0, 16 } };
 
 static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"

@@ -318,6 +318,9 @@ static const cli_case cli_usage[] = {
     { 2, "--init and --b-dec", "train --acts @acts --init @sae --b-dec mean -o @out" },
     { 2, "--square and --size", "pack @photos --size 8 --square 8 -o @out" },
     { 2, "--layer", "extract --quiet -m @model --layer 0 @photos -o @out" },
+    { 2, "nobody knows", "stats --quiet -s @sae -m @model - --shard 1/2 -o @out" },
+    { 2, "merge: ", "merge -o @out" },
+    { 2, "-o is missing", "merge @stats" },
     { 2, "stats takes one SAE", "stats -s @sae -s @sae --acts @acts -o @out" },
     { 2, "encode takes one SAE", "encode -s @sae -s @sae --acts @acts -o @out" },
     { 2, "-l: ", "mask -s @sae --acts @acts -l 1, -o @out" },
@@ -333,7 +336,7 @@ static void cli_test_usage(void)
     cli_all(cli_usage);
     setenv("SAECLIP_ISA", "mmx", 1);
     cli_refuses(2, "SAECLIP_ISA=mmx", "train --acts @acts --steps 1 -o @out");
-    unsetenv("SAECLIP_ISA");
+    restore_isa();
 }
 
 /* --- Help --- */
@@ -352,8 +355,8 @@ static int cli_example_fits(const char *help, const char *example)
 }
 
 static const char *const cli_commands[] = { "info", "pack", "extract", "train", "encode", "eval",
-                                            "stats", "top", "mask", "plot", "zeroshot", "compare",
-                                            "bench" };
+                                            "stats", "merge", "top", "mask", "plot", "zeroshot",
+                                            "compare", "bench" };
 
 enum { CLI_COMMANDS = sizeof cli_commands / sizeof *cli_commands };
 
@@ -416,11 +419,18 @@ static void cli_test_help(void)
             cli_copy("@example/acts.safetensors", "@example/mine.safetensors");
             cli_copy("@example/acts.safetensors", "@example/theirs.safetensors");
         }
+        if (strcmp(cli_commands[i], "stats") == 0) {           /* merge's example */
+            cli_works("stats --quiet -s @example/sae.safetensors -m @example/clip.safetensors @photos "
+                      "--shard 1/2 -o @example/first.safetensors");
+            cli_works("stats --quiet -s @example/sae.safetensors -m @example/clip.safetensors @photos "
+                      "--shard 2/2 -o @example/second.safetensors");
+        }
         if (strcmp(cli_commands[i], "train") != 0) continue;
         cli_copy("@example/topk.safetensors", "@example/sae.safetensors");
         cli_copy("@example/topk.safetensors", "@example/relu.safetensors");
     }
     cli_with.in = NULL;
+    check(cli_same("@example/both.safetensors", "@example/stats.safetensors"), "merge's example is not the whole");
     works("--help");
     for (size_t i = 0; i < CLI_COMMANDS; i++)
         check(strstr(ran.out, cli_commands[i]) != NULL, "--help does not list %s", cli_commands[i]);
@@ -972,6 +982,17 @@ static void cli_test_skipping(void)
           cli_images_in("@again"));
     cli_works("extract --quiet -m @model --limit 99 --skip-bad @photos -o @again");
     check(cli_images_in("@again") == 7, "--limit 99 takes %zu of 7", cli_images_in("@again"));
+    put_text(cli("@photos/birds/A.ppm"), "P6\n2 2\n255\n123");   /* the only image of the first shard */
+    cli_works("stats --quiet --skip-bad -s @sae -m @model @photos -o @again");
+    char shards[1000] = "";
+    for (int i = 9; i > 0; i--) {
+        works("%s --shard %d/9 -o %s", cli("stats --quiet --skip-bad -s @sae -m @model @photos"), i,
+              cli("@shard%d", i));
+        sprintf(shards + strlen(shards), "@shard%d ", i);
+    }
+    works("%s -o %s", cli("merge %s", shards), cli("@merged"));
+    check(cli_same("@merged", "@again"), "shards of bad images alone do not merge");
+    remove(cli("@photos/birds/A.ppm"));
     mkdir(cli("@allbad"), 0777);
     put_text(cli("@allbad/a.ppm"), "P6\n2 2\n255\n123");
     put_text(cli("@allbad/b.ppm"), "P6\n2 2\n255\n123");
