@@ -1601,10 +1601,12 @@ static int by_position(const void *a, const void *b) {
 static int check_positions(sc_safetensors *file) {
     const unsigned char *at = file->data, *end = file->map + file->size;
     if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, by_position);
-    for (const sc_tensor *t = file->tensor; t < file->tensor + file->tensors; at += t++->bytes)
+    for (size_t i = 0; i < file->tensors; at += file->tensor[i++].bytes) {
+        const sc_tensor *t = &file->tensor[i];
         if (t->data != at)
             return fail("%s: tensor '%.100s' begins at byte %td of the data, expected %td",
                         file->path, t->name, t->data - file->data, at - file->data);
+    }
     if (at == end) return SC_OK;
     return fail("%s: %td bytes of data belong to no tensor, expected none", file->path, end - at);
 }
@@ -1918,8 +1920,9 @@ static int write_header(sc_writer *w) {
         print_json(f, w->metadata[i].value);
     }
     if (w->entries) fputs(w->tensors ? "}," : "}", f);
-    for (const sc_tensor *t = w->tensor; t < w->tensor + w->tensors; begin += t++->bytes) {
-        if (t > w->tensor) putc(',', f);
+    for (size_t i = 0; i < w->tensors; begin += w->tensor[i++].bytes) {
+        const sc_tensor *t = &w->tensor[i];
+        if (i > 0) putc(',', f);
         print_json(f, t->name);
         fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(t->dtype));
         for (int d = 0; d < t->rank; d++) fprintf(f, "%s%zu", d ? "," : "", t->shape[d]);
