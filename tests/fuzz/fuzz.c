@@ -368,8 +368,8 @@ static void fuzz_images(const char *text, size_t count) {
     unsigned char pixels[4 * 4 * 3];
     picture found;
     put_file("fuzz.ppm", text, count);
-    image_source source = { .name = "fuzz.ppm", .file = fopen("fuzz.ppm", "rb") };
-    if (!source.file) need("fuzz.ppm");
+    image_source source = { .name = "fuzz.ppm", .fd = open("fuzz.ppm", O_RDONLY) };
+    if (source.fd < 0) need("fuzz.ppm");
     int status, pictures = 0;
     while ((status = pnm_read(&source, &found)) == SC_OK && pictures++ < 100) {
         if (found.width * found.height > 8 * count + 8) wrong("pixels from nowhere");
@@ -379,7 +379,7 @@ static void fuzz_images(const char *text, size_t count) {
             if (preprocess(found, &preps[i], pixels) != SC_OK) note("%s", sc_error());
     }
     if (status == SC_FAILED) note("%s", sc_error());
-    fclose(source.file);
+    close(source.fd);
     free(source.rgb);
     if (*text == 'P') run_here("pack --threads 1 fuzz.ppm --size 3 -o out");
 }
@@ -454,7 +454,7 @@ static void fuzz_commands(const char *text, size_t count) {
     }
     words[n] = NULL;
     if (n > 0 && strcmp(words[0], "bench") == 0 && (n < 2 || strcmp(words[1], "--help") != 0)) return;
-    rewind(stdin);
+    lseek(STDIN_FILENO, 0, SEEK_SET);
     run_list_here(n, words);
     stop_signal = 0;
 }
