@@ -17,7 +17,7 @@ RACES  = -O1 -g -fsanitize=thread
 SOURCE = saeclip.c saeclip.h
 TESTS  = tests/test.c tests/check.h tests/test_*.c
 
-.PHONY: all demo test check bench install clean help
+.PHONY: all demo test check fuzz fuzz-seeds bench install clean help
 
 all: saeclip
 
@@ -73,6 +73,30 @@ check: build/guard_saeclip build/guard_test build/races_saeclip build/races_test
 	SAECLIP=build/guard_saeclip build/guard_test
 	SAECLIP=build/races_saeclip build/races_test threads
 
+# Hostile input, one target after the other; see tests/fuzz/fuzz.c and fuzz.sh.
+TARGET  = safetensors tensors images lists texts commands checkpoints
+SECONDS = 60
+FUZZ_CC = clang
+FUZZ    = $(EXACT) $(WARN) $(TEST) -Wno-pass-failed -pthread $(GUARD)
+FUZZED  = $(SOURCE) tests/fuzz/fuzz.c tests/check.h
+
+build/guard_fuzz: $(FUZZED)
+	@mkdir -p build
+	$(CC) $(FUZZ) $(CFLAGS_EXTRA) -o $@ tests/fuzz/fuzz.c $(LIBS)
+
+build/fuzzer: $(FUZZED)
+	@mkdir -p build
+	@echo 'int LLVMFuzzerTestOneInput(const char *b, long n) { return b && n < 0; }' >build/probe.c
+	@$(FUZZ_CC) -fsanitize=fuzzer -o build/probe build/probe.c 2>/dev/null || { echo "make fuzz needs" \
+	    "clang and its fuzzer runtime (Debian: clang and libclang-rt-14-dev); none is here"; exit 1; }
+	$(FUZZ_CC) $(FUZZ) -fsanitize=fuzzer -DLIBFUZZER $(CFLAGS_EXTRA) -o $@ tests/fuzz/fuzz.c $(LIBS)
+
+fuzz: build/fuzzer build/guard_fuzz
+	tests/fuzz/fuzz.sh $(SECONDS) $(TARGET)
+
+fuzz-seeds: build/guard_fuzz
+	tests/fuzz/fuzz.sh seeds $(TARGET)
+
 # The peers are passed over where they are not installed (README).
 PEERS = ../peers
 ROUNDS = 3
@@ -95,6 +119,9 @@ help:
 	@echo "make test      builds and runs the tests        (SAECLIP_DATA=DIR: with the real photos there)"
 	@echo "make check     the tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the"
 	@echo "               threads under ThreadSanitizer"
+	@echo "make fuzz      hostile input for every reader, a minute each, under both sanitizers"
+	@echo "               (TARGET='images lists' SECONDS=900; needs clang; build/corpus grows from run to"
+	@echo "               run, findings are in build/found); make fuzz-seeds runs the seeds alone, once"
 	@echo "make bench     how fast it is here, and against its peers (PEERS=DIR of node_modules, ROUNDS=3)"
 	@echo "make install   copies saeclip and saeclip.h     (PREFIX=/usr/local DESTDIR=)"
 	@echo "make clean     removes what was built"
