@@ -1640,19 +1640,10 @@ static int sort_by_name(const char *path, void *list, size_t count, size_t size)
 static struct { atomic_uintptr_t begin, size; char line[TEXT_ROOM + 100]; } maps[64];
 static _Atomic(const char *) unfinished;         /* the output's temporary name */
 
-static void watch_map(const sc_safetensors *file) {
-    char safe[TEXT_ROOM];
-    size_t i = 0;
-    while (i < COUNT(maps) && maps[i].size) i++;
-    if (i == COUNT(maps)) return;
-    snprintf(maps[i].line, sizeof maps[i].line, "\nsaeclip: %s: became shorter while it was read, "
-             "expected a file that stays\n", printable(file->path, safe, sizeof safe));
-    maps[i].begin = (uintptr_t)file->map;
-    maps[i].size = file->size;
-}
-
 static int map_file(sc_safetensors *file) {
+    char safe[TEXT_ROOM];
     struct stat about;
+    size_t i = 0;
     void *map = MAP_FAILED;
     /* O_NONBLOCK: a pipe must be refused, not waited for. */
     int fd = open(file->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
@@ -1666,7 +1657,11 @@ static int map_file(sc_safetensors *file) {
     if (map == MAP_FAILED) return SC_FAILED;
     file->map = map;
     file->size = (size_t)about.st_size;
-    watch_map(file);
+    while (maps[i].size && i < COUNT(maps) - 1) i++;
+    snprintf(maps[i].line, sizeof maps[i].line, "\nsaeclip: %s: became shorter while it was read, "
+             "expected a file that stays\n", printable(file->path, safe, sizeof safe));
+    maps[i].begin = (uintptr_t)map;
+    maps[i].size = file->size;
     return SC_OK;
 }
 
@@ -5215,18 +5210,14 @@ typedef struct { const char *name, *title, *text; double number; } table_cell;
 static const char *cell_text(int markdown, const table_cell *cells, size_t columns, size_t row,
                              size_t column) {
     const table_cell *c = &cells[(row ? row - 1 : 0) * columns + column];
-    if (row == 0) return c->title;
-    if (c->text && !markdown) return shown(c->text);
-    if (c->text) {
-        char *out = text_room(), *to = out;
-        for (const char *text = shown(c->text); *text && to - out < TEXT_ROOM - 2; *to++ = *text++)
-            if (strchr("\\|<&`[*", *text)) *to++ = '\\';
-        *to = '\0';
-        return out;
-    }
-    char *number = text_room();
-    snprintf(number, TEXT_ROOM, "%.4g", c->number);
-    return number;
+    char *out = text_room(), *to = out;
+    if (row == 0 || (c->text && !markdown)) return row ? shown(c->text) : c->title;
+    if (!c->text) snprintf(out, TEXT_ROOM, "%.4g", c->number);
+    if (!c->text) return out;
+    for (const char *text = shown(c->text); *text && to - out < TEXT_ROOM - 2; *to++ = *text++)
+        if (strchr("\\|<&`[*", *text)) *to++ = '\\';
+    *to = '\0';
+    return out;
 }
 
 static void print_for_people(int markdown, const table_cell *cells, size_t columns, size_t rows) {
