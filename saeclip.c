@@ -43,6 +43,7 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <spawn.h>
@@ -205,6 +206,8 @@ typedef struct {
 } options;
 
 static int quiet, line_open;         /* line_open: progress stands on the terminal */
+
+enum { TEXT_ROOM = 600 };            /* of a text that is shown */
 
 static const char *printable(const char *text, char *out, size_t room);
 
@@ -1502,6 +1505,13 @@ static int json_string_array(const char *text, const char *what, char ***out, si
     return j.failed;
 }
 
+/* The control character at text, Latin-1's too (in UTF-8 C2 80 to C2 9F), 0 if there is none. */
+static unsigned control_at(const char *text) {
+    const unsigned char *byte = (const unsigned char *)text;
+    if (*byte == 0xc2) return byte[1] >= 0x80 && byte[1] < 0xa0 ? byte[1] : 0;
+    return *byte < ' ' || *byte == 127 ? *byte : 0;
+}
+
 /* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. What could end a
  * script that it stands in is escaped, too: <, and U+2028 and U+2029, which were ends of lines. */
 static void print_json(FILE *out, const char *text) {
@@ -1509,7 +1519,8 @@ static void print_json(FILE *out, const char *text) {
     for (size_t length; *text; text += length ? length : 1) {
         length = utf8_length(text);
         int line = strncmp(text, "\xe2\x80\xa8", 3) == 0 || strncmp(text, "\xe2\x80\xa9", 3) == 0;
-        if ((unsigned char)*text < ' ' || *text == '<') fprintf(out, "\\u%04x", (unsigned)*text);
+        if (control_at(text)) fprintf(out, "\\u%04x", control_at(text));
+        else if (*text == '<') fputs("\\u003c", out);
         else if (line) fprintf(out, "\\u20%x", (unsigned)text[2] & 0x3f);
         else if (length == 0) fputs("\xef\xbf\xbd", out);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
@@ -1620,10 +1631,12 @@ static int by_position(const void *a, const void *b) {
 static int check_positions(sc_safetensors *file) {
     const unsigned char *at = file->data, *end = file->map + file->size;
     if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, by_position);
-    for (const sc_tensor *t = file->tensor; t < file->tensor + file->tensors; at += t++->bytes)
+    for (size_t i = 0; i < file->tensors; at += file->tensor[i++].bytes) {
+        const sc_tensor *t = &file->tensor[i];
         if (t->data != at)
             return fail("%s: tensor '%.100s' begins at byte %td of the data, expected %td",
                         file->path, t->name, t->data - file->data, at - file->data);
+    }
     if (at == end) return SC_OK;
     return fail("%s: %td bytes of data belong to no tensor, expected none", file->path, end - at);
 }
@@ -1642,8 +1655,15 @@ static int sort_by_name(const char *path, void *list, size_t count, size_t size)
     return SC_OK;
 }
 
+/* A mapped file that someone cuts short raises SIGBUS where it is read, in any thread. What main()
+ * has a handler say and remove then lies ready: handlers may not even format a line. */
+static struct { atomic_uintptr_t begin, size; char line[TEXT_ROOM + 100]; } maps[64];
+static _Atomic(const char *) unfinished;         /* the output's temporary name */
+
 static int map_file(sc_safetensors *file) {
+    char safe[TEXT_ROOM];
     struct stat about;
+    size_t i = 0;
     void *map = MAP_FAILED;
     /* O_NONBLOCK: a pipe must be refused, not waited for. */
     int fd = open(file->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
@@ -1657,6 +1677,11 @@ static int map_file(sc_safetensors *file) {
     if (map == MAP_FAILED) return SC_FAILED;
     file->map = map;
     file->size = (size_t)about.st_size;
+    while (maps[i].size && i < COUNT(maps) - 1) i++;
+    snprintf(maps[i].line, sizeof maps[i].line, "\nsaeclip: %s: became shorter while it was read, "
+             "expected a file that stays\n", printable(file->path, safe, sizeof safe));
+    maps[i].begin = (uintptr_t)map;
+    maps[i].size = file->size;
     return SC_OK;
 }
 
@@ -1672,6 +1697,8 @@ int sc_safetensors_open(sc_safetensors *file, const char *path) {
 }
 
 void sc_safetensors_close(sc_safetensors *file) {
+    for (size_t i = 0; i < COUNT(maps) && file->map; i++)
+        if (maps[i].begin == (uintptr_t)file->map) maps[i].size = 0;
     if (file->map) munmap((void *)file->map, file->size);
     free(file->path);
     free(file->text);
@@ -1785,6 +1812,7 @@ static int open_temporary(const char *name) {
 /* Ends the output. Removes what was written, unless it was committed. */
 static void output_discard(sc_output *out) {
     if (out->file && out->temporary) unlink(out->temporary);
+    unfinished = NULL;
     if (out->file) fclose(out->file);
     free(out->path);
     free(out->target);
@@ -1805,6 +1833,7 @@ static int output_open(sc_output *out, const char *path) {
     if (out->path && (direct || out->temporary)) {
         int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(out->temporary);
         out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
+        unfinished = out->file ? out->temporary : NULL;
         if (out->file) return SC_OK;
         output_failed(out, errno);
         if (fd >= 0 && !direct) unlink(out->temporary);
@@ -1949,8 +1978,9 @@ static int write_header(sc_writer *w) {
         print_json(f, w->metadata[i].value);
     }
     if (w->entries) fputs(w->tensors ? "}," : "}", f);
-    for (const sc_tensor *t = w->tensor; t < w->tensor + w->tensors; begin += t++->bytes) {
-        if (t > w->tensor) putc(',', f);
+    for (size_t i = 0; i < w->tensors; begin += w->tensor[i++].bytes) {
+        const sc_tensor *t = &w->tensor[i];
+        if (i > 0) putc(',', f);
         print_json(f, t->name);
         fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(t->dtype));
         for (int d = 0; d < t->rank; d++) fprintf(f, "%s%zu", d ? "," : "", t->shape[d]);
@@ -1987,13 +2017,12 @@ static int save_tensors(const char *path, size_t header_room,
 /* --- Names as text: they come from anywhere --- */
 
 /* text as a terminal may show it, cut short where there is no room. What a terminal might obey
- * comes out as \xNN: control bytes, Latin-1's too (in UTF-8 C2 80 to C2 9F), what is no UTF-8. */
+ * comes out as \xNN: control characters, what is no UTF-8. */
 static const char *printable(const char *text, char *out, size_t room) {
     size_t used = 0;
     while (*text) {
-        const unsigned char *byte = (const unsigned char *)text;
         size_t length = utf8_length(text), n = length ? length : 1;
-        int harmless = length && byte[0] != 127 && !(byte[0] == 0xc2 && byte[1] < 0xa0);
+        int harmless = length && !control_at(text);
         if (used + 8 + sizeof "..." > room) return strcpy(out + used, "..."), out;
         for (; n > 0; n--, text++)
             used += (size_t)sprintf(out + used, harmless ? "%c" : "\\x%02x", (unsigned char)*text);
@@ -2001,8 +2030,6 @@ static const char *printable(const char *text, char *out, size_t room) {
     out[used] = '\0';
     return out;
 }
-
-enum { TEXT_ROOM = 600 };
 
 /* One of 8 rooms in turn: a line may show several texts. For the main thread. */
 static char *text_room(void) {
@@ -2068,11 +2095,53 @@ typedef struct { size_t width, height, stride; const unsigned char *rgb; } pictu
  * one. In magic, ? is any byte and _ a blank. */
 typedef struct { const char *name, *magic, *decoder, *package; size_t length; } image_format;
 
-/* Where pictures are read from. rgb: [capacity, CHUNK, 3], for the last picture's pixels */
+/* Where pictures are read from: a file, standard input, a decoder's pipe. rgb: [capacity, CHUNK,
+ * 3], for the last picture's pixels; at, end: of the bytes at hand */
 typedef struct {
-    const char *name; FILE *file; const image_format *format;
+    const char *name; const image_format *format;
     unsigned char *rgb; size_t capacity;
+    int fd, decoder, error;          /* error: an errno */
+    const char *stopped;             /* why nothing more is taken of a decoder */
+    double waited;                   /* seconds */
+    size_t taken, at, end;           /* taken: bytes in all */
+    unsigned char bytes[16384];
 } image_source;
+
+/* What a decoder may take for a picture; the largest one has so many bytes, at 16 bits. */
+static double decoder_seconds = 120;
+static size_t decoder_bytes = 6 * MAX_PIXELS;
+
+/* The next byte, or EOF. A decoder is waited for in steps of 0.2 seconds: a time in which we were
+ * stopped ourselves counts as one. */
+static int next_byte(image_source *s) {
+    struct pollfd pipe = { .fd = s->fd, .events = POLLIN };
+    ssize_t got = -1;
+    if (s->at < s->end) return s->bytes[s->at++];
+    do {
+        double before = seconds_now();
+        if (s->decoder && s->waited > decoder_seconds) s->stopped = "took too long";
+        if (s->decoder && s->taken > decoder_bytes) s->stopped = "wrote too much";
+        if (s->stopped) return EOF;
+        errno = EINTR;                         /* stays where nothing came */
+        if (!s->decoder || poll(&pipe, 1, 200) > 0) got = read(s->fd, s->bytes, sizeof s->bytes);
+        s->waited += fmin(seconds_now() - before, 0.2);
+    } while (got < 0 && errno == EINTR);
+    if (got < 0) s->error = errno;
+    s->at = got > 0;
+    s->end = got > 0 ? (size_t)got : 0;
+    s->taken += s->end;
+    return got > 0 ? s->bytes[0] : EOF;
+}
+
+/* Returns whether so many bytes came. */
+static int take_bytes(image_source *s, unsigned char *to, size_t count) {
+    for (size_t n; count > 0; count -= n, to += n, s->at += n) {
+        if (next_byte(s) == EOF) return 0;
+        n = s->end - --s->at < count ? s->end - s->at : count;
+        memcpy(to, s->bytes + s->at, n);
+    }
+    return 1;
+}
 
 /* --- PNM (netpbm.sourceforge.net/doc/pnm.html); P4 is what pngtopnm makes of one-bit PNGs --- */
 
@@ -2082,15 +2151,16 @@ static int is_blank(int byte) { return byte == ' ' || (byte >= '\t' && byte <= '
 
 /* The next byte of a text part; a comment reads as the newline that ends it. */
 static int text_byte(image_source *source) {
-    int byte = getc_unlocked(source->file);
+    int byte = next_byte(source);
     if (byte == '#')
-        while (byte != '\n' && byte != '\r' && byte != EOF) byte = getc_unlocked(source->file);
+        while (byte != '\n' && byte != '\r' && byte != EOF) byte = next_byte(source);
     return byte;
 }
 
 static int source_ended(const image_source *source, const char *before) {
-    if (ferror(source->file)) return fail("%s: cannot be read: %s", source->name, strerror(errno));
-    return fail("%s: the picture's data end before its %s", source->name, before);
+    if (!source->error)
+        return fail("%s: the picture's data end before its %s", source->name, before);
+    return fail("%s: cannot be read: %s", source->name, strerror(source->error));
 }
 
 /* One number and the single blank after it. */
@@ -2111,8 +2181,8 @@ static int pnm_number(image_source *source, const char *what, size_t largest, si
 static int pnm_sample(image_source *source, pnm_header *header, size_t index, size_t *value) {
     if (header->kind <= 3) return pnm_number(source, "last sample", header->maxval, value);
     size_t bit = header->kind == 4 ? index % header->width % 8 : 0;
-    int high = header->maxval > 255 ? getc_unlocked(source->file) : 0;
-    if (bit == 0) header->byte = getc_unlocked(source->file);
+    int high = header->maxval > 255 ? next_byte(source) : 0;
+    if (bit == 0) header->byte = next_byte(source);
     if (header->byte == EOF) return source_ended(source, "last sample");
     *value = (size_t)high << 8 | (size_t)header->byte;
     if (header->kind == 4) *value = ~*value >> (7 - bit) & 1;
@@ -2128,10 +2198,10 @@ static unsigned char to_8_bits(size_t v, size_t maxval) {
 /* Reads one picture; SC_END where only blanks are left. The memory grows as the pixels come: a
  * header alone, whatever it claims, costs nothing. */
 static int pnm_read(image_source *source, picture *result) {
-    int byte = getc_unlocked(source->file);
-    while (is_blank(byte)) byte = getc_unlocked(source->file);
-    if (byte == EOF && !ferror(source->file)) return SC_END;
-    int kind = byte == 'P' ? getc_unlocked(source->file) : 0;
+    int byte = next_byte(source);
+    while (is_blank(byte)) byte = next_byte(source);
+    if (byte == EOF && !source->error) return SC_END;
+    int kind = byte == 'P' ? next_byte(source) : 0;
     if (byte == EOF || kind == EOF) return source_ended(source, "header");
     if (kind < '2' || kind > '6')
         return fail("%s: not a PNM picture, which begins with P2, P3, P5 or P6", source->name);
@@ -2148,7 +2218,7 @@ static int pnm_read(image_source *source, picture *result) {
         if (kind == '6' && h.maxval == 255) {                    /* by far the most usual */
             size_t many = pixels - i < CHUNK ? pixels - i : CHUNK;
             i += many - 1;
-            if (fread(rgb, 3, many, source->file) == many) continue;
+            if (take_bytes(source, rgb, 3 * many)) continue;
             return source_ended(source, "last sample");
         }
         for (size_t c = 0; c < h.channels; c++) {
@@ -2179,32 +2249,31 @@ static const image_format formats[] = {
  * O_NONBLOCK: a named pipe must be refused, not waited for. */
 static int open_image(const char *path, image_source *source) {
     char start[16];
-    int descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    FILE *file = descriptor < 0 ? NULL : fdopen(descriptor, "rb");
-    if (!file) fail("%s: cannot be opened: %s", path, strerror(errno));
-    if (!file && descriptor >= 0) close(descriptor);
-    if (!file) return SC_FAILED;
-    size_t size = fread(start, 1, sizeof start, file), same = 0, f = 0;
-    int status = ferror(file) ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
+    int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (file < 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    ssize_t got = read(file, start, sizeof start);
+    size_t size = got > 0 ? (size_t)got : 0, same = 0, f = 0;
+    int status = got < 0 ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
     for (; f < COUNT(formats) && status == SC_END; f++) {
         const char *magic = formats[f].magic;
         for (same = 0; same < size && same < formats[f].length && (magic[same] == '?' ||
              magic[same] == start[same] || (magic[same] == '_' && is_blank(start[same])));) same++;
         if (same == formats[f].length) status = SC_OK;
     }
-    rewind(file);
+    lseek(file, 0, SEEK_SET);
     if (status == SC_END) fail("%s: not an image; a JPEG, PNG or PNM file was expected", path);
-    if (status == SC_OK && source) *source = (image_source){ path, file, &formats[f - 1], NULL, 0 };
-    else fclose(file);
+    if (status == SC_OK && source)
+        *source = (image_source){ .name = path, .format = &formats[f - 1], .fd = file };
+    else close(file);
     return status;
 }
 
-/* Starts a decoder on a file, its output at *out; returns an errno. posix_spawn and not fork, which
- * copies the page tables of all our weights. Its own process group: Ctrl-C, upon which training
+/* Starts a decoder on a file; returns an errno. posix_spawn and not fork, which copies the page
+ * tables of all our weights. Its own process group: Ctrl-C, upon which training
  * saves its state, must not look like a bad image. The lock: no other child may inherit a pipe that
  * has no FD_CLOEXEC yet. Its stderr is read at last, from end[2]; O_NONBLOCK, lest a decoder that
  * says too much should wait for us forever. */
-static int start_decoder(char **argument, int file, FILE **out, int end[4], pid_t *child) {
+static int start_decoder(char **argument, int file, int end[4], pid_t *child) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     posix_spawn_file_actions_t files;
     posix_spawnattr_t attributes;
@@ -2212,9 +2281,7 @@ static int start_decoder(char **argument, int file, FILE **out, int end[4], pid_
     int error = pipe(end) != 0 || pipe(end + 2) != 0 ? errno : 0;
     for (int i = 0; i < 4 && !error; i++) fcntl(end[i], F_SETFD, FD_CLOEXEC);
     for (int i = 2; i < 4 && !error; i++) fcntl(end[i], F_SETFL, O_NONBLOCK);
-    *out = error ? NULL : fdopen(end[0], "rb");
-    if (*out) end[0] = -1;                     /* which closes that end */
-    if (!error) error = *out ? posix_spawnattr_init(&attributes) : errno;
+    if (!error) error = posix_spawnattr_init(&attributes);
     if (!error && (error = posix_spawn_file_actions_init(&files)) == 0) {
         posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
         const int from[3] = { file, end[1], end[3] };
@@ -2225,7 +2292,6 @@ static int start_decoder(char **argument, int file, FILE **out, int end[4], pid_
         posix_spawnattr_destroy(&attributes);
     }
     pthread_mutex_unlock(&lock);
-    if (error && *out) fclose(*out);
     for (int i = 0; i < 4; i++)
         if (end[i] >= 0 && (i % 2 == 1 || error)) close(end[i]);
     return error;
@@ -2238,22 +2304,32 @@ static int run_decoder(const char *command, int file, image_source *source, pict
     char text[512], words[256] = "", *argument[sizeof text / 2 + 1] = { NULL }, *rest = NULL;
     int end[4] = { -1, -1, -1, -1 };           /* stdout: read, write; stderr: read, write */
     int length = snprintf(text, sizeof text, "%s", command), ended = 0, count = 0;
+    size_t said = 0;
     pid_t child;
     for (char *word = strtok_r(text, " \t", &rest); word; word = strtok_r(NULL, " \t", &rest))
         argument[count++] = word;
     if (count == 0 || (size_t)length >= sizeof text)
         return fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
     int error = lseek(file, 0, SEEK_SET) != 0 ? errno
-              : start_decoder(argument, file, &source->file, end, &child);
+              : start_decoder(argument, file, end, &child);
     if (error && error != ENOENT && error != EACCES)
         fail("%s: %s could not be started: %s", source->name, argument[0], strerror(error));
     if (error) return MACHINE_FAILED;
-    int status = pnm_read(source, result);
-    while (getc_unlocked(source->file) != EOF) {}                  /* it may write more */
-    fclose(source->file);
-    while (waitpid(child, &ended, 0) < 0 && errno == EINTR) {}
-    if (read(end[2], words, sizeof words - 1) < 0) words[0] = '\0';
+    *source = (image_source){ .name = source->name, .rgb = source->rgb, .fd = end[0],
+                              .capacity = source->capacity, .decoder = 1 };
+    int status = pnm_read(source, result), refused = status == SC_FAILED && !source->stopped;
+    while (next_byte(source) != EOF) {}        /* it may write more */
+    source->fd = end[2];
+    for (int c; (c = next_byte(source)) != EOF;)
+        if (said < sizeof words - 1) words[said++] = (char)c;
+    if (source->stopped) kill(-child, SIGKILL);          /* with all that it started */
+    close(end[0]);
     close(end[2]);
+    while (waitpid(child, &ended, 0) < 0 && errno == EINTR) {}
+    if (source->stopped && !refused)
+        fail("%s: %s %s and was stopped, expected a picture in %g seconds and %zu bytes",
+             source->name, argument[0], source->stopped, decoder_seconds, decoder_bytes);
+    if (source->stopped) return SC_FAILED;
     int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
     int warned = code == 2 && strstr(argument[0], "djpeg") && !strstr(words, "Premature end of");
     if (!killed && (code == 0 || warned) && status != SC_END) return status;
@@ -2268,7 +2344,7 @@ static int run_decoder(const char *command, int file, image_source *source, pict
  * turn: the next one if one is missing or has failed without a byte (some djpegs refuse CMYK). */
 static int read_picture(const char *path, image_source *source, picture *result) {
     if (open_image(path, source) != SC_OK) return SC_FAILED;
-    FILE *file = source->file;
+    int file = source->fd;
     const image_format *format = source->format;
     const char *own = getenv("SAECLIP_DECODER"), *command[] = { own ? own : format->decoder,
         "magick -[0] -alpha off -depth 8 ppm:-", "convert -[0] -alpha off -depth 8 ppm:-" };
@@ -2278,10 +2354,10 @@ static int read_picture(const char *path, image_source *source, picture *result)
     else fail("%s: there is no program to decode %s; Debian's package %s has one", path,
               format->name, format->package);
     for (int i = 0; i < tries && now != SC_OK && now != SC_FAILED; i++) {
-        if (command[i]) now = run_decoder(command[i], fileno(file), source, result);
+        if (command[i]) now = run_decoder(command[i], file, source, result);
         if (now != MACHINE_FAILED) status = now;
     }
-    fclose(file);
+    close(file);
     return status == SC_END ? SC_FAILED : status;
 }
 
@@ -3237,7 +3313,7 @@ static int open_photos(feed *f, const options *o, size_t side) {
     f->preprocess = (sc_preprocess){ .size = (int)side, .square = (int)o->square,
                                      .crop_hf = strcmp(o->crop, "hf") == 0 };
     SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
-    f->stream = (image_source){ .name = "standard input", .file = stdin };
+    f->stream = (image_source){ .name = "standard input" };
     f->skip_bad = o->skip_bad && f->set.count != SC_UNKNOWN;
     return SC_OK;
 }
@@ -5376,14 +5452,20 @@ static int command_merge(session *s) {
 /* A cell, and what its column is called by programs and for people; text NULL: a number. */
 typedef struct { const char *name, *title, *text; double number; } table_cell;
 
-/* A cell as people see it; row 0 are the titles. cells: [rows, columns] */
-static const char *cell_text(const table_cell *cells, size_t columns, size_t row, size_t column) {
+/* A cell as people see it, in Markdown what would be markup behind a backslash; row 0 are the
+ * titles. cells: [rows, columns] */
+static const char *cell_text(int markdown, const table_cell *cells, size_t columns, size_t row,
+                             size_t column) {
     const table_cell *c = &cells[(row ? row - 1 : 0) * columns + column];
-    if (row == 0 || c->text) return row ? shown(c->text) : c->title;
-    char *number = text_room();
+    char *out = text_room(), *to = out;
+    if (row == 0 || (c->text && !markdown)) return row ? shown(c->text) : c->title;
     int whole = c->number == floor(c->number) && fabs(c->number) < 1e9;
-    snprintf(number, TEXT_ROOM, whole ? "%.0f" : "%.4g", c->number);
-    return number;
+    if (!c->text) snprintf(out, TEXT_ROOM, whole ? "%.0f" : "%.4g", c->number);
+    if (!c->text) return out;
+    for (const char *text = shown(c->text); *text && to - out < TEXT_ROOM - 2; *to++ = *text++)
+        if (strchr("\\|<&`[*", *text)) *to++ = '\\';
+    *to = '\0';
+    return out;
 }
 
 static void print_for_people(int markdown, const table_cell *cells, size_t columns, size_t rows) {
@@ -5391,11 +5473,11 @@ static void print_for_people(int markdown, const table_cell *cells, size_t colum
         for (size_t c = 0; c < columns; c++) {
             int width = 0;
             for (size_t i = 0; i <= rows; i++) {
-                int length = (int)strlen(cell_text(cells, columns, i, c));
+                int length = (int)strlen(cell_text(markdown, cells, columns, i, c));
                 if (length > width) width = length;
             }
             printf(markdown ? "| %-*s " : c ? "  %*s" : "%*s", width,
-                   cell_text(cells, columns, r, c));
+                   cell_text(markdown, cells, columns, r, c));
         }
         puts(markdown ? "|" : "");
         for (size_t c = 0; markdown && r == 0 && c <= columns; c++)
@@ -5406,9 +5488,10 @@ static void print_for_people(int markdown, const table_cell *cells, size_t colum
 /* A CSV field: quoted, what a terminal might obey shown as ?. */
 static void print_csv_text(const char *name) {
     putchar('"');
-    for (; *name; name++) {
-        if (*name == '"') putchar('"');
-        putchar((unsigned char)*name < ' ' || *name == 127 ? '?' : *name);
+    for (size_t length; *name; name += length ? length : 1) {
+        length = utf8_length(name);
+        if (length == 0 || control_at(name)) putchar('?');
+        else printf(*name == '"' ? "\"\"" : "%.*s", (int)length, name);
     }
     putchar('"');
 }
@@ -6327,7 +6410,7 @@ static int read_mask(plot_series *s) {
                       MASK_CELLS, MASK_CELLS);
     for (size_t i = 0; status == SC_OK && i < mask.width * mask.width; i++)
         status = add_row(s, 0, 0, mask.rgb[3 * i] / 255.0, 0);
-    fclose(source.file);
+    close(source.fd);
     free(source.rgb);
     snprintf(s->words, sizeof s->words, "%zu x %zu patches", mask.width, mask.width);
     return status == SC_OK ? SC_OK : SC_FAILED;
@@ -7721,9 +7804,26 @@ static void hold_streams(void) {
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
 }
 
+/* The first of the threads that meet the end of a file says so; the others wait for the exit. */
+static void on_bus_error(int number, siginfo_t *info, void *context) {
+    static atomic_flag told = ATOMIC_FLAG_INIT;
+    uintptr_t at = (uintptr_t)info->si_addr;
+    (void)context;
+    for (size_t i = 0; i < COUNT(maps); i++) {
+        if (at - maps[i].begin >= maps[i].size) continue;
+        while (atomic_flag_test_and_set(&told)) pause();
+        const char *name = unfinished, *line = maps[i].line + !line_open;
+        if (name) unlink(name);
+        _exit(write(STDERR_FILENO, line, strlen(line)) < 0 ? SC_FAILED : SC_FAILED);
+    }
+    signal(number, SIG_DFL);         /* not in a file: it comes again, and ends us */
+}
+
 int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);                    /* writing fails instead, and says why */
     signal(SIGXFSZ, SIG_IGN);
+    sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO },
+              NULL);
     hold_streams();
     int status = run_saeclip(argc, argv);
     quiet = 0;                                   /* a failure is told in any case */

@@ -161,9 +161,9 @@ static void files_json(void)
     char *text = NULL, *list_text = NULL;
     size_t length = 0;
     FILE *stream = open_memstream(&text, &length);
-    print_json(stream, "a\"\\\n\x01\x1f\x7f\xc3\xa9/\xff\xe2\x82z\xed\xa0\x80");
+    print_json(stream, "a\"\\\n\x01\x1f\x7f\xc2\x9b\xc2\xa0\xc3\xa9/\xff\xe2\x82z\xed\xa0\x80");
     fclose(stream);
-    check(strcmp(text, "\"a\\\"\\\\\\u000a\\u0001\\u001f\x7f\xc3\xa9/"
+    check(strcmp(text, "\"a\\\"\\\\\\u000a\\u0001\\u001f\\u007f\\u009b\xc2\xa0\xc3\xa9/"
           "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbdz\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\"") == 0,
           "print_json");
     free(text);
