@@ -1719,12 +1719,12 @@ static void cli_test_waiting(void)
     size_t count;
     char line[200];
     const char *bytes = get_file(cli("@photos/birds/a.ppm"), &count);
-    if (mkfifo(cli("@in"), 0600) != 0 || mkfifo(cli("@rows"), 0600) != 0) need("pipes");
-    cli_input("@in");
+    if (mkfifo(cli("@waiting"), 0600) != 0 || mkfifo(cli("@waiting.rows"), 0600) != 0) need("pipes");
+    cli_input("@waiting");
     with.seconds = 20;
     pid_t child = cli_start(cli("train --quiet -m @model - --order sequential --batch 1 --latents 8 "
-                                "--steps 9 -o @waited --log @rows"));
-    FILE *in = fopen(cli("@in"), "w"), *rows = fopen(cli("@rows"), "r");
+                                "--steps 9 -o @waited --log @waiting.rows"));
+    FILE *in = fopen(cli("@waiting"), "w"), *rows = fopen(cli("@waiting.rows"), "r");
     if (!in || !rows) need("pipes");
     for (int i = 0; i < 2; i++) fwrite(bytes, 1, count, in);
     fflush(in);
