@@ -90,9 +90,11 @@ build/guard_synth: $(SOURCE) tests/synth.c
 	@mkdir -p build
 	$(BUILD) $(MODE) $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
 
+# RACED: what ThreadSanitizer is to watch; nothing for the whole suite, which takes it some minutes.
+RACED = threads
 check: build/guard_saeclip build/guard_test build/guard_synth build/races_saeclip build/races_test
 	SAECLIP=build/guard_saeclip SYNTH=build/guard_synth build/guard_test
-	SAECLIP=build/races_saeclip build/races_test threads
+	SAECLIP=build/races_saeclip build/races_test $(RACED)
 
 # One line, to be compared with README.md's.
 fingerprint: saeclip tests/synth
@@ -173,7 +175,7 @@ help:
 	@echo "make report    the report's SAEs, table and figures (MODEL=FILE TRAIN=IMAGES VAL=IMAGES OUT=DIR)"
 	@echo "make test      builds and runs the tests        (SAECLIP_DATA=DIR: with the real photos there)"
 	@echo "make check     the tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the"
-	@echo "               threads under ThreadSanitizer"
+	@echo "               threads under ThreadSanitizer (RACED= all of them)"
 	@echo "make fingerprint  a checksum of what saeclip computes: the same everywhere, README.md has it"
 	@echo "make portability  the tests and the fingerprint with other compilers, flags and processors"
 	@echo "               (TARGETS=\"clang-O3 s390x\": some of them; what has no tools here is named)"

@@ -2125,7 +2125,7 @@ static int next_byte(image_source *s) {
         errno = EINTR;                         /* stays where nothing came */
         if (!s->decoder || poll(&pipe, 1, 200) > 0) got = read(s->fd, s->bytes, sizeof s->bytes);
         s->waited += fmin(seconds_now() - before, 0.2);
-    } while (got < 0 && errno == EINTR);
+    } while (s->decoder && got < 0 && errno == EINTR);       /* a stream: training is to stop */
     if (got < 0) s->error = errno;
     s->at = got > 0;
     s->end = got > 0 ? (size_t)got : 0;
