@@ -19,7 +19,7 @@ RACES  = -O1 -g -fsanitize=thread
 SOURCE = saeclip.c saeclip.h
 TESTS  = tests/test.c tests/check.h tests/test_*.c
 
-.PHONY: all demo report test check bench fingerprint portability install clean help
+.PHONY: all demo report test check faults coverage bench fingerprint portability install clean help
 
 all: saeclip
 
@@ -101,6 +101,31 @@ fingerprint: saeclip tests/synth
 portability:
 	@FLAGS='$(FLAGS)' sh tests/portability.sh $(TARGETS)
 
+# The program is inside this one, behind a seam; the names below it would shadow its own.
+build/guard_faults: $(SOURCE) tests/faults.c tests/check.h
+	@mkdir -p build
+	$(BUILD) $(GUARD) $(TEST) -Wno-shadow -o $@ tests/faults.c $(LIBS)
+
+# FAULTS: some of its rows, or nothing for all.
+FAULTS =
+faults: saeclip build/guard_faults
+	build/guard_faults $(FAULTS)
+
+# Lines of saeclip.c that the tests and the faults run, as gcov counts them: those that do not run are listed.
+# A killed process would leave no counts: training is not killed here, and the seam kills few.
+COUNTED = -O0 --coverage
+GCOV    = gcov
+coverage: saeclip
+	@mkdir -p build/coverage
+	@rm -f build/coverage/*
+	$(BUILD) $(COUNTED) -o build/coverage/saeclip saeclip.c $(LIBS)
+	$(BUILD) $(COUNTED) $(TEST) -o build/coverage/test tests/test.c $(LIBS)
+	$(BUILD) $(COUNTED) $(TEST) -Wno-shadow -o build/coverage/faults tests/faults.c $(LIBS)
+	SAECLIP=build/coverage/saeclip GCOV_ERROR_FILE=/dev/null build/coverage/test
+	GCOV_ERROR_FILE=/dev/null build/coverage/faults rows
+	$(GCOV) -t build/coverage/*.gcda >build/coverage/lines.txt
+	@awk -v least=95 -f tests/coverage.awk build/coverage/lines.txt
+
 # The peers are passed over where they are not installed (README).
 PEERS = ../peers
 ROUNDS = 3
@@ -127,6 +152,9 @@ help:
 	@echo "make fingerprint  a checksum of what saeclip computes: the same everywhere, README.md has it"
 	@echo "make portability  the tests and the fingerprint with other compilers, flags and processors"
 	@echo "               (TARGETS=\"clang-O3 s390x\": some of them; what has no tools here is named)"
+	@echo "make faults    each call that may fail fails in turn, training is killed at random, and no"
+	@echo "               file is lost: thousands of runs, some minutes"
+	@echo "make coverage  how many lines of saeclip.c these run, and which they do not (gcc and its gcov)"
 	@echo "make bench     how fast it is here, and against its peers (PEERS=DIR of node_modules, ROUNDS=3)"
 	@echo "make install   copies saeclip and saeclip.h     (PREFIX=/usr/local DESTDIR=)"
 	@echo "make clean     removes what was built"

@@ -251,9 +251,11 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
     fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
 }
 
-/* Whether all that was printed reached standard output. */
+/* Whether all that was printed reached standard output. A reader that went away is told nothing. */
 static int end_of_output(void) {
+    errno = EIO;                     /* ferror() may be of a call long ago */
     if (fflush(stdout) == 0 && !ferror(stdout)) return SC_OK;
+    if (errno == EPIPE) return fail("%s", "");
     return fail("standard output: cannot be written: %s", strerror(errno));
 }
 
@@ -1339,6 +1341,11 @@ static uint16_t half_of_float(float value) {
 /* The index of the first value that is not finite, or count if there is none. */
 static size_t first_not_finite(const float *values, size_t count) {
     size_t i = 0;
+    for (uint32_t most = 0; i + 64 <= count; i += 64) {      /* 64 at a time can be vectors */
+        for (size_t k = i; k < i + 64; k++)
+            most |= (bits_of_float(values[k]) & 0x7f800000) + 0x800000;
+        if (most >> 31) break;
+    }
     while (i < count && isfinite(values[i])) i++;
     return i;
 }
@@ -1739,10 +1746,14 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
  * (/dev/full, a pipe) is written as it is. The first failure sticks, and stdio's do: a caller may
  * write on without looking, by fprintf(out.file, ...) too, and ask output_commit how it went. */
 
+static int write_failed(const char *path, int error) {
+    return fail("%s: cannot be written: %s", path,
+                error == EBUSY ? "another process is writing it" : strerror(error));
+}
+
 static int output_failed(sc_output *out, int error) {
     out->error = error ? error : EIO;
-    return fail("%s: cannot be written: %s", out->path, out->error == EBUSY ?
-                "another process is writing it" : strerror(out->error));
+    return write_failed(out->path, out->error);
 }
 
 static int output_write(sc_output *out, const void *bytes, size_t count) {
@@ -1759,8 +1770,11 @@ static int open_temporary(const char *name) {
     int fd;
     while ((fd = open(name, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666)) >= 0) {
         int error = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0 ? 0 : errno;
-        if (error == 0 && stat(name, &named) == 0 && locked.st_ino == named.st_ino &&
-            locked.st_dev == named.st_dev && ftruncate(fd, 0) == 0) break;
+        int ours = error == 0 && stat(name, &named) == 0 && locked.st_ino == named.st_ino &&
+                   locked.st_dev == named.st_dev;
+        if (ours && ftruncate(fd, 0) == 0) break;
+        if (ours) error = errno;
+        if (ours) unlink(name);
         close(fd);
         errno = error == EACCES || error == EAGAIN ? EBUSY : error;
         if (error) return -1;
@@ -1781,15 +1795,19 @@ static void output_discard(sc_output *out) {
 static int output_open(sc_output *out, const char *path) {
     struct stat there;
     int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
-    *out = (sc_output){ .path = copy_string(path), .target = realpath(path, NULL) };
+    *out = (sc_output){ .path = copy_string(path) };
     /* A link stays, and what it leads to is replaced. */
-    if (!out->target) out->target = copy_string(path);
-    if (!direct && out->target) out->temporary = join_text(out->target, ".tmp");
+    if (out->path && !direct && !(out->target = realpath(path, NULL))) {
+        if (errno == ENOENT) out->target = copy_string(path);
+        else output_failed(out, errno);
+    }
+    if (out->target) out->temporary = join_text(out->target, ".tmp");
     if (out->path && (direct || out->temporary)) {
         int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(out->temporary);
         out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
         if (out->file) return SC_OK;
         output_failed(out, errno);
+        if (fd >= 0 && !direct) unlink(out->temporary);
         if (fd >= 0) close(fd);
     }
     output_discard(out);
@@ -1799,6 +1817,7 @@ static int output_open(sc_output *out, const char *path) {
 /* Ends the output in either case: the whole file stands under its name, or nothing does. */
 static int output_commit(sc_output *out) {
     int status = output_write(out, "", 0);                   /* whether all went well so far */
+    errno = EIO;                                             /* as in end_of_output() */
     if (status == SC_OK && (fflush(out->file) != 0 || ferror(out->file) || (out->temporary &&
         (fsync(fileno(out->file)) != 0 || rename(out->temporary, out->target) != 0))))
         status = output_failed(out, errno);
@@ -2162,7 +2181,9 @@ static int open_image(const char *path, image_source *source) {
     char start[16];
     int descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     FILE *file = descriptor < 0 ? NULL : fdopen(descriptor, "rb");
-    if (!file) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    if (!file) fail("%s: cannot be opened: %s", path, strerror(errno));
+    if (!file && descriptor >= 0) close(descriptor);
+    if (!file) return SC_FAILED;
     size_t size = fread(start, 1, sizeof start, file), same = 0, f = 0;
     int status = ferror(file) ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
     for (; f < COUNT(formats) && status == SC_END; f++) {
@@ -4260,8 +4281,8 @@ static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, back
 }
 
 /* Gradients and Adam for a group of latents. */
-static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, backward_scratch *s)
-{
+static int update_latents(trainer *t, size_t j, size_t count, float *W_enc_db,
+                          backward_scratch *s) {
     const sc_sae *sae = &t->sae;
     size_t stride = sae->stride, terms = 0;
     int ghosts = 0;
@@ -4280,7 +4301,12 @@ static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, 
         kernels->adam(W_dec, t->W_dec.m + row, t->W_dec.v + row, dW_dec, stride, t->adam);
         kernels->adam(W_enc, t->W_enc.m + row, t->W_enc.v + row, dW_enc, stride, t->adam);
         t->silent[j + i] = count_codes(&t->batch, j + i) ? 0 : t->silent[j + i] + 1;
+        const float *made[] = { W_dec, W_enc, t->W_dec.v + row, t->W_enc.v + row };
+        for (size_t k = 0; k < COUNT(made); k++)
+            if (first_not_finite(made[k], stride) < stride)
+                return fail("latent %zu gets weights or moments that are not finite", j + i);
     }
+    return SC_OK;
 }
 
 static int update_task(void *context, size_t block) {
@@ -4292,7 +4318,7 @@ static int update_task(void *context, size_t block) {
     memset(W_enc_db, 0, t->sae.stride * sizeof *W_enc_db);
     if (end > t->sae.d_sae) end = t->sae.d_sae;
     for (size_t j = block * CHAIN; j < end; j += rows)
-        update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s);
+        SC_TRY(update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s));
     return SC_OK;
 }
 
@@ -4390,6 +4416,9 @@ static int train_step(trainer *t, const float *x, size_t T, step_result *result,
     SC_TRY(parallel_for(blocks, update_task, t));
     SC_TRY(parallel_for(t->sae.stride / PARTIALS, b_dec_task, t));
     kernels->adam(t->sae.b_enc, t->b_enc.m, t->b_enc.v, t->db_enc, padded(t->sae.d_sae), t->adam);
+    size_t n = t->sae.d_sae, D = t->sae.stride;
+    if (first_not_finite(t->sae.b_enc, n) < n || first_not_finite(t->sae.b_dec, D) < D)
+        return fail("a bias becomes what is not finite");
     t->step++;
     return SC_OK;
 }
@@ -4641,30 +4670,33 @@ static int resume_training(training_run *run) {
     return fail("%.600s; the checkpoint before it is %.300s", reason, run->previous);
 }
 
-static int log_failed(const training_run *run) {
-    return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
-}
-
 static const char log_header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "dead,seconds\n";
 
-/* Opens the log; of a resumed run, cut back to the step it goes on from. */
+/* Opens and locks the log; of a resumed run, cut back to the step it goes on from. */
 static int open_log(training_run *run) {
     const char *path = run->o->log;
+    struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     struct stat about;
     off_t end = 0;
     char line[512];
     if (!path) return SC_OK;
-    int resumed = run->trainer.step > 0 && stat(path, &about) == 0 && S_ISREG(about.st_mode);
-    run->log = fopen(path, resumed ? "r+" : "w");
-    if (!run->log) return log_failed(run);
+    int there = stat(path, &about) == 0, regular = !there || S_ISREG(about.st_mode);
+    int resumed = run->trainer.step > 0 && there && regular;
+    run->log = fopen(path, resumed ? "r+" : regular ? "a" : "w");    /* "w" empties: another's? */
+    if (!run->log) return write_failed(path, errno);
+    if (regular && fcntl(fileno(run->log), F_SETLK, &lock) != 0) {
+        if (errno == EACCES || errno == EAGAIN) errno = EBUSY;
+        return write_failed(path, errno);
+    }
     while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
            && (end == 0 || strtoull(line, NULL, 10) <= run->trainer.step))
         end = ftello(run->log);
-    if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0))
-        return log_failed(run);
+    if (ferror(run->log)) return write_failed(path, errno);
+    if ((resumed && fseeko(run->log, end, SEEK_SET) != 0)
+        || (regular && ftruncate(fileno(run->log), end) != 0)) return write_failed(path, errno);
     if (end > 0 || (fputs(log_header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
-    return log_failed(run);
+    return write_failed(path, errno);
 }
 
 static int log_step(training_run *run, const step_result *r) {
@@ -4673,7 +4705,7 @@ static int log_step(training_run *run, const step_result *r) {
                              (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T),
                              r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
                              r->dead, seconds_now() - run->started) < 0 || fflush(run->log) != 0))
-        return log_failed(run);
+        return write_failed(run->o->log, errno);
     char words[100];
     snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
              r->explained_variance);
@@ -4745,6 +4777,12 @@ static int blame_step(const training_run *run, size_t token) {
                 token == SIZE_MAX ? ":" : ",", reason);
 }
 
+static int stop_training(training_run *run) {
+    SC_TRY(save_checkpoint(run));
+    return fail("stopped by signal %d after step %ju; %s goes on with --resume", (int)stop_signal,
+                (uintmax_t)run->trainer.step, run->checkpoint);
+}
+
 static int train_steps(training_run *run) {
     trainer *t = &run->trainer;
     feed *f = &run->data;
@@ -4752,6 +4790,7 @@ static int train_steps(training_run *run) {
         step_result result;
         size_t token = SIZE_MAX, batch = run->batch;
         int status = next_batch(f, batch);
+        if (status != SC_OK && stop_signal) return stop_training(run);
         if (status == SC_OK && f->count < batch && t->step == 0)
             return fail("standard input: %zu images are no full batch of %zu", f->count, batch);
         if (status == SC_OK && f->count < batch) {
@@ -4762,12 +4801,9 @@ static int train_steps(training_run *run) {
         if (status != SC_OK) return blame_step(run, token);
         run->next_draw = f->draw[batch - 1] + 1;
         SC_TRY(log_step(run, &result));
-        int stop = (int)stop_signal;
-        if (stop || (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0))
+        if (stop_signal) return stop_training(run);
+        if (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0)
             SC_TRY(save_checkpoint(run));
-        if (stop)
-            return fail("stopped by signal %d after step %ju; %s goes on with --resume", stop,
-                        (uintmax_t)t->step, run->checkpoint);
     }
     return run->checkpoints ? save_checkpoint(run) : SC_OK;
 }
@@ -4794,13 +4830,16 @@ static int train(const options *o) {
     const char *name = o->checkpoint ? o->checkpoint : o->output;
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
-    struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND };
+    /* A signal ends the wait for a stream, and nothing else: a decoder's bytes must all come. */
+    int stream = o->operand[0] && strcmp(o->operand[0], "-") == 0;
+    struct sigaction action = { .sa_handler = on_signal,
+                                .sa_flags = SA_RESETHAND | (stream ? 0 : SA_RESTART) };
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");
     if (run.checkpoint) run.previous = join_text(run.checkpoint, ".prev");
     int status = run.previous ? run_training(&run) : SC_FAILED;
-    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = log_failed(&run);
+    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = write_failed(o->log, errno);
     close_feed(&run.data);
     free_trainer(&run.trainer);
     free(run.checkpoint);
@@ -5556,11 +5595,15 @@ static int command_pack(session *s) {
 
 /* --- encode: what comes waits in temporary files until all tensors can be written --- */
 
+static int spool_failed(void) {
+    return fail("a temporary file cannot be written or read back: %s", strerror(errno));
+}
+
 /* Their first failure sticks: it is enough to ask now and then. */
 static int check_spools(const session *s) {
+    errno = EIO;                                             /* of a failure long ago */
     for (int i = 0; i < 2; i++)
-        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i]))
-            return fail("a temporary file cannot be written or read back: %s", strerror(errno));
+        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i])) return spool_failed();
     return SC_OK;
 }
 
@@ -5598,7 +5641,7 @@ static int write_part(sc_writer *w, session *s, int which, const char *name, sc_
     unsigned char *record;
     SC_TRY(allocate(&s->memory, &record, BLOCK, size));
     SC_TRY(sc_writer_tensor(w, name, dtype, columns > 1 ? 2 : 1, (size_t[]){ SC_ROWS, columns }));
-    fseek(s->spool[which], 0, SEEK_SET);
+    if (fseek(s->spool[which], 0, SEEK_SET) != 0) return spool_failed();
     for (size_t n; (n = fread(record, size, BLOCK, s->spool[which])) > 0;) {
         for (size_t i = 0; i < n; i++) memmove(record + i * part, record + i * size + offset, part);
         SC_TRY(sc_writer_values(w, record, n * columns, kind));
@@ -5615,7 +5658,7 @@ static int write_means(sc_writer *w, session *s, const char *name, size_t group)
     const array_spec arrays[] = { ARRAY(mean, n, 1), ARRAY(sum, n, 1) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
     SC_TRY(sc_writer_tensor(w, name, SC_F32, n > 1 ? 2 : 1, (size_t[]){ SC_ROWS, n }));
-    fseek(s->spool[0], 0, SEEK_SET);
+    if (fseek(s->spool[0], 0, SEEK_SET) != 0) return spool_failed();
     int more = fread(&c, sizeof c, 1, s->spool[0]) == 1;
     for (size_t end = group; end <= rows; end += group) {
         memset(sum, 0, n * sizeof *sum);
@@ -6008,8 +6051,8 @@ static size_t top_classes(const viewer *v, top_entry *largest, size_t room) {
         while (v->entry[first].other != v->entry[i].other) first++;
         for (size_t k = i; k < active && first == i; k++)
             share += v->entry[k].other == v->entry[i].other ? v->entry[k].value : 0;
-        if (v->entry[i].other >= 0)
-            keep_largest(largest, room, (top_entry){ (float)(share / total), 0, v->entry[i].other });
+        top_entry class = { (float)(share / total), 0, v->entry[i].other };
+        if (class.other >= 0) keep_largest(largest, room, class);
     }
     while (found < room && largest[found].value > 0) found++;
     return found;
@@ -7254,7 +7297,8 @@ static const bench_line bench_lines[] = {
 static int prepare_model(bench *b, size_t images, size_t blocks) {
     feed *f = &b->data;
     *f = (feed){ .T = BENCH_T, .first_patch = 1, .count = images, .memory = f->memory, .taps = 1,
-                 .tap = { { blocks, blocks == 12 ? SC_RESID : SC_MLP, NULL, BENCH_D } } };
+                 .tap = { { .layer = blocks, .hook = blocks == 12 ? SC_RESID : SC_MLP,
+                            .stride = BENCH_D } } };
     f->model = (sc_model){ .width = BENCH_D, .heads = 12, .hidden = 4 * BENCH_D, .patch = 16,
                            .grid = 14, .tokens = BENCH_T, .image_size = 224, .blocks = blocks,
                            .activation = QUICK_GELU, .epsilon = 1e-5f, .std = { 1, 1, 1 } };
@@ -7683,7 +7727,7 @@ int main(int argc, char **argv) {
     hold_streams();
     int status = run_saeclip(argc, argv);
     quiet = 0;                                   /* a failure is told in any case */
-    if (status != SC_OK) note("%s", sc_error());
+    if (status != SC_OK && *sc_error()) note("%s", sc_error());
     return status;
 }
 
@@ -7739,6 +7783,7 @@ static const char *const atlas_page[] = {
     ".picture > img { image-rendering: auto; }",
     "@media (max-width: 800px) {",
     "    body { display: block; }",
+    "    #choice { border: 0; }",
     "    #scatter { height: 220px; }",
     "    .row { grid-template-columns: 42px 58px 62px 58px 1fr; font-size: 14px; }",
     "    #list { flex: none; height: 168px; }",

@@ -10,7 +10,13 @@ done
 names='attn-relu attn-topk mlp-relu mlp-topk mlp-geometric'
 
 saeclip() {                                      # shows what it does
-    echo "saeclip $*" >&2
+    {
+        printf 'saeclip'
+        for word; do
+            case $word in *' '*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac
+        done
+        echo
+    } >&2
     ./saeclip "$@"
 }
 # from HOOK PART COMMAND...: runs it on the kept activations of a part, or on the photos themselves
@@ -102,7 +108,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: 13px }
 td { padding: .2em .6em; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }
-tr:first-child { font-weight: bold }
+tr:first-child td { font-weight: bold; white-space: normal; vertical-align: bottom }
 figure { margin: 1em 0 }
 svg { max-width: 100%; height: auto }
 pre { overflow-x: auto }

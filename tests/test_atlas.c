@@ -122,7 +122,7 @@ static void atlas_masks(void)
         static const char *const names[] = { "latent_0_0_0.ppm.pgm", "latent_0_1______--1.ppm.pgm",
                                              "latent_1_2_2.ppm.pgm" };
         size_t count;
-        char begin[8];
+        char begin[16];
         snprintf(begin, sizeof begin, "[%d,", i);
         mask = get_file(in_folder("look/mixed.masks/%s", names[i]), &count);
         line = strstr(part, begin);
@@ -274,8 +274,9 @@ static const char *const atlas_script[] = {
 static const char *atlas_browse(const char *browser, const char *page, const char **err)
 {
     static char address[1200], profile[1200];
-    char *arguments[] = { (char *)(uintptr_t)browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-                          "--enable-logging=stderr", "--virtual-time-budget=60000", profile, address, NULL };
+    char *arguments[] = { (char *)(uintptr_t)browser, "--headless", "--no-sandbox", "--disable-gpu",
+                          "--disable-dev-shm-usage", "--dump-dom", "--enable-logging=stderr",
+                          "--virtual-time-budget=60000", profile, address, NULL };
     int status;
     snprintf(address, sizeof address, "file://%s", page);
     snprintf(profile, sizeof profile, "--user-data-dir=%s", in_folder("browser"));

@@ -100,7 +100,7 @@ static void figures_curves(void)
     check(strcmp(figures_points(svg, 1), "146.7,88.7 154.7,88.7 ") == 0, "a log of one step is no dash but %s",
           figures_points(svg, 1));
     const char *const texts[] = { ">0.01<", ">0.1<", ">10<", ">100<", ">loss<", ">MSE<",
-        ">L0 (active latents a token)<", "a.csv: 5 steps, MSE 5 and L0 3 at the end<",
+        ">L0 (active latents a token)<", ">1.5<", ">4.5<", "a.csv: 5 steps, MSE 5 and L0 3 at the end<",
         "b.csv: 1 steps, MSE 2 and L0 3 at the end<" };
     for (size_t i = 0; i < COUNT(texts); i++) figures_has(svg, 1, texts[i]);
     figures_has(svg, 3, ">step<");
@@ -118,13 +118,16 @@ static void figures_thinned(void)
     FILE *log = fopen(in_folder("long.csv"), "w");
     if (!log) need("long.csv");
     fputs(FIGURES_HEADER, log);
-    for (int i = 1; i <= 20000; i++) fprintf(log, "%d,1,1,1,%d,1,1,1,1,1,1,1\n", i, 1 + (i == 7777));
+    for (int i = 1; i <= 20000; i++)
+        fprintf(log, "%d,1,1,1,%d,%d,1,1,1,1,1,1\n", i, 1 + (i == 7777), 2 - (i == 7777));
     fclose(log);
     const char *svg = figures_plot("curves %s", in_folder("long.csv"));
     size_t points = figures_count(figures_points(svg, 0), ",");
     check(points > 400 && points <= 1000, "a line of 20,000 rows has %zu points", points);
     check(figures_count(figures_points(svg, 0), ",27.4 ") == 1 &&
           figures_count(figures_points(svg, 0), ",272.6 ") == points - 1, "a spike is lost");
+    check(figures_count(figures_points(svg, 1), ",272.6 ") == 1, "a spike down is lost");
+    figures_has(svg, 3, ">0<");                              /* of the steps, and not -0 */
 }
 
 static void figures_bad_logs(void)
@@ -146,7 +149,7 @@ static void figures_bad_logs(void)
     }
     put_text(in_folder("bad.csv"), FIGURES_HEADER FIGURES_ROW("1", "1e30", "-1e30", "0")
              FIGURES_ROW("2", "1e-300", "1e30", "0"));
-    figures_plot("curves %s", in_folder("bad.csv"));         /* ugly but finite */
+    figures_has(figures_plot("curves %s", in_folder("bad.csv")), 1, ">-0.5<");  /* around 0; ugly but finite */
     refuses(1, "cannot be opened", "plot curves %s -o %s", in_folder("not_there.csv"), in_folder("none.svg"));
     refuses(1, "first line", "plot curves %s -o %s", folder, in_folder("none.svg"));
     refuses(1, "safetensors", "plot latents %s -o %s", in_folder("bad.csv"), in_folder("none.svg"));
@@ -225,6 +228,8 @@ static void figures_latents(void)
     figures_has(svg, 1, "<circle cx=\"298.9\" cy=\"277.0\" r=\"1.8\" fill=\"#440154\"/>");
     figures_has(svg, 1, "<circle cx=\"402.7\" cy=\"121.3\" r=\"1.8\" fill=\"#fde725\"/>");
     figures_has(svg, 6, "class=\"bar\"");
+    figures_has(svg, 1, "<rect x=\"87.0\" y=\"54.0\" width=\"4.0\" height=\"54.0\" class=\"bar\"/>");
+    figures_has(svg, 1, "<rect x=\"416.0\" y=\"117.0\" width=\"54.0\" height=\"4.0\" class=\"bar\"/>");
     figures_has(svg, 1, ">4 latents, of which 1 never fire<");
     figures_has(svg, 1, ">entropy of the top images&#39; classes (nats)<");
     const char *const texts[] = { ">0.001<", ">0.01<", ">0.1<", ">1<", ">10<", ">100<" };
