@@ -118,7 +118,7 @@ faults: saeclip build/guard_faults
 # A killed process would leave no counts: training is not killed here, and the seam kills few.
 COUNTED = -O0 --coverage
 GCOV    = gcov
-coverage: saeclip
+coverage: saeclip tests/synth
 	@mkdir -p build/coverage
 	@rm -f build/coverage/*
 	$(BUILD) $(COUNTED) -o build/coverage/saeclip saeclip.c $(LIBS)

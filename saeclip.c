@@ -62,7 +62,7 @@
 
 extern char **environ;
 /* POSIX.1-2008's stdlib.h has it; glibc's shows it only where more is asked for. */
-char *realpath(const char *restrict path, char *restrict resolved);
+char *(realpath)(const char *restrict path, char *restrict resolved);
 
 #if defined(__GNUC__)
 #define SC_PRINTF(text, first) __attribute__((format(printf, text, first)))
