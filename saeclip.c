@@ -194,14 +194,14 @@ enum { MAX_OPERANDS = 16 };
  * default (see the table of options at the end). */
 typedef struct {
     const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
-    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask;
+    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch;
     const char *operand[MAX_OPERANDS + 1];   /* IMAGES, files or lines of bench; NULL ends them */
     sc_model_options settings;
     const char *sae[SC_MAX_TAPS];
     size_t saes;
     long layer, threads, size, square, limit, k, expansion, d_sae, batch, steps, warmup;
     long b_dec_images, dead_window, checkpoint_every, top, top_patches, class_index;
-    double l1, lr, epochs, threshold, rtol, atol, seed;
+    double l1, lr, epochs, threshold, max_frequency, rtol, atol, seed;
     int quiet, skip_bad, ghost, resume, class_counts, dense, reconstruction, image_means;
     uint64_t given;                          /* bit i: row i of the table was given */
 } options;
@@ -673,7 +673,7 @@ SC_TARGET static SC_INLINE void KERNEL(chains)(int rows, size_t terms, const flo
     SC_V chain[SC_TILE_ROWS][SC_VECTORS];
     SC_UNROLL for (int r = 0; r < rows; r++)
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) chain[r][v] = SC_SET(0.0f);
-    for (size_t k = 0; k < terms; k++, b += SC_COLUMNS) {
+    SC_UNROLL_SOME for (size_t k = 0; k < terms; k++, b += SC_COLUMNS) {
         SC_V column[SC_VECTORS];
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) column[v] = SC_LOAD(b + v * SC_LANES);
         SC_UNROLL for (int r = 0; r < rows; r++) {
@@ -951,10 +951,13 @@ static const kernel_set KERNEL(kernels) = {
 
 #if defined(__clang__)
 #define SC_UNROLL _Pragma("unroll")
+#define SC_UNROLL_SOME _Pragma("unroll 4")
 #elif defined(__GNUC__)
 #define SC_UNROLL _Pragma("GCC unroll 32")
+#define SC_UNROLL_SOME _Pragma("GCC unroll 4")
 #else
 #define SC_UNROLL
+#define SC_UNROLL_SOME
 #endif
 #if defined(__GNUC__)
 #define SC_INLINE __attribute__((always_inline)) inline
@@ -1496,12 +1499,15 @@ static unsigned control_at(const char *text) {
     return *byte < ' ' || *byte == 127 ? *byte : 0;
 }
 
-/* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. */
+/* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. What could end a
+ * script that it stands in is escaped, too: <, and U+2028 and U+2029, which were ends of lines. */
 static void print_json(FILE *out, const char *text) {
     putc('"', out);
     for (size_t length; *text; text += length ? length : 1) {
         length = utf8_length(text);
-        if (control_at(text)) fprintf(out, "\\u%04x", control_at(text));
+        int line = strncmp(text, "\xe2\x80\xa8", 3) == 0 || strncmp(text, "\xe2\x80\xa9", 3) == 0;
+        unsigned code = line ? 0x2000 | (text[2] & 0x3f) : *text == '<' ? '<' : control_at(text);
+        if (code) fprintf(out, "\\u%04x", code);
         else if (length == 0) fputs("\xef\xbf\xbd", out);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
         else fwrite(text, 1, length, out);
@@ -2016,6 +2022,13 @@ SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const cha
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
     return sc_writer_metadata(w, key, text);
+}
+
+/* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
+static size_t names_room(char **name, size_t count, size_t more) {
+    size_t room = 0;
+    for (size_t i = 0; name && i < count; i++) room += 7 * strlen(name[i]) + more;
+    return room;
 }
 
 /* A list of names as metadata, a JSON array in a string. */
@@ -3037,7 +3050,8 @@ static int embed(forward_pass *pass) {
     return SC_OK;
 }
 
-/* One head of one image: out = softmax(q k^T / sqrt d) v. q, k, v: [T, d] within qkv [T, 3 D] */
+/* One head of one image, some queries at a time so that their scores stay in a near cache:
+ * out = softmax(q k^T / sqrt d) v. q, k, v: [T, d] within qkv [T, 3 D]; scores: [rows, padded T] */
 static int head_task(void *context, size_t task) {
     forward_pass *pass = context;
     const sc_model *model = pass->model;
@@ -3050,16 +3064,21 @@ static int head_task(void *context, size_t task) {
     keys.data = pass->head_scratch + worker * pass->head_scratch_size;
     values.data = keys.data + keys.panels * columns * d;
     float *scores = values.data + values.panels * columns * T;
-    float *buffer = scores + T * padded(T);
+    float *buffer = scores + rows_at_once(d) * padded(T);
     tile_target to_scores = { .c = scores, .c_stride = padded(T) };
     tile_target to_out = { .c = pass->normed + image * T * pass->normed_stride + head * d,
                            .c_stride = pass->normed_stride };
     pack_panels(&keys, 0, keys.panels, k, 1, stride);
     pack_panels(&values, 0, values.panels, v, stride, 1);
-    product_rows(q, stride, NULL, T, &keys, 0, keys.panels, &to_scores, buffer);
-    for (size_t t = 0; t < T; t++)
-        kernels->softmax(scores + t * padded(T), T, 1.0f / sqrtf((float)d));
-    product_rows(scores, padded(T), NULL, T, &values, 0, values.panels, &to_out, buffer);
+    for (size_t first = 0; first < T; first += rows_at_once(d)) {
+        size_t rows = T - first < rows_at_once(d) ? T - first : rows_at_once(d);
+        product_rows(q + first * stride, stride, NULL, rows, &keys, 0, keys.panels, &to_scores,
+                     buffer);
+        for (size_t t = 0; t < rows; t++)
+            kernels->softmax(scores + t * padded(T), T, 1.0f / sqrtf((float)d));
+        product_rows(scores, padded(T), NULL, rows, &values, 0, values.panels, &to_out, buffer);
+        to_out.c += rows * to_out.c_stride;
+    }
     return SC_OK;
 }
 
@@ -3067,13 +3086,21 @@ static int taps_at(const sc_tap *tap, size_t layer, sc_hook hook) {
     return tap->layer == layer && tap->hook == hook;
 }
 
-/* Gives an output to whoever taps it. output: [M, D] at stride */
-static void tap_output(const forward_pass *pass, size_t layer, sc_hook hook, const float *output,
-                       size_t stride) {
-    for (const sc_tap *tap = pass->taps; tap < pass->taps + pass->count; tap++)
-        for (size_t row = 0; taps_at(tap, layer, hook) && row < pass->rows; row++)
-            memcpy(tap->out + row * tap->stride, output + row * stride,
-                   pass->model->width * sizeof *output);
+/* Gives an output to whoever taps it, and takes back what is to stand in its place.
+ * output: [M, D] at stride */
+static int tap_output(const forward_pass *pass, size_t layer, sc_hook hook, float *output,
+                      size_t stride) {
+    size_t bytes = pass->model->width * sizeof *output;
+    for (const sc_tap *tap = pass->taps; tap < pass->taps + pass->count; tap++) {
+        if (!taps_at(tap, layer, hook)) continue;
+        for (size_t row = 0; row < pass->rows; row++)
+            memcpy(tap->out + row * tap->stride, output + row * stride, bytes);
+        if (!tap->replace) continue;
+        SC_TRY(tap->replace(tap->context, tap->out, pass->rows));
+        for (size_t row = 0; row < pass->rows; row++)
+            memcpy(output + row * stride, tap->out + row * tap->stride, bytes);
+    }
+    return SC_OK;
 }
 
 /* x += a W + bias, by way of normed or wide, whichever is not a, if somebody taps it. */
@@ -3088,7 +3115,7 @@ static int add_layer(forward_pass *pass, const float *a, const sc_layer *layer, 
                        .bias = layer->bias, .residual = tapped ? NULL : pass->x,
                        .residual_stride = D };
     SC_TRY(multiply(a, pass->rows, a_stride, &layer->matrix, to));
-    tap_output(pass, number, hook, output, stride);
+    SC_TRY(tap_output(pass, number, hook, output, stride));
     for (size_t i = 0; tapped && i < pass->rows; i++)
         for (size_t d = 0; d < D; d++)
             pass->x[i * D + d] = output[i * stride + d] + pass->x[i * D + d] + 0.0f;
@@ -3110,8 +3137,7 @@ static int forward_block(forward_pass *pass, size_t number) {
     SC_TRY(norm_rows(pass, &block[NORM2]));
     SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[FC1].matrix, wide));
     SC_TRY(add_layer(pass, pass->wide, &block[FC2], number, SC_MLP));
-    tap_output(pass, number, SC_RESID, pass->x, model->width);
-    return SC_OK;
+    return tap_output(pass, number, SC_RESID, pass->x, model->width);
 }
 
 /* head(norm(class token)); with class prompts, the cosine with each. out: [B, outputs] or
@@ -3146,7 +3172,7 @@ static int new_forward_pass(forward_pass *pass, const sc_model *model) {
     pass->wide_stride = padded(widest > pixels ? widest : pixels);
     pass->normed_stride = padded(D);
     pass->head_scratch_size = padded(panels_of(T) * columns * d + panels_of(d) * columns * T
-                                     + T * padded(T) + row_buffer_size(longest));
+                                     + rows_at_once(d) * padded(T) + row_buffer_size(longest));
     const array_spec arrays[] = {
         ARRAY(pass->x, pass->rows, D), ARRAY(pass->normed, pass->rows, pass->normed_stride),
         ARRAY(pass->wide, pass->rows, pass->wide_stride),
@@ -4690,10 +4716,11 @@ static int log_failed(const training_run *run) {
     return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
 }
 
+static const char log_header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
+                                 "dead,seconds\n";
+
 /* Opens the log; of a resumed run, cut back to the step it goes on from. */
 static int open_log(training_run *run) {
-    static const char header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
-                                 "dead,seconds\n";
     const char *path = run->o->log;
     struct stat about;
     off_t end = 0;
@@ -4707,7 +4734,7 @@ static int open_log(training_run *run) {
         end = ftello(run->log);
     if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0))
         return log_failed(run);
-    if (end > 0 || (fputs(header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
+    if (end > 0 || (fputs(log_header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
     return log_failed(run);
 }
 
@@ -5058,6 +5085,8 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
                                       LOWEST_OCTAVE + i / BINS_AN_OCTAVE));
     memcpy(edges + used, "]", 2);
     SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
+    if (s->data->set.class_name)
+        SC_TRY(write_name_list(w, "class_names", s->data->set.class_name, s->data->set.classes));
     return s->threshold < 0 ? SC_OK : put_metadata(w, "threshold", "%.17g", s->threshold);
 }
 
@@ -5167,7 +5196,7 @@ static int next_encoded(session *s, size_t total) {
     size_t bad;
     SC_TRY(next_batch(f, MEASURE_IMAGES));
     show_progress("image", f->used, total, f->used, "");
-    for (size_t i = 0; i < s->saes && f->count > 0; i++) {
+    for (size_t i = 0; i < s->saes && f->count > 0 && !f->tap[s->tap[i]].replace; i++) {
         SC_TRY(run_sae(&s->batch[i], f->tap[s->tap[i]].out, f->count * f->T));
         if (check_tokens(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
     }
@@ -5195,9 +5224,11 @@ static int measure(session *s, int reconstruct) {
 }
 
 static int command_stats(session *s) {
+    const sc_images *set = &s->data.set;
     SC_TRY(try_output(s->o->output));
     SC_TRY(measure(s, 0));
-    return save_tensors(s->o->output, 16384, write_statistics, &s->stats[0]);
+    return save_tensors(s->o->output, 16384 + names_room(set->class_name, set->classes, 8),
+                        write_statistics, &s->stats[0]);
 }
 
 /* --- Tables --- */
@@ -5211,8 +5242,9 @@ static const char *cell_text(int markdown, const table_cell *cells, size_t colum
                              size_t column) {
     const table_cell *c = &cells[(row ? row - 1 : 0) * columns + column];
     char *out = text_room(), *to = out;
+    int whole = c->number == floor(c->number) && fabs(c->number) < 1e9;
     if (row == 0 || (c->text && !markdown)) return row ? shown(c->text) : c->title;
-    if (!c->text) snprintf(out, TEXT_ROOM, "%.4g", c->number);
+    if (!c->text) snprintf(out, TEXT_ROOM, whole ? "%.0f" : "%.4g", c->number);
     if (!c->text) return out;
     for (const char *text = shown(c->text); *text && to - out < TEXT_ROOM - 2; *to++ = *text++)
         if (strchr("\\|<&`[*", *text)) *to++ = '\\';
@@ -5356,13 +5388,6 @@ static int write_labels(sc_writer *w, const session *s) {
     return write_name_list(w, "class_names", s->data.set.class_name, s->data.set.classes);
 }
 
-/* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
-static size_t names_room(char **name, size_t count, size_t more) {
-    size_t room = 0;
-    for (size_t i = 0; name && i < count; i++) room += 6 * strlen(name[i]) + more;
-    return room;
-}
-
 /* --- extract --- */
 
 static int write_activations(sc_writer *w, void *context) {
@@ -5430,7 +5455,7 @@ static int command_pack(session *s) {
     SC_TRY(open_photos(f, o, (size_t)(o->square ? o->square : o->size)));
     size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
     for (size_t i = 0; f->set.image && i < f->set.count; i++)
-        room += 6 * strlen(f->set.image[i].name) + 4;
+        room += 7 * strlen(f->set.image[i].name) + 4;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     return save_tensors(o->output, room, write_pictures, s);
 }
@@ -5535,17 +5560,34 @@ static int command_encode(session *s) {
 
 /* --- zeroshot --- */
 
+/* The SAE in the loop: x' takes x's place. x: [tokens, stride] */
+static int replace_by_output(void *context, float *x, size_t tokens) {
+    session *s = context;
+    size_t bad;
+    SC_TRY(run_sae(&s->batch[0], x, tokens));
+    if (check_tokens(&s->batch[0], &bad) != SC_OK) return blame_token(&s->data, bad);
+    memcpy(x, s->batch[0].output, tokens * s->sae[0].stride * sizeof *x);
+    return SC_OK;
+}
+
+static int start_zeroshot(session *s) {
+    const sc_model *model = &s->data.model;
+    SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
+    if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
+        return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
+                    model->file.path);
+    if (s->saes) s->data.tap[0].replace = replace_by_output;
+    s->data.tap[0].context = s;
+    return start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 1);
+}
+
 /* An image counts where its label is among the best 1 or 5 classes; ties go to the lower one. */
 static int command_zeroshot(session *s) {
     size_t top1 = 0, top5 = 0;
     const sc_model *model = &s->data.model;
     feed *f = &s->data;
     int status;
-    SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
-    if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
-        return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
-                    model->file.path);
-    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 1));
+    SC_TRY(start_zeroshot(s));
     while ((status = next_encoded(s, f->set.count)) == SC_OK)
         for (size_t i = 0; i < f->count; i++) {
             const float *logit = f->logits + i * model->classes;
@@ -5579,10 +5621,17 @@ static int command_zeroshot(session *s) {
 
 enum { MOST_LATENTS = 1024, SHEET_GAP = 2, SILENT = 30 };
 
+/* Tensors of the statistics, a row a latent. */
+enum {
+    TOP_IMAGES, TOP_VALUES, TOP_LABELS, TOP_PATCHES, FREQUENCY, IMAGE_MEAN, ENTROPY, LOOKED_AT
+};
+
 typedef struct {
     session *s;
     sc_safetensors stats;
-    const sc_tensor *top[2];         /* of the statistics: latents' top images, top patches */
+    const sc_tensor *of[LOOKED_AT];
+    top_entry *entry;                /* [K], a latent's top images as the statistics have them */
+    int any_data;                    /* the statistics need not be of the data at hand */
     uint64_t first_patch;            /* of the statistics' tokens */
     enum { NO_MASK, VALUE_MASK, TOP_MASK } kind;
     size_t latent[MOST_LATENTS], latents;        /* asked for */
@@ -5611,27 +5660,31 @@ static int parse_latents(viewer *v, const char *text) {
     }
 }
 
-/* Statistics tell of one data set and one SAE; each latent has a row of images, one of patches. */
+/* Statistics tell of one data set and one SAE. */
 static int open_statistics(viewer *v, const char *path) {
-    static const char *const names[] = { "max_activating_image_indices",
-                                         "max_activating_patch_indices" };
+    static const struct { const char *name; int rank; } tensors[LOOKED_AT] = {
+        { "max_activating_image_indices", 2 }, { "max_activating_image_values", 2 },
+        { "max_activating_image_label_indices", 2 }, { "max_activating_patch_indices", 3 },
+        { "sae_sparsity", 1 }, { "sae_mean_acts", 1 }, { "top_entropy", 1 } };
     size_t n = v->s->sae[0].d_sae;
     SC_TRY(sc_safetensors_open(&v->stats, path));
     const char *data = sc_metadata_find(&v->stats, "data_digest");
     const char *sae = sc_metadata_find(&v->stats, "sae_digest");
     const char *first_patch = sc_metadata_find(&v->stats, "first_patch");
     if (!data || !sae) return fail("%s: these are no statistics: a digest is missing", path);
-    if (strtoull(data, NULL, 16) != v->s->data.set.digest)
+    if (!v->any_data && strtoull(data, NULL, 16) != v->s->data.set.digest)
         return fail("%s: statistics of other data", path);
     if (strtoull(sae, NULL, 16) != sae_digest(&v->s->sae[0]))
         return fail("%s: statistics of another SAE", path);
     v->first_patch = first_patch ? strtoull(first_patch, NULL, 10) : 1;
-    for (size_t i = 0; i < 2; i++) {
-        const sc_tensor *t = v->top[i] = sc_tensor_find(&v->stats, names[i]);
-        if (!t || t->rank < 2 || t->shape[1] == 0 || t->count / (i + 1) / t->shape[1] != n)
-            return fail("%s: a tensor %s [%zu, ...] was expected", path, names[i], n);
+    for (size_t i = 0; i < LOOKED_AT; i++) {
+        const sc_tensor *t = v->of[i] = sc_tensor_find(&v->stats, tensors[i].name);
+        if (!t || t->rank != tensors[i].rank || t->count == 0 || t->shape[0] != n ||
+            (t->rank == 3 && t->shape[2] != 2) || (t->rank == 2 && t->count != v->of[0]->count))
+            return fail("%s: a tensor %s [%zu%s] was expected", path, tensors[i].name, n,
+                        tensors[i].rank == 1 ? "" : tensors[i].rank == 2 ? ", K" : ", P, 2");
     }
-    return SC_OK;
+    return allocate(&v->s->memory, &v->entry, v->of[0]->shape[1], sizeof *v->entry);
 }
 
 /* The folder, the data and, where asked for, the statistics to look at them with. */
@@ -5640,7 +5693,7 @@ static int open_viewer(viewer *v, int with_stats) {
     const options *o = s->o;
     feed *f = &s->data;
     SC_TRY(open_session(s));
-    SC_TRY(parse_latents(v, o->latents));
+    if (o->latents) SC_TRY(parse_latents(v, o->latents));
     if (f->grid == 0 || f->T == 1) return fail("tokens were expected that are a square of patches");
     if (with_stats) SC_TRY(open_statistics(v, o->stats));
     if (v->kind != VALUE_MASK) s->saes = 0;      /* spares the SAE, and the forward pass */
@@ -5652,8 +5705,8 @@ static int open_viewer(viewer *v, int with_stats) {
         ARRAY(v->mask, MEASURE_IMAGES, v->patches), ARRAY(v->picture, side * side, 3),
         ARRAY(v->sum, v->latents, v->patches) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
-    v->made = mkdir(o->output, 0777) == 0;
-    if (v->made || errno == EEXIST) return SC_OK;
+    v->made = o->output && mkdir(o->output, 0777) == 0;
+    if (v->made || !o->output || errno == EEXIST) return SC_OK;
     return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
 }
 
@@ -5668,7 +5721,7 @@ static int listed_draw(void *context, size_t draw, size_t *image) {
 static int find_masks(viewer *v, size_t j) {
     const feed *f = &v->s->data;
     const sae_batch *b = &v->s->batch[0];
-    size_t P = v->kind == TOP_MASK ? v->top[1]->shape[1] : 0;
+    size_t P = v->kind == TOP_MASK ? v->of[TOP_PATCHES]->shape[1] : 0;
     memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
     for (size_t i = 0; i < b->tiles; i++)
         for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);) {
@@ -5678,7 +5731,7 @@ static int find_masks(viewer *v, size_t j) {
         }
     for (size_t p = 0; p < P; p++) {
         int64_t at[2];                           /* image and token, -1 where there is none */
-        SC_TRY(sc_tensor_integers(&v->stats, v->top[1], (j * P + p) * 2, 2, at));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_PATCHES], (j * P + p) * 2, 2, at));
         uint64_t patch = (uint64_t)at[1] - v->first_patch;
         for (size_t i = 0; i < f->count && patch < v->patches; i++)
             if (f->image[i] == (uint64_t)at[0]) v->mask[i * v->patches + patch] = 1;
@@ -5789,11 +5842,11 @@ static int finish_sheet(viewer *v, size_t j, size_t images) {
 
 /* The images to look at are each latent's top images, as the statistics have them, in turn. */
 static int list_images(viewer *v, size_t *count) {
-    size_t K = v->top[0]->shape[1];
+    size_t K = v->of[TOP_IMAGES]->shape[1];
     SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
     for (size_t l = 0; l < v->latents; l++, v->images += count[l - 1]) {
         int64_t *image = v->image + v->images;
-        SC_TRY(sc_tensor_integers(&v->stats, v->top[0], v->latent[l] * K, K, image));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], v->latent[l] * K, K, image));
         for (; count[l] < K && image[count[l]] >= 0; count[l]++)
             if (image[count[l]] >= (int64_t)v->s->data.set.count)
                 return fail("%s: there is no image %lld", v->stats.path,
@@ -5811,7 +5864,7 @@ static int show_sheets(viewer *v) {
         return usage("top picks images: a stream has no choice of them");
     SC_TRY(open_viewer(v, 1));
     SC_TRY(list_images(v, count));
-    size_t K = v->top[0]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
+    size_t K = v->of[TOP_IMAGES]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
     while (columns * columns < K) columns++;
     v->width = columns * step - SHEET_GAP;
     v->height = (K - 1) / columns * step + S;
@@ -5832,6 +5885,125 @@ static int show_sheets(viewer *v) {
     return SC_OK;
 }
 
+/* --- explain --- */
+
+enum { EXPLAINED = 16, EXPLAIN_COLUMNS = 5, CLASSES_SHOWN = 3 };
+
+/* v->entry of latent j. */
+static int read_top(viewer *v, size_t j) {
+    size_t K = v->of[TOP_IMAGES]->shape[1];
+    for (size_t k = 0; k < K; k++) {
+        top_entry *e = &v->entry[k];
+        SC_TRY(sc_tensor_floats(&v->stats, v->of[TOP_VALUES], j * K + k, 1, &e->value));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], j * K + k, 1, &e->image));
+        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_LABELS], j * K + k, 1, &e->other));
+    }
+    return SC_OK;
+}
+
+/* The classes (other) with the largest shares (value) of the activation of v->entry, in descending
+ * order; how many. largest: [room] */
+static size_t top_classes(const viewer *v, top_entry *largest, size_t room) {
+    size_t K = v->of[TOP_IMAGES]->shape[1], active = 0, found = 0;
+    double total = 0;
+    while (active < K && v->entry[active].value > 0) total += v->entry[active++].value;
+    for (size_t i = 0; i < room; i++) largest[i] = nothing;
+    for (size_t i = 0; i < active; i++) {
+        double share = 0;
+        size_t first = 0;
+        while (v->entry[first].other != v->entry[i].other) first++;
+        for (size_t k = i; k < active && first == i; k++)
+            share += v->entry[k].other == v->entry[i].other ? v->entry[k].value : 0;
+        top_entry class = { (float)(share / total), 0, v->entry[i].other };
+        if (class.other >= 0) keep_largest(largest, room, class);
+    }
+    while (found < room && largest[found].value > 0) found++;
+    return found;
+}
+
+/* f_j of one token of the batch's only image, or its mean over all tokens (token SIZE_MAX). */
+static float activation_of(const viewer *v, size_t j, size_t token) {
+    const sae_batch *b = &v->s->batch[0];
+    double sum = 0;
+    for (size_t i = 0; i < b->tiles; i++)
+        for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);)
+            if (token == SIZE_MAX || b->tile[i].first + w.token == token) sum += w.value;
+    return (float)(token == SIZE_MAX ? sum / (double)v->s->data.T : sum);
+}
+
+/* A latent's row: row [EXPLAIN_COLUMNS], text [TEXT_ROOM] for its classes. */
+static int explain_latent(viewer *v, top_entry latent, table_cell *row, char *text) {
+    size_t j = (size_t)latent.image, used = 0;
+    const sc_images *set = &v->s->data.set;
+    float frequency, entropy;
+    top_entry class[CLASSES_SHOWN];
+    SC_TRY(sc_tensor_floats(&v->stats, v->of[FREQUENCY], j, 1, &frequency));
+    SC_TRY(sc_tensor_floats(&v->stats, v->of[ENTROPY], j, 1, &entropy));
+    SC_TRY(read_top(v, j));
+    strcpy(text, "");
+    for (size_t i = 0, found = top_classes(v, class, CLASSES_SHOWN); i < found; i++) {
+        size_t c = (size_t)class[i].other;
+        char number[32], name[100];
+        snprintf(number, sizeof number, "class %zu", c);
+        used += (size_t)snprintf(text + used, TEXT_ROOM - used, "%s%s %.0f %%", i ? ", " : "",
+                                 c < set->classes && set->class_name ?
+                                 printable(set->class_name[c], name, sizeof name) : number,
+                                 100 * (double)class[i].value);
+    }
+    const table_cell cells[EXPLAIN_COLUMNS] = {
+        { "latent", "latent", NULL, (double)j }, { "activation", "activation", NULL, latent.value },
+        { "frequency", "frequency", NULL, frequency }, { "entropy", "entropy", NULL, entropy },
+        { "classes", "classes of its top images", text, 0 } };
+    memcpy(row, cells, sizeof cells);
+    return SC_OK;
+}
+
+/* The statistics' class names, not those of wherever the image lies. */
+static int name_classes(viewer *v) {
+    sc_images *set = &v->s->data.set;
+    const char *names = sc_metadata_find(&v->stats, "class_names");
+    free(set->class_name);
+    set->class_name = NULL;
+    return names ? json_string_array(names, v->stats.path, &set->class_name, &set->classes) : SC_OK;
+}
+
+/* The latents that are strongest on an image, or on its patch R,C. */
+static int explain(viewer *v) {
+    const options *o = v->s->o;
+    const feed *f = &v->s->data;
+    top_entry strongest[EXPLAINED];
+    table_cell cells[EXPLAINED][EXPLAIN_COLUMNS];
+    char classes[EXPLAINED][TEXT_ROOM], more;
+    size_t r = 0, c = 0, rows = 0;
+    v->kind = VALUE_MASK;
+    v->any_data = 1;
+    SC_TRY(open_viewer(v, 1));
+    if (o->patch && (sscanf(o->patch, "%9zu,%9zu%c", &r, &c, &more) != 2 || r >= f->grid ||
+                     c >= f->grid))
+        return usage("--patch: '%s' is not R,C, a row and a column from 0,0 to %zu,%zu", o->patch,
+                     f->grid - 1, f->grid - 1);
+    SC_TRY(start_feed(&v->s->data, MEASURE_IMAGES, NULL, NULL, 0));
+    SC_TRY(next_encoded(v->s, 1));
+    if (f->count != 1) return fail("%s: one image was expected, here are more", o->operand[0]);
+    for (size_t i = 0; i < EXPLAINED; i++) strongest[i] = nothing;
+    for (size_t j = 0; j < v->s->sae[0].d_sae; j++) {
+        float frequency, a = activation_of(v, j, o->patch ? f->first_patch + r * f->grid + c
+                                                          : SIZE_MAX);
+        SC_TRY(sc_tensor_floats(&v->stats, v->of[FREQUENCY], j, 1, &frequency));
+        if ((double)frequency <= o->max_frequency)
+            keep_largest(strongest, EXPLAINED, (top_entry){ a, (int64_t)j, 0 });
+    }
+    SC_TRY(name_classes(v));
+    for (; rows < EXPLAINED && strongest[rows].value > 0; rows++) {
+        size_t j = (size_t)strongest[rows].image;
+        SC_TRY(explain_latent(v, strongest[rows], cells[rows], classes[rows]));
+        if (o->output) SC_TRY(find_masks(v, j));
+        if (o->output) SC_TRY(show_mask(v, j, 0));
+    }
+    if (rows == 0) note("no latent fires there");
+    return rows > 0 ? print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows) : SC_OK;
+}
+
 static int look(session *s, int (*show)(viewer *v)) {
     const char *mask = s->o->mask;
     viewer v = { .s = s, .kind = !mask ? NO_MASK : strcmp(mask, "top") ? VALUE_MASK : TOP_MASK };
@@ -5843,14 +6015,853 @@ static int look(session *s, int (*show)(viewer *v)) {
 
 static int command_top(session *s) { return look(s, show_sheets); }
 static int command_mask(session *s) { return look(s, show_masks); }
+static int command_explain(session *s) { return look(s, explain); }
 
 /* ============================================================================================
  * 13. Figures
+ *
+ * `plot` draws the report's figures as SVG (w3.org/TR/SVG11) from files that other commands wrote.
+ * A kind of figure is a row of a table: how a file becomes rows of numbers, how the rows of all
+ * files are drawn. Places come from IEEE operations and our own logarithm, so the same files give
+ * the same bytes everywhere. Paper and ink follow the reader's light or dark.
  * ============================================================================================ */
+
+enum {
+    LINE_POINTS = 1000,                          /* of a line, at most */
+    PANEL = 330, CELL = 5, CELLS = PANEL / CELL, /* of latents, in pixels: cells of points */
+    BAR_ROOM = 54,                               /* for the bars beside them */
+    MASK_SIDE = 200, MASK_CELLS = 64, MASKS_A_ROW = 4
+};
+
+/* What a file holds, and what the figure says of it. row: [rows], of a kind's columns */
+typedef struct {
+    const char *path;
+    sc_safetensors file;             /* statistics, once looked into */
+    double (*row)[4];
+    size_t rows, capacity;
+    char words[160];
+} plot_series;
+
+typedef struct {
+    const struct plot_kind *kind;
+    plot_series series[MAX_OPERANDS];
+    size_t count;
+    FILE *out;
+} plot;
+
+/* Of lines also the panels' axes: column 0 of the rows along x, the others up. */
+struct plot_kind {
+    const char *name;
+    int (*read)(plot_series *s);
+    void (*draw)(plot *p);
+    const char *x, *y[3];
+    int x_scale, y_scale;
+};
+
+static int add_row(plot_series *s, double a, double b, double c, double d) {
+    SC_TRY(grow(&s->row, &s->capacity, s->rows, sizeof *s->row));
+    memcpy(s->row[s->rows++], (double[]){ a, b, c, d }, sizeof *s->row);
+    return SC_OK;
+}
+
+/* --- Reading --- */
+
+/* Columns: step, loss, mse, l0. */
+static int read_log(plot_series *s) {
+    char line[512];
+    double v[4] = { 0 };
+    FILE *file = fopen(s->path, "r");
+    if (!file) return fail("%s: cannot be opened: %s", s->path, strerror(errno));
+    int status = fgets(line, sizeof line, file) && strcmp(line, log_header) == 0 ? SC_OK
+               : fail("%s: no training log: its first line should be %.*s", s->path,
+                      (int)sizeof log_header - 2, log_header);
+    for (size_t number = 2; status == SC_OK && fgets(line, sizeof line, file); number++) {
+        int end = 0;
+        sscanf(line, "%lf,%*f,%*f,%*f,%lf,%lf,%*f,%*f,%lf,%*f,%*f,%*f%n", &v[0], &v[1], &v[2],
+               &v[3], &end);
+        for (int c = 0; c < 4 && end > 0; c++) end = fabs(v[c]) <= 1e30 ? end : 0;
+        if (end > 0 && line[end] == '\n') status = add_row(s, v[0], v[1], v[2], v[3]);
+        else status = fail("%s: line %zu: expected 12 finite numbers", s->path, number);
+    }
+    if (status == SC_OK && (ferror(file) || s->rows == 0))
+        status = fail("%s: %s", s->path, ferror(file) ? "cannot be read" : "a log without a step");
+    fclose(file);
+    snprintf(s->words, sizeof s->words, "%zu steps, MSE %.4g and L0 %.4g at the end", s->rows, v[2],
+             v[3]);
+    return status;
+}
+
+/* A tensor of statistics, each of its numbers from least to most, as a column. */
+static int read_column(plot_series *s, size_t column, const char *name, double least,
+                       double most) {
+    if (!s->file.path) SC_TRY(sc_safetensors_open(&s->file, s->path));
+    const sc_tensor *t = sc_tensor_find(&s->file, name);
+    if (!t || t->rank != 1 || t->count == 0 || (s->rows > 0 && t->count != s->rows))
+        return fail("%s: no statistics: a list %s was expected, as long as others", s->path, name);
+    for (size_t i = 0; i < t->count; i++) {
+        float real = 0;
+        int64_t whole = 0;
+        SC_TRY(t->dtype < SC_I64 ? sc_tensor_floats(&s->file, t, i, 1, &real)
+                                 : sc_tensor_integers(&s->file, t, i, 1, &whole));
+        double value = t->dtype < SC_I64 ? (double)real : (double)whole;
+        if (!(value >= least && value <= most))
+            return fail("%s: element %zu of %s is %g, expected %g to %g", s->path, i, name, value,
+                        least, most);
+        if (i == s->rows) SC_TRY(add_row(s, 0, 0, 0, 0));
+        s->row[i][column] = value;
+    }
+    return SC_OK;
+}
+
+/* Columns: frequency, mean activation, entropy, of the latents that fire. */
+static int read_latents(plot_series *s) {
+    size_t fire = 0, latents;
+    SC_TRY(read_column(s, 0, "sae_sparsity", 0, 1));
+    SC_TRY(read_column(s, 1, "sae_mean_acts", 0, FLT_MAX));
+    SC_TRY(read_column(s, 2, "top_entropy", -1, 100));
+    for (latents = 0; latents < s->rows; latents++)
+        if (s->row[latents][0] > 0 && s->row[latents][1] > 0)
+            memmove(s->row[fire++], s->row[latents], sizeof *s->row);
+    s->rows = fire;
+    snprintf(s->words, sizeof s->words, "%zu latents, of which %zu never fire", latents,
+             latents - fire);
+    return SC_OK;
+}
+
+/* Columns: a bin's middle, its share. */
+static int read_histogram(plot_series *s) {
+    double total = 0, left = 0, right = 0;
+    size_t first = 0;
+    char *end = NULL;
+    SC_TRY(read_column(s, 1, "activation_histogram", 0, 1e18));
+    const char *text = sc_metadata_find(&s->file, "histogram_edges");
+    for (size_t i = 0; i <= s->rows; i++, left = right, text = end) {
+        right = text && *text ? strtod(text + 1, &end) : 0;
+        if (!(right > left && right < 1e30) || *end != (i < s->rows ? ',' : ']'))
+            return fail("%s: no statistics: metadata histogram_edges, ascending, were expected",
+                        s->path);
+        if (i > 0) s->row[i - 1][0] = sqrt(left * right);
+        if (i > 0) total += s->row[i - 1][1];
+    }
+    snprintf(s->words, sizeof s->words, "%.0f active values", total);
+    while (s->rows > 0 && s->row[s->rows - 1][1] == 0) s->rows--;
+    while (first < s->rows && s->row[first][1] == 0) first++;
+    if (s->rows > 0) memmove(s->row, s->row + first, (s->rows -= first) * sizeof *s->row);
+    for (size_t r = 0; r < s->rows; r++) s->row[r][1] *= 100 / total;
+    return SC_OK;
+}
+
+/* The larger second column first. */
+static int by_images(const void *a, const void *b) {
+    const double *left = a, *right = b;
+    return (left[1] < right[1]) - (left[1] > right[1]);
+}
+
+/* Columns: rank, images on which the latent fires. */
+static int read_counts(plot_series *s) {
+    size_t all = 0, few = 0, none = 0;
+    SC_TRY(read_column(s, 1, "image_count", 0, 1e15));
+    const char *text = sc_metadata_find(&s->file, "images");
+    double images = text ? strtod(text, NULL) : 0;
+    qsort(s->row, s->rows, sizeof *s->row, by_images);
+    if (!(images >= 1 && images <= 1e15 && s->row[0][1] <= images))
+        return fail("%s: no statistics: metadata images was expected, %.0f or more", s->path,
+                    fmax(1, s->row[0][1]));
+    for (size_t r = 0; r < s->rows; r++) {
+        double count = s->row[r][1];
+        s->row[r][0] = (double)(r + 1);
+        all += count == images;
+        few += count == 1 || count == 2;
+        none += count == 0;
+    }
+    snprintf(s->words, sizeof s->words, "%zu latents: %zu on all %.0f images, %zu on 1 or 2, "
+             "%zu on none", s->rows, all, images, few, none);
+    return SC_OK;
+}
+
+/* Column 2: the patches' values. */
+static int read_mask(plot_series *s) {
+    image_source source;
+    picture mask = { 0, 0, 0, NULL };
+    if (open_image(s->path, &source) != SC_OK) return SC_FAILED;
+    int status = strchr("25", source.format->magic[1]) ? pnm_read(&source, &mask) : SC_OK;
+    if (status == SC_OK && (mask.width != mask.height || mask.width - 1 >= MASK_CELLS))
+        status = fail("%s: no mask: a square PGM of at most %d x %d was expected", s->path,
+                      MASK_CELLS, MASK_CELLS);
+    for (size_t i = 0; status == SC_OK && i < mask.width * mask.width; i++)
+        status = add_row(s, 0, 0, mask.rgb[3 * i] / 255.0, 0);
+    close(source.fd);
+    free(source.rgb);
+    snprintf(s->words, sizeof s->words, "%zu x %zu patches", mask.width, mask.width);
+    return status == SC_OK ? SC_OK : SC_FAILED;
+}
+
+/* --- SVG --- */
+
+static void start_plot(plot *p, double width, size_t height) {
+    fprintf(p->out, "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" viewBox=\"0 0 %.0f "
+            "%zu\" width=\"%.0f\" height=\"%zu\">\n<title>saeclip: %s</title>\n<style>\n"
+            ".plot{font:12px system-ui,sans-serif}.plot text{fill:#222}.paper{fill:#fff}\n"
+            ".grid{fill:none;stroke:#ddd}.bar{fill:#8b95a1}.line{fill:none;stroke-width:1.5;"
+            "stroke-linejoin:round;stroke-linecap:round}.plot circle{stroke:#999;stroke-width:.4}\n"
+            "@media(prefers-color-scheme:dark){.plot text{fill:#ddd}.paper{fill:#16181c}"
+            ".grid{stroke:#3b3f46}}\n</style>\n<rect class=\"paper\" width=\"100%%\" "
+            "height=\"100%%\"/>\n", width, height, width, height, p->kind->name);
+}
+
+/* Text and nothing else, whatever names hold: printable() shows what XML cannot have, but U+FFFE
+ * and U+FFFF. style: attributes */
+SC_PRINTF(5, 6) static void draw_text(plot *p, double x, double y, const char *style,
+                                      const char *format, ...) {
+    char line[TEXT_ROOM];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    fprintf(p->out, "<text x=\"%.1f\" y=\"%.1f\"%s>", x, y, style);
+    for (const char *c = shown(line); *c; c++)
+        if (strncmp(c, "\xef\xbf", 2) == 0 && (unsigned char)c[2] > 0xbd) c += 2;
+        else if (strchr("&<>\"'", *c)) fprintf(p->out, "&#%d;", *c);
+        else putc(*c, p->out);
+    fputs("</text>\n", p->out);
+}
+
+static void draw_rect(plot *p, double x, double y, double width, double height, const char *style) {
+    fprintf(p->out, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" %s/>\n", x, y,
+            width, height, style);
+}
+
+/* The end of a name, which tells files apart. */
+static const char *name_end(const char *name, size_t most) {
+    size_t length = strlen(name);
+    name += length > most ? length - most : 0;
+    while ((*name & 0xc0) == 0x80) name++;       /* within a letter */
+    return name;
+}
+
+/* viridis (Smith and van der Walt, 2015), interpolated. t: 0 .. 1; below 0: grey */
+static const char *fill_colour(double t) {
+    static const unsigned char map[][3] = {
+        { 68, 1, 84 }, { 71, 44, 122 }, { 59, 81, 139 }, { 44, 113, 142 }, { 33, 144, 141 },
+        { 39, 173, 129 }, { 92, 200, 99 }, { 170, 220, 50 }, { 253, 231, 37 } };
+    int at = t < 1 ? (int)(8 * t) : 7, rgb[3] = { 136, 136, 136 };
+    for (int c = 0; c < 3 && t >= 0; c++)
+        rgb[c] = (int)(map[at][c] + (8 * t - at) * (map[at + 1][c] - map[at][c]) + 0.5);
+    char *out = text_room();
+    sprintf(out, "fill=\"#%02x%02x%02x\"", rgb[0], rgb[1], rgb[2]);
+    return out;
+}
+
+/* --- Axes --- */
+
+/* AUTO_SCALE: logarithmic where values span a factor of 30; ZERO_SCALE: linear from 0. In this and
+ * in LOG_SCALE what is not above 0 has no say. */
+enum { LINEAR_SCALE, AUTO_SCALE, ZERO_SCALE, LOG_SCALE };
+
+/* low and high, numbers or their log10, lie at the pixels from and to; ticks `step` apart. */
+typedef struct { int is_log; double low, high, from, to, step; } plot_axis;
+
+/* factor 10^exponent, as near as a double comes */
+static double decimal(int factor, int exponent) {
+    char text[24];
+    snprintf(text, sizeof text, "%de%d", factor, exponent);
+    return strtod(text, NULL);
+}
+
+static double on_axis(const plot_axis *a, double value) {
+    return a->is_log ? log64(value) * 0.43429448190325183 : value;
+}
+
+static double axis_place(const plot_axis *a, double value) {
+    return a->from + (a->to - a->from) * (on_axis(a, value) - a->low) / (a->high - a->low);
+}
+
+/* An axis with room for a column of all series. */
+static plot_axis fit_axis(const plot *p, int scale, size_t column, double from, double to) {
+    plot_axis a = { .from = from, .to = to };
+    double low = (double)INFINITY, high = -low;
+    for (const plot_series *s = p->series; s < p->series + p->count; s++)
+        for (size_t r = 0; r < s->rows; r++) {
+            double value = s->row[r][column];
+            if (scale >= ZERO_SCALE && !(value > 0)) continue;
+            low = fmin(low, value);
+            high = fmax(high, value);
+        }
+    if (low > high) low = high = 1;              /* there are no values */
+    if (scale == ZERO_SCALE) low = 0;
+    a.is_log = scale == LOG_SCALE || (scale == AUTO_SCALE && low > 0 && high / low >= 30);
+    a.low = on_axis(&a, low);
+    a.high = on_axis(&a, high);
+    double span = a.high - a.low, more = scale == ZERO_SCALE ? 0 : 0.03 * span;
+    if (a.is_log) more = fmax((2 - span) / 2, more);         /* two powers of ten, at least */
+    else if (!(span > 1e-7 * fabs(high))) more = high == 0 ? 1 : fabs(high) / 2;
+    a.low -= more;
+    a.high += more;
+    for (int i = a.is_log ? 900 : 0; a.step == 0 || (a.high - a.low) / a.step > 8; i++)
+        a.step = decimal(i % 3 == 0 ? 1 : i % 3 == 1 ? 2 : 5, i / 3 - 300);
+    return a;
+}
+
+/* Grid lines, numbers and label: upright, left of a panel from x `at` to `across`, or below one
+ * from y `at` up to `across`. */
+static void draw_axis(plot *p, const plot_axis *a, int upright, double at, double across,
+                      const char *label) {
+    static const char centre[] = " text-anchor=\"middle\"", end[] = " text-anchor=\"end\"";
+    static const char turned[] = " text-anchor=\"middle\" transform=\"rotate(-90)\"";
+    double middle = (a->from + a->to) / 2;
+    for (double k = ceil(a->low / a->step); k <= floor(a->high / a->step); k++) {
+        double value = a->is_log ? decimal(1, (int)(k * a->step)) : k * a->step + 0.0;
+        double v = axis_place(a, value);
+        fprintf(p->out, "<path class=\"grid\" d=\"M%.1f %.1f%c%.1f\"/>\n", upright ? at : v,
+                upright ? v : at, upright ? 'H' : 'V', across);
+        if (upright) draw_text(p, at - 6, v + 4, end, "%.10g", value);
+        else draw_text(p, v, at + 16, centre, "%.10g", value);
+    }
+    if (upright) draw_text(p, -middle, at - 60, turned, "%s", label);
+    else draw_text(p, middle, at + 36, centre, "%s", label);
+}
+
+/* --- Lines: curves, activations, counts --- */
+
+/* Told apart on white and on black. */
+static const char *const line_colours[] = { "#2f8fd8", "#e0851b", "#1fa67a", "#d4569a", "#8b6fe8",
+                                            "#c9a400", "#d5492e", "#7d8794" };
+
+static void start_line(plot *p, const char *tag, size_t index) {
+    size_t colours = COUNT(line_colours);
+    fprintf(p->out, "<%s class=\"line\" stroke=\"%s\"%s ", tag, line_colours[index % colours],
+            index < colours ? "" : " stroke-dasharray=\"5 4\"");
+}
+
+/* A column over the first as a line of at most LINE_POINTS points: of each group of rows the
+ * smallest and the largest, so that no spike is lost. */
+static void draw_line(plot *p, size_t index, size_t column, const plot_axis *x,
+                      const plot_axis *y) {
+    const plot_series *s = &p->series[index];
+    size_t rows = s->rows, groups = LINE_POINTS / 2;
+    while (y->is_log && rows > 0 && !(s->row[rows - 1][column] > 0)) rows--;    /* of counts */
+    size_t group = rows > LINE_POINTS ? (rows + groups - 1) / groups : 1;
+    start_line(p, "polyline", index);
+    fputs("points=\"", p->out);
+    for (size_t first = 0; first < rows; first += group) {
+        size_t least = first, most = first;
+        for (size_t i = first; i < rows && i < first + group; i++) {
+            if (s->row[i][column] < s->row[least][column]) least = i;
+            if (s->row[i][column] > s->row[most][column]) most = i;
+        }
+        const size_t point[2] = { least < most ? least : most, least < most ? most : least };
+        for (int i = least == most && rows > 1; i < 2; i++)  /* a single row: a dash */
+            fprintf(p->out, "%.1f,%.1f ", axis_place(x, s->row[point[i]][0]) + (rows > 1 ? 0 :
+                    8 * i - 4), axis_place(y, s->row[point[i]][column]));
+    }
+    fputs("\"/>\n", p->out);
+}
+
+static void draw_lines(plot *p) {
+    const struct plot_kind *k = p->kind;
+    size_t panels = k->y[1] ? 3 : 1;
+    const double width = panels > 1 ? 260 : 620, step = width + 104, top = 20, bottom = 280;
+    start_plot(p, step * (double)panels, 340 + 20 * p->count);
+    for (size_t i = 0; i < panels; i++) {
+        double left = 82 + step * (double)i;
+        plot_axis x = fit_axis(p, k->x_scale, 0, left, left + width);
+        plot_axis y = fit_axis(p, k->y_scale, i + 1, bottom, top);
+        draw_axis(p, &x, 0, bottom, top, k->x);
+        draw_axis(p, &y, 1, left, left + width, k->y[i]);
+        for (size_t n = 0; n < p->count; n++) draw_line(p, n, i + 1, &x, &y);
+    }
+    for (size_t n = 0; n < p->count; n++) {
+        double y = 346 + 20 * (double)n;
+        start_line(p, "path", n);
+        fprintf(p->out, "d=\"M82 %.1fh22\"/>\n", y - 4);
+        draw_text(p, 112, y, "", "%s: %s", name_end(p->series[n].path, 44), p->series[n].words);
+    }
+}
+
+/* --- Latents and masks --- */
+
+/* A bar of colours, its axis on the left. */
+static void draw_scale(plot *p, const plot_axis *a, double x, const char *label) {
+    double height = (a->from - a->to) / 50;
+    draw_axis(p, a, 1, x, x, label);
+    for (int i = 0; i < 50; i++)
+        draw_rect(p, x, a->from - (i + 1) * height, 14, height + (i > 0),
+                  fill_colour((i + 0.5) / 50));
+}
+
+/* A point for each cell in which latents lie, at their mean place and of their mean entropy's
+ * colour, the larger the more they are: 49,152 of them stay light, and one alone is exact. Above
+ * and right of the panel, bars: how many there are in a row or column of cells. */
+static void draw_cells(plot *p, const plot_series *s, const plot_axis *x, const plot_axis *y,
+                       double entropy) {
+    struct { double latents, x, y, known, entropy; } cell[CELLS * CELLS] = { { 0 } }, *c;
+    double bar[2][CELLS] = { { 0 } }, most[2] = { 1, 1 };
+    for (size_t r = 0; r < s->rows; r++) {
+        double across = axis_place(x, s->row[r][0]), down = axis_place(y, s->row[r][1]);
+        size_t i = (size_t)(across - x->from) / CELL, j = (size_t)(down - y->to) / CELL;
+        most[0] = fmax(most[0], ++bar[0][i]);
+        most[1] = fmax(most[1], ++bar[1][j]);
+        c = &cell[j * CELLS + i];
+        c->latents++;
+        c->x += across;
+        c->y += down;
+        c->known += s->row[r][2] >= 0;
+        c->entropy += fmax(s->row[r][2], 0);
+    }
+    for (c = cell; c < cell + CELLS * CELLS; c++)
+        if (c->latents > 0)
+            fprintf(p->out, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"%.1f\" %s/>\n", c->x / c->latents,
+                    c->y / c->latents, fmin(1.8 + 0.3 * log64(c->latents), 3.5),
+                    fill_colour(c->known > 0 ? c->entropy / c->known / entropy : -1));
+    for (int i = 0; i < CELLS; i++) {
+        double up = BAR_ROOM * bar[0][i] / most[0], right = BAR_ROOM * bar[1][i] / most[1];
+        if (up > 0) draw_rect(p, x->from + CELL * i, y->to - 4 - up, CELL - 1, up, "class=\"bar\"");
+        if (right > 0)
+            draw_rect(p, x->to + 4, y->to + CELL * i, right, CELL - 1, "class=\"bar\"");
+    }
+}
+
+static void draw_latents(plot *p) {
+    const double step = 82 + PANEL + BAR_ROOM + 16, top = 112, bottom = top + PANEL;
+    const double end = step * (double)p->count;
+    plot_axis entropy = fit_axis(p, ZERO_SCALE, 2, bottom, top);
+    start_plot(p, end + 116, 524);
+    for (size_t i = 0; i < p->count; i++) {
+        const plot_series *s = &p->series[i];
+        double left = 82 + step * (double)i, right = left + PANEL;
+        plot_axis x = fit_axis(p, LOG_SCALE, 0, left, right);
+        plot_axis y = fit_axis(p, LOG_SCALE, 1, bottom, top);
+        draw_text(p, left, 22, " font-weight=\"bold\"", "%s", name_end(s->path, 50));
+        draw_text(p, left, 40, "", "%s", s->words);
+        draw_axis(p, &x, 0, bottom, top, "frequency (share of images, log scale)");
+        draw_axis(p, &y, 1, left, right, "mean activation on the images it fires on (log scale)");
+        draw_cells(p, s, &x, &y, entropy.high);
+    }
+    draw_scale(p, &entropy, end + 72, "entropy of the top images' classes (nats)");
+    draw_text(p, 82, 506, "", "larger: several latents; grey: no entropy (too few images)");
+}
+
+static void draw_masks(plot *p) {
+    const size_t across = p->count < MASKS_A_ROW ? p->count : MASKS_A_ROW, tall = MASK_SIDE + 64;
+    const double wide = MASK_SIDE + 24, end = wide * (double)across, top = 52;
+    plot_axis value = fit_axis(p, ZERO_SCALE, 2, top + MASK_SIDE, top);
+    start_plot(p, end + 120, tall * ((p->count - 1) / across + 1) + 16);
+    for (size_t i = 0; i < p->count; i++) {
+        const plot_series *s = &p->series[i];
+        double left = 20 + wide * (double)(i % across), y = top + (double)(i / across * tall);
+        size_t grid = (size_t)sqrt((double)s->rows);
+        double side = (double)MASK_SIDE / (double)grid;
+        draw_text(p, left, y - 28, " font-weight=\"bold\"", "%s", name_end(s->path, 26));
+        draw_text(p, left, y - 10, "", "%s", s->words);
+        fputs("<g shape-rendering=\"crispEdges\">\n", p->out);
+        for (size_t r = 0; r < s->rows; r++)
+            draw_rect(p, left + side * (double)(r % grid), y + side * (double)(r / grid),
+                      side, side, fill_colour(s->row[r][2] / value.high));
+        fputs("</g>\n", p->out);
+    }
+    draw_scale(p, &value, end + 82, "activation (share of the largest)");
+}
+
+/* --- plot --- */
+
+static const struct plot_kind plot_kinds[] = {
+    { "curves", read_log, draw_lines, "step", { "loss", "MSE", "L0 (active latents a token)" },
+      LINEAR_SCALE, AUTO_SCALE },
+    { "latents", read_latents, draw_latents, NULL, { NULL }, 0, 0 },
+    { "activations", read_histogram, draw_lines, "activation of an active latent (log scale)",
+      { "active values in a bin (%)" }, LOG_SCALE, ZERO_SCALE },
+    { "counts", read_counts, draw_lines, "latents, the most frequent first",
+      { "images on which a latent fires (log scale)" }, LINEAR_SCALE, LOG_SCALE },
+    { "mask", read_mask, draw_masks, NULL, { NULL }, 0, 0 } };
+
+static int command_plot(session *s) {
+    const char *const *operand = s->o->operand;
+    plot p = { .kind = plot_kinds };
+    sc_output out;
+    int status = SC_OK;
+    while (strcmp(p.kind->name, operand[0]) != 0)
+        if (++p.kind == plot_kinds + COUNT(plot_kinds))
+            return usage("plot: '%s' is none of curves, latents, activations, counts, mask",
+                         operand[0]);
+    if (p.kind->draw == draw_latents && operand[1 + 2])
+        return usage("plot latents: at most 2 files were expected");
+    for (; operand[p.count + 1] && status == SC_OK; p.count++) {
+        p.series[p.count].path = operand[p.count + 1];
+        status = p.kind->read(&p.series[p.count]);
+    }
+    if (status == SC_OK) status = output_open(&out, s->o->output);
+    if (status == SC_OK) {
+        p.out = out.file;
+        p.kind->draw(&p);
+        fputs("</svg>\n", p.out);
+        status = output_commit(&out);
+    }
+    for (plot_series *each = p.series; each < p.series + p.count; each++) {
+        sc_safetensors_close(&each->file);
+        free(each->row);
+    }
+    return status;
+}
 
 /* ============================================================================================
  * 14. The atlas
+ *
+ * A folder that a browser opens without a server. index.html is the page (section 17), data/ holds
+ * what it shows: latents.js the numbers of all latents, J.js the top images of the J-th PART of
+ * them, with their masks, I.jpg image I, once, however many latents show it. A page from a file may
+ * not read files, but it may have scripts: each is one call with JSON.
  * ============================================================================================ */
+
+/* --- Pictures: baseline JPEG (ITU-T T.81), one table of steps and one pair of codes for all of Y,
+ * Cb and Cr. A tenth of what stored PNGs take, which for thousands of pictures counts --- */
+
+typedef struct {
+    FILE *out;
+    uint32_t bits;                   /* the last `held` wait for a whole byte */
+    unsigned held;
+    unsigned char symbol[2][162], length[2][256];        /* of DC, of AC: in order of their codes */
+    uint16_t code[2][256];
+    int last[3];                     /* DC of each component's block before */
+} jpeg_writer;
+
+static const unsigned char zigzag[64] = {
+    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48,
+    41, 34, 27, 20, 13, 6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
+    30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63 };
+
+/* The example of annex K for brightness, halved, in zigzag order. */
+static const unsigned char quantiser[64] = {
+    8, 6, 6, 7, 6, 5, 8, 7, 7, 7, 9, 9, 8, 10, 12, 20, 13, 12, 11, 11, 12, 25,
+    18, 19, 15, 20, 29, 26, 31, 30, 29, 26, 28, 28, 32, 36, 46, 39, 32, 34, 44, 35, 28, 28,
+    40, 55, 41, 44, 48, 49, 52, 52, 52, 31, 39, 57, 61, 56, 50, 60, 46, 51, 52, 50 };
+
+/* Codes of each length, 1 to 16 bits, of annex K's tables K.3 and K.5. */
+static const unsigned char jpeg_counts[2][16] = {
+    { 0, 1, 5, 1, 1, 1, 1, 1, 1 }, { 0, 2, 1, 3, 3, 2, 4, 3, 5, 5, 4, 4, 0, 0, 1, 125 } };
+
+/* A symbol of AC is a run of zeros (high half) and a size; after these all others in order. */
+static void make_codes(jpeg_writer *j) {
+    static const unsigned char frequent[37] = {
+        0x01, 0x02, 0x03, 0x00, 0x04, 0x11, 0x05, 0x12, 0x21, 0x31, 0x41, 0x06, 0x13,
+        0x51, 0x61, 0x07, 0x22, 0x71, 0x14, 0x32, 0x81, 0x91, 0xa1, 0x08, 0x23, 0x42,
+        0xb1, 0xc1, 0x15, 0x52, 0xd1, 0xf0, 0x24, 0x33, 0x62, 0x72, 0x82 };
+    size_t used = sizeof frequent;
+    memcpy(j->symbol[1], frequent, used);
+    for (unsigned char i = 0; i < 12; i++) j->symbol[0][i] = i;
+    for (int symbol = 1; symbol < 256; symbol++)
+        if (symbol % 16 >= 1 && symbol % 16 <= 10 && !memchr(frequent, symbol, sizeof frequent))
+            j->symbol[1][used++] = (unsigned char)symbol;
+    for (int table = 0; table < 2; table++) {
+        const unsigned char *symbol = j->symbol[table];
+        unsigned next = 0;
+        for (unsigned char length = 1; length <= 16; length++, next *= 2)
+            for (int i = jpeg_counts[table][length - 1]; i > 0; i--, symbol++) {
+                j->code[table][*symbol] = (uint16_t)next++;
+                j->length[table][*symbol] = length;
+            }
+    }
+}
+
+static void put_bits(jpeg_writer *j, unsigned bits, unsigned count) {
+    j->bits = j->bits << count | bits;
+    for (j->held += count; j->held >= 8; j->held -= 8) {
+        int byte = (int)(j->bits >> (j->held - 8) & 0xff);
+        putc(byte, j->out);
+        if (byte == 0xff) putc(0, j->out);               /* or it would be a marker */
+    }
+}
+
+/* A value of DC, or of AC after a run of zeros: the code of its size, its low bits. */
+static void put_value(jpeg_writer *j, int table, unsigned run, int value) {
+    unsigned size = 0;
+    while (abs(value) >> size) size++;
+    put_bits(j, j->code[table][run << 4 | size], j->length[table][run << 4 | size]);
+    put_bits(j, (unsigned)(value < 0 ? value - 1 : value) & ((1u << size) - 1), size);
+}
+
+/* The cosine transform of each row of 8, turned, so that the same again does the columns. */
+static void transform_rows(const double *in, double *out) {
+    static const double half_cosine[9] = {               /* cos(k pi / 16) / 2 */
+        0.5, 0.49039264020161522, 0.46193976625564337, 0.41573480615127262, 0.35355339059327379,
+        0.27778511650980114, 0.19134171618254492, 0.097545161008064133, 0 };
+    for (size_t i = 0; i < 64; i++) {
+        size_t row = i % 8, u = i / 8;
+        out[i] = 0;
+        for (size_t x = 0; x < 8; x++) {
+            size_t angle = u ? (2 * x + 1) * u % 32 : 4, k = angle > 16 ? 32 - angle : angle;
+            out[i] += in[row * 8 + x] * (k > 8 ? -half_cosine[16 - k] : half_cosine[k]);
+        }
+    }
+}
+
+/* block: [8, 8] of component c */
+static void put_block(jpeg_writer *j, int c, const double *block) {
+    double half[64], frequency[64];
+    unsigned run = 0;
+    transform_rows(block, half);
+    transform_rows(half, frequency);
+    for (size_t i = 0; i < 64; i++) {
+        int value = (int)floor(frequency[zigzag[i]] / quantiser[i] + 0.5);
+        if (i == 0) {
+            put_value(j, 0, 0, value - j->last[c]);
+            j->last[c] = value;
+        } else if (value == 0) run++;
+        else {
+            for (; run > 15; run -= 16) put_bits(j, j->code[1][0xf0], j->length[1][0xf0]);
+            put_value(j, 1, run, value);
+            run = 0;
+        }
+    }
+    if (run > 0) put_bits(j, j->code[1][0], j->length[1][0]);
+}
+
+/* pixels: [S, S, 3] */
+static void put_jpeg(FILE *out, const unsigned char *pixels, size_t S) {
+    static const double to_ycc[3][3] = {                 /* JFIF */
+        { 0.299, 0.587, 0.114 }, { -0.168735892, -0.331264108, 0.5 },
+        { 0.5, -0.418687589, -0.081312411 } };
+    const unsigned char start[] = { 0xff, 0xd8, 0xff, 0xdb, 0, 67, 0 };
+    const unsigned char frame[] = { 0xff, 0xc0, 0, 17, 8, (unsigned char)(S >> 8), (unsigned char)S,
+        (unsigned char)(S >> 8), (unsigned char)S, 3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0 };
+    const unsigned char scan[] = { 0xff, 0xda, 0, 12, 3, 1, 0, 2, 0, 3, 0, 0, 63, 0 };
+    jpeg_writer j = { .out = out };
+    double block[64];
+    make_codes(&j);
+    fwrite(start, sizeof start, 1, out);
+    fwrite(quantiser, sizeof quantiser, 1, out);
+    fwrite(frame, sizeof frame, 1, out);
+    for (int table = 0; table < 2; table++) {
+        size_t symbols = table ? 162 : 12;
+        fprintf(out, "\xff\xc4%c%c%c", 0, (int)symbols + 19, 16 * table);
+        fwrite(jpeg_counts[table], 16, 1, out);
+        fwrite(j.symbol[table], symbols, 1, out);
+    }
+    fwrite(scan, sizeof scan, 1, out);
+    for (size_t b = 0, across = (S + 7) / 8; b < across * across; b++)
+        for (int c = 0; c < 3; c++) {
+            for (size_t i = 0; i < 64; i++) {            /* beyond the edge: the edge */
+                size_t row = b / across * 8 + i / 8, column = b % across * 8 + i % 8;
+                const unsigned char *rgb = pixels + ((row < S ? row : S - 1) * S
+                                                     + (column < S ? column : S - 1)) * 3;
+                block[i] = to_ycc[c][0] * rgb[0] + to_ycc[c][1] * rgb[1] + to_ycc[c][2] * rgb[2]
+                         - (c == 0 ? 128 : 0);
+            }
+            put_block(&j, c, block);
+        }
+    put_bits(&j, 0x7f, 7);                               /* fills the last byte */
+    fputs("\xff\xd9", out);
+}
+
+/* --- Scripts --- */
+
+enum { PART = 64 };                  /* latents whose top images come in one script */
+
+/* That an image is among a latent's top images: slot = latent K + rank. */
+typedef struct { int64_t image; size_t slot; } atlas_use;
+
+typedef struct {
+    viewer *v;
+    size_t n, K, P;                  /* latents, their top images, their top patches */
+    atlas_use *use;                  /* [uses], by image */
+    size_t uses;
+    int64_t *patch;                  /* [P, 2], of one latent */
+    char *digits;                    /* [patches], a mask */
+    FILE *masks;                     /* [n, K, patches], digits; where a slot has an image */
+} atlas;
+
+/* What writes a file of the atlas; number: which of its kind. */
+typedef int write_function(atlas *a, FILE *out, size_t number);
+
+/* Writes DIR/NAME: the whole file stands there, or nothing does. */
+static int save_file(atlas *a, const char *name, write_function *write, size_t number) {
+    sc_output out;
+    char path[MAX_PATH];
+    SC_TRY(join_path(a->v->s->o->output, name, path));
+    SC_TRY(output_open(&out, path));
+    int status = write(a, out.file, number);
+    if (status == SC_OK) return output_commit(&out);
+    output_discard(&out);
+    return status;
+}
+
+static int by_use(const void *left, const void *right) {
+    const atlas_use *a = left, *b = right;
+    if (a->image != b->image) return a->image < b->image ? -1 : 1;
+    return a->slot < b->slot ? -1 : 1;
+}
+
+/* Who shows which image; v->image becomes each of them, once, in ascending order. */
+static int list_uses(atlas *a) {
+    viewer *v = a->v;
+    size_t slots = a->n * a->K;
+    const array_spec arrays[] = {
+        ARRAY(a->use, slots, 1), ARRAY(v->image, slots, 1), ARRAY(a->patch, a->P, 2),
+        ARRAY(a->digits, v->patches, 1) };
+    SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
+    SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], 0, slots, v->image));
+    for (size_t slot = 0; slot < slots; slot++) {
+        if (v->image[slot] >= (int64_t)v->s->data.set.count)
+            return fail("%s: there is no image %lld", v->stats.path, (long long)v->image[slot]);
+        if (v->image[slot] >= 0) a->use[a->uses++] = (atlas_use){ v->image[slot], slot };
+    }
+    if (a->uses > 0) qsort(a->use, a->uses, sizeof *a->use, by_use);
+    for (size_t i = 0; i < a->uses; i++)
+        if (i == 0 || a->use[i].image != a->use[i - 1].image)
+            v->image[v->images++] = a->use[i].image;
+    return SC_OK;
+}
+
+/* A mask in 16 levels: 0 is silent, f the largest. */
+static int keep_mask(atlas *a, size_t slot, const double *mask) {
+    size_t patches = a->v->patches;
+    double largest = 0;
+    for (size_t p = 0; p < patches; p++) largest = mask[p] > largest ? mask[p] : largest;
+    for (size_t p = 0; p < patches; p++)
+        a->digits[p] = "0123456789abcdef"[mask[p] > 0 ? (int)ceil(15 * mask[p] / largest) : 0];
+    if (fseeko(a->masks, (off_t)(slot * patches), SEEK_SET) == 0 &&
+        fwrite(a->digits, patches, 1, a->masks) == 1) return SC_OK;
+    return fail("a temporary file cannot be written: %s", strerror(errno));
+}
+
+static int write_jpeg(atlas *a, FILE *out, size_t i) {
+    const feed *f = &a->v->s->data;
+    size_t S = f->model.image_size;
+    put_jpeg(out, f->pixels + i * S * S * 3, S);
+    return SC_OK;
+}
+
+/* One pass over the images that any latent shows: the pictures, and the masks of who shows them. */
+static int look_at_images(atlas *a) {
+    viewer *v = a->v;
+    feed *f = &v->s->data;
+    size_t at = 0;
+    int status = SC_END;
+    f->skip_bad = 0;                             /* they were good when the statistics were made */
+    SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
+    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK)
+        for (size_t i = 0; i < f->count; i++) {
+            char name[64];
+            snprintf(name, sizeof name, "data/%zu.jpg", f->image[i]);
+            SC_TRY(save_file(a, name, write_jpeg, i));
+            for (; at < a->uses && a->use[at].image == (int64_t)f->image[i]; at++) {
+                SC_TRY(find_masks(v, a->use[at].slot / a->K));
+                SC_TRY(keep_mask(a, a->use[at].slot, v->mask + i * v->patches));
+            }
+        }
+    return status == SC_END ? SC_OK : status;
+}
+
+/* The top images of latent j, each [image, activation, class, name, mask, top patches]. */
+static int write_latent(atlas *a, FILE *out, size_t j) {
+    viewer *v = a->v;
+    SC_TRY(read_top(v, j));
+    SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_PATCHES], j * a->P * 2, a->P * 2, a->patch));
+    putc('[', out);
+    for (size_t k = 0; k < a->K && v->entry[k].image >= 0; k++) {
+        const top_entry *e = &v->entry[k];
+        const char *comma = "";
+        if (fseeko(a->masks, (off_t)((j * a->K + k) * v->patches), SEEK_SET) != 0 ||
+            fread(a->digits, v->patches, 1, a->masks) != 1)
+            return fail("a temporary file cannot be read back: %s", strerror(errno));
+        fprintf(out, "%s[%lld,%.6g,%lld,", k ? ",\n" : "", (long long)e->image, (double)e->value,
+                (long long)e->other);
+        print_json(out, image_name(&v->s->data, (size_t)e->image));
+        fprintf(out, ",\"%.*s\",[", (int)v->patches, a->digits);
+        for (size_t p = 0; p < a->P; p++) {
+            uint64_t patch = (uint64_t)a->patch[2 * p + 1] - v->first_patch;
+            if (a->patch[2 * p] != e->image || patch >= v->patches) continue;
+            fprintf(out, "%s%zu", comma, (size_t)patch);
+            comma = ",";
+        }
+        fputs("]]", out);
+    }
+    putc(']', out);
+    return SC_OK;
+}
+
+static int write_latents(atlas *a, FILE *out, size_t part) {
+    fprintf(out, "atlas.part(%zu,[\n", part);
+    for (size_t j = part * PART; j < a->n && j < (part + 1) * PART; j++) {
+        if (j % PART) fputs(",\n", out);
+        SC_TRY(write_latent(a, out, j));
+    }
+    fputs("]);\n", out);
+    return SC_OK;
+}
+
+/* What the list and the scatter show; the class is the one with the largest share. */
+static int write_numbers(atlas *a, FILE *out, size_t ignored) {
+    static const struct { const char *name; int tensor; } numbers[] = {
+        { "frequency", FREQUENCY }, { "mean", IMAGE_MEAN }, { "entropy", ENTROPY } };
+    viewer *v = a->v;
+    const sc_images *set = &v->s->data.set;
+    fputs("atlas.open({\"name\":", out);
+    print_json(out, base_name(v->s->sae[0].path));
+    fprintf(out, ",\"images\":%zu,\"part\":%d,\"grid\":%zu,\n\"classes\":[", set->count, PART,
+            v->s->data.grid);
+    for (size_t c = 0; c < set->classes && set->class_name; c++) {
+        fputs(c ? ",\n" : "", out);
+        print_json(out, set->class_name[c]);
+    }
+    for (size_t i = 0; i < COUNT(numbers); i++) {
+        fprintf(out, "],\n\"%s\":[", numbers[i].name);
+        for (size_t j = 0; j < a->n; j++) {
+            float value;
+            SC_TRY(sc_tensor_floats(&v->stats, v->of[numbers[i].tensor], j, 1, &value));
+            fprintf(out, "%s%.6g", j ? "," : "", (double)value);
+        }
+    }
+    fputs("],\n\"class\":[", out);
+    for (size_t j = 0; j < a->n; j++) {
+        top_entry class;
+        SC_TRY(read_top(v, j));
+        top_classes(v, &class, 1);
+        fprintf(out, "%s%lld", j ? "," : "", (long long)class.other);
+    }
+    fputs("]});\n", out);
+    (void)ignored;
+    return SC_OK;
+}
+
+static int write_page(atlas *a, FILE *out, size_t line);     /* with its lines, at the end */
+
+/* The page comes last: a folder that has one is whole. */
+static int write_atlas(atlas *a) {
+    char name[64];
+    SC_TRY(list_uses(a));
+    SC_TRY(look_at_images(a));
+    for (size_t part = 0; part * PART < a->n; part++) {
+        snprintf(name, sizeof name, "data/%zu.js", part);
+        SC_TRY(save_file(a, name, write_latents, part));
+    }
+    SC_TRY(save_file(a, "data/latents.js", write_numbers, 0));
+    return save_file(a, "index.html", write_page, 0);
+}
+
+static int show_atlas(viewer *v) {
+    char page[MAX_PATH], data[MAX_PATH];
+    atlas a = { .v = v, .n = 0 };
+    if (strcmp(v->s->o->operand[0], "-") == 0)
+        return usage("atlas picks images: a stream has no choice of them");
+    v->kind = VALUE_MASK;
+    SC_TRY(open_viewer(v, 1));
+    SC_TRY(join_path(v->s->o->output, "index.html", page));
+    SC_TRY(join_path(v->s->o->output, "data", data));
+    a.n = v->s->sae[0].d_sae;
+    a.K = v->of[TOP_IMAGES]->shape[1];
+    a.P = v->of[TOP_PATCHES]->shape[1];
+    a.masks = v->s->spool[0] = tmpfile();
+    if (!a.masks) return fail("no temporary file can be made: %s", strerror(errno));
+    if (mkdir(data, 0777) != 0 && errno != EEXIST)
+        return fail("%s: the folder cannot be made: %s", data, strerror(errno));
+    if (unlink(page) != 0 && errno != ENOENT)
+        return fail("%s: cannot be replaced: %s", page, strerror(errno));
+    int status = write_atlas(&a);
+    if (status != SC_OK) rmdir(data);                        /* goes only if it is empty */
+    return status;
+}
+
+static int command_atlas(session *s) { return look(s, show_atlas); }
 
 /* ============================================================================================
  * 15. Tools
@@ -6149,7 +7160,8 @@ static const bench_line bench_lines[] = {
 static int prepare_model(bench *b, size_t images, size_t blocks) {
     feed *f = &b->data;
     *f = (feed){ .T = BENCH_T, .first_patch = 1, .count = images, .memory = f->memory, .taps = 1,
-                 .tap = { { blocks, blocks == 12 ? SC_RESID : SC_MLP, NULL, BENCH_D } } };
+                 .tap = { { .layer = blocks, .hook = blocks == 12 ? SC_RESID : SC_MLP,
+                            .stride = BENCH_D } } };
     f->model = (sc_model){ .width = BENCH_D, .heads = 12, .hidden = 4 * BENCH_D, .patch = 16,
                            .grid = 14, .tokens = BENCH_T, .image_size = 224, .blocks = blocks,
                            .activation = QUICK_GELU, .epsilon = 1e-5f, .std = { 1, 1, 1 } };
@@ -6279,9 +7291,10 @@ enum {                               /* commands, and what several of them have 
     INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
     MASK = 256, ZEROSHOT = 512, COMPARE = 1024, BENCH = 2048,
     MERGE = 4096, EXPLAIN = 8192, PLOT = 16384, ATLAS = 32768, EVERY = 65535,
-    LATENTS = TOP | MASK, SAES = ENCODE | EVAL | STATS | LATENTS,
-    DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LATENTS | ZEROSHOT,
-    PICTURES = PHOTOS | PACK, OUTPUT = LATENTS | PACK | EXTRACT | TRAIN | ENCODE | STATS
+    LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
+    SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
+    DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,
+    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT
 };
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
@@ -6300,15 +7313,16 @@ static const struct option_row {
 #define OVER "overrules the model's "
 #define LIVE "; no effect with --acts"
     { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
-    { "-s", "FILE", TEXTS, AT(sae), SAES, "the SAE (eval: as many as wanted)" },
-    { "-t", "FILE", TEXT, AT(stats), LATENTS, "statistics (mask: of --mask top)" },
+    { "-s", "FILE", TEXTS, AT(sae), SAES,
+      "the SAE (eval: as many as wanted; zeroshot: x' takes x's place)" },
+    { "-t", "FILE", TEXT, AT(stats), LOOKS, "statistics (mask: of --mask top)" },
     { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
     { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
     { "--acts", "FILE", TEXT, AT(acts), DATA | MASK, "saved activations, not -m and IMAGES" },
     { "--also", "DATA", TEXT, AT(also), EVAL, "a second data set of the same kind" },
-    { "--layer", "L", WHOLE, AT(layer), PHOTOS & ~ZEROSHOT,
+    { "--layer", "L", WHOLE, AT(layer), PHOTOS,
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
-    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS & ~ZEROSHOT,
+    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS,
       "where to listen (default: the SAE's, else mlp)" },
     { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT, "tokens to write", "all" },
     { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT, "number type", "f32" },
@@ -6360,9 +7374,13 @@ static const struct option_row {
       "count tokens above T instead; no effect without --class-counts", NULL, 0, 1e30 },
     { "--mask", "value|top", CHOICE, AT(mask), LATENTS, "where it fires, or its top patches" },
     { "--class", "C", WHOLE, AT(class_index), MASK, "the mean mask of a class", NULL, 0, 1e9 },
+    { "--patch", "R,C", TEXT, AT(patch), EXPLAIN, "only this patch; row and column from 0" },
+    { "--max-frequency", "F", NUMBER, AT(max_frequency), EXPLAIN,
+      "leave out latents that fire on a larger share of the images", "1", 0, 1 },
     { "--rtol", "X", NUMBER, AT(rtol), COMPARE, "relative tolerance", "0", 0, 1e30 },
     { "--atol", "X", NUMBER, AT(atol), COMPARE, "absolute tolerance", "0", 0, 1e30 },
-    { "--format", "text|markdown|csv|json", CHOICE, AT(format), EVAL, "how to print", "text" },
+    { "--format", "text|markdown|csv|json", CHOICE, AT(format), EVAL | EXPLAIN, "how to print",
+      "text" },
     { "--format", "text|csv|json", CHOICE, AT(format), ZEROSHOT, "how to print", "text" },
     { "--format", "text|json", CHOICE, AT(format), BENCH, "how to print", "text" },
     { "--seed", "N", LARGE, AT(seed), EVERY, "train's; no effect elsewhere", "42", 0, 0x1p53 - 1 },
@@ -6397,6 +7415,15 @@ static const struct command_row {
       command_top, 1, 1 },
     { MASK, "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
       "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1 },
+    { PLOT, "plot", "KIND FILE ... -o SVG", "figures: curves latents activations counts mask",
+      "latents stats.safetensors -o latents.svg", command_plot, 2, MAX_OPERANDS },
+    { EXPLAIN, "explain", "-s SAE -m MODEL -t STATS IMAGE", "the strongest latents of an image",
+      "-s sae.safetensors -m clip.safetensors -t stats.safetensors photo.jpg --patch 7,7 -o masks",
+      command_explain, 1, 1 },
+    { ATLAS, "atlas", "-s SAE -t STATS -m MODEL IMAGES -o DIR",
+      "pages to browse the latents: DIR/index.html",
+      "-s sae.safetensors -t stats.safetensors -m clip.safetensors photos -o atlas",
+      command_atlas, 1, 1 },
     { ZEROSHOT, "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
       "-m vit.safetensors photos.txt", command_zeroshot, 1, 1 },
     { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
@@ -6500,6 +7527,8 @@ static int check_options(const options *o, const struct command_row *command, in
     if (o->acts && (operands || o->model))
         return usage("--acts and -m MODEL IMAGES exclude each other");
     if (o->saes > 1 && command->bit != EVAL) return usage("%s takes one SAE: -s FILE", name);
+    if (command->bit == ZEROSHOT && !o->saes && (o->layer || o->hook || o->arch || o->k))
+        return usage("zeroshot: --layer, --hook, --arch and --k are about an SAE: -s FILE");
     if (o->mask && strcmp(o->mask, "top") == 0 && !o->stats)
         return usage("--mask top needs the SAE's statistics: -t FILE");
     if (was_given(o, "--layer") && o->layer == 0)
@@ -6580,4 +7609,327 @@ int main(int argc, char **argv) {
 }
 
 #endif /* !SAECLIP_NO_MAIN */
+
+/* ============================================================================================
+ * 17. The atlas's page
+ *
+ * HTML, CSS and JavaScript, line by line as index.html has them.
+ * ============================================================================================ */
+
+static const char *const atlas_page[] = {
+    "<!DOCTYPE html>",
+    "<html lang='en'>",
+    "<head>",
+    "<meta charset='utf-8'>",
+    "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+    "<title>Atlas of latents</title>",
+    "<style>",
+    ":root { color-scheme: light dark; --back: #fff; --text: #1c1e21; --soft: #666b73;",
+    "        --line: #d9dce1; --mark: #0b57d0; --chosen: #e4edfb; }",
+    "@media (prefers-color-scheme: dark) {",
+    "    :root { --back: #15171a; --text: #e6e7e9; --soft: #9aa0a8; --line: #363a40;",
+    "            --mark: #8ab4f8; --chosen: #22324c; }",
+    "}",
+    "* { box-sizing: border-box; }",
+    "body { margin: 0; height: 100vh; display: grid; grid-template: auto 1fr / 440px 1fr;",
+    "       font: 15px/1.4 system-ui, sans-serif; background: var(--back); color: var(--text); }",
+    "header { grid-column: 1 / 3; padding: 10px 16px; border-bottom: 1px solid var(--line); }",
+    "h1, h2 { display: inline; margin-right: 12px; font-size: 20px; }",
+    "a { color: var(--mark); }",
+    ".soft, figcaption span { color: var(--soft); }",
+    "#choice { display: flex; flex-direction: column; min-height: 0; padding: 12px 16px;",
+    "          border-right: 1px solid var(--line); }",
+    "#scatter { width: 100%; height: 320px; flex: none; cursor: crosshair; }",
+    ".row { display: grid; grid-template-columns: 54px 78px 66px 66px 1fr; gap: 6px; height: 28px;",
+    "       padding: 3px 6px; color: inherit; text-decoration: none; text-align: right;",
+    "       font-variant-numeric: tabular-nums; }",
+    ".row > *, figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }",
+    ".row > :last-child { text-align: left; }",
+    "a.row:hover, .row.chosen { background: var(--chosen); }",
+    ".row button { all: unset; cursor: pointer; color: var(--mark); }",
+    ".row button.sorted { font-weight: bold; }",
+    "#list { flex: 1; overflow-y: auto; position: relative; }",
+    "#rows { position: absolute; width: 100%; }",
+    "#view { overflow-y: auto; padding: 12px 16px; }",
+    "#masks { display: flex; flex-wrap: wrap; gap: 6px 10px; padding: 8px 0; }",
+    "#figures { display: grid; gap: 14px;",
+    "           grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }",
+    "figure { margin: 0; min-width: 0; }",
+    ".picture { position: relative; aspect-ratio: 1; background: var(--line); }",
+    ".picture > * { position: absolute; width: 100%; height: 100%; image-rendering: pixelated; }",
+    ".picture > img { image-rendering: auto; }",
+    "@media (max-width: 800px) {",
+    "    body { display: block; }",
+    "    #choice { border: 0; }",
+    "    #scatter { height: 220px; }",
+    "    .row { grid-template-columns: 42px 58px 62px 58px 1fr; font-size: 14px; }",
+    "    #list { flex: none; height: 168px; }",
+    "    #figures { grid-template-columns: repeat(3, 1fr); gap: 8px; }",
+    "}",
+    "</style>",
+    "</head>",
+    "<body>",
+    "<header><h1>Atlas</h1><span id='about' class='soft'>needs JavaScript</span></header>",
+    "<section id='choice'>",
+    "<canvas id='scatter' role='img' aria-label='all latents'></canvas>",
+    "<div class='row soft'><button value='index'>latent</button>",
+    "<button value='frequency' title='share of the images on which it fires'>images</button>",
+    "<button value='mean' title='mean activation over these images'>mean</button>",
+    "<button value='entropy' title='of the classes of its top images'>entropy</button>",
+    "<select id='class' aria-label='class'><option value=''>every class</option></select></div>",
+    "<div id='list'><div id='space'></div><div id='rows'></div></div>",
+    "</section>",
+    "<main id='view'>",
+    "<h2><a id='name'></a></h2><span id='facts' class='soft'></span>",
+    "<div id='masks'>",
+    "<button id='before' title='left arrow'>&#8592;</button>",
+    "<button id='after' title='right arrow'>&#8594;</button>",
+    "<label><input type='radio' name='mask' value='none'> pictures</label>",
+    "<label><input type='radio' name='mask' value='value' checked> where it fires</label>",
+    "<label><input type='radio' name='mask' value='top'> top patches</label>",
+    "</div>",
+    "<p id='classes'></p>",
+    "<div id='figures'></div>",
+    "</main>",
+    "<script>",
+    "'use strict';",
+    "const ROW = 28, LEFT = 44, TOP = 34, RIGHT = 12, BOTTOM = 40;",
+    "const $ = id => document.getElementById(id);",
+    "let data, parts = {}, latent = -1, order = [], key = 'entropy', way = 1, x, y, highest;",
+    "",
+    "// What the scripts in data/ call: latents.js once, N.js when one of its latents is shown.",
+    "const atlas = {",
+    "    open(all) {",
+    "        data = all;",
+    "        data.index = data.frequency.map((f, j) => j);",
+    "        $('about').textContent = data.name + ': ' + data.index.length.toLocaleString() +",
+    "            ' latents, ' + data.images.toLocaleString() + ' images';",
+    "        for (const [name, c] of [...new Set(data.class)].map(c => [nameOf(c), c]).sort())",
+    "            if (c >= 0) make('option', $('class'), { textContent: name, value: c });",
+    "        const live = data.index.filter(j => data.frequency[j] > 0);",
+    "        [x, y] = [axis(live, data.frequency), axis(live, data.mean)];",
+    "        highest = live.reduce((most, j) => Math.max(most, data.entropy[j]), 0.1);",
+    "        arrange();",
+    "        follow();",
+    "    },",
+    "    part(number, latents) { parts[number] = latents; }",
+    "};",
+    "",
+    "function make(tag, parent, properties) {",
+    "    return parent.appendChild(Object.assign(document.createElement(tag), properties));",
+    "}",
+    "",
+    "function nameOf(c) { return c < 0 ? '' : data.classes[c] ?? 'class ' + c; }",
+    "function digits(value) {",
+    "    return value > 0 && value < 1e-3 ? value.toExponential(1) : Number(value.toPrecision(3));",
+    "}",
+    "function entropyOf(j) { return data.entropy[j] < 0 ? '-' : data.entropy[j].toFixed(2); }",
+    "function percent(share) { return digits(100 * share) + ' %'; }",
+    "",
+    "// --- The list: of its rows only those in sight are there ---",
+    "",
+    "function arrange() {",
+    "    const only = $('class').value, value = data[key];",
+    "    const silent = j => data.frequency[j] === 0 || value[j] < 0;",
+    "    order = data.index.filter(j => only === '' || data.class[j] === Number(only));",
+    "    order.sort((a, b) => silent(a) - silent(b) || way * (value[a] - value[b]) || a - b);",
+    "    for (const head of heads) head.className = head.value === key ? 'sorted' : '';",
+    "    $('space').style.height = order.length * ROW + 'px';",
+    "    reveal();",
+    "}",
+    "",
+    "function reveal() {",
+    "    const list = $('list'), top = order.indexOf(latent) * ROW;",
+    "    if (top < list.scrollTop || top > list.scrollTop + list.clientHeight - ROW)",
+    "        list.scrollTop = top - list.clientHeight / 2;",
+    "    fill();",
+    "    draw();",
+    "}",
+    "",
+    "function fill() {",
+    "    const list = $('list'), first = Math.floor(list.scrollTop / ROW);",
+    "    $('rows').replaceChildren();",
+    "    $('rows').style.top = first * ROW + 'px';",
+    "    for (const j of order.slice(first, first + list.clientHeight / ROW + 2)) {",
+    "        const className = j === latent ? 'row chosen' : 'row';",
+    "        const row = make('a', $('rows'), { className, href: '#latent=' + j });",
+    "        for (const textContent of [j, percent(data.frequency[j]), digits(data.mean[j]),",
+    "                                   entropyOf(j), nameOf(data.class[j])])",
+    "            make('span', row, { textContent });",
+    "    }",
+    "}",
+    "",
+    "// --- The scatter ---",
+    "",
+    "function axis(latents, values) {",
+    "    const logs = latents.map(j => Math.log10(values[j]));",
+    "    const low = logs.reduce((a, b) => Math.min(a, b), 0) - 0.1;",
+    "    return { low, span: logs.reduce((a, b) => Math.max(a, b), low) + 0.1 - low };",
+    "}",
+    "",
+    "// Where a latent's point is, in the canvas.",
+    "function place(j) {",
+    "    const width = $('scatter').clientWidth, bottom = $('scatter').clientHeight - BOTTOM;",
+    "    const across = (Math.log10(data.frequency[j]) - x.low) / x.span;",
+    "    const up = (Math.log10(data.mean[j]) - y.low) / y.span;",
+    "    return [LEFT + across * (width - LEFT - RIGHT), bottom - up * (bottom - TOP)];",
+    "}",
+    "",
+    "function colour(entropy) {",
+    "    return entropy < 0 ? '#8a8f98' : 'hsl(' + (215 + 190 * entropy / highest) + ' 75% 55%)';",
+    "}",
+    "",
+    "function draw() {",
+    "    const canvas = $('scatter'), g = canvas.getContext('2d'), size = order[5000] ? 2 : 4;",
+    "    canvas.width = canvas.clientWidth * devicePixelRatio;",
+    "    canvas.height = canvas.clientHeight * devicePixelRatio;",
+    "    g.scale(devicePixelRatio, devicePixelRatio);",
+    "    drawAxes(g, getComputedStyle(document.body).color);",
+    "    for (const j of order) {",
+    "        const [left, top] = place(j);",
+    "        g.fillStyle = colour(data.entropy[j]);",
+    "        g.fillRect(left - size / 2, top - size / 2, size, size);",
+    "    }",
+    "    g.lineWidth = 2;",
+    "    g.beginPath();",
+    "    if (latent >= 0) g.arc(...place(latent), 7, 0, 7);",
+    "    g.stroke();",
+    "}",
+    "",
+    "function drawAxes(g, ink) {",
+    "    const right = g.canvas.clientWidth - RIGHT, bottom = g.canvas.clientHeight - BOTTOM;",
+    "    g.font = '12px system-ui, sans-serif';",
+    "    g.fillStyle = g.strokeStyle = ink;",
+    "    g.lineWidth = 0.5;",
+    "    g.strokeRect(LEFT, TOP, right - LEFT, bottom - TOP);",
+    "    g.fillText('log10 mean activation', 0, 14);",
+    "    g.textAlign = 'center';",
+    "    g.fillText('log10 frequency', (LEFT + right) / 2, bottom + 34);",
+    "    ticks(x, (t, at) => g.fillText(t, LEFT + at * (right - LEFT), bottom + 16));",
+    "    g.textAlign = 'right';",
+    "    ticks(y, (t, at) => g.fillText(t, LEFT - 6, bottom - at * (bottom - TOP) + 4));",
+    "    g.fillText('entropy 0', right - 104, 14);",
+    "    g.fillText(highest.toFixed(1), right, 14);",
+    "    for (let i = 0; i < 70; i++) {",
+    "        g.fillStyle = colour(highest * i / 70);",
+    "        g.fillRect(right - 98 + i, 6, 1, 8);",
+    "    }",
+    "}",
+    "",
+    "function ticks(range, label) {",
+    "    const step = range.span > 2 ? 1 : range.span > 0.8 ? 0.5 : 0.1;",
+    "    for (let t = Math.ceil(range.low / step); t * step <= range.low + range.span; t++)",
+    "        label(Number((t * step).toFixed(1)), (t * step - range.low) / range.span);",
+    "}",
+    "",
+    "$('scatter').onclick = event => {",
+    "    let best = -1, least = 20 ** 2;",
+    "    for (const j of order) {",
+    "        const [left, top] = place(j);",
+    "        const distance = (left - event.offsetX) ** 2 + (top - event.offsetY) ** 2;",
+    "        if (distance < least) [best, least] = [j, distance];",
+    "    }",
+    "    if (best >= 0) location.hash = 'latent=' + best;",
+    "};",
+    "",
+    "// --- One latent: the address names it ---",
+    "",
+    "function follow() {",
+    "    const named = new URLSearchParams(location.hash.slice(1)).get('latent') ?? order[0];",
+    "    if (data.index[named] === undefined) return tell('There is no latent ' + named + '.');",
+    "    latent = Number(named);",
+    "    $('name').textContent = document.title = 'Latent ' + latent;",
+    "    $('name').href = '#latent=' + latent;",
+    "    $('facts').textContent = data.frequency[latent] === 0 ? 'fires on no image' :",
+    "        'fires on ' + percent(data.frequency[latent]) + ' of the images, mean activation ' +",
+    "        digits(data.mean[latent]) + ', entropy ' + entropyOf(latent);",
+    "    reveal();",
+    "    load(Math.floor(latent / data.part));",
+    "}",
+    "",
+    "function tell(what) {",
+    "    $('classes').textContent = what;",
+    "    $('figures').replaceChildren();",
+    "}",
+    "",
+    "// A page from a file may not read files, but it may have scripts.",
+    "function load(number) {",
+    "    if (number !== Math.floor(latent / data.part)) return;",
+    "    if (parts[number]) return show(parts[number][latent % data.part]);",
+    "    if (Object.keys(parts).length > 16) parts = {};",
+    "    const src = 'data/' + number + '.js';",
+    "    make('script', document.head, { src, onload() { load(number); this.remove(); },",
+    "                                    onerror() { tell(src + ' cannot be read.'); } });",
+    "}",
+    "",
+    "function show(images) {",
+    "    const shares = new Map(), total = images.reduce((sum, image) => sum + image[1], 0);",
+    "    for (const image of images) shares.set(image[2], (shares.get(image[2]) ?? 0) + image[1]);",
+    "    tell([...shares].filter(([c]) => c >= 0).sort((a, b) => b[1] - a[1]).slice(0, 6)",
+    "        .map(([c, sum]) => nameOf(c) + ' ' + percent(sum / total)).join(', '));",
+    "    for (const [number, activation, label, title, values, patches] of images) {",
+    "        const figure = make('figure', $('figures'));",
+    "        const picture = make('div', figure, { className: 'picture' });",
+    "        make('img', picture, { src: 'data/' + number + '.jpg', alt: title });",
+    "        make('canvas', picture, { title, width: data.grid, height: data.grid, strength: {",
+    "            none: () => 1,",
+    "            value: p => parseInt(values[p], 16) / 15,",
+    "            top: p => Number(patches.includes(p))",
+    "        } });",
+    "        make('figcaption', figure, { textContent: digits(activation) + ' ' })",
+    "            .append(make('span', figure, { textContent: nameOf(label) }));",
+    "    }",
+    "    paint();",
+    "}",
+    "",
+    "// Darkens patches: silent ones (0) nearly black, the strongest (1) not at all.",
+    "function paint() {",
+    "    const kind = document.querySelector('[name=mask]:checked').value;",
+    "    for (const canvas of document.querySelectorAll('.picture canvas')) {",
+    "        const g = canvas.getContext('2d'), pixels = g.createImageData(data.grid, data.grid);",
+    "        for (let p = 0; p < data.grid ** 2; p++) {",
+    "            const strength = canvas.strength[kind](p);",
+    "            pixels.data[4 * p + 3] = strength ? 110 * (1 - strength) : 225;",
+    "        }",
+    "        g.putImageData(pixels, 0, 0);",
+    "    }",
+    "}",
+    "",
+    "function step(by) {",
+    "    const next = order[order.indexOf(latent) + by];",
+    "    if (next !== undefined) location.replace('#latent=' + next);",
+    "}",
+    "",
+    "const heads = document.querySelectorAll('.row button');",
+    "for (const head of heads) head.onclick = () => {",
+    "    way = key === head.value ? -way : 1;",
+    "    key = head.value;",
+    "    arrange();",
+    "};",
+    "$('class').onchange = arrange;",
+    "$('list').onscroll = fill;",
+    "$('masks').onchange = paint;",
+    "$('before').onclick = () => step(-1);",
+    "$('after').onclick = () => step(1);",
+    "onkeydown = event => {",
+    "    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];",
+    "    if (!by || event.target.matches('select')) return;",
+    "    event.preventDefault();",
+    "    step(by);",
+    "};",
+    "onhashchange = follow;",
+    "onresize = reveal;",
+    "matchMedia('(prefers-color-scheme: dark)').onchange = draw;",
+    "</script>",
+    "<script src='data/latents.js'></script>",
+    "</body>",
+    "</html>",
+};
+
+static int write_page(atlas *a, FILE *out, size_t line) {
+    for (; line < COUNT(atlas_page); line++) fprintf(out, "%s\n", atlas_page[line]);
+    (void)a;
+    return SC_OK;
+}
+
 #endif /* !SC_ISA */

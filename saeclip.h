@@ -184,6 +184,9 @@ typedef struct {
     sc_hook hook;
     float *out;                      /* [images tokens, width], `stride` floats from row to row */
     size_t stride;
+    /* NULL, or what changes `out` where the pass is to go on with other values */
+    int (*replace)(void *context, float *out, size_t rows);
+    void *context;
 } sc_tap;
 
 /* A matrix as the kernels take it; see saeclip.c. */

@@ -4,6 +4,7 @@
  *     make tests/synth
  *     tests/synth draw -o out/world --count 2000          pictures, masks and factors as files
  *     tests/synth stream --objects 1 | ...                records without end, to train on
+ *     tests/synth score --seed S --codes A --unseen B     which latent knows which shape or colour
  *
  * What `draw` writes below its folder:
  *     pictures/<class>/<number>.ppm    class: colour and shape of the main object, as "red star"
@@ -12,7 +13,8 @@
  *     factors.csv                      a line an object: everything that was drawn by lot
  *
  * A picture depends on the seed and its number alone, and all arithmetic is that of integers, so
- * the bytes are the same on every machine. */
+ * the bytes are the same on every machine. `score` draws them again instead of reading them: A is
+ * what `saeclip encode --mean` made of the pictures 0 to N - 1, and B of those from N on. */
 #define _FILE_OFFSET_BITS 64
 #include "../saeclip.h"
 
@@ -219,7 +221,11 @@ static int picture_class(const picture *p) {
 
 /* --- Files --- */
 
-typedef struct { const char *folder; uint64_t seed, first, count; int objects; } options;
+typedef struct {
+    const char *folder, *codes, *unseen;
+    uint64_t seed, first, count;
+    int objects;
+} options;
 
 /* The path of what lies in the folder -o names, in a buffer that the next call writes again. */
 static const char *below(const options *o, const char *format, ...) {
@@ -335,13 +341,235 @@ static int command_stream(const options *o) {
     return fflush(stdout) == 0 && !ferror(stdout) ? SC_OK : complain("stream", "cut off");
 }
 
+/* --- Scores: the latent that knows a value best, found on one set, tried on another --- */
+
+enum { VALUES = SHAPES + COLOURS + TEXTURES, PATCHES = GRID * GRID, TOKENS = PATCHES + 1 };
+
+typedef struct { float value; uint32_t place; } activation;  /* place: picture * PATCHES + patch */
+
+/* A set of pictures in the order of their files, and what an SAE made of them. */
+typedef struct {
+    size_t pictures, latents;
+    unsigned char (*cover)[VALUES][PATCHES];     /* [pictures], pixels with a value in each patch */
+    unsigned char (*has)[VALUES];                /* [pictures], whether an object has it */
+    size_t *start;                               /* [latents + 1], of each latent's activations */
+    activation *code;                            /* [start[latents]], of patches */
+    activation *most;                            /* [pictures], a latent's strongest patches */
+} world;
+
+static int wrong_codes(const char *path) {
+    fprintf(stderr, "synth: %s: not what `saeclip encode --mean` writes of this world\n", path);
+    return SC_FAILED;
+}
+
+/* Draws pictures first, first + 1, ... again. Files are in the order of their classes. */
+static int know_pictures(world *w, uint64_t seed, uint64_t first) {
+    static picture p;
+    size_t at[CLASSES + 1] = { 0 };
+    w->cover = calloc(w->pictures, sizeof *w->cover);
+    w->has = calloc(w->pictures, sizeof *w->has);
+    w->most = calloc(w->pictures, sizeof *w->most);
+    if (!w->cover || !w->has || !w->most) return complain("score", "no memory");
+    for (int round = 0; round < 2; round++) {                /* count classes, then sort by them */
+        for (size_t i = 0; i < w->pictures; i++) {
+            draw_picture(&p, seed, first + i, 0);
+            if (round == 0) at[picture_class(&p) + 1]++;
+            if (round == 0) continue;
+            size_t place = at[picture_class(&p)]++;
+            for (int k = 0; k < SIDE * SIDE; k++) {
+                if (!p.owner[k]) continue;
+                const object *o = &p.object[p.owner[k] - 1];
+                const int value[] = { o->shape, SHAPES + o->colour, SHAPES + COLOURS + o->texture };
+                for (int v = 0; v < 3; v++) {
+                    w->cover[place][value[v]][k / SIDE / PATCH * GRID + k % SIDE / PATCH]++;
+                    w->has[place][value[v]] = 1;
+                }
+            }
+        }
+        for (int c = 0; c < CLASSES && round == 0; c++) at[c + 1] += at[c];
+    }
+    return SC_OK;
+}
+
+/* Visits all codes: counts each latent's or, once there is room, puts them where they belong. */
+static int visit_codes(world *w, const sc_safetensors *file) {
+    enum { BLOCK = 4096 };
+    static int64_t row[BLOCK], index[BLOCK];
+    static float value[BLOCK];
+    const sc_tensor *rows = sc_tensor_find(file, "row"), *values = sc_tensor_find(file, "value");
+    const sc_tensor *indices = sc_tensor_find(file, "index");
+    if (!rows || !indices || !values || rows->count != values->count
+        || indices->count != values->count) return wrong_codes(file->path);
+    for (size_t first = 0; first < values->count; first += BLOCK) {
+        size_t count = values->count - first < BLOCK ? values->count - first : BLOCK;
+        if (sc_tensor_integers(file, rows, first, count, row) != SC_OK
+            || sc_tensor_integers(file, indices, first, count, index) != SC_OK
+            || sc_tensor_floats(file, values, first, count, value) != SC_OK)
+            return wrong_codes(file->path);
+        for (size_t i = 0; i < count; i++) {
+            if (row[i] < 0 || (uint64_t)row[i] >= w->pictures * TOKENS || index[i] < 0
+                || (uint64_t)index[i] >= w->latents) return wrong_codes(file->path);
+            if (row[i] % TOKENS == 0) continue;              /* the class token is nowhere */
+            size_t at = w->start[index[i] + 1]++, image = (size_t)row[i] / TOKENS;
+            uint32_t place = (uint32_t)(image * PATCHES + (size_t)row[i] % TOKENS - 1);
+            if (w->code) w->code[at] = (activation){ value[i], place };
+        }
+    }
+    return SC_OK;
+}
+
+/* Sorts the codes by latent, by counting. start[j + 1] is where latent j's next code goes. */
+static int read_codes(world *w, const sc_safetensors *file) {
+    const sc_tensor *means = sc_tensor_find(file, "image_means");
+    if (!means || means->rank != 2 || means->shape[0] > UINT32_MAX / PATCHES)
+        return wrong_codes(file->path);
+    w->pictures = means->shape[0];
+    w->latents = means->shape[1];
+    w->start = calloc(w->latents + 2, sizeof *w->start);
+    if (!w->start) return complain("score", "no memory");
+    if (visit_codes(w, file) != SC_OK) return SC_FAILED;
+    size_t sum = 0;
+    for (size_t j = 0; j <= w->latents; j++) {
+        size_t count = w->start[j + 1];
+        w->start[j + 1] = sum;
+        sum += count;
+    }
+    w->code = calloc(sum + 1, sizeof *w->code);
+    return w->code ? visit_codes(w, file) : complain("score", "no memory");
+}
+
+static int open_world(world *w, const char *codes, uint64_t seed, uint64_t first) {
+    sc_safetensors file;
+    if (sc_safetensors_open(&file, codes) != SC_OK) {
+        fprintf(stderr, "synth: %s\n", sc_error());
+        return SC_FAILED;
+    }
+    int status = read_codes(w, &file);
+    sc_safetensors_close(&file);
+    return status == SC_OK ? know_pictures(w, seed, first) : status;
+}
+
+static void close_world(world *w) {
+    free(w->cover);
+    free(w->has);
+    free(w->start);
+    free(w->code);
+    free(w->most);
+}
+
+static int by_value(const void *a, const void *b) {
+    float x = ((const activation *)a)->value, y = ((const activation *)b)->value;
+    return (x > y) - (x < y);
+}
+
+/* Areas under the ROC curve of a latent's strongest patch as a sign that a picture holds a value:
+ * the share of pairs, a picture that does and one that does not, in which the first has more; equal
+ * ones count half. (The mean over patches finds less where pictures hold more than one object.)
+ * area: [VALUES] */
+static void find_areas(world *w, size_t j, double *area) {
+    uint64_t twice[VALUES] = { 0 }, with[VALUES] = { 0 };    /* the pairs; pictures that hold it */
+    memset(w->most, 0, w->pictures * sizeof *w->most);
+    for (size_t i = 0; i < w->pictures; i++) w->most[i].place = (uint32_t)i;
+    for (size_t c = w->start[j]; c < w->start[j + 1]; c++) {
+        activation *most = &w->most[w->code[c].place / PATCHES];
+        if (w->code[c].value > most->value) most->value = w->code[c].value;
+    }
+    qsort(w->most, w->pictures, sizeof *w->most, by_value);
+    for (size_t first = 0, end; first < w->pictures; first = end) {      /* equal ones at once */
+        uint64_t here[VALUES] = { 0 };
+        for (end = first; end < w->pictures && w->most[end].value == w->most[first].value; end++)
+            for (int v = 0; v < VALUES; v++) here[v] += w->has[w->most[end].place][v];
+        for (int v = 0; v < VALUES; v++) {
+            uint64_t below = first - with[v], equal = end - first - here[v];     /* without it */
+            twice[v] += here[v] * (2 * below + equal);
+            with[v] += here[v];
+        }
+    }
+    for (int v = 0; v < VALUES; v++) {
+        uint64_t pairs = with[v] * (w->pictures - with[v]);
+        area[v] = pairs ? (double)twice[v] / (double)(2 * pairs) : 0.5;
+    }
+}
+
+/* Overlap of where a latent's activation reaches a threshold, patches as squares of pixels, with
+ * the objects of a value, over all pictures as one: what both have by what one of them has. With
+ * choose the threshold becomes the one where that is most. */
+static double overlap(world *w, size_t j, int v, float *threshold, int choose) {
+    uint64_t total = 0, lit = 0, both = 0, best[2] = { 0, 1 };
+    activation *code = w->code + w->start[j];
+    size_t count = w->start[j + 1] - w->start[j];
+    for (size_t i = 0; i < w->pictures; i++)
+        for (int patch = 0; patch < PATCHES; patch++) total += w->cover[i][v][patch];
+    qsort(code, count, sizeof *code, by_value);
+    for (size_t c = count; c-- > 0;) {
+        if (!choose && code[c].value < *threshold) break;
+        lit += PATCH * PATCH;
+        both += w->cover[code[c].place / PATCHES][v][code[c].place % PATCHES];
+        if (choose && c > 0 && code[c - 1].value == code[c].value) continue;
+        uint64_t either = total + lit - both;
+        if (choose && both * best[1] <= best[0] * either) continue;
+        best[0] = both;
+        best[1] = either;
+        if (choose) *threshold = code[c].value;
+    }
+    return (double)best[0] / (double)best[1];
+}
+
+static const char *value_name(int v) {
+    if (v < SHAPES) return shape_names[v];
+    return v < SHAPES + COLOURS ? colours[v - SHAPES].name : texture_names[v - SHAPES - COLOURS];
+}
+
+/* latent: [VALUES], the best ones */
+static void print_scores(world *w, const size_t *latent, const double *area) {
+    int areas = 0, overlaps = 0;
+    printf("                    latent    area   unseen   overlap\n");
+    for (int v = 0; v < VALUES; v++) {
+        const char *kind = v == 0 ? "shape" : v == SHAPES ? "colour"
+            : v == SHAPES + COLOURS ? "texture" : "";
+        double unseen[VALUES];
+        float threshold = 0;
+        overlap(&w[0], latent[v], v, &threshold, 1);
+        double shared = overlap(&w[1], latent[v], v, &threshold, 0);
+        find_areas(&w[1], latent[v], unseen);
+        printf("  %-8s%-9s %6zu   %5.3f    %5.3f     %5.3f\n", kind, value_name(v), latent[v],
+               area[v], unseen[v], shared);
+        areas += v < SHAPES + COLOURS && unseen[v] > 0.95;
+        overlaps += v < SHAPES + COLOURS && shared > 0.5;
+    }
+    printf("Of %d shapes and colours %d have an area over 0.95 and %d an overlap over 0.5 on "
+           "unseen pictures.\n", SHAPES + COLOURS, areas, overlaps);
+}
+
+static int command_score(const options *o) {
+    static world w[2];                           /* the pictures it was trained on, unseen ones */
+    size_t latent[VALUES] = { 0 };
+    double area[VALUES] = { 0 }, here[VALUES];
+    int status = open_world(&w[0], o->codes, o->seed, 0);
+    if (status == SC_OK) status = open_world(&w[1], o->unseen, o->seed, w[0].pictures);
+    if (status == SC_OK && w[0].latents != w[1].latents) status = wrong_codes(o->unseen);
+    for (size_t j = 0; status == SC_OK && j < w[0].latents; j++) {
+        find_areas(&w[0], j, here);
+        for (int v = 0; v < VALUES; v++) {
+            if (here[v] <= area[v]) continue;
+            area[v] = here[v];
+            latent[v] = j;
+        }
+    }
+    if (status == SC_OK) print_scores(w, latent, area);
+    for (int i = 0; i < 2; i++) close_world(&w[i]);
+    if (status != SC_OK) return status;
+    return fflush(stdout) == 0 && !ferror(stdout) ? SC_OK : complain("score", "cut off");
+}
+
 static const struct { const char *name; int (*run)(const options *); } commands[] = {
-    { "draw", command_draw }, { "stream", command_stream },
+    { "draw", command_draw }, { "stream", command_stream }, { "score", command_score },
 };
 
 static int usage(void) {
     fprintf(stderr, "usage: synth draw -o FOLDER --count N [--first I] [--objects K] [--seed S]\n"
-                    "       synth stream [--count N] [--first I] [--objects K] [--seed S]\n");
+                    "       synth stream [--count N] [--first I] [--objects K] [--seed S]\n"
+                    "       synth score --codes FILE --unseen FILE [--seed S]\n");
     return SC_USAGE;
 }
 
@@ -352,6 +580,8 @@ int main(int count, char **words) {
         char *end;
         uint64_t number = strtoull(value, &end, 10);
         if (strcmp(word, "-o") == 0) o.folder = value;
+        else if (strcmp(word, "--codes") == 0) o.codes = value;
+        else if (strcmp(word, "--unseen") == 0) o.unseen = value;
         else if (end == value || *end) return usage();
         else if (strcmp(word, "--count") == 0) o.count = number;
         else if (strcmp(word, "--first") == 0) o.first = number;
@@ -361,8 +591,10 @@ int main(int count, char **words) {
     }
     for (size_t c = 0; count > 1 && c < sizeof commands / sizeof *commands; c++) {
         if (strcmp(words[1], commands[c].name) != 0) continue;
-        if (commands[c].run == command_stream) return command_stream(&o);
-        return o.folder && o.count > 0 && strlen(o.folder) < 900 ? command_draw(&o) : usage();
+        int draws = o.folder && o.count > 0 && strlen(o.folder) < 900;
+        if (commands[c].run == command_draw && !draws) return usage();
+        if (commands[c].run == command_score && !(o.codes && o.unseen)) return usage();
+        return commands[c].run(&o);
     }
     return usage();
 }

@@ -13,6 +13,9 @@
 #include "test_threads.c"
 #include "test_cli.c"
 #include "test_look.c"
+#include "test_figures.c"
+#include "test_atlas.c"
+#include "test_demo.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "numbers", test_numbers },
@@ -24,6 +27,9 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "threads", test_threads },
     { "cli", test_cli },
     { "look", test_look },
+    { "figures", test_figures },
+    { "atlas", test_atlas },
+    { "demo", test_demo },
     { NULL, NULL }
 };
 

@@ -352,7 +352,8 @@ static int cli_example_fits(const char *help, const char *example)
 }
 
 static const char *const cli_commands[] = { "info", "pack", "extract", "train", "encode", "eval",
-                                            "stats", "top", "mask", "zeroshot", "compare", "bench" };
+                                            "stats", "top", "mask", "plot", "zeroshot", "compare",
+                                            "bench" };
 
 enum { CLI_COMMANDS = sizeof cli_commands / sizeof *cli_commands };
 

@@ -50,6 +50,61 @@ static void model_zeroshot(void)
     }
 }
 
+/* The cosines of zeroshot's first batch, all the golden pictures. logits: [3, 10] */
+static int model_loop_logits(const char *sae, const char *hook, long k, float *logits)
+{
+    options o = { .model = GOLDEN "clip_hf.safetensors", .operand = { GOLDEN "images.safetensors" },
+                  .sae = { sae }, .saes = 1, .hook = hook, .arch = k ? "topk" : "relu", .k = k,
+                  .crop = "torchvision" };
+    session s = { .o = &o };
+    int status = start_zeroshot(&s);
+    if (status == SC_OK) status = next_batch(&s.data, MEASURE_IMAGES);
+    if (status == SC_OK && s.data.count * s.data.model.classes == 30)
+        memcpy(logits, s.data.logits, 30 * sizeof *logits);
+    close_session(&s);
+    return status;
+}
+
+/* The SAE in the loop: the cosines that the rest of the pass makes of x', for every instruction set and
+ * number of threads, and what the command says of them. top1, top5: as make_golden.py printed them. */
+static void model_loop(void)
+{
+    static const struct { const char *hook, *golden; int k, top1, top5; } cases[] = {
+        { "attn", "attn_relu", 0, 1, 2 }, { "mlp", "mlp_relu", 0, 1, 2 },
+        { "resid", "resid_relu", 0, 0, 1 }, { "mlp", "mlp_6", 6, 1, 1 },
+    };
+    static const char sae[] = GOLDEN "loop_sae.safetensors";
+    for (size_t c = 0; c < 4; c++) {
+        size_t count;
+        float first[30] = { 0 }, other[30];
+        double mine[30];
+        char line[64];
+        const double *golden = numbers_of(GOLDEN "loop_expected.safetensors", cases[c].golden, &count);
+        if (!check(golden && count == 30 && model_loop_logits(sae, cases[c].hook, cases[c].k, first) == SC_OK,
+                   "no cosines with the SAE in the loop at %s", cases[c].hook)) continue;
+        for (size_t i = 0; i < 30; i++) mine[i] = (double)first[i];
+        double error = off(mine, golden, 30);
+        check(error <= 4e-6, "%s: with the SAE in the loop cosines are off by %.2g", cases[c].golden, error);
+        for (int i = 0; i < 12; i++) {
+            static const char *const sets[] = { "scalar", "neon", "avx2", "avx512" };
+            if (sc_instruction_set(sets[i / 3]) != SC_OK) continue;      /* test_numbers says which */
+            if (sc_threads_start(1 + 2 * (i % 3)) != SC_OK) need("threads");
+            check(model_loop_logits(sae, cases[c].hook, cases[c].k, other) == SC_OK
+                  && memcmp(first, other, sizeof first) == 0, "%s: other cosines with %d threads and %s",
+                  cases[c].golden, 1 + 2 * (i % 3), sets[i / 3]);
+        }
+        if (sc_instruction_set(NULL) != SC_OK || sc_threads_start(2) != SC_OK) need("threads");
+        works("zeroshot --quiet -m " GOLDEN "clip_hf.safetensors -s %s --hook %s --arch %s --k %d " GOLDEN
+              "images.safetensors --format csv", sae, cases[c].hook, cases[c].k ? "topk" : "relu",
+              cases[c].k ? cases[c].k : 1);
+        snprintf(line, sizeof line, "images,top1,top5\n3,%d,%d\n", cases[c].top1, cases[c].top5);
+        check(strcmp(ran.out, line) == 0, "zeroshot with the SAE at %s gives %s", cases[c].golden, ran.out);
+    }
+    refuses(2, "about an SAE", "zeroshot -m " GOLDEN "clip_hf.safetensors --hook attn " GOLDEN "images.safetensors");
+    refuses(1, "width 20, but activations of 32", "zeroshot --quiet -m " GOLDEN "clip_hf.safetensors -s "
+            GOLDEN "init_90.safetensors " GOLDEN "images.safetensors");
+}
+
 #define MODEL_EXTRACT "extract --quiet -m " GOLDEN "clip_timm.safetensors "
 
 /* What --tokens, --dtype, --layer and --limit choose from. */
@@ -161,6 +216,7 @@ static void test_model(void)
 {
     model_golden();
     model_zeroshot();
+    model_loop();
     model_choices();
     model_inputs();
     model_large();

@@ -12,8 +12,8 @@ import os
 import numpy as np
 import torch
 
-from reference import (CLIP_MEAN, CLIP_STD, decode, encode, evaluate, geometric_median, normalise, save, statistics,
-                       train, vit)
+from reference import (CLIP_MEAN, CLIP_STD, decode, encode, evaluate, geometric_median, load, normalise, save,
+                       statistics, train, vit)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -188,6 +188,42 @@ def models():
           f"{min(np.diff(np.sort(s)).min() for s in right['head']):.2g}")
 
 
+LOOP = [("attn", None), ("mlp", None), ("resid", None), ("mlp", 6)]       # hook, TopK's k
+
+
+def loop():
+    """The SAE in the loop: what zeroshot compares when at layer 2 of the golden CLIP x' stands in the place of x"""
+    print("SAE in the loop")
+    rng = np.random.default_rng(4)
+    clip = {name: np.array(t) for name, t in load(os.path.join(HERE, "clip_timm.safetensors"))[0].items()}
+    images = load(os.path.join(HERE, "images.safetensors"))[0]
+    text = torch.tensor(np.array(load(os.path.join(HERE, "clip_hf.safetensors"))[0]["text_embeds"])).double()
+    W_dec = rng.standard_normal((48, 32)) / 32 ** 0.5
+    sae = {name: np.float32(t) for name, t in {"W_enc": W_dec.T * rng.uniform(0.4, 1, 48), "b_enc": rng.standard_normal(48) / 4,
+                                               "W_dec": W_dec, "b_dec": rng.standard_normal(32) / 2}.items()}
+    put("loop_sae.safetensors", sae, {"layer": "2", "hook": "mlp"})
+    right = {}
+    for hook, k in LOOP:
+        margins = []
+
+        def cosine(dtype, change=True):
+            def reconstruct(x):
+                flat, s = x.reshape(-1, 32), to(sae, dtype)
+                h, f = encode(s, flat, k)
+                margins.append(h.sort(1).values.diff(dim=1)[:, -6].min().item() if k else 1)
+                return decode(s, f).reshape(x.shape)
+            head = vit(to(clip, dtype), normalise(images["images"], CLIP_MEAN, CLIP_STD, dtype), 2, "quick", 1e-5,
+                       {(2, hook): reconstruct} if change else None)[1]
+            return cosines(head, text.to(dtype)).numpy()
+        name = f"{hook}_{k or 'relu'}"
+        right[name] = cosine(torch.float64)
+        r = ranks(right[name], images["labels"])
+        print(f"    {name}: float32 against float64 {off(cosine(torch.float32), right[name]):.2g}, without the SAE "
+              f"{off(cosine(torch.float64, False), right[name]):.2g}, TopK's margin {min(margins):.2g}; "
+              f"top1 {(r < 1).sum()}, top5 {(r < 5).sum()}")
+    put("loop_expected.safetensors", {name: np.float32(t) for name, t in right.items()})
+
+
 # ---------------------------------------------------------------------------------- training
 
 LOG = ["step", "images", "tokens", "lr", "loss", "mse", "l1", "ghost", "l0", "explained_variance", "dead", "seconds"]
@@ -354,5 +390,6 @@ def measuring():
 
 if __name__ == "__main__":
     models()
+    loop()
     training()
     measuring()

@@ -64,9 +64,15 @@ def normalise(images, mean, std, dtype):
     return ((x - torch.tensor(mean, dtype=dtype)) / torch.tensor(std, dtype=dtype)).permute(0, 3, 1, 2)
 
 
-def vit(w, x, heads, gelu, eps):
+def vit(w, x, heads, gelu, eps, replace=None):
     """A vision transformer with pre-norm blocks. w: weights under timm's names, with qkv joined; x: [N, 3, H, W].
+    replace: {(block, hook): function of [N, T, D]}, whose results go on in the place of what they were given.
     -> {(block from 1, hook): [N, T, D]}, and the head's output [N, P] (None without a head)"""
+    replace = replace or {}
+
+    def place(x, *hook):
+        return replace[hook](x) if hook in replace else x
+
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], eps)
 
@@ -87,12 +93,12 @@ def vit(w, x, heads, gelu, eps):
         q, k, v = linear(norm(x, name + "norm1"), name + "attn.qkv").reshape(N, -1, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
         p = torch.softmax(q @ k.transpose(-1, -2) / (D // heads) ** 0.5, -1)         # [N, heads, T, T]
         attn = linear((p @ v).transpose(1, 2).reshape(N, -1, D), name + "attn.proj")
-        x = x + attn
+        x = x + place(attn, block + 1, "attn")
         hidden = linear(norm(x, name + "norm2"), name + "mlp.fc1")
         hidden = hidden * torch.sigmoid(1.702 * hidden) if gelu == "quick" else F.gelu(hidden)
         mlp = linear(hidden, name + "mlp.fc2")
-        x = x + mlp
         block += 1
+        x = place(x + place(mlp, block, "mlp"), block, "resid")
         hooks[block, "attn"], hooks[block, "mlp"], hooks[block, "resid"] = attn, mlp, x
     head = linear(norm(x[:, 0], "norm"), "head") if "head.weight" in w else None
     return hooks, head

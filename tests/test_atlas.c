@@ -1,0 +1,342 @@
+/* Tests of explain and of the atlas: figures worked out by hand on test_look.c's model and SAE, whose
+ * f_0 is relu(R / 255 - 0.2) and f_1 the same of G; the atlas's page also in a browser that shows no
+ * window, where there is one. */
+
+/* Class a: a picture on which f_0 is 0.8 0.6 0.2 0, its mean over 5 tokens 0.32; b: one with 0.16;
+ * c: one on which f_1 is 0.16. Two top images a latent. */
+static void make_atlas_inputs(void)
+{
+    static const int red[4] = { 255, 0, 0, 0 }, green[4] = { 0, 255, 204, 0 };
+    if (!exists(in_folder("look"))) {
+        if (mkdir(in_folder("look"), 0777) != 0) need("look");
+        make_look_inputs();
+    }
+    look_folder("mixed");
+    look_folder("mixed/a");
+    look_folder("mixed/b<script>\342\200\250\377");
+    look_folder("mixed/c");
+    look_patches("mixed/a/0.ppm", red0, none);
+    look_patches("mixed/b<script>\342\200\250\377/'\"\\<!--1.ppm", red1, none);
+    look_patches("mixed/c/2.ppm", none, green2);
+    look_patches("both.ppm", red, green);
+    look_patches("dark.ppm", none, none);
+    check(look_run("stats -s sae.safetensors -m model.safetensors mixed --top 2 --top-patches 3 -o mixed.stats "
+                   "--quiet") == 0, "statistics are made");
+}
+
+/* --- explain --- */
+
+#define EXPLAIN "explain -s sae.safetensors -m model.safetensors -t mixed.stats --quiet "
+
+static void atlas_explain(void)
+{
+    /* entropy: -(2/3 ln 2/3 + 1/3 ln 1/3); latent 1 has one top image of the two that it would need */
+    static const char zero[] = "\"frequency\": 0.666666687, \"entropy\": 0.636514187, \"classes\": \"a 67 %, "
+                               "b\\u003cscript>\\u2028\357\277\275 33 %\"}";
+    static const char one[] = "\"frequency\": 0.333333343, \"entropy\": -1, \"classes\": \"c 100 %\"}";
+    char wanted[500];
+    check(look_run(EXPLAIN "both.ppm --format json") == 0, "explain runs");
+    snprintf(wanted, sizeof wanted, "[\n  {\"latent\": 1, \"activation\": 0.280000001, %s,\n"
+             "  {\"latent\": 0, \"activation\": 0.159999996, %s\n]\n", one, zero);
+    check(strcmp(look_output, wanted) == 0, "the strongest first, each with its figures: %s", look_output);
+    check(look_run(EXPLAIN "both.ppm --format json --patch 1,0") == 0, "explain runs on a patch");
+    snprintf(wanted, sizeof wanted, "[\n  {\"latent\": 1, \"activation\": 0.600000024, %s\n]\n", one);
+    check(strcmp(look_output, wanted) == 0, "row 1, column 0 is the third patch: %s", look_output);
+    check(look_run(EXPLAIN "both.ppm --format json --max-frequency 0.5") == 0
+          && look_says("\"latent\": 1,") && !look_says("\"latent\": 0,"), "frequent latents are left out");
+    check(look_run(EXPLAIN "both.ppm --max-frequency 0.666666686534881591796875") == 0 && look_says("\n     0        0.16"),
+          "the bound itself is not left out");
+    check(look_run(EXPLAIN "set --limit 1 --format json") == 0 && look_says("b\\u003cscript"),
+          "classes have the names that they have in the statistics");
+    check(look_run(EXPLAIN "set/b/2.ppm -o explained") == 0 && is_mask("explained/latent_1_0_2.ppm.pgm", 0, 255, 0, 0)
+          && exists(in_folder("look/explained/latent_1_0_2.ppm.ppm"))
+          && !exists(in_folder("look/explained/latent_0_0_2.ppm.pgm")), "masks of the latents that fire");
+    check(look_run(EXPLAIN "- --patch 0,0 < both.ppm") == 0 && look_says("0.8"), "a picture on standard input");
+    check(look_run("explain -s sae.safetensors -m model.safetensors -t mixed.stats dark.ppm") == 0
+          && look_says("no latent fires"), "where none fires explain says so");
+    check_full_disk(EXPLAIN "both.ppm");
+}
+
+static void atlas_explain_refusals(void)
+{
+    static const struct { const char *arguments; int status; const char *words; } bad[] = {
+        { "both.ppm --patch 2,0", 2, "0,0 to 1,1" }, { "both.ppm --patch 0,2", 2, "0,0 to 1,1" },
+        { "both.ppm --patch -1,0", 2, "--patch" }, { "both.ppm --patch 0", 2, "--patch" },
+        { "both.ppm --patch 0,0x", 2, "--patch" }, { "both.ppm --max-frequency 1.5", 2, "--max-frequency" },
+        { "set", 1, "one image" }, { "both.ppm -l 0", 2, "no option -l" }, { "both.ppm -o stats", 1, "stats" },
+        { "nowhere.ppm", 1, "nowhere.ppm" }, { "", 2, "IMAGE" },
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        check(look_run(EXPLAIN "%s", bad[i].arguments) == bad[i].status && look_says(bad[i].words),
+              "explain %s: status %d and '%s', got %s", bad[i].arguments, bad[i].status, bad[i].words,
+              look_output);
+    check(look_run("explain -s other.safetensors -m model.safetensors -t mixed.stats both.ppm") == 1
+          && look_says("another SAE"), "statistics of another SAE are refused");
+    check(look_run("explain -s sae.safetensors -m model.safetensors both.ppm") == 2 && look_says("-t"),
+          "explain needs statistics");
+}
+
+/* --- The atlas's files --- */
+
+#define ATLAS "atlas -s sae.safetensors -m model.safetensors -t mixed.stats mixed --quiet "
+
+static void atlas_files(void)
+{
+    /* 0.8 0.6 0.2 0 in fifteenths of the largest, rounded up: 15 12 4 0; the three top patches of latent 0
+     * are 0 and 1 of the first image and 3 of the second; names as JSON that may stand in a script */
+    static const char part[] =
+        "atlas.part(0,[\n[[0,0.32,0,\"a/0.ppm\",\"fc40\",[0,1]],\n[1,0.16,1,\"b\\u003cscript>\\u2028\357\277\275/'"
+        "\\\"\\\\\\u003c!--1.ppm\",\"000f\",[3]]],\n[[2,0.16,2,\"c/2.ppm\",\"0f00\",[1]]],\n[]]);\n";
+    static const char latents[] =
+        "atlas.open({\"name\":\"sae.safetensors\",\"images\":3,\"part\":64,\"grid\":2,\n\"classes\":[\"a\",\n"
+        "\"b\\u003cscript>\\u2028\357\277\275\",\n\"c\"],\n\"frequency\":[0.666667,0.333333,0],\n"
+        "\"mean\":[0.24,0.16,0],\n\"entropy\":[0.636514,-1,-1],\n\"class\":[0,2,-1]});\n";
+    size_t count;
+    check(look_run(ATLAS "-o atlas") == 0, "atlas runs: %s", look_output);
+    check(holds(in_folder("look/atlas/data/0.js"), part), "the top images and their masks: %s",
+          get_file(in_folder("look/atlas/data/0.js"), NULL));
+    check(holds(in_folder("look/atlas/data/latents.js"), latents), "the latents' numbers: %s",
+          get_file(in_folder("look/atlas/data/latents.js"), NULL));
+    check(!exists(in_folder("look/atlas/data/1.js")) && !exists(in_folder("look/atlas/data/3.jpg")),
+          "no file more than it takes");
+    for (int i = 0; i < 3; i++) {
+        const unsigned char *jpeg = (unsigned char *)get_file(in_folder("look/atlas/data/%d.jpg", i), &count);
+        check(jpeg && count > 100 && jpeg[0] == 0xff && jpeg[1] == 0xd8 && jpeg[count - 2] == 0xff
+              && jpeg[count - 1] == 0xd9, "picture %d is a JPEG from its first to its last marker", i);
+    }
+    const char *page = get_file(in_folder("look/atlas/index.html"), &count);
+    check(page && strncmp(page, "<!DOCTYPE html>\n", 16) == 0
+          && strcmp(page + count - 8, "</html>\n") == 0, "the page is whole");
+    check(page && !strstr(page, "http:") && !strstr(page, "https:"), "the page asks nobody for anything");
+    put_text(in_folder("look/atlas/data/0.js"), "old");
+    check(look_run(ATLAS "-o atlas --threads 1") == 0 && holds(in_folder("look/atlas/data/0.js"), part),
+          "an atlas is replaced by a new one");
+}
+
+/* What the masks of the sheets and files say: 255 f / largest, rounded, against 15 f / largest, up. */
+static void atlas_masks(void)
+{
+    const char *mask, *line, *part = get_file(in_folder("look/atlas/data/0.js"), NULL);
+    check(look_run("mask -s sae.safetensors -m model.safetensors mixed --quiet -l 0,1 -o mixed.masks") == 0, "masks");
+    for (int i = 0; part && i < 3; i++) {
+        static const char *const names[] = { "latent_0_0_0.ppm.pgm", "latent_0_1______--1.ppm.pgm",
+                                             "latent_1_2_2.ppm.pgm" };
+        size_t count;
+        char begin[16];
+        snprintf(begin, sizeof begin, "[%d,", i);
+        mask = get_file(in_folder("look/mixed.masks/%s", names[i]), &count);
+        line = strstr(part, begin);
+        line = line ? strstr(line, ".ppm\",\"") + 7 : "";
+        if (!check(mask != NULL, "mask %d is there", i)) continue;
+        for (size_t p = 0; p < 4; p++) {
+            double share = (double)(unsigned char)mask[count - 4 + p] / 255;
+            double level = *line ? (double)strtol((char[]){ line[p], 0 }, NULL, 16) / 15 : -1;
+            check(level > share - 0.003 && level < share + 1.0 / 15 + 0.003,
+                  "image %d, patch %zu: %g in the atlas, %g in the mask", i, p, level, share);
+        }
+    }
+}
+
+/* A picture of smooth colours, an edge and noise, written, decoded by someone else, and compared. */
+static void atlas_jpeg(void)
+{
+    enum { S = 100 };                            /* not whole blocks */
+    static unsigned char picture_in[S * S * 3], picture_out[S * S * 3];
+    sc_images set;
+    sc_preprocess prep = { .size = S };
+    double error = 0;
+    for (int i = 0; i < S * S * 3; i++) {
+        int x = i / 3 % S, y = i / 3 / S, c = i % 3;
+        picture_in[i] = (unsigned char)(y > 70 ? (int)((unsigned)i * 2654435761u >> 25)
+                                        : x + y > 50 ? 250 - x - c * 40 : 20 + 3 * y + c * x);
+    }
+    FILE *out = fopen(in_folder("look/a.jpg"), "wb");
+    if (!out) need("a.jpg");
+    put_jpeg(out, picture_in, S);
+    fclose(out);
+    if (system("command -v djpeg > /dev/null 2>&1 || command -v magick > /dev/null 2>&1 "
+               "|| command -v convert > /dev/null 2>&1") != 0) {
+        skip("pictures as others decode them: neither djpeg nor ImageMagick is here");
+        return;
+    }
+    check(sc_images_open(&set, in_folder("look/a.jpg"), 0) == SC_OK && set.count == 1
+          && sc_image_load(&set, 0, &prep, picture_out) == SC_OK, "the JPEG can be decoded");
+    sc_images_close(&set);
+    for (int i = 0; i < S * S * 3; i++) error += pow(picture_in[i] - picture_out[i], 2);
+    error = sqrt(error / (S * S * 3));
+    check(error < 10, "the JPEG is off by %.3g of 255 (root mean square)", error);
+}
+
+static void atlas_refusals(void)
+{
+    static const struct { const char *arguments; int status; const char *words; } bad[] = {
+        { "atlas " LOOK " -t mixed.stats -o x", 1, "other data" }, { "atlas " LOOK " -o x", 2, "-t" },
+        { "atlas " LOOK " -t stats", 2, "-o" }, { "atlas " LOOK " -t sae.safetensors -o x", 1, "no statistics" },
+        { "atlas -s other.safetensors -m model.safetensors set --quiet -o x -t stats", 1, "another SAE" },
+        { "atlas -s sae.safetensors -m model.safetensors - --quiet -o x -t stats", 2, "stream" },
+        { "atlas " LOOK " -t stats -o model.safetensors", 1, "model.safetensors" },
+        { "atlas " LOOK " -t stats -o none/x", 1, "none/x" },
+        { "atlas " LOOK " -t stats -o blocked", 1, "blocked/data" },
+    };
+    look_folder("blocked");
+    put_text(in_folder("look/blocked/data"), "a file");
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        check(look_run("%s", bad[i].arguments) == bad[i].status && look_says(bad[i].words),
+              "%s: status %d and '%s', got %s", bad[i].arguments, bad[i].status, bad[i].words, look_output);
+    check(!exists(in_folder("look/x")), "what is refused leaves no folder");
+}
+
+/* A picture that has become unreadable since the statistics: no page stays that would show a mixture. */
+static void atlas_failures(void)
+{
+    put_text(in_folder("look/mixed/c/2.ppm"), "P6\n4 4\n255\nshort");
+    check(look_run(ATLAS "-o atlas") == 1 && look_says("c/2.ppm"), "a bad picture ends the run");
+    check(!exists(in_folder("look/atlas/index.html")), "then there is no page");
+    put_text(in_folder("look/mixed/a/0.ppm"), "P6\n4 4\n255\nshort");
+    check(look_run(ATLAS "-o early") == 1 && !exists(in_folder("look/early")), "what is empty goes");
+    look_patches("mixed/a/0.ppm", red0, none);
+    look_patches("mixed/c/2.ppm", none, green2);
+}
+
+/* --- The page in a browser --- */
+
+/* Runs in the page, behind its own scripts. say() counts; the browser prints the document at the end. */
+static const char *const atlas_script[] = {
+    "<script>(async () => {",
+    "const results = document.createElement('pre');",
+    "const say = (good, what) => { results.textContent += (good ? 'GOOD ' : 'BAD ') + what + '\\n'; };",
+    "const wait = async (test, what) => {",
+    "    for (let i = 0; i < 300 && !test(); i++) await new Promise(go => setTimeout(go, 10));",
+    "    say(test(), what + ': ' + document.title + ' ' + $('classes').textContent);",
+    "};",
+    "const pictures = () => [...document.querySelectorAll('.picture img')];",
+    "const files = () => pictures().map(p => p.getAttribute('src')).join();",
+    "const copy = document.createElement('canvas').getContext('2d', { willReadFrequently: true });",
+    "const alphas = () => [...document.querySelectorAll('.picture canvas')].map(c => {",
+    "    copy.clearRect(0, 0, 2, 2);",
+    "    copy.drawImage(c, 0, 0);",
+    "    return [...copy.getImageData(0, 0, 2, 2).data].filter((v, i) => i % 4 === 3).join();",
+    "});",
+    "const shows = (text, what) => say(alphas().join(' ') === text, what + ': ' + alphas().join(' '));",
+    "const press = key => document.body.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));",
+    "const rows = () => [...document.querySelectorAll('a.row')].map(r => r.firstChild.textContent).join();",
+    "const click = j => {",
+    "    const box = $('scatter').getBoundingClientRect(), [left, top] = place(j);",
+    "    $('scatter').dispatchEvent(new MouseEvent('click',",
+    "        { clientX: box.left + left + 3, clientY: box.top + top - 3, bubbles: true }));",
+    "};",
+    "addEventListener('error', event => say(false, 'error: ' + event.message));",
+    "await wait(() => files() === 'data/0.jpg,data/1.jpg', 'the lowest entropy comes first');",
+    "await wait(() => pictures().every(p => p.naturalWidth === 4), 'pictures are decoded');",
+    /* 110 (1 - level / 15) for levels 15 12 4, 225 for silence */
+    "shows('0,22,81,225 225,225,225,0', 'masks are shown as they fire');",
+    "document.querySelector('[value=top]').click();",
+    "shows('0,0,225,225 225,225,225,0', 'top patches');",
+    "document.querySelector('[value=none]').click();",
+    "shows('0,0,0,0 0,0,0,0', 'masks are off');",
+    "document.querySelector('[value=value]').click();",
+    "shows('0,22,81,225 225,225,225,0', 'masks are on again');",
+    "const before = $('scatter').toDataURL();",
+    "click(1);",
+    "await wait(() => location.hash === '#latent=1' && files() === 'data/2.jpg', 'a click on a point');",
+    "say(document.title === 'Latent 1' && $('facts').textContent.includes('33.3 %'), 'facts of the point');",
+    "say($('scatter').toDataURL() !== before, 'the point is marked');",
+    "press('ArrowLeft');",
+    "await wait(() => location.hash === '#latent=0' && files() === 'data/0.jpg,data/1.jpg', 'left arrow');",
+    "press('ArrowLeft');",
+    "press('ArrowRight');",
+    "await wait(() => location.hash === '#latent=1' && files() === 'data/2.jpg', 'right arrow');",
+    "press('ArrowRight');",
+    "await wait(() => location.hash === '#latent=2' && files() === '', 'a latent that never fires');",
+    "say(rows() === '0,1,2', 'by entropy, what has none at the end: ' + rows());",
+    "document.querySelector('button[value=mean]').click();",
+    "say(rows() === '1,0,2', 'by mean activation: ' + rows());",
+    "document.querySelector('button[value=mean]').click();",
+    "say(rows() === '0,1,2', 'the other way round, the silent one still last: ' + rows());",
+    "document.querySelector('button[value=index]').click();",
+    "document.querySelector('button[value=index]').click();",
+    "say(rows() === '1,0,2', 'by index, backwards: ' + rows());",
+    "say([...$('class').options].map(o => o.text).join() === 'every class,a,c', 'classes of latents');",
+    "$('class').value = '2';",
+    "$('class').onchange();",
+    "say(rows() === '1', 'only class c: ' + rows());",
+    "location.hash = 'latent=0';",
+    "await wait(() => files() === 'data/0.jpg,data/1.jpg', 'the address names a latent');",
+    "say($('classes').textContent === 'a 66.7 %, b<script>\\u2028\\ufffd 33.3 %', 'class names are only text');",
+    "say(document.querySelectorAll('.picture canvas')[1].title.endsWith(`'\"\\\\<!--1.ppm`), 'file names');",
+    "location.hash = 'latent=3';",
+    "await wait(() => $('classes').textContent === 'There is no latent 3.', 'an address beyond');",
+    "document.body.replaceChildren(results);",
+    "results.textContent += 'END\\n';",
+    "})();</script>", NULL };
+
+/* Starts a browser on a page; returns what it printed, and in *err what it complained about. */
+static const char *atlas_browse(const char *browser, const char *page, const char **err)
+{
+    static char address[1200], profile[1200];
+    char *arguments[] = { (char *)(uintptr_t)browser, "--headless", "--no-sandbox", "--disable-gpu",
+                          "--disable-dev-shm-usage", "--dump-dom", "--enable-logging=stderr",
+                          "--virtual-time-budget=60000", profile, address, NULL };
+    int status;
+    snprintf(address, sizeof address, "file://%s", page);
+    snprintf(profile, sizeof profile, "--user-data-dir=%s", in_folder("browser"));
+    fflush(stdout);
+    pid_t child = fork();
+    if (child < 0) need("fork");
+    if (child == 0) {
+        if (!freopen("/dev/null", "r", stdin) || !freopen(in_folder("look/dom"), "w", stdout)
+            || !freopen(in_folder("look/log"), "w", stderr)) _exit(126);
+        alarm(120);
+        execvp(browser, arguments);
+        _exit(127);
+    }
+    while (waitpid(child, &status, 0) < 0)
+        if (errno != EINTR) need("waitpid");
+    *err = get_file(in_folder("look/log"), NULL);
+    return get_file(in_folder("look/dom"), NULL);
+}
+
+static void atlas_browser(void)
+{
+    static const char *const browsers[] = { "chromium", "chromium-browser", "google-chrome" };
+    size_t browser = 0;
+    char command[100], *end = NULL;
+    for (; browser < COUNT(browsers); browser++) {
+        snprintf(command, sizeof command, "command -v %s > /dev/null 2>&1", browsers[browser]);
+        if (system(command) == 0) break;
+    }
+    if (browser == COUNT(browsers)) {
+        skip("THE ATLAS IN A BROWSER: chromium is not here (Debian's package of that name)");
+        return;
+    }
+    if (!check(look_run(ATLAS "-o atlas") == 0, "atlas runs")) return;
+    char *page = get_file(in_folder("look/atlas/index.html"), NULL);
+    FILE *out = fopen(in_folder("look/atlas/test.html"), "w");
+    if (!page || !out || (end = strstr(page, "</body>")) == NULL) need("test.html");
+    fprintf(out, "%.*s", (int)(end - page), page);
+    for (const char *const *line = atlas_script; *line; line++) fprintf(out, "%s\n", *line);
+    fputs(end, out);
+    fclose(out);
+    const char *log, *dom = atlas_browse(browsers[browser], in_folder("look/atlas/test.html"), &log);
+    check(dom && strstr(dom, "END\n"), "the page's test comes to its end: %s", dom ? dom : "nothing");
+    check(log && !strstr(log, "CONSOLE"), "nothing on the console: %s", log ? strstr(log, "CONSOLE") : "no log");
+    const char *line = dom ? strstr(dom, "<pre>") : NULL;
+    for (line = line ? line + 5 : NULL; line && strncmp(line, "END", 3) != 0;) {
+        check(strncmp(line, "GOOD ", 5) == 0, "in the browser: %.*s", (int)strcspn(line, "\n"), line);
+        line = strchr(line, '\n');
+        if (line) line++;
+    }
+}
+
+static void test_atlas(void)
+{
+    make_atlas_inputs();
+    atlas_explain();
+    atlas_explain_refusals();
+    atlas_files();
+    atlas_masks();
+    atlas_jpeg();
+    atlas_browser();
+    atlas_refusals();
+    atlas_failures();
+}

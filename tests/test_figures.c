@@ -1,0 +1,432 @@
+/* Tests of plot: each figure's points, ticks and texts, worked out by hand from tiny files made here. */
+
+/* Whether a text is well-formed XML as far as figures use it: tags that nest, attributes in quotes, numbered
+ * characters, valid UTF-8 of characters that XML has. */
+static int figures_well_formed(const char *text)
+{
+    const char *open[16];
+    size_t length[16], depth = 0;
+    for (const char *c = text; *c;) {
+        size_t bytes = *c == '\n' ? 1 : utf8_length(c);
+        if (bytes == 0 || strncmp(c, "\xef\xbf\xbe", 3) == 0 || strncmp(c, "\xef\xbf\xbf", 3) == 0) return 0;
+        if (*c == '&' && (c[1] != '#' || !isdigit((unsigned char)c[2]) || c[2 + strspn(c + 2, "0123456789")] != ';'))
+            return 0;
+        if (*c == '>') return 0;
+        if (*c != '<') {
+            c += bytes;
+            continue;
+        }
+        int closing = c[1] == '/';
+        const char *name = c + 1 + closing;
+        size_t letters = strspn(name, "abcdefghijklmnopqrstuvwxyz");
+        for (c = name + letters; *c == ' ';) {
+            c += 1 + strspn(c + 1, "abcdefghijklmnopqrstuvwxyzB-0123456789");
+            if (c[0] != '=' || c[1] != '"') return 0;
+            c += 2 + strcspn(c + 2, "\"<");
+            if (*c++ != '"') return 0;
+        }
+        int empty = *c == '/';
+        if (c[empty] != '>' || letters == 0 || (!closing && depth == 16)) return 0;
+        c += empty + 1;
+        if (!closing && !empty) {
+            open[depth] = name;
+            length[depth++] = letters;
+        }
+        if (closing && (depth-- == 0 || letters != length[depth] || memcmp(open[depth], name, letters) != 0)) return 0;
+    }
+    return depth == 0;
+}
+
+static size_t figures_count(const char *text, const char *what)
+{
+    size_t count = 0;
+    for (; text && (text = strstr(text, what)) != NULL; text += strlen(what)) count++;
+    return count;
+}
+
+/* The figure that `plot` makes of this, which must be well-formed; "" where there is none. */
+SC_PRINTF(1, 2) static const char *figures_plot(const char *format, ...)
+{
+    char arguments[4096];
+    const char *path = in_folder("figure.svg");
+    va_list list;
+    va_start(list, format);
+    vsnprintf(arguments, sizeof arguments, format, list);
+    va_end(list);
+    remove(path);
+    works("plot %s -o %s", arguments, path);
+    const char *svg = get_file(path, NULL);
+    check(svg && strncmp(svg, "<svg ", 5) == 0 && figures_well_formed(svg), "plot %s is no XML", arguments);
+    return svg ? svg : "";
+}
+
+static void figures_has(const char *svg, size_t times, const char *what)
+{
+    size_t count = figures_count(svg, what);
+    check(count == times, "a figure has '%s' %zu times, expected %zu", what, count, times);
+}
+
+/* The nth (from 0) polyline's points. */
+static const char *figures_points(const char *svg, size_t n)
+{
+    static char points[1 << 17];
+    points[0] = '\0';
+    for (const char *at = svg; (at = strstr(at, "<polyline")) != NULL; at++) {
+        if (n-- > 0) continue;
+        at = strstr(at, "points=\"") + 8;
+        snprintf(points, sizeof points, "%.*s", (int)strcspn(at, "\""), at);
+        break;
+    }
+    return points;
+}
+
+#define FIGURES_HEADER "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,dead,seconds\n"
+#define FIGURES_ROW(step, loss, mse, l0) step ",1,1,1," loss "," mse ",1,1," l0 ",1,1,1\n"
+
+/* Steps 1 to 5, +-3 % of 4: 0.88 to 5.12 on 260 pixels from 82. Loss 100 to 0.01: its log10 from 2.12 to
+ * -2.12 on 260 pixels from 20 down to 280; MSE 1 to 5 on the same, L0 always 3. */
+static void figures_curves(void)
+{
+    const char *a = in_folder("a.csv"), *b = in_folder("b.csv");
+    put_text(a, FIGURES_HEADER FIGURES_ROW("1", "100", "1", "3") FIGURES_ROW("2", "10", "2", "3")
+             FIGURES_ROW("3", "1", "3", "3") FIGURES_ROW("4", "0.1", "4", "3") FIGURES_ROW("5", "0.01", "5", "3"));
+    put_text(b, FIGURES_HEADER FIGURES_ROW("2", "1e1", "2", "3"));
+    const char *svg = figures_plot("curves %s %s", a, b);
+    figures_has(svg, 6, "<polyline");
+    check(strcmp(figures_points(svg, 0), "89.4,27.4 150.7,88.7 212.0,150.0 273.3,211.3 334.6,272.6 ") == 0,
+          "the loss runs through %s", figures_points(svg, 0));
+    check(strcmp(figures_points(svg, 2), "453.4,272.6 514.7,211.3 576.0,150.0 637.3,88.7 698.6,27.4 ") == 0,
+          "the MSE runs through %s", figures_points(svg, 2));
+    check(strcmp(figures_points(svg, 1), "146.7,88.7 154.7,88.7 ") == 0, "a log of one step is no dash but %s",
+          figures_points(svg, 1));
+    const char *const texts[] = { ">0.01<", ">0.1<", ">10<", ">100<", ">loss<", ">MSE<",
+        ">L0 (active latents a token)<", ">1.5<", ">4.5<", "a.csv: 5 steps, MSE 5 and L0 3 at the end<",
+        "b.csv: 1 steps, MSE 2 and L0 3 at the end<" };
+    for (size_t i = 0; i < COUNT(texts); i++) figures_has(svg, 1, texts[i]);
+    figures_has(svg, 3, ">step<");
+    figures_has(svg, 3 + 1, ">5<");                          /* steps, and the MSE's axis */
+    figures_has(svg, 1, "prefers-color-scheme:dark");
+    svg = figures_plot("curves %s %s %s %s %s %s %s %s %s", b, a, a, a, a, a, a, a, b);
+    figures_has(svg, 4, " stroke=\"#2f8fd8\" stroke-dasharray");       /* the ninth is the first, dashed */
+    figures_has(svg, 8, " stroke=\"#2f8fd8\"");
+    figures_plot("curves %s", b);                            /* where all axes have one value */
+}
+
+/* A long log keeps its spikes: linear from 1 to 2, +-3 %, 1 lies at 272.6 and 2 at 27.4. */
+static void figures_thinned(void)
+{
+    FILE *log = fopen(in_folder("long.csv"), "w");
+    if (!log) need("long.csv");
+    fputs(FIGURES_HEADER, log);
+    for (int i = 1; i <= 20000; i++)
+        fprintf(log, "%d,1,1,1,%d,%d,1,1,1,1,1,1\n", i, 1 + (i == 7777), 2 - (i == 7777));
+    fclose(log);
+    const char *svg = figures_plot("curves %s", in_folder("long.csv"));
+    size_t points = figures_count(figures_points(svg, 0), ",");
+    check(points > 400 && points <= 1000, "a line of 20,000 rows has %zu points", points);
+    check(figures_count(figures_points(svg, 0), ",27.4 ") == 1 &&
+          figures_count(figures_points(svg, 0), ",272.6 ") == points - 1, "a spike is lost");
+    check(figures_count(figures_points(svg, 1), ",272.6 ") == 1, "a spike down is lost");
+    figures_has(svg, 3, ">0<");                              /* of the steps, and not -0 */
+}
+
+static void figures_bad_logs(void)
+{
+    static const struct { const char *text, *says; } logs[] = {
+        { "", "first line should be step,images,tokens,lr,loss" },
+        { "step,loss,mse,l0\n1,1,1,1\n", "first line should be" },
+        { FIGURES_HEADER, "a log without a step" },
+        { FIGURES_HEADER FIGURES_ROW("1", "1", "1", "1") "2,1,1,1,0.5,0.", "line 3" },
+        { FIGURES_HEADER "1,1,1,1,1,1,1,1,1,1,1,1", "line 2" },
+        { FIGURES_HEADER "1,1,1,1,1,1,1,1,1,1,1,1,1\n", "line 2" },
+        { FIGURES_HEADER FIGURES_ROW("1", "nan", "1", "1"), "line 2: expected 12 finite numbers" },
+        { FIGURES_HEADER FIGURES_ROW("1", "1", "inf", "1"), "line 2" },
+        { FIGURES_HEADER FIGURES_ROW("1", "1", "1", "1e300"), "line 2" },
+        { FIGURES_HEADER FIGURES_ROW("x", "1", "1", "1"), "line 2" } };
+    for (size_t i = 0; i < COUNT(logs); i++) {
+        put_text(in_folder("bad.csv"), logs[i].text);
+        refuses(1, logs[i].says, "plot curves %s -o %s", in_folder("bad.csv"), in_folder("none.svg"));
+    }
+    put_text(in_folder("bad.csv"), FIGURES_HEADER FIGURES_ROW("1", "1e30", "-1e30", "0")
+             FIGURES_ROW("2", "1e-300", "1e30", "0"));
+    figures_has(figures_plot("curves %s", in_folder("bad.csv")), 1, ">-0.5<");  /* around 0; ugly but finite */
+    refuses(1, "cannot be opened", "plot curves %s -o %s", in_folder("not_there.csv"), in_folder("none.svg"));
+    refuses(1, "first line", "plot curves %s -o %s", folder, in_folder("none.svg"));
+    refuses(1, "safetensors", "plot latents %s -o %s", in_folder("bad.csv"), in_folder("none.svg"));
+    refuses(2, "is none of curves, latents", "plot pie %s -o %s", in_folder("a.csv"), in_folder("none.svg"));
+    refuses(2, "at most 2 files", "plot latents a b c -o %s", in_folder("none.svg"));
+    refuses(2, "-o is missing", "plot curves %s", in_folder("a.csv"));
+    refuses(2, "KIND FILE", "plot curves -o %s", in_folder("none.svg"));
+    check(!exists(in_folder("none.svg")) && !exists(in_folder("none.svg.tmp")), "a failed plot leaves a file");
+    if (device("full")) refuses(1, "cannot be written", "plot curves %s -o %s", in_folder("a.csv"), device("full"));
+    else skip("plot on a full disk: no such device can be made here");
+}
+
+/* A name is text: neither XML nor a terminal sees more in it. */
+static void figures_names(void)
+{
+    static const struct { const char *name, *text; } names[] = {
+        { "<b>&\"'\n.csv", "/&#60;b&#62;&#38;&#34;&#39;\\x0a.csv: 5 steps" },
+        { "\x1b[31m\xff\xc2\x9b.csv", "/\\x1b[31m\\xff\\xc2\\x9b.csv: 5 steps" },
+        { "\xef\xbf\xbeo\xef\xbf\xbf\xef\xbf\xbd\xef\xac\x81.csv", "/o\xef\xbf\xbd\xef\xac\x81.csv: 5 steps" },
+        { "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"
+          "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9 ab.csv",
+          ">\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"
+          "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9 ab.csv: 5 steps" } };
+    size_t count;
+    char *log = read_whole(in_folder("a.csv"), &count), path[2000];
+    for (size_t i = 0; i < COUNT(names); i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, names[i].name);
+        FILE *file = fopen(path, "wb");
+        if (!file || fclose(file) != 0) {
+            skip("a file's name cannot be %s here", shown(names[i].name));
+            continue;
+        }
+        put_file(path, log, count);
+        const char *svg = in_folder("names.svg");
+        char *list[] = { (char *)(uintptr_t)program(), "plot", "curves", path, "-o", (char *)(uintptr_t)svg, NULL };
+        check(run_list(list) == 0, "a name of any bytes cannot be plotted: %s", ran.err);
+        const char *text = get_file(svg, NULL);
+        check(text && figures_well_formed(text), "name %zu breaks the XML", i);
+        figures_has(text, 1, names[i].text);
+        remove(path);
+    }
+    free(log);
+}
+
+/* Statistics as far as figures use them. n: of each array; edges or images NULL: none */
+static void figures_stats(const char *path, size_t n, const float *frequency, const float *mean, const float *entropy,
+                          const int64_t *images_of, const char *images)
+{
+    const struct { const char *name; const float *values; } lists[] = {
+        { "sae_sparsity", frequency }, { "sae_mean_acts", mean }, { "top_entropy", entropy } };
+    sc_writer w;
+    int status = sc_writer_open(&w, path, 4096);
+    for (int i = 0; i < 3 && status == SC_OK && frequency; i++) {
+        status = sc_writer_tensor(&w, lists[i].name, SC_F32, 1, &n);
+        if (status == SC_OK) status = sc_writer_floats(&w, lists[i].values, n);
+    }
+    if (status == SC_OK && images_of) status = sc_writer_tensor(&w, "image_count", SC_I64, 1, &n);
+    if (status == SC_OK && images_of) status = sc_writer_integers(&w, images_of, n);
+    if (status == SC_OK && images) status = sc_writer_metadata(&w, "images", images);
+    if (status == SC_OK) status = sc_writer_finish(&w);
+    if (status != SC_OK) need("%s: %s", path, sc_error());
+}
+
+/* log10 frequency -3 to 0, +-3 %: -3.09 to 0.09 on 330 pixels from 82; log10 mean -2 to 2, +-3 %: 2.12 to -2.12
+ * on 330 pixels from 112. Entropy 0 to 2 from viridis's first colour to its last. */
+static void figures_latents(void)
+{
+    const float frequency[] = { 0.001f, 0.1f, 0, 1 }, mean[] = { 0.01f, 1, 0, 100 }, entropy[] = { -1, 0, 0, 2 };
+    const float same[] = { 0.001f, 0.1f, 0.1f, 1 }, same_mean[] = { 0.01f, 1, 1, 100 }, zero[4] = { 0 };
+    const float silent[] = { -1, -1, -1, -1 };
+    const char *one = in_folder("one.st"), *two = in_folder("two.st");
+    figures_stats(one, 4, frequency, mean, entropy, NULL, NULL);
+    const char *svg = figures_plot("latents %s", one);
+    figures_has(svg, 3, "<circle");
+    figures_has(svg, 1, "<circle cx=\"91.3\" cy=\"432.7\" r=\"1.8\" fill=\"#888888\"/>");
+    figures_has(svg, 1, "<circle cx=\"298.9\" cy=\"277.0\" r=\"1.8\" fill=\"#440154\"/>");
+    figures_has(svg, 1, "<circle cx=\"402.7\" cy=\"121.3\" r=\"1.8\" fill=\"#fde725\"/>");
+    figures_has(svg, 6, "class=\"bar\"");
+    figures_has(svg, 1, "<rect x=\"87.0\" y=\"54.0\" width=\"4.0\" height=\"54.0\" class=\"bar\"/>");
+    figures_has(svg, 1, "<rect x=\"416.0\" y=\"117.0\" width=\"54.0\" height=\"4.0\" class=\"bar\"/>");
+    figures_has(svg, 1, ">4 latents, of which 1 never fire<");
+    figures_has(svg, 1, ">entropy of the top images&#39; classes (nats)<");
+    const char *const texts[] = { ">0.001<", ">0.01<", ">0.1<", ">1<", ">10<", ">100<" };
+    const size_t times[] = { 1, 2, 2, 3, 1, 1 };             /* on both axes and the colours' */
+    for (size_t i = 0; i < COUNT(texts); i++) figures_has(svg, times[i], texts[i]);
+
+    /* Two at one place: 1.8 + 0.3 ln 2 = 2.008, and the mean of their entropies 0 and 2. Beside it, on the
+     * same axes and 482 pixels further, the first. */
+    figures_stats(two, 4, same, same_mean, (float[]){ 0, 0, 2, 2 }, NULL, NULL);
+    svg = figures_plot("latents %s %s", two, one);
+    figures_has(svg, 6, "<circle");
+    figures_has(svg, 1, "<circle cx=\"298.9\" cy=\"277.0\" r=\"2.0\" fill=\"#21908d\"/>");
+    figures_has(svg, 1, "<circle cx=\"780.9\" cy=\"277.0\" r=\"1.8\" fill=\"#440154\"/>");
+    figures_has(svg, 1, ">4 latents, of which 0 never fire<");
+    figures_has(svg, 1, ">entropy of the top images&#39; classes (nats)<");
+
+    figures_stats(one, 4, zero, zero, silent, NULL, NULL);
+    svg = figures_plot("latents %s", one);
+    figures_has(svg, 0, "<circle");
+    figures_has(svg, 1, ">4 latents, of which 4 never fire<");
+    figures_stats(one, 4, frequency, mean, silent, NULL, NULL);
+    figures_has(figures_plot("latents %s", one), 3, "fill=\"#888888\"");
+    figures_stats(one, 1, same, same_mean, zero, NULL, NULL);
+    figures_has(figures_plot("latents %s", one), 1, "<circle cx=\"247.0\" cy=\"277.0\"");   /* in the middle */
+}
+
+/* 49,152 latents: a circle for a cell at most, and every latent in a bar. */
+static void figures_density(void)
+{
+    enum { N = 49152 };
+    static float frequency[N], mean[N], entropy[N];
+    size_t count;
+    for (size_t j = 0; j < N; j++) {
+        frequency[j] = exp32(-4 + 3.99f * uniform(1, 1, j));
+        mean[j] = exp32(3 * uniform(1, 2, j));
+        entropy[j] = 1 + uniform(1, 3, j);
+    }
+    figures_stats(in_folder("many.st"), N, frequency, mean, entropy, NULL, NULL);
+    figures_plot("latents %s %s", in_folder("many.st"), in_folder("many.st"));
+    const char *svg = get_file(in_folder("figure.svg"), &count);
+    size_t circles = figures_count(svg, "<circle");
+    check(circles > 7000 && circles <= 2 * 66 * 66 && count < 1500000, "%zu circles, %zu bytes", circles, count);
+}
+
+static void figures_bad_statistics(void)
+{
+    static const float good[] = { 0.5f, 1 }, bad[] = { 0.5f, 1.5f }, minus[] = { 1, -1 }, low[] = { 0, -2 };
+    const char *path = in_folder("bad.st"), *refused = in_folder("none.svg");
+    const struct { const float *lists[3]; const char *says; } cases[] = {
+        { { bad, good, good }, "element 1 of sae_sparsity is 1.5, expected 0 to 1" },
+        { { good, minus, good }, "element 1 of sae_mean_acts is -1" },
+        { { good, good, low }, "element 1 of top_entropy is -2" },
+        { { NULL, NULL, NULL }, "a list sae_sparsity was expected" } };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        figures_stats(path, 2, cases[i].lists[0], cases[i].lists[1], cases[i].lists[2], NULL, NULL);
+        refuses(1, cases[i].says, "plot latents %s -o %s", path, refused);
+    }
+    refuses(1, "a list sae_sparsity", "plot latents %s -o %s", GOLDEN "acts.safetensors", refused);
+    put_file(path, "", 0);
+    refuses(1, "safetensors", "plot latents %s -o %s", path, refused);
+    sc_writer w;                                             /* lists of 1 and 2 */
+    if (sc_writer_open(&w, path, 4096) != SC_OK
+        || sc_writer_tensor(&w, "sae_sparsity", SC_F32, 1, (size_t[]){ 1 }) != SC_OK
+        || sc_writer_floats(&w, good, 1) != SC_OK
+        || sc_writer_tensor(&w, "sae_mean_acts", SC_F32, 1, (size_t[]){ 2 }) != SC_OK
+        || sc_writer_floats(&w, good, 2) != SC_OK || sc_writer_finish(&w) != SC_OK) need("%s", path);
+    refuses(1, "a list sae_mean_acts was expected, as long as others", "plot latents %s -o %s", path, refused);
+    const int64_t counts[] = { 3, 1 }, negative[] = { -1, 1 };
+    figures_stats(path, 2, NULL, NULL, NULL, counts, NULL);
+    refuses(1, "metadata images", "plot counts %s -o %s", path, refused);
+    figures_stats(path, 2, NULL, NULL, NULL, counts, "2");
+    refuses(1, "images was expected, 3 or more", "plot counts %s -o %s", path, refused);
+    figures_stats(path, 2, NULL, NULL, NULL, counts, "nan");
+    refuses(1, "metadata images", "plot counts %s -o %s", path, refused);
+    figures_stats(path, 2, NULL, NULL, NULL, counts, "inf");
+    refuses(1, "metadata images", "plot counts %s -o %s", path, refused);
+    figures_stats(path, 2, NULL, NULL, NULL, negative, "2");
+    refuses(1, "element 0 of image_count is -1", "plot counts %s -o %s", path, refused);
+    check(!exists(refused), "a failed plot leaves a file");
+}
+
+/* Ranks 1 to 6, +-3 % of 5, on 620 pixels; images 1 to 5 in the middle of two powers of ten. */
+static void figures_counts(void)
+{
+    const int64_t count[] = { 5, 0, 1, 2, 5, 3 }, one[] = { 1 }, silent[] = { 0, 0 };
+    const char *path = in_folder("counts.st"), *other = in_folder("others.st");
+    figures_stats(path, 6, NULL, NULL, NULL, count, "5");
+    figures_stats(other, 1, NULL, NULL, NULL, one, "1");
+    const char *svg = figures_plot("counts %s %s", path, other);
+    check(strcmp(figures_points(svg, 0), "99.5,104.6 216.5,104.6 333.5,133.4 450.5,156.3 567.5,195.4 ") == 0,
+          "images by latent run through %s", figures_points(svg, 0));
+    check(strcmp(figures_points(svg, 1), "95.5,195.4 103.5,195.4 ") == 0, "one latent is no dash");
+    figures_has(svg, 1, "counts.st: 6 latents: 2 on all 5 images, 2 on 1 or 2, 1 on none<");
+    figures_has(svg, 1, "others.st: 1 latents: 1 on all 1 images, 1 on 1 or 2, 0 on none<");
+    figures_has(svg, 1, ">images on which a latent fires (log scale)<");
+    figures_stats(other, 2, NULL, NULL, NULL, silent, "9");
+    svg = figures_plot("counts %s", other);
+    figures_has(svg, 1, ": 2 latents: 0 on all 9 images, 0 on 1 or 2, 2 on none<");
+    figures_has(svg, 1, "points=\"\"");
+}
+
+static void figures_histogram(const char *path, size_t n, const int64_t *count, const char *edges)
+{
+    sc_writer w;
+    if (sc_writer_open(&w, path, 4096) != SC_OK || sc_writer_tensor(&w, "activation_histogram", SC_I64, 1, &n) != SC_OK
+        || sc_writer_integers(&w, count, n) != SC_OK
+        || (edges && sc_writer_metadata(&w, "histogram_edges", edges) != SC_OK) || sc_writer_finish(&w) != SC_OK)
+        need("%s: %s", path, sc_error());
+}
+
+/* 75 % at the geometric mean of 4 and 16, none at 32, 25 % at 80: 0.90309 to 1.90309 in log10, of which the middle
+ * 1.40309 +- 1 lies on 620 pixels. */
+static void figures_activations(void)
+{
+    const int64_t count[] = { 0, 3, 0, 1, 0 }, silent[5] = { 0 }, minus[] = { 1, -1, 1, 1, 1 };
+    const char *path = in_folder("bins.st"), *edges = "[1,4,16,64,100,1024]";
+    static const char *const bad[] = { NULL, "", "[]", "[1,4,16,64,256]", "[1,4,16,64,256,1024,2048]", "[0,1,2,3,4,5]",
+        "[1,4,16,16,256,1024]", "[1,4,16,nan,256,1024]", "[1,4,16,64,256,inf]", "[1,4,16,64,256,1024" };
+    figures_histogram(path, 5, count, edges);
+    const char *svg = figures_plot("activations %s", path);
+    check(strcmp(figures_points(svg, 0), "237.0,20.0 423.6,280.0 547.0,193.3 ") == 0,
+          "active values run through %s", figures_points(svg, 0));
+    figures_has(svg, 1, "bins.st: 4 active values<");
+    figures_has(svg, 1, ">active values in a bin (%)<");
+    figures_has(svg, 2, ">10<");
+    figures_has(svg, 1, ">100<");
+    figures_histogram(path, 5, silent, edges);
+    svg = figures_plot("activations %s", path);
+    figures_has(svg, 1, "bins.st: 0 active values<");
+    figures_has(svg, 1, "points=\"\"");
+    figures_histogram(path, 5, minus, edges);
+    refuses(1, "element 1 of activation_histogram is -1", "plot activations %s -o %s", path, in_folder("none.svg"));
+    for (size_t i = 0; i < COUNT(bad); i++) {
+        figures_histogram(path, 5, count, bad[i]);
+        refuses(1, "histogram_edges", "plot activations %s -o %s", path, in_folder("none.svg"));
+    }
+}
+
+/* 4 cells of 100 pixels, the brightest of viridis's last colour. */
+static void figures_mask(void)
+{
+    const char *path = in_folder("mask.pgm"), *refused = in_folder("none.svg");
+    char big[66 * 66 * 2 + 20] = "P2 65 65 255";
+    static const struct { const char *text, *says; } bad[] = {
+        { "P3 2 2 255 0 0 0 0 0 0 0 0 0 0 0 0 ", "a square PGM" }, { "P2 2 1 255 0 0 ", "a square PGM" },
+        { "P2 2 2 255 0 0 ", "end before" }, { "P2 0 0 255 ", "at least 1 of each" }, { "step,loss\n", "not an image" },
+        { "\xff\xd8\xff\xe0", "a square PGM" } };
+    put_text(path, "P2 2 2 255 0 255 128 0 ");
+    const char *svg = figures_plot("mask %s", path);
+    figures_has(svg, 4, "width=\"100.0\" height=\"100.0\"");
+    figures_has(svg, 1, "<rect x=\"120.0\" y=\"52.0\" width=\"100.0\" height=\"100.0\" fill=\"#fde725\"/>");
+    figures_has(svg, 1, "<rect x=\"20.0\" y=\"152.0\" width=\"100.0\" height=\"100.0\" fill=\"#21908d\"/>");
+    figures_has(svg, 2, "height=\"100.0\" fill=\"#440154\"/>");
+    figures_has(svg, 1, ">2 x 2 patches<");
+    figures_has(svg, 1, ">0<");
+    figures_has(svg, 1, ">0.4<");
+    figures_has(svg, 1, ">1<");                              /* a scale ends with its largest value */
+    svg = figures_plot("mask %s %s %s %s %s", path, path, path, path, path);
+    figures_has(svg, 5, ">2 x 2 patches<");
+    figures_has(svg, 1, "<rect x=\"120.0\" y=\"316.0\" width=\"100.0\" height=\"100.0\" fill=\"#fde725\"/>");
+    put_text(path, "P2 1 1 255 0 ");
+    figures_has(figures_plot("mask %s", path), 1,
+                "<rect x=\"20.0\" y=\"52.0\" width=\"200.0\" height=\"200.0\" fill=\"#440154\"/>");
+    for (size_t i = 0; i < COUNT(bad); i++) {
+        put_text(path, bad[i].text);
+        refuses(1, bad[i].says, "plot mask %s -o %s", path, refused);
+    }
+    for (int i = 0; i < 65 * 65; i++) strcat(big, " 1");
+    put_text(path, strcat(big, " "));
+    refuses(1, "at most 64 x 64", "plot mask %s -o %s", path, refused);
+    check(!exists(refused), "a failed plot leaves a file");
+}
+
+/* What the other commands write is what plot reads. */
+static void figures_of_commands(void)
+{
+    works("stats --quiet -s " GOLDEN "stats_exact_sae.safetensors --acts " GOLDEN "stats_exact_acts.safetensors -o %s",
+          in_folder("exact.st"));
+    figures_plot("latents %s", in_folder("exact.st"));
+    figures_plot("activations %s", in_folder("exact.st"));
+    figures_plot("counts %s", in_folder("exact.st"));
+    works("train --quiet --acts " GOLDEN "stats_exact_acts.safetensors --latents 16 --steps 3 --batch 2 --log %s -o %s",
+          in_folder("new.csv"), in_folder("new.st"));
+    figures_has(figures_plot("curves %s", in_folder("new.csv")), 1, "new.csv: 3 steps, MSE ");
+}
+
+static void test_figures(void)
+{
+    figures_curves();
+    figures_thinned();
+    figures_bad_logs();
+    figures_names();
+    figures_latents();
+    figures_density();
+    figures_bad_statistics();
+    figures_counts();
+    figures_activations();
+    figures_mask();
+    figures_of_commands();
+}
