@@ -1519,9 +1519,8 @@ static void print_json(FILE *out, const char *text) {
     for (size_t length; *text; text += length ? length : 1) {
         length = utf8_length(text);
         int line = strncmp(text, "\xe2\x80\xa8", 3) == 0 || strncmp(text, "\xe2\x80\xa9", 3) == 0;
-        if (control_at(text)) fprintf(out, "\\u%04x", control_at(text));
-        else if (*text == '<') fputs("\\u003c", out);
-        else if (line) fprintf(out, "\\u20%x", (unsigned)text[2] & 0x3f);
+        unsigned code = line ? 0x2000 | (text[2] & 0x3f) : *text == '<' ? '<' : control_at(text);
+        if (code) fprintf(out, "\\u%04x", code);
         else if (length == 0) fputs("\xef\xbf\xbd", out);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
         else fwrite(text, 1, length, out);
@@ -5458,8 +5457,8 @@ static const char *cell_text(int markdown, const table_cell *cells, size_t colum
                              size_t column) {
     const table_cell *c = &cells[(row ? row - 1 : 0) * columns + column];
     char *out = text_room(), *to = out;
-    if (row == 0 || (c->text && !markdown)) return row ? shown(c->text) : c->title;
     int whole = c->number == floor(c->number) && fabs(c->number) < 1e9;
+    if (row == 0 || (c->text && !markdown)) return row ? shown(c->text) : c->title;
     if (!c->text) snprintf(out, TEXT_ROOM, whole ? "%.0f" : "%.4g", c->number);
     if (!c->text) return out;
     for (const char *text = shown(c->text); *text && to - out < TEXT_ROOM - 2; *to++ = *text++)
