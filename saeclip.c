@@ -30,9 +30,6 @@
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
-#ifndef _XOPEN_SOURCE
-#define _XOPEN_SOURCE 700            /* POSIX.1-2008 too; glibc shows realpath() only with it */
-#endif
 #ifndef _FILE_OFFSET_BITS
 #define _FILE_OFFSET_BITS 64
 #endif
@@ -46,6 +43,7 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <spawn.h>
@@ -63,6 +61,8 @@
 #include <unistd.h>
 
 extern char **environ;
+/* POSIX.1-2008's stdlib.h has it; glibc's shows it only where more is asked for. */
+char *realpath(const char *restrict path, char *restrict resolved);
 
 #if defined(__GNUC__)
 #define SC_PRINTF(text, first) __attribute__((format(printf, text, first)))
@@ -187,13 +187,13 @@ static void release(memory_list *list) {
     }
 }
 
-enum { MAX_OPERANDS = 16 };
+enum { MAX_OPERANDS = 1024 };        /* also the most shards of a data set */
 
 /* What the command line says. Texts are NULL, numbers 0 where not given, unless options have a
  * default (see the table of options at the end). */
 typedef struct {
     const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
-    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch;
+    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch, *shard;
     const char *operand[MAX_OPERANDS + 1];   /* IMAGES, files or lines of bench; NULL ends them */
     sc_model_options settings;
     const char *sae[SC_MAX_TAPS];
@@ -206,6 +206,8 @@ typedef struct {
 } options;
 
 static int quiet, line_open;         /* line_open: progress stands on the terminal */
+
+enum { TEXT_ROOM = 600 };            /* of a text that is shown */
 
 static const char *printable(const char *text, char *out, size_t room);
 
@@ -252,9 +254,11 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
     fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
 }
 
-/* Whether all that was printed reached standard output. */
+/* Whether all that was printed reached standard output. A reader that went away is told nothing. */
 static int end_of_output(void) {
+    errno = EIO;                     /* ferror() may be of a call long ago */
     if (fflush(stdout) == 0 && !ferror(stdout)) return SC_OK;
+    if (errno == EPIPE) return fail("%s", "");
     return fail("standard output: cannot be written: %s", strerror(errno));
 }
 
@@ -1299,18 +1303,25 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
 /* Copies count numbers of size bytes between memory and file, either way. On a big-endian machine
  * byte b of a number changes place with byte b ^ (size - 1). */
 static void copy_numbers(void *to, const void *from, size_t count, size_t size) {
-    const union { uint16_t number; unsigned char first; } one = { 1 };
+    const uint16_t one = 1;
     const unsigned char *in = from;
-    unsigned char *out = to;
-    if (one.first && count > 0) memcpy(out, in, count * size);
-    for (size_t i = 0; !one.first && i < count * size; i++) out[i ^ (size - 1)] = in[i];
+    unsigned char *out = to, little;
+    memcpy(&little, &one, 1);
+    if (little && count > 0) memcpy(out, in, count * size);
+    for (size_t i = 0; !little && i < count * size; i++) out[i ^ (size - 1)] = in[i];
 }
 
-typedef union { float value; uint32_t bits; } float_bits;
+static uint32_t bits_of_float(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
 
-static uint32_t bits_of_float(float value) { return (float_bits){ .value = value }.bits; }
-
-static float float_of_bits(uint32_t bits) { return (float_bits){ .bits = bits }.value; }
+static float float_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 of fraction. Exact. */
 static float float_of_half(uint32_t half) {
@@ -1333,6 +1344,11 @@ static uint16_t half_of_float(float value) {
 /* The index of the first value that is not finite, or count if there is none. */
 static size_t first_not_finite(const float *values, size_t count) {
     size_t i = 0;
+    for (uint32_t most = 0; i + 64 <= count; i += 64) {      /* 64 at a time can be vectors */
+        for (size_t k = i; k < i + 64; k++)
+            most |= (bits_of_float(values[k]) & 0x7f800000) + 0x800000;
+        if (most >> 31) break;
+    }
     while (i < count && isfinite(values[i])) i++;
     return i;
 }
@@ -1489,6 +1505,13 @@ static int json_string_array(const char *text, const char *what, char ***out, si
     return j.failed;
 }
 
+/* The control character at text, Latin-1's too (in UTF-8 C2 80 to C2 9F), 0 if there is none. */
+static unsigned control_at(const char *text) {
+    const unsigned char *byte = (const unsigned char *)text;
+    if (*byte == 0xc2) return byte[1] >= 0x80 && byte[1] < 0xa0 ? byte[1] : 0;
+    return *byte < ' ' || *byte == 127 ? *byte : 0;
+}
+
 /* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. What could end a
  * script that it stands in is escaped, too: <, and U+2028 and U+2029, which were ends of lines. */
 static void print_json(FILE *out, const char *text) {
@@ -1496,7 +1519,8 @@ static void print_json(FILE *out, const char *text) {
     for (size_t length; *text; text += length ? length : 1) {
         length = utf8_length(text);
         int line = strncmp(text, "\xe2\x80\xa8", 3) == 0 || strncmp(text, "\xe2\x80\xa9", 3) == 0;
-        if ((unsigned char)*text < ' ' || *text == '<') fprintf(out, "\\u%04x", (unsigned)*text);
+        if (control_at(text)) fprintf(out, "\\u%04x", control_at(text));
+        else if (*text == '<') fputs("\\u003c", out);
         else if (line) fprintf(out, "\\u20%x", (unsigned)text[2] & 0x3f);
         else if (length == 0) fputs("\xef\xbf\xbd", out);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
@@ -1607,10 +1631,12 @@ static int by_position(const void *a, const void *b) {
 static int check_positions(sc_safetensors *file) {
     const unsigned char *at = file->data, *end = file->map + file->size;
     if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, by_position);
-    for (const sc_tensor *t = file->tensor; t < file->tensor + file->tensors; at += t++->bytes)
+    for (size_t i = 0; i < file->tensors; at += file->tensor[i++].bytes) {
+        const sc_tensor *t = &file->tensor[i];
         if (t->data != at)
             return fail("%s: tensor '%.100s' begins at byte %td of the data, expected %td",
                         file->path, t->name, t->data - file->data, at - file->data);
+    }
     if (at == end) return SC_OK;
     return fail("%s: %td bytes of data belong to no tensor, expected none", file->path, end - at);
 }
@@ -1629,8 +1655,15 @@ static int sort_by_name(const char *path, void *list, size_t count, size_t size)
     return SC_OK;
 }
 
+/* A mapped file that someone cuts short raises SIGBUS where it is read, in any thread. What main()
+ * has a handler say and remove then lies ready: handlers may not even format a line. */
+static struct { atomic_uintptr_t begin, size; char line[TEXT_ROOM + 100]; } maps[64];
+static _Atomic(const char *) unfinished;         /* the output's temporary name */
+
 static int map_file(sc_safetensors *file) {
+    char safe[TEXT_ROOM];
     struct stat about;
+    size_t i = 0;
     void *map = MAP_FAILED;
     /* O_NONBLOCK: a pipe must be refused, not waited for. */
     int fd = open(file->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
@@ -1644,6 +1677,11 @@ static int map_file(sc_safetensors *file) {
     if (map == MAP_FAILED) return SC_FAILED;
     file->map = map;
     file->size = (size_t)about.st_size;
+    while (maps[i].size && i < COUNT(maps) - 1) i++;
+    snprintf(maps[i].line, sizeof maps[i].line, "\nsaeclip: %s: became shorter while it was read, "
+             "expected a file that stays\n", printable(file->path, safe, sizeof safe));
+    maps[i].begin = (uintptr_t)map;
+    maps[i].size = file->size;
     return SC_OK;
 }
 
@@ -1659,6 +1697,8 @@ int sc_safetensors_open(sc_safetensors *file, const char *path) {
 }
 
 void sc_safetensors_close(sc_safetensors *file) {
+    for (size_t i = 0; i < COUNT(maps) && file->map; i++)
+        if (maps[i].begin == (uintptr_t)file->map) maps[i].size = 0;
     if (file->map) munmap((void *)file->map, file->size);
     free(file->path);
     free(file->text);
@@ -1733,10 +1773,14 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
  * (/dev/full, a pipe) is written as it is. The first failure sticks, and stdio's do: a caller may
  * write on without looking, by fprintf(out.file, ...) too, and ask output_commit how it went. */
 
+static int write_failed(const char *path, int error) {
+    return fail("%s: cannot be written: %s", path,
+                error == EBUSY ? "another process is writing it" : strerror(error));
+}
+
 static int output_failed(sc_output *out, int error) {
     out->error = error ? error : EIO;
-    return fail("%s: cannot be written: %s", out->path, out->error == EBUSY ?
-                "another process is writing it" : strerror(out->error));
+    return write_failed(out->path, out->error);
 }
 
 static int output_write(sc_output *out, const void *bytes, size_t count) {
@@ -1753,8 +1797,11 @@ static int open_temporary(const char *name) {
     int fd;
     while ((fd = open(name, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666)) >= 0) {
         int error = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0 ? 0 : errno;
-        if (error == 0 && stat(name, &named) == 0 && locked.st_ino == named.st_ino &&
-            locked.st_dev == named.st_dev && ftruncate(fd, 0) == 0) break;
+        int ours = error == 0 && stat(name, &named) == 0 && locked.st_ino == named.st_ino &&
+                   locked.st_dev == named.st_dev;
+        if (ours && ftruncate(fd, 0) == 0) break;
+        if (ours) error = errno;
+        if (ours) unlink(name);
         close(fd);
         errno = error == EACCES || error == EAGAIN ? EBUSY : error;
         if (error) return -1;
@@ -1765,6 +1812,7 @@ static int open_temporary(const char *name) {
 /* Ends the output. Removes what was written, unless it was committed. */
 static void output_discard(sc_output *out) {
     if (out->file && out->temporary) unlink(out->temporary);
+    unfinished = NULL;
     if (out->file) fclose(out->file);
     free(out->path);
     free(out->target);
@@ -1775,15 +1823,20 @@ static void output_discard(sc_output *out) {
 static int output_open(sc_output *out, const char *path) {
     struct stat there;
     int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
-    *out = (sc_output){ .path = copy_string(path), .target = realpath(path, NULL) };
+    *out = (sc_output){ .path = copy_string(path) };
     /* A link stays, and what it leads to is replaced. */
-    if (!out->target) out->target = copy_string(path);
-    if (!direct && out->target) out->temporary = join_text(out->target, ".tmp");
+    if (out->path && !direct && !(out->target = realpath(path, NULL))) {
+        if (errno == ENOENT) out->target = copy_string(path);
+        else output_failed(out, errno);
+    }
+    if (out->target) out->temporary = join_text(out->target, ".tmp");
     if (out->path && (direct || out->temporary)) {
         int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(out->temporary);
         out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
+        unfinished = out->file ? out->temporary : NULL;
         if (out->file) return SC_OK;
         output_failed(out, errno);
+        if (fd >= 0 && !direct) unlink(out->temporary);
         if (fd >= 0) close(fd);
     }
     output_discard(out);
@@ -1793,6 +1846,7 @@ static int output_open(sc_output *out, const char *path) {
 /* Ends the output in either case: the whole file stands under its name, or nothing does. */
 static int output_commit(sc_output *out) {
     int status = output_write(out, "", 0);                   /* whether all went well so far */
+    errno = EIO;                                             /* as in end_of_output() */
     if (status == SC_OK && (fflush(out->file) != 0 || ferror(out->file) || (out->temporary &&
         (fsync(fileno(out->file)) != 0 || rename(out->temporary, out->target) != 0))))
         status = output_failed(out, errno);
@@ -1924,8 +1978,9 @@ static int write_header(sc_writer *w) {
         print_json(f, w->metadata[i].value);
     }
     if (w->entries) fputs(w->tensors ? "}," : "}", f);
-    for (const sc_tensor *t = w->tensor; t < w->tensor + w->tensors; begin += t++->bytes) {
-        if (t > w->tensor) putc(',', f);
+    for (size_t i = 0; i < w->tensors; begin += w->tensor[i++].bytes) {
+        const sc_tensor *t = &w->tensor[i];
+        if (i > 0) putc(',', f);
         print_json(f, t->name);
         fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(t->dtype));
         for (int d = 0; d < t->rank; d++) fprintf(f, "%s%zu", d ? "," : "", t->shape[d]);
@@ -1962,13 +2017,12 @@ static int save_tensors(const char *path, size_t header_room,
 /* --- Names as text: they come from anywhere --- */
 
 /* text as a terminal may show it, cut short where there is no room. What a terminal might obey
- * comes out as \xNN: control bytes, Latin-1's too (in UTF-8 C2 80 to C2 9F), what is no UTF-8. */
+ * comes out as \xNN: control characters, what is no UTF-8. */
 static const char *printable(const char *text, char *out, size_t room) {
     size_t used = 0;
     while (*text) {
-        const unsigned char *byte = (const unsigned char *)text;
         size_t length = utf8_length(text), n = length ? length : 1;
-        int harmless = length && byte[0] != 127 && !(byte[0] == 0xc2 && byte[1] < 0xa0);
+        int harmless = length && !control_at(text);
         if (used + 8 + sizeof "..." > room) return strcpy(out + used, "..."), out;
         for (; n > 0; n--, text++)
             used += (size_t)sprintf(out + used, harmless ? "%c" : "\\x%02x", (unsigned char)*text);
@@ -1976,8 +2030,6 @@ static const char *printable(const char *text, char *out, size_t room) {
     out[used] = '\0';
     return out;
 }
-
-enum { TEXT_ROOM = 600 };
 
 /* One of 8 rooms in turn: a line may show several texts. For the main thread. */
 static char *text_room(void) {
@@ -2043,11 +2095,53 @@ typedef struct { size_t width, height, stride; const unsigned char *rgb; } pictu
  * one. In magic, ? is any byte and _ a blank. */
 typedef struct { const char *name, *magic, *decoder, *package; size_t length; } image_format;
 
-/* Where pictures are read from. rgb: [capacity, CHUNK, 3], for the last picture's pixels */
+/* Where pictures are read from: a file, standard input, a decoder's pipe. rgb: [capacity, CHUNK,
+ * 3], for the last picture's pixels; at, end: of the bytes at hand */
 typedef struct {
-    const char *name; FILE *file; const image_format *format;
+    const char *name; const image_format *format;
     unsigned char *rgb; size_t capacity;
+    int fd, decoder, error;          /* error: an errno */
+    const char *stopped;             /* why nothing more is taken of a decoder */
+    double waited;                   /* seconds */
+    size_t taken, at, end;           /* taken: bytes in all */
+    unsigned char bytes[16384];
 } image_source;
+
+/* What a decoder may take for a picture; the largest one has so many bytes, at 16 bits. */
+static double decoder_seconds = 120;
+static size_t decoder_bytes = 6 * MAX_PIXELS;
+
+/* The next byte, or EOF. A decoder is waited for in steps of 0.2 seconds: a time in which we were
+ * stopped ourselves counts as one. */
+static int next_byte(image_source *s) {
+    struct pollfd pipe = { .fd = s->fd, .events = POLLIN };
+    ssize_t got = -1;
+    if (s->at < s->end) return s->bytes[s->at++];
+    do {
+        double before = seconds_now();
+        if (s->decoder && s->waited > decoder_seconds) s->stopped = "took too long";
+        if (s->decoder && s->taken > decoder_bytes) s->stopped = "wrote too much";
+        if (s->stopped) return EOF;
+        errno = EINTR;                         /* stays where nothing came */
+        if (!s->decoder || poll(&pipe, 1, 200) > 0) got = read(s->fd, s->bytes, sizeof s->bytes);
+        s->waited += fmin(seconds_now() - before, 0.2);
+    } while (got < 0 && errno == EINTR);
+    if (got < 0) s->error = errno;
+    s->at = got > 0;
+    s->end = got > 0 ? (size_t)got : 0;
+    s->taken += s->end;
+    return got > 0 ? s->bytes[0] : EOF;
+}
+
+/* Returns whether so many bytes came. */
+static int take_bytes(image_source *s, unsigned char *to, size_t count) {
+    for (size_t n; count > 0; count -= n, to += n, s->at += n) {
+        if (next_byte(s) == EOF) return 0;
+        n = s->end - --s->at < count ? s->end - s->at : count;
+        memcpy(to, s->bytes + s->at, n);
+    }
+    return 1;
+}
 
 /* --- PNM (netpbm.sourceforge.net/doc/pnm.html); P4 is what pngtopnm makes of one-bit PNGs --- */
 
@@ -2057,15 +2151,16 @@ static int is_blank(int byte) { return byte == ' ' || (byte >= '\t' && byte <= '
 
 /* The next byte of a text part; a comment reads as the newline that ends it. */
 static int text_byte(image_source *source) {
-    int byte = getc_unlocked(source->file);
+    int byte = next_byte(source);
     if (byte == '#')
-        while (byte != '\n' && byte != '\r' && byte != EOF) byte = getc_unlocked(source->file);
+        while (byte != '\n' && byte != '\r' && byte != EOF) byte = next_byte(source);
     return byte;
 }
 
 static int source_ended(const image_source *source, const char *before) {
-    if (ferror(source->file)) return fail("%s: cannot be read: %s", source->name, strerror(errno));
-    return fail("%s: the picture's data end before its %s", source->name, before);
+    if (!source->error)
+        return fail("%s: the picture's data end before its %s", source->name, before);
+    return fail("%s: cannot be read: %s", source->name, strerror(source->error));
 }
 
 /* One number and the single blank after it. */
@@ -2086,8 +2181,8 @@ static int pnm_number(image_source *source, const char *what, size_t largest, si
 static int pnm_sample(image_source *source, pnm_header *header, size_t index, size_t *value) {
     if (header->kind <= 3) return pnm_number(source, "last sample", header->maxval, value);
     size_t bit = header->kind == 4 ? index % header->width % 8 : 0;
-    int high = header->maxval > 255 ? getc_unlocked(source->file) : 0;
-    if (bit == 0) header->byte = getc_unlocked(source->file);
+    int high = header->maxval > 255 ? next_byte(source) : 0;
+    if (bit == 0) header->byte = next_byte(source);
     if (header->byte == EOF) return source_ended(source, "last sample");
     *value = (size_t)high << 8 | (size_t)header->byte;
     if (header->kind == 4) *value = ~*value >> (7 - bit) & 1;
@@ -2103,10 +2198,10 @@ static unsigned char to_8_bits(size_t v, size_t maxval) {
 /* Reads one picture; SC_END where only blanks are left. The memory grows as the pixels come: a
  * header alone, whatever it claims, costs nothing. */
 static int pnm_read(image_source *source, picture *result) {
-    int byte = getc_unlocked(source->file);
-    while (is_blank(byte)) byte = getc_unlocked(source->file);
-    if (byte == EOF && !ferror(source->file)) return SC_END;
-    int kind = byte == 'P' ? getc_unlocked(source->file) : 0;
+    int byte = next_byte(source);
+    while (is_blank(byte)) byte = next_byte(source);
+    if (byte == EOF && !source->error) return SC_END;
+    int kind = byte == 'P' ? next_byte(source) : 0;
     if (byte == EOF || kind == EOF) return source_ended(source, "header");
     if (kind < '2' || kind > '6')
         return fail("%s: not a PNM picture, which begins with P2, P3, P5 or P6", source->name);
@@ -2123,7 +2218,7 @@ static int pnm_read(image_source *source, picture *result) {
         if (kind == '6' && h.maxval == 255) {                    /* by far the most usual */
             size_t many = pixels - i < CHUNK ? pixels - i : CHUNK;
             i += many - 1;
-            if (fread(rgb, 3, many, source->file) == many) continue;
+            if (take_bytes(source, rgb, 3 * many)) continue;
             return source_ended(source, "last sample");
         }
         for (size_t c = 0; c < h.channels; c++) {
@@ -2154,30 +2249,31 @@ static const image_format formats[] = {
  * O_NONBLOCK: a named pipe must be refused, not waited for. */
 static int open_image(const char *path, image_source *source) {
     char start[16];
-    int descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    FILE *file = descriptor < 0 ? NULL : fdopen(descriptor, "rb");
-    if (!file) return fail("%s: cannot be opened: %s", path, strerror(errno));
-    size_t size = fread(start, 1, sizeof start, file), same = 0, f = 0;
-    int status = ferror(file) ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
+    int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (file < 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    ssize_t got = read(file, start, sizeof start);
+    size_t size = got > 0 ? (size_t)got : 0, same = 0, f = 0;
+    int status = got < 0 ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
     for (; f < COUNT(formats) && status == SC_END; f++) {
         const char *magic = formats[f].magic;
         for (same = 0; same < size && same < formats[f].length && (magic[same] == '?' ||
              magic[same] == start[same] || (magic[same] == '_' && is_blank(start[same])));) same++;
         if (same == formats[f].length) status = SC_OK;
     }
-    rewind(file);
+    lseek(file, 0, SEEK_SET);
     if (status == SC_END) fail("%s: not an image; a JPEG, PNG or PNM file was expected", path);
-    if (status == SC_OK && source) *source = (image_source){ path, file, &formats[f - 1], NULL, 0 };
-    else fclose(file);
+    if (status == SC_OK && source)
+        *source = (image_source){ .name = path, .format = &formats[f - 1], .fd = file };
+    else close(file);
     return status;
 }
 
-/* Starts a decoder on a file, its output at *out; returns an errno. posix_spawn and not fork, which
- * copies the page tables of all our weights. Its own process group: Ctrl-C, upon which training
+/* Starts a decoder on a file; returns an errno. posix_spawn and not fork, which copies the page
+ * tables of all our weights. Its own process group: Ctrl-C, upon which training
  * saves its state, must not look like a bad image. The lock: no other child may inherit a pipe that
  * has no FD_CLOEXEC yet. Its stderr is read at last, from end[2]; O_NONBLOCK, lest a decoder that
  * says too much should wait for us forever. */
-static int start_decoder(char **argument, int file, FILE **out, int end[4], pid_t *child) {
+static int start_decoder(char **argument, int file, int end[4], pid_t *child) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     posix_spawn_file_actions_t files;
     posix_spawnattr_t attributes;
@@ -2185,9 +2281,7 @@ static int start_decoder(char **argument, int file, FILE **out, int end[4], pid_
     int error = pipe(end) != 0 || pipe(end + 2) != 0 ? errno : 0;
     for (int i = 0; i < 4 && !error; i++) fcntl(end[i], F_SETFD, FD_CLOEXEC);
     for (int i = 2; i < 4 && !error; i++) fcntl(end[i], F_SETFL, O_NONBLOCK);
-    *out = error ? NULL : fdopen(end[0], "rb");
-    if (*out) end[0] = -1;                     /* which closes that end */
-    if (!error) error = *out ? posix_spawnattr_init(&attributes) : errno;
+    if (!error) error = posix_spawnattr_init(&attributes);
     if (!error && (error = posix_spawn_file_actions_init(&files)) == 0) {
         posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
         const int from[3] = { file, end[1], end[3] };
@@ -2198,7 +2292,6 @@ static int start_decoder(char **argument, int file, FILE **out, int end[4], pid_
         posix_spawnattr_destroy(&attributes);
     }
     pthread_mutex_unlock(&lock);
-    if (error && *out) fclose(*out);
     for (int i = 0; i < 4; i++)
         if (end[i] >= 0 && (i % 2 == 1 || error)) close(end[i]);
     return error;
@@ -2211,22 +2304,32 @@ static int run_decoder(const char *command, int file, image_source *source, pict
     char text[512], words[256] = "", *argument[sizeof text / 2 + 1] = { NULL }, *rest = NULL;
     int end[4] = { -1, -1, -1, -1 };           /* stdout: read, write; stderr: read, write */
     int length = snprintf(text, sizeof text, "%s", command), ended = 0, count = 0;
+    size_t said = 0;
     pid_t child;
     for (char *word = strtok_r(text, " \t", &rest); word; word = strtok_r(NULL, " \t", &rest))
         argument[count++] = word;
     if (count == 0 || (size_t)length >= sizeof text)
         return fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
     int error = lseek(file, 0, SEEK_SET) != 0 ? errno
-              : start_decoder(argument, file, &source->file, end, &child);
+              : start_decoder(argument, file, end, &child);
     if (error && error != ENOENT && error != EACCES)
         fail("%s: %s could not be started: %s", source->name, argument[0], strerror(error));
     if (error) return MACHINE_FAILED;
-    int status = pnm_read(source, result);
-    while (getc_unlocked(source->file) != EOF) {}                  /* it may write more */
-    fclose(source->file);
-    while (waitpid(child, &ended, 0) < 0 && errno == EINTR) {}
-    if (read(end[2], words, sizeof words - 1) < 0) words[0] = '\0';
+    *source = (image_source){ .name = source->name, .rgb = source->rgb, .fd = end[0],
+                              .capacity = source->capacity, .decoder = 1 };
+    int status = pnm_read(source, result), refused = status == SC_FAILED && !source->stopped;
+    while (next_byte(source) != EOF) {}        /* it may write more */
+    source->fd = end[2];
+    for (int c; (c = next_byte(source)) != EOF;)
+        if (said < sizeof words - 1) words[said++] = (char)c;
+    if (source->stopped) kill(-child, SIGKILL);          /* with all that it started */
+    close(end[0]);
     close(end[2]);
+    while (waitpid(child, &ended, 0) < 0 && errno == EINTR) {}
+    if (source->stopped && !refused)
+        fail("%s: %s %s and was stopped, expected a picture in %g seconds and %zu bytes",
+             source->name, argument[0], source->stopped, decoder_seconds, decoder_bytes);
+    if (source->stopped) return SC_FAILED;
     int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
     int warned = code == 2 && strstr(argument[0], "djpeg") && !strstr(words, "Premature end of");
     if (!killed && (code == 0 || warned) && status != SC_END) return status;
@@ -2241,7 +2344,7 @@ static int run_decoder(const char *command, int file, image_source *source, pict
  * turn: the next one if one is missing or has failed without a byte (some djpegs refuse CMYK). */
 static int read_picture(const char *path, image_source *source, picture *result) {
     if (open_image(path, source) != SC_OK) return SC_FAILED;
-    FILE *file = source->file;
+    int file = source->fd;
     const image_format *format = source->format;
     const char *own = getenv("SAECLIP_DECODER"), *command[] = { own ? own : format->decoder,
         "magick -[0] -alpha off -depth 8 ppm:-", "convert -[0] -alpha off -depth 8 ppm:-" };
@@ -2251,10 +2354,10 @@ static int read_picture(const char *path, image_source *source, picture *result)
     else fail("%s: there is no program to decode %s; Debian's package %s has one", path,
               format->name, format->package);
     for (int i = 0; i < tries && now != SC_OK && now != SC_FAILED; i++) {
-        if (command[i]) now = run_decoder(command[i], fileno(file), source, result);
+        if (command[i]) now = run_decoder(command[i], file, source, result);
         if (now != MACHINE_FAILED) status = now;
     }
-    fclose(file);
+    close(file);
     return status == SC_END ? SC_FAILED : status;
 }
 
@@ -3210,7 +3313,7 @@ static int open_photos(feed *f, const options *o, size_t side) {
     f->preprocess = (sc_preprocess){ .size = (int)side, .square = (int)o->square,
                                      .crop_hf = strcmp(o->crop, "hf") == 0 };
     SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
-    f->stream = (image_source){ .name = "standard input", .file = stdin };
+    f->stream = (image_source){ .name = "standard input" };
     f->skip_bad = o->skip_bad && f->set.count != SC_UNKNOWN;
     return SC_OK;
 }
@@ -3360,7 +3463,7 @@ static int compute_activations(feed *f) {
 static int next_batch(feed *f, size_t want) {
     drop_batch(f);
     SC_TRY(load_images(f, want));
-    if (f->drawn == 0)
+    if (f->drawn == 0 && f->bad == 0)                        /* all of a shard may be bad */
         return fail("%s: no picture came", f->set.root ? f->set.root : "standard input");
     f->count = f->loaded < want ? f->loaded : want;
     if (f->computed >= f->count) return SC_OK;
@@ -4254,8 +4357,8 @@ static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, back
 }
 
 /* Gradients and Adam for a group of latents. */
-static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, backward_scratch *s)
-{
+static int update_latents(trainer *t, size_t j, size_t count, float *W_enc_db,
+                          backward_scratch *s) {
     const sc_sae *sae = &t->sae;
     size_t stride = sae->stride, terms = 0;
     int ghosts = 0;
@@ -4274,7 +4377,12 @@ static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, 
         kernels->adam(W_dec, t->W_dec.m + row, t->W_dec.v + row, dW_dec, stride, t->adam);
         kernels->adam(W_enc, t->W_enc.m + row, t->W_enc.v + row, dW_enc, stride, t->adam);
         t->silent[j + i] = count_codes(&t->batch, j + i) ? 0 : t->silent[j + i] + 1;
+        const float *made[] = { W_dec, W_enc, t->W_dec.v + row, t->W_enc.v + row };
+        for (size_t k = 0; k < COUNT(made); k++)
+            if (first_not_finite(made[k], stride) < stride)
+                return fail("latent %zu gets weights or moments that are not finite", j + i);
     }
+    return SC_OK;
 }
 
 static int update_task(void *context, size_t block) {
@@ -4286,7 +4394,7 @@ static int update_task(void *context, size_t block) {
     memset(W_enc_db, 0, t->sae.stride * sizeof *W_enc_db);
     if (end > t->sae.d_sae) end = t->sae.d_sae;
     for (size_t j = block * CHAIN; j < end; j += rows)
-        update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s);
+        SC_TRY(update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s));
     return SC_OK;
 }
 
@@ -4384,6 +4492,9 @@ static int train_step(trainer *t, const float *x, size_t T, step_result *result,
     SC_TRY(parallel_for(blocks, update_task, t));
     SC_TRY(parallel_for(t->sae.stride / PARTIALS, b_dec_task, t));
     kernels->adam(t->sae.b_enc, t->b_enc.m, t->b_enc.v, t->db_enc, padded(t->sae.d_sae), t->adam);
+    size_t n = t->sae.d_sae, D = t->sae.stride;
+    if (first_not_finite(t->sae.b_enc, n) < n || first_not_finite(t->sae.b_dec, D) < D)
+        return fail("a bias becomes what is not finite");
     t->step++;
     return SC_OK;
 }
@@ -4635,30 +4746,33 @@ static int resume_training(training_run *run) {
     return fail("%.600s; the checkpoint before it is %.300s", reason, run->previous);
 }
 
-static int log_failed(const training_run *run) {
-    return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
-}
-
 static const char log_header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "dead,seconds\n";
 
-/* Opens the log; of a resumed run, cut back to the step it goes on from. */
+/* Opens and locks the log; of a resumed run, cut back to the step it goes on from. */
 static int open_log(training_run *run) {
     const char *path = run->o->log;
+    struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     struct stat about;
     off_t end = 0;
     char line[512];
     if (!path) return SC_OK;
-    int resumed = run->trainer.step > 0 && stat(path, &about) == 0 && S_ISREG(about.st_mode);
-    run->log = fopen(path, resumed ? "r+" : "w");
-    if (!run->log) return log_failed(run);
+    int there = stat(path, &about) == 0, regular = !there || S_ISREG(about.st_mode);
+    int resumed = run->trainer.step > 0 && there && regular;
+    run->log = fopen(path, resumed ? "r+" : regular ? "a" : "w");    /* "w" empties: another's? */
+    if (!run->log) return write_failed(path, errno);
+    if (regular && fcntl(fileno(run->log), F_SETLK, &lock) != 0) {
+        if (errno == EACCES || errno == EAGAIN) errno = EBUSY;
+        return write_failed(path, errno);
+    }
     while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
            && (end == 0 || strtoull(line, NULL, 10) <= run->trainer.step))
         end = ftello(run->log);
-    if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0))
-        return log_failed(run);
+    if (ferror(run->log)) return write_failed(path, errno);
+    if ((resumed && fseeko(run->log, end, SEEK_SET) != 0)
+        || (regular && ftruncate(fileno(run->log), end) != 0)) return write_failed(path, errno);
     if (end > 0 || (fputs(log_header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
-    return log_failed(run);
+    return write_failed(path, errno);
 }
 
 static int log_step(training_run *run, const step_result *r) {
@@ -4667,7 +4781,7 @@ static int log_step(training_run *run, const step_result *r) {
                              (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T),
                              r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
                              r->dead, seconds_now() - run->started) < 0 || fflush(run->log) != 0))
-        return log_failed(run);
+        return write_failed(run->o->log, errno);
     char words[100];
     snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
              r->explained_variance);
@@ -4739,6 +4853,12 @@ static int blame_step(const training_run *run, size_t token) {
                 token == SIZE_MAX ? ":" : ",", reason);
 }
 
+static int stop_training(training_run *run) {
+    SC_TRY(save_checkpoint(run));
+    return fail("stopped by signal %d after step %ju; %s goes on with --resume", (int)stop_signal,
+                (uintmax_t)run->trainer.step, run->checkpoint);
+}
+
 static int train_steps(training_run *run) {
     trainer *t = &run->trainer;
     feed *f = &run->data;
@@ -4746,6 +4866,7 @@ static int train_steps(training_run *run) {
         step_result result;
         size_t token = SIZE_MAX, batch = run->batch;
         int status = next_batch(f, batch);
+        if (status != SC_OK && stop_signal) return stop_training(run);
         if (status == SC_OK && f->count < batch && t->step == 0)
             return fail("standard input: %zu images are no full batch of %zu", f->count, batch);
         if (status == SC_OK && f->count < batch) {
@@ -4756,12 +4877,9 @@ static int train_steps(training_run *run) {
         if (status != SC_OK) return blame_step(run, token);
         run->next_draw = f->draw[batch - 1] + 1;
         SC_TRY(log_step(run, &result));
-        int stop = (int)stop_signal;
-        if (stop || (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0))
+        if (stop_signal) return stop_training(run);
+        if (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0)
             SC_TRY(save_checkpoint(run));
-        if (stop)
-            return fail("stopped by signal %d after step %ju; %s goes on with --resume", stop,
-                        (uintmax_t)t->step, run->checkpoint);
     }
     return run->checkpoints ? save_checkpoint(run) : SC_OK;
 }
@@ -4788,13 +4906,16 @@ static int train(const options *o) {
     const char *name = o->checkpoint ? o->checkpoint : o->output;
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
-    struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND };
+    /* A signal ends the wait for a stream, and nothing else: a decoder's bytes must all come. */
+    int stream = o->operand[0] && strcmp(o->operand[0], "-") == 0;
+    struct sigaction action = { .sa_handler = on_signal,
+                                .sa_flags = SA_RESETHAND | (stream ? 0 : SA_RESTART) };
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");
     if (run.checkpoint) run.previous = join_text(run.checkpoint, ".prev");
     int status = run.previous ? run_training(&run) : SC_FAILED;
-    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = log_failed(&run);
+    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = write_failed(o->log, errno);
     close_feed(&run.data);
     free_trainer(&run.trainer);
     free(run.checkpoint);
@@ -4843,6 +4964,8 @@ typedef struct {
     size_t K, P;
     double threshold;                /* of class_counts; negative: count images */
     uint64_t images;                 /* so far */
+    uint64_t sae_digest;
+    size_t shard, shards;            /* which part of the data set, from 1; 1 of 1 is all of it */
     latent_record *latent;           /* [n] */
     top_entry *top, *patch;          /* [n, K], [n, P], descending; other: the label, the token */
     int64_t *class_counts;           /* [C, n], NULL if not asked for */
@@ -4878,9 +5001,15 @@ static size_t histogram_bin(float f) {
     return (size_t)(bin < 0 ? 0 : bin > last ? last : bin);
 }
 
-/* Puts an entry into a descending list of the largest. What comes later loses a tie. */
+/* Whether an entry goes before another: the larger value, of equal ones the lower index. */
+static int goes_before(const top_entry *a, const top_entry *b) {
+    if (a->value != b->value) return a->value > b->value;
+    return a->image < b->image || (a->image == b->image && a->other < b->other);
+}
+
+/* Puts an entry into a list of the largest, in this order. */
 static void keep_largest(top_entry *list, size_t size, top_entry new) {
-    for (size_t i = size; i-- > 0 && new.value > list[i].value; list[i] = new)
+    for (size_t i = size; i-- > 0 && goes_before(&new, &list[i]); list[i] = new)
         if (i + 1 < size) list[i + 1] = list[i];
 }
 
@@ -5001,7 +5130,8 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
     SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->data->T));
     SC_TRY(put_metadata(w, "first_patch", "%zu", s->data->first_patch));
     SC_TRY(put_metadata(w, "data_digest", "%016llx", (unsigned long long)s->data->set.digest));
-    SC_TRY(put_metadata(w, "sae_digest", "%016llx", (unsigned long long)sae_digest(s->sae)));
+    SC_TRY(put_metadata(w, "sae_digest", "%016llx", (unsigned long long)s->sae_digest));
+    if (s->shards > 1) SC_TRY(put_metadata(w, "shard", "%zu/%zu", s->shard, s->shards));
     for (int i = 0; i <= HISTOGRAM_BINS; i++)
         used += (size_t)sprintf(edges + used, "%c%.9g", i ? ',' : '[',
                                 ldexp(quarter_octave[i % BINS_AN_OCTAVE],
@@ -5017,7 +5147,7 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
 static void derive_statistics(statistics *s) {
     for (size_t j = 0; j < s->sae->d_sae; j++) {
         latent_record *l = &s->latent[j];
-        l->sparsity = (float)((double)l->images / (double)s->images);
+        l->sparsity = s->images ? (float)((double)l->images / (double)s->images) : 0;
         l->mean = (float)mean_activation(l);
         l->entropy = (float)top_entropy(s, j);
         l->sum = exact_value(l->activations);
@@ -5026,42 +5156,59 @@ static void derive_statistics(statistics *s) {
         s->histogram[0][i % HISTOGRAM_BINS] += s->histogram[i / HISTOGRAM_BINS][i % HISTOGRAM_BINS];
 }
 
-/* A tensor's elements, each of one number or of two side by side, lie `step` bytes apart. */
+/* A tensor of the file: its elements, each of one number or of two side by side, lie `step` bytes
+ * apart in memory. Of shards those `summed` are added up, two numbers as an exact sum. */
+typedef struct {
+    const char *name;
+    void *first;
+    size_t step;
+    int summed;
+    sc_dtype dtype;
+    size_t numbers, shape[4];
+} statistics_tensor;
+
+enum { STATISTICS_TENSORS = 15 };
+
+/* Sets tensor: [STATISTICS_TENSORS] and returns how many there are: the last one is optional. */
+static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
+    latent_record *l = s->latent;
+    top_entry *top = s->top, *patch = s->patch;
+    int64_t *bin = s->histogram[0], *class = s->class_counts;
+    size_t n = s->sae->d_sae, K = s->K, P = s->P, C = s->data->set.classes;
+    size_t L = sizeof *l, E = sizeof *top, I = sizeof *bin;
+    const statistics_tensor all[STATISTICS_TENSORS] = {
+        { "sae_sparsity", &l->sparsity, L, 0, SC_F32, 1, { n } },
+        { "sae_mean_acts", &l->mean, L, 0, SC_F32, 1, { n } },
+        { "top_entropy", &l->entropy, L, 0, SC_F32, 1, { n } },
+        { "max_activating_image_values", &top->value, E, 0, SC_F32, 1, { n, K } },
+        { "max_activating_patch_values", &patch->value, E, 0, SC_F32, 1, { n, P } },
+        { "max_activating_image_indices", &top->image, E, 0, SC_I64, 1, { n, K } },
+        { "max_activating_image_label_indices", &top->other, E, 0, SC_I64, 1, { n, K } },
+        { "max_activating_patch_indices", &patch->image, E, 0, SC_I64, 2, { n, P, 2 } },
+        { "image_count", &l->images, L, 1, SC_I64, 1, { n } },
+        { "token_count", &l->tokens, L, 1, SC_I64, 1, { n } },
+        { "activation_sum", &l->sum, L, 0, SC_F64, 1, { n } },
+        { "mean_sum_exact", &l->means, L, 1, SC_I64, 2, { n, 2 } },   /* high, low half */
+        { "activation_sum_exact", &l->activations, L, 1, SC_I64, 2, { n, 2 } },
+        { "activation_histogram", bin, I, 1, SC_I64, 1, { HISTOGRAM_BINS } },
+        { "class_counts", class, I, 1, SC_I64, 1, { C, n } } };
+    memcpy(tensor, all, sizeof all);
+    return STATISTICS_TENSORS - !class;
+}
+
 static int write_statistics(sc_writer *w, void *context) {
     statistics *s = context;
-    const latent_record *l = s->latent;
-    const top_entry *top = s->top, *patch = s->patch;
-    const int64_t *bin = s->histogram[0], *class = s->class_counts;
-    size_t n = s->sae->d_sae, K = s->K, P = s->P;
-    const struct {
-        const char *name; const void *first; size_t step; sc_dtype dtype; size_t numbers, shape[4];
-    } tensors[] = {
-        { "sae_sparsity", &l->sparsity, sizeof *l, SC_F32, 1, { n } },
-        { "sae_mean_acts", &l->mean, sizeof *l, SC_F32, 1, { n } },
-        { "top_entropy", &l->entropy, sizeof *l, SC_F32, 1, { n } },
-        { "max_activating_image_values", &top->value, sizeof *top, SC_F32, 1, { n, K } },
-        { "max_activating_patch_values", &patch->value, sizeof *top, SC_F32, 1, { n, P } },
-        { "max_activating_image_indices", &top->image, sizeof *top, SC_I64, 1, { n, K } },
-        { "max_activating_image_label_indices", &top->other, sizeof *top, SC_I64, 1, { n, K } },
-        { "max_activating_patch_indices", &patch->image, sizeof *top, SC_I64, 2, { n, P, 2 } },
-        { "image_count", &l->images, sizeof *l, SC_I64, 1, { n } },
-        { "token_count", &l->tokens, sizeof *l, SC_I64, 1, { n } },
-        { "activation_sum", &l->sum, sizeof *l, SC_F64, 1, { n } },
-        { "mean_sum_exact", &l->means, sizeof *l, SC_I64, 2, { n, 2 } },   /* high, low half */
-        { "activation_sum_exact", &l->activations, sizeof *l, SC_I64, 2, { n, 2 } },
-        { "activation_histogram", bin, sizeof *bin, SC_I64, 1, { HISTOGRAM_BINS } },
-        { "class_counts", class, sizeof *class, SC_I64, 1, { s->data->set.classes, n } } };
+    statistics_tensor tensor[STATISTICS_TENSORS];
+    size_t tensors = list_statistics(s, tensor);
     SC_TRY(write_statistics_metadata(w, s));
     derive_statistics(s);
-    for (size_t i = 0; i < COUNT(tensors) - !class; i++) {
-        const size_t *shape = tensors[i].shape, numbers = tensors[i].numbers;
-        const char *first = tensors[i].first;
+    for (const statistics_tensor *t = tensor; t < tensor + tensors; t++) {
         size_t count = 1;
         int rank = 0;
-        while (shape[rank] > 0) count *= shape[rank++];
-        SC_TRY(sc_writer_tensor(w, tensors[i].name, tensors[i].dtype, rank, shape));
-        for (size_t e = 0; e < count / numbers; e++)
-            SC_TRY(sc_writer_values(w, first + e * tensors[i].step, numbers, tensors[i].dtype));
+        while (t->shape[rank] > 0) count *= t->shape[rank++];
+        SC_TRY(sc_writer_tensor(w, t->name, t->dtype, rank, t->shape));
+        for (size_t e = 0; e < count / t->numbers; e++)
+            SC_TRY(sc_writer_values(w, (char *)t->first + e * t->step, t->numbers, t->dtype));
     }
     return SC_OK;
 }
@@ -5128,30 +5275,176 @@ static int next_encoded(session *s, size_t total) {
 
 static int command_train(session *s) { return train(s->o); }
 
-/* One pass over a data set for all SAEs. */
+/* Whether text is "I/N": part I, from 1, of N. */
+static int parse_shard(const char *text, size_t *shard, size_t *shards) {
+    int end = 0, read = sscanf(text, "%4zu/%4zu%n", shard, shards, &end);
+    return read == 2 && !text[end] && *shard > 0 && *shard <= *shards && *shards <= MAX_OPERANDS;
+}
+
+/* Shard I of N: images ceil((I - 1) count / N) up to, not with, ceil(I count / N). Neighbours, as
+ * they are read fastest; the first shard is never empty. */
+static int take_shard(feed *f, statistics *s, const char *shard) {
+    uint64_t count = f->set.count;
+    if (!parse_shard(shard, &s->shard, &s->shards))
+        return usage("--shard: '%s': I/N was expected, I from 1 to N, N at most %d", shard,
+                     MAX_OPERANDS);
+    if (count == SC_UNKNOWN) return usage("--shard: nobody knows how many images a stream has");
+    f->drawn = (size_t)(((s->shard - 1) * count + s->shards - 1) / s->shards);
+    f->set.limit = (size_t)((s->shard * count + s->shards - 1) / s->shards);
+    return SC_OK;
+}
+
+/* One pass over a data set, or a shard of it, for all SAEs. */
 static int measure(session *s, int reconstruct) {
     const options *o = s->o;
+    feed *f = &s->data;
     int status;
     SC_TRY(open_session(s));
     for (size_t i = 0; i < s->saes; i++) {
-        s->stats[i] = (statistics){ .batch = &s->batch[i], .sae = &s->sae[i], .data = &s->data,
+        s->stats[i] = (statistics){ .batch = &s->batch[i], .sae = &s->sae[i], .data = f,
                                     .K = (size_t)o->top, .P = (size_t)o->top_patches,
                                     .threshold = o->threshold };
         s->batch[i].reconstruct = reconstruct;
-        SC_TRY(new_statistics(&s->stats[i], &s->data.memory, o->class_counts));
+        SC_TRY(new_statistics(&s->stats[i], &f->memory, o->class_counts));
     }
-    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, s->data.set.count)) == SC_OK)
+    if (o->shard) SC_TRY(take_shard(f, &s->stats[0], o->shard));
+    size_t total = o->shard ? f->set.limit - f->drawn : f->set.count;
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(s, total)) == SC_OK)
         for (size_t i = 0; i < s->saes; i++) SC_TRY(count_batch(&s->stats[i]));
     return status == SC_END ? SC_OK : status;
 }
 
+static int save_statistics(session *s) {
+    size_t room = 16384 + names_room(s->data.set.class_name, s->data.set.classes, 8);
+    return save_tensors(s->o->output, room, write_statistics, &s->stats[0]);
+}
+
 static int command_stats(session *s) {
-    const sc_images *set = &s->data.set;
     SC_TRY(try_output(s->o->output));
     SC_TRY(measure(s, 0));
-    return save_tensors(s->o->output, 16384 + names_room(set->class_name, set->classes, 8),
-                        write_statistics, &s->stats[0]);
+    s->stats[0].sae_digest = sae_digest(&s->sae[0]);
+    return save_statistics(s);
+}
+
+/* --- merge: one shard after the other, in any order, to the bytes of one run over all --- */
+
+static uint64_t number_in(const sc_safetensors *file, const char *key, int base) {
+    const char *text = sc_metadata_find(file, key);
+    return text ? strtoull(text, NULL, base) : 0;
+}
+
+/* What all shards have in common, from the first one's file. */
+static int begin_merge(session *s, const sc_safetensors *file) {
+    const sc_tensor *top = sc_tensor_find(file, "max_activating_image_values");
+    const sc_tensor *patch = sc_tensor_find(file, "max_activating_patch_values");
+    const sc_tensor *class = sc_tensor_find(file, "class_counts");
+    const char *threshold = sc_metadata_find(file, "threshold");
+    const char *names = sc_metadata_find(file, "class_names");
+    if (!top || !patch || patch->shape[0] != top->shape[0]
+        || (class && class->shape[1] != top->shape[0]))
+        return fail("%s: these are no statistics", file->path);
+    s->sae[0].d_sae = top->shape[0];
+    s->data.T = (size_t)number_in(file, "tokens_per_image", 10);
+    s->data.first_patch = (size_t)number_in(file, "first_patch", 10);
+    s->data.set.digest = number_in(file, "data_digest", 16);
+    s->data.set.classes = class ? class->shape[0] : 0;
+    if (names) SC_TRY(json_string_array(names, file->path, &s->data.set.class_name,
+                                        &s->data.set.classes));
+    s->stats[0] = (statistics){ .sae = &s->sae[0], .data = &s->data, .K = top->shape[1],
+                                .P = patch->shape[1], .threshold = threshold ? atof(threshold) : -1,
+                                .sae_digest = number_in(file, "sae_digest", 16) };
+    return new_statistics(&s->stats[0], &s->memory, class != NULL);
+}
+
+/* Puts a tensor where it belongs, added to what is there if it is one of those. */
+static int read_statistics(const sc_safetensors *file, const statistics_tensor *t) {
+    const sc_tensor *from = sc_tensor_find(file, t->name);
+    size_t size = sc_dtype_size(t->dtype), bytes = t->numbers * size;
+    if (!from || from->count == 0 || from->dtype != t->dtype
+        || memcmp(from->shape, t->shape, sizeof t->shape) != 0)
+        return fail("%s: a tensor %s of the first file's shape was expected", file->path, t->name);
+    for (size_t e = 0; e < from->count / t->numbers; e++) {
+        exact_sum sum = { 0, 0 }, more = { 0, 0 };           /* one number lies in the high half */
+        char *place = (char *)t->first + e * t->step;
+        copy_numbers(&more, from->data + e * bytes, t->numbers, size);
+        if (t->summed) memcpy(&sum, place, bytes);
+        exact_add(&sum, more);
+        memcpy(place, &sum, bytes);
+    }
+    return SC_OK;
+}
+
+/* Refuses a file that is not of the first one's run, or whose shard, which it finds out, does not
+ * fit: shards 0 means that none was there before. there: [MAX_OPERANDS + 1] */
+static int check_shard(const sc_safetensors *file, const sc_safetensors *first, size_t *shards,
+                       unsigned char *there) {
+    static const char *const same[][2] = {
+        { "sae_digest", "another SAE" }, { "data_digest", "other data" },
+        { "threshold", "another --threshold" }, { "tokens_per_image", "other tokens" },
+        { "first_patch", "other tokens" }, { "histogram_edges", "another histogram" } };
+    const char *text = sc_metadata_find(file, "shard");
+    size_t shard = 1, of = 1;
+    for (size_t i = 0; i < COUNT(same); i++) {
+        const char *a = sc_metadata_find(file, same[i][0]);
+        const char *b = sc_metadata_find(first, same[i][0]);
+        if (a ? !b || strcmp(a, b) != 0 : b != NULL)
+            return fail("%s: statistics of %s than %s", file->path, same[i][1], first->path);
+    }
+    if (file->tensors != first->tensors)
+        return fail("%s: --class-counts was given for this or for %s, expected for all or none",
+                    file->path, first->path);
+    if (text && !parse_shard(text, &shard, &of))
+        return fail("%s: shard '%.50s' where I/N was expected", file->path, text);
+    if (*shards && *shards != of)
+        return fail("%s: a shard of %zu, but %s is one of %zu", file->path, of, first->path,
+                    *shards);
+    if (there[shard]++) return fail("%s: shard %zu of %zu was there before", file->path, shard, of);
+    *shards = of;
+    return SC_OK;
+}
+
+/* Joins a shard to `all`; its lists of the largest come by way of part's. */
+static int merge_shard(statistics *all, const statistics *part, const sc_safetensors *file) {
+    statistics_tensor tensor[STATISTICS_TENSORS];
+    size_t tensors = list_statistics(part, tensor), n = all->sae->d_sae;
+    for (size_t i = 0; i < tensors; i++) SC_TRY(read_statistics(file, &tensor[i]));
+    for (size_t i = 0; i < n * all->K; i++)
+        keep_largest(all->top + i / all->K * all->K, all->K, part->top[i]);
+    for (size_t i = 0; i < n * all->P; i++)
+        keep_largest(all->patch + i / all->P * all->P, all->P, part->patch[i]);
+    all->images += number_in(file, "images", 10);
+    return SC_OK;
+}
+
+static int merge_files(session *s, const sc_safetensors *first) {
+    unsigned char there[MAX_OPERANDS + 1] = { 0 };
+    size_t shards = 0;
+    SC_TRY(begin_merge(s, first));
+    statistics *all = &s->stats[0], part = *all;
+    const array_spec lists[] = { ARRAY(part.top, all->sae->d_sae, all->K),
+                                 ARRAY(part.patch, all->sae->d_sae, all->P) };
+    SC_TRY(new_arrays(&s->memory, lists, COUNT(lists)));
+    for (const char **path = s->o->operand; *path; path++) {
+        sc_safetensors file;
+        SC_TRY(sc_safetensors_open(&file, *path));
+        int status = check_shard(&file, first, &shards, there);
+        if (status == SC_OK) status = merge_shard(all, &part, &file);
+        sc_safetensors_close(&file);
+        SC_TRY(status);
+    }
+    for (size_t i = 1; i <= shards; i++)
+        if (!there[i]) return fail("shard %zu of %zu is missing", i, shards);
+    return SC_OK;
+}
+
+static int command_merge(session *s) {
+    sc_safetensors first;
+    SC_TRY(try_output(s->o->output));
+    SC_TRY(sc_safetensors_open(&first, s->o->operand[0]));
+    int status = merge_files(s, &first);
+    sc_safetensors_close(&first);
+    return status == SC_OK ? save_statistics(s) : status;
 }
 
 /* --- Tables --- */
@@ -5159,14 +5452,20 @@ static int command_stats(session *s) {
 /* A cell, and what its column is called by programs and for people; text NULL: a number. */
 typedef struct { const char *name, *title, *text; double number; } table_cell;
 
-/* A cell as people see it; row 0 are the titles. cells: [rows, columns] */
-static const char *cell_text(const table_cell *cells, size_t columns, size_t row, size_t column) {
+/* A cell as people see it, in Markdown what would be markup behind a backslash; row 0 are the
+ * titles. cells: [rows, columns] */
+static const char *cell_text(int markdown, const table_cell *cells, size_t columns, size_t row,
+                             size_t column) {
     const table_cell *c = &cells[(row ? row - 1 : 0) * columns + column];
-    if (row == 0 || c->text) return row ? shown(c->text) : c->title;
-    char *number = text_room();
+    char *out = text_room(), *to = out;
+    if (row == 0 || (c->text && !markdown)) return row ? shown(c->text) : c->title;
     int whole = c->number == floor(c->number) && fabs(c->number) < 1e9;
-    snprintf(number, TEXT_ROOM, whole ? "%.0f" : "%.4g", c->number);
-    return number;
+    if (!c->text) snprintf(out, TEXT_ROOM, whole ? "%.0f" : "%.4g", c->number);
+    if (!c->text) return out;
+    for (const char *text = shown(c->text); *text && to - out < TEXT_ROOM - 2; *to++ = *text++)
+        if (strchr("\\|<&`[*", *text)) *to++ = '\\';
+    *to = '\0';
+    return out;
 }
 
 static void print_for_people(int markdown, const table_cell *cells, size_t columns, size_t rows) {
@@ -5174,11 +5473,11 @@ static void print_for_people(int markdown, const table_cell *cells, size_t colum
         for (size_t c = 0; c < columns; c++) {
             int width = 0;
             for (size_t i = 0; i <= rows; i++) {
-                int length = (int)strlen(cell_text(cells, columns, i, c));
+                int length = (int)strlen(cell_text(markdown, cells, columns, i, c));
                 if (length > width) width = length;
             }
             printf(markdown ? "| %-*s " : c ? "  %*s" : "%*s", width,
-                   cell_text(cells, columns, r, c));
+                   cell_text(markdown, cells, columns, r, c));
         }
         puts(markdown ? "|" : "");
         for (size_t c = 0; markdown && r == 0 && c <= columns; c++)
@@ -5189,9 +5488,10 @@ static void print_for_people(int markdown, const table_cell *cells, size_t colum
 /* A CSV field: quoted, what a terminal might obey shown as ?. */
 static void print_csv_text(const char *name) {
     putchar('"');
-    for (; *name; name++) {
-        if (*name == '"') putchar('"');
-        putchar((unsigned char)*name < ' ' || *name == 127 ? '?' : *name);
+    for (size_t length; *name; name += length ? length : 1) {
+        length = utf8_length(name);
+        if (length == 0 || control_at(name)) putchar('?');
+        else printf(*name == '"' ? "\"\"" : "%.*s", (int)length, name);
     }
     putchar('"');
 }
@@ -5378,11 +5678,15 @@ static int command_pack(session *s) {
 
 /* --- encode: what comes waits in temporary files until all tensors can be written --- */
 
+static int spool_failed(void) {
+    return fail("a temporary file cannot be written or read back: %s", strerror(errno));
+}
+
 /* Their first failure sticks: it is enough to ask now and then. */
 static int check_spools(const session *s) {
+    errno = EIO;                                             /* of a failure long ago */
     for (int i = 0; i < 2; i++)
-        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i]))
-            return fail("a temporary file cannot be written or read back: %s", strerror(errno));
+        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i])) return spool_failed();
     return SC_OK;
 }
 
@@ -5420,7 +5724,7 @@ static int write_part(sc_writer *w, session *s, int which, const char *name, sc_
     unsigned char *record;
     SC_TRY(allocate(&s->memory, &record, BLOCK, size));
     SC_TRY(sc_writer_tensor(w, name, dtype, columns > 1 ? 2 : 1, (size_t[]){ SC_ROWS, columns }));
-    fseek(s->spool[which], 0, SEEK_SET);
+    if (fseek(s->spool[which], 0, SEEK_SET) != 0) return spool_failed();
     for (size_t n; (n = fread(record, size, BLOCK, s->spool[which])) > 0;) {
         for (size_t i = 0; i < n; i++) memmove(record + i * part, record + i * size + offset, part);
         SC_TRY(sc_writer_values(w, record, n * columns, kind));
@@ -5437,7 +5741,7 @@ static int write_means(sc_writer *w, session *s, const char *name, size_t group)
     const array_spec arrays[] = { ARRAY(mean, n, 1), ARRAY(sum, n, 1) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
     SC_TRY(sc_writer_tensor(w, name, SC_F32, n > 1 ? 2 : 1, (size_t[]){ SC_ROWS, n }));
-    fseek(s->spool[0], 0, SEEK_SET);
+    if (fseek(s->spool[0], 0, SEEK_SET) != 0) return spool_failed();
     int more = fread(&c, sizeof c, 1, s->spool[0]) == 1;
     for (size_t end = group; end <= rows; end += group) {
         memset(sum, 0, n * sizeof *sum);
@@ -6106,7 +6410,7 @@ static int read_mask(plot_series *s) {
                       MASK_CELLS, MASK_CELLS);
     for (size_t i = 0; status == SC_OK && i < mask.width * mask.width; i++)
         status = add_row(s, 0, 0, mask.rgb[3 * i] / 255.0, 0);
-    fclose(source.file);
+    close(source.fd);
     free(source.rgb);
     snprintf(s->words, sizeof s->words, "%zu x %zu patches", mask.width, mask.width);
     return status == SC_OK ? SC_OK : SC_FAILED;
@@ -7210,7 +7514,7 @@ enum {                               /* commands, and what several of them have 
     LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
     SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
     DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,
-    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT
+    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
 };
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
@@ -7288,6 +7592,7 @@ static const struct option_row {
     { "--class-counts", NULL, FLAG, AT(class_counts), STATS, "firing images by class" },
     { "--threshold", "T", NUMBER, AT(threshold), STATS,
       "count tokens above T instead; no effect without --class-counts", NULL, 0, 1e30 },
+    { "--shard", "I/N", TEXT, AT(shard), STATS, "only part I, from 1, of N, for merge" },
     { "--mask", "value|top", CHOICE, AT(mask), LATENTS, "where it fires, or its top patches" },
     { "--class", "C", WHOLE, AT(class_index), MASK, "the mean mask of a class", NULL, 0, 1e9 },
     { "--patch", "R,C", TEXT, AT(patch), EXPLAIN, "only this patch; row and column from 0" },
@@ -7326,6 +7631,8 @@ static const struct command_row {
       "-s relu.safetensors -s topk.safetensors -m clip.safetensors photos", command_eval, 0, 1 },
     { STATS, "stats", "-s SAE DATA -o STATS", "what every latent does over a data set",
       "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors", command_stats, 0, 1 },
+    { MERGE, "merge", "STATS ... -o STATS", "joins the statistics of all shards of a data set",
+      "first.safetensors second.safetensors -o both.safetensors", command_merge, 1, MAX_OPERANDS },
     { TOP, "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "latents' top images",
       "-s sae.safetensors -t stats.safetensors -m clip.safetensors photos -l 7,12 -o sheets",
       command_top, 1, 1 },
@@ -7345,7 +7652,7 @@ static const struct command_row {
     { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
       "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2 },
     { BENCH, "bench", "[LINE ...]", "how fast this machine and saeclip's work on it are",
-      "--threads 1 --format json out", command_bench, 0, MAX_OPERANDS } };
+      "--threads 1 --format json out", command_bench, 0, 16 } };
 
 static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"
@@ -7497,13 +7804,30 @@ static void hold_streams(void) {
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
 }
 
+/* The first of the threads that meet the end of a file says so; the others wait for the exit. */
+static void on_bus_error(int number, siginfo_t *info, void *context) {
+    static atomic_flag told = ATOMIC_FLAG_INIT;
+    uintptr_t at = (uintptr_t)info->si_addr;
+    (void)context;
+    for (size_t i = 0; i < COUNT(maps); i++) {
+        if (at - maps[i].begin >= maps[i].size) continue;
+        while (atomic_flag_test_and_set(&told)) pause();
+        const char *name = unfinished, *line = maps[i].line + !line_open;
+        if (name) unlink(name);
+        _exit(write(STDERR_FILENO, line, strlen(line)) < 0 ? SC_FAILED : SC_FAILED);
+    }
+    signal(number, SIG_DFL);         /* not in a file: it comes again, and ends us */
+}
+
 int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);                    /* writing fails instead, and says why */
     signal(SIGXFSZ, SIG_IGN);
+    sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO },
+              NULL);
     hold_streams();
     int status = run_saeclip(argc, argv);
     quiet = 0;                                   /* a failure is told in any case */
-    if (status != SC_OK) note("%s", sc_error());
+    if (status != SC_OK && *sc_error()) note("%s", sc_error());
     return status;
 }
 

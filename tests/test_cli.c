@@ -24,8 +24,9 @@ SC_PRINTF(1, 2) static const char *cli(const char *line, ...)
     return text;
 }
 
-/* Starts the program in the background: in another folder, with another standard output, with small
- * files only, or with some of the standard streams closed (bit 0, 1, 2). */
+/* Starts the program in the background: in another folder, with another standard output ("|": a pipe
+ * that nobody reads), with small files only, or with some of the standard streams closed (bit 0, 1,
+ * 2). */
 static pid_t cli_start(const char *line)
 {
     static char words[16384], whole[4200];
@@ -42,14 +43,17 @@ static pid_t cli_start(const char *line)
     if (child < 0) need("fork");
     if (child > 0) return child;
     int in = open(with.input ? with.input : "/dev/null", O_RDONLY);
-    int out = open(cli_with.out ? cli_with.out : in_folder(".out"), O_WRONLY | O_CREAT | O_TRUNC,
-                   0600);
+    int end[2] = { -1, -1 }, unread = cli_with.out && strcmp(cli_with.out, "|") == 0;
+    if (unread && (pipe(end) != 0 || close(end[0]) != 0)) _exit(126);
+    int out = unread ? end[1] : open(cli_with.out ? cli_with.out : in_folder(".out"),
+                                     O_WRONLY | O_CREAT | O_TRUNC, 0600);
     int err = open(in_folder(".err"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
     struct rlimit files = { cli_with.most_bytes, cli_with.most_bytes };
     if (dup2(in, 0) < 0 || dup2(out, 1) < 0 || dup2(err, 2) < 0) _exit(126);
     for (int i = 0; i < 64; i++)
         if (i > 2 || cli_with.closed >> i & 1) close(i);
     if (cli_with.most_bytes && setrlimit(RLIMIT_FSIZE, &files) != 0) _exit(126);
+    if (cli_with.most_bytes) setenv("GCOV_PREFIX", folder, 1);   /* make coverage: not over counts */
     if (cli_with.in && chdir(cli_with.in) != 0) _exit(126);
     alarm(with.seconds);
     execv(whole, arguments);
@@ -318,6 +322,9 @@ static const cli_case cli_usage[] = {
     { 2, "--init and --b-dec", "train --acts @acts --init @sae --b-dec mean -o @out" },
     { 2, "--square and --size", "pack @photos --size 8 --square 8 -o @out" },
     { 2, "--layer", "extract --quiet -m @model --layer 0 @photos -o @out" },
+    { 2, "nobody knows", "stats --quiet -s @sae -m @model - --shard 1/2 -o @out" },
+    { 2, "merge: ", "merge -o @out" },
+    { 2, "-o is missing", "merge @stats" },
     { 2, "stats takes one SAE", "stats -s @sae -s @sae --acts @acts -o @out" },
     { 2, "encode takes one SAE", "encode -s @sae -s @sae --acts @acts -o @out" },
     { 2, "-l: ", "mask -s @sae --acts @acts -l 1, -o @out" },
@@ -333,7 +340,7 @@ static void cli_test_usage(void)
     cli_all(cli_usage);
     setenv("SAECLIP_ISA", "mmx", 1);
     cli_refuses(2, "SAECLIP_ISA=mmx", "train --acts @acts --steps 1 -o @out");
-    unsetenv("SAECLIP_ISA");
+    restore_isa();
 }
 
 /* --- Help --- */
@@ -352,8 +359,8 @@ static int cli_example_fits(const char *help, const char *example)
 }
 
 static const char *const cli_commands[] = { "info", "pack", "extract", "train", "encode", "eval",
-                                            "stats", "top", "mask", "plot", "zeroshot", "compare",
-                                            "bench" };
+                                            "stats", "merge", "top", "mask", "plot", "zeroshot",
+                                            "compare", "bench" };
 
 enum { CLI_COMMANDS = sizeof cli_commands / sizeof *cli_commands };
 
@@ -416,11 +423,18 @@ static void cli_test_help(void)
             cli_copy("@example/acts.safetensors", "@example/mine.safetensors");
             cli_copy("@example/acts.safetensors", "@example/theirs.safetensors");
         }
+        if (strcmp(cli_commands[i], "stats") == 0) {           /* merge's example */
+            cli_works("stats --quiet -s @example/sae.safetensors -m @example/clip.safetensors @photos "
+                      "--shard 1/2 -o @example/first.safetensors");
+            cli_works("stats --quiet -s @example/sae.safetensors -m @example/clip.safetensors @photos "
+                      "--shard 2/2 -o @example/second.safetensors");
+        }
         if (strcmp(cli_commands[i], "train") != 0) continue;
         cli_copy("@example/topk.safetensors", "@example/sae.safetensors");
         cli_copy("@example/topk.safetensors", "@example/relu.safetensors");
     }
     cli_with.in = NULL;
+    check(cli_same("@example/both.safetensors", "@example/stats.safetensors"), "merge's example is not the whole");
     works("--help");
     for (size_t i = 0; i < CLI_COMMANDS; i++)
         check(strstr(ran.out, cli_commands[i]) != NULL, "--help does not list %s", cli_commands[i]);
@@ -972,6 +986,17 @@ static void cli_test_skipping(void)
           cli_images_in("@again"));
     cli_works("extract --quiet -m @model --limit 99 --skip-bad @photos -o @again");
     check(cli_images_in("@again") == 7, "--limit 99 takes %zu of 7", cli_images_in("@again"));
+    put_text(cli("@photos/birds/A.ppm"), "P6\n2 2\n255\n123");   /* the only image of the first shard */
+    cli_works("stats --quiet --skip-bad -s @sae -m @model @photos -o @again");
+    char shards[1000] = "";
+    for (int i = 9; i > 0; i--) {
+        works("%s --shard %d/9 -o %s", cli("stats --quiet --skip-bad -s @sae -m @model @photos"), i,
+              cli("@shard%d", i));
+        sprintf(shards + strlen(shards), "@shard%d ", i);
+    }
+    works("%s -o %s", cli("merge %s", shards), cli("@merged"));
+    check(cli_same("@merged", "@again"), "shards of bad images alone do not merge");
+    remove(cli("@photos/birds/A.ppm"));
     mkdir(cli("@allbad"), 0777);
     put_text(cli("@allbad/a.ppm"), "P6\n2 2\n255\n123");
     put_text(cli("@allbad/b.ppm"), "P6\n2 2\n255\n123");
@@ -1090,6 +1115,10 @@ static void cli_test_streams(void)
             check(cli_said(1, "standard output: cannot be written: No space left"),
                   "%s, output full: %d %s", lines[i], ran.status, ran.err);
         }
+        cli_with.out = "|";
+        cli_end(cli_start(cli("%s", lines[i])));
+        check(ran.status == 1 && ran.err_count == 0, "%s, nobody reads: %d %s", lines[i], ran.status,
+              ran.err);
         cli_with.out = NULL;
         cli_with.closed = 1 << 1;
         cli_end(cli_start(cli("%s", lines[i])));
@@ -1137,6 +1166,112 @@ static void cli_test_memory(void)
 #endif
 }
 
+/* What files claim costs nothing: a header in ten lines, of a petabyte; pictures without pixels. */
+static void cli_test_claims(void)
+{
+    static const char claim[] =
+        "{\n\"__metadata__\":\n{},\n\"%s\":\n{\"dtype\":\"%s\",\n\"shape\":\n[%s],\n"
+        "\"data_offsets\":[0,%s]}\n}";
+    static const struct { const char *name, *dtype, *shape, *bytes, *text, *line; } claims[] = {
+        { "activations", "F32", "250000000000,1,1000", "1000000000000000", "of 8",
+          "train --acts @claim --latents 8 -o @out --threads 2" },
+        { "activations", "F32", "250000000000,0,1000", "0", "belong to no tensor",
+          "train --acts @claim --latents 8 -o @out --threads 2" },
+        { "W_enc", "F32", "1000000,250000000", "1000000000000000", "of 8",
+          "eval -s @claim --acts @acts --threads 2" },
+        { "images", "U8", "1,18257418,18257418,3", "1000000000000000", "by dtype and shape",
+          "pack @claim.safetensors -o @out --threads 2" },
+        { "max_activating_image_indices", "I64", "24,5000000000000", "960000000000000", "of 8",
+          "top -s @sae -t @claim -m @model @photos -l 1 -o @out --quiet --threads 2" },
+        { "blocks.0.norm1.weight", "F64", "2305843009213693952", "18446744073709551615", "too large",
+          "info @claim" } };
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    with.memory = (size_t)100 << 20;
+#endif
+    for (size_t i = 0; i < COUNT(claims); i++) {
+        unsigned char file[1000] = { 0 };
+        int length = snprintf((char *)file + 8, sizeof file - 8, claim, claims[i].name,
+                              claims[i].dtype, claims[i].shape, claims[i].bytes);
+        file[0] = (unsigned char)length;
+        file[1] = (unsigned char)(length >> 8);
+        put_file(cli("@claim"), file, 16 + (size_t)length);
+        put_file(cli("@claim.safetensors"), file, 16 + (size_t)length);
+        cli_refuses(1, claims[i].text, claims[i].line);
+    }
+    put_text(cli("@claim.ppm"), "P6 16384 16384 255\n");
+    cli_refuses(1, "data end before", "pack @claim.ppm -o @out --threads 2");
+    put_text(cli("@claim.ppm"), "P6 16384 16385 255\n");
+    cli_refuses(1, "at most 268435456 pixels", "pack @claim.ppm -o @out --threads 2");
+    put_text(cli("@claim.ppm"), "P5 99999999999999999999 1 255\n");
+    cli_refuses(1, "width of more than 268435456", "pack @claim.ppm -o @out --threads 2");
+    with.memory = 0;
+}
+
+/* A mapped file that is cut short while it is read: the rows of a log that this test reads one by
+ * one keep training waiting; packing shows by its output that it has begun. */
+static void cli_test_shrinking(void)
+{
+    enum { IMAGES = 400, PICTURES = 200000, SIDE = 64 };
+    const size_t shape[3] = { IMAGES, 17, 32 };
+    char line[300];
+    float value = 1;
+    sc_writer w;
+    if (sc_writer_open(&w, cli("@shrink"), 0) != SC_OK
+        || sc_writer_tensor(&w, "activations", SC_F32, 3, shape) != SC_OK) need("%s", sc_error());
+    for (size_t i = 0; i < shape[0] * shape[1] * shape[2]; i++, value = random_float())
+        if (sc_writer_floats(&w, &value, 1) != SC_OK) need("%s", sc_error());
+    if (sc_writer_finish(&w) != SC_OK || mkfifo(cli("@rows"), 0600) != 0) need("@shrink");
+    pid_t child = cli_start(cli("train --quiet --threads 2 --acts @shrink --latents 8 --batch 2 "
+                                "--steps 20000 --log @rows -o @out"));
+    FILE *log = fopen(cli("@rows"), "r");
+    if (!log) need("a pipe");
+    for (int row = 0; row < 3; row++)
+        if (!fgets(line, sizeof line, log)) break;
+    if (truncate(cli("@shrink"), 5000) != 0) need("@shrink");
+    while (fgets(line, sizeof line, log)) {}
+    fclose(log);
+    cli_end(child);
+    check(cli_said(1, cli("@shrink: became shorter while it was read")),
+          "activations cut short while training: %d %s", ran.status, ran.err);
+    check(!exists(cli("@out")) && !exists(cli("@out.tmp")), "and output stays");
+    unsigned char head[256] = { 0 };
+    head[0] = (unsigned char)sprintf((char *)head + 8, "{\"images\":{\"dtype\":\"U8\",\"shape\":"
+        "[%d,%d,%d,3],\"data_offsets\":[0,%ld]}}", PICTURES, SIDE, SIDE, 3L * SIDE * SIDE * PICTURES);
+    put_file(cli("@sparse.safetensors"), head, 8 + (size_t)head[0]);
+    if (truncate(cli("@sparse.safetensors"), 8 + head[0] + (off_t)3 * SIDE * SIDE * PICTURES) != 0) {
+        skip("this file system has no sparse files of 2.5 GB");
+        return;
+    }
+    child = cli_start(cli("pack @sparse.safetensors --size 1 -o @out --threads 2"));
+    while (!exists(cli("@out.tmp")) && waitpid(child, NULL, WNOHANG) == 0) usleep(1000);
+    if (truncate(cli("@sparse.safetensors"), 5000) != 0) need("@sparse");
+    cli_end(child);
+    check(cli_said(1, cli("@sparse.safetensors: became shorter")), "a packed set cut short: %d %s",
+          ran.status, ran.err);
+    check(!exists(cli("@out")) && !exists(cli("@out.tmp")), "and output stays");
+    remove(cli("@sparse.safetensors"));
+}
+
+/* A decoder does not outlive a program that is killed: its pipe has no reader any more. */
+static void cli_test_orphans(void)
+{
+    char byte;
+    if (mkfifo(cli("@alive"), 0600) != 0) need("a pipe");
+    put_text(cli("@endless.sh"), cli("exec 3>@alive; printf 'P6 16384 16384 255\n'; "
+                                     "exec cat /dev/zero"));
+    setenv("SAECLIP_DECODER", cli("sh @endless.sh"), 1);
+    pid_t child = cli_start(cli("pack @shot.jpg -o @out"));
+    int alive = open(cli("@alive"), O_RDONLY);
+    kill(child, SIGKILL);
+    cli_end(child);
+    struct pollfd end = { .fd = alive, .events = POLLIN };
+    check(ran.status == -SIGKILL && poll(&end, 1, 60000) > 0 && read(alive, &byte, 1) == 0,
+          "a decoder outlives the program: %d", ran.status);
+    unsetenv("SAECLIP_DECODER");
+    close(alive);
+    remove(cli("@out.tmp"));                     /* a killed program cannot */
+}
+
 /* Escapes that a terminal would obey, in names that come from anywhere. */
 static void cli_test_escapes(void)
 {
@@ -1166,6 +1301,138 @@ static void cli_test_escapes(void)
         check(ran.status == (i == 5), "%s: status %d, %s", lines[i], ran.status, ran.err);
         check(!strchr(ran.out, '\033') && !strchr(ran.err, '\033'), "line %zu prints an escape", i);
     }
+}
+
+/* Whether a text holds nothing but what a terminal shows, and lines. */
+static int cli_harmless(const char *text)
+{
+    for (size_t length; *text; text += length) {
+        length = *text == '\n' ? 1 : utf8_length(text);
+        if (length == 0 || *text == 127 || ((unsigned char)*text == 0xc2
+                                            && (unsigned char)text[1] < 0xa0)) return 0;
+    }
+    return 1;
+}
+
+/* Names that are harmful somewhere: markup, quotes, formulas, options, shell commands, paths. */
+static const char *const cli_odd_names[] = {
+    "a\"b',c.ppm", "<script src=x>", "&lt;|pipe|`tick`[x](y)*", "-rf", "--help",
+    "$(touch pwned);touch pwned|touch pwned", "`touch pwned`", "..", "new\nline\r\n# list",
+    "\033[2J\033]0;title\007\302\2331m\177", "\xff\xfe\x9b" "1m latin", "=1+1,@x", "%s%n%d\\n", "\t\tx" };
+
+/* The table of one SAE under an odd path: terminal, CSV, JSON, Markdown. path: in the folder */
+static void cli_table_of(const char *name)
+{
+    static char path[600];
+    char *arguments[] = { (char *)(uintptr_t)program(), "eval", "-s", path, "--acts", "", "--format",
+                          "", NULL };
+    static const char *const kinds[] = { "text", "markdown", "csv", "json" };
+    snprintf(path, sizeof path, "%s", cli("@odd.%s", name));
+    cli_copy("@sae", "@odd.sae");
+    if (strchr(name, '/') || rename(cli("@odd.sae"), path) != 0) return;
+    arguments[5] = (char *)(uintptr_t)cli("@acts");
+    for (int i = 0; i < 4; i++) {
+        arguments[7] = (char *)(uintptr_t)kinds[i];
+        check(run_list(arguments) == 0 && cli_harmless(ran.out) && cli_harmless(ran.err),
+              "eval --format %s of '%s': status %d %s %s", kinds[i], name, ran.status, ran.out,
+              ran.err);
+        size_t bars = 0, quotes = 0, tags = 0, lines = cli_count(ran.out, "\n");
+        for (const char *c = ran.out; *c; c++) {
+            bars += *c == '|' && (c == ran.out || c[-1] != '\\');
+            quotes += *c == '"';
+            tags += *c == '<' && (c == ran.out || c[-1] != '\\');
+        }
+        check(lines == (i == 1 || i == 3 ? 3 : 2), "%s of '%s' has %zu lines", kinds[i], name, lines);
+        check(i != 1 || tags == 0, "Markdown of '%s' has a tag", name);
+        check(i != 1 || bars == 3 * (EVAL_COLUMNS + 1), "Markdown of '%s' has %zu bars", name, bars);
+        check(i != 2 || quotes % 2 == 0, "CSV of '%s' has %zu quotes", name, quotes);
+    }
+    char *value = strstr(ran.out, "\"sae\": "), *end = value ? strstr(value, ", \"data\":") : NULL;
+    char **list = NULL;
+    size_t count = 0;
+    if (end) {
+        strcpy(end, "]");
+        memset(value, ' ', 6);
+        value[6] = '[';
+    }
+    int read = end && json_string_array(value, "JSON", &list, &count) == SC_OK && count == 1;
+    check(read && (*name == '\xff' || strcmp(list[0], path) == 0), "JSON has '%s' for '%s'",
+          read ? list[0] : "nothing", path);
+    free(list);
+    char *arguments2[] = { arguments[0], "info", path, NULL };
+    check(run_list(arguments2) == 0 && cli_harmless(ran.out), "info of '%s'", name);
+    char *arguments3[] = { arguments[0], "compare", path, arguments[5], NULL };
+    check(run_list(arguments3) == 1 && cli_harmless(ran.out) && cli_harmless(ran.err),
+          "compare of '%s'", name);
+    remove(path);
+}
+
+/* Odd names as classes and images of a folder: packed, the set's names are the same again, as far as
+ * they are UTF-8; what is made of them on disk stays in the folder that was named. */
+static void cli_test_names(void)
+{
+    char place[400], odd[600];
+    sc_images folder_set, packed_set;
+    size_t same = 0, images = 0;
+    struct dirent *entry;
+    for (size_t i = 0; i < COUNT(cli_odd_names); i++) cli_table_of(cli_odd_names[i]);
+    mkdir(cli("@oddnames"), 0777);
+    for (size_t i = 0; i < COUNT(cli_odd_names); i++) {
+        if (strchr(cli_odd_names[i], '/') || strcmp(cli_odd_names[i], "..") == 0) continue;
+        snprintf(odd, sizeof odd, "%s/%s", cli("@oddnames"), cli_odd_names[i]);
+        if (mkdir(odd, 0777) != 0) need("%s", odd);
+        snprintf(odd + strlen(odd), sizeof odd - strlen(odd), "/%s", cli_odd_names[i]);
+        cli_picture(odd, (unsigned)i + 1, 30, 30);
+        images++;
+    }
+    snprintf(place, sizeof place, "%s", cli("@oddnames"));
+    cli_with.in = place;
+    cli_end(cli_start(cli("pack . -o ../cli_oddnames.safetensors --size 16")));
+    check(ran.status == 0 && cli_harmless(ran.err), "odd names are not packed: %s", ran.err);
+    if (sc_images_open(&folder_set, place, 0) != SC_OK
+        || sc_images_open(&packed_set, cli("@oddnames.safetensors"), 0) != SC_OK) need("%s", sc_error());
+    check(packed_set.count == images && packed_set.classes == images, "%zu images, %zu classes",
+          packed_set.count, packed_set.classes);
+    for (size_t i = 0; i < packed_set.count && i < folder_set.count; i++)
+        same += strcmp(packed_set.image[i].name, folder_set.image[i].name) == 0
+                && strcmp(packed_set.class_name[i], folder_set.class_name[i]) == 0;
+    check(same == images - 1, "%zu of %zu names are the same again; one is no UTF-8", same, images);
+    sc_images_close(&folder_set);
+    sc_images_close(&packed_set);
+    cli_end(cli_start(cli("info ../cli_oddnames.safetensors")));
+    check(ran.status == 0 && cli_harmless(ran.out), "info shows odd names: %s", ran.out);
+    cli_end(cli_start(cli("mask --quiet -s @sae -m @model . -l 0 -o ../cli_out")));
+    check(ran.status == 0, "masks of odd names: %s", ran.err);
+    DIR *out = opendir(cli("@out"));
+    for (images = 0; out && (entry = readdir(out)) != NULL;) {
+        if (entry->d_name[0] == '.') continue;
+        images += strncmp(entry->d_name, "latent_0_", 9) == 0 && strspn(entry->d_name,
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") == strlen(entry->d_name);
+    }
+    if (out) closedir(out);
+    check(images == 2 * same + 2, "%zu masks and overlays under harmless names", images);
+    remove_tree(cli("@out"));
+    cli_edit(cli("@oddnames.safetensors"), cli("@paths.safetensors"), (cli_change){
+        .key = "file_names", .text = "[\"../../cli_a\",\"/tmp/cli_b\",\"\",\"..\",\"a/\",\"-\",\"f\","
+        "\"g\",\"h\",\"i\",\"j\",\"k\",\"l\"]" });
+    cli_works("mask --quiet -s @sae -m @model @paths.safetensors -l 0 -o @out");
+    check(exists(cli("@out/latent_0_0_cli_a.pgm")) && exists(cli("@out/latent_0_1_cli_b.ppm"))
+          && exists(cli("@out/latent_0_3_...pgm")) && !exists(in_folder("../cli_a.pgm"))
+          && !exists("/tmp/cli_b.pgm"), "a path in a packed set's names leads out of the folder");
+    remove_tree(cli("@out"));
+    cli_end(cli_start("pack --size 4 -o ../cli_out -- --help"));
+    check(ran.status == 0 && exists(cli("@out")), "a folder called --help: %d %s", ran.status, ran.err);
+    setenv("SAECLIP_DECODER", "cat", 1);         /* a shell would run what these names say */
+    for (size_t i = 5; i < 7; i++) {
+        snprintf(odd, sizeof odd, "%s/%s.jpg", place, cli_odd_names[i]);
+        put_file(odd, "\xff\xd8\xff", 3);
+    }
+    cli_end(cli_start("pack . -o ../cli_out --skip-bad --limit 30"));
+    check(ran.status == 0 && !exists(cli("@oddnames/pwned")), "a name was run: %d %s", ran.status, ran.err);
+    unsetenv("SAECLIP_DECODER");
+    cli_with.in = NULL;
+    remove(cli("@out"));
+    remove_tree(cli("@oddnames"));
 }
 
 /* --- Training: steps, checkpoints, signals --- */
@@ -1446,6 +1713,85 @@ static void cli_test_signals(void)
     }
 }
 
+/* Training that waits for a stream's next picture is stopped by a signal too. */
+static void cli_test_waiting(void)
+{
+    size_t count;
+    char line[200];
+    const char *bytes = get_file(cli("@photos/birds/a.ppm"), &count);
+    if (mkfifo(cli("@in"), 0600) != 0 || mkfifo(cli("@rows"), 0600) != 0) need("pipes");
+    cli_input("@in");
+    with.seconds = 20;
+    pid_t child = cli_start(cli("train --quiet -m @model - --order sequential --batch 1 --latents 8 "
+                                "--steps 9 -o @waited --log @rows"));
+    FILE *in = fopen(cli("@in"), "w"), *rows = fopen(cli("@rows"), "r");
+    if (!in || !rows) need("pipes");
+    for (int i = 0; i < 2; i++) fwrite(bytes, 1, count, in);
+    fflush(in);
+    for (int row = 0; row < 3; row++)
+        if (!fgets(line, sizeof line, rows)) break;
+    check(strncmp(line, "2,", 2) == 0, "two pictures make no two steps: %s", line);
+    nanosleep(&(struct timespec){ 0, 100000000 }, NULL);         /* now it waits for a third */
+    kill(child, SIGINT);
+    cli_end(child);
+    check(cli_said(1, "stopped by signal 2 after step 2; ") && exists(cli("@waited.ckpt"))
+          && !exists(cli("@waited")), "SIGINT while waiting: status %d, %s", ran.status, ran.err);
+    fclose(in);
+    fclose(rows);
+    cli_input(NULL);
+    with.seconds = 300;
+}
+
+/* Weights so far off after step 1 that the squared gradient of step 2 is beyond a float's range: step
+ * and latent are named, and the checkpoint of the step before is what it would have been. */
+static void cli_test_overflow(void)
+{
+    const size_t acts[] = { 4, 3, 16 }, enc[] = { 16, 8 }, dec[] = { 8, 16 };
+    const struct { const char *name; int rank; const size_t *shape; float scale; } tensors[] = {
+        { "W_enc", 2, enc, 1 }, { "b_enc", 1, dec, 0 }, { "W_dec", 2, dec, 1 },
+        { "b_dec", 1, enc, 0 }, { "activations", 3, acts, 1e-3f } };
+    sc_writer w;
+    test_random_state = 1;
+    for (int t = 0; t < 5; t++) {
+        size_t values = 1;
+        if ((t == 0 || t == 4) && sc_writer_open(&w, cli(t ? "@tiny" : "@steep"), 0) != SC_OK)
+            need("%s", sc_error());
+        sc_writer_tensor(&w, tensors[t].name, SC_F32, tensors[t].rank, tensors[t].shape);
+        for (int d = 0; d < tensors[t].rank; d++) values *= tensors[t].shape[d];
+        for (size_t i = 0; i < values; i++)
+            sc_writer_floats(&w, &(float){ random_float() * tensors[t].scale }, 1);
+        if (t >= 3 && sc_writer_finish(&w) != SC_OK) need("%s", sc_error());
+    }
+    static const char recipe[] = "train --acts @tiny --init @steep --batch 2 --warmup 0 --lr 1e8 "
+                                 "--l1 0 --checkpoint-every 1 -o @out --steps ";
+    char line[400];
+    snprintf(line, sizeof line, "%s1 --checkpoint @first", recipe);
+    cli_works(line);
+    remove(cli("@out"));
+    snprintf(line, sizeof line, "%s6 --checkpoint @last --log @overflow.csv", recipe);
+    cli_refuses(1, "step 2: latent ", line);
+    check(strstr(ran.err, "weights or moments that are not finite") != NULL, "not the weights: %s", ran.err);
+    check(cli_same("@first", "@last"), "a checkpoint holds what is not finite");
+    const char *row = strstr(get_file(cli("@overflow.csv"), NULL), "\n1,");
+    check(row && strchr(row + 1, '\n') && strchr(row + 1, '\n')[1] == '\0',
+          "the step that failed is logged");
+}
+
+/* Two runs that write one log: the second one is told so, and does no harm. */
+static void cli_test_shared_log(void)
+{
+    struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+    put_text(cli("@shared.csv"), "a row\n");
+    int fd = open(cli("@shared.csv"), O_RDWR);
+    if (fd < 0 || fcntl(fd, F_SETLK, &lock) != 0) need("a lock");
+    cli_refuses(1, "@shared.csv: cannot be written: another process is writing it",
+                "train --acts @acts --latents 8 --steps 1 --log @shared.csv -o @out");
+    check(holds(cli("@shared.csv"), "a row\n"), "another run's log is emptied");
+    close(fd);
+    cli_works("train --acts @acts --latents 8 --steps 1 --log @shared.csv -o @part");
+    check(strncmp(get_file(cli("@shared.csv"), NULL), "step,", 5) == 0, "a log keeps an old row");
+}
+
 static void test_cli(void)
 {
     cli_make_inputs();
@@ -1468,6 +1814,10 @@ static void test_cli(void)
     cli_test_keeping();
     cli_test_streams();
     cli_test_memory();
+    cli_test_claims();
+    cli_test_shrinking();
+    cli_test_orphans();
+    cli_test_names();
     cli_test_escapes();
     cli_test_steps();
     cli_test_epochs();
@@ -1475,4 +1825,7 @@ static void test_cli(void)
     cli_test_resume_photos();
     cli_test_damage();
     cli_test_signals();
+    cli_test_waiting();
+    cli_test_overflow();
+    cli_test_shared_log();
 }

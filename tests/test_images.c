@@ -73,10 +73,10 @@ static const sc_preprocess images_one = { .size = 1, .std = { 1, 1, 1 } };
 static int images_parse(const char *bytes, size_t count, image_source *source, picture *result)
 {
     images_write("parse", bytes, count);
-    source->name = "memory";
-    source->file = fopen(images_file("parse"), "rb");
+    *source = (image_source){ .name = "memory", .rgb = source->rgb, .capacity = source->capacity,
+                              .fd = open(images_file("parse"), O_RDONLY) };
     int status = pnm_read(source, result);
-    fclose(source->file);
+    close(source->fd);
     return status;
 }
 
@@ -449,6 +449,53 @@ static void images_test_decoders(void)
     sc_images_close(&set);
 }
 
+/* Whether the last process that a script gave the pipe "alive" as its descriptor 3 ends, within a
+ * minute. reader: of that pipe, opened before */
+static int images_ends(int reader)
+{
+    struct pollfd end = { .fd = reader, .events = POLLIN };
+    char byte;
+    return poll(&end, 1, 60000) > 0 && read(reader, &byte, 1) == 0;
+}
+
+/* A decoder that hangs or writes without end is stopped, with all that it started. */
+static void images_test_limits(void)
+{
+    static const struct { const char *script, *text; } cases[] = {
+        { "exec sleep 1000", "took too long and was stopped" },
+        { "sleep 1000 & sleep 1000", "took too long" },
+        { "trap '' TERM INT PIPE HUP; sleep 1000; sleep 1000", "took too long" },
+        { "printf 'P6 2 2 255\nabc'; exec sleep 1000", "took too long" },
+        { "printf 'P2 1 1 255 7\n'; exec >&-; exec sleep 1000", "took too long" },
+        { "printf 'P2 1 1 255'; while :; do printf ' '; sleep 0.01; done", "took too long" },
+        { "printf 'P2 1 1 255 7\n'; exec cat /dev/zero", "wrote too much and was stopped" },
+        { "printf 'P2 1 1 255 '; exec yes ''", "wrote too much" },
+        { "printf 'P2 1 1 255 #'; exec cat /dev/zero", "wrote too much" },
+        { "printf 'P2 1 1 255 7\n'; exec cat /dev/zero >&2", "fake.jpg: sh " },
+        { "printf 'P6 65500 65500 255\n'; exec cat /dev/zero", "at most 268435456 pixels" } };
+    double seconds = decoder_seconds;
+    size_t bytes = decoder_bytes;
+    unsigned char pixel[3];
+    char script[2048];
+    if (mkfifo(images_file("alive"), 0600) != 0) need("a pipe");
+    decoder_bytes = 100000;
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        int reader = open(images_file("alive"), O_RDONLY | O_NONBLOCK);
+        decoder_seconds = strstr(cases[i].text, "too long") ? 0.3 : seconds;
+        snprintf(script, sizeof script, "exec 3>%s; %s", images_file("alive"), cases[i].script);
+        const char *said = images_decoded(script, "fake.jpg", pixel);
+        check(strstr(said, cases[i].text) && strstr(said, "fake.jpg: "), "decoder '%s': %s",
+              cases[i].script, said);
+        check(images_ends(reader), "decoder '%s' lives on", cases[i].script);
+        close(reader);
+    }
+    check(waitpid(-1, NULL, WNOHANG) < 0, "no child is left");
+    decoder_seconds = seconds;
+    check(!*images_decoded("printf 'P6 100 100 255\n'; head -c 30000 /dev/zero", "fake.jpg", pixel),
+          "a picture within the limits");
+    decoder_bytes = bytes;
+}
+
 /* Formats by their real decoders: a grey step through each encoder. */
 static void images_test_formats(void)
 {
@@ -495,7 +542,7 @@ static int images_feed(feed *f, const sc_images *set, draw_function *order, void
                        size_t room, int skip_bad)
 {
     *f = (feed){ .set = *set, .preprocess = images_one, .skip_bad = skip_bad,
-                 .stream = { .name = "standard input", .file = stdin } };
+                 .stream = { .name = "standard input" } };
     return start_feed(f, room, order, context, 0);
 }
 
@@ -612,7 +659,6 @@ static size_t images_stream(const char *bytes, size_t count, size_t limit, int *
     size_t pictures = 0;
     if (pipe(end) != 0 || write(end[1], bytes, count) != (ssize_t)count) exit(1);
     dup2(end[0], 0);
-    clearerr(stdin);
     close(end[1]);
     *status = sc_images_open(&set, "-", limit);
     if (*status == SC_OK) *status = images_feed(&f, &set, NULL, NULL, 16, 0);
@@ -620,7 +666,6 @@ static size_t images_stream(const char *bytes, size_t count, size_t limit, int *
         if (f.image[0] == pictures && f.pixels[0] == 'a' + (int)pictures) pictures++;
     images_end(&f);
     sc_images_close(&set);
-    while (getc(stdin) != EOF) {}              /* nothing is left for the next stream */
     dup2(stdin_copy, 0);
     close(stdin_copy);
     close(end[0]);
@@ -650,6 +695,7 @@ static void test_images(void)
     images_test_list();
     images_test_packed();
     images_test_decoders();
+    images_test_limits();
     images_test_formats();
     images_test_reader();
     images_test_stream();
