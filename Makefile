@@ -30,9 +30,9 @@ saeclip: $(SOURCE)
 tests/test: $(SOURCE) $(TESTS)
 	$(BUILD) $(TEST) -o $@ tests/test.c $(LIBS)
 
-# Pictures with known answers; see its head.
+# Pictures with known answers; see its head. -O1 is fast enough and compiles in a quarter of the time.
 tests/synth: $(SOURCE) tests/synth.c
-	$(BUILD) $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
+	$(BUILD) -O1 $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
 
 # The whole method, into out/: on pictures that are drawn for it and the small model in weights/, or on
 # the user's own with MODEL=FILE IMAGES=DIR. LATENTS are those that get a sheet; by default twelve that

@@ -17,15 +17,17 @@
  *    8. Activations
  *    9. The sparse autoencoder
  *   10. Training
- *   11. Measuring
- *   12. Looking
- *   13. Figures
- *   14. The atlas
- *   15. Tools
- *   16. The command line
- *   17. The atlas's page
+ *   11. Training runs
+ *   12. Measuring
+ *   13. Data sets through SAEs
+ *   14. Looking
+ *   15. Figures
+ *   16. The atlas
+ *   17. Tools
+ *   18. The command line
+ *   19. The atlas's page
  *
- * Who wants the algorithm alone reads 3, 7 and 9 to 11; the rest is getting data in and out. */
+ * Who wants the algorithm alone reads 3, 7, 9, 10 and 12; the rest is getting data in and out. */
 #ifndef SC_ISA
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
@@ -62,7 +64,7 @@
 
 extern char **environ;
 /* POSIX.1-2008's stdlib.h has it; glibc's shows it only where more is asked for. */
-char *realpath(const char *restrict path, char *restrict resolved);
+char *(realpath)(const char *restrict path, char *restrict resolved);
 
 #if defined(__GNUC__)
 #define SC_PRINTF(text, first) __attribute__((format(printf, text, first)))
@@ -1519,9 +1521,8 @@ static void print_json(FILE *out, const char *text) {
     for (size_t length; *text; text += length ? length : 1) {
         length = utf8_length(text);
         int line = strncmp(text, "\xe2\x80\xa8", 3) == 0 || strncmp(text, "\xe2\x80\xa9", 3) == 0;
-        if (control_at(text)) fprintf(out, "\\u%04x", control_at(text));
-        else if (*text == '<') fputs("\\u003c", out);
-        else if (line) fprintf(out, "\\u20%x", (unsigned)text[2] & 0x3f);
+        unsigned code = line ? 0x2000 | (text[2] & 0x3f) : *text == '<' ? '<' : control_at(text);
+        if (code) fprintf(out, "\\u%04x", code);
         else if (length == 0) fputs("\xef\xbf\xbd", out);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
         else fwrite(text, 1, length, out);
@@ -4566,9 +4567,12 @@ static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t ima
     return status;
 }
 
-/* --------------------------------------------------------------------------------------------
- * A training run: the order of images, the log, checkpoints, signals.
- * -------------------------------------------------------------------------------------------- */
+/* ============================================================================================
+ * 11. Training runs
+ *
+ * Step after step over a data set: the order of images, the log, checkpoints, signals. A run that
+ * was stopped goes on from its checkpoint to the same bytes.
+ * ============================================================================================ */
 
 typedef struct {
     const options *o;
@@ -4924,7 +4928,7 @@ static int train(const options *o) {
 }
 
 /* ============================================================================================
- * 11. Measuring
+ * 12. Measuring
  *
  * What each latent does over a data set (interface, section 6; after PatchSAE): how often it fires,
  * how strongly, on which images, patches and classes. Sums over images are exact and ties go to the
@@ -5213,7 +5217,12 @@ static int write_statistics(sc_writer *w, void *context) {
     return SC_OK;
 }
 
-/* --- Several SAEs over one data set, in one forward pass --- */
+/* ============================================================================================
+ * 13. Data sets through SAEs
+ *
+ * The commands that send a data set through the model and through one or several SAEs, in one
+ * forward pass: stats and merge, eval, extract, pack, encode, zeroshot.
+ * ============================================================================================ */
 
 /* An activation as `encode` writes it. */
 typedef struct { int64_t row, index; float value; } code;
@@ -5458,8 +5467,8 @@ static const char *cell_text(int markdown, const table_cell *cells, size_t colum
                              size_t column) {
     const table_cell *c = &cells[(row ? row - 1 : 0) * columns + column];
     char *out = text_room(), *to = out;
-    if (row == 0 || (c->text && !markdown)) return row ? shown(c->text) : c->title;
     int whole = c->number == floor(c->number) && fabs(c->number) < 1e9;
+    if (row == 0 || (c->text && !markdown)) return row ? shown(c->text) : c->title;
     if (!c->text) snprintf(out, TEXT_ROOM, whole ? "%.0f" : "%.4g", c->number);
     if (!c->text) return out;
     for (const char *text = shown(c->text); *text && to - out < TEXT_ROOM - 2; *to++ = *text++)
@@ -5832,7 +5841,7 @@ static int command_zeroshot(session *s) {
 }
 
 /* ============================================================================================
- * 12. Looking
+ * 14. Looking
  *
  * What a latent responds to, as pictures: a sheet of the images that excite it most, and masks of
  * the patches on which it fires. Silent patches keep 30 / 255 of their brightness, rounded down, as
@@ -6238,7 +6247,7 @@ static int command_mask(session *s) { return look(s, show_masks); }
 static int command_explain(session *s) { return look(s, explain); }
 
 /* ============================================================================================
- * 13. Figures
+ * 15. Figures
  *
  * `plot` draws the report's figures as SVG (w3.org/TR/SVG11) from files that other commands wrote.
  * A kind of figure is a row of a table: how a file becomes rows of numbers, how the rows of all
@@ -6724,9 +6733,9 @@ static int command_plot(session *s) {
 }
 
 /* ============================================================================================
- * 14. The atlas
+ * 16. The atlas
  *
- * A folder that a browser opens without a server. index.html is the page (section 17), data/ holds
+ * A folder that a browser opens without a server. index.html is the page (section 19), data/ holds
  * what it shows: latents.js the numbers of all latents, J.js the top images of the J-th PART of
  * them, with their masks, I.jpg image I, once, however many latents show it. A page from a file may
  * not read files, but it may have scripts: each is one call with JSON.
@@ -7084,7 +7093,7 @@ static int show_atlas(viewer *v) {
 static int command_atlas(session *s) { return look(s, show_atlas); }
 
 /* ============================================================================================
- * 15. Tools
+ * 17. Tools
  *
  * `info` says what a file or this machine is, `compare` how far apart two files are, `bench` how
  * fast this machine is and how near to that the work comes.
@@ -7501,7 +7510,7 @@ static int command_bench(session *s) {
 }
 
 /* ============================================================================================
- * 16. The command line
+ * 18. The command line
  *
  * One table of options, one of commands. An option's row says which commands take it.
  * ============================================================================================ */
@@ -7514,7 +7523,8 @@ enum {                               /* commands, and what several of them have 
     LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
     SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
     DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,
-    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
+    PICTURES = PHOTOS | PACK,
+    OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
 };
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
@@ -7834,7 +7844,7 @@ int main(int argc, char **argv) {
 #endif /* !SAECLIP_NO_MAIN */
 
 /* ============================================================================================
- * 17. The atlas's page
+ * 19. The atlas's page
  *
  * HTML, CSS and JavaScript, line by line as index.html has them.
  * ============================================================================================ */

@@ -29,7 +29,7 @@ static double value_of(const char *text, const char *name, size_t i, int whole) 
     return whole ? (double)(i % 2) : strstr(name, "_v") ? fabs(pattern) : pattern;
 }
 
-static void put_value(unsigned char *to, size_t dtype, double value) {
+static void put_number(unsigned char *to, size_t dtype, double value) {
     double bounded = value >= -9e18 && value <= 9e18 ? value : 0;
     int64_t whole = (int64_t)bounded;
     int32_t narrow = (int32_t)(uint32_t)whole;
@@ -66,7 +66,7 @@ static size_t put_tensor(FILE *header, char *line, unsigned char *data, size_t u
     }
     if (count > (MOST_DATA - used) / bytes) count = 0;       /* not to be had; a lie, then */
     for (size_t i = 0; i < count; i++)
-        put_value(data + used + i * bytes, d, value_of(value, name, i, d >= SC_I64));
+        put_number(data + used + i * bytes, d, value_of(value, name, i, d >= SC_I64));
     fprintf(header, "],\"data_offsets\":[%zu,%zu]}", used, used + count * bytes);
     return used + count * bytes;
 }
@@ -345,6 +345,11 @@ static const struct { const char *word, *fixture, *line; } uses[] = {
     { "top", "stats", "top --threads 1 -s sae -t fuzz.safetensors -m model list.txt -l 0,3 -o out" },
     { "toppatches", "stats", "mask --threads 1 -s sae -t fuzz.safetensors --acts acts -l 0,3 "
                              "--mask top -o out" },
+    { "atlas", "stats", "atlas --threads 1 -s sae -t fuzz.safetensors -m model list.txt -o out" },
+    { "explain", "stats", "explain --threads 1 -s sae -t fuzz.safetensors -m model photos/a.ppm" },
+    { "latents", "stats", "plot latents fuzz.safetensors stats -o out" },
+    { "counts", "stats", "plot counts fuzz.safetensors -o out" },
+    { "histogram", "stats", "plot activations fuzz.safetensors -o out" },
     { "acts", "acts", "train --threads 1 --acts fuzz.safetensors --latents 3 --steps 2 --batch 1 "
                       "--b-dec geomedian-images --ghost --dead-window 0 -o out" },
     { "labels", "acts", "stats --threads 1 --acts fuzz.safetensors -s sae --class-counts -o out" },
@@ -382,6 +387,7 @@ static void fuzz_images(const char *text, size_t count) {
     close(source.fd);
     free(source.rgb);
     if (*text == 'P') run_here("pack --threads 1 fuzz.ppm --size 3 -o out");
+    if (*text == 'P') run_here("plot mask fuzz.ppm photos/b.pgm -o out");
 }
 
 static void fuzz_lists(const char *text, size_t count) {
@@ -431,10 +437,14 @@ static void fuzz_log(const char *text, size_t count) {
     free(file);
 }
 
-/* JSON behind J, CSV behind C. */
+/* JSON behind J, a log to go on with behind C, to draw behind P. */
 static void fuzz_texts(const char *text, size_t count) {
     if (count == 0) return;
     if (*text == 'C') fuzz_log(text + 1, count - 1);
+    else if (*text == 'P') {
+        put_file("fuzz.csv", text + 1, count - 1);
+        run_here("plot curves fuzz.csv log.csv -o out");
+    }
     else fuzz_names(text + 1);
 }
 
@@ -569,6 +579,9 @@ static void seed_texts(void) {
     size_t count;
     char *log = read_whole("log.csv", &count), *text = join_text("C", log ? log : "");
     seed_text(text ? text : "C");
+    free(text);
+    text = join_text("P", log ? log : "");
+    seed_text(text ? text : "P");
     free(log);
     free(text);
     seed_text("J[\"a\", \"\\u00e9\\\"\\ud83d\\ude00\", \"\"]");
@@ -596,6 +609,9 @@ static void seed_commands(void) {
         "stats -s sae -m model list.txt --class-counts --threshold 0.1 --top 3 --top-patches 2 -o out",
         "top -s sae -t stats --mask value -m model list.txt -l 0,2 -o out",
         "mask -s sae -m model list.txt -l 1 --class 0 -o out", "mask -s topk --acts acts -l 3 -o out",
+        "plot curves log.csv -o out", "plot latents stats -o out", "plot mask list.txt -o out",
+        "explain -s sae -t stats -m model stream --patch 0,1 --max-frequency 0.5 -o out",
+        "atlas -s sae -t stats -m model list.txt -o out",
         "zeroshot -m model list.txt --format json --quiet", "-- info", "info -- -x" };
     for (size_t i = 0; i < COUNT(lines); i++) {
         char text[400];
