@@ -1110,17 +1110,19 @@ static void cli_test_streams(void)
     cli_with.closed = 0;
 }
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define CLI_SANITIZED
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define CLI_SANITIZED
+#endif
+#endif
+
 static void cli_test_memory(void)
 {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#ifdef CLI_SANITIZED
     skip("memory cannot be limited under a sanitizer");
 #else
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-    skip("memory cannot be limited under a sanitizer");
-    return;
-#endif
-#endif
     with.memory = (size_t)400 << 20;
     cli_works("train --acts @acts --latents 8 --steps 1 -o @again --threads 2");
     cli_refuses(1, "out of memory",
@@ -1156,7 +1158,7 @@ static void cli_test_claims(void)
           "top -s @sae -t @claim -m @model @photos -l 1 -o @out --quiet --threads 2" },
         { "blocks.0.norm1.weight", "F64", "2305843009213693952", "18446744073709551615", "too large",
           "info @claim" } };
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#ifndef CLI_SANITIZED
     with.memory = (size_t)100 << 20;
 #endif
     for (size_t i = 0; i < COUNT(claims); i++) {
@@ -1214,7 +1216,8 @@ static void cli_test_shrinking(void)
         return;
     }
     child = cli_start(cli("pack @sparse.safetensors --size 1 -o @out --threads 2"));
-    while (!exists(cli("@out.tmp")) && waitpid(child, NULL, WNOHANG) == 0) usleep(1000);
+    while (!exists(cli("@out.tmp")) && waitpid(child, NULL, WNOHANG) == 0)
+        nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
     if (truncate(cli("@sparse.safetensors"), 5000) != 0) need("@sparse");
     cli_end(child);
     check(cli_said(1, cli("@sparse.safetensors: became shorter")), "a packed set cut short: %d %s",
