@@ -1292,7 +1292,7 @@ static int cli_harmless(const char *text)
 static const char *const cli_odd_names[] = {
     "a\"b',c.ppm", "<script src=x>", "&lt;|pipe|`tick`[x](y)*", "-rf", "--help",
     "$(touch pwned);touch pwned|touch pwned", "`touch pwned`", "..", "new\nline\r\n# list",
-    "\033[2J\033]0;title\007\302\2331m\177", "\xff\xfe\x9b" "1m latin", "=1+1,@x", "%s%n%d\\n", "\t\tx" };
+    "\033[2J\033]0;title\007\302\2331m\177", "\377\376\2331m latin", "=1+1,@x", "%s%n%d\\n", "\t\tx" };
 
 /* The table of one SAE under an odd path: terminal, CSV, JSON, Markdown. path: in the folder */
 static void cli_table_of(const char *name)
