@@ -6,9 +6,11 @@ PREFIX  = /usr/local
 INSTALL = install
 
 # Fused and reordered floating-point operations would change results: these flags keep them out.
-EXACT  = -std=c11 -ffp-contract=off -fno-math-errno -fno-trapping-math -D_DEFAULT_SOURCE
+EXACT  = -std=c11 -ffp-contract=off -fno-math-errno -fno-trapping-math
+POSIX  = -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64
 WARN   = -Wall -Wextra -Wpedantic -Wshadow -Wvla
-BUILD  = $(CC) $(EXACT) $(CFLAGS) $(WARN) -pthread $(CFLAGS_EXTRA)
+FLAGS  = $(EXACT) $(POSIX) $(WARN) -pthread
+BUILD  = $(CC) $(FLAGS) $(CFLAGS) $(CFLAGS_EXTRA)
 LIBS   = -lm
 # What only the tests add: they call part of the functions that are static.
 TEST   = -Wno-unused-function
@@ -17,7 +19,8 @@ RACES  = -O1 -g -fsanitize=thread
 SOURCE = saeclip.c saeclip.h
 TESTS  = tests/test.c tests/check.h tests/test_*.c
 
-.PHONY: all demo report test check fuzz fuzz-seeds bench install clean help
+.PHONY: all demo report test check fuzz fuzz-seeds faults coverage bench fingerprint portability install \
+        clean help
 
 all: saeclip
 
@@ -27,9 +30,9 @@ saeclip: $(SOURCE)
 tests/test: $(SOURCE) $(TESTS)
 	$(BUILD) $(TEST) -o $@ tests/test.c $(LIBS)
 
-# Pictures with known answers; see its head.
+# Pictures with known answers; see its head. -O1 is fast enough and compiles in a quarter of the time.
 tests/synth: $(SOURCE) tests/synth.c
-	$(BUILD) $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
+	$(BUILD) -O1 $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
 
 # The whole method, into out/: on pictures that are drawn for it and the small model in weights/, or on
 # the user's own with MODEL=FILE IMAGES=DIR. LATENTS are those that get a sheet; by default twelve that
@@ -87,9 +90,44 @@ build/guard_synth: $(SOURCE) tests/synth.c
 	@mkdir -p build
 	$(BUILD) $(MODE) $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
 
+# RACED: what ThreadSanitizer is to watch; nothing for the whole suite, which takes it some minutes.
+RACED = threads
 check: build/guard_saeclip build/guard_test build/guard_synth build/races_saeclip build/races_test
 	SAECLIP=build/guard_saeclip SYNTH=build/guard_synth build/guard_test
-	SAECLIP=build/races_saeclip build/races_test threads
+	SAECLIP=build/races_saeclip build/races_test $(RACED)
+
+# One line, to be compared with README.md's.
+fingerprint: saeclip tests/synth
+	@sh tests/fingerprint.sh
+
+# Every target that there are tools for, or TARGETS="clang-O3 s390x"; takes its time.
+portability:
+	@FLAGS='$(FLAGS)' sh tests/portability.sh $(TARGETS)
+
+# The program is inside this one, behind a seam; the names below it would shadow its own.
+build/guard_faults: $(SOURCE) tests/faults.c tests/check.h
+	@mkdir -p build
+	$(BUILD) $(GUARD) $(TEST) -Wno-shadow -o $@ tests/faults.c $(LIBS)
+
+# FAULTS: some of its rows, or nothing for all.
+FAULTS =
+faults: saeclip build/guard_faults
+	build/guard_faults $(FAULTS)
+
+# Lines of saeclip.c that the tests and the faults run, as gcov counts them: those that do not run are listed.
+# A killed process would leave no counts: training is not killed here, and the seam kills few.
+COUNTED = -O0 --coverage
+GCOV    = gcov
+coverage: saeclip tests/synth
+	@mkdir -p build/coverage
+	@rm -f build/coverage/*
+	$(BUILD) $(COUNTED) -o build/coverage/saeclip saeclip.c $(LIBS)
+	$(BUILD) $(COUNTED) $(TEST) -o build/coverage/test tests/test.c $(LIBS)
+	$(BUILD) $(COUNTED) $(TEST) -Wno-shadow -o build/coverage/faults tests/faults.c $(LIBS)
+	SAECLIP=build/coverage/saeclip GCOV_ERROR_FILE=/dev/null build/coverage/test
+	GCOV_ERROR_FILE=/dev/null build/coverage/faults rows
+	$(GCOV) -t build/coverage/*.gcda >build/coverage/lines.txt
+	@awk -v least=95 -f tests/coverage.awk build/coverage/lines.txt
 
 # Hostile input, one target after the other; see tests/fuzz/fuzz.c and fuzz.sh.
 TARGET  = safetensors tensors images lists texts commands checkpoints
@@ -137,7 +175,13 @@ help:
 	@echo "make report    the report's SAEs, table and figures (MODEL=FILE TRAIN=IMAGES VAL=IMAGES OUT=DIR)"
 	@echo "make test      builds and runs the tests        (SAECLIP_DATA=DIR: with the real photos there)"
 	@echo "make check     the tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the"
-	@echo "               threads under ThreadSanitizer"
+	@echo "               threads under ThreadSanitizer (RACED= all of them)"
+	@echo "make fingerprint  a checksum of what saeclip computes: the same everywhere, README.md has it"
+	@echo "make portability  the tests and the fingerprint with other compilers, flags and processors"
+	@echo "               (TARGETS=\"clang-O3 s390x\": some of them; what has no tools here is named)"
+	@echo "make faults    each call that may fail fails in turn, training is killed at random, and no"
+	@echo "               file is lost: thousands of runs, some minutes"
+	@echo "make coverage  how many lines of saeclip.c these run, and which they do not (gcc and its gcov)"
 	@echo "make fuzz      hostile input for every reader, a minute each, under both sanitizers"
 	@echo "               (TARGET='images lists' SECONDS=900; needs clang; build/corpus grows from run to"
 	@echo "               run, findings are in build/found); make fuzz-seeds runs the seeds alone, once"

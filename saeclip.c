@@ -17,21 +17,20 @@
  *    8. Activations
  *    9. The sparse autoencoder
  *   10. Training
- *   11. Measuring
- *   12. Looking
- *   13. Figures
- *   14. The atlas
- *   15. Tools
- *   16. The command line
- *   17. The atlas's page
+ *   11. Training runs
+ *   12. Measuring
+ *   13. Data sets through SAEs
+ *   14. Looking
+ *   15. Figures
+ *   16. The atlas
+ *   17. Tools
+ *   18. The command line
+ *   19. The atlas's page
  *
- * Who wants the algorithm alone reads 3, 7 and 9 to 11; the rest is getting data in and out. */
+ * Who wants the algorithm alone reads 3, 7, 9, 10 and 12; the rest is getting data in and out. */
 #ifndef SC_ISA
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
-#endif
-#ifndef _XOPEN_SOURCE
-#define _XOPEN_SOURCE 700            /* POSIX.1-2008 too; glibc shows realpath() only with it */
 #endif
 #ifndef _FILE_OFFSET_BITS
 #define _FILE_OFFSET_BITS 64
@@ -64,6 +63,8 @@
 #include <unistd.h>
 
 extern char **environ;
+/* POSIX.1-2008's stdlib.h has it; glibc's shows it only where more is asked for. */
+char *(realpath)(const char *restrict path, char *restrict resolved);
 
 #if defined(__GNUC__)
 #define SC_PRINTF(text, first) __attribute__((format(printf, text, first)))
@@ -188,13 +189,13 @@ static void release(memory_list *list) {
     }
 }
 
-enum { MAX_OPERANDS = 16 };
+enum { MAX_OPERANDS = 1024 };        /* also the most shards of a data set */
 
 /* What the command line says. Texts are NULL, numbers 0 where not given, unless options have a
  * default (see the table of options at the end). */
 typedef struct {
     const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
-    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch;
+    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch, *shard;
     const char *operand[MAX_OPERANDS + 1];   /* IMAGES, files or lines of bench; NULL ends them */
     sc_model_options settings;
     const char *sae[SC_MAX_TAPS];
@@ -255,9 +256,11 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
     fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
 }
 
-/* Whether all that was printed reached standard output. */
+/* Whether all that was printed reached standard output. A reader that went away is told nothing. */
 static int end_of_output(void) {
+    errno = EIO;                     /* ferror() may be of a call long ago */
     if (fflush(stdout) == 0 && !ferror(stdout)) return SC_OK;
+    if (errno == EPIPE) return fail("%s", "");
     return fail("standard output: cannot be written: %s", strerror(errno));
 }
 
@@ -1302,18 +1305,25 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
 /* Copies count numbers of size bytes between memory and file, either way. On a big-endian machine
  * byte b of a number changes place with byte b ^ (size - 1). */
 static void copy_numbers(void *to, const void *from, size_t count, size_t size) {
-    const union { uint16_t number; unsigned char first; } one = { 1 };
+    const uint16_t one = 1;
     const unsigned char *in = from;
-    unsigned char *out = to;
-    if (one.first && count > 0) memcpy(out, in, count * size);
-    for (size_t i = 0; !one.first && i < count * size; i++) out[i ^ (size - 1)] = in[i];
+    unsigned char *out = to, little;
+    memcpy(&little, &one, 1);
+    if (little && count > 0) memcpy(out, in, count * size);
+    for (size_t i = 0; !little && i < count * size; i++) out[i ^ (size - 1)] = in[i];
 }
 
-typedef union { float value; uint32_t bits; } float_bits;
+static uint32_t bits_of_float(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
 
-static uint32_t bits_of_float(float value) { return (float_bits){ .value = value }.bits; }
-
-static float float_of_bits(uint32_t bits) { return (float_bits){ .bits = bits }.value; }
+static float float_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 of fraction. Exact. */
 static float float_of_half(uint32_t half) {
@@ -1336,6 +1346,11 @@ static uint16_t half_of_float(float value) {
 /* The index of the first value that is not finite, or count if there is none. */
 static size_t first_not_finite(const float *values, size_t count) {
     size_t i = 0;
+    for (uint32_t most = 0; i + 64 <= count; i += 64) {      /* 64 at a time can be vectors */
+        for (size_t k = i; k < i + 64; k++)
+            most |= (bits_of_float(values[k]) & 0x7f800000) + 0x800000;
+        if (most >> 31) break;
+    }
     while (i < count && isfinite(values[i])) i++;
     return i;
 }
@@ -1759,10 +1774,14 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
  * (/dev/full, a pipe) is written as it is. The first failure sticks, and stdio's do: a caller may
  * write on without looking, by fprintf(out.file, ...) too, and ask output_commit how it went. */
 
+static int write_failed(const char *path, int error) {
+    return fail("%s: cannot be written: %s", path,
+                error == EBUSY ? "another process is writing it" : strerror(error));
+}
+
 static int output_failed(sc_output *out, int error) {
     out->error = error ? error : EIO;
-    return fail("%s: cannot be written: %s", out->path, out->error == EBUSY ?
-                "another process is writing it" : strerror(out->error));
+    return write_failed(out->path, out->error);
 }
 
 static int output_write(sc_output *out, const void *bytes, size_t count) {
@@ -1779,8 +1798,11 @@ static int open_temporary(const char *name) {
     int fd;
     while ((fd = open(name, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666)) >= 0) {
         int error = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0 ? 0 : errno;
-        if (error == 0 && stat(name, &named) == 0 && locked.st_ino == named.st_ino &&
-            locked.st_dev == named.st_dev && ftruncate(fd, 0) == 0) break;
+        int ours = error == 0 && stat(name, &named) == 0 && locked.st_ino == named.st_ino &&
+                   locked.st_dev == named.st_dev;
+        if (ours && ftruncate(fd, 0) == 0) break;
+        if (ours) error = errno;
+        if (ours) unlink(name);
         close(fd);
         errno = error == EACCES || error == EAGAIN ? EBUSY : error;
         if (error) return -1;
@@ -1802,16 +1824,20 @@ static void output_discard(sc_output *out) {
 static int output_open(sc_output *out, const char *path) {
     struct stat there;
     int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
-    *out = (sc_output){ .path = copy_string(path), .target = realpath(path, NULL) };
+    *out = (sc_output){ .path = copy_string(path) };
     /* A link stays, and what it leads to is replaced. */
-    if (!out->target) out->target = copy_string(path);
-    if (!direct && out->target) out->temporary = join_text(out->target, ".tmp");
+    if (out->path && !direct && !(out->target = realpath(path, NULL))) {
+        if (errno == ENOENT) out->target = copy_string(path);
+        else output_failed(out, errno);
+    }
+    if (out->target) out->temporary = join_text(out->target, ".tmp");
     if (out->path && (direct || out->temporary)) {
         int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(out->temporary);
         out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
         unfinished = out->file ? out->temporary : NULL;
         if (out->file) return SC_OK;
         output_failed(out, errno);
+        if (fd >= 0 && !direct) unlink(out->temporary);
         if (fd >= 0) close(fd);
     }
     output_discard(out);
@@ -1821,6 +1847,7 @@ static int output_open(sc_output *out, const char *path) {
 /* Ends the output in either case: the whole file stands under its name, or nothing does. */
 static int output_commit(sc_output *out) {
     int status = output_write(out, "", 0);                   /* whether all went well so far */
+    errno = EIO;                                             /* as in end_of_output() */
     if (status == SC_OK && (fflush(out->file) != 0 || ferror(out->file) || (out->temporary &&
         (fsync(fileno(out->file)) != 0 || rename(out->temporary, out->target) != 0))))
         status = output_failed(out, errno);
@@ -2099,7 +2126,7 @@ static int next_byte(image_source *s) {
         errno = EINTR;                         /* stays where nothing came */
         if (!s->decoder || poll(&pipe, 1, 200) > 0) got = read(s->fd, s->bytes, sizeof s->bytes);
         s->waited += fmin(seconds_now() - before, 0.2);
-    } while (got < 0 && errno == EINTR);
+    } while (s->decoder && got < 0 && errno == EINTR);       /* a stream: training is to stop */
     if (got < 0) s->error = errno;
     s->at = got > 0;
     s->end = got > 0 ? (size_t)got : 0;
@@ -3437,7 +3464,7 @@ static int compute_activations(feed *f) {
 static int next_batch(feed *f, size_t want) {
     drop_batch(f);
     SC_TRY(load_images(f, want));
-    if (f->drawn == 0)
+    if (f->drawn == 0 && f->bad == 0)                        /* all of a shard may be bad */
         return fail("%s: no picture came", f->set.root ? f->set.root : "standard input");
     f->count = f->loaded < want ? f->loaded : want;
     if (f->computed >= f->count) return SC_OK;
@@ -4331,8 +4358,8 @@ static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, back
 }
 
 /* Gradients and Adam for a group of latents. */
-static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, backward_scratch *s)
-{
+static int update_latents(trainer *t, size_t j, size_t count, float *W_enc_db,
+                          backward_scratch *s) {
     const sc_sae *sae = &t->sae;
     size_t stride = sae->stride, terms = 0;
     int ghosts = 0;
@@ -4351,7 +4378,12 @@ static void update_latents(trainer *t, size_t j, size_t count, float *W_enc_db, 
         kernels->adam(W_dec, t->W_dec.m + row, t->W_dec.v + row, dW_dec, stride, t->adam);
         kernels->adam(W_enc, t->W_enc.m + row, t->W_enc.v + row, dW_enc, stride, t->adam);
         t->silent[j + i] = count_codes(&t->batch, j + i) ? 0 : t->silent[j + i] + 1;
+        const float *made[] = { W_dec, W_enc, t->W_dec.v + row, t->W_enc.v + row };
+        for (size_t k = 0; k < COUNT(made); k++)
+            if (first_not_finite(made[k], stride) < stride)
+                return fail("latent %zu gets weights or moments that are not finite", j + i);
     }
+    return SC_OK;
 }
 
 static int update_task(void *context, size_t block) {
@@ -4363,7 +4395,7 @@ static int update_task(void *context, size_t block) {
     memset(W_enc_db, 0, t->sae.stride * sizeof *W_enc_db);
     if (end > t->sae.d_sae) end = t->sae.d_sae;
     for (size_t j = block * CHAIN; j < end; j += rows)
-        update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s);
+        SC_TRY(update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s));
     return SC_OK;
 }
 
@@ -4461,6 +4493,9 @@ static int train_step(trainer *t, const float *x, size_t T, step_result *result,
     SC_TRY(parallel_for(blocks, update_task, t));
     SC_TRY(parallel_for(t->sae.stride / PARTIALS, b_dec_task, t));
     kernels->adam(t->sae.b_enc, t->b_enc.m, t->b_enc.v, t->db_enc, padded(t->sae.d_sae), t->adam);
+    size_t n = t->sae.d_sae, D = t->sae.stride;
+    if (first_not_finite(t->sae.b_enc, n) < n || first_not_finite(t->sae.b_dec, D) < D)
+        return fail("a bias becomes what is not finite");
     t->step++;
     return SC_OK;
 }
@@ -4532,9 +4567,12 @@ static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t ima
     return status;
 }
 
-/* --------------------------------------------------------------------------------------------
- * A training run: the order of images, the log, checkpoints, signals.
- * -------------------------------------------------------------------------------------------- */
+/* ============================================================================================
+ * 11. Training runs
+ *
+ * Step after step over a data set: the order of images, the log, checkpoints, signals. A run that
+ * was stopped goes on from its checkpoint to the same bytes.
+ * ============================================================================================ */
 
 typedef struct {
     const options *o;
@@ -4712,30 +4750,33 @@ static int resume_training(training_run *run) {
     return fail("%.600s; the checkpoint before it is %.300s", reason, run->previous);
 }
 
-static int log_failed(const training_run *run) {
-    return fail("%s: cannot be written: %s", run->o->log, strerror(errno));
-}
-
 static const char log_header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "dead,seconds\n";
 
-/* Opens the log; of a resumed run, cut back to the step it goes on from. */
+/* Opens and locks the log; of a resumed run, cut back to the step it goes on from. */
 static int open_log(training_run *run) {
     const char *path = run->o->log;
+    struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     struct stat about;
     off_t end = 0;
     char line[512];
     if (!path) return SC_OK;
-    int resumed = run->trainer.step > 0 && stat(path, &about) == 0 && S_ISREG(about.st_mode);
-    run->log = fopen(path, resumed ? "r+" : "w");
-    if (!run->log) return log_failed(run);
+    int there = stat(path, &about) == 0, regular = !there || S_ISREG(about.st_mode);
+    int resumed = run->trainer.step > 0 && there && regular;
+    run->log = fopen(path, resumed ? "r+" : regular ? "a" : "w");    /* "w" empties: another's? */
+    if (!run->log) return write_failed(path, errno);
+    if (regular && fcntl(fileno(run->log), F_SETLK, &lock) != 0) {
+        if (errno == EACCES || errno == EAGAIN) errno = EBUSY;
+        return write_failed(path, errno);
+    }
     while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
            && (end == 0 || strtoull(line, NULL, 10) <= run->trainer.step))
         end = ftello(run->log);
-    if (resumed && (fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fileno(run->log), end) != 0))
-        return log_failed(run);
+    if (ferror(run->log)) return write_failed(path, errno);
+    if ((resumed && fseeko(run->log, end, SEEK_SET) != 0)
+        || (regular && ftruncate(fileno(run->log), end) != 0)) return write_failed(path, errno);
     if (end > 0 || (fputs(log_header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
-    return log_failed(run);
+    return write_failed(path, errno);
 }
 
 static int log_step(training_run *run, const step_result *r) {
@@ -4744,7 +4785,7 @@ static int log_step(training_run *run, const step_result *r) {
                              (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T),
                              r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
                              r->dead, seconds_now() - run->started) < 0 || fflush(run->log) != 0))
-        return log_failed(run);
+        return write_failed(run->o->log, errno);
     char words[100];
     snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
              r->explained_variance);
@@ -4816,6 +4857,12 @@ static int blame_step(const training_run *run, size_t token) {
                 token == SIZE_MAX ? ":" : ",", reason);
 }
 
+static int stop_training(training_run *run) {
+    SC_TRY(save_checkpoint(run));
+    return fail("stopped by signal %d after step %ju; %s goes on with --resume", (int)stop_signal,
+                (uintmax_t)run->trainer.step, run->checkpoint);
+}
+
 static int train_steps(training_run *run) {
     trainer *t = &run->trainer;
     feed *f = &run->data;
@@ -4823,6 +4870,7 @@ static int train_steps(training_run *run) {
         step_result result;
         size_t token = SIZE_MAX, batch = run->batch;
         int status = next_batch(f, batch);
+        if (status != SC_OK && stop_signal) return stop_training(run);
         if (status == SC_OK && f->count < batch && t->step == 0)
             return fail("standard input: %zu images are no full batch of %zu", f->count, batch);
         if (status == SC_OK && f->count < batch) {
@@ -4833,12 +4881,9 @@ static int train_steps(training_run *run) {
         if (status != SC_OK) return blame_step(run, token);
         run->next_draw = f->draw[batch - 1] + 1;
         SC_TRY(log_step(run, &result));
-        int stop = (int)stop_signal;
-        if (stop || (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0))
+        if (stop_signal) return stop_training(run);
+        if (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0)
             SC_TRY(save_checkpoint(run));
-        if (stop)
-            return fail("stopped by signal %d after step %ju; %s goes on with --resume", stop,
-                        (uintmax_t)t->step, run->checkpoint);
     }
     return run->checkpoints ? save_checkpoint(run) : SC_OK;
 }
@@ -4865,13 +4910,16 @@ static int train(const options *o) {
     const char *name = o->checkpoint ? o->checkpoint : o->output;
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
-    struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND };
+    /* A signal ends the wait for a stream, and nothing else: a decoder's bytes must all come. */
+    int stream = o->operand[0] && strcmp(o->operand[0], "-") == 0;
+    struct sigaction action = { .sa_handler = on_signal,
+                                .sa_flags = SA_RESETHAND | (stream ? 0 : SA_RESTART) };
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");
     if (run.checkpoint) run.previous = join_text(run.checkpoint, ".prev");
     int status = run.previous ? run_training(&run) : SC_FAILED;
-    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = log_failed(&run);
+    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = write_failed(o->log, errno);
     close_feed(&run.data);
     free_trainer(&run.trainer);
     free(run.checkpoint);
@@ -4880,7 +4928,7 @@ static int train(const options *o) {
 }
 
 /* ============================================================================================
- * 11. Measuring
+ * 12. Measuring
  *
  * What each latent does over a data set (interface, section 6; after PatchSAE): how often it fires,
  * how strongly, on which images, patches and classes. Sums over images are exact and ties go to the
@@ -4920,6 +4968,8 @@ typedef struct {
     size_t K, P;
     double threshold;                /* of class_counts; negative: count images */
     uint64_t images;                 /* so far */
+    uint64_t sae_digest;
+    size_t shard, shards;            /* which part of the data set, from 1; 1 of 1 is all of it */
     latent_record *latent;           /* [n] */
     top_entry *top, *patch;          /* [n, K], [n, P], descending; other: the label, the token */
     int64_t *class_counts;           /* [C, n], NULL if not asked for */
@@ -4955,9 +5005,15 @@ static size_t histogram_bin(float f) {
     return (size_t)(bin < 0 ? 0 : bin > last ? last : bin);
 }
 
-/* Puts an entry into a descending list of the largest. What comes later loses a tie. */
+/* Whether an entry goes before another: the larger value, of equal ones the lower index. */
+static int goes_before(const top_entry *a, const top_entry *b) {
+    if (a->value != b->value) return a->value > b->value;
+    return a->image < b->image || (a->image == b->image && a->other < b->other);
+}
+
+/* Puts an entry into a list of the largest, in this order. */
 static void keep_largest(top_entry *list, size_t size, top_entry new) {
-    for (size_t i = size; i-- > 0 && new.value > list[i].value; list[i] = new)
+    for (size_t i = size; i-- > 0 && goes_before(&new, &list[i]); list[i] = new)
         if (i + 1 < size) list[i + 1] = list[i];
 }
 
@@ -5078,7 +5134,8 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
     SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->data->T));
     SC_TRY(put_metadata(w, "first_patch", "%zu", s->data->first_patch));
     SC_TRY(put_metadata(w, "data_digest", "%016llx", (unsigned long long)s->data->set.digest));
-    SC_TRY(put_metadata(w, "sae_digest", "%016llx", (unsigned long long)sae_digest(s->sae)));
+    SC_TRY(put_metadata(w, "sae_digest", "%016llx", (unsigned long long)s->sae_digest));
+    if (s->shards > 1) SC_TRY(put_metadata(w, "shard", "%zu/%zu", s->shard, s->shards));
     for (int i = 0; i <= HISTOGRAM_BINS; i++)
         used += (size_t)sprintf(edges + used, "%c%.9g", i ? ',' : '[',
                                 ldexp(quarter_octave[i % BINS_AN_OCTAVE],
@@ -5094,7 +5151,7 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
 static void derive_statistics(statistics *s) {
     for (size_t j = 0; j < s->sae->d_sae; j++) {
         latent_record *l = &s->latent[j];
-        l->sparsity = (float)((double)l->images / (double)s->images);
+        l->sparsity = s->images ? (float)((double)l->images / (double)s->images) : 0;
         l->mean = (float)mean_activation(l);
         l->entropy = (float)top_entropy(s, j);
         l->sum = exact_value(l->activations);
@@ -5103,47 +5160,69 @@ static void derive_statistics(statistics *s) {
         s->histogram[0][i % HISTOGRAM_BINS] += s->histogram[i / HISTOGRAM_BINS][i % HISTOGRAM_BINS];
 }
 
-/* A tensor's elements, each of one number or of two side by side, lie `step` bytes apart. */
+/* A tensor of the file: its elements, each of one number or of two side by side, lie `step` bytes
+ * apart in memory. Of shards those `summed` are added up, two numbers as an exact sum. */
+typedef struct {
+    const char *name;
+    void *first;
+    size_t step;
+    int summed;
+    sc_dtype dtype;
+    size_t numbers, shape[4];
+} statistics_tensor;
+
+enum { STATISTICS_TENSORS = 15 };
+
+/* Sets tensor: [STATISTICS_TENSORS] and returns how many there are: the last one is optional. */
+static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
+    latent_record *l = s->latent;
+    top_entry *top = s->top, *patch = s->patch;
+    int64_t *bin = s->histogram[0], *class = s->class_counts;
+    size_t n = s->sae->d_sae, K = s->K, P = s->P, C = s->data->set.classes;
+    size_t L = sizeof *l, E = sizeof *top, I = sizeof *bin;
+    const statistics_tensor all[STATISTICS_TENSORS] = {
+        { "sae_sparsity", &l->sparsity, L, 0, SC_F32, 1, { n } },
+        { "sae_mean_acts", &l->mean, L, 0, SC_F32, 1, { n } },
+        { "top_entropy", &l->entropy, L, 0, SC_F32, 1, { n } },
+        { "max_activating_image_values", &top->value, E, 0, SC_F32, 1, { n, K } },
+        { "max_activating_patch_values", &patch->value, E, 0, SC_F32, 1, { n, P } },
+        { "max_activating_image_indices", &top->image, E, 0, SC_I64, 1, { n, K } },
+        { "max_activating_image_label_indices", &top->other, E, 0, SC_I64, 1, { n, K } },
+        { "max_activating_patch_indices", &patch->image, E, 0, SC_I64, 2, { n, P, 2 } },
+        { "image_count", &l->images, L, 1, SC_I64, 1, { n } },
+        { "token_count", &l->tokens, L, 1, SC_I64, 1, { n } },
+        { "activation_sum", &l->sum, L, 0, SC_F64, 1, { n } },
+        { "mean_sum_exact", &l->means, L, 1, SC_I64, 2, { n, 2 } },   /* high, low half */
+        { "activation_sum_exact", &l->activations, L, 1, SC_I64, 2, { n, 2 } },
+        { "activation_histogram", bin, I, 1, SC_I64, 1, { HISTOGRAM_BINS } },
+        { "class_counts", class, I, 1, SC_I64, 1, { C, n } } };
+    memcpy(tensor, all, sizeof all);
+    return STATISTICS_TENSORS - !class;
+}
+
 static int write_statistics(sc_writer *w, void *context) {
     statistics *s = context;
-    const latent_record *l = s->latent;
-    const top_entry *top = s->top, *patch = s->patch;
-    const int64_t *bin = s->histogram[0], *class = s->class_counts;
-    size_t n = s->sae->d_sae, K = s->K, P = s->P;
-    const struct {
-        const char *name; const void *first; size_t step; sc_dtype dtype; size_t numbers, shape[4];
-    } tensors[] = {
-        { "sae_sparsity", &l->sparsity, sizeof *l, SC_F32, 1, { n } },
-        { "sae_mean_acts", &l->mean, sizeof *l, SC_F32, 1, { n } },
-        { "top_entropy", &l->entropy, sizeof *l, SC_F32, 1, { n } },
-        { "max_activating_image_values", &top->value, sizeof *top, SC_F32, 1, { n, K } },
-        { "max_activating_patch_values", &patch->value, sizeof *top, SC_F32, 1, { n, P } },
-        { "max_activating_image_indices", &top->image, sizeof *top, SC_I64, 1, { n, K } },
-        { "max_activating_image_label_indices", &top->other, sizeof *top, SC_I64, 1, { n, K } },
-        { "max_activating_patch_indices", &patch->image, sizeof *top, SC_I64, 2, { n, P, 2 } },
-        { "image_count", &l->images, sizeof *l, SC_I64, 1, { n } },
-        { "token_count", &l->tokens, sizeof *l, SC_I64, 1, { n } },
-        { "activation_sum", &l->sum, sizeof *l, SC_F64, 1, { n } },
-        { "mean_sum_exact", &l->means, sizeof *l, SC_I64, 2, { n, 2 } },   /* high, low half */
-        { "activation_sum_exact", &l->activations, sizeof *l, SC_I64, 2, { n, 2 } },
-        { "activation_histogram", bin, sizeof *bin, SC_I64, 1, { HISTOGRAM_BINS } },
-        { "class_counts", class, sizeof *class, SC_I64, 1, { s->data->set.classes, n } } };
+    statistics_tensor tensor[STATISTICS_TENSORS];
+    size_t tensors = list_statistics(s, tensor);
     SC_TRY(write_statistics_metadata(w, s));
     derive_statistics(s);
-    for (size_t i = 0; i < COUNT(tensors) - !class; i++) {
-        const size_t *shape = tensors[i].shape, numbers = tensors[i].numbers;
-        const char *first = tensors[i].first;
+    for (const statistics_tensor *t = tensor; t < tensor + tensors; t++) {
         size_t count = 1;
         int rank = 0;
-        while (shape[rank] > 0) count *= shape[rank++];
-        SC_TRY(sc_writer_tensor(w, tensors[i].name, tensors[i].dtype, rank, shape));
-        for (size_t e = 0; e < count / numbers; e++)
-            SC_TRY(sc_writer_values(w, first + e * tensors[i].step, numbers, tensors[i].dtype));
+        while (t->shape[rank] > 0) count *= t->shape[rank++];
+        SC_TRY(sc_writer_tensor(w, t->name, t->dtype, rank, t->shape));
+        for (size_t e = 0; e < count / t->numbers; e++)
+            SC_TRY(sc_writer_values(w, (char *)t->first + e * t->step, t->numbers, t->dtype));
     }
     return SC_OK;
 }
 
-/* --- Several SAEs over one data set, in one forward pass --- */
+/* ============================================================================================
+ * 13. Data sets through SAEs
+ *
+ * The commands that send a data set through the model and through one or several SAEs, in one
+ * forward pass: stats and merge, eval, extract, pack, encode, zeroshot.
+ * ============================================================================================ */
 
 /* An activation as `encode` writes it. */
 typedef struct { int64_t row, index; float value; } code;
@@ -5205,30 +5284,176 @@ static int next_encoded(session *s, size_t total) {
 
 static int command_train(session *s) { return train(s->o); }
 
-/* One pass over a data set for all SAEs. */
+/* Whether text is "I/N": part I, from 1, of N. */
+static int parse_shard(const char *text, size_t *shard, size_t *shards) {
+    int end = 0, read = sscanf(text, "%4zu/%4zu%n", shard, shards, &end);
+    return read == 2 && !text[end] && *shard > 0 && *shard <= *shards && *shards <= MAX_OPERANDS;
+}
+
+/* Shard I of N: images ceil((I - 1) count / N) up to, not with, ceil(I count / N). Neighbours, as
+ * they are read fastest; the first shard is never empty. */
+static int take_shard(feed *f, statistics *s, const char *shard) {
+    uint64_t count = f->set.count;
+    if (!parse_shard(shard, &s->shard, &s->shards))
+        return usage("--shard: '%s': I/N was expected, I from 1 to N, N at most %d", shard,
+                     MAX_OPERANDS);
+    if (count == SC_UNKNOWN) return usage("--shard: nobody knows how many images a stream has");
+    f->drawn = (size_t)(((s->shard - 1) * count + s->shards - 1) / s->shards);
+    f->set.limit = (size_t)((s->shard * count + s->shards - 1) / s->shards);
+    return SC_OK;
+}
+
+/* One pass over a data set, or a shard of it, for all SAEs. */
 static int measure(session *s, int reconstruct) {
     const options *o = s->o;
+    feed *f = &s->data;
     int status;
     SC_TRY(open_session(s));
     for (size_t i = 0; i < s->saes; i++) {
-        s->stats[i] = (statistics){ .batch = &s->batch[i], .sae = &s->sae[i], .data = &s->data,
+        s->stats[i] = (statistics){ .batch = &s->batch[i], .sae = &s->sae[i], .data = f,
                                     .K = (size_t)o->top, .P = (size_t)o->top_patches,
                                     .threshold = o->threshold };
         s->batch[i].reconstruct = reconstruct;
-        SC_TRY(new_statistics(&s->stats[i], &s->data.memory, o->class_counts));
+        SC_TRY(new_statistics(&s->stats[i], &f->memory, o->class_counts));
     }
-    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, s->data.set.count)) == SC_OK)
+    if (o->shard) SC_TRY(take_shard(f, &s->stats[0], o->shard));
+    size_t total = o->shard ? f->set.limit - f->drawn : f->set.count;
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(s, total)) == SC_OK)
         for (size_t i = 0; i < s->saes; i++) SC_TRY(count_batch(&s->stats[i]));
     return status == SC_END ? SC_OK : status;
 }
 
+static int save_statistics(session *s) {
+    size_t room = 16384 + names_room(s->data.set.class_name, s->data.set.classes, 8);
+    return save_tensors(s->o->output, room, write_statistics, &s->stats[0]);
+}
+
 static int command_stats(session *s) {
-    const sc_images *set = &s->data.set;
     SC_TRY(try_output(s->o->output));
     SC_TRY(measure(s, 0));
-    return save_tensors(s->o->output, 16384 + names_room(set->class_name, set->classes, 8),
-                        write_statistics, &s->stats[0]);
+    s->stats[0].sae_digest = sae_digest(&s->sae[0]);
+    return save_statistics(s);
+}
+
+/* --- merge: one shard after the other, in any order, to the bytes of one run over all --- */
+
+static uint64_t number_in(const sc_safetensors *file, const char *key, int base) {
+    const char *text = sc_metadata_find(file, key);
+    return text ? strtoull(text, NULL, base) : 0;
+}
+
+/* What all shards have in common, from the first one's file. */
+static int begin_merge(session *s, const sc_safetensors *file) {
+    const sc_tensor *top = sc_tensor_find(file, "max_activating_image_values");
+    const sc_tensor *patch = sc_tensor_find(file, "max_activating_patch_values");
+    const sc_tensor *class = sc_tensor_find(file, "class_counts");
+    const char *threshold = sc_metadata_find(file, "threshold");
+    const char *names = sc_metadata_find(file, "class_names");
+    if (!top || !patch || patch->shape[0] != top->shape[0]
+        || (class && class->shape[1] != top->shape[0]))
+        return fail("%s: these are no statistics", file->path);
+    s->sae[0].d_sae = top->shape[0];
+    s->data.T = (size_t)number_in(file, "tokens_per_image", 10);
+    s->data.first_patch = (size_t)number_in(file, "first_patch", 10);
+    s->data.set.digest = number_in(file, "data_digest", 16);
+    s->data.set.classes = class ? class->shape[0] : 0;
+    if (names) SC_TRY(json_string_array(names, file->path, &s->data.set.class_name,
+                                        &s->data.set.classes));
+    s->stats[0] = (statistics){ .sae = &s->sae[0], .data = &s->data, .K = top->shape[1],
+                                .P = patch->shape[1], .threshold = threshold ? atof(threshold) : -1,
+                                .sae_digest = number_in(file, "sae_digest", 16) };
+    return new_statistics(&s->stats[0], &s->memory, class != NULL);
+}
+
+/* Puts a tensor where it belongs, added to what is there if it is one of those. */
+static int read_statistics(const sc_safetensors *file, const statistics_tensor *t) {
+    const sc_tensor *from = sc_tensor_find(file, t->name);
+    size_t size = sc_dtype_size(t->dtype), bytes = t->numbers * size;
+    if (!from || from->count == 0 || from->dtype != t->dtype
+        || memcmp(from->shape, t->shape, sizeof t->shape) != 0)
+        return fail("%s: a tensor %s of the first file's shape was expected", file->path, t->name);
+    for (size_t e = 0; e < from->count / t->numbers; e++) {
+        exact_sum sum = { 0, 0 }, more = { 0, 0 };           /* one number lies in the high half */
+        char *place = (char *)t->first + e * t->step;
+        copy_numbers(&more, from->data + e * bytes, t->numbers, size);
+        if (t->summed) memcpy(&sum, place, bytes);
+        exact_add(&sum, more);
+        memcpy(place, &sum, bytes);
+    }
+    return SC_OK;
+}
+
+/* Refuses a file that is not of the first one's run, or whose shard, which it finds out, does not
+ * fit: shards 0 means that none was there before. there: [MAX_OPERANDS + 1] */
+static int check_shard(const sc_safetensors *file, const sc_safetensors *first, size_t *shards,
+                       unsigned char *there) {
+    static const char *const same[][2] = {
+        { "sae_digest", "another SAE" }, { "data_digest", "other data" },
+        { "threshold", "another --threshold" }, { "tokens_per_image", "other tokens" },
+        { "first_patch", "other tokens" }, { "histogram_edges", "another histogram" } };
+    const char *text = sc_metadata_find(file, "shard");
+    size_t shard = 1, of = 1;
+    for (size_t i = 0; i < COUNT(same); i++) {
+        const char *a = sc_metadata_find(file, same[i][0]);
+        const char *b = sc_metadata_find(first, same[i][0]);
+        if (a ? !b || strcmp(a, b) != 0 : b != NULL)
+            return fail("%s: statistics of %s than %s", file->path, same[i][1], first->path);
+    }
+    if (file->tensors != first->tensors)
+        return fail("%s: --class-counts was given for this or for %s, expected for all or none",
+                    file->path, first->path);
+    if (text && !parse_shard(text, &shard, &of))
+        return fail("%s: shard '%.50s' where I/N was expected", file->path, text);
+    if (*shards && *shards != of)
+        return fail("%s: a shard of %zu, but %s is one of %zu", file->path, of, first->path,
+                    *shards);
+    if (there[shard]++) return fail("%s: shard %zu of %zu was there before", file->path, shard, of);
+    *shards = of;
+    return SC_OK;
+}
+
+/* Joins a shard to `all`; its lists of the largest come by way of part's. */
+static int merge_shard(statistics *all, const statistics *part, const sc_safetensors *file) {
+    statistics_tensor tensor[STATISTICS_TENSORS];
+    size_t tensors = list_statistics(part, tensor), n = all->sae->d_sae;
+    for (size_t i = 0; i < tensors; i++) SC_TRY(read_statistics(file, &tensor[i]));
+    for (size_t i = 0; i < n * all->K; i++)
+        keep_largest(all->top + i / all->K * all->K, all->K, part->top[i]);
+    for (size_t i = 0; i < n * all->P; i++)
+        keep_largest(all->patch + i / all->P * all->P, all->P, part->patch[i]);
+    all->images += number_in(file, "images", 10);
+    return SC_OK;
+}
+
+static int merge_files(session *s, const sc_safetensors *first) {
+    unsigned char there[MAX_OPERANDS + 1] = { 0 };
+    size_t shards = 0;
+    SC_TRY(begin_merge(s, first));
+    statistics *all = &s->stats[0], part = *all;
+    const array_spec lists[] = { ARRAY(part.top, all->sae->d_sae, all->K),
+                                 ARRAY(part.patch, all->sae->d_sae, all->P) };
+    SC_TRY(new_arrays(&s->memory, lists, COUNT(lists)));
+    for (const char **path = s->o->operand; *path; path++) {
+        sc_safetensors file;
+        SC_TRY(sc_safetensors_open(&file, *path));
+        int status = check_shard(&file, first, &shards, there);
+        if (status == SC_OK) status = merge_shard(all, &part, &file);
+        sc_safetensors_close(&file);
+        SC_TRY(status);
+    }
+    for (size_t i = 1; i <= shards; i++)
+        if (!there[i]) return fail("shard %zu of %zu is missing", i, shards);
+    return SC_OK;
+}
+
+static int command_merge(session *s) {
+    sc_safetensors first;
+    SC_TRY(try_output(s->o->output));
+    SC_TRY(sc_safetensors_open(&first, s->o->operand[0]));
+    int status = merge_files(s, &first);
+    sc_safetensors_close(&first);
+    return status == SC_OK ? save_statistics(s) : status;
 }
 
 /* --- Tables --- */
@@ -5462,11 +5687,15 @@ static int command_pack(session *s) {
 
 /* --- encode: what comes waits in temporary files until all tensors can be written --- */
 
+static int spool_failed(void) {
+    return fail("a temporary file cannot be written or read back: %s", strerror(errno));
+}
+
 /* Their first failure sticks: it is enough to ask now and then. */
 static int check_spools(const session *s) {
+    errno = EIO;                                             /* of a failure long ago */
     for (int i = 0; i < 2; i++)
-        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i]))
-            return fail("a temporary file cannot be written or read back: %s", strerror(errno));
+        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i])) return spool_failed();
     return SC_OK;
 }
 
@@ -5504,7 +5733,7 @@ static int write_part(sc_writer *w, session *s, int which, const char *name, sc_
     unsigned char *record;
     SC_TRY(allocate(&s->memory, &record, BLOCK, size));
     SC_TRY(sc_writer_tensor(w, name, dtype, columns > 1 ? 2 : 1, (size_t[]){ SC_ROWS, columns }));
-    fseek(s->spool[which], 0, SEEK_SET);
+    if (fseek(s->spool[which], 0, SEEK_SET) != 0) return spool_failed();
     for (size_t n; (n = fread(record, size, BLOCK, s->spool[which])) > 0;) {
         for (size_t i = 0; i < n; i++) memmove(record + i * part, record + i * size + offset, part);
         SC_TRY(sc_writer_values(w, record, n * columns, kind));
@@ -5521,7 +5750,7 @@ static int write_means(sc_writer *w, session *s, const char *name, size_t group)
     const array_spec arrays[] = { ARRAY(mean, n, 1), ARRAY(sum, n, 1) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
     SC_TRY(sc_writer_tensor(w, name, SC_F32, n > 1 ? 2 : 1, (size_t[]){ SC_ROWS, n }));
-    fseek(s->spool[0], 0, SEEK_SET);
+    if (fseek(s->spool[0], 0, SEEK_SET) != 0) return spool_failed();
     int more = fread(&c, sizeof c, 1, s->spool[0]) == 1;
     for (size_t end = group; end <= rows; end += group) {
         memset(sum, 0, n * sizeof *sum);
@@ -5612,7 +5841,7 @@ static int command_zeroshot(session *s) {
 }
 
 /* ============================================================================================
- * 12. Looking
+ * 14. Looking
  *
  * What a latent responds to, as pictures: a sheet of the images that excite it most, and masks of
  * the patches on which it fires. Silent patches keep 30 / 255 of their brightness, rounded down, as
@@ -6018,7 +6247,7 @@ static int command_mask(session *s) { return look(s, show_masks); }
 static int command_explain(session *s) { return look(s, explain); }
 
 /* ============================================================================================
- * 13. Figures
+ * 15. Figures
  *
  * `plot` draws the report's figures as SVG (w3.org/TR/SVG11) from files that other commands wrote.
  * A kind of figure is a row of a table: how a file becomes rows of numbers, how the rows of all
@@ -6504,9 +6733,9 @@ static int command_plot(session *s) {
 }
 
 /* ============================================================================================
- * 14. The atlas
+ * 16. The atlas
  *
- * A folder that a browser opens without a server. index.html is the page (section 17), data/ holds
+ * A folder that a browser opens without a server. index.html is the page (section 19), data/ holds
  * what it shows: latents.js the numbers of all latents, J.js the top images of the J-th PART of
  * them, with their masks, I.jpg image I, once, however many latents show it. A page from a file may
  * not read files, but it may have scripts: each is one call with JSON.
@@ -6864,7 +7093,7 @@ static int show_atlas(viewer *v) {
 static int command_atlas(session *s) { return look(s, show_atlas); }
 
 /* ============================================================================================
- * 15. Tools
+ * 17. Tools
  *
  * `info` says what a file or this machine is, `compare` how far apart two files are, `bench` how
  * fast this machine is and how near to that the work comes.
@@ -7281,7 +7510,7 @@ static int command_bench(session *s) {
 }
 
 /* ============================================================================================
- * 16. The command line
+ * 18. The command line
  *
  * One table of options, one of commands. An option's row says which commands take it.
  * ============================================================================================ */
@@ -7294,7 +7523,7 @@ enum {                               /* commands, and what several of them have 
     LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
     SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
     DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,
-    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT
+    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
 };
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
@@ -7372,6 +7601,7 @@ static const struct option_row {
     { "--class-counts", NULL, FLAG, AT(class_counts), STATS, "firing images by class" },
     { "--threshold", "T", NUMBER, AT(threshold), STATS,
       "count tokens above T instead; no effect without --class-counts", NULL, 0, 1e30 },
+    { "--shard", "I/N", TEXT, AT(shard), STATS, "only part I, from 1, of N, for merge" },
     { "--mask", "value|top", CHOICE, AT(mask), LATENTS, "where it fires, or its top patches" },
     { "--class", "C", WHOLE, AT(class_index), MASK, "the mean mask of a class", NULL, 0, 1e9 },
     { "--patch", "R,C", TEXT, AT(patch), EXPLAIN, "only this patch; row and column from 0" },
@@ -7410,6 +7640,8 @@ static const struct command_row {
       "-s relu.safetensors -s topk.safetensors -m clip.safetensors photos", command_eval, 0, 1 },
     { STATS, "stats", "-s SAE DATA -o STATS", "what every latent does over a data set",
       "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors", command_stats, 0, 1 },
+    { MERGE, "merge", "STATS ... -o STATS", "joins the statistics of all shards of a data set",
+      "first.safetensors second.safetensors -o both.safetensors", command_merge, 1, MAX_OPERANDS },
     { TOP, "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "latents' top images",
       "-s sae.safetensors -t stats.safetensors -m clip.safetensors photos -l 7,12 -o sheets",
       command_top, 1, 1 },
@@ -7429,7 +7661,7 @@ static const struct command_row {
     { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
       "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2 },
     { BENCH, "bench", "[LINE ...]", "how fast this machine and saeclip's work on it are",
-      "--threads 1 --format json out", command_bench, 0, MAX_OPERANDS } };
+      "--threads 1 --format json out", command_bench, 0, 16 } };
 
 static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"
@@ -7604,14 +7836,14 @@ int main(int argc, char **argv) {
     hold_streams();
     int status = run_saeclip(argc, argv);
     quiet = 0;                                   /* a failure is told in any case */
-    if (status != SC_OK) note("%s", sc_error());
+    if (status != SC_OK && *sc_error()) note("%s", sc_error());
     return status;
 }
 
 #endif /* !SAECLIP_NO_MAIN */
 
 /* ============================================================================================
- * 17. The atlas's page
+ * 19. The atlas's page
  *
  * HTML, CSS and JavaScript, line by line as index.html has them.
  * ============================================================================================ */

@@ -166,6 +166,8 @@ static void make_folder(void)
     if (!mkdtemp(folder)) need("%s", folder);
 }
 
+int mknod(const char *path, mode_t mode, dev_t device);      /* XSI: not in POSIX's own headers */
+
 /* The device "full" or "null" to write to; NULL where there is none. For root a node in the temporary
  * folder: a program that is wrong would replace the machine's own. */
 static const char *device(const char *name)
@@ -192,6 +194,22 @@ static struct { int status; char *out, *err; size_t out_count, err_count; } ran;
  * memory it may address (0: any; not under a sanitizer), and the seconds until it is killed.
  * Environment variables are inherited: setenv() and unsetenv() before. */
 static struct { const char *input; size_t memory; unsigned seconds; } with = { NULL, 0, 300 };
+
+/* The instruction set that the tests were started with: SAECLIP_ISA, NULL for the machine's best. */
+static const char *given_isa(void)
+{
+    static char name[20];
+    static int known;
+    const char *now = getenv("SAECLIP_ISA");
+    if (!known++ && now) snprintf(name, sizeof name, "%s", now);
+    return *name ? name : NULL;
+}
+
+static void restore_isa(void)
+{
+    if (given_isa()) setenv("SAECLIP_ISA", given_isa(), 1);
+    else unsetenv("SAECLIP_ISA");
+}
 
 static const char *other_program;    /* what runs in the place of saeclip, until it is NULL again */
 

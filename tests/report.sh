@@ -7,12 +7,20 @@ set -eu
 for given in "MODEL=$MODEL" "TRAIN=$TRAIN" "VAL=$VAL" "OUT=$OUT"; do
     [ "${given#*=}" ] || { echo "make report: ${given}... is missing" >&2; exit 2; }
 done
+program=$PWD/saeclip
 names='attn-relu attn-topk mlp-relu mlp-topk mlp-geometric'
 
 saeclip() {                                      # shows what it does
-    echo "saeclip $*" >&2
-    ./saeclip "$@"
+    {
+        printf 'saeclip'
+        for word; do
+            case $word in *' '*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac
+        done
+        echo
+    } >&2
+    "$program" "$@"
 }
+plot() { (cd "$OUT" && saeclip plot "$@"); }     # whose legends have the files' names
 # from HOOK PART COMMAND...: runs it on the kept activations of a part, or on the photos themselves
 from() {
     hook=$1 part=$2 images=$TRAIN
@@ -73,15 +81,15 @@ photo() {
 masks() {
     sae=$1 latents=$LATENTS image=$(photo)
     if [ ! "$latents" ] && [ "$image" ]; then
-        latents=$(saeclip explain -s "$OUT/$sae.safetensors" -t "$OUT/$sae.train.stats.safetensors" -m "$MODEL" \
-            --square "$SQUARE" --max-frequency 0.2 --format csv "$image" | sed -n 's/^\([0-9]*\),.*/\1/p' |
+        latents=$(saeclip explain -s "$OUT/$sae.safetensors" -t "$OUT/$sae.train.stats" -m "$MODEL" \
+            --square "$SQUARE" --max-frequency 0.5 --format csv "$image" | sed -n 's/^\([0-9]*\),.*/\1/p' |
             head -n 4 | paste -s -d , -)
     fi
     [ "$latents" ] || { echo "no masks of $sae: LATENTS=J,J,... is missing" >&2; return; }
     rm -rf "$OUT/masks-$sae"
     saeclip mask -s "$OUT/$sae.safetensors" -m "$MODEL" --square "$SQUARE" "$VAL" -l "$latents" --class "$CLASS" \
         -o "$OUT/masks-$sae"
-    saeclip plot mask "$OUT/masks-$sae"/*.pgm -o "$OUT/mask-$sae.svg"
+    (cd "$OUT/masks-$sae" && saeclip plot mask ./*.pgm -o "../mask-$sae.svg")
 }
 html() { sed 's/&/\&amp;/g; s/</\&lt;/g; s/>/\&gt;/g'; }
 figure() {                                       # CAPTION NAME...: those that are there
@@ -102,7 +110,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: 13px }
 td { padding: .2em .6em; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }
-tr:first-child { font-weight: bold }
+tr:first-child td { font-weight: bold; white-space: normal; vertical-align: bottom }
 figure { margin: 1em 0 }
 svg { max-width: 100%; height: auto }
 pre { overflow-x: auto }
@@ -140,7 +148,7 @@ done
 for name in $names; do
     [ -f "$OUT/$name.safetensors" ] || train "$name"
     for part in train val; do
-        stats="$OUT/$name.$part.stats.safetensors"
+        stats="$OUT/$name.$part.stats"
         [ -f "$stats" ] || from "${name%-*}" $part stats -s "$OUT/$name.safetensors" -o "$stats"
     done
 done
@@ -158,17 +166,16 @@ for hook in attn mlp; do [ -f "$OUT/table-$hook.csv" ] || evaluate $hook; done
 
 for hook in attn mlp; do
     set --
-    for name in $names; do [ "${name%-*}" != $hook ] || set -- "$@" "$OUT/$name.csv"; done
-    saeclip plot curves "$@" -o "$OUT/curves-$hook.svg"
+    for name in $names; do [ "${name%-*}" != $hook ] || set -- "$@" $name.csv; done
+    plot curves "$@" -o curves-$hook.svg
 done
 set --
 for name in $names; do
-    saeclip plot latents "$OUT/$name.train.stats.safetensors" "$OUT/$name.val.stats.safetensors" \
-        -o "$OUT/latents-$name.svg"
-    set -- "$@" "$OUT/$name.train.stats.safetensors"
+    plot latents $name.train.stats $name.val.stats -o latents-$name.svg
+    set -- "$@" $name.train.stats
 done
-saeclip plot activations "$@" -o "$OUT/activations.svg"
-saeclip plot counts "$@" -o "$OUT/counts.svg"
+plot activations "$@" -o activations.svg
+plot counts "$@" -o counts.svg
 masks mlp-relu
 masks mlp-topk
 page >"$OUT/report.html"

@@ -341,6 +341,25 @@ static int command_stream(const options *o) {
     return fflush(stdout) == 0 && !ferror(stdout) ? SC_OK : complain("stream", "cut off");
 }
 
+/* Prints one number for the bytes of all files, in this order, and their sizes: FNV-1a (Fowler, Noll
+ * and Vo), 64 bits. paths: up to a NULL */
+static int command_digest(char **paths) {
+    uint64_t state = 0xcbf29ce484222325u, total = 0;
+    for (; *paths; paths++) {
+        FILE *file = fopen(*paths, "rb");
+        uint64_t bytes = 0;
+        if (!file) return complain(*paths, "cannot be read");
+        for (int c; (c = getc(file)) != EOF; bytes++) state = (state ^ (unsigned)c) * 0x100000001b3u;
+        int bad = ferror(file);
+        fclose(file);
+        if (bad) return complain(*paths, "cannot be read");
+        for (int i = 0; i < 8; i++) state = (state ^ (bytes >> 8 * i & 255)) * 0x100000001b3u;
+        total += bytes;
+    }
+    printf("fingerprint %016" PRIx64 " (%" PRIu64 " bytes)\n", state, total);
+    return fflush(stdout) == 0 ? SC_OK : complain("digest", "cut off");
+}
+
 /* --- Scores: the latent that knows a value best, found on one set, tried on another --- */
 
 enum { VALUES = SHAPES + COLOURS + TEXTURES, PATCHES = GRID * GRID, TOKENS = PATCHES + 1 };
@@ -569,12 +588,14 @@ static const struct { const char *name; int (*run)(const options *); } commands[
 static int usage(void) {
     fprintf(stderr, "usage: synth draw -o FOLDER --count N [--first I] [--objects K] [--seed S]\n"
                     "       synth stream [--count N] [--first I] [--objects K] [--seed S]\n"
+                    "       synth digest FILE...\n"
                     "       synth score --codes FILE --unseen FILE [--seed S]\n");
     return SC_USAGE;
 }
 
 int main(int count, char **words) {
     options o = { .seed = 42 };
+    if (count > 2 && strcmp(words[1], "digest") == 0) return command_digest(words + 2);
     for (int i = 2; i < count; i += 2) {
         const char *word = words[i], *value = i + 1 < count ? words[i + 1] : "none";
         char *end;

@@ -16,6 +16,7 @@
 #include "test_figures.c"
 #include "test_atlas.c"
 #include "test_demo.c"
+#include "test_fingerprint.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "numbers", test_numbers },
@@ -30,6 +31,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "figures", test_figures },
     { "atlas", test_atlas },
     { "demo", test_demo },
+    { "fingerprint", test_fingerprint },
     { NULL, NULL }
 };
 
@@ -37,7 +39,7 @@ int main(int count, char **names)
 {
     make_folder();
     quiet = 1;
-    if (sc_instruction_set(NULL) != SC_OK || sc_threads_start(2) != SC_OK) need("%s", sc_error());
+    if (sc_instruction_set(given_isa()) != SC_OK || sc_threads_start(2) != SC_OK) need("%s", sc_error());
     for (int i = 3; i < 256; i++) fcntl(i, F_SETFD, FD_CLOEXEC);   /* what we were started with */
     for (size_t i = 0; subjects[i].name; i++) {
         int wanted = count < 2;

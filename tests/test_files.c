@@ -290,16 +290,25 @@ static const struct { const char *header; size_t data; const char *error; } file
     { "{\"__metadata__\":{\"k\":\"\\u0000\"}}", 0, "a valid escape" },
 };
 
+/* The error that a header must give; a number of 13 digits is more than 32 bits can address. */
+static const char *files_error(const char *header, const char *error)
+{
+    for (size_t digits; SIZE_MAX == UINT32_MAX && *header; header += digits ? digits : 1)
+        if ((digits = strspn(header, "0123456789")) >= 13) return "machine can address";
+    return error;
+}
+
 static void files_layouts(void)
 {
     for (size_t i = 0; i < sizeof files_headers / sizeof *files_headers; i++) {
         const char *path = files_put_tensors(files_headers[i].header, strlen(files_headers[i].header), files_headers[i].data);
         sc_safetensors file;
         int status = sc_safetensors_open(&file, path);
-        if (!files_headers[i].error) {
+        const char *error = files_error(files_headers[i].header, files_headers[i].error);
+        if (!error) {
             check(status == SC_OK, "accepts %s", files_headers[i].header);
         } else {
-            check(status == SC_FAILED && says(files_headers[i].error), "refuses %s", files_headers[i].header);
+            check(status == SC_FAILED && says(error), "refuses %s", files_headers[i].header);
             check(strncmp(sc_error(), path, strlen(path)) == 0 && !strchr(sc_error(), '\n'),
                   "one line, file first: %s", files_headers[i].header);
             check(!file.path && !file.map, "nothing left open: %s", files_headers[i].header);
@@ -854,7 +863,7 @@ static void files_writer_errors(void)
         _exit(count == 0 ? 0 : 1);
     }
     int status;
-    check(sc_writer_open(&w, in_folder("pipe"), 0) == SC_FAILED && says("Illegal seek") && !w.out.path,
+    check(sc_writer_open(&w, in_folder("pipe"), 0) == SC_FAILED && says(strerror(ESPIPE)) && !w.out.path,
           "a pipe");
     check(waitpid(child, &status, 0) == child && status == 0, "nothing went into the pipe");
 }

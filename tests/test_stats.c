@@ -110,10 +110,133 @@ static void stats_eval(void)
     }
 }
 
+/* --- Shards --- */
+
+/* The names of the shards' files, in an order that is not theirs. */
+static const char *stats_shards(size_t shards, const char *prefix)
+{
+    static char line[4000];
+    size_t used = 0;
+    for (size_t i = 0; i < shards; i++)                      /* 5 shares no factor with 1, 2, 3, 7, 31 */
+        used += (size_t)sprintf(line + used, "%s ", in_folder("%s%zu_%zu", prefix, i * 5 % shards + 1, shards));
+    return line;
+}
+
+/* One run over all in `whole`, then in 1, 2, 3, 7 and 31 shards: merged in another order they must give
+ * the same bytes, with any number of threads. Some of 31 shards have no image. */
+static void stats_merged(const char *command)
+{
+    static const size_t counts[] = { 1, 2, 3, 7, 31 };
+    works("%s -o %s", command, in_folder("whole"));
+    for (size_t c = 0; c < sizeof counts / sizeof *counts; c++) {
+        for (size_t i = 1; i <= counts[c]; i++)
+            works("%s --threads %zu --shard %zu/%zu -o %s", command, i % 3 + 1, i, counts[c],
+                  in_folder("part%zu_%zu", i, counts[c]));
+        works("merge %s -o %s", stats_shards(counts[c], "part"), in_folder("merged"));
+        check(same_files(in_folder("merged"), in_folder("whole")), "%s: %zu shards merged are not the whole",
+              command, counts[c]);
+    }
+    check(same_files(in_folder("part1_1"), in_folder("whole")), "%s: shard 1 of 1 is not the whole", command);
+}
+
+static double stats_sum(const char *path, const char *name)
+{
+    size_t count;
+    double sum = 0;
+    const double *value = numbers_of(path, name, &count);
+    for (size_t i = 0; value && i < count; i++) sum += value[i];
+    return sum;
+}
+
+/* A shard by itself counts its images alone: those of shard 2 of 3 of 30 images are 10 to 19. */
+static void stats_shard_alone(void)
+{
+    size_t count, outside = 0;
+    double parts = 0;
+    works(STATS_OF("stats", "exact") "-o %s", in_folder("whole"));
+    for (size_t i = 1; i <= 3; i++) {
+        works(STATS_OF("stats", "exact") "--shard %zu/3 -o %s", i, in_folder("shard%zu", i));
+        parts += stats_sum(in_folder("shard%zu", i), "image_count");
+    }
+    check(parts == stats_sum(in_folder("whole"), "image_count"), "shards count %g images", parts);
+    const double *image = numbers_of(in_folder("shard2"), "max_activating_image_indices", &count);
+    sc_safetensors file;
+    if (!image || sc_safetensors_open(&file, in_folder("shard2")) != SC_OK) return;
+    unsigned all = 0, mine = (unsigned)strtoul(sc_metadata_find(&file, "images"), NULL, 10);
+    check(strcmp(sc_metadata_find(&file, "shard"), "2/3") == 0, "a shard does not name itself");
+    sc_safetensors_close(&file);
+    if (sc_safetensors_open(&file, GOLDEN "stats_exact_acts.safetensors") != SC_OK) return;
+    all = (unsigned)sc_tensor_find(&file, "activations")->shape[0];
+    sc_safetensors_close(&file);
+    unsigned first = (all + 2) / 3, end = (2 * all + 2) / 3;
+    for (size_t i = 0; i < count; i++) outside += image[i] >= 0 && (image[i] < first || image[i] >= end);
+    check(mine == end - first && outside == 0, "shard 2 of 3 has %u images, %zu entries are not its own", mine,
+          outside);
+}
+
+/* What does not belong together. */
+static void stats_merge_refuses(void)
+{
+    static const struct { const char *options, *text; } others[] = {
+        { "--limit 8", "statistics of other data than" }, { "--arch topk --k 3", "statistics of another SAE than" },
+        { "--class-counts", "--class-counts was given for" }, { "--top 5", "max_activating_image_values of the" },
+        { "--top-patches 5", "max_activating_patch_values of the" } };
+    char out[400], one[400];
+    snprintf(out, sizeof out, "%s", in_folder("refused"));
+    snprintf(one, sizeof one, "%s", in_folder("one"));
+    works(STATS_OF("stats", "exact") "--shard 1/2 -o %s", one);
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        works(STATS_OF("stats", "exact") "--shard 2/2 %s -o %s", others[i].options, in_folder("two"));
+        refuses(1, others[i].text, "merge %s %s -o %s", one, in_folder("two"), out);
+        refuses(1, i < 3 ? others[i].text : "of the first file", "merge %s %s -o %s", in_folder("two"), one, out);
+    }
+    works(STATS_OF("stats", "exact") "--class-counts --threshold 0.2 --shard 1/2 -o %s", in_folder("a"));
+    works(STATS_OF("stats", "exact") "--class-counts --threshold 0.3 --shard 2/2 -o %s", in_folder("b"));
+    works(STATS_OF("stats", "exact") "--class-counts --shard 2/2 -o %s", in_folder("c"));
+    refuses(1, "another --threshold", "merge %s %s -o %s", in_folder("a"), in_folder("b"), out);
+    refuses(1, "another --threshold", "merge %s %s -o %s", in_folder("a"), in_folder("c"), out);
+    refuses(1, "shard 2 of 2 is missing", "merge %s -o %s", one, out);
+    refuses(1, "shard 1 of 2 was there before", "merge %s %s -o %s", one, one, out);
+    works(STATS_OF("stats", "exact") "-o %s", in_folder("whole"));
+    refuses(1, "shard 1 of 1 was there before", "merge %s %s -o %s", in_folder("whole"), in_folder("whole"), out);
+    refuses(1, "a shard of 1, but", "merge %s %s -o %s", one, in_folder("whole"), out);
+    refuses(1, "these are no statistics", "merge " GOLDEN "acts.safetensors -o %s", out);
+    refuses(1, "cannot be opened", "merge %s %s -o %s", one, in_folder("nowhere"), out);
+    static const char *const wrong[] = { "0/2", "3/2", "1", "1/0", "1/2x", "1/1025", "-1/2", "a/b", "99999/99999" };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        refuses(2, "I/N was expected", STATS_OF("stats", "exact") "--shard %s -o %s", wrong[i], out);
+    check(!exists(out), "a merge that was refused wrote");
+}
+
+/* The same entry put in first or last. */
+static void stats_ties(void)
+{
+    static const top_entry sorted[] = { { 2, 5, 1 }, { 1, 3, 7 }, { 1, 4, 2 }, { 1, 4, 3 } };
+    for (size_t order = 0; order < 24; order++) {
+        top_entry list[3] = { nothing, nothing, nothing };
+        size_t left[] = { 0, 1, 2, 3 }, number = order;
+        for (size_t n = 4; n > 0; number /= n--) {
+            size_t taken = number % n;
+            keep_largest(list, 3, sorted[left[taken]]);
+            memmove(left + taken, left + taken + 1, (n - taken - 1) * sizeof *left);
+        }
+        for (size_t i = 0; i < 3; i++)
+            check(list[i].value == sorted[i].value && list[i].image == sorted[i].image
+                  && list[i].other == sorted[i].other, "order %zu leaves entry %zu in another place", order, i);
+    }
+}
+
 static void test_stats(void)
 {
     stats_golden();
     stats_histogram();
     stats_encode();
     stats_eval();
+    stats_merged(STATS_OF("stats", "exact"));
+    stats_merged(STATS_OF("stats", "exact") "--class-counts --top 4 --top-patches 3");
+    stats_merged(STATS_OF("stats", "exact") "--class-counts --threshold 0.2 --limit 11");
+    stats_merged(STATS_OF("stats", "small"));
+    stats_shard_alone();
+    stats_merge_refuses();
+    stats_ties();
 }

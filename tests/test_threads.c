@@ -134,7 +134,7 @@ static void threads_same_bytes(void)
             firsts = 0;
         }
     }
-    unsetenv("SAECLIP_ISA");
+    restore_isa();
 }
 
 static void test_threads(void)
