@@ -1139,17 +1139,19 @@ static void cli_test_streams(void)
     cli_with.closed = 0;
 }
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define CLI_SANITIZED
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define CLI_SANITIZED
+#endif
+#endif
+
 static void cli_test_memory(void)
 {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#ifdef CLI_SANITIZED
     skip("memory cannot be limited under a sanitizer");
 #else
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-    skip("memory cannot be limited under a sanitizer");
-    return;
-#endif
-#endif
     with.memory = (size_t)400 << 20;
     cli_works("train --acts @acts --latents 8 --steps 1 -o @again --threads 2");
     cli_refuses(1, "out of memory",
@@ -1185,7 +1187,7 @@ static void cli_test_claims(void)
           "top -s @sae -t @claim -m @model @photos -l 1 -o @out --quiet --threads 2" },
         { "blocks.0.norm1.weight", "F64", "2305843009213693952", "18446744073709551615", "too large",
           "info @claim" } };
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#ifndef CLI_SANITIZED
     with.memory = (size_t)100 << 20;
 #endif
     for (size_t i = 0; i < COUNT(claims); i++) {

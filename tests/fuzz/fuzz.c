@@ -156,7 +156,8 @@ static void print_model(FILE *out, int naming) {
 static struct fixture { const char *name; char *bytes; size_t count; struct stat about; } fixtures[] = {
     { .name = "photos" }, { .name = "photos/a.ppm" }, { .name = "photos/b.pgm" }, { .name = "list.txt" },
     { .name = "stream" }, { .name = "model" }, { .name = "acts" }, { .name = "sae" }, { .name = "topk" },
-    { .name = "stats" }, { .name = "set.safetensors" }, { .name = "ckpt" }, { .name = "log.csv" } };
+    { .name = "stats" }, { .name = "first" }, { .name = "second" },
+    { .name = "set.safetensors" }, { .name = "ckpt" }, { .name = "log.csv" } };
 
 static int report = -1;              /* where we may complain: standard error is a file of ours */
 
@@ -281,6 +282,8 @@ static void make_fixtures(void) {
     make_fixture("train --quiet --acts acts --latents 4 --steps 2 --batch 1 -o sae");
     make_fixture("train --quiet --acts acts --latents 4 --arch topk --k 2 --steps 2 --batch 1 -o topk");
     make_fixture("stats --quiet -s sae --acts acts --class-counts -o stats");
+    make_fixture("stats --quiet -s sae --acts acts --class-counts --shard 1/2 -o first");
+    make_fixture("stats --quiet -s sae --acts acts --class-counts --shard 2/2 -o second");
     make_fixture("pack --quiet list.txt --size 4 -o set.safetensors");
     make_fixture(RESUMED "--quiet --steps 2 -o out --checkpoint ckpt --log log.csv");
     if (sc_safetensors_open(&file, "ckpt") != SC_OK
@@ -350,6 +353,7 @@ static const struct { const char *word, *fixture, *line; } uses[] = {
     { "latents", "stats", "plot latents fuzz.safetensors stats -o out" },
     { "counts", "stats", "plot counts fuzz.safetensors -o out" },
     { "histogram", "stats", "plot activations fuzz.safetensors -o out" },
+    { "merge", "first", "merge fuzz.safetensors second -o out" },
     { "acts", "acts", "train --threads 1 --acts fuzz.safetensors --latents 3 --steps 2 --batch 1 "
                       "--b-dec geomedian-images --ghost --dead-window 0 -o out" },
     { "labels", "acts", "stats --threads 1 --acts fuzz.safetensors -s sae --class-counts -o out" },
@@ -454,13 +458,15 @@ static void fuzz_commands(const char *text, size_t count) {
     char *words[68], *rest = strcpy(copy, text);
     int n = 0;
     (void)count;
-    while (n < 67 && (words[n] = strsep(&rest, "\n")) != NULL) {
+    for (; n < 67 && rest; n++) {
+        words[n] = rest;
+        rest = strchr(rest, '\n');
+        if (rest) *rest++ = '\0';
         const char *equals = strchr(words[n], '='), *number = equals ? equals + 1 : words[n];
         int many = n > 0 && (strncmp(words[n], "--steps", 7) == 0 || strncmp(words[n], "--epochs", 8) == 0
             || (!equals && (strcmp(words[n - 1], "--steps") == 0 || strcmp(words[n - 1], "--epochs") == 0)));
         if (many && !(strtod(number, NULL) <= 4)) stop_signal = SIGTERM;     /* after one step */
         if (strchr(words[n], '/')) return;
-        n++;
     }
     words[n] = NULL;
     if (n > 0 && strcmp(words[0], "bench") == 0 && (n < 2 || strcmp(words[1], "--help") != 0)) return;
@@ -609,6 +615,7 @@ static void seed_commands(void) {
         "stats -s sae -m model list.txt --class-counts --threshold 0.1 --top 3 --top-patches 2 -o out",
         "top -s sae -t stats --mask value -m model list.txt -l 0,2 -o out",
         "mask -s sae -m model list.txt -l 1 --class 0 -o out", "mask -s topk --acts acts -l 3 -o out",
+        "merge second first -o out", "stats --shard 1/1 -s topk --acts acts -o out",
         "plot curves log.csv -o out", "plot latents stats -o out", "plot mask list.txt -o out",
         "explain -s sae -t stats -m model stream --patch 0,1 --max-frequency 0.5 -o out",
         "atlas -s sae -t stats -m model list.txt -o out",
