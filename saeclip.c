@@ -7523,7 +7523,8 @@ enum {                               /* commands, and what several of them have 
     LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
     SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
     DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,
-    PICTURES = PHOTOS | PACK, OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
+    PICTURES = PHOTOS | PACK,
+    OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
 };
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
