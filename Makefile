@@ -140,7 +140,7 @@ FUZZED  = $(SOURCE) tests/fuzz/fuzz.c tests/check.h
 
 build/guard_fuzz: $(FUZZED)
 	@mkdir -p build
-	$(CC) $(FUZZ) $(CFLAGS_EXTRA) -o $@ tests/fuzz/fuzz.c $(LIBS)
+	$(CC) $(FUZZ) -O0 $(CFLAGS_EXTRA) -o $@ tests/fuzz/fuzz.c $(LIBS)
 
 build/fuzzer: $(FUZZED)
 	@mkdir -p build
