@@ -5350,8 +5350,8 @@ static int begin_merge(session *s, const sc_safetensors *file) {
     const sc_tensor *class = sc_tensor_find(file, "class_counts");
     const char *threshold = sc_metadata_find(file, "threshold");
     const char *names = sc_metadata_find(file, "class_names");
-    if (!top || !patch || patch->shape[0] != top->shape[0]
-        || (class && class->shape[1] != top->shape[0]))
+    if (!top || top->rank != 2 || top->count == 0 || !patch || patch->rank != 2 || patch->count == 0
+        || patch->shape[0] != top->shape[0] || (class && class->shape[1] != top->shape[0]))
         return fail("%s: these are no statistics", file->path);
     s->sae[0].d_sae = top->shape[0];
     s->data.T = (size_t)number_in(file, "tokens_per_image", 10);
