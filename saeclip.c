@@ -2882,7 +2882,8 @@ static int measure_model(sc_model *model) {
     if (!fc1 || fc1->rank != 2 || fc1->shape[1] != D || fc1->shape[0] > SC_MAX_WIDTH)
         return fail("%s: the first layer of block 0's MLP should be [hidden, %zu]", path, D);
     model->hidden = fc1->shape[0];
-    model->image_size = model->grid * model->patch;
+    size_t S = model->image_size = model->grid * model->patch;
+    if (S > MAX_PIXELS / S) return fail("%s: pictures of %zu x %zu are too large", path, S, S);
     while (find_layer(model, NORM1, model->blocks, 0)) model->blocks++;
     return model->blocks ? check_block(model) : fail("%s: the model has no blocks", path);
 }
