@@ -2309,8 +2309,10 @@ static int run_decoder(const char *command, int file, image_source *source, pict
     pid_t child;
     for (char *word = strtok_r(text, " \t", &rest); word; word = strtok_r(NULL, " \t", &rest))
         argument[count++] = word;
-    if (count == 0 || (size_t)length >= sizeof text)
-        return fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
+    if (count == 0 || (size_t)length >= sizeof text) {
+        fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
+        return MACHINE_FAILED;
+    }
     int error = lseek(file, 0, SEEK_SET) != 0 ? errno
               : start_decoder(argument, file, end, &child);
     if (error && error != ENOENT && error != EACCES)
