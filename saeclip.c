@@ -4603,7 +4603,7 @@ static int training_draw(void *context, size_t draw, size_t *image) {
     return SC_OK;
 }
 
-static volatile sig_atomic_t stop_signal;
+static atomic_int stop_signal;       /* any thread may be the one that is interrupted */
 
 static void on_signal(int number) { stop_signal = number; }
 
@@ -4862,7 +4862,7 @@ static int blame_step(const training_run *run, size_t token) {
 
 static int stop_training(training_run *run) {
     SC_TRY(save_checkpoint(run));
-    return fail("stopped by signal %d after step %ju; %s goes on with --resume", (int)stop_signal,
+    return fail("stopped by signal %d after step %ju; %s goes on with --resume", stop_signal,
                 (uintmax_t)run->trainer.step, run->checkpoint);
 }
 
