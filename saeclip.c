@@ -5691,7 +5691,7 @@ static int command_pack(session *s) {
 /* --- encode: what comes waits in temporary files until all tensors can be written --- */
 
 static int spool_failed(void) {
-    return fail("a temporary file cannot be written or read back: %s", strerror(errno));
+    return fail("a temporary file cannot be made, written or read back: %s", strerror(errno));
 }
 
 /* Their first failure sticks: it is enough to ask now and then. */
@@ -5782,8 +5782,7 @@ static int command_encode(session *s) {
     SC_TRY(try_output(s->o->output));
     SC_TRY(open_session(s));
     for (int i = 0; i < 2; i++)
-        if (!(s->spool[i] = tmpfile()))
-            return fail("no temporary file can be made: %s", strerror(errno));
+        if (!(s->spool[i] = tmpfile())) return spool_failed();
     s->batch[0].reconstruct = s->o->reconstruction;
     SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
     while ((status = next_encoded(s, s->data.set.count)) == SC_OK) SC_TRY(spool_batch(s));
@@ -6952,7 +6951,7 @@ static int keep_mask(atlas *a, size_t slot, const double *mask) {
         a->digits[p] = "0123456789abcdef"[mask[p] > 0 ? (int)ceil(15 * mask[p] / largest) : 0];
     if (fseeko(a->masks, (off_t)(slot * patches), SEEK_SET) == 0 &&
         fwrite(a->digits, patches, 1, a->masks) == 1) return SC_OK;
-    return fail("a temporary file cannot be written: %s", strerror(errno));
+    return spool_failed();
 }
 
 static int write_jpeg(atlas *a, FILE *out, size_t i) {
@@ -6993,8 +6992,7 @@ static int write_latent(atlas *a, FILE *out, size_t j) {
         const top_entry *e = &v->entry[k];
         const char *comma = "";
         if (fseeko(a->masks, (off_t)((j * a->K + k) * v->patches), SEEK_SET) != 0 ||
-            fread(a->digits, v->patches, 1, a->masks) != 1)
-            return fail("a temporary file cannot be read back: %s", strerror(errno));
+            fread(a->digits, v->patches, 1, a->masks) != 1) return spool_failed();
         fprintf(out, "%s[%lld,%.6g,%lld,", k ? ",\n" : "", (long long)e->image, (double)e->value,
                 (long long)e->other);
         print_json(out, image_name(&v->s->data, (size_t)e->image));
@@ -7083,7 +7081,7 @@ static int show_atlas(viewer *v) {
     a.K = v->of[TOP_IMAGES]->shape[1];
     a.P = v->of[TOP_PATCHES]->shape[1];
     a.masks = v->s->spool[0] = tmpfile();
-    if (!a.masks) return fail("no temporary file can be made: %s", strerror(errno));
+    if (!a.masks) return spool_failed();
     if (mkdir(data, 0777) != 0 && errno != EEXIST)
         return fail("%s: the folder cannot be made: %s", data, strerror(errno));
     if (unlink(page) != 0 && errno != ENOENT)
