@@ -6267,7 +6267,7 @@ enum {
 /* What a file holds, and what the figure says of it. row: [rows], of a kind's columns */
 typedef struct {
     const char *path;
-    sc_safetensors file;             /* statistics, once looked into */
+    sc_safetensors file;             /* statistics, while they are read */
     double (*row)[4];
     size_t rows, capacity;
     char words[160];
@@ -6717,8 +6717,10 @@ static int command_plot(session *s) {
     if (p.kind->draw == draw_latents && operand[1 + 2])
         return usage("plot latents: at most 2 files were expected");
     for (; operand[p.count + 1] && status == SC_OK; p.count++) {
-        p.series[p.count].path = operand[p.count + 1];
-        status = p.kind->read(&p.series[p.count]);
+        plot_series *each = &p.series[p.count];
+        each->path = operand[p.count + 1];
+        status = p.kind->read(each);
+        sc_safetensors_close(&each->file);
     }
     if (status == SC_OK) status = output_open(&out, s->o->output);
     if (status == SC_OK) {
@@ -6727,10 +6729,7 @@ static int command_plot(session *s) {
         fputs("</svg>\n", p.out);
         status = output_commit(&out);
     }
-    for (plot_series *each = p.series; each < p.series + p.count; each++) {
-        sc_safetensors_close(&each->file);
-        free(each->row);
-    }
+    while (p.count > 0) free(p.series[--p.count].row);
     return status;
 }
 
