@@ -5089,6 +5089,16 @@ static int count_batch(statistics *s) {
     return parallel_for(chains_of(s->sae->d_sae), count_task, s);
 }
 
+/* The activations of all top images of entry i's class; 0 where one before i has it. */
+static double class_activation(const top_entry *top, size_t active, size_t i) {
+    double sum = 0;
+    size_t first = 0;
+    while (top[first].other != top[i].other) first++;
+    for (size_t k = i; k < active && first == i; k++)
+        sum += top[k].other == top[i].other ? top[k].value : 0;
+    return sum;
+}
+
 /* Entropy of the classes of latent j's top images, weighted by activation; -1: not defined. */
 static double top_entropy(const statistics *s, size_t j) {
     const top_entry *top = s->top + j * s->K;
@@ -5097,14 +5107,9 @@ static double top_entropy(const statistics *s, size_t j) {
     while (active < s->K && top[active].value > 0) total += top[active++].value;
     if (active < needed) return -1;
     for (size_t i = 0; i < active; i++) {
-        double share = 0;
-        size_t first = 0;
+        double share = class_activation(top, active, i) / total;
         if (top[i].other < 0) return -1;
-        while (top[first].other != top[i].other) first++;
-        if (first < i) continue;                             /* its class was counted */
-        for (size_t k = i; k < active; k++)
-            share += top[k].other == top[i].other ? top[k].value : 0;
-        entropy -= share / total * log64(share / total);
+        if (share > 0) entropy -= share * log64(share);
     }
     return entropy > 0 ? entropy : 0;
 }
@@ -6140,13 +6145,9 @@ static size_t top_classes(const viewer *v, top_entry *largest, size_t room) {
     while (active < K && v->entry[active].value > 0) total += v->entry[active++].value;
     for (size_t i = 0; i < room; i++) largest[i] = nothing;
     for (size_t i = 0; i < active; i++) {
-        double share = 0;
-        size_t first = 0;
-        while (v->entry[first].other != v->entry[i].other) first++;
-        for (size_t k = i; k < active && first == i; k++)
-            share += v->entry[k].other == v->entry[i].other ? v->entry[k].value : 0;
-        top_entry class = { (float)(share / total), 0, v->entry[i].other };
-        if (class.other >= 0) keep_largest(largest, room, class);
+        double share = class_activation(v->entry, active, i) / total;
+        if (v->entry[i].other >= 0)
+            keep_largest(largest, room, (top_entry){ (float)share, 0, v->entry[i].other });
     }
     while (found < room && largest[found].value > 0) found++;
     return found;
