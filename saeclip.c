@@ -6096,8 +6096,6 @@ static int show_sheets(viewer *v) {
     size_t count[MOST_LATENTS] = { 0 }, columns = 1, l = 0, cell = 0;
     feed *f = &v->s->data;
     int status = SC_END;
-    if (strcmp(v->s->o->operand[0], "-") == 0)
-        return usage("top picks images: a stream has no choice of them");
     SC_TRY(open_viewer(v, 1));
     SC_TRY(list_images(v, count));
     size_t K = v->of[TOP_IMAGES]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
@@ -7071,8 +7069,6 @@ static int write_atlas(atlas *a) {
 static int show_atlas(viewer *v) {
     char page[MAX_PATH], data[MAX_PATH];
     atlas a = { .v = v, .n = 0 };
-    if (strcmp(v->s->o->operand[0], "-") == 0)
-        return usage("atlas picks images: a stream has no choice of them");
     v->kind = VALUE_MASK;
     SC_TRY(open_viewer(v, 1));
     SC_TRY(join_path(v->s->o->output, "index.html", page));
@@ -7760,6 +7756,8 @@ static int check_options(const options *o, const struct command_row *command, in
         return usage("%s: %s was expected", name, command->synopsis);
     if (o->acts && (operands || o->model))
         return usage("--acts and -m MODEL IMAGES exclude each other");
+    if ((command->bit & (TOP | ATLAS)) && strcmp(o->operand[0], "-") == 0)
+        return usage("%s picks images: a stream has no choice of them", name);
     if (o->saes > 1 && command->bit != EVAL) return usage("%s takes one SAE: -s FILE", name);
     if (command->bit == ZEROSHOT && !o->saes && (o->layer || o->hook || o->arch || o->k))
         return usage("zeroshot: --layer, --hook, --arch and --k are about an SAE: -s FILE");
