@@ -8071,7 +8071,7 @@ static const char *const atlas_page[] = {
     "",
     "function follow() {",
     "    const named = new URLSearchParams(location.hash.slice(1)).get('latent') ?? order[0];",
-    "    if (data.index[Number(named)] === undefined) return tell('There is no latent ' + named + '.');",
+    "    if (!(Number(named) in data.index)) return tell('There is no latent ' + named + '.');",
     "    latent = Number(named);",
     "    $('name').textContent = document.title = 'Latent ' + latent;",
     "    $('name').href = '#latent=' + latent;",
