@@ -5696,7 +5696,7 @@ static int command_pack(session *s) {
 /* --- encode: what comes waits in temporary files until all tensors can be written --- */
 
 static int spool_failed(void) {
-    return fail("a temporary file cannot be made, written or read back: %s", strerror(errno));
+    return fail("a temporary file cannot be written, read or made: %s", strerror(errno));
 }
 
 /* Their first failure sticks: it is enough to ask now and then. */
