@@ -324,6 +324,8 @@ static const cli_case cli_usage[] = {
     { 2, "--layer", "extract --quiet -m @model --layer 0 @photos -o @out" },
     { 2, "nobody knows", "stats --quiet -s @sae -m @model - --shard 1/2 -o @out" },
     { 2, "merge: ", "merge -o @out" },
+    { 2, "top picks images", "top -s @sae -t @stats -m @model - -l 1 -o @out" },
+    { 2, "atlas picks images", "atlas -s @sae -t @stats -m @model - -o @out" },
     { 2, "-o is missing", "merge @stats" },
     { 2, "stats takes one SAE", "stats -s @sae -s @sae --acts @acts -o @out" },
     { 2, "encode takes one SAE", "encode -s @sae -s @sae --acts @acts -o @out" },
