@@ -4693,7 +4693,8 @@ static int move_state(trainer *t, const run_position at, const sc_safetensors *f
     return SC_OK;
 }
 
-/* The checkpoint before, which this one is to replace, becomes FILE.prev. */
+/* The checkpoint before, which this one is to replace, becomes FILE.prev: what a link leads to, not
+ * the link, which will lead to the new one. */
 static int write_checkpoint(sc_writer *w, void *context) {
     training_run *run = context;
     run_position at = { run->trainer.step, run->next_draw, run->recipe };
@@ -4702,7 +4703,7 @@ static int write_checkpoint(sc_writer *w, void *context) {
     SC_TRY(put_metadata(w, "position", "%llx %llx %llx %llx", at[0], at[1], at[2], at[3]));
     if (access(run->checkpoint, F_OK) != 0) return SC_OK;
     unlink(run->previous);
-    if (link(run->checkpoint, run->previous) == 0
+    if (linkat(AT_FDCWD, run->checkpoint, AT_FDCWD, run->previous, AT_SYMLINK_FOLLOW) == 0
         || rename(run->checkpoint, run->previous) == 0) return SC_OK;
     return fail("%s: cannot be kept as %s: %s", run->checkpoint, run->previous, strerror(errno));
 }

@@ -1555,6 +1555,12 @@ static void cli_test_resume(void)
                    recipe));
     check(cli_same("@part", "@whole_sae"), "a resumed run ends with another SAE");
     check(strcmp(cli_log("@part.csv"), cli_log("@whole.csv")) == 0, "a resumed run's log differs");
+    if (symlink(cli("@ckpt12"), cli("@led")) != 0) need("a link");
+    cli_copy("@ckpt12", "@was12");
+    works("%s", cli("%s--steps 13 -o @part --checkpoint @led --resume", recipe));
+    check(cli_same("@led.prev", "@was12") && !cli_same("@led", "@was12"),
+          "a checkpoint that a link leads to is lost");
+    cli_copy("@was12", "@ckpt12");
     cli_copy("@ckpt10", "@ckpt");                /* as if killed after step 12, the log ahead */
     works("%s", cli("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume", recipe));
     check(cli_same("@part", "@whole_sae"), "a second resumed run ends with another SAE");
