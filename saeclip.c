@@ -5807,6 +5807,26 @@ static int replace_by_output(void *context, float *x, size_t tokens) {
     return SC_OK;
 }
 
+/* Labels become the model's: by name where both name their classes, else they stay as they are. */
+static int match_classes(sc_images *set, const sc_model *model) {
+    const char *text = sc_metadata_find(&model->file, "class_names");
+    char **name;
+    size_t names, c;
+    int status = SC_OK;
+    if (!text || !set->class_name) return SC_OK;
+    SC_TRY(json_string_array(text, model->file.path, &name, &names));
+    for (size_t i = 0; i < set->count && status == SC_OK; i++) {
+        const char *class = set->class_name[set->image[i].label];
+        for (c = 0; c < names && strcmp(name[c], class) != 0;) c++;
+        set->image[i].label = (int64_t)c;
+        if (c == names)
+            status = fail("image %zu %s: class '%s' is none of the %zu that %s names", i,
+                          set->image[i].name, class, names, model->file.path);
+    }
+    free(name);
+    return status;
+}
+
 static int start_zeroshot(session *s) {
     const sc_model *model = &s->data.model;
     SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
@@ -5815,6 +5835,7 @@ static int start_zeroshot(session *s) {
                     model->file.path);
     if (s->saes) s->data.tap[0].replace = replace_by_output;
     s->data.tap[0].context = s;
+    SC_TRY(match_classes(&s->data.set, model));
     return start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 1);
 }
 
@@ -5829,7 +5850,10 @@ static int command_zeroshot(session *s) {
         for (size_t i = 0; i < f->count; i++) {
             const float *logit = f->logits + i * model->classes;
             size_t rank = 0, label = (size_t)f->label[i], image = (size_t)f->image[i];
-            if (label >= model->classes)                     /* also -1, which is beyond all */
+            if (f->label[i] < 0)
+                return fail("image %zu %s: zeroshot needs labels, as FOLDER/<class>/<image> or a "
+                            "list's path<TAB>class has them", image, image_name(f, image));
+            if (label >= model->classes)
                 return fail("image %zu %s: label %lld, but the head has %zu classes", image,
                             image_name(f, image), (long long)f->label[i], model->classes);
             for (size_t c = 0; c < model->classes; c++)
