@@ -5933,6 +5933,8 @@ static int open_statistics(viewer *v, const char *path) {
     const char *sae = sc_metadata_find(&v->stats, "sae_digest");
     const char *first_patch = sc_metadata_find(&v->stats, "first_patch");
     if (!data || !sae) return fail("%s: these are no statistics: a digest is missing", path);
+    if (sc_metadata_find(&v->stats, "shard"))
+        return fail("%s: statistics of one shard, expected what merge makes of all", path);
     if (!v->any_data && strtoull(data, NULL, 16) != v->s->data.set.digest)
         return fail("%s: statistics of other data", path);
     if (strtoull(sae, NULL, 16) != sae_digest(&v->s->sae[0]))
@@ -6256,6 +6258,7 @@ static int explain(viewer *v) {
         if (o->output) SC_TRY(show_mask(v, j, 0));
     }
     if (rows == 0) note("no latent fires there");
+    if (rows == 0 && strcmp(o->format, "json") == 0) puts("[]");
     return rows > 0 ? print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows) : SC_OK;
 }
 
