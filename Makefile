@@ -50,7 +50,7 @@ demo: saeclip tests/synth
 	    EPOCHS=$(EPOCHS) LATENTS="$(LATENTS)" CLASS="$(CLASS)" tests/demo.sh
 
 # The report, whole: make report MODEL=clip.safetensors TRAIN=photos VAL=others OUT=report. Photos are folders,
-# lists or packed sets, resized to SQUARE first (a set: as it was packed). KEEP=1 keeps the activations, 0.6 MB
+# lists or packed sets; they are resized to SQUARE first, as pack does. KEEP=1 keeps the activations, 0.6 MB
 # an image of ViT-B/16, and spares the model ten of twelve passes. REPORTED: a file with the report's own table.
 # CLASS and LATENTS=J,J,... are figure 6's: a class of VAL, by number; by default its first photo's strongest.
 TRAIN    =

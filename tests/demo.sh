@@ -62,12 +62,12 @@ saeclip extract -m "$MODEL" "$IMAGES" -o $acts
 [ "$own" ] || saeclip extract -m "$MODEL" $unseen -o out/unseen.safetensors
 
 say "Two sparse autoencoders of $EXPANSION latents for each dimension of the activations"
-images=$(./saeclip info $acts | awk '$1 == "activations" { print $3 }')
-steps=$(((images + 15) / 16 * EPOCHS))           # of 16 images each
-if [ $steps -lt 100 ]; then
-    warmup=$((steps / 5))
-    printf '  (%d images make %d steps, which is little: more photos, or EPOCHS=%d, make better latents)\n' \
-        "$images" $steps $((EPOCHS * 500 / (steps + 1) + 1))
+# images, steps of 16 of them each, a fifth of these, and the epochs that make 500
+set -- $(./saeclip info $acts | awk -v epochs="$EPOCHS" '$1 == "activations" {
+    steps = int($3 * epochs / 16 + 0.5); print $3, steps, int(steps / 5), int(8000 / $3) + 1 }')
+if [ "$2" -lt 100 ]; then
+    warmup=$3
+    echo "  ($1 images make $2 steps, which is little: more photos, or EPOCHS=$4, make better latents)"
 fi
 train relu --l1 $l1 --log out/relu.csv -o out/relu.safetensors
 train topk --k $k --log out/topk.csv -o out/topk.safetensors
