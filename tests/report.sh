@@ -2,7 +2,8 @@
 # `make report MODEL=FILE TRAIN=IMAGES VAL=IMAGES OUT=DIR`: all that the report shows. Five SAEs at a block's attention
 # and MLP (ReLU, TopK, and at the MLP ReLU with geometric bias), the table, all figures, and report.html that
 # holds them. What OUT has is not made again, and a training that was stopped goes on. The other variables
-# are the Makefile's, with the report's values.
+# are the Makefile's, with the report's values. Figure 6 is of LATENTS, or of the four that are strongest on the
+# first photo of CLASS, of those that fire on half of the photos at most (where none does, of all).
 set -eu
 for given in "MODEL=$MODEL" "TRAIN=$TRAIN" "VAL=$VAL" "OUT=$OUT"; do
     [ "${given#*=}" ] || { echo "make report: ${given}... is missing" >&2; exit 2; }
@@ -68,36 +69,67 @@ rows() {                                         # 1: of TRAIN, 2: of VAL
             "$OUT/table-$hook.csv"
     done
 }
-# The class's first photo in VAL; nothing where VAL is a packed set or has no classes.
+# The first picture of CLASS in a set by `saeclip pack`: pictures, then labels of 8 bytes, behind the header.
+unpack() {
+    set -- $("$program" info "$VAL" | awk '$1 == "images" { print $3, $5, $7 }')
+    begin=$(od -A n -t u1 -N 4 "$VAL" | awk '{ print 8 + $1 + 256 * ($2 + 256 * ($3 + 256 * $4)) }')
+    [ $# = 3 ] && [ $((begin + $1 * $2 * $3 * 3 + 8 * $1)) = $(($(wc -c <"$VAL"))) ] || return 0
+    at=$(tail -c $((8 * $1)) "$VAL" | od -A n -v -t u1 | awk -v class="$CLASS" '
+        { for (i = 1; i < NF; i += 8) { if ($i + 256 * $(i + 1) + 65536 * $(i + 2) == class) { print n + 0; exit }
+                                        n++ } }')
+    [ "$at" ] || return 0
+    { printf 'P6 %d %d 255\n' "$3" "$2" &&
+        dd if="$VAL" bs=1 skip=$((begin + at * $2 * $3 * 3)) count=$(($2 * $3 * 3)) 2>/dev/null; } >"$OUT/first.ppm"
+    printf '%s\n' "$OUT/first.ppm"
+}
+# Where in VAL the class has its first photo: a file, or a folder whose first it is; nothing without classes.
 photo() {
     case $VAL in
-    *.txt) awk -F'\t' -v class="$CLASS" '$2 == class { print $1; exit }' "$VAL" |
-        sed "s|^[^/]|$(dirname "$VAL")/&|" ;;
-    *.safetensors) ;;
-    *) (LC_ALL=C && for folder in "$VAL"/*/; do echo "$folder"; done) | sed -n "$((CLASS + 1))p" |
-        while read -r folder; do (LC_ALL=C && for file in "$folder"*; do echo "$file"; done) | head -n 1; done ;;
+    *.safetensors) unpack ;;
+    *.txt) awk -F'\t' -v class="$CLASS" '{ sub(/(^|[ \t])#.*/, ""); sub(/^[ \t\r]+/, "") }
+               NF > 1 && $2 ~ /[0-9]/ && $2 + 0 == class { print $1; exit }' "$VAL" | while IFS= read -r file; do
+            case $file in /*) ;; *) file=$(dirname "$VAL")/$file ;; esac
+            printf '%s\n' "$file"
+        done ;;
+    *)  LC_ALL=C
+        set -- "$VAL"/*/
+        [ -d "$1" ] && [ "$CLASS" -lt $# ] || return 0
+        shift "$CLASS"
+        printf '%s\n' "$1" ;;
     esac
 }
-masks() {
-    sae=$1 latents=$LATENTS image=$(photo)
-    if [ ! "$latents" ] && [ "$image" ]; then
-        latents=$(saeclip explain -s "$OUT/$sae.safetensors" -t "$OUT/$sae.train.stats" -m "$MODEL" \
-            --square "$SQUARE" --max-frequency 0.5 --format csv "$image" | sed -n 's/^\([0-9]*\),.*/\1/p' |
-            head -n 4 | paste -s -d , -)
+# The four latents that are strongest on a photo, of those that fire on no larger share of all photos.
+strongest() {                                    # SAE PHOTO SHARE
+    saeclip explain -s "$OUT/$1.safetensors" -t "$OUT/$1.train.stats" -m "$MODEL" --square "$SQUARE" --limit 1 \
+        --max-frequency "$3" --format csv --quiet "$2" | sed -n 's/^\([0-9]*\),.*/\1/p' | head -n 4 | paste -s -d , -
+}
+masks() {                                        # no class, no such latent: all but this figure is there
+    sae=$1 latents=$LATENTS image=''
+    rm -rf "$OUT/masks-$sae" "$OUT/mask-$sae.svg"
+    [ "$latents" ] || image=$(photo)
+    for share in 0.5 1; do
+        [ "$latents" ] || [ ! "$image" ] || latents=$(strongest "$sae" "$image" $share)
+    done
+    if [ ! "$latents" ]; then
+        echo "make report: no masks of $sae: LATENTS=J,J,... is missing, and no photo of class $CLASS was found" >&2
+    elif saeclip mask -s "$OUT/$sae.safetensors" -m "$MODEL" --square "$SQUARE" "$VAL" -l "$latents" \
+        --class "$CLASS" -o "$OUT/masks-$sae"; then
+        (cd "$OUT/masks-$sae" && saeclip plot mask ./*.pgm -o "../mask-$sae.svg")
+    else echo "make report: no masks of $sae, for the reason above; all else is there" >&2
     fi
-    [ "$latents" ] || { echo "no masks of $sae: LATENTS=J,J,... is missing" >&2; return; }
-    rm -rf "$OUT/masks-$sae"
-    saeclip mask -s "$OUT/$sae.safetensors" -m "$MODEL" --square "$SQUARE" "$VAL" -l "$latents" --class "$CLASS" \
-        -o "$OUT/masks-$sae"
-    (cd "$OUT/masks-$sae" && saeclip plot mask ./*.pgm -o "../mask-$sae.svg")
 }
 html() { sed 's/&/\&amp;/g; s/</\&lt;/g; s/>/\&gt;/g'; }
 figure() {                                       # CAPTION NAME...: those that are there
-    echo "<h2>$1</h2>"
+    caption=$1
     shift
     for name; do
-        [ ! -f "$OUT/$name.svg" ] || { echo "<figure>"; cat "$OUT/$name.svg"; echo "</figure>"; }
+        [ -f "$OUT/$name.svg" ] || continue
+        printf '%s<figure>\n' "${caption:+<h2>$caption</h2>}"
+        cat "$OUT/$name.svg"
+        echo "</figure>"
+        caption=''
     done
+    [ ! "$caption" ] || echo "<p>$caption: this figure could not be made; \`make report\` said why.</p>"
 }
 page() {
     cat <<'END'
@@ -118,8 +150,8 @@ pre { overflow-x: auto }
 </style>
 <h1>Five sparse autoencoders</h1>
 END
-    echo "<p>$(html <"$OUT/options.txt")</p><div class=wide><table>"
-    sed -n '/^| *---/d; /^|/{s/^| /<tr><td>/; s/ | /<td>/g; s/ |$//; p;}' "$OUT/table.md"
+    printf '<p>%s</p><div class=wide><table>\n' "$(html <"$OUT/options.txt")"
+    sed -n '/^$/q; /^|---/d; /^|/{s/^| /<tr><td>/; s/ | /<td>/g; s/ |$//; p;}' "$OUT/table.md"
     echo "</table></div>"
     [ ! "$REPORTED" ] || { echo "<h2>The report's own figures</h2><pre>"; html <"$REPORTED"; echo "</pre>"; }
     figure "1. Training at the attention's output" curves-attn
@@ -134,9 +166,9 @@ END
 mkdir -p "$OUT"
 options="$MODEL, trained on $TRAIN, validated on $VAL: --layer $LAYER --square $SQUARE --expansion $EXPANSION"
 options="$options --epochs $EPOCHS --batch $BATCH --lr $LR --warmup $WARMUP --l1 $L1 --k $K"
-[ -f "$OUT/options.txt" ] || echo "$options" >"$OUT/options.txt"
+[ -f "$OUT/options.txt" ] || printf '%s\n' "$options" >"$OUT/options.txt"
 if [ "$(cat "$OUT/options.txt")" != "$options" ]; then
-    echo "make report: $OUT holds another report: $(cat "$OUT/options.txt")" >&2
+    printf 'make report: %s holds another report: %s\n' "$OUT" "$(cat "$OUT/options.txt")" >&2
     exit 1
 fi
 for hook in attn mlp; do
@@ -181,4 +213,4 @@ masks mlp-topk
 page >"$OUT/report.html"
 cat "$OUT/table.md"
 echo
-echo "All figures: $OUT/report.html"
+printf 'All figures: %s\n' "$OUT/report.html"

@@ -219,6 +219,40 @@ static void demo_model(void)
           "the demo model names %d of %d", top1, images);
 }
 
+/* A part of the classes, and one that the prompts do not name. zeroshot's error has names as they are. */
+static void demo_some_classes(void)
+{
+    int images = 0, all = 0, some = 0, top1 = 0;
+    char from[600], to[600];
+    if (mkdir(in_folder("some"), 0777) != 0) need("a folder");
+    works("zeroshot --quiet -m weights/demo.safetensors %s --format json", in_folder("world/pictures"));
+    sscanf(ran.out, "{\"images\": %d, \"top1\": %d", &all, &top1);
+    for (int c = 0; c < 2; c++) {
+        snprintf(from, sizeof from, "%s", in_folder("world/pictures/%s", c ? "red disc" : "yellow star"));
+        snprintf(to, sizeof to, "%s", in_folder("some/%s", c ? "red disc" : "yellow star"));
+        if (!check(rename(from, to) == 0, "%s cannot become %s", from, to)) return;
+    }
+    works("zeroshot --quiet -m weights/demo.safetensors %s --format json", in_folder("some"));
+    sscanf(ran.out, "{\"images\": %d, \"top1\": %d", &some, &top1);
+    check(some > 3 && top1 * 10 >= some * 9, "of two classes alone the demo model names %d of %d", top1, some);
+    works("pack --quiet %s -o %s", in_folder("some"), in_folder("some.safetensors"));
+    int packed = 0, again = 0;
+    works("zeroshot --quiet -m weights/demo.safetensors %s --format json", in_folder("some.safetensors"));
+    sscanf(ran.out, "{\"images\": %d, \"top1\": %d", &packed, &again);
+    check(packed == some && again * 10 >= some * 9, "the same, packed: %d of %d", again, packed);
+    works("zeroshot --quiet -m weights/demo.safetensors %s --format json", in_folder("world/pictures"));
+    sscanf(ran.out, "{\"images\": %d, \"top1\": %d", &images, &top1);
+    check(images + some == all && top1 * 10 >= images * 9, "of 46 classes the demo model names %d of %d", top1,
+          images);
+    snprintf(from, sizeof from, "%s", in_folder("some/red disc"));
+    snprintf(to, sizeof to, "%s", in_folder("some/pink disc"));
+    check(rename(from, to) == 0, "%s cannot become %s", from, to);
+    refuses(1, "class 'pink disc' is none of the 48 that weights/demo.safetensors names",
+            "zeroshot --quiet -m weights/demo.safetensors %s", in_folder("some"));
+    check(rename(to, in_folder("flat")) == 0, "%s cannot become flat", to);
+    refuses(1, "zeroshot needs labels", "zeroshot --quiet -m weights/demo.safetensors %s", in_folder("flat"));
+}
+
 static void test_demo(void)
 {
     if (!exists(demo_synth())) {
@@ -230,4 +264,5 @@ static void test_demo(void)
     demo_scores();
     other_program = NULL;
     demo_model();
+    demo_some_classes();
 }
