@@ -258,8 +258,10 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
 
 /* Whether all that was printed reached standard output. A reader that went away is told nothing. */
 static int end_of_output(void) {
-    errno = EIO;                     /* ferror() may be of a call long ago */
-    if (fflush(stdout) == 0 && !ferror(stdout)) return SC_OK;
+    int lost = fflush(stdout) != 0;
+    if (!lost && !ferror(stdout)) return SC_OK;
+    /* It may have failed long ago, and musl then forgets the rest: another byte tells why. */
+    if (!lost && write(STDOUT_FILENO, "\n", 1) == 1) errno = EIO;
     if (errno == EPIPE) return fail("%s", "");
     return fail("standard output: cannot be written: %s", strerror(errno));
 }
