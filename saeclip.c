@@ -2309,8 +2309,10 @@ static int run_decoder(const char *command, int file, image_source *source, pict
     pid_t child;
     for (char *word = strtok_r(text, " \t", &rest); word; word = strtok_r(NULL, " \t", &rest))
         argument[count++] = word;
-    if (count == 0 || (size_t)length >= sizeof text)
-        return fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
+    if (count == 0 || (size_t)length >= sizeof text) {
+        fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
+        return MACHINE_FAILED;
+    }
     int error = lseek(file, 0, SEEK_SET) != 0 ? errno
               : start_decoder(argument, file, end, &child);
     if (error && error != ENOENT && error != EACCES)
@@ -2882,7 +2884,8 @@ static int measure_model(sc_model *model) {
     if (!fc1 || fc1->rank != 2 || fc1->shape[1] != D || fc1->shape[0] > SC_MAX_WIDTH)
         return fail("%s: the first layer of block 0's MLP should be [hidden, %zu]", path, D);
     model->hidden = fc1->shape[0];
-    model->image_size = model->grid * model->patch;
+    size_t S = model->image_size = model->grid * model->patch;
+    if (S > MAX_PIXELS / S) return fail("%s: pictures of %zu x %zu are too large", path, S, S);
     while (find_layer(model, NORM1, model->blocks, 0)) model->blocks++;
     return model->blocks ? check_block(model) : fail("%s: the model has no blocks", path);
 }
@@ -4600,7 +4603,7 @@ static int training_draw(void *context, size_t draw, size_t *image) {
     return SC_OK;
 }
 
-static volatile sig_atomic_t stop_signal;
+static atomic_int stop_signal;       /* any thread may be the one that is interrupted */
 
 static void on_signal(int number) { stop_signal = number; }
 
@@ -4690,7 +4693,8 @@ static int move_state(trainer *t, const run_position at, const sc_safetensors *f
     return SC_OK;
 }
 
-/* The checkpoint before, which this one is to replace, becomes FILE.prev. */
+/* The checkpoint before, which this one is to replace, becomes FILE.prev: what a link leads to, not
+ * the link, which will lead to the new one. */
 static int write_checkpoint(sc_writer *w, void *context) {
     training_run *run = context;
     run_position at = { run->trainer.step, run->next_draw, run->recipe };
@@ -4699,7 +4703,7 @@ static int write_checkpoint(sc_writer *w, void *context) {
     SC_TRY(put_metadata(w, "position", "%llx %llx %llx %llx", at[0], at[1], at[2], at[3]));
     if (access(run->checkpoint, F_OK) != 0) return SC_OK;
     unlink(run->previous);
-    if (link(run->checkpoint, run->previous) == 0
+    if (linkat(AT_FDCWD, run->checkpoint, AT_FDCWD, run->previous, AT_SYMLINK_FOLLOW) == 0
         || rename(run->checkpoint, run->previous) == 0) return SC_OK;
     return fail("%s: cannot be kept as %s: %s", run->checkpoint, run->previous, strerror(errno));
 }
@@ -4859,7 +4863,7 @@ static int blame_step(const training_run *run, size_t token) {
 
 static int stop_training(training_run *run) {
     SC_TRY(save_checkpoint(run));
-    return fail("stopped by signal %d after step %ju; %s goes on with --resume", (int)stop_signal,
+    return fail("stopped by signal %d after step %ju; %s goes on with --resume", stop_signal,
                 (uintmax_t)run->trainer.step, run->checkpoint);
 }
 
@@ -5086,6 +5090,16 @@ static int count_batch(statistics *s) {
     return parallel_for(chains_of(s->sae->d_sae), count_task, s);
 }
 
+/* The activations of all top images of entry i's class; 0 where one before i has it. */
+static double class_activation(const top_entry *top, size_t active, size_t i) {
+    double sum = 0;
+    size_t first = 0;
+    while (top[first].other != top[i].other) first++;
+    for (size_t k = i; k < active && first == i; k++)
+        sum += top[k].other == top[i].other ? top[k].value : 0;
+    return sum;
+}
+
 /* Entropy of the classes of latent j's top images, weighted by activation; -1: not defined. */
 static double top_entropy(const statistics *s, size_t j) {
     const top_entry *top = s->top + j * s->K;
@@ -5094,14 +5108,9 @@ static double top_entropy(const statistics *s, size_t j) {
     while (active < s->K && top[active].value > 0) total += top[active++].value;
     if (active < needed) return -1;
     for (size_t i = 0; i < active; i++) {
-        double share = 0;
-        size_t first = 0;
+        double share = class_activation(top, active, i) / total;
         if (top[i].other < 0) return -1;
-        while (top[first].other != top[i].other) first++;
-        if (first < i) continue;                             /* its class was counted */
-        for (size_t k = i; k < active; k++)
-            share += top[k].other == top[i].other ? top[k].value : 0;
-        entropy -= share / total * log64(share / total);
+        if (share > 0) entropy -= share * log64(share);
     }
     return entropy > 0 ? entropy : 0;
 }
@@ -5350,8 +5359,8 @@ static int begin_merge(session *s, const sc_safetensors *file) {
     const sc_tensor *class = sc_tensor_find(file, "class_counts");
     const char *threshold = sc_metadata_find(file, "threshold");
     const char *names = sc_metadata_find(file, "class_names");
-    if (!top || !patch || patch->shape[0] != top->shape[0]
-        || (class && class->shape[1] != top->shape[0]))
+    if (!top || top->rank != 2 || top->count == 0 || !patch || patch->rank != 2 || patch->count == 0
+        || patch->shape[0] != top->shape[0] || (class && class->shape[1] != top->shape[0]))
         return fail("%s: these are no statistics", file->path);
     s->sae[0].d_sae = top->shape[0];
     s->data.T = (size_t)number_in(file, "tokens_per_image", 10);
@@ -5688,7 +5697,7 @@ static int command_pack(session *s) {
 /* --- encode: what comes waits in temporary files until all tensors can be written --- */
 
 static int spool_failed(void) {
-    return fail("a temporary file cannot be written or read back: %s", strerror(errno));
+    return fail("a temporary file cannot be written, read or made: %s", strerror(errno));
 }
 
 /* Their first failure sticks: it is enough to ask now and then. */
@@ -5779,8 +5788,7 @@ static int command_encode(session *s) {
     SC_TRY(try_output(s->o->output));
     SC_TRY(open_session(s));
     for (int i = 0; i < 2; i++)
-        if (!(s->spool[i] = tmpfile()))
-            return fail("no temporary file can be made: %s", strerror(errno));
+        if (!(s->spool[i] = tmpfile())) return spool_failed();
     s->batch[0].reconstruct = s->o->reconstruction;
     SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
     while ((status = next_encoded(s, s->data.set.count)) == SC_OK) SC_TRY(spool_batch(s));
@@ -5925,6 +5933,8 @@ static int open_statistics(viewer *v, const char *path) {
     const char *sae = sc_metadata_find(&v->stats, "sae_digest");
     const char *first_patch = sc_metadata_find(&v->stats, "first_patch");
     if (!data || !sae) return fail("%s: these are no statistics: a digest is missing", path);
+    if (sc_metadata_find(&v->stats, "shard"))
+        return fail("%s: statistics of one shard, expected what merge makes of all", path);
     if (!v->any_data && strtoull(data, NULL, 16) != v->s->data.set.digest)
         return fail("%s: statistics of other data", path);
     if (strtoull(sae, NULL, 16) != sae_digest(&v->s->sae[0]))
@@ -6113,8 +6123,6 @@ static int show_sheets(viewer *v) {
     size_t count[MOST_LATENTS] = { 0 }, columns = 1, l = 0, cell = 0;
     feed *f = &v->s->data;
     int status = SC_END;
-    if (strcmp(v->s->o->operand[0], "-") == 0)
-        return usage("top picks images: a stream has no choice of them");
     SC_TRY(open_viewer(v, 1));
     SC_TRY(list_images(v, count));
     size_t K = v->of[TOP_IMAGES]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
@@ -6162,13 +6170,9 @@ static size_t top_classes(const viewer *v, top_entry *largest, size_t room) {
     while (active < K && v->entry[active].value > 0) total += v->entry[active++].value;
     for (size_t i = 0; i < room; i++) largest[i] = nothing;
     for (size_t i = 0; i < active; i++) {
-        double share = 0;
-        size_t first = 0;
-        while (v->entry[first].other != v->entry[i].other) first++;
-        for (size_t k = i; k < active && first == i; k++)
-            share += v->entry[k].other == v->entry[i].other ? v->entry[k].value : 0;
-        top_entry class = { (float)(share / total), 0, v->entry[i].other };
-        if (class.other >= 0) keep_largest(largest, room, class);
+        double share = class_activation(v->entry, active, i) / total;
+        if (v->entry[i].other >= 0)
+            keep_largest(largest, room, (top_entry){ (float)share, 0, v->entry[i].other });
     }
     while (found < room && largest[found].value > 0) found++;
     return found;
@@ -6254,6 +6258,7 @@ static int explain(viewer *v) {
         if (o->output) SC_TRY(show_mask(v, j, 0));
     }
     if (rows == 0) note("no latent fires there");
+    if (rows == 0 && strcmp(o->format, "json") == 0) puts("[]");
     return rows > 0 ? print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows) : SC_OK;
 }
 
@@ -6289,7 +6294,7 @@ enum {
 /* What a file holds, and what the figure says of it. row: [rows], of a kind's columns */
 typedef struct {
     const char *path;
-    sc_safetensors file;             /* statistics, once looked into */
+    sc_safetensors file;             /* statistics, while they are read */
     double (*row)[4];
     size_t rows, capacity;
     char words[160];
@@ -6739,8 +6744,10 @@ static int command_plot(session *s) {
     if (p.kind->draw == draw_latents && operand[1 + 2])
         return usage("plot latents: at most 2 files were expected");
     for (; operand[p.count + 1] && status == SC_OK; p.count++) {
-        p.series[p.count].path = operand[p.count + 1];
-        status = p.kind->read(&p.series[p.count]);
+        plot_series *each = &p.series[p.count];
+        each->path = operand[p.count + 1];
+        status = p.kind->read(each);
+        sc_safetensors_close(&each->file);
     }
     if (status == SC_OK) status = output_open(&out, s->o->output);
     if (status == SC_OK) {
@@ -6749,10 +6756,7 @@ static int command_plot(session *s) {
         fputs("</svg>\n", p.out);
         status = output_commit(&out);
     }
-    for (plot_series *each = p.series; each < p.series + p.count; each++) {
-        sc_safetensors_close(&each->file);
-        free(each->row);
-    }
+    while (p.count > 0) free(p.series[--p.count].row);
     return status;
 }
 
@@ -6973,7 +6977,7 @@ static int keep_mask(atlas *a, size_t slot, const double *mask) {
         a->digits[p] = "0123456789abcdef"[mask[p] > 0 ? (int)ceil(15 * mask[p] / largest) : 0];
     if (fseeko(a->masks, (off_t)(slot * patches), SEEK_SET) == 0 &&
         fwrite(a->digits, patches, 1, a->masks) == 1) return SC_OK;
-    return fail("a temporary file cannot be written: %s", strerror(errno));
+    return spool_failed();
 }
 
 static int write_jpeg(atlas *a, FILE *out, size_t i) {
@@ -7014,8 +7018,7 @@ static int write_latent(atlas *a, FILE *out, size_t j) {
         const top_entry *e = &v->entry[k];
         const char *comma = "";
         if (fseeko(a->masks, (off_t)((j * a->K + k) * v->patches), SEEK_SET) != 0 ||
-            fread(a->digits, v->patches, 1, a->masks) != 1)
-            return fail("a temporary file cannot be read back: %s", strerror(errno));
+            fread(a->digits, v->patches, 1, a->masks) != 1) return spool_failed();
         fprintf(out, "%s[%lld,%.6g,%lld,", k ? ",\n" : "", (long long)e->image, (double)e->value,
                 (long long)e->other);
         print_json(out, image_name(&v->s->data, (size_t)e->image));
@@ -7094,8 +7097,6 @@ static int write_atlas(atlas *a) {
 static int show_atlas(viewer *v) {
     char page[MAX_PATH], data[MAX_PATH];
     atlas a = { .v = v, .n = 0 };
-    if (strcmp(v->s->o->operand[0], "-") == 0)
-        return usage("atlas picks images: a stream has no choice of them");
     v->kind = VALUE_MASK;
     SC_TRY(open_viewer(v, 1));
     SC_TRY(join_path(v->s->o->output, "index.html", page));
@@ -7104,7 +7105,7 @@ static int show_atlas(viewer *v) {
     a.K = v->of[TOP_IMAGES]->shape[1];
     a.P = v->of[TOP_PATCHES]->shape[1];
     a.masks = v->s->spool[0] = tmpfile();
-    if (!a.masks) return fail("no temporary file can be made: %s", strerror(errno));
+    if (!a.masks) return spool_failed();
     if (mkdir(data, 0777) != 0 && errno != EEXIST)
         return fail("%s: the folder cannot be made: %s", data, strerror(errno));
     if (unlink(page) != 0 && errno != ENOENT)
@@ -7783,6 +7784,8 @@ static int check_options(const options *o, const struct command_row *command, in
         return usage("%s: %s was expected", name, command->synopsis);
     if (o->acts && (operands || o->model))
         return usage("--acts and -m MODEL IMAGES exclude each other");
+    if ((command->bit & (TOP | ATLAS)) && strcmp(o->operand[0], "-") == 0)
+        return usage("%s picks images: a stream has no choice of them", name);
     if (o->saes > 1 && command->bit != EVAL) return usage("%s takes one SAE: -s FILE", name);
     if (command->bit == ZEROSHOT && !o->saes && (o->layer || o->hook || o->arch || o->k))
         return usage("zeroshot: --layer, --hook, --arch and --k are about an SAE: -s FILE");
@@ -7969,7 +7972,10 @@ static const char *const atlas_page[] = {
     "        arrange();",
     "        follow();",
     "    },",
-    "    part(number, latents) { parts[number] = latents; }",
+    "    part(number, latents) {",
+    "        parts[number] = latents;",
+    "        load(number);",
+    "    }",
     "};",
     "",
     "function make(tag, parent, properties) {",
@@ -8093,7 +8099,7 @@ static const char *const atlas_page[] = {
     "",
     "function follow() {",
     "    const named = new URLSearchParams(location.hash.slice(1)).get('latent') ?? order[0];",
-    "    if (data.index[named] === undefined) return tell('There is no latent ' + named + '.');",
+    "    if (!(Number(named) in data.index)) return tell('There is no latent ' + named + '.');",
     "    latent = Number(named);",
     "    $('name').textContent = document.title = 'Latent ' + latent;",
     "    $('name').href = '#latent=' + latent;",
@@ -8115,7 +8121,7 @@ static const char *const atlas_page[] = {
     "    if (parts[number]) return show(parts[number][latent % data.part]);",
     "    if (Object.keys(parts).length > 16) parts = {};",
     "    const src = 'data/' + number + '.js';",
-    "    make('script', document.head, { src, onload() { load(number); this.remove(); },",
+    "    make('script', document.head, { src, onload() { this.remove(); },",
     "                                    onerror() { tell(src + ' cannot be read.'); } });",
     "}",
     "",
@@ -8170,7 +8176,7 @@ static const char *const atlas_page[] = {
     "$('after').onclick = () => step(1);",
     "onkeydown = event => {",
     "    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];",
-    "    if (!by || event.target.matches('select')) return;",
+    "    if (!by || event.altKey || event.metaKey || event.target.matches('select')) return;",
     "    event.preventDefault();",
     "    step(by);",
     "};",

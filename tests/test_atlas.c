@@ -54,6 +54,8 @@ static void atlas_explain(void)
     check(look_run(EXPLAIN "- --patch 0,0 < both.ppm") == 0 && look_says("0.8"), "a picture on standard input");
     check(look_run("explain -s sae.safetensors -m model.safetensors -t mixed.stats dark.ppm") == 0
           && look_says("no latent fires"), "where none fires explain says so");
+    check(look_run(EXPLAIN "dark.ppm --format json") == 0 && strcmp(look_output, "[]\n") == 0,
+          "no latent is an empty list: %s", look_output);
     check_full_disk(EXPLAIN "both.ppm");
 }
 
@@ -72,6 +74,9 @@ static void atlas_explain_refusals(void)
               look_output);
     check(look_run("explain -s other.safetensors -m model.safetensors -t mixed.stats both.ppm") == 1
           && look_says("another SAE"), "statistics of another SAE are refused");
+    check(look_run("stats -s sae.safetensors -m model.safetensors mixed --shard 1/2 -o half.stats --quiet") == 0
+          && look_run("explain -s sae.safetensors -m model.safetensors -t half.stats both.ppm") == 1
+          && look_says("one shard"), "statistics of a part of the data are refused");
     check(look_run("explain -s sae.safetensors -m model.safetensors both.ppm") == 2 && look_says("-t"),
           "explain needs statistics");
 }

@@ -324,6 +324,8 @@ static const cli_case cli_usage[] = {
     { 2, "--layer", "extract --quiet -m @model --layer 0 @photos -o @out" },
     { 2, "nobody knows", "stats --quiet -s @sae -m @model - --shard 1/2 -o @out" },
     { 2, "merge: ", "merge -o @out" },
+    { 2, "top picks images", "top -s @sae -t @stats -m @model - -l 1 -o @out" },
+    { 2, "atlas picks images", "atlas -s @sae -t @stats -m @model - -o @out" },
     { 2, "-o is missing", "merge @stats" },
     { 2, "stats takes one SAE", "stats -s @sae -s @sae --acts @acts -o @out" },
     { 2, "encode takes one SAE", "encode -s @sae -s @sae --acts @acts -o @out" },
@@ -1553,6 +1555,12 @@ static void cli_test_resume(void)
                    recipe));
     check(cli_same("@part", "@whole_sae"), "a resumed run ends with another SAE");
     check(strcmp(cli_log("@part.csv"), cli_log("@whole.csv")) == 0, "a resumed run's log differs");
+    if (symlink(cli("@ckpt12"), cli("@led")) != 0) need("a link");
+    cli_copy("@ckpt12", "@was12");
+    works("%s", cli("%s--steps 13 -o @part --checkpoint @led --resume", recipe));
+    check(cli_same("@led.prev", "@was12") && !cli_same("@led", "@was12"),
+          "a checkpoint that a link leads to is lost");
+    cli_copy("@was12", "@ckpt12");
     cli_copy("@ckpt10", "@ckpt");                /* as if killed after step 12, the log ahead */
     works("%s", cli("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume", recipe));
     check(cli_same("@part", "@whole_sae"), "a second resumed run ends with another SAE");

@@ -201,6 +201,18 @@ static void stats_merge_refuses(void)
     refuses(1, "shard 1 of 1 was there before", "merge %s %s -o %s", in_folder("whole"), in_folder("whole"), out);
     refuses(1, "a shard of 1, but", "merge %s %s -o %s", one, in_folder("whole"), out);
     refuses(1, "these are no statistics", "merge " GOLDEN "acts.safetensors -o %s", out);
+    /* Lists that are no matrices: K = 0, and nowhere to put their values. */
+    static const char *const flat[] = { "max_activating_image_values", "max_activating_patch_values", "sae_sparsity",
+                                        "sae_mean_acts", "top_entropy" };
+    const float value = 0;
+    sc_writer w;
+    int status = sc_writer_open(&w, in_folder("flat"), 0);
+    for (size_t i = 0; i < sizeof flat / sizeof *flat && status == SC_OK; i++) {
+        status = sc_writer_tensor(&w, flat[i], SC_F32, 1, (size_t[]){ 1 });
+        if (status == SC_OK) status = sc_writer_floats(&w, &value, 1);
+    }
+    check(status == SC_OK && sc_writer_finish(&w) == SC_OK, "%s", sc_error());
+    refuses(1, "these are no statistics", "merge %s -o %s", in_folder("flat"), out);
     refuses(1, "cannot be opened", "merge %s %s -o %s", one, in_folder("nowhere"), out);
     static const char *const wrong[] = { "0/2", "3/2", "1", "1/0", "1/2x", "1/1025", "-1/2", "a/b", "99999/99999" };
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
