@@ -35,23 +35,24 @@ tests/synth: $(SOURCE) tests/synth.c
 	$(BUILD) -O1 $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
 
 # The whole method, into out/: on pictures that are drawn for it and the small model in weights/, or on
-# the user's own with MODEL=FILE IMAGES=DIR. LATENTS are those that get a sheet; by default twelve that
-# know shapes, colours and textures of what is drawn, the same in every run. CLASS is the user's own.
+# the user's own with MODEL=FILE IMAGES=DIR. LATENTS=J,J,... get a sheet, by default twelve that know best
+# what is drawn, or are strongest on the first photo. CLASS=C: masks of its mean, not of the first photo.
 MODEL     = weights/demo.safetensors
 IMAGES    =
 PICTURES  = 2000
 UNSEEN    = 500
 EXPANSION = 4
 EPOCHS    = 4
-LATENTS   = 412,127,386,312,433,286,477,277,91,204,181,348
-CLASS     = 0
+LATENTS   =
+CLASS     =
 demo: saeclip tests/synth
 	@MODEL="$(MODEL)" IMAGES="$(IMAGES)" PICTURES=$(PICTURES) UNSEEN=$(UNSEEN) EXPANSION=$(EXPANSION) \
-	    EPOCHS=$(EPOCHS) LATENTS=$(LATENTS) CLASS=$(CLASS) tests/demo.sh
+	    EPOCHS=$(EPOCHS) LATENTS="$(LATENTS)" CLASS="$(CLASS)" tests/demo.sh
 
-# The report, whole: make report MODEL=clip.safetensors TRAIN=photos VAL=others OUT=report. KEEP=1 keeps the
-# activations, 0.6 MB an image of ViT-B/16, and spares the model ten of twelve passes. REPORTED: a file with
-# the report's own table.
+# The report, whole: make report MODEL=clip.safetensors TRAIN=photos VAL=others OUT=report. Photos are folders,
+# lists or packed sets; they are resized to SQUARE first, as pack does. KEEP=1 keeps the activations, 0.6 MB
+# an image of ViT-B/16, and spares the model ten of twelve passes. REPORTED: a file with the report's own table.
+# CLASS and LATENTS=J,J,... are figure 6's: a class of VAL, by number; by default its first photo's strongest.
 TRAIN    =
 VAL      =
 OUT      =
@@ -66,11 +67,11 @@ KEEP     =
 REPORTED =
 report: EXPANSION = 64
 report: EPOCHS    = 1
-report: LATENTS   =
+report: CLASS     = 0
 report: saeclip
 	@MODEL="$(MODEL)" TRAIN="$(TRAIN)" VAL="$(VAL)" OUT="$(OUT)" LAYER=$(LAYER) SQUARE=$(SQUARE) BATCH=$(BATCH) \
-	    LR=$(LR) WARMUP=$(WARMUP) L1=$(L1) K=$(K) EXPANSION=$(EXPANSION) EPOCHS=$(EPOCHS) LATENTS=$(LATENTS) \
-	    CLASS=$(CLASS) KEEP=$(KEEP) REPORTED="$(REPORTED)" tests/report.sh
+	    LR=$(LR) WARMUP=$(WARMUP) L1=$(L1) K=$(K) EXPANSION=$(EXPANSION) EPOCHS=$(EPOCHS) LATENTS="$(LATENTS)" \
+	    CLASS="$(CLASS)" KEEP=$(KEEP) REPORTED="$(REPORTED)" tests/report.sh
 
 test: saeclip tests/test tests/synth
 	tests/test

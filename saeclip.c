@@ -5835,8 +5835,8 @@ static int start_zeroshot(session *s) {
                     model->file.path);
     if (s->saes) s->data.tap[0].replace = replace_by_output;
     s->data.tap[0].context = s;
-    SC_TRY(match_classes(&s->data.set, model));
-    return start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 1);
+    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 1));
+    return match_classes(&s->data.set, model);
 }
 
 /* An image counts where its label is among the best 1 or 5 classes; ties go to the lower one. */

@@ -193,7 +193,7 @@ static struct { int status; char *out, *err; size_t out_count, err_count; } ran;
 /* What the next run gets, until changed: its standard input (NULL: an empty one), the most bytes of
  * memory it may address (0: any; not under a sanitizer), and the seconds until it is killed.
  * Environment variables are inherited: setenv() and unsetenv() before. */
-static struct { const char *input; size_t memory; unsigned seconds; } with = { NULL, 0, 300 };
+static struct { const char *input; size_t memory; unsigned seconds; } with = { NULL, 0, 1200 };
 
 /* The instruction set that the tests were started with: SAECLIP_ISA, NULL for the machine's best. */
 static const char *given_isa(void)

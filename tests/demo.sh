@@ -2,7 +2,7 @@
 # `make demo`: the whole method in a minute, on pictures that are drawn for it and the small CLIP in weights/, or
 # on the user's own MODEL and IMAGES. Everything goes into out/. The variables are the Makefile's.
 set -eu
-drawn=out/world/pictures unseen=out/unseen/pictures acts=out/seen.safetensors
+drawn=out/world/pictures unseen=out/unseen/pictures acts=out/seen.safetensors warmup=20
 # What suits the drawn world, which is simple, and the report's values with a higher rate for shorter runs.
 if [ "$IMAGES" ]; then own=1 l1=8e-5 k=32 lr=1e-3
 else own='' l1=1.3e-3 k=8 lr=2e-3 IMAGES=$drawn; fi
@@ -20,7 +20,7 @@ saeclip() {                                      # shows what it does
     ./saeclip "$@" --quiet
 }
 train() {
-    saeclip train --acts $acts --arch "$@" --expansion "$EXPANSION" --epochs "$EPOCHS" --lr $lr --warmup 20 \
+    saeclip train --acts $acts --arch "$@" --expansion "$EXPANSION" --epochs "$EPOCHS" --lr $lr --warmup $warmup \
         --b-dec geomedian
 }
 # The columns of eval's table that a terminal has room for.
@@ -33,9 +33,22 @@ short_table() {
                               $at["mse"], 100 * $at["explained_variance"], $at["l0"],
                               $at["entropy_mean"] < 0 ? "-" : sprintf("%.2f", $at["entropy_mean"]), $at["dead"] }' "$1"
 }
+# The latents that score found to know these things best, each once: J,J,...
+knowing() {
+    for name; do awk -v name="$name" '$(NF - 4) == name { print $(NF - 3); exit }' out/scores.txt; done |
+        awk '!seen[$1]++' | paste -s -d , -
+}
+# The twelve that are strongest on the first photo, of those that fire on no larger share of all photos.
+strongest() {                                    # SHARE
+    ./saeclip explain -s out/relu.safetensors -t out/relu.stats.safetensors -m "$MODEL" "$IMAGES" --limit 1 \
+        --max-frequency "$1" --format csv --quiet | sed -n 's/^\([0-9]*\),.*/\1/p' | head -n 12 | paste -s -d , -
+}
 
+rm -rf out/figures out/masks out/sheets out/atlas    # not to be taken for this run's
 mkdir -p out/figures
-rm -rf out/masks                                 # whose files are all drawn
+if [ "$own" ] && [ "$MODEL" = weights/demo.safetensors ]; then
+    say "Note: $MODEL knows drawn shapes, not photos. MODEL=FILE names another model."
+fi
 if [ ! "$own" ]; then
     say "Pictures of shapes: $PICTURES to learn from, $UNSEEN others to test on. Does the model know what it sees?"
     rm -rf out/world out/unseen
@@ -49,6 +62,13 @@ saeclip extract -m "$MODEL" "$IMAGES" -o $acts
 [ "$own" ] || saeclip extract -m "$MODEL" $unseen -o out/unseen.safetensors
 
 say "Two sparse autoencoders of $EXPANSION latents for each dimension of the activations"
+# images, steps of 16 of them each, a fifth of these, and the epochs that make 500
+set -- $(./saeclip info $acts | awk -v epochs="$EPOCHS" '$1 == "activations" {
+    steps = int($3 * epochs / 16 + 0.5); print $3, steps, int(steps / 5), int(8000 / $3) + 1 }')
+if [ "$2" -lt 100 ]; then
+    warmup=$3
+    echo "  ($1 images make $2 steps, which is little: more photos, or EPOCHS=$4, make better latents)"
+fi
 train relu --l1 $l1 --log out/relu.csv -o out/relu.safetensors
 train topk --k $k --log out/topk.csv -o out/topk.safetensors
 
@@ -68,6 +88,16 @@ if [ ! "$own" ]; then
     done
 fi
 
+if [ ! "$own" ]; then
+    say "For each thing drawn the latent that knows it best: area under the ROC curve and overlap with the true mask"
+    saeclip encode -s out/relu.safetensors --mean --acts $acts -o out/codes.safetensors
+    saeclip encode -s out/relu.safetensors --mean --acts out/unseen.safetensors -o out/unseen.codes.safetensors
+    tests/synth score --seed 1 --codes out/codes.safetensors --unseen out/unseen.codes.safetensors >out/scores.txt
+    cat out/scores.txt
+    : "${LATENTS:=$(knowing cross disc ring square star triangle blue red yellow checked dotted striped)}"
+fi
+for share in 0.5 1; do : "${LATENTS:=$(strongest $share)}"; done
+
 say "Figures"
 set -- out/relu.stats.safetensors
 saeclip plot curves out/relu.csv out/topk.csv -o out/figures/curves.svg
@@ -76,27 +106,25 @@ saeclip plot latents "$@" -o out/figures/latents.svg
 for kind in activations counts; do
     saeclip plot $kind out/relu.stats.safetensors out/topk.stats.safetensors -o out/figures/$kind.svg
 done
-if [ "$own" ]; then set -- "$IMAGES" --class "$CLASS" -l "$LATENTS"
-else
+if [ ! "$own" ]; then
     set -- "$unseen/red star"/*.ppm
-    set -- "$1" -l 204,277,312,433
+    [ -f "$1" ] || set -- "$unseen"/*/*.ppm
+    set -- "$1" -l "$(knowing checked red square star)"
+elif [ "$CLASS" ]; then set -- "$IMAGES" --class "$CLASS" -l "$LATENTS"
+else set -- "$IMAGES" --limit 1 -l "$LATENTS"
 fi
 if saeclip mask -s out/relu.safetensors -m "$MODEL" "$@" -o out/masks; then
-    for known in 204-checked 277-red 312-square 433-star; do
-        [ "$own" ] || mv out/masks/latent_${known%-*}_*.pgm out/masks/${known#*-}-${known%-*}.pgm
+    for name in checked red square star; do
+        latent=$(knowing $name)
+        [ "$own" ] || cp out/masks/latent_"$latent"_*.pgm out/masks/$name-"$latent".pgm
     done
+    [ "$own" ] || rm out/masks/latent_*.pgm
     saeclip plot mask out/masks/*.pgm -o out/figures/mask.svg
-else say "  (no figure of masks: CLASS=C names another class)"; fi
+else say "  (no figure of masks, for this reason)"; fi
 
 say "What latents mean: sheets of their top pictures, dark where they are silent, and an atlas of all of them"
 set -- -s out/relu.safetensors -t out/relu.stats.safetensors -m "$MODEL" "$IMAGES"
-saeclip top "$@" -l "$LATENTS" --mask value -o out/sheets
+[ ! "$LATENTS" ] || saeclip top "$@" -l "$LATENTS" --mask value -o out/sheets
 saeclip atlas "$@" -o out/atlas
 
-if [ ! "$own" ]; then
-    say "For each thing drawn the latent that knows it best: area under the ROC curve and overlap with the true mask"
-    saeclip encode -s out/relu.safetensors --mean --acts $acts -o out/codes.safetensors
-    saeclip encode -s out/relu.safetensors --mean --acts out/unseen.safetensors -o out/unseen.codes.safetensors
-    tests/synth score --seed 1 --codes out/codes.safetensors --unseen out/unseen.codes.safetensors
-fi
 say "Now open out/atlas/index.html, then out/figures/*.svg and out/sheets/*.ppm."
