@@ -5837,8 +5837,8 @@ static int start_zeroshot(session *s) {
                     model->file.path);
     if (s->saes) s->data.tap[0].replace = replace_by_output;
     s->data.tap[0].context = s;
-    SC_TRY(match_classes(&s->data.set, model));
-    return start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 1);
+    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 1));
+    return match_classes(&s->data.set, model);
 }
 
 /* An image counts where its label is among the best 1 or 5 classes; ties go to the lower one. */
@@ -5902,6 +5902,7 @@ typedef struct {
     size_t images, patches;          /* patches: of an image */
     double *mask;                    /* [MEASURE_IMAGES, patches], one latent's on the batch */
     double *sum;                     /* [latents, patches], of a class */
+    double *colour;                  /* [S, S, 3], the sum of a class's pictures */
     unsigned char *picture;          /* room for what is drawn */
     size_t width, height;            /* of a sheet */
     int made;                        /* the folder, by us */
@@ -6068,6 +6069,25 @@ static int choose_class(viewer *v, long class) {
     return fail("--class %ld: no image is of this class (of %zu)", class, f->set.classes);
 }
 
+/* Latents' mean masks of a class, over the mean of its pictures. */
+static int show_class(viewer *v, long class) {
+    feed *f = &v->s->data;
+    size_t S = f->model.image_size;
+    char name[96];
+    for (size_t e = 0; v->colour && e < S * S * 3; e++)
+        f->pixels[e] = (unsigned char)floor(v->colour[e] / (double)f->used + 0.5);
+    for (size_t l = 0; l < v->latents; l++) {
+        double *mask = v->sum + l * v->patches;
+        snprintf(name, sizeof name, "latent_%zu_class_%ld", v->latent[l], class);
+        for (size_t p = 0; p < v->patches; p++) mask[p] /= (double)f->used;
+        SC_TRY(write_mask(v, name, mask));
+        if (!v->colour) continue;
+        draw_crop(v->picture, 3 * S, f->pixels, S, mask, f->grid);
+        SC_TRY(write_picture(v, name, 3, S, S));
+    }
+    return SC_OK;
+}
+
 static int show_masks(viewer *v) {
     long class = v->s->o->class_index;
     feed *f = &v->s->data;
@@ -6076,6 +6096,9 @@ static int show_masks(viewer *v) {
     SC_TRY(open_viewer(v, v->kind == TOP_MASK));
     v->images = class >= 0 ? 0 : f->set.count;
     if (class >= 0) SC_TRY(choose_class(v, class));
+    size_t pixels = f->is_file ? 0 : 3 * f->model.image_size * f->model.image_size;
+    if (class >= 0 && pixels)
+        SC_TRY(allocate(&v->s->memory, &v->colour, pixels, sizeof *v->colour));
     SC_TRY(start_feed(f, MEASURE_IMAGES, v->image ? listed_draw : NULL, v, 0));
     while ((status = next_encoded(v->s, v->images)) == SC_OK)
         for (size_t l = 0; l < v->latents; l++) {
@@ -6084,15 +6107,11 @@ static int show_masks(viewer *v) {
                 SC_TRY(show_mask(v, v->latent[l], i));
             for (size_t e = 0; e < f->count * v->patches && class >= 0; e++)
                 v->sum[l * v->patches + e % v->patches] += v->mask[e];
+            for (size_t e = 0; v->colour && l == 0 && e < f->count * pixels; e++)
+                v->colour[e % pixels] += f->pixels[e];
         }
     if (status != SC_END) return status;
-    for (size_t l = 0; l < v->latents && class >= 0; l++) {
-        char name[96];
-        snprintf(name, sizeof name, "latent_%zu_class_%ld", v->latent[l], class);
-        for (size_t p = 0; p < v->patches; p++) v->sum[l * v->patches + p] /= (double)f->used;
-        SC_TRY(write_mask(v, name, v->sum + l * v->patches));
-    }
-    return SC_OK;
+    return class >= 0 ? show_class(v, class) : SC_OK;
 }
 
 /* The sheet of latent j is complete; the next one starts dark. */

@@ -1241,7 +1241,7 @@ static void cli_test_shrinking(void)
     check(!exists(cli("@out")) && !exists(cli("@out.tmp")), "and output stays");
     unsigned char head[256] = { 0 };
     head[0] = (unsigned char)sprintf((char *)head + 8, "{\"images\":{\"dtype\":\"U8\",\"shape\":"
-        "[%d,%d,%d,3],\"data_offsets\":[0,%ld]}}", PICTURES, SIDE, SIDE, 3L * SIDE * SIDE * PICTURES);
+        "[%d,%d,%d,3],\"data_offsets\":[0,%lld]}}", PICTURES, SIDE, SIDE, 3LL * SIDE * SIDE * PICTURES);
     put_file(cli("@sparse.safetensors"), head, 8 + (size_t)head[0]);
     if (truncate(cli("@sparse.safetensors"), 8 + head[0] + (off_t)3 * SIDE * SIDE * PICTURES) != 0) {
         skip("this file system has no sparse files of 1.5 GB");

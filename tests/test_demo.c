@@ -249,8 +249,8 @@ static void demo_some_classes(void)
     check(rename(from, to) == 0, "%s cannot become %s", from, to);
     refuses(1, "class 'pink disc' is none of the 48 that weights/demo.safetensors names",
             "zeroshot --quiet -m weights/demo.safetensors %s", in_folder("some"));
-    check(rename(to, in_folder("flat")) == 0, "%s cannot become flat", to);
-    refuses(1, "zeroshot needs labels", "zeroshot --quiet -m weights/demo.safetensors %s", in_folder("flat"));
+    check(rename(to, in_folder("unlabelled")) == 0, "%s cannot become unlabelled", to);
+    refuses(1, "zeroshot needs labels", "zeroshot --quiet -m weights/demo.safetensors %s", in_folder("unlabelled"));
 }
 
 static void test_demo(void)

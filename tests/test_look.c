@@ -249,6 +249,9 @@ static void look_mask(void)
           && is_mask("masks/latent_0_1_1.ppm.pgm", 0, 0, 0, 255), "the two top patches");
     check(look_run("mask " LOOK " -l 0 -o classes --class 0") == 0
           && is_mask("classes/latent_0_class_0.pgm", 255, 191, 64, 255), "the mean over a class");
+    static const int mean[4] = { 128, 102, 51, 128 };            /* of red0 and red1, halves up */
+    check(look_read("classes/latent_0_class_0.ppm", file, 100) == 59
+          && is_crop(file + 11, 4, 0, 0, mean, none, 15), "it lies over the mean of the class's pictures");
     check(look_run("mask " LOOK " -l 1,0 -o classes --class 1") == 0
           && is_mask("classes/latent_0_class_1.pgm", 0, 0, 0, 0)
           && is_mask("classes/latent_1_class_1.pgm", 0, 255, 0, 0), "class by class");
