@@ -212,6 +212,7 @@ static int quiet, line_open;         /* line_open: progress stands on the termin
 enum { TEXT_ROOM = 600 };            /* of a text that is shown */
 
 static const char *printable(const char *text, char *out, size_t room);
+static int check_maps(void);
 
 /* A line on standard error. */
 SC_PRINTF(1, 2) static void note(const char *format, ...) {
@@ -259,7 +260,7 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
 /* Whether all that was printed reached standard output. A reader that went away is told nothing. */
 static int end_of_output(void) {
     int lost = fflush(stdout) != 0;
-    if (!lost && !ferror(stdout)) return SC_OK;
+    if (!lost && !ferror(stdout)) return check_maps();
     /* It may have failed long ago, and musl then forgets the rest: another byte tells why. */
     if (!lost && write(STDOUT_FILENO, "\n", 1) == 1) errno = EIO;
     if (errno == EPIPE) return fail("%s", "");
@@ -1660,7 +1661,13 @@ static int sort_by_name(const char *path, void *list, size_t count, size_t size)
 
 /* A mapped file that someone cuts short raises SIGBUS where it is read, in any thread. What main()
  * has a handler say and remove then lies ready: handlers may not even format a line. */
-static struct { atomic_uintptr_t begin, size; char line[TEXT_ROOM + 100]; } maps[64];
+static struct {
+    atomic_uintptr_t begin, size;
+    const char *path;
+    dev_t device;
+    ino_t inode;
+    char line[TEXT_ROOM + 100];
+} maps[64];
 static _Atomic(const char *) unfinished;         /* the output's temporary name */
 
 static int map_file(sc_safetensors *file) {
@@ -1683,8 +1690,23 @@ static int map_file(sc_safetensors *file) {
     while (maps[i].size && i < COUNT(maps) - 1) i++;
     snprintf(maps[i].line, sizeof maps[i].line, "\nsaeclip: %s: became shorter while it was read, "
              "expected a file that stays\n", printable(file->path, safe, sizeof safe));
+    maps[i].path = file->path;
+    maps[i].device = about.st_dev;
+    maps[i].inode = about.st_ino;
     maps[i].begin = (uintptr_t)map;
     maps[i].size = file->size;
+    return SC_OK;
+}
+
+/* What is cut off within a file's last page reads as zeros: no signal tells, so we look before a
+ * result counts. One that was replaced or removed is still whole in our map. */
+static int check_maps(void) {
+    struct stat now;
+    for (size_t i = 0; i < COUNT(maps); i++)
+        if (maps[i].size && stat(maps[i].path, &now) == 0 && now.st_dev == maps[i].device
+            && now.st_ino == maps[i].inode && (uintmax_t)now.st_size < maps[i].size)
+            return fail("%s: became shorter while it was read, expected a file that stays",
+                        maps[i].path);
     return SC_OK;
 }
 
@@ -1849,6 +1871,7 @@ static int output_open(sc_output *out, const char *path) {
 /* Ends the output in either case: the whole file stands under its name, or nothing does. */
 static int output_commit(sc_output *out) {
     int status = output_write(out, "", 0);                   /* whether all went well so far */
+    if (status == SC_OK) status = check_maps();
     errno = EIO;                                             /* as in end_of_output() */
     if (status == SC_OK && (fflush(out->file) != 0 || ferror(out->file) || (out->temporary &&
         (fsync(fileno(out->file)) != 0 || rename(out->temporary, out->target) != 0))))
@@ -2114,10 +2137,13 @@ typedef struct {
 static double decoder_seconds = 120;
 static size_t decoder_bytes = 6 * MAX_PIXELS;
 
-/* The next byte, or EOF. A decoder is waited for in steps of 0.2 seconds: a time in which we were
- * stopped ourselves counts as one. */
+static atomic_int stop_signal;       /* training is to stop; any thread may be interrupted by it */
+
+/* The next byte, or EOF. We wait in steps of 0.2 seconds: for a decoder only so often (a time in
+ * which we were stopped ourselves counts as one), for a stream until training is to stop. */
 static int next_byte(image_source *s) {
     struct pollfd pipe = { .fd = s->fd, .events = POLLIN };
+    int stream = s->fd == STDIN_FILENO;
     ssize_t got = -1;
     if (s->at < s->end) return s->bytes[s->at++];
     do {
@@ -2126,9 +2152,11 @@ static int next_byte(image_source *s) {
         if (s->decoder && s->taken > decoder_bytes) s->stopped = "wrote too much";
         if (s->stopped) return EOF;
         errno = EINTR;                         /* stays where nothing came */
-        if (!s->decoder || poll(&pipe, 1, 200) > 0) got = read(s->fd, s->bytes, sizeof s->bytes);
+        if (stream && stop_signal) break;
+        if (!(s->decoder || stream) || poll(&pipe, 1, 200) > 0)
+            got = read(s->fd, s->bytes, sizeof s->bytes);
         s->waited += fmin(seconds_now() - before, 0.2);
-    } while (s->decoder && got < 0 && errno == EINTR);       /* a stream: training is to stop */
+    } while (got < 0 && errno == EINTR);
     if (got < 0) s->error = errno;
     s->at = got > 0;
     s->end = got > 0 ? (size_t)got : 0;
@@ -4605,8 +4633,6 @@ static int training_draw(void *context, size_t draw, size_t *image) {
     return SC_OK;
 }
 
-static atomic_int stop_signal;       /* any thread may be the one that is interrupted */
-
 static void on_signal(int number) { stop_signal = number; }
 
 /* All that decides a run's numbers and can be told in words, as metadata of the SAE or, where there
@@ -4806,6 +4832,9 @@ static int choose_sae(training_run *run) {
     sc_sae *sae = &run->trainer.sae;
     feed *f = &run->data;
     size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D, place;
+    if (!o->d_sae && (size_t)o->expansion > SC_MAX_LATENTS / f->D)
+        return usage("--expansion %ld: %zu inputs times that are more than %d latents",
+                     o->expansion, f->D, SC_MAX_LATENTS);
     SC_TRY(o->init ? sc_sae_open(sae, o->init) : sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
     SC_TRY(connect_sae(f, sae, o, 1, &place));
@@ -4916,10 +4945,7 @@ static int train(const options *o) {
     const char *name = o->checkpoint ? o->checkpoint : o->output;
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
-    /* A signal ends the wait for a stream, and nothing else: a decoder's bytes must all come. */
-    int stream = o->operand[0] && strcmp(o->operand[0], "-") == 0;
-    struct sigaction action = { .sa_handler = on_signal,
-                                .sa_flags = SA_RESETHAND | (stream ? 0 : SA_RESTART) };
+    struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESETHAND | SA_RESTART };
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");
@@ -5454,7 +5480,9 @@ static int merge_files(session *s, const sc_safetensors *first) {
         SC_TRY(status);
     }
     for (size_t i = 1; i <= shards; i++)
-        if (!there[i]) return fail("shard %zu of %zu is missing", i, shards);
+        if (!there[i])
+            return fail("%s: one of %zu shards, of which shard %zu is missing", first->path, shards,
+                        i);
     return SC_OK;
 }
 
@@ -5505,9 +5533,11 @@ static void print_for_people(int markdown, const table_cell *cells, size_t colum
     }
 }
 
-/* A CSV field: quoted, what a terminal might obey shown as ?. */
+/* A CSV field: quoted, what a terminal might obey shown as ?, what a spreadsheet might take for a
+ * formula behind a '. */
 static void print_csv_text(const char *name) {
     putchar('"');
+    if (*name && name[1] && strchr("=+-@", *name)) putchar('\'');
     for (size_t length; *name; name += length ? length : 1) {
         length = utf8_length(name);
         if (length == 0 || control_at(name)) putchar('?');
@@ -7568,8 +7598,8 @@ enum {                               /* commands, and what several of them have 
     MERGE = 4096, EXPLAIN = 8192, PLOT = 16384, ATLAS = 32768, EVERY = 65535,
     LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
     SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
-    DATA = TRAIN | ENCODE | EVAL | STATS, PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,
-    PICTURES = PHOTOS | PACK,
+    DATA = TRAIN | ENCODE | EVAL | STATS, ACTS = DATA | MASK,
+    PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT, PICTURES = PHOTOS | PACK,
     OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
 };
 
@@ -7587,14 +7617,16 @@ static const struct option_row {
 } option_table[] = {
 #define AT(field) .place = offsetof(options, field)
 #define OVER "overrules the model's "
-#define LIVE "; no effect with --acts"
+#define LIVE "; no effect with --acts"       /* where there is such an option */
     { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
-    { "-s", "FILE", TEXTS, AT(sae), SAES,
-      "the SAE (eval: as many as wanted; zeroshot: x' takes x's place)" },
-    { "-t", "FILE", TEXT, AT(stats), LOOKS, "statistics (mask: of --mask top)" },
+    { "-s", "FILE", TEXTS, AT(sae), SAES & ~(EVAL | ZEROSHOT), "the SAE" },
+    { "-s", "FILE", TEXTS, AT(sae), EVAL, "an SAE; as many as wanted" },
+    { "-s", "FILE", TEXTS, AT(sae), ZEROSHOT, "an SAE, whose x' takes x's place" },
+    { "-t", "FILE", TEXT, AT(stats), LOOKS & ~MASK, "the SAE's statistics" },
+    { "-t", "FILE", TEXT, AT(stats), MASK, "the SAE's statistics; no effect without --mask top" },
     { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
     { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
-    { "--acts", "FILE", TEXT, AT(acts), DATA | MASK, "saved activations, not -m and IMAGES" },
+    { "--acts", "FILE", TEXT, AT(acts), ACTS, "saved activations, not -m and IMAGES" },
     { "--also", "DATA", TEXT, AT(also), EVAL, "a second data set of the same kind" },
     { "--layer", "L", WHOLE, AT(layer), PHOTOS,
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
@@ -7608,7 +7640,8 @@ static const struct option_row {
     { "--crop", "torchvision|hf", CHOICE, AT(crop), PICTURES,
       "the centre crop's rounding" LIVE, "torchvision" },
     { "--limit", "N", WHOLE, AT(limit), PICTURES, "first N images", NULL, 1, 2e9 },
-    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES, "name bad images and go on" LIVE },
+    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES & ~(TOP | EXPLAIN | ATLAS),
+      "name bad images and go on" LIVE },
     { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS & ~ENCODE, OVER "image_mean" LIVE },
     { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS, OVER "image_std" LIVE },
     { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS, OVER "activation" LIVE },
@@ -7694,7 +7727,8 @@ static const struct command_row {
       command_top, 1, 1 },
     { MASK, "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
       "-s sae.safetensors -m clip.safetensors photo.jpg -l 7 -o masks", command_mask, 0, 1 },
-    { PLOT, "plot", "KIND FILE ... -o SVG", "figures: curves latents activations counts mask",
+    { PLOT, "plot", "KIND FILE ... -o SVG",
+      "figures: curves of logs; latents, activations, counts of STATS; mask of PGMs",
       "latents stats.safetensors -o latents.svg", command_plot, 2, MAX_OPERANDS },
     { EXPLAIN, "explain", "-s SAE -m MODEL -t STATS IMAGE", "the strongest latents of an image",
       "-s sae.safetensors -m clip.safetensors -t stats.safetensors photo.jpg --patch 7,7 -o masks",
@@ -7725,8 +7759,11 @@ static int print_command_help(const struct command_row *command) {
     printf("saeclip %s %s\n\n%s\n\n", command->name, command->synopsis, command->help);
     for (const struct option_row *row = option_table; row < option_table + OPTIONS; row++) {
         const char *value = row->kind == CHOICE ? "KIND" : row->value ? row->value : "";
+        const char *live = command->bit & ACTS ? NULL : strstr(row->help, LIVE);
+        int length = live ? (int)(live - row->help) : (int)strlen(row->help);
         if (!(row->commands & command->bit)) continue;
-        printf("    %s %-*s %s", row->name, 23 - (int)strlen(row->name), value, row->help);
+        printf("    %s %-*s %.*s", row->name, 23 - (int)strlen(row->name), value, length,
+               row->help);
         if (row->kind == CHOICE) printf(": %s", row->value);
         if (row->fallback) printf(" (default %s)", row->fallback);
         puts("");
@@ -7766,9 +7803,10 @@ static int set_option(options *o, const struct option_row *row, const char *text
 }
 
 static int was_given(const options *o, const char *name) {
-    size_t i = 0;
-    while (strcmp(option_table[i].name, name) != 0) i++;
-    return (int)(o->given >> i & 1);
+    int given = 0;
+    for (size_t i = 0; i < OPTIONS; i++)
+        given |= strcmp(option_table[i].name, name) == 0 && (o->given >> i & 1);
+    return given;
 }
 
 /* One argument that begins with -, and its value. */
@@ -7877,7 +7915,19 @@ static void on_bus_error(int number, siginfo_t *info, void *context) {
     signal(number, SIG_DFL);         /* not in a file: it comes again, and ends us */
 }
 
+/* Ends us as it would have, without what is half written. */
+static void on_end(int number) {
+    const char *name = unfinished;
+    if (name) unlink(name);
+    raise(number);                   /* SA_RESETHAND: nobody handles it any more */
+}
+
 int main(int argc, char **argv) {
+    static const int ends[] = { SIGHUP, SIGINT, SIGTERM };
+    struct sigaction before, action = { .sa_handler = on_end, .sa_flags = SA_RESETHAND };
+    for (size_t i = 0; i < COUNT(ends); i++)
+        if (sigaction(ends[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+            sigaction(ends[i], &action, NULL);
     signal(SIGPIPE, SIG_IGN);                    /* writing fails instead, and says why */
     signal(SIGXFSZ, SIG_IGN);
     sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO },
@@ -8202,7 +8252,7 @@ static const char *const atlas_page[] = {
     "    step(by);",
     "};",
     "onhashchange = follow;",
-    "onresize = reveal;",
+    "onresize = () => { fill(); draw(); };",
     "matchMedia('(prefers-color-scheme: dark)').onchange = draw;",
     "</script>",
     "<script src='data/latents.js'></script>",

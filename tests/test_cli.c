@@ -298,6 +298,8 @@ static const cli_case cli_usage[] = {
     { 2, "--rtol: '-1'", "compare --rtol -1 @acts @acts" },
     { 2, "--size: '0'", "pack @photos --size 0 -o @out" },
     { 2, "--square: '99999'", "pack @photos --square 99999 -o @out" },
+    { 2, "top takes no option --skip-bad",
+      "top --skip-bad -s @sae -t @stats -m @model @photos -l 1 -o @out" },
     { 2, "--hook: 'residual'", "extract -m @model --hook residual @photos -o @out" },
     { 2, "--hook: 'm'", "extract -m @model --hook m @photos -o @out" },
     { 2, "--tokens: 'none'", "extract -m @model --tokens none @photos -o @out" },
@@ -702,6 +704,7 @@ static void cli_test_activations(void)
         { 1, "@below: the label of image 2", "stats -s @sae --acts @below -o @out" },
         { 1, "@above: the label of image 2", "stats -s @sae --acts @above -o @out" },
         { 1, "@names: ", "stats -s @sae --acts @names -o @out" },
+        { 2, "--expansion 65536: 65536 inputs", "train --acts @wide --expansion 65536 -o @out" },
         { 1, "@ear: metadata hook = 'ear'", "train --acts @ear -o @out" },
         { 1, "@ear: activations of hook ear where mlp", "eval -s @sae --acts @ear" },
         { 1, "@no-such: cannot be opened", "eval -s @sae --acts @acts --also @no-such" },
@@ -723,6 +726,8 @@ static void cli_test_activations(void)
                                                         .value = 3 });
     cli_edit(cli("@acts"), cli("@ear"), (cli_change){ .key = "hook", .text = "ear" });
     cli_edit(cli("@acts"), cli("@names"), (cli_change){ .key = "class_names", .text = "[\"a\",]" });
+    cli_edit(cli("@acts"), cli("@wide"), (cli_change){
+        .shape_of = activations, .rank = 3, .shape = { 7, 1, 65536 } });   /* x 65536 is 0 in 32 bits */
     cli_all(cases);
 }
 
@@ -1373,6 +1378,30 @@ static void cli_table_of(const char *name)
     remove(path);
 }
 
+/* What a spreadsheet would take for a formula is text in CSV, and itself elsewhere; "-" is none. */
+static void cli_test_formulas(void)
+{
+    static const char *const names[] = { "=1+1", "+1", "-1", "@x", "a=1", "-" };
+    char place[400], path[420], line[60], cell[40];
+    size_t count;
+    snprintf(place, sizeof place, "%s", cli("@sheet"));
+    mkdir(place, 0777);
+    cli_copy("@acts", "@sheet/acts");
+    cli_with.in = place;
+    for (size_t i = 0; i < COUNT(names); i++) {
+        snprintf(path, sizeof path, "%s/%s", place, names[i]);
+        const char *bytes = get_file(cli("@sae"), &count);
+        put_file(path, bytes, count);
+        for (int csv = 0; csv < 2; csv++) {
+            snprintf(line, sizeof line, "eval -s %s --acts acts --format %s", names[i], csv ? "csv" : "json");
+            snprintf(cell, sizeof cell, "%s\"%s%s\",", csv ? "\n" : ": ", csv && i < 4 ? "'" : "", names[i]);
+            cli_end(cli_start(line));
+            check(ran.status == 0 && strstr(ran.out, cell), "%s: %d, %s %s", line, ran.status, ran.out, ran.err);
+        }
+    }
+    cli_with.in = NULL;
+}
+
 /* Odd names as classes and images of a folder: packed, the set's names are the same again, as far as
  * they are UTF-8; what is made of them on disk stays in the folder that was named. */
 static void cli_test_names(void)
@@ -1754,6 +1783,37 @@ static void cli_test_waiting(void)
     with.seconds = 300;
 }
 
+/* Any other command that is ended takes what it had begun to write along; a signal that nohup has it
+ * ignore stays ignored. */
+static void cli_test_ended(void)
+{
+    static const int signals[] = { SIGHUP, SIGINT, SIGTERM, SIGHUP };
+    struct stat about;
+    size_t count;
+    if (mkfifo(cli("@ended.in"), 0600) != 0) need("a pipe");
+    cli_input("@ended.in");
+    for (size_t i = 0; i < COUNT(signals); i++) {
+        if (i == 3) signal(SIGHUP, SIG_IGN);
+        pid_t child = cli_start(cli("pack --quiet - --size 16 -o @ended"));
+        if (i == 3) signal(SIGHUP, SIG_DFL);
+        FILE *in = fopen(cli("@ended.in"), "w");
+        if (!in) need("a pipe");
+        const char *bytes = get_file(cli("@photos/birds/a.ppm"), &count);
+        for (int image = 0; image < MEASURE_IMAGES; image++) fwrite(bytes, 1, count, in);
+        fflush(in);
+        while ((stat(cli("@ended.tmp"), &about) != 0 || about.st_size == 0)
+               && waitpid(child, NULL, WNOHANG) == 0)
+            nanosleep(&(struct timespec){ 0, 1000000 }, NULL);
+        kill(child, signals[i]);
+        if (i == 3) fclose(in);
+        cli_end(child);
+        if (i < 3) fclose(in);
+        check(ran.status == (i < 3 ? -signals[i] : 0) && exists(cli("@ended")) == (i == 3)
+              && !exists(cli("@ended.tmp")), "signal %d: status %d", signals[i], ran.status);
+    }
+    cli_input(NULL);
+}
+
 /* Weights so far off after step 1 that the squared gradient of step 2 is beyond a float's range: step
  * and latent are named, and the checkpoint of the step before is what it would have been. */
 static void cli_test_overflow(void)
@@ -1830,6 +1890,7 @@ static void test_cli(void)
     cli_test_shrinking();
     cli_test_orphans();
     cli_test_names();
+    cli_test_formulas();
     cli_test_escapes();
     cli_test_steps();
     cli_test_epochs();
@@ -1838,6 +1899,7 @@ static void test_cli(void)
     cli_test_damage();
     cli_test_signals();
     cli_test_waiting();
+    cli_test_ended();
     cli_test_overflow();
     cli_test_shared_log();
 }

@@ -912,6 +912,36 @@ static void files_memory(void)
     free(header);
 }
 
+/* A file of a few bytes, mapped, is cut short: within a page nobody is told. What is made from it must not
+ * count; a file that was replaced or removed meanwhile is still whole in the map. */
+static void files_shrinking(void)
+{
+    static const char header[] = "{\"x\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,12]}}";
+    sc_safetensors file = { 0 };
+    sc_output out;
+    char path[400], moved[400];
+    snprintf(path, sizeof path, "%s", files_put_tensors(header, strlen(header), 12));
+    snprintf(moved, sizeof moved, "%s", in_folder("moved"));
+    for (int how = 0; how < 3; how++) {
+        put_text(in_folder("made"), "old");
+        if (sc_safetensors_open(&file, files_put_tensors(header, strlen(header), 12)) != SC_OK)
+            need("%s", sc_error());
+        if (how == 0) check(truncate(path, (off_t)file.size - 4) == 0, "cannot be cut");
+        else if (how == 1) remove(path);
+        else check(rename(path, moved) == 0 && (put_text(path, "another"), 1), "cannot be replaced");
+        int status = output_open(&out, in_folder("made"));
+        if (status == SC_OK) output_write(&out, "new", 3);
+        if (status == SC_OK) status = output_commit(&out);
+        check(status == (how == 0 ? SC_FAILED : SC_OK) && holds(in_folder("made"), how == 0 ? "old" : "new"),
+              "made from a file that shrank, vanished, was replaced (%d): status %d", how, status);
+        check(end_of_output() == status, "and printed (%d)", how);
+        check(how > 0 || (strstr(sc_error(), path) && strstr(sc_error(), "became shorter")),
+              "a file that shrank: %s", sc_error());
+        sc_safetensors_close(&file);
+    }
+    check(end_of_output() == SC_OK, "a file that was closed still counts");
+}
+
 static void test_files(void)
 {
     files_numbers();
@@ -927,4 +957,5 @@ static void test_files(void)
     files_writer_errors();
     files_many();
     files_memory();
+    files_shrinking();
 }
