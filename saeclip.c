@@ -89,11 +89,17 @@ static _Thread_local char error_text[1024];
 
 const char *sc_error(void) { return error_text; }
 
+/* A line with a long path in it loses its middle. */
 SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
+    enum { HALF = sizeof error_text / 2 - 2 };
+    char line[16 * sizeof error_text];
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(error_text, sizeof error_text, format, arguments);
+    vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
+    size_t length = strlen(line);
+    if (length < sizeof error_text) memcpy(error_text, line, length + 1);
+    else sprintf(error_text, "%.*s...%s", HALF, line, line + length - HALF);
     return status;
 }
 
@@ -380,19 +386,40 @@ void sc_threads_stop(void) {
     pool.round = 0;
 }
 
+/* --- Signals that end us. What must end with us is found here; only the first thread takes them,
+ * and not while something is begun that is not found here yet --- */
+
+static const int end_signals[] = { SIGHUP, SIGINT, SIGTERM };
+static _Atomic(const char *) unfinished[2];      /* outputs' temporary names */
+static _Atomic(pid_t) children[SC_MAX_THREADS];  /* each thread's decoder, which leads a group */
+static atomic_int may_stop, stop_signal;         /* training: is asked to stop, once; by which */
+
+/* Holds these signals back; returns the mask to set again. */
+static sigset_t hold_signals(void) {
+    sigset_t held, before;
+    sigemptyset(&held);
+    for (size_t i = 0; i < COUNT(end_signals); i++) sigaddset(&held, end_signals[i]);
+    pthread_sigmask(SIG_BLOCK, &held, &before);
+    return before;
+}
+
+static void take_signals(sigset_t mask) { pthread_sigmask(SIG_SETMASK, &mask, NULL); }
+
 int sc_threads_start(int threads) {
+    int error = 0;
     sc_threads_stop();
     if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
     if (threads > SC_MAX_THREADS) threads = SC_MAX_THREADS;
-    for (int i = 1; i < threads; i++) {
-        int error = pthread_create(&pool.thread[i], NULL, worker_main, (void *)(intptr_t)i);
-        if (error) {
-            sc_threads_stop();
-            return fail("thread %d of %d cannot be started: %s", i + 1, threads, strerror(error));
-        }
-        pool.workers = i + 1;
+    sigset_t mask = hold_signals();              /* which threads inherit */
+    for (int i = 1; i < threads && !error; i++) {
+        error = pthread_create(&pool.thread[i], NULL, worker_main, (void *)(intptr_t)i);
+        pool.workers = i + !error;
     }
-    return SC_OK;
+    take_signals(mask);
+    if (!error) return SC_OK;
+    int started = pool.workers;
+    sc_threads_stop();
+    return fail("thread %d of %d cannot be started: %s", started + 1, threads, strerror(error));
 }
 
 /* ============================================================================================
@@ -1510,21 +1537,25 @@ static int json_string_array(const char *text, const char *what, char ***out, si
     return j.failed;
 }
 
-/* The control character at text, Latin-1's too (in UTF-8 C2 80 to C2 9F), 0 if there is none. */
+/* The control character at text, 0 if there is none; Latin-1's too (in UTF-8 C2 80 to C2 9F), and
+ * what ends lines or turns text around (U+2028 to 202E, 2066 to 2069). */
 static unsigned control_at(const char *text) {
     const unsigned char *byte = (const unsigned char *)text;
     if (*byte == 0xc2) return byte[1] >= 0x80 && byte[1] < 0xa0 ? byte[1] : 0;
+    if (*byte == 0xe2 && byte[1] == 0x80 && byte[2] >= 0xa8 && byte[2] <= 0xae)
+        return 0x1f80u + byte[2];
+    if (*byte == 0xe2 && byte[1] == 0x81 && byte[2] >= 0xa6 && byte[2] <= 0xa9)
+        return 0x1fc0u + byte[2];
     return *byte < ' ' || *byte == 127 ? *byte : 0;
 }
 
-/* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. What could end a
- * script that it stands in is escaped, too: <, and U+2028 and U+2029, which were ends of lines. */
+/* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. < is escaped, too:
+ * it could end a script that this stands in. */
 static void print_json(FILE *out, const char *text) {
     putc('"', out);
     for (size_t length; *text; text += length ? length : 1) {
         length = utf8_length(text);
-        int line = strncmp(text, "\xe2\x80\xa8", 3) == 0 || strncmp(text, "\xe2\x80\xa9", 3) == 0;
-        unsigned code = line ? 0x2000 | (text[2] & 0x3f) : *text == '<' ? '<' : control_at(text);
+        unsigned code = *text == '<' ? '<' : control_at(text);
         if (code) fprintf(out, "\\u%04x", code);
         else if (length == 0) fputs("\xef\xbf\xbd", out);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
@@ -1660,7 +1691,7 @@ static int sort_by_name(const char *path, void *list, size_t count, size_t size)
 }
 
 /* A mapped file that someone cuts short raises SIGBUS where it is read, in any thread. What main()
- * has a handler say and remove then lies ready: handlers may not even format a line. */
+ * has a handler say then lies ready: handlers may not even format a line. */
 static struct {
     atomic_uintptr_t begin, size;
     const char *path;
@@ -1668,7 +1699,6 @@ static struct {
     ino_t inode;
     char line[TEXT_ROOM + 100];
 } maps[64];
-static _Atomic(const char *) unfinished;         /* the output's temporary name */
 
 static int map_file(sc_safetensors *file) {
     char safe[TEXT_ROOM];
@@ -1837,7 +1867,8 @@ static int open_temporary(const char *name) {
 /* Ends the output. Removes what was written, unless it was committed. */
 static void output_discard(sc_output *out) {
     if (out->file && out->temporary) unlink(out->temporary);
-    unfinished = NULL;
+    for (size_t i = 0; i < COUNT(unfinished); i++)
+        if (unfinished[i] == out->temporary) unfinished[i] = NULL;
     if (out->file) fclose(out->file);
     free(out->path);
     free(out->target);
@@ -1856,16 +1887,27 @@ static int output_open(sc_output *out, const char *path) {
     }
     if (out->target) out->temporary = join_text(out->target, ".tmp");
     if (out->path && (direct || out->temporary)) {
+        sigset_t mask = hold_signals();
         int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(out->temporary);
         out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
-        unfinished = out->file ? out->temporary : NULL;
+        if (!out->file) output_failed(out, errno);
+        if (!out->file && fd >= 0 && !direct) unlink(out->temporary);
+        if (!out->file && fd >= 0) close(fd);
+        if (out->file) unfinished[unfinished[0] != NULL] = out->temporary;
+        take_signals(mask);
         if (out->file) return SC_OK;
-        output_failed(out, errno);
-        if (fd >= 0 && !direct) unlink(out->temporary);
-        if (fd >= 0) close(fd);
     }
     output_discard(out);
     return SC_FAILED;
+}
+
+/* What the output is to replace becomes out->previous. */
+static int keep_previous(const sc_output *out) {
+    if (!out->previous || access(out->target, F_OK) != 0) return SC_OK;
+    unlink(out->previous);
+    if (link(out->target, out->previous) == 0 || rename(out->target, out->previous) == 0)
+        return SC_OK;
+    return fail("%s: cannot be kept as %s: %s", out->path, out->previous, strerror(errno));
 }
 
 /* Ends the output in either case: the whole file stands under its name, or nothing does. */
@@ -1873,8 +1915,11 @@ static int output_commit(sc_output *out) {
     int status = output_write(out, "", 0);                   /* whether all went well so far */
     if (status == SC_OK) status = check_maps();
     errno = EIO;                                             /* as in end_of_output() */
-    if (status == SC_OK && (fflush(out->file) != 0 || ferror(out->file) || (out->temporary &&
-        (fsync(fileno(out->file)) != 0 || rename(out->temporary, out->target) != 0))))
+    if (status == SC_OK && (fflush(out->file) != 0 || ferror(out->file) ||
+                            (out->temporary && fsync(fileno(out->file)) != 0)))
+        status = output_failed(out, errno);
+    if (status == SC_OK) status = keep_previous(out);
+    if (status == SC_OK && out->temporary && rename(out->temporary, out->target) != 0)
         status = output_failed(out, errno);
     if (status == SC_OK && out->temporary) *out->temporary = '\0';   /* nothing is left to remove */
     output_discard(out);
@@ -2137,10 +2182,15 @@ typedef struct {
 static double decoder_seconds = 120;
 static size_t decoder_bytes = 6 * MAX_PIXELS;
 
-static atomic_int stop_signal;       /* training is to stop; any thread may be interrupted by it */
+/* Whether nothing more is taken of a decoder. */
+static int decoder_is_late(image_source *s) {
+    if (s->decoder && s->waited > decoder_seconds) s->stopped = "took too long";
+    if (s->decoder && stop_signal) s->stopped = "was not waited for";
+    return s->stopped != NULL;
+}
 
 /* The next byte, or EOF. We wait in steps of 0.2 seconds: for a decoder only so often (a time in
- * which we were stopped ourselves counts as one), for a stream until training is to stop. */
+ * which we were stopped ourselves counts as one), for it and a stream until training is to stop. */
 static int next_byte(image_source *s) {
     struct pollfd pipe = { .fd = s->fd, .events = POLLIN };
     int stream = s->fd == STDIN_FILENO;
@@ -2148,9 +2198,8 @@ static int next_byte(image_source *s) {
     if (s->at < s->end) return s->bytes[s->at++];
     do {
         double before = seconds_now();
-        if (s->decoder && s->waited > decoder_seconds) s->stopped = "took too long";
         if (s->decoder && s->taken > decoder_bytes) s->stopped = "wrote too much";
-        if (s->stopped) return EOF;
+        if (decoder_is_late(s)) return EOF;
         errno = EINTR;                         /* stays where nothing came */
         if (stream && stop_signal) break;
         if (!(s->decoder || stream) || poll(&pipe, 1, 200) > 0)
@@ -2299,33 +2348,66 @@ static int open_image(const char *path, image_source *source) {
     return status;
 }
 
-/* Starts a decoder on a file; returns an errno. posix_spawn and not fork, which copies the page
- * tables of all our weights. Its own process group: Ctrl-C, upon which training
- * saves its state, must not look like a bad image. The lock: no other child may inherit a pipe that
- * has no FD_CLOEXEC yet. Its stderr is read at last, from end[2]; O_NONBLOCK, lest a decoder that
- * says too much should wait for us forever. */
-static int start_decoder(char **argument, int file, int end[4], pid_t *child) {
+/* A child's own process group: Ctrl-C, upon which training saves its state, must not look like a
+ * bad image. And signals as they usually are, not as we have them. */
+static void set_attributes(posix_spawnattr_t *attributes) {
+    sigset_t none, usual;
+    sigemptyset(&none);
+    sigemptyset(&usual);
+    sigaddset(&usual, SIGPIPE);
+    sigaddset(&usual, SIGXFSZ);
+    posix_spawnattr_setsigmask(attributes, &none);
+    posix_spawnattr_setsigdefault(attributes, &usual);
+    posix_spawnattr_setflags(attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGMASK
+                                         | POSIX_SPAWN_SETSIGDEF);
+}
+
+/* Starts this thread's decoder on a file; returns an errno. posix_spawn and not fork, which copies
+ * the page tables of all our weights. The lock: no other child may inherit a pipe that has no
+ * FD_CLOEXEC yet. Its stderr is read at last, from end[2]; O_NONBLOCK, lest a decoder that says too
+ * much should wait for us forever. */
+static int start_decoder(char **argument, int file, int end[4]) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     posix_spawn_file_actions_t files;
     posix_spawnattr_t attributes;
+    pid_t child = 0;
+    sigset_t mask = hold_signals();
     pthread_mutex_lock(&lock);
     int error = pipe(end) != 0 || pipe(end + 2) != 0 ? errno : 0;
     for (int i = 0; i < 4 && !error; i++) fcntl(end[i], F_SETFD, FD_CLOEXEC);
     for (int i = 2; i < 4 && !error; i++) fcntl(end[i], F_SETFL, O_NONBLOCK);
     if (!error) error = posix_spawnattr_init(&attributes);
     if (!error && (error = posix_spawn_file_actions_init(&files)) == 0) {
-        posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
+        set_attributes(&attributes);
         const int from[3] = { file, end[1], end[3] };
         for (int i = 0; i < 3 && !error; i++)
             error = posix_spawn_file_actions_adddup2(&files, from[i], i);
-        if (!error) error = posix_spawnp(child, *argument, &files, &attributes, argument, environ);
+        if (!error) error = posix_spawnp(&child, *argument, &files, &attributes, argument, environ);
+        children[worker] = error ? 0 : child;
         posix_spawn_file_actions_destroy(&files);
         posix_spawnattr_destroy(&attributes);
     }
     pthread_mutex_unlock(&lock);
+    take_signals(mask);
     for (int i = 0; i < 4; i++)
         if (end[i] >= 0 && (i % 2 == 1 || error)) close(end[i]);
     return error;
+}
+
+/* Waits for this thread's decoder, which has written all it will; returns how it ended. It may live
+ * on without its pipes, but not for long. */
+static int end_decoder(image_source *source) {
+    pid_t child = children[worker], over = 0;
+    int ended = 0;
+    for (long pause = 20000; over != child && (over >= 0 || errno == EINTR); pause += pause / 4) {
+        if (decoder_is_late(source)) kill(-child, SIGKILL);  /* with all that it started */
+        if ((over = waitpid(child, &ended, source->stopped ? 0 : WNOHANG)) != 0) continue;
+        if (pause > 100000000) pause = 100000000;
+        nanosleep(&(struct timespec){ 0, pause }, NULL);
+        source->waited += 1e-9 * (double)pause;
+    }
+    children[worker] = 0;
+    return ended;
 }
 
 /* Runs one decoder to its end. A picture counts if there was no complaint; djpeg's status 2 stands
@@ -2334,17 +2416,15 @@ static int start_decoder(char **argument, int file, int end[4], pid_t *child) {
 static int run_decoder(const char *command, int file, image_source *source, picture *result) {
     char text[512], words[256] = "", *argument[sizeof text / 2 + 1] = { NULL }, *rest = NULL;
     int end[4] = { -1, -1, -1, -1 };           /* stdout: read, write; stderr: read, write */
-    int length = snprintf(text, sizeof text, "%s", command), ended = 0, count = 0;
+    int length = snprintf(text, sizeof text, "%s", command), count = 0;
     size_t said = 0;
-    pid_t child;
     for (char *word = strtok_r(text, " \t", &rest); word; word = strtok_r(NULL, " \t", &rest))
         argument[count++] = word;
     if (count == 0 || (size_t)length >= sizeof text) {
         fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
         return MACHINE_FAILED;
     }
-    int error = lseek(file, 0, SEEK_SET) != 0 ? errno
-              : start_decoder(argument, file, end, &child);
+    int error = lseek(file, 0, SEEK_SET) != 0 ? errno : start_decoder(argument, file, end);
     if (error && error != ENOENT && error != EACCES)
         fail("%s: %s could not be started: %s", source->name, argument[0], strerror(error));
     if (error) return MACHINE_FAILED;
@@ -2355,14 +2435,13 @@ static int run_decoder(const char *command, int file, image_source *source, pict
     source->fd = end[2];
     for (int c; (c = next_byte(source)) != EOF;)
         if (said < sizeof words - 1) words[said++] = (char)c;
-    if (source->stopped) kill(-child, SIGKILL);          /* with all that it started */
     close(end[0]);
     close(end[2]);
-    while (waitpid(child, &ended, 0) < 0 && errno == EINTR) {}
+    int ended = end_decoder(source);
     if (source->stopped && !refused)
         fail("%s: %s %s and was stopped, expected a picture in %g seconds and %zu bytes",
              source->name, argument[0], source->stopped, decoder_seconds, decoder_bytes);
-    if (source->stopped) return SC_FAILED;
+    if (source->stopped) return stop_signal ? MACHINE_FAILED : SC_FAILED;
     int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
     int warned = code == 2 && strstr(argument[0], "djpeg") && !strstr(words, "Premature end of");
     if (!killed && (code == 0 || warned) && status != SC_END) return status;
@@ -2596,7 +2675,8 @@ static int open_list(sc_images *set, const char *path) {
     int status = SC_OK;
     for (size_t number = 1; status == SC_OK && set->count < set->limit &&
                             fgets(text, sizeof text, list); number++) {
-        if (strlen(text) + 1 == sizeof text) status = fail("%s: line %zu: too long", path, number);
+        if (!strchr(text, '\n') && !feof(list))
+            status = fail("%s: line %zu: too long, or with a byte 0", path, number);
         end = line = text + strspn(text, " \t\r\n");
         while (*end && !(*end == '#' && (end == line || is_blank(end[-1])))) end++;
         while (end > line && is_blank(end[-1])) end--;
@@ -2971,7 +3051,7 @@ static int read_settings(sc_model *model, const sc_model_options *given) {
         if (!saved) snprintf(assumed + used, sizeof assumed - used, ", %s %s", key, text);
         if (apply_setting(model, i, key, text) == SC_OK) continue;
         memcpy(reason, error_text, sizeof reason);
-        return fail("%s: %s %.900s", model->file.path, saved ? "metadata" : "assumed", reason);
+        return fail("%s: %s %s", model->file.path, saved ? "metadata" : "assumed", reason);
     }
     if (*assumed) note("%s does not say, assumed: %s", model->file.path, assumed + 2);
     return SC_OK;
@@ -3313,7 +3393,7 @@ static int blame_token(const feed *f, size_t token) {
     size_t image = f->image[token / f->T];
     const char *name = image_name(f, image);
     memcpy(reason, error_text, sizeof reason);
-    return fail("image %zu%s%.300s, token %zu: %.600s", image, *name ? " " : "", name, token % f->T,
+    return fail("image %zu%s%s, token %zu: %s", image, *name ? " " : "", name, token % f->T,
                 reason);
 }
 
@@ -4633,8 +4713,6 @@ static int training_draw(void *context, size_t draw, size_t *image) {
     return SC_OK;
 }
 
-static void on_signal(int number) { stop_signal = number; }
-
 /* All that decides a run's numbers and can be told in words, as metadata of the SAE or, where there
  * is no writer, into a digest. What is neither a text nor a number from 0 on is left out: the
  * model's file says how it wants photos, unless options do. */
@@ -4721,19 +4799,13 @@ static int move_state(trainer *t, const run_position at, const sc_safetensors *f
     return SC_OK;
 }
 
-/* The checkpoint before, which this one is to replace, becomes FILE.prev: what a link leads to, not
- * the link, which will lead to the new one. */
 static int write_checkpoint(sc_writer *w, void *context) {
     training_run *run = context;
     run_position at = { run->trainer.step, run->next_draw, run->recipe };
     SC_TRY(put_recipe(run, w, NULL));
     SC_TRY(move_state(&run->trainer, at, NULL, w, &at[3]));
-    SC_TRY(put_metadata(w, "position", "%llx %llx %llx %llx", at[0], at[1], at[2], at[3]));
-    if (access(run->checkpoint, F_OK) != 0) return SC_OK;
-    unlink(run->previous);
-    if (linkat(AT_FDCWD, run->checkpoint, AT_FDCWD, run->previous, AT_SYMLINK_FOLLOW) == 0
-        || rename(run->checkpoint, run->previous) == 0) return SC_OK;
-    return fail("%s: cannot be kept as %s: %s", run->checkpoint, run->previous, strerror(errno));
+    w->out.previous = run->previous;
+    return put_metadata(w, "position", "%llx %llx %llx %llx", at[0], at[1], at[2], at[3]);
 }
 
 static int save_checkpoint(training_run *run) {
@@ -4779,7 +4851,7 @@ static int resume_training(training_run *run) {
     sc_safetensors_close(&file);
     if (status == SC_OK || !before) return status;
     memcpy(reason, error_text, sizeof reason);
-    return fail("%.600s; the checkpoint before it is %.300s", reason, run->previous);
+    return fail("%s; the checkpoint before it is %s", reason, run->previous);
 }
 
 static const char log_header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
@@ -4888,7 +4960,7 @@ static int blame_step(const training_run *run, size_t token) {
     char reason[sizeof error_text];
     if (token != SIZE_MAX) blame_token(&run->data, token);
     memcpy(reason, error_text, sizeof reason);
-    return fail("step %ju%s %.980s", (uintmax_t)run->trainer.step + 1,
+    return fail("step %ju%s %s", (uintmax_t)run->trainer.step + 1,
                 token == SIZE_MAX ? ":" : ",", reason);
 }
 
@@ -4898,6 +4970,16 @@ static int stop_training(training_run *run) {
                 (uintmax_t)run->trainer.step, run->checkpoint);
 }
 
+/* No batch came: what was trained so far is kept, the reason is told. */
+static int keep_state(training_run *run) {
+    char reason[sizeof error_text];
+    if (stop_signal) return stop_training(run);
+    memcpy(reason, error_text, sizeof reason);
+    if (run->checkpoints) SC_TRY(save_checkpoint(run));
+    memcpy(error_text, reason, sizeof reason);
+    return blame_step(run, SIZE_MAX);
+}
+
 static int train_steps(training_run *run) {
     trainer *t = &run->trainer;
     feed *f = &run->data;
@@ -4905,14 +4987,14 @@ static int train_steps(training_run *run) {
         step_result result;
         size_t token = SIZE_MAX, batch = run->batch;
         int status = next_batch(f, batch);
-        if (status != SC_OK && stop_signal) return stop_training(run);
-        if (status == SC_OK && f->count < batch && t->step == 0)
+        if (status != SC_OK) return keep_state(run);
+        if (f->count < batch && t->step == 0)
             return fail("standard input: %zu images are no full batch of %zu", f->count, batch);
-        if (status == SC_OK && f->count < batch) {
+        if (f->count < batch) {
             note("the stream ended: %zu images are no full batch and were left out", f->count);
             break;
         }
-        if (status == SC_OK) status = train_step(t, f->tap[0].out, batch * f->T, &result, &token);
+        status = train_step(t, f->tap[0].out, batch * f->T, &result, &token);
         if (status != SC_OK) return blame_step(run, token);
         run->next_draw = f->draw[batch - 1] + 1;
         SC_TRY(log_step(run, &result));
@@ -4935,7 +5017,8 @@ static int run_training(training_run *run) {
                                             (size_t)o->dead_window, o->ghost };
     SC_TRY(prepare_trainer(&run->trainer, run->batch * run->data.T));
     if (o->resume) SC_TRY(resume_training(run));
-    SC_TRY(start_run(run));
+    int status = start_run(run);
+    if (status != SC_OK) return stop_signal ? stop_training(run) : status;
     SC_TRY(open_log(run));
     SC_TRY(train_steps(run));
     return save_tensors(o->output, 4096, write_trained, run);
@@ -4945,9 +5028,7 @@ static int train(const options *o) {
     const char *name = o->checkpoint ? o->checkpoint : o->output;
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
-    struct sigaction action = { .sa_handler = on_signal, .sa_flags = SA_RESETHAND | SA_RESTART };
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    may_stop = 1;
     run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");
     if (run.checkpoint) run.previous = join_text(run.checkpoint, ".prev");
     int status = run.previous ? run_training(&run) : SC_FAILED;
@@ -5411,6 +5492,9 @@ static int read_statistics(const sc_safetensors *file, const statistics_tensor *
         || memcmp(from->shape, t->shape, sizeof t->shape) != 0)
         return fail("%s: a tensor %s of the first file's shape was expected", file->path, t->name);
     for (size_t e = 0; e < from->count / t->numbers; e++) {
+        float finite[2];
+        if (t->dtype == SC_F32)
+            SC_TRY(sc_tensor_floats(file, from, e * t->numbers, t->numbers, finite));
         exact_sum sum = { 0, 0 }, more = { 0, 0 };           /* one number lies in the high half */
         char *place = (char *)t->first + e * t->step;
         copy_numbers(&more, from->data + e * bytes, t->numbers, size);
@@ -7130,9 +7214,8 @@ static int write_numbers(atlas *a, FILE *out, size_t ignored) {
     return SC_OK;
 }
 
-static int write_page(atlas *a, FILE *out, size_t line);     /* with its lines, at the end */
+static void write_page(FILE *out);               /* with its lines, at the end */
 
-/* The page comes last: a folder that has one is whole. */
 static int write_atlas(atlas *a) {
     char name[64];
     SC_TRY(list_uses(a));
@@ -7141,8 +7224,20 @@ static int write_atlas(atlas *a) {
         snprintf(name, sizeof name, "data/%zu.js", part);
         SC_TRY(save_file(a, name, write_latents, part));
     }
-    SC_TRY(save_file(a, "data/latents.js", write_numbers, 0));
-    return save_file(a, "index.html", write_page, 0);
+    return save_file(a, "data/latents.js", write_numbers, 0);
+}
+
+/* The page comes last: a folder that has one is whole. It is open from the first, lest two of us
+ * should write into one folder. */
+static int replace_atlas(atlas *a, const char *page) {
+    sc_output out;
+    SC_TRY(output_open(&out, page));
+    int status = unlink(page) == 0 || errno == ENOENT ? write_atlas(a)
+               : fail("%s: cannot be replaced: %s", page, strerror(errno));
+    if (status == SC_OK) write_page(out.file);
+    if (status == SC_OK) return output_commit(&out);
+    output_discard(&out);
+    return status;
 }
 
 static int show_atlas(viewer *v) {
@@ -7159,9 +7254,7 @@ static int show_atlas(viewer *v) {
     if (!a.masks) return spool_failed();
     if (mkdir(data, 0777) != 0 && errno != EEXIST)
         return fail("%s: the folder cannot be made: %s", data, strerror(errno));
-    if (unlink(page) != 0 && errno != ENOENT)
-        return fail("%s: cannot be replaced: %s", page, strerror(errno));
-    int status = write_atlas(&a);
+    int status = replace_atlas(&a, page);
     if (status != SC_OK) rmdir(data);                        /* goes only if it is empty */
     return status;
 }
@@ -7653,11 +7746,13 @@ static const struct option_row {
     { "--expansion", "E", WHOLE, AT(expansion), TRAIN,
       "latents a dimension; no effect with --latents", "64", 1, 65536 },
     { "--latents", "N", WHOLE, AT(d_sae), TRAIN, "latents", NULL, 1, SC_MAX_LATENTS },
-    { "--l1", "X", NUMBER, AT(l1), TRAIN, "weight of ReLU's L1 loss", "8e-5", 0, 1e9 },
+    { "--l1", "X", NUMBER, AT(l1), TRAIN, "weight of ReLU's L1 loss; no effect with topk", "8e-5",
+      0, 1e9 },
     { "--lr", "X", NUMBER, AT(lr), TRAIN, "learning rate", "4e-4", 0, 1e9 },
     { "--warmup", "STEPS", WHOLE, AT(warmup), TRAIN, "steps of rising rate", "500", 0, 1e9 },
     { "--batch", "IMAGES", WHOLE, AT(batch), TRAIN, "images a step", "16", 1, 1e9 },
-    { "--epochs", "E", NUMBER, AT(epochs), TRAIN, "rounds over the data", "1", 0, 1e9 },
+    { "--epochs", "E", NUMBER, AT(epochs), TRAIN, "rounds over the data; no effect with a stream",
+      "1", 0, 1e9 },
     { "--steps", "N", WHOLE, AT(steps), TRAIN, "steps (0: the initial SAE)", NULL, 0, 2e9 },
     { "--b-dec", "zeros|mean|geomedian|geomedian-images", CHOICE, AT(b_dec), TRAIN,
       "where the decoder's bias starts", "zeros" },
@@ -7694,7 +7789,8 @@ static const struct option_row {
     { "--format", "text|csv|json", CHOICE, AT(format), ZEROSHOT, "how to print", "text" },
     { "--format", "text|json", CHOICE, AT(format), BENCH, "how to print", "text" },
     { "--seed", "N", LARGE, AT(seed), EVERY, "train's; no effect elsewhere", "42", 0, 0x1p53 - 1 },
-    { "--threads", "N", WHOLE, AT(threads), EVERY, "default: all cores", NULL, 1, SC_MAX_THREADS },
+    { "--threads", "N", WHOLE, AT(threads), EVERY,
+      "default: all cores; no effect with merge, plot, compare", NULL, 1, SC_MAX_THREADS },
     { "--quiet", NULL, FLAG, AT(quiet), EVERY, "no progress, no remarks" } };
 
 enum { OPTIONS = COUNT(option_table) };
@@ -7722,7 +7818,8 @@ static const struct command_row {
       "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors", command_stats, 0, 1 },
     { MERGE, "merge", "STATS ... -o STATS", "joins the statistics of all shards of a data set",
       "first.safetensors second.safetensors -o both.safetensors", command_merge, 1, MAX_OPERANDS },
-    { TOP, "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "latents' top images",
+    { TOP, "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR",
+      "latents' top images; the model's options and --k: no effect without --mask value",
       "-s sae.safetensors -t stats.safetensors -m clip.safetensors photos -l 7,12 -o sheets",
       command_top, 1, 1 },
     { MASK, "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
@@ -7827,12 +7924,41 @@ static int parse_option(options *o, const struct command_row *command, char **ar
     return set_option(o, row, argv[*at + 1] ? argv[++*at] : NULL);
 }
 
+/* Whether two paths lead to one regular file, or will when it is made. */
+static int same_file(const char *a, const char *b) {
+    char folder[2][MAX_PATH];
+    struct stat at[2];
+    int there = stat(a, &at[0]) == 0, other = stat(b, &at[1]) == 0;
+    if (there != other || (there && !S_ISREG(at[0].st_mode))) return 0;
+    for (int i = 0; i < 2 && !there; i++) {
+        const char *path = i ? b : a, *name = base_name(path);
+        snprintf(folder[i], MAX_PATH, "./%.*s.", (int)(name - path), path);
+        if (stat(folder[i] + (*path == '/' ? 2 : 0), &at[i]) != 0) return 0;
+    }
+    return at[0].st_ino == at[1].st_ino && at[0].st_dev == at[1].st_dev &&
+           (there || strcmp(base_name(a), base_name(b)) == 0);
+}
+
+/* Outputs of training must be files of their own; the log, which is not replaced but written over,
+ * no input either. */
+static int check_outputs(const options *o) {
+    const char *outputs[] = { o->output, o->log, o->checkpoint };
+    const char *inputs[] = { o->model, o->acts, o->init, o->operand[0] };
+    for (int i = 0; i < 3; i++)
+        if (outputs[i] && outputs[(i + 1) % 3] && same_file(outputs[i], outputs[(i + 1) % 3]))
+            return usage("%s was given for two outputs", outputs[i]);
+    for (size_t i = 0; i < COUNT(inputs) && o->log; i++)
+        if (inputs[i] && same_file(o->log, inputs[i]))
+            return usage("--log %s is an input, expected another file", o->log);
+    return SC_OK;
+}
+
 /* What options and operands a command cannot do without, or not together. */
 static int check_options(const options *o, const struct command_row *command, int operands) {
     static const char *const apart[][2] = {
         { "--init", "--expansion" }, { "--init", "--latents" }, { "--init", "--b-dec" },
         { "--steps", "--epochs" }, { "--square", "--size" } };
-    const char *name = command->name, *outputs[] = { o->output, o->log, o->checkpoint };
+    const char *name = command->name;
     for (const char *c = command->synopsis; (c = strchr(c, '-')) != NULL; c++)
         if (c[2] == ' ' && !was_given(o, (char[]){ '-', c[1], '\0' }))
             return usage("%s: -%c is missing (saeclip %s --help)", name, c[1], name);
@@ -7852,10 +7978,7 @@ static int check_options(const options *o, const struct command_row *command, in
         return usage("--mask top needs the SAE's statistics: -t FILE");
     if (was_given(o, "--layer") && o->layer == 0)
         return usage("--layer: '0': blocks count from 1, or from -1 back from the last");
-    for (int i = 0; i < 3; i++)
-        if (outputs[i] && outputs[(i + 1) % 3] && strcmp(outputs[i], outputs[(i + 1) % 3]) == 0)
-            return usage("%s was given for two outputs", outputs[i]);
-    return SC_OK;
+    return check_outputs(o);
 }
 
 /* argv ends with NULL. */
@@ -7900,6 +8023,18 @@ static void hold_streams(void) {
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
 }
 
+/* No half file stays, and no decoder. */
+static void end_with_us(void) {
+    for (size_t i = 0; i < COUNT(unfinished); i++) {
+        const char *name = unfinished[i];
+        if (name) unlink(name);
+    }
+    for (size_t i = 0; i < COUNT(children); i++) {
+        pid_t child = children[i];
+        if (child > 0) kill(-child, SIGKILL);
+    }
+}
+
 /* The first of the threads that meet the end of a file says so; the others wait for the exit. */
 static void on_bus_error(int number, siginfo_t *info, void *context) {
     static atomic_flag told = ATOMIC_FLAG_INIT;
@@ -7908,26 +8043,29 @@ static void on_bus_error(int number, siginfo_t *info, void *context) {
     for (size_t i = 0; i < COUNT(maps); i++) {
         if (at - maps[i].begin >= maps[i].size) continue;
         while (atomic_flag_test_and_set(&told)) pause();
-        const char *name = unfinished, *line = maps[i].line + !line_open;
-        if (name) unlink(name);
+        const char *line = maps[i].line + !line_open;
+        end_with_us();
         _exit(write(STDERR_FILENO, line, strlen(line)) < 0 ? SC_FAILED : SC_FAILED);
     }
     signal(number, SIG_DFL);         /* not in a file: it comes again, and ends us */
 }
 
-/* Ends us as it would have, without what is half written. */
+/* Asks training to stop, once; else ends us as it would have without us. */
 static void on_end(int number) {
-    const char *name = unfinished;
-    if (name) unlink(name);
-    raise(number);                   /* SA_RESETHAND: nobody handles it any more */
+    if (may_stop && !stop_signal && number != SIGHUP) {
+        stop_signal = number;
+        return;
+    }
+    end_with_us();
+    signal(number, SIG_DFL);
+    raise(number);
 }
 
 int main(int argc, char **argv) {
-    static const int ends[] = { SIGHUP, SIGINT, SIGTERM };
-    struct sigaction before, action = { .sa_handler = on_end, .sa_flags = SA_RESETHAND };
-    for (size_t i = 0; i < COUNT(ends); i++)
-        if (sigaction(ends[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
-            sigaction(ends[i], &action, NULL);
+    struct sigaction before, action = { .sa_handler = on_end, .sa_flags = SA_RESTART };
+    for (size_t i = 0; i < COUNT(end_signals); i++)
+        if (sigaction(end_signals[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+            sigaction(end_signals[i], &action, NULL);
     signal(SIGPIPE, SIG_IGN);                    /* writing fails instead, and says why */
     signal(SIGXFSZ, SIG_IGN);
     sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO },
@@ -8260,10 +8398,8 @@ static const char *const atlas_page[] = {
     "</html>",
 };
 
-static int write_page(atlas *a, FILE *out, size_t line) {
-    for (; line < COUNT(atlas_page); line++) fprintf(out, "%s\n", atlas_page[line]);
-    (void)a;
-    return SC_OK;
+static void write_page(FILE *out) {
+    for (size_t i = 0; i < COUNT(atlas_page); i++) fprintf(out, "%s\n", atlas_page[i]);
 }
 
 #endif /* !SC_ISA */

@@ -101,6 +101,7 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
 typedef struct {
     char *path, *target;             /* as the caller has it; where its links lead */
     char *temporary;                 /* target.tmp; NULL: written as it is, or committed */
+    const char *previous;            /* what this is to replace stays under this name; NULL: goes */
     FILE *file;
     int error;                       /* the first errno; all that follows fails with it */
 } sc_output;

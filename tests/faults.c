@@ -830,7 +830,7 @@ const char *sc_error(void);
 #define ferror(f) (seam_is_spoiled(f) || ferror(f))
 
 #define rename(a, b) seam_rename(a, b, __LINE__)
-#define linkat(i, a, j, b, f) (FAULT(FAULT_NAMES, "link", EIO) ? -1 : linkat(i, a, j, b, f))
+#define link(a, b) (FAULT(FAULT_NAMES, "link", EIO) ? -1 : link(a, b))
 #define unlink(p) (FAULT(FAULT_NAMES, "unlink", EIO) ? -1 : unlink(p))
 #define mkdir(p, m) (FAULT(FAULT_NAMES, "mkdir", EIO) ? -1 : mkdir(p, m))
 #define rmdir(p) (FAULT(FAULT_NAMES, "rmdir", EIO) ? -1 : rmdir(p))

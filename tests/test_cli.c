@@ -319,6 +319,14 @@ static const cli_case cli_usage[] = {
     { 2, "--mean: ", "extract --quiet -m @model --mean 1,2 @photos -o @out" },
     { 2, "--std: ", "extract --quiet -m @model --std 1,2,3,4 @photos -o @out" },
     { 2, "--steps and --epochs", "train --acts @acts --steps 1 --epochs 1 -o @out" },
+    { 2, "--log @acts is an input", "train --acts @acts --steps 1 --log @acts -o @out" },
+    { 2, "--log @photos/../cli_sae is an input",
+      "train --acts @acts --init @sae --steps 1 --log @photos/../cli_sae -o @out" },
+    { 2, "--log @model is an input", "train -m @model @photos --steps 1 --log @model -o @out" },
+    { 2, "--log @list.txt is an input", "train -m @model @list.txt --steps 1 --log @list.txt -o @out" },
+    { 2, "@out was given for two", "train --acts @acts --steps 1 -o @out --log @photos/../cli_out" },
+    { 2, "@photos/../cli_out was given for two",
+      "train --acts @acts --steps 1 -o @out --checkpoint @photos/../cli_out" },
     { 2, "--init and --expansion", "train --acts @acts --init @sae --expansion 2 -o @out" },
     { 2, "--init and --latents", "train --acts @acts --init @sae --latents 2 -o @out" },
     { 2, "--init and --b-dec", "train --acts @acts --init @sae --b-dec mean -o @out" },
@@ -1283,6 +1291,42 @@ static void cli_test_orphans(void)
     remove(cli("@out.tmp"));                     /* a killed program cannot */
 }
 
+/* Nor one that is ended by a signal, whatever the decoder makes of its pipe; training, which is asked to
+ * stop, does not wait for it. The decoder has signals as they usually are. */
+static void cli_test_ended_decoders(void)
+{
+    static const char *const lines[] = { "pack @shot.jpg -o @out", "pack @shot.jpg -o @out",
+        "train --quiet -m @model @mixed.txt --order sequential --latents 8 --batch 1 --steps 4 -o @out" };
+    for (size_t i = 0; i < COUNT(lines); i++) {
+        if (i < 2) {
+            put_text(cli("@stuck.sh"), cli("exec 3>@alive; trap '' TERM HUP PIPE; sleep 600; sleep 600"));
+        } else {
+            put_text(cli("@stuck.sh"), cli("grep SigIgn /proc/self/status >@ignored; exec 3>@alive; "
+                                           "sleep 600"));
+        }
+        put_text(cli("@mixed.txt"), cli("@photos/birds/a.ppm\n@shot.jpg\n"));
+        setenv("SAECLIP_DECODER", cli("sh @stuck.sh"), 1);
+        with.seconds = 60;
+        pid_t child = cli_start(cli("%s --threads 2", cli("%s", lines[i])));
+        int alive = open(cli("@alive"), O_RDONLY);           /* now the decoder runs */
+        char byte;
+        kill(child, i == 0 ? SIGTERM : i == 1 ? SIGHUP : SIGINT);
+        cli_end(child);
+        struct pollfd end = { .fd = alive, .events = POLLIN };
+        check(poll(&end, 1, 60000) > 0 && read(alive, &byte, 1) == 0, "a decoder outlives signal %zu", i);
+        if (i < 2) check(ran.status == (i ? -SIGHUP : -SIGTERM), "%s: status %d", lines[i], ran.status);
+        else check(cli_said(1, "stopped by signal 2 after step"), "%s: %d, %s", lines[i], ran.status, ran.err);
+        check(!exists(cli("@out")) && !exists(cli("@out.tmp")), "signal %zu leaves output", i);
+        close(alive);
+    }
+    const char *ignored = get_file(cli("@ignored"), NULL);
+    unsigned long long mask = ignored && *ignored ? strtoull(ignored + strlen("SigIgn:"), NULL, 16) : 0;
+    check((mask >> (SIGPIPE - 1) & 1) == 0 && (mask >> (SIGXFSZ - 1) & 1) == 0,
+          "a decoder ignores what we do: %llx", mask);
+    with.seconds = 300;
+    unsetenv("SAECLIP_DECODER");
+}
+
 /* Escapes that a terminal would obey, in names that come from anywhere. */
 static void cli_test_escapes(void)
 {
@@ -1323,6 +1367,17 @@ static int cli_harmless(const char *text)
                                             && (unsigned char)text[1] < 0xa0)) return 0;
     }
     return 1;
+}
+
+/* A long name does not push the reason out of the line. */
+static void cli_test_long_names(void)
+{
+    char line[2100] = "info ";
+    memset(line + 5, 'a', 2000);
+    strcpy(line + 2005, "/b");
+    run("%s", line);
+    check(ran.status == 1 && strstr(ran.err, "aaa...aaa") && strstr(ran.err, "/b: cannot be opened: File name too"),
+          "a long name: %d, %s", ran.status, ran.err);
 }
 
 /* Names that are harmful somewhere: markup, quotes, formulas, options, shell commands, paths. */
@@ -1715,6 +1770,37 @@ static void cli_test_damage(void)
     check(strstr(ran.err, cli("@hurt: cannot be opened")) != NULL, "no checkpoint: %s", ran.err);
 }
 
+/* A checkpoint that cannot be finished, for want of room, takes neither the last one nor the one before
+ * along; a batch that cannot be had ends training with a checkpoint. */
+static void cli_test_kept_checkpoints(void)
+{
+    static const char recipe[] = "train --quiet --acts @acts --latents 64 --batch 2 --checkpoint @kept.ckpt "
+                                 "--checkpoint-every 1 -o @kept_sae ";
+    struct stat about, before;
+    works("%s", cli("%s--steps 4", recipe));
+    cli_copy("@kept.ckpt", "@kept4");
+    cli_copy("@kept.ckpt.prev", "@kept3");
+    if (stat(cli("@kept.ckpt"), &about) != 0) need("@kept.ckpt");
+    for (rlim_t less = 1; less < 20000; less += 3000) {
+        cli_with.most_bytes = (rlim_t)about.st_size - less;
+        cli_end(cli_start(cli("%s--steps 6 --resume", recipe)));
+        cli_with.most_bytes = 0;
+        check(cli_said(1, cli("@kept.ckpt: cannot be written: File too large")), "no room: %d, %s",
+              ran.status, ran.err);
+        check(cli_same("@kept.ckpt", "@kept4") && cli_same("@kept.ckpt.prev", "@kept3")
+              && !exists(cli("@kept.ckpt.tmp")), "%d bytes short: a checkpoint is lost", (int)less);
+    }
+    check(stat(cli("@kept.ckpt"), &about) == 0 && stat(cli("@kept.ckpt.prev"), &before) == 0
+          && about.st_ino != before.st_ino, "both are one file");
+    put_text(cli("@gone.txt"), cli("@photos/birds/a.ppm\n@photos/birds/b.ppm\n@no-such.ppm\n"));
+    cli_refuses(1, "step 3: ", "train --quiet -m @model @gone.txt --order sequential --latents 8 --batch 1 "
+                               "--steps 9 --checkpoint @gone.ckpt -o @out");
+    check(strstr(ran.err, "no-such.ppm") && exists(cli("@gone.ckpt")), "no checkpoint of step 2: %s", ran.err);
+    cli_works("train --quiet -m @model @gone.txt --order sequential --latents 8 --batch 1 --steps 2 "
+              "--checkpoint @two.ckpt -o @part");
+    check(cli_same("@gone.ckpt", "@two.ckpt"), "not that of step 2");
+}
+
 /* A signal in the middle: the log is a pipe that this test empties, so training cannot run away. */
 static void cli_test_signals(void)
 {
@@ -1779,8 +1865,36 @@ static void cli_test_waiting(void)
           && !exists(cli("@waited")), "SIGINT while waiting: status %d, %s", ran.status, ran.err);
     fclose(in);
     fclose(rows);
+    child = cli_start(cli("train --quiet -m @model - --order sequential --batch 1 --latents 8 --steps 9 "
+                          "--b-dec mean --b-dec-images 3 -o @waited"));
+    if (!(in = fopen(cli("@waited.in"), "w"))) need("pipes");
+    fwrite(bytes, 1, count, in);
+    fflush(in);
+    nanosleep(&(struct timespec){ 0, 300000000 }, NULL);
+    kill(child, SIGTERM);
+    cli_end(child);
+    check(cli_said(1, "stopped by signal 15 after step 0; "), "SIGTERM while reading ahead: %d, %s",
+          ran.status, ran.err);
+    fclose(in);
     cli_input(NULL);
     with.seconds = 300;
+}
+
+/* A second signal is not asked for patience: the log is a pipe that is full. */
+static void cli_test_impatience(void)
+{
+    char line[200];
+    pid_t child = cli_start(cli("train --quiet --acts @acts --latents 8 --batch 1 --steps 20000 -o @stopped "
+                                "--log @fifo"));
+    FILE *log = fopen(cli("@fifo"), "r");
+    if (!log || !fgets(line, sizeof line, log)) need("a pipe");
+    nanosleep(&(struct timespec){ 0, 500000000 }, NULL);
+    kill(child, SIGINT);
+    nanosleep(&(struct timespec){ 0, 200000000 }, NULL);
+    kill(child, SIGINT);
+    cli_end(child);
+    fclose(log);
+    check(ran.status == -SIGINT, "a second SIGINT: status %d, %s", ran.status, ran.err);
 }
 
 /* Any other command that is ended takes what it had begun to write along; a signal that nohup has it
@@ -1889,16 +2003,20 @@ static void test_cli(void)
     cli_test_claims();
     cli_test_shrinking();
     cli_test_orphans();
+    cli_test_ended_decoders();
     cli_test_names();
     cli_test_formulas();
     cli_test_escapes();
+    cli_test_long_names();
     cli_test_steps();
     cli_test_epochs();
     cli_test_resume();
     cli_test_resume_photos();
     cli_test_damage();
+    cli_test_kept_checkpoints();
     cli_test_signals();
     cli_test_waiting();
+    cli_test_impatience();
     cli_test_ended();
     cli_test_overflow();
     cli_test_shared_log();

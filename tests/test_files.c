@@ -190,6 +190,7 @@ static const char *files_put_tensors(const char *header, size_t header_bytes, si
 {
     size_t count = 8 + header_bytes + data_bytes;
     unsigned char *bytes = new_array(count, 1);
+    if (!bytes) need("memory");
     files_put64(bytes, header_bytes);
     memcpy(bytes + 8, header, header_bytes);
     for (size_t i = 0; i < data_bytes; i++) bytes[8 + header_bytes + i] = (unsigned char)i;

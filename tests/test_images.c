@@ -467,6 +467,7 @@ static void images_test_limits(void)
         { "trap '' TERM INT PIPE HUP; sleep 1000; sleep 1000", "took too long" },
         { "printf 'P6 2 2 255\nabc'; exec sleep 1000", "took too long" },
         { "printf 'P2 1 1 255 7\n'; exec >&-; exec sleep 1000", "took too long" },
+        { "printf 'P2 1 1 255 7\n'; exec >&- 2>&-; exec sleep 1000", "took too long" },
         { "printf 'P2 1 1 255'; while :; do printf ' '; sleep 0.01; done", "took too long" },
         { "printf 'P2 1 1 255 7\n'; exec cat /dev/zero", "wrote too much and was stopped" },
         { "printf 'P2 1 1 255 '; exec yes ''", "wrote too much" },

@@ -201,6 +201,16 @@ static void stats_merge_refuses(void)
     refuses(1, "shard 1 of 1 was there before", "merge %s %s -o %s", in_folder("whole"), in_folder("whole"), out);
     refuses(1, "a shard of 1, but", "merge %s %s -o %s", one, in_folder("whole"), out);
     refuses(1, "these are no statistics", "merge " GOLDEN "acts.safetensors -o %s", out);
+    /* A value that is not finite is named where it comes from. */
+    sc_safetensors file;
+    size_t count;
+    if (sc_safetensors_open(&file, one) != SC_OK) need("%s", sc_error());
+    size_t place = (size_t)(sc_tensor_find(&file, "sae_mean_acts")->data - file.map) + 4;
+    sc_safetensors_close(&file);
+    char *bytes = get_file(one, &count);
+    memcpy(bytes + place, (unsigned char[]){ 0, 0, 0x80, 0x7f }, 4);
+    put_file(in_folder("infinite"), bytes, count);
+    refuses(1, "infinite: tensor 'sae_mean_acts', element 1 is inf", "merge %s -o %s", in_folder("infinite"), out);
     /* Lists that are no matrices: K = 0, and nowhere to put their values. */
     static const char *const flat[] = { "max_activating_image_values", "max_activating_patch_values", "sae_sparsity",
                                         "sae_mean_acts", "top_entropy" };
