@@ -301,6 +301,8 @@ static void images_test_list(void)
     memset(line, 'a', 5999);
     images_write_text("list.txt", line);
     check(images_refuses("list.txt", "line 1: too long"), "an endless line is refused");
+    put_file(images_file("list.txt"), "a.ppm\nb.p\0m\n", 13);
+    check(images_refuses("list.txt", "line 2: too long, or with a byte 0"), "a byte 0 is refused");
     free(line);
 }
 
