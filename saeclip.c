@@ -1887,8 +1887,9 @@ static int output_open(sc_output *out, const char *path) {
     }
     if (out->target) out->temporary = join_text(out->target, ".tmp");
     if (out->path && (direct || out->temporary)) {
+        int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : -1;     /* a pipe may let us wait */
         sigset_t mask = hold_signals();
-        int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(out->temporary);
+        if (!direct) fd = open_temporary(out->temporary);
         out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
         if (!out->file) output_failed(out, errno);
         if (!out->file && fd >= 0 && !direct) unlink(out->temporary);

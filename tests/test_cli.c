@@ -1928,6 +1928,14 @@ static void cli_test_ended(void)
               && !exists(cli("@ended.tmp")), "signal %d: status %d", signals[i], ran.status);
     }
     cli_input(NULL);
+    if (mkfifo(cli("@unread"), 0600) != 0) need("a pipe");
+    with.seconds = 30;
+    pid_t child = cli_start(cli("pack --quiet @photos --size 16 -o @unread"));
+    nanosleep(&(struct timespec){ 0, 300000000 }, NULL);     /* now it waits for a reader */
+    kill(child, SIGINT);
+    cli_end(child);
+    check(ran.status == -SIGINT, "SIGINT while a pipe has no reader: status %d", ran.status);
+    with.seconds = 300;
 }
 
 /* Weights so far off after step 1 that the squared gradient of step 2 is beyond a float's range: step
