@@ -126,6 +126,7 @@ typedef struct {
     size_t element;
     float value;
     const char *key, *text;
+    const char *add;                 /* a tensor [1] more */
 } cli_change;
 
 static void cli_write_tensor(sc_writer *w, const sc_safetensors *file, const sc_tensor *t,
@@ -141,7 +142,9 @@ static void cli_write_tensor(sc_writer *w, const sc_safetensors *file, const sc_
     for (size_t i = 0; i < count; i++) {
         int64_t whole = 0;
         float number = 0;
+        double wide = 0;
         if (dtype == SC_F32) sc_tensor_floats(file, t, i % t->count, 1, &number);
+        else if (dtype == SC_F64) copy_numbers(&wide, t->data + i % t->count * sizeof wide, 1, sizeof wide);
         else sc_tensor_integers(file, t, i % t->count, 1, &whole);
         if (c->value_of && strcmp(c->value_of, t->name) == 0 && i == c->element) {
             number = c->value;
@@ -149,6 +152,7 @@ static void cli_write_tensor(sc_writer *w, const sc_safetensors *file, const sc_
         }
         unsigned char byte = (unsigned char)whole;
         if (dtype == SC_F32) sc_writer_floats(w, &number, 1);
+        else if (dtype == SC_F64) sc_writer_values(w, &wide, 1, SC_F64);
         else if (dtype == SC_U8) sc_writer_bytes(w, &byte, 1);
         else sc_writer_integers(w, &whole, 1);
     }
@@ -168,6 +172,8 @@ static void cli_edit(const char *from, const char *to, cli_change c)
     for (size_t i = 0; i < file.tensors; i++)
         if (!c.drop || strcmp(c.drop, file.tensor[i].name) != 0)
             cli_write_tensor(&w, &file, &file.tensor[i], &c);
+    if (c.add && (sc_writer_tensor(&w, c.add, SC_F32, 1, (size_t[]){ 1 }) != SC_OK
+                  || sc_writer_floats(&w, &(float){ 1 }, 1) != SC_OK)) need("%s", sc_error());
     if (sc_writer_finish(&w) != SC_OK) need("%s", sc_error());
     sc_safetensors_close(&file);
 }
@@ -737,6 +743,42 @@ static void cli_test_activations(void)
     cli_edit(cli("@acts"), cli("@wide"), (cli_change){
         .shape_of = activations, .rank = 3, .shape = { 7, 1, 65536 } });   /* x 65536 is 0 in 32 bits */
     cli_all(cases);
+}
+
+/* What is seen only once the files at hand have been read. */
+static void cli_test_late_refusals(void)
+{
+#define MANY " -s @sae -s @sae -s @sae -s @sae"
+    static const cli_case cases[] = {
+        { 1, "@scaled: tensor blocks.0.ls1.gamma has no place",
+          "extract --quiet -m @scaled @photos -o @out" },
+        { 1, "@mute: a tensor text_embeds [classes", "zeroshot --quiet -m @mute @photos" },
+        { 1, "@jump: a JumpReLU SAE", "eval -s @jump --acts @acts" },
+        { 2, "-s: more than 16", "eval" MANY MANY MANY MANY " -s @sae --acts @acts" },
+        { 2, "@late.ckpt: is of step 4, this run ends before", "train --acts @acts --latents 8 --steps 2 "
+                                                              "--checkpoint @late.ckpt --resume -o @out" },
+        { 2, "--batch 99999999: 17 tokens", "train --acts @acts --latents 8 --batch 99999999 -o @out" },
+        { 1, "7 images are no full batch of 9",
+          "train --quiet -m @model - --order sequential --latents 8 --batch 9 -o @out" },
+        { 1, "image 0, token 0: activations of 1", "stats -s @huge --acts @acts -o @out" },
+        { 1, "@shard: shard '2' where I/N", "merge @shard -o @out" },
+        { 1, "@poor: a tensor top_entropy [24] was",
+          "top --quiet -s @sae -t @poor -m @model @photos -l 0 -o @out" },
+        { 1, "@far: there is no image 99", "top --quiet -s @sae -t @far -m @model @photos -l 0 -o @out" },
+        { 1, "@far: there is no image 99", "atlas --quiet -s @sae -t @far -m @model @photos -o @out" },
+        { 0, NULL, NULL } };
+#undef MANY
+    cli_edit(GOLDEN "clip_timm.safetensors", cli("@scaled"), (cli_change){ .add = "blocks.0.ls1.gamma" });
+    cli_edit(GOLDEN "clip_hf.safetensors", cli("@mute"), (cli_change){ .drop = "text_embeds" });
+    cli_edit(cli("@sae"), cli("@jump"), (cli_change){ .add = "threshold" });
+    cli_edit(cli("@sae"), cli("@huge"), (cli_change){ .value_of = "b_enc", .value = 1e14f });
+    cli_edit(cli("@stats"), cli("@shard"), (cli_change){ .key = "shard", .text = "2" });
+    cli_edit(cli("@stats"), cli("@poor"), (cli_change){ .drop = "top_entropy" });
+    cli_edit(cli("@stats"), cli("@far"), (cli_change){ .value_of = "max_activating_image_indices", .value = 99 });
+    cli_works("train --acts @acts --latents 8 --steps 4 --checkpoint @late.ckpt -o @part");
+    cli_input("@stream");
+    cli_all(cases);
+    cli_input(NULL);
 }
 
 /* --- Pictures --- */
@@ -2000,6 +2042,7 @@ static void test_cli(void)
     cli_test_saes();
     cli_test_mismatches();
     cli_test_activations();
+    cli_test_late_refusals();
     cli_test_pictures();
     cli_test_packed();
     cli_test_decoders();
