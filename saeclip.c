@@ -5493,7 +5493,7 @@ static int read_statistics(const sc_safetensors *file, const statistics_tensor *
         || memcmp(from->shape, t->shape, sizeof t->shape) != 0)
         return fail("%s: a tensor %s of the first file's shape was expected", file->path, t->name);
     for (size_t e = 0; e < from->count / t->numbers; e++) {
-        float finite[2];
+        float finite[2];                         /* what is not is refused, by the file's name */
         if (t->dtype == SC_F32)
             SC_TRY(sc_tensor_floats(file, from, e * t->numbers, t->numbers, finite));
         exact_sum sum = { 0, 0 }, more = { 0, 0 };           /* one number lies in the high half */
@@ -8024,7 +8024,7 @@ static void hold_streams(void) {
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
 }
 
-/* No half file stays, and no decoder. */
+/* For handlers: no half file stays, and no decoder. */
 static void end_with_us(void) {
     for (size_t i = 0; i < COUNT(unfinished); i++) {
         const char *name = unfinished[i];
