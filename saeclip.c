@@ -7,25 +7,24 @@
  * There is no dependency, no build option that changes a result, and no order of work that could:
  * each sum's order is defined (section 3), so every machine gives the same bits.
  *
- *    1. Errors and memory
- *    2. Threads
- *    3. Numbers
- *    4. Kernels, one set for each instruction set
- *    5. Files
- *    6. Images
- *    7. The vision transformer
- *    8. Activations
- *    9. The sparse autoencoder
- *   10. Training
- *   11. Training runs
- *   12. Measuring
- *   13. Data sets through SAEs
- *   14. Looking
- *   15. Figures
- *   16. The atlas
- *   17. Tools
- *   18. The command line
- *   19. The atlas's page
+ *  Part I: the method
+ *    1. Numbers
+ *    2. The vision transformer            3. The sparse autoencoder
+ *    4. Training                          5. Measuring
+ *  Part II: the same, fast
+ *    6. Errors and memory                 7. Threads
+ *    8. Kernels and matrix products       9. The vision transformer, fast
+ *   10. Sparse codes                     11. Training steps
+ *   12. Counting
+ *  Part III: data in and out
+ *   13. Options and messages             14. Files
+ *   15. Images and data sets             16. Models' files
+ *   17. SAEs' files                      18. Activations
+ *  Part IV: the program
+ *   19. Training runs                    20. Data sets through SAEs
+ *   21. Looking                          22. Figures
+ *   23. The atlas                        24. Tools
+ *   25. The command line                 26. The atlas's page
  *
  * Who wants the algorithm alone reads 3, 7, 9, 10 and 12; the rest is getting data in and out. */
 #ifndef SC_ISA
@@ -78,352 +77,15 @@ char *(realpath)(const char *restrict path, char *restrict resolved);
         if (status_ != SC_OK) return status_;                                                      \
     } while (0)
 
-/* ============================================================================================
- * 1. Errors and memory
+/* ********************************************************************************************
+ * Part I: the method
  *
- * A function that can fail returns SC_OK, SC_FAILED or SC_USAGE (which are also the program's exit
- * statuses) and leaves one line of reason in a buffer of its thread; only main() prints it.
- * ============================================================================================ */
-
-static _Thread_local char error_text[1024];
-
-const char *sc_error(void) { return error_text; }
-
-/* A line with a long path in it loses its middle. */
-SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
-    enum { HALF = sizeof error_text / 2 - 2 };
-    char line[16 * sizeof error_text];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(line, sizeof line, format, arguments);
-    va_end(arguments);
-    size_t length = strlen(line);
-    if (length < sizeof error_text) memcpy(error_text, line, length + 1);
-    else sprintf(error_text, "%.*s...%s", HALF, line, line + length - HALF);
-    return status;
-}
-
-/* The input or the machine failed: "FILE: what is wrong and what was expected"; or the caller asked
- * for something that makes no sense. */
-#define fail(...) set_error(SC_FAILED, __VA_ARGS__)
-#define usage(...) set_error(SC_USAGE, __VA_ARGS__)
-
-/* count x size bytes on a cache line's boundary; NULL and a reason where that fails. Not zeroed, so
- * what is never written costs nothing where memory comes as it is first written. Never asks for 0
- * bytes, so NULL always means failure. Freed with free(). */
-static void *reserve_array(size_t count, size_t size) {
-    void *memory = NULL;
-    if ((size && count > (SIZE_MAX - 64) / size)
-        || posix_memalign(&memory, 64, count && size ? count * size : 1) != 0) {
-        fail("out of memory: %zu x %zu bytes are not to be had", count, size);
-        return NULL;
-    }
-    return memory;
-}
-
-/* The same, zeroed. */
-static void *new_array(size_t count, size_t size) {
-    void *memory = reserve_array(count, size);
-    return memory ? memset(memory, 0, count * size) : NULL;
-}
-
-/* NULL and a reason where there is no memory. */
-static char *join_text(const char *head, const char *tail) {
-    char *joined = new_array(strlen(head) + strlen(tail) + 1, 1);
-    return joined ? strcat(strcpy(joined, head), tail) : NULL;
-}
-
-static char *copy_string(const char *text) { return join_text(text, ""); }
-
-/* Makes room for one more element in a list that doubles; list points to the list's pointer. */
-static int grow(void *list, size_t *capacity, size_t count, size_t size) {
-    if (count < *capacity) return SC_OK;
-    size_t larger = *capacity ? 2 * *capacity : 64;
-    void *old, *memory = new_array(larger, size);
-    if (!memory) return SC_FAILED;
-    memcpy(&old, list, sizeof old);
-    if (count) memcpy(memory, old, count * size);
-    free(old);
-    memcpy(list, &memory, sizeof memory);
-    *capacity = larger;
-    return SC_OK;
-}
-
-/* A table of arrays: where a pointer goes, and rows x the bytes of a row. */
-typedef struct { void *pointer; size_t rows, row_bytes; } array_spec;
-
-#define ARRAY(pointer, rows, columns) { &(pointer), rows, (columns) * sizeof *(pointer) }
-#define COUNT(list) (sizeof(list) / sizeof *(list))
-
-/* Lays arrays out in a block, each on a cache line's boundary behind a first line for the block's
- * owner, or only measures them where `block` is NULL. Returns the bytes they take, SIZE_MAX if so
- * many cannot be addressed. */
-static size_t lay_out(const array_spec *array, size_t count, void *block) {
-    size_t used = 64;
-    for (size_t i = 0; i < count; i++) {
-        void *place = block ? (unsigned char *)block + used : NULL;
-        memcpy(array[i].pointer, &place, sizeof place);
-        if (array[i].row_bytes && array[i].rows > (SIZE_MAX - 63 - used) / array[i].row_bytes)
-            return SIZE_MAX;
-        used += (array[i].rows * array[i].row_bytes + 63) / 64 * 64;
-    }
-    return used;
-}
-
-/* The blocks that something owns, to be freed together: each begins with a pointer to the one
- * before. Starts as NULL. */
-typedef void *memory_list;
-
-static int new_arrays(memory_list *list, const array_spec *array, size_t count) {
-    void *block = new_array(lay_out(array, count, NULL), 1);
-    if (!block) return SC_FAILED;
-    lay_out(array, count, block);
-    memcpy(block, list, sizeof *list);
-    *list = block;
-    return SC_OK;
-}
-
-/* *pointer (the address of a typed pointer) becomes a new array on the list. */
-static int allocate(memory_list *list, void *pointer, size_t count, size_t size) {
-    return new_arrays(list, &(array_spec){ pointer, count, size }, 1);
-}
-
-static void release(memory_list *list) {
-    for (void *block = *list; block; block = *list) {
-        memcpy(list, block, sizeof *list);
-        free(block);
-    }
-}
-
-enum { MAX_OPERANDS = 1024 };        /* also the most shards of a data set */
-
-/* What the command line says. Texts are NULL, numbers 0 where not given, unless options have a
- * default (see the table of options at the end). */
-typedef struct {
-    const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
-    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch, *shard;
-    const char *operand[MAX_OPERANDS + 1];   /* IMAGES, files or lines of bench; NULL ends them */
-    sc_model_options settings;
-    const char *sae[SC_MAX_TAPS];
-    size_t saes;
-    long layer, threads, size, square, limit, k, expansion, d_sae, batch, steps, warmup;
-    long b_dec_images, dead_window, checkpoint_every, top, top_patches, class_index;
-    double l1, lr, epochs, threshold, max_frequency, rtol, atol, seed;
-    int quiet, skip_bad, ghost, resume, class_counts, dense, reconstruction, image_means;
-    uint64_t given;                          /* bit i: row i of the table was given */
-} options;
-
-static int quiet, line_open;         /* line_open: progress stands on the terminal */
-
-enum { TEXT_ROOM = 600 };            /* of a text that is shown */
-
-static const char *printable(const char *text, char *out, size_t room);
-static int check_maps(void);
-
-/* A line on standard error. */
-SC_PRINTF(1, 2) static void note(const char *format, ...) {
-    char line[sizeof error_text], safe[4 * sizeof line];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(line, sizeof line, format, arguments);
-    va_end(arguments);
-    if (quiet) return;
-    fprintf(stderr, "%ssaeclip: %s\n", line_open ? "\n" : "", printable(line, safe, sizeof safe));
-    line_open = 0;
-}
-
-static double seconds_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Progress on standard error: redrawn on a terminal, else a line now and then; words end it. The
- * first call only takes the time. total may be SIZE_MAX: not known. */
-static void show_progress(const char *what, uint64_t done, uint64_t total, uint64_t images,
-                          const char *words) {
-    static double first, last;
-    static uint64_t begin, begin_images;
-    double now = seconds_now(), passed = now - first;
-    int terminal = isatty(STDERR_FILENO), ends = done == total;
-    if (first == 0 || done <= begin) {
-        first = last = now;
-        begin = done;
-        begin_images = images;
-        return;
-    }
-    if (quiet || (ends ? !terminal && passed < 20 : now - last < (terminal ? 0.2 : 20))) return;
-    last = now;
-    line_open = terminal && !ends;
-    fprintf(stderr, "%s%s %ju", terminal ? "\r\033[K" : "saeclip: ", what, (uintmax_t)done);
-    if (total != SIZE_MAX) fprintf(stderr, " of %ju", (uintmax_t)total);
-    fprintf(stderr, ", %.1f images/s", (double)(images - begin_images) / passed);
-    if (total != SIZE_MAX && !ends)
-        fprintf(stderr, ", %.0f s left", passed / (double)(done - begin) * (double)(total - done));
-    fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
-}
-
-/* Whether all that was printed reached standard output. A reader that went away is told nothing. */
-static int end_of_output(void) {
-    int lost = fflush(stdout) != 0;
-    if (!lost && !ferror(stdout)) return check_maps();
-    /* It may have failed long ago, and musl then forgets the rest: another byte tells why. */
-    if (!lost && write(STDOUT_FILENO, "\n", 1) == 1) errno = EIO;
-    if (errno == EPIPE) return fail("%s", "");
-    return fail("standard output: cannot be written: %s", strerror(errno));
-}
-
-/* The whole text as a finite number from least to most. */
-static int parse_number(const char *text, const char *what, double least, double most,
-                        double *value) {
-    char *end;
-    *value = strtod(text, &end);
-    if (end == text || *end != '\0' || !(*value >= least && *value <= most))
-        return usage("%s: '%s' is no number from %g to %g", what, text, least, most);
-    return SC_OK;
-}
-
-/* "r,g,b" */
-static int parse_triple(const char *text, const char *what, float *value) {
-    double rgb[3];
-    char more;
-    int good = sscanf(text, "%lf,%lf,%lf%c", &rgb[0], &rgb[1], &rgb[2], &more) == 3;
-    for (int c = 0; c < 3 && good; c++) good = isfinite(value[c] = (float)rgb[c]);
-    return good ? SC_OK : usage("%s: 'R,G,B' was expected, three numbers", what);
-}
+ * The numbers, the vision transformer, the sparse autoencoder, its training and what is measured, as
+ * plain loops on one thread.
+ * ******************************************************************************************** */
 
 /* ============================================================================================
- * 2. Threads
- *
- * parallel_for(tasks, work, context) runs work(context, task) once for every task; tasks are handed
- * out in ascending order, so which thread gets which is chance, and no result may depend on it: a
- * task writes only what is its own, and the scratch memory of its `worker`.
- * If tasks fail, the one of lowest number is reported: all below it had been started, so that one
- * is always the same.
- * ============================================================================================ */
-
-typedef int task_function(void *context, size_t task);
-
-static _Thread_local size_t worker;  /* this thread's number, 0 .. thread_count() - 1 */
-
-static struct {
-    int workers;                     /* the caller counts as worker 0 */
-    pthread_t thread[SC_MAX_THREADS];/* of workers 1 .. workers - 1 */
-    pthread_mutex_t lock;
-    pthread_cond_t start, done;
-    task_function *work;
-    void *context;
-    size_t tasks, round;             /* round: how many parallel_for calls there were, or STOP */
-    int busy;                        /* threads that have not finished this round */
-    atomic_size_t next;              /* the next task to hand out */
-    size_t failed_task;
-    int status;                      /* of failed_task, if any failed */
-    char reason[sizeof error_text];
-} pool = { .workers = 1, .lock = PTHREAD_MUTEX_INITIALIZER,
-           .start = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER };
-
-#define STOP SIZE_MAX                /* the round in which threads end */
-
-static int thread_count(void) { return pool.workers; }
-
-static void run_tasks(void) {
-    for (size_t task; (task = atomic_fetch_add(&pool.next, 1)) < pool.tasks;) {
-        int status = pool.work(pool.context, task);
-        if (status == SC_OK) continue;
-        pthread_mutex_lock(&pool.lock);
-        if (pool.status == SC_OK || task < pool.failed_task) {
-            pool.failed_task = task;
-            pool.status = status;
-            memcpy(pool.reason, error_text, sizeof error_text);
-        }
-        pthread_mutex_unlock(&pool.lock);
-        atomic_store(&pool.next, pool.tasks);
-    }
-}
-
-static void *worker_main(void *argument) {
-    size_t seen = 0;
-    worker = (size_t)(intptr_t)argument;
-    pthread_mutex_lock(&pool.lock);
-    for (;;) {
-        while (pool.round == seen) pthread_cond_wait(&pool.start, &pool.lock);
-        seen = pool.round;
-        pthread_mutex_unlock(&pool.lock);
-        if (seen == STOP) return NULL;
-        run_tasks();
-        pthread_mutex_lock(&pool.lock);
-        if (--pool.busy == 0) pthread_cond_signal(&pool.done);
-    }
-}
-
-static int parallel_for(size_t tasks, task_function *work, void *context) {
-    pthread_mutex_lock(&pool.lock);
-    pool.work = work;
-    pool.context = context;
-    pool.tasks = tasks;
-    pool.status = SC_OK;
-    atomic_store(&pool.next, 0);
-    pool.busy = tasks > 1 ? pool.workers - 1 : 0;
-    if (pool.busy > 0) {
-        pool.round++;
-        pthread_cond_broadcast(&pool.start);
-    }
-    pthread_mutex_unlock(&pool.lock);
-    run_tasks();
-    pthread_mutex_lock(&pool.lock);
-    while (pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
-    pthread_mutex_unlock(&pool.lock);
-    if (pool.status != SC_OK) memcpy(error_text, pool.reason, sizeof error_text);
-    return pool.status;
-}
-
-void sc_threads_stop(void) {
-    pthread_mutex_lock(&pool.lock);
-    pool.round = STOP;
-    pthread_cond_broadcast(&pool.start);
-    pthread_mutex_unlock(&pool.lock);
-    for (; pool.workers > 1; pool.workers--) pthread_join(pool.thread[pool.workers - 1], NULL);
-    pool.round = 0;
-}
-
-/* --- Signals that end us. What must end with us is found here; only the first thread takes them,
- * and not while something is begun that is not found here yet --- */
-
-static const int end_signals[] = { SIGHUP, SIGINT, SIGTERM };
-static _Atomic(const char *) unfinished[2];      /* outputs' temporary names */
-static _Atomic(pid_t) children[SC_MAX_THREADS];  /* each thread's decoder, which leads a group */
-static atomic_int may_stop, stop_signal;         /* training: is asked to stop, once; by which */
-
-/* Holds these signals back; returns the mask to set again. */
-static sigset_t hold_signals(void) {
-    sigset_t held, before;
-    sigemptyset(&held);
-    for (size_t i = 0; i < COUNT(end_signals); i++) sigaddset(&held, end_signals[i]);
-    pthread_sigmask(SIG_BLOCK, &held, &before);
-    return before;
-}
-
-static void take_signals(sigset_t mask) { pthread_sigmask(SIG_SETMASK, &mask, NULL); }
-
-int sc_threads_start(int threads) {
-    int error = 0;
-    sc_threads_stop();
-    if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    if (threads > SC_MAX_THREADS) threads = SC_MAX_THREADS;
-    sigset_t mask = hold_signals();              /* which threads inherit */
-    for (int i = 1; i < threads && !error; i++) {
-        error = pthread_create(&pool.thread[i], NULL, worker_main, (void *)(intptr_t)i);
-        pool.workers = i + !error;
-    }
-    take_signals(mask);
-    if (!error) return SC_OK;
-    int started = pool.workers;
-    sc_threads_stop();
-    return fail("thread %d of %d cannot be started: %s", started + 1, threads, strerror(error));
-}
-
-/* ============================================================================================
- * 3. Numbers
+ * 1. Numbers
  *
  * Everything that decides a bit of a result: the fused multiply-add, the order of every sum, exp,
  * log, GELU and the random numbers. Built from IEEE operations alone, so that every machine,
@@ -636,8 +298,285 @@ static double exact_value(exact_sum sum) {
     return (double)sum.high + (double)sum.low * 0x1p-64;
 }
 
+/* ********************************************************************************************
+ * Part II: the same, fast
+ *
+ * Threads, kernels for each instruction set, tiles and sparse codes. Same bits as Part I.
+ * ******************************************************************************************** */
+
 /* ============================================================================================
- * 4. Kernels, one set for each instruction set
+ * 6. Errors and memory
+ *
+ * A function that can fail returns SC_OK, SC_FAILED or SC_USAGE (which are also the program's exit
+ * statuses) and leaves one line of reason in a buffer of its thread; only main() prints it.
+ * ============================================================================================ */
+
+static _Thread_local char error_text[1024];
+
+const char *sc_error(void) { return error_text; }
+
+/* A line with a long path in it loses its middle. */
+SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
+    enum { HALF = sizeof error_text / 2 - 2 };
+    char line[16 * sizeof error_text];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    size_t length = strlen(line);
+    if (length < sizeof error_text) memcpy(error_text, line, length + 1);
+    else sprintf(error_text, "%.*s...%s", HALF, line, line + length - HALF);
+    return status;
+}
+
+/* The input or the machine failed: "FILE: what is wrong and what was expected"; or the caller asked
+ * for something that makes no sense. */
+#define fail(...) set_error(SC_FAILED, __VA_ARGS__)
+#define usage(...) set_error(SC_USAGE, __VA_ARGS__)
+
+/* count x size bytes on a cache line's boundary; NULL and a reason where that fails. Not zeroed, so
+ * what is never written costs nothing where memory comes as it is first written. Never asks for 0
+ * bytes, so NULL always means failure. Freed with free(). */
+static void *reserve_array(size_t count, size_t size) {
+    void *memory = NULL;
+    if ((size && count > (SIZE_MAX - 64) / size)
+        || posix_memalign(&memory, 64, count && size ? count * size : 1) != 0) {
+        fail("out of memory: %zu x %zu bytes are not to be had", count, size);
+        return NULL;
+    }
+    return memory;
+}
+
+/* The same, zeroed. */
+static void *new_array(size_t count, size_t size) {
+    void *memory = reserve_array(count, size);
+    return memory ? memset(memory, 0, count * size) : NULL;
+}
+
+/* NULL and a reason where there is no memory. */
+static char *join_text(const char *head, const char *tail) {
+    char *joined = new_array(strlen(head) + strlen(tail) + 1, 1);
+    return joined ? strcat(strcpy(joined, head), tail) : NULL;
+}
+
+static char *copy_string(const char *text) { return join_text(text, ""); }
+
+/* Makes room for one more element in a list that doubles; list points to the list's pointer. */
+static int grow(void *list, size_t *capacity, size_t count, size_t size) {
+    if (count < *capacity) return SC_OK;
+    size_t larger = *capacity ? 2 * *capacity : 64;
+    void *old, *memory = new_array(larger, size);
+    if (!memory) return SC_FAILED;
+    memcpy(&old, list, sizeof old);
+    if (count) memcpy(memory, old, count * size);
+    free(old);
+    memcpy(list, &memory, sizeof memory);
+    *capacity = larger;
+    return SC_OK;
+}
+
+/* A table of arrays: where a pointer goes, and rows x the bytes of a row. */
+typedef struct { void *pointer; size_t rows, row_bytes; } array_spec;
+
+#define ARRAY(pointer, rows, columns) { &(pointer), rows, (columns) * sizeof *(pointer) }
+#define COUNT(list) (sizeof(list) / sizeof *(list))
+
+/* Lays arrays out in a block, each on a cache line's boundary behind a first line for the block's
+ * owner, or only measures them where `block` is NULL. Returns the bytes they take, SIZE_MAX if so
+ * many cannot be addressed. */
+static size_t lay_out(const array_spec *array, size_t count, void *block) {
+    size_t used = 64;
+    for (size_t i = 0; i < count; i++) {
+        void *place = block ? (unsigned char *)block + used : NULL;
+        memcpy(array[i].pointer, &place, sizeof place);
+        if (array[i].row_bytes && array[i].rows > (SIZE_MAX - 63 - used) / array[i].row_bytes)
+            return SIZE_MAX;
+        used += (array[i].rows * array[i].row_bytes + 63) / 64 * 64;
+    }
+    return used;
+}
+
+/* The blocks that something owns, to be freed together: each begins with a pointer to the one
+ * before. Starts as NULL. */
+typedef void *memory_list;
+
+static int new_arrays(memory_list *list, const array_spec *array, size_t count) {
+    void *block = new_array(lay_out(array, count, NULL), 1);
+    if (!block) return SC_FAILED;
+    lay_out(array, count, block);
+    memcpy(block, list, sizeof *list);
+    *list = block;
+    return SC_OK;
+}
+
+/* *pointer (the address of a typed pointer) becomes a new array on the list. */
+static int allocate(memory_list *list, void *pointer, size_t count, size_t size) {
+    return new_arrays(list, &(array_spec){ pointer, count, size }, 1);
+}
+
+static void release(memory_list *list) {
+    for (void *block = *list; block; block = *list) {
+        memcpy(list, block, sizeof *list);
+        free(block);
+    }
+}
+
+static uint32_t bits_of_float(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static float float_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* The index of the first value that is not finite, or count if there is none. */
+static size_t first_not_finite(const float *values, size_t count) {
+    size_t i = 0;
+    for (uint32_t most = 0; i + 64 <= count; i += 64) {      /* 64 at a time can be vectors */
+        for (size_t k = i; k < i + 64; k++)
+            most |= (bits_of_float(values[k]) & 0x7f800000) + 0x800000;
+        if (most >> 31) break;
+    }
+    while (i < count && isfinite(values[i])) i++;
+    return i;
+}
+
+/* ============================================================================================
+ * 7. Threads
+ *
+ * parallel_for(tasks, work, context) runs work(context, task) once for every task; tasks are handed
+ * out in ascending order, so which thread gets which is chance, and no result may depend on it: a
+ * task writes only what is its own, and the scratch memory of its `worker`.
+ * If tasks fail, the one of lowest number is reported: all below it had been started, so that one
+ * is always the same.
+ * ============================================================================================ */
+
+typedef int task_function(void *context, size_t task);
+
+static _Thread_local size_t worker;  /* this thread's number, 0 .. thread_count() - 1 */
+
+static struct {
+    int workers;                     /* the caller counts as worker 0 */
+    pthread_t thread[SC_MAX_THREADS];/* of workers 1 .. workers - 1 */
+    pthread_mutex_t lock;
+    pthread_cond_t start, done;
+    task_function *work;
+    void *context;
+    size_t tasks, round;             /* round: how many parallel_for calls there were, or STOP */
+    int busy;                        /* threads that have not finished this round */
+    atomic_size_t next;              /* the next task to hand out */
+    size_t failed_task;
+    int status;                      /* of failed_task, if any failed */
+    char reason[sizeof error_text];
+} pool = { .workers = 1, .lock = PTHREAD_MUTEX_INITIALIZER,
+           .start = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER };
+
+#define STOP SIZE_MAX                /* the round in which threads end */
+
+static int thread_count(void) { return pool.workers; }
+
+static void run_tasks(void) {
+    for (size_t task; (task = atomic_fetch_add(&pool.next, 1)) < pool.tasks;) {
+        int status = pool.work(pool.context, task);
+        if (status == SC_OK) continue;
+        pthread_mutex_lock(&pool.lock);
+        if (pool.status == SC_OK || task < pool.failed_task) {
+            pool.failed_task = task;
+            pool.status = status;
+            memcpy(pool.reason, error_text, sizeof error_text);
+        }
+        pthread_mutex_unlock(&pool.lock);
+        atomic_store(&pool.next, pool.tasks);
+    }
+}
+
+static void *worker_main(void *argument) {
+    size_t seen = 0;
+    worker = (size_t)(intptr_t)argument;
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (pool.round == seen) pthread_cond_wait(&pool.start, &pool.lock);
+        seen = pool.round;
+        pthread_mutex_unlock(&pool.lock);
+        if (seen == STOP) return NULL;
+        run_tasks();
+        pthread_mutex_lock(&pool.lock);
+        if (--pool.busy == 0) pthread_cond_signal(&pool.done);
+    }
+}
+
+static int parallel_for(size_t tasks, task_function *work, void *context) {
+    pthread_mutex_lock(&pool.lock);
+    pool.work = work;
+    pool.context = context;
+    pool.tasks = tasks;
+    pool.status = SC_OK;
+    atomic_store(&pool.next, 0);
+    pool.busy = tasks > 1 ? pool.workers - 1 : 0;
+    if (pool.busy > 0) {
+        pool.round++;
+        pthread_cond_broadcast(&pool.start);
+    }
+    pthread_mutex_unlock(&pool.lock);
+    run_tasks();
+    pthread_mutex_lock(&pool.lock);
+    while (pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+    if (pool.status != SC_OK) memcpy(error_text, pool.reason, sizeof error_text);
+    return pool.status;
+}
+
+void sc_threads_stop(void) {
+    pthread_mutex_lock(&pool.lock);
+    pool.round = STOP;
+    pthread_cond_broadcast(&pool.start);
+    pthread_mutex_unlock(&pool.lock);
+    for (; pool.workers > 1; pool.workers--) pthread_join(pool.thread[pool.workers - 1], NULL);
+    pool.round = 0;
+}
+
+/* --- Signals that end us. What must end with us is found here; only the first thread takes them,
+ * and not while something is begun that is not found here yet --- */
+
+static const int end_signals[] = { SIGHUP, SIGINT, SIGTERM };
+static _Atomic(const char *) unfinished[2];      /* outputs' temporary names */
+static _Atomic(pid_t) children[SC_MAX_THREADS];  /* each thread's decoder, which leads a group */
+static atomic_int may_stop, stop_signal;         /* training: is asked to stop, once; by which */
+
+/* Holds these signals back; returns the mask to set again. */
+static sigset_t hold_signals(void) {
+    sigset_t held, before;
+    sigemptyset(&held);
+    for (size_t i = 0; i < COUNT(end_signals); i++) sigaddset(&held, end_signals[i]);
+    pthread_sigmask(SIG_BLOCK, &held, &before);
+    return before;
+}
+
+static void take_signals(sigset_t mask) { pthread_sigmask(SIG_SETMASK, &mask, NULL); }
+
+int sc_threads_start(int threads) {
+    int error = 0;
+    sc_threads_stop();
+    if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    if (threads > SC_MAX_THREADS) threads = SC_MAX_THREADS;
+    sigset_t mask = hold_signals();              /* which threads inherit */
+    for (int i = 1; i < threads && !error; i++) {
+        error = pthread_create(&pool.thread[i], NULL, worker_main, (void *)(intptr_t)i);
+        pool.workers = i + !error;
+    }
+    take_signals(mask);
+    if (!error) return SC_OK;
+    int started = pool.workers;
+    sc_threads_stop();
+    return fail("thread %d of %d cannot be started: %s", started + 1, threads, strerror(error));
+}
+
+/* ============================================================================================
+ * 8. Kernels, one set for each instruction set
  *
  * The inner loops, written once over a vector type and compiled once for each instruction set: this
  * file includes itself below with SC_ISA defined, and then only this section is read. Vector lanes
@@ -1320,7 +1259,1289 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
 }
 
 /* ============================================================================================
- * 5. Files
+ * 9. The vision transformer, fast
+ *
+ * The forward pass hands out what it is asked for at the hook points and stops where nothing later is
+ * needed.
+ * ============================================================================================ */
+
+/* The layers of a model; NORM1 to FC2 are each block's, the others lie with the first block's. */
+enum role {
+    CLASS_TOKEN, POSITIONS, PATCHES, PRE, NORM1, QKV, OUT, NORM2, FC1, FC2, POST, HEAD, ROLES
+};
+
+/* What one forward pass works on. B images, T tokens, D width, H hidden; M = B T. */
+typedef struct {
+    const sc_model *model;
+    size_t images, rows;             /* B, M */
+    const unsigned char *pixels;     /* [B, S, S, 3] */
+    const sc_tap *taps;              /* [count] */
+    size_t count, last;              /* last: the block after which nothing is needed, */
+    int stops_at_attn;               /* and whether its MLP is not needed either */
+    float *x;                        /* [M, D], the residual stream */
+    float *normed;                   /* [M, padded D], a norm's or the attention's output */
+    float *wide;                     /* [M, max(3 D, H, 3 patch^2)], qkv, hidden or patches */
+    float *head_scratch;             /* [workers][head_scratch_size] */
+    size_t head_scratch_size, wide_stride, normed_stride;
+    memory_list memory;
+    const sc_layer *norm;            /* what norm_task applies */
+} forward_pass;
+
+enum { ROWS_A_TASK = 32 };
+
+/* normed = layer_norm(x), a few rows a task. */
+static int norm_task(void *context, size_t task) {
+    forward_pass *pass = context;
+    size_t D = pass->model->width, first = task * ROWS_A_TASK;
+    for (size_t i = first; i < pass->rows && i < first + ROWS_A_TASK; i++)
+        kernels->layer_norm(pass->x + i * D, pass->norm->weight, pass->norm->bias,
+                            pass->model->epsilon, pass->normed + i * pass->normed_stride, D);
+    return SC_OK;
+}
+
+static int norm_rows(forward_pass *pass, const sc_layer *norm) {
+    pass->norm = norm;
+    return parallel_for((pass->rows + ROWS_A_TASK - 1) / ROWS_A_TASK, norm_task, pass);
+}
+
+/* Lays an image's patches out as rows of 3 patch^2 normalised pixels, channel by channel. */
+static int patch_task(void *context, size_t image) {
+    forward_pass *pass = context;
+    const sc_model *model = pass->model;
+    size_t p = model->patch, S = model->image_size;
+    const unsigned char *pixels = pass->pixels + image * S * S * 3;
+    float normal[3][256];
+    for (int c = 0; c < 3; c++)
+        for (int v = 0; v < 256; v++)
+            normal[c][v] = ((float)v / 255.0f - model->mean[c]) / model->std[c];
+    for (size_t i = 0; i < model->tokens - 1; i++) {
+        const unsigned char *corner = pixels + (i / model->grid * S + i % model->grid) * p * 3;
+        float *out = pass->wide + (image * (model->tokens - 1) + i) * pass->wide_stride;
+        for (size_t c = 0; c < 3; c++)
+            for (size_t y = 0; y < p; y++)
+                for (size_t x = 0; x < p; x++) *out++ = normal[c][corner[(y * S + x) * 3 + c]];
+    }
+    return SC_OK;
+}
+
+/* x = [class token; patches] + positions, then the pre-norm where the model has one. */
+static int embed(forward_pass *pass) {
+    const sc_model *model = pass->model;
+    size_t D = model->width, T = model->tokens;
+    const float *class_token = model->layer[CLASS_TOKEN].weight;
+    const float *positions = model->layer[POSITIONS].weight;
+    SC_TRY(parallel_for(pass->images, patch_task, pass));
+    for (size_t image = 0; image < pass->images; image++) {
+        float *x = pass->x + image * T * D;
+        tile_target to = { .c = x + D, .c_stride = D, .bias = model->layer[PATCHES].bias,
+                           .residual = positions + D, .residual_stride = D };
+        for (size_t d = 0; d < D; d++) x[d] = class_token[d] + positions[d] + 0.0f;
+        SC_TRY(multiply(pass->wide + image * (T - 1) * pass->wide_stride, T - 1, pass->wide_stride,
+                        &model->layer[PATCHES].matrix, to));
+    }
+    if (!model->layer[PRE].weight) return SC_OK;
+    SC_TRY(norm_rows(pass, &model->layer[PRE]));
+    for (size_t i = 0; i < pass->rows; i++)
+        memcpy(pass->x + i * D, pass->normed + i * pass->normed_stride, D * sizeof(float));
+    return SC_OK;
+}
+
+/* One head of one image, some queries at a time so that their scores stay in a near cache:
+ * out = softmax(q k^T / sqrt d) v. q, k, v: [T, d] within qkv [T, 3 D]; scores: [rows, padded T] */
+static int head_task(void *context, size_t task) {
+    forward_pass *pass = context;
+    const sc_model *model = pass->model;
+    size_t D = model->width, T = model->tokens, d = D / model->heads, stride = pass->wide_stride;
+    size_t image = task / model->heads, head = task % model->heads;
+    const float *q = pass->wide + image * T * stride + head * d, *k = q + D, *v = k + D;
+    packed_matrix keys = { .K = d, .N = T, .panels = panels_of(T) };
+    packed_matrix values = { .K = T, .N = d, .panels = panels_of(d) };
+    size_t columns = (size_t)kernels->columns;
+    keys.data = pass->head_scratch + worker * pass->head_scratch_size;
+    values.data = keys.data + keys.panels * columns * d;
+    float *scores = values.data + values.panels * columns * T;
+    float *buffer = scores + rows_at_once(d) * padded(T);
+    tile_target to_scores = { .c = scores, .c_stride = padded(T) };
+    tile_target to_out = { .c = pass->normed + image * T * pass->normed_stride + head * d,
+                           .c_stride = pass->normed_stride };
+    pack_panels(&keys, 0, keys.panels, k, 1, stride);
+    pack_panels(&values, 0, values.panels, v, stride, 1);
+    for (size_t first = 0; first < T; first += rows_at_once(d)) {
+        size_t rows = T - first < rows_at_once(d) ? T - first : rows_at_once(d);
+        product_rows(q + first * stride, stride, NULL, rows, &keys, 0, keys.panels, &to_scores,
+                     buffer);
+        for (size_t t = 0; t < rows; t++)
+            kernels->softmax(scores + t * padded(T), T, 1.0f / sqrtf((float)d));
+        product_rows(scores, padded(T), NULL, rows, &values, 0, values.panels, &to_out, buffer);
+        to_out.c += rows * to_out.c_stride;
+    }
+    return SC_OK;
+}
+
+static int taps_at(const sc_tap *tap, size_t layer, sc_hook hook) {
+    return tap->layer == layer && tap->hook == hook;
+}
+
+/* Gives an output to whoever taps it, and takes back what is to stand in its place.
+ * output: [M, D] at stride */
+static int tap_output(const forward_pass *pass, size_t layer, sc_hook hook, float *output,
+                      size_t stride) {
+    size_t bytes = pass->model->width * sizeof *output;
+    for (const sc_tap *tap = pass->taps; tap < pass->taps + pass->count; tap++) {
+        if (!taps_at(tap, layer, hook)) continue;
+        for (size_t row = 0; row < pass->rows; row++)
+            memcpy(tap->out + row * tap->stride, output + row * stride, bytes);
+        if (!tap->replace) continue;
+        SC_TRY(tap->replace(tap->context, tap->out, pass->rows));
+        for (size_t row = 0; row < pass->rows; row++)
+            memcpy(output + row * stride, tap->out + row * tap->stride, bytes);
+    }
+    return SC_OK;
+}
+
+/* x += a W + bias, by way of normed or wide, whichever is not a, if somebody taps it. */
+static int add_layer(forward_pass *pass, const float *a, const sc_layer *layer, size_t number,
+                     sc_hook hook) {
+    size_t D = pass->model->width, wide = pass->wide_stride, normed = pass->normed_stride;
+    size_t a_stride = a == pass->wide ? wide : normed, stride = a == pass->wide ? normed : wide;
+    float *output = a == pass->wide ? pass->normed : pass->wide;
+    int tapped = 0;
+    for (size_t i = 0; i < pass->count; i++) tapped |= taps_at(&pass->taps[i], number, hook);
+    tile_target to = { .c = tapped ? output : pass->x, .c_stride = tapped ? stride : D,
+                       .bias = layer->bias, .residual = tapped ? NULL : pass->x,
+                       .residual_stride = D };
+    SC_TRY(multiply(a, pass->rows, a_stride, &layer->matrix, to));
+    SC_TRY(tap_output(pass, number, hook, output, stride));
+    for (size_t i = 0; tapped && i < pass->rows; i++)
+        for (size_t d = 0; d < D; d++)
+            pass->x[i * D + d] = output[i * stride + d] + pass->x[i * D + d] + 0.0f;
+    return SC_OK;
+}
+
+/* One block. x: [M, D] */
+static int forward_block(forward_pass *pass, size_t number) {
+    const sc_model *model = pass->model;
+    const sc_layer *block = &model->layer[(number - 1) * ROLES];
+    tile_target wide = { .c = pass->wide, .c_stride = pass->wide_stride, .bias = block[QKV].bias };
+    SC_TRY(norm_rows(pass, &block[NORM1]));
+    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[QKV].matrix, wide));
+    SC_TRY(parallel_for(pass->images * model->heads, head_task, pass));
+    SC_TRY(add_layer(pass, pass->normed, &block[OUT], number, SC_ATTN));
+    if (number == pass->last && pass->stops_at_attn) return SC_OK;
+    wide.bias = block[FC1].bias;
+    wide.activation = (activation_kind)model->activation;
+    SC_TRY(norm_rows(pass, &block[NORM2]));
+    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[FC1].matrix, wide));
+    SC_TRY(add_layer(pass, pass->wide, &block[FC2], number, SC_MLP));
+    return tap_output(pass, number, SC_RESID, pass->x, model->width);
+}
+
+/* head(norm(class token)); with class prompts, the cosine with each. out: [B, outputs] or
+ * [B, classes] */
+static int forward_head(forward_pass *pass, float *out) {
+    const sc_model *model = pass->model;
+    const sc_layer *post = &model->layer[POST], *projection = &model->layer[HEAD];
+    size_t D = model->width, P = padded(model->outputs);
+    float *embedding = new_array(pass->images, P * sizeof *embedding);
+    if (!embedding) return SC_FAILED;
+    for (size_t b = 0; b < pass->images; b++)
+        kernels->layer_norm(pass->x + b * model->tokens * D, post->weight, post->bias,
+                            model->epsilon, pass->normed + b * pass->normed_stride, D);
+    tile_target to = { .c = model->text ? embedding : out,
+                       .c_stride = model->text ? P : model->outputs, .bias = projection->bias };
+    int status = multiply(pass->normed, pass->images, pass->normed_stride, &projection->matrix, to);
+    for (size_t b = 0; b < pass->images && model->text && status == SC_OK; b++) {
+        kernels->unit_row(embedding + b * P, P);
+        for (size_t c = 0; c < model->classes; c++)
+            out[b * model->classes + c] = kernels->dot(embedding + b * P, model->text + c * P, P);
+    }
+    free(embedding);
+    return status;
+}
+
+static int new_forward_pass(forward_pass *pass, const sc_model *model) {
+    size_t D = model->width, T = model->tokens, d = D / model->heads, longest = T > d ? T : d;
+    size_t pixels = 3 * model->patch * model->patch, columns = (size_t)kernels->columns;
+    size_t widest = 3 * D > model->hidden ? 3 * D : model->hidden;
+    pass->model = model;
+    pass->rows = pass->images * T;
+    pass->wide_stride = padded(widest > pixels ? widest : pixels);
+    pass->normed_stride = padded(D);
+    pass->head_scratch_size = padded(panels_of(T) * columns * d + panels_of(d) * columns * T
+                                     + rows_at_once(d) * padded(T) + row_buffer_size(longest));
+    const array_spec arrays[] = {
+        ARRAY(pass->x, pass->rows, D), ARRAY(pass->normed, pass->rows, pass->normed_stride),
+        ARRAY(pass->wide, pass->rows, pass->wide_stride),
+        ARRAY(pass->head_scratch, (size_t)thread_count(), pass->head_scratch_size) };
+    return new_arrays(&pass->memory, arrays, COUNT(arrays));
+}
+
+int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
+                     const sc_tap *taps, size_t count, float *head) {
+    forward_pass pass = { .images = images, .pixels = pixels, .taps = taps, .count = count,
+                          .last = head ? model->blocks : 0, .stops_at_attn = !head };
+    for (size_t i = 0; i < count; i++)
+        pass.last = taps[i].layer > pass.last ? taps[i].layer : pass.last;
+    for (size_t i = 0; i < count; i++)
+        if (taps[i].layer == pass.last && taps[i].hook != SC_ATTN) pass.stops_at_attn = 0;
+    if (pass.last > model->loaded)
+        return fail("%s: block %zu is not loaded", model->file.path, pass.last);
+    int status = new_forward_pass(&pass, model);
+    if (status == SC_OK) status = embed(&pass);
+    for (size_t number = 1; number <= pass.last && status == SC_OK; number++)
+        status = forward_block(&pass, number);
+    if (status == SC_OK && head) status = forward_head(&pass, head);
+    release(&pass.memory);
+    return status;
+}
+
+/* ============================================================================================
+ * 10. The sparse autoencoder
+ *
+ *     h = W_enc^T (x - b_dec) + b_enc       f = relu(h), or relu of the k largest of h
+ *     x' = W_dec^T f + b_dec                 (Bricken et al., 2023; Gao et al., 2024)
+ *
+ * Weights lie latent by latent. A batch's tokens are cut into tiles of at most 256; a tile's
+ * pre-activations become sparse codes while in cache, so there is no tokens x latents matrix.
+ * ============================================================================================ */
+
+
+static int new_sae(sc_sae *sae, size_t d_in, size_t d_sae) {
+    *sae = (sc_sae){ .d_in = d_in, .d_sae = d_sae, .stride = padded(d_in), .hook = -1 };
+    if (d_in == 0 || d_sae == 0 || d_in > SC_MAX_WIDTH || d_sae > SC_MAX_LATENTS)
+        return fail("an SAE of %zu inputs and %zu latents is not possible", d_in, d_sae);
+    sae->W_enc = new_array(d_sae, sae->stride * sizeof *sae->W_enc);
+    sae->W_dec = new_array(d_sae, sae->stride * sizeof *sae->W_dec);
+    sae->b_enc = new_array(padded(d_sae), sizeof *sae->b_enc);
+    sae->b_dec = new_array(sae->stride, sizeof *sae->b_dec);
+    return sae->W_enc && sae->W_dec && sae->b_enc && sae->b_dec ? SC_OK : SC_FAILED;
+}
+
+void sc_sae_close(sc_sae *sae) {
+    free(sae->W_enc);
+    free(sae->W_dec);
+    free(sae->b_enc);
+    free(sae->b_dec);
+    free(sae->path);
+    free(sae->model);
+    free(sae->b_dec_start);
+    *sae = (sc_sae){ 0 };
+}
+
+typedef struct { sc_sae *sae; uint64_t seed; } initialisation;
+
+/* Kaiming's bound for the encoder, unit rows for the decoder. */
+static int initial_row(void *context, size_t j) {
+    const initialisation *start = context;
+    const sc_sae *sae = start->sae;
+    float *encoder = sae->W_enc + j * sae->stride, *decoder = sae->W_dec + j * sae->stride;
+    float bound = sqrtf(6.0f / (float)sae->d_sae);
+    for (size_t d = 0; d < sae->d_in; d++) {
+        uint64_t index = (uint64_t)j * sae->d_in + d;
+        encoder[d] = bound * uniform(start->seed, STREAM_W_ENC, index);
+        decoder[d] = uniform(start->seed, STREAM_W_DEC, index);
+    }
+    kernels->unit_row(decoder, sae->stride);
+    return SC_OK;
+}
+
+int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed) {
+    initialisation start = { sae, seed };
+    int status = new_sae(sae, d_in, d_sae);
+    if (status == SC_OK) status = parallel_for(d_sae, initial_row, &start);
+    if (status != SC_OK) sc_sae_close(sae);
+    return status;
+}
+
+/* --------------------------------------------------------------------------------------------
+ * Sparse codes: latent by latent, the tokens of a tile where it fires, and its activations there.
+ * -------------------------------------------------------------------------------------------- */
+
+enum {
+    TILE_TOKENS = 256,               /* a token of a tile is a byte */
+    TILES_A_TASK = 4                 /* at most */
+};
+
+typedef struct {
+    size_t first, tokens;            /* where the tile begins in the batch, how long it is */
+    size_t *start;                   /* [n + 1], where latent j's codes begin */
+    uint8_t *token;                  /* [start[n]], ascending within a latent */
+    float *value;                    /* [start[n]] */
+} tile_codes;
+
+/* Visits the tokens where a latent of a tile fires, in order: token is within the tile, value its
+ * activation. */
+typedef struct { const tile_codes *tile; size_t next, end, token; float value; } code_walk;
+
+static code_walk walk_codes(const tile_codes *tile, size_t j) {
+    return (code_walk){ .tile = tile, .next = tile->start[j], .end = tile->start[j + 1] };
+}
+
+static inline int next_code(code_walk *w) {
+    if (w->next == w->end) return 0;
+    w->token = w->tile->token[w->next];
+    w->value = w->tile->value[w->next++];
+    return 1;
+}
+
+/* A batch of T tokens on its way through the SAE. D is padded to `stride` in every array. */
+typedef struct {
+    const sc_sae *sae;
+    size_t T, room;                  /* tokens, tokens there is room for */
+    int reconstruct;                 /* whether x' is wanted */
+    const float *x;                  /* [T, D], the caller's */
+    float *centred;                  /* [T, D], x - b_dec */
+    packed_matrix panels;            /* the same as columns, [D, T] */
+    float *output;                   /* [T, D], x', later its gradient */
+    double *norm;                    /* [T], ||x|| */
+    double *squared_error;           /* [T], ||x' - x||^2 */
+    double *sum_f;                   /* [T], sum of f */
+    double *active;                  /* [T], latents that fire */
+    tile_codes *tile;                /* [tiles] */
+    size_t tiles, tiles_a_task, tile_room;
+    unsigned char *scratch;          /* [workers][scratch_bytes] */
+    size_t scratch_bytes;
+    memory_list memory;
+} sae_batch;
+
+/* What a worker needs for a tile; the arrays lie in the batch's scratch. */
+typedef struct {
+    float *h;                        /* [rows_at_once(D)][TILE_TOKENS] */
+    float *buffer;                   /* for load_rows */
+    float *dense;                    /* [TILE_TOKENS][CHAIN], a block's codes in full */
+    packed_matrix weights;           /* [CHAIN, D], a block of W_dec */
+    float *sum;                      /* [stride] */
+    uint64_t *heap;                  /* [TILES_A_TASK][TILE_TOKENS][k], TopK's best so far */
+    float *limit;                    /* [TILES_A_TASK][TILE_TOKENS], what a candidate must exceed */
+} tile_scratch;
+
+/* Lays a worker's arrays out in `memory`, or only measures them where that is NULL. */
+static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory) {
+    size_t deepest = sae->d_in > CHAIN ? sae->d_in : CHAIN, columns = (size_t)kernels->columns;
+    s->weights = (packed_matrix){ .K = CHAIN, .N = sae->d_in, .panels = panels_of(sae->d_in) };
+    const array_spec arrays[] = {
+        ARRAY(s->h, rows_at_once(sae->d_in), TILE_TOKENS),
+        ARRAY(s->buffer, row_buffer_size(deepest), 1),
+        ARRAY(s->dense, TILE_TOKENS, CHAIN), ARRAY(s->sum, sae->stride, 1),
+        ARRAY(s->weights.data, s->weights.panels * columns, CHAIN),
+        ARRAY(s->heap, sae->topk ? sae->k : 0, TILES_A_TASK * TILE_TOKENS),
+        ARRAY(s->limit, TILES_A_TASK, TILE_TOKENS) };
+    return lay_out(arrays, COUNT(arrays), memory);
+}
+
+static tile_scratch worker_scratch(const sae_batch *batch) {
+    tile_scratch s;
+    lay_out_scratch(&s, batch->sae, batch->scratch + worker * batch->scratch_bytes);
+    return s;
+}
+
+static void free_batch(sae_batch *batch) {
+    for (size_t i = 0; batch->tile && i < batch->tile_room; i++) {
+        free(batch->tile[i].value);
+        free(batch->tile[i].token);
+    }
+    release(&batch->memory);
+    *batch = (sae_batch){ 0 };
+}
+
+/* Cuts T tokens into tiles of about the same length: as many tasks for each thread, each of as many
+ * tiles. */
+static void cut_tiles(sae_batch *batch, size_t T) {
+    size_t columns = (size_t)kernels->columns, panels = panels_of(T), most = TILE_TOKENS / columns;
+    size_t share = (size_t)thread_count() * TILES_A_TASK * most;
+    size_t tasks = (size_t)thread_count() * ((panels + share - 1) / share);
+    if (tasks > panels) tasks = panels;
+    batch->tiles_a_task = ((panels + tasks - 1) / tasks + most - 1) / most;
+    batch->tiles = tasks * batch->tiles_a_task;
+    for (size_t i = 0; batch->tile && i < batch->tiles; i++) {
+        size_t first = i * panels / batch->tiles * columns;
+        size_t end = (i + 1) * panels / batch->tiles * columns;
+        batch->tile[i].first = first;
+        batch->tile[i].tokens = (end < T ? end : T) - first;
+    }
+}
+
+/* Room for batches of up to `room` tokens. */
+static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
+    tile_scratch s;
+    size_t n = sae->d_sae, columns = panels_of(room) * (size_t)kernels->columns, *starts = NULL;
+    *batch = (sae_batch){ .sae = sae, .room = room, .reconstruct = 1,
+                          .scratch_bytes = lay_out_scratch(&s, sae, NULL) };
+    batch->panels.K = sae->d_in;
+    cut_tiles(batch, room);
+    size_t tiles = batch->tile_room = batch->tiles;
+    const array_spec arrays[] = {
+        ARRAY(batch->centred, room, sae->stride), ARRAY(batch->output, room, sae->stride),
+        ARRAY(batch->panels.data, columns, sae->d_in), ARRAY(batch->norm, room, 1),
+        ARRAY(batch->squared_error, room, 1), ARRAY(batch->sum_f, room, 1),
+        ARRAY(batch->active, room, 1), ARRAY(batch->tile, tiles, 1), ARRAY(starts, n + 1, tiles),
+        ARRAY(batch->scratch, (size_t)thread_count(), batch->scratch_bytes) };
+    SC_TRY(new_arrays(&batch->memory, arrays, COUNT(arrays)));
+    for (size_t i = 0; i < tiles; i++) {                     /* codes: as many as there can be */
+        size_t most = sae->topk ? sae->k : n;
+        batch->tile[i].start = starts + i * (n + 1);
+        batch->tile[i].token = reserve_array(most, TILE_TOKENS * sizeof(uint8_t));
+        batch->tile[i].value = reserve_array(most, TILE_TOKENS * sizeof(float));
+        if (!batch->tile[i].token || !batch->tile[i].value) return SC_FAILED;
+    }
+    return SC_OK;
+}
+
+/* The panels of a tile's tokens. */
+static packed_matrix tile_panels(const sae_batch *batch, const tile_codes *tile) {
+    packed_matrix panels = batch->panels;
+    panels.data += tile->first * panels.K;
+    panels.panels = panels_of(tile->tokens);
+    panels.N = panels.panels * (size_t)kernels->columns;
+    return panels;
+}
+
+/* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of latents j .. j + count - 1 on panels of tokens, or of
+ * those that `latent` lists (j 0). latent: [count] or NULL; rows of h are h_stride long, and what
+ * lies past the last token is not meant for anyone. */
+static void pre_activations(const sc_sae *sae, size_t j, const size_t *latent, size_t count,
+                            const packed_matrix *panels, float *h, size_t h_stride, float *buffer) {
+    tile_target to = { .c = h, .c_stride = h_stride, .row_bias = sae->b_enc + j };
+    product_rows(sae->W_enc + j * sae->stride, sae->stride, latent, count, panels, 0,
+                 panels->panels, &to, buffer);
+}
+
+/* Appends latent j's codes to a tile's, of which there are `used`; returns how many there are now.
+ * h: [TILE_TOKENS] */
+static size_t append_codes(tile_codes *tile, size_t used, const float *h, const float *limit) {
+    uint64_t mask[TILE_TOKENS / MASK_BITS];
+    kernels->find_above(h, limit, TILE_TOKENS, mask);
+    for (size_t first = 0; first < tile->tokens; first += MASK_BITS) {
+        size_t end = first + MASK_BITS < tile->tokens ? first + MASK_BITS : tile->tokens;
+        for (size_t t = first; mask[first / MASK_BITS] && t < end; t++) {
+            tile->token[used] = (uint8_t)t;                  /* stays if h > 0 */
+            tile->value[used] = h[t];
+            used += h[t] > 0;
+        }
+    }
+    return used;
+}
+
+/* TopK: a token's k best are a heap of numbers that sort: positive floats order as their bits do,
+ * and of equal ones the lower latent is the larger number; 0 is nobody. */
+static uint64_t candidate_of(float h, size_t latent) {
+    return (uint64_t)bits_of_float(h) << 32 | (uint32_t)~(uint32_t)latent;
+}
+
+static float candidate_value(uint64_t c) { return float_of_bits((uint32_t)(c >> 32)); }
+static size_t candidate_latent(uint64_t c) { return (uint32_t)~(uint32_t)c; }
+
+/* Replaces the least number of a heap, its first, by a larger one. heap: [k] */
+static void replace_least(uint64_t *heap, size_t k, uint64_t number) {
+    size_t place = 0;
+    for (size_t child = 1; child < k; child = 2 * place + 1) {
+        if (child + 1 < k && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= number) break;
+        heap[place] = heap[child];
+        place = child;
+    }
+    heap[place] = number;
+}
+
+/* Takes latent j's pre-activations into the heaps of its tile's tokens. h, limit: [TILE_TOKENS];
+ * heap: [TILE_TOKENS][k] */
+static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t tokens,
+                             uint64_t *heap, float *limit) {
+    uint64_t mask[TILE_TOKENS / MASK_BITS];
+    if (!kernels->find_above(h, limit, TILE_TOKENS, mask)) return;
+    for (size_t t = 0; t < tokens; t++) {
+        uint64_t bits = mask[t / MASK_BITS] >> t % MASK_BITS;
+        if (bits == 0) t |= MASK_BITS - 1;                   /* on to the mask's next word */
+        if (!(bits & 1)) continue;
+        replace_least(heap + t * sae->k, sae->k, candidate_of(h[t], j));
+        limit[t] = candidate_value(heap[t * sae->k]);
+    }
+}
+
+/* The k best of each token become the tile's codes, ordered by counting. heap: [TILE_TOKENS][k] */
+static void select_codes(const sc_sae *sae, tile_codes *tile, const uint64_t *heap) {
+    size_t n = sae->d_sae, k = sae->k, *start = tile->start;
+    memset(start, 0, (n + 1) * sizeof *start);
+    for (size_t i = 0; i < tile->tokens * k; i++)
+        if (heap[i]) start[candidate_latent(heap[i]) + 1]++;
+    for (size_t j = 0; j < n; j++) start[j + 1] += start[j];
+    for (size_t i = 0; i < tile->tokens * k; i++) {          /* moves each start to its end, */
+        if (!heap[i]) continue;
+        size_t at = start[candidate_latent(heap[i])]++;
+        tile->token[at] = (uint8_t)(i / k);
+        tile->value[at] = candidate_value(heap[i]);
+    }
+    memmove(start + 1, start, n * sizeof *start);            /* which is where the next begins */
+    start[0] = 0;
+}
+
+/* f of a task's tiles, all latents; rows of W_enc are loaded once for all of them. */
+static void encode_tiles(const sae_batch *batch, tile_codes *tile, const tile_scratch *s) {
+    const sc_sae *sae = batch->sae;
+    size_t D = sae->d_in, rows = rows_at_once(D), tiles = batch->tiles_a_task;
+    size_t heap_size = sae->topk ? TILE_TOKENS * sae->k : 0, used[TILES_A_TASK] = { 0 };
+    tile_target to = { .c = s->h, .c_stride = TILE_TOKENS };
+    memset(s->heap, 0, tiles * heap_size * sizeof *s->heap);
+    memset(s->limit, 0, tiles * TILE_TOKENS * sizeof *s->limit);
+    for (size_t group = 0; group < sae->d_sae; group += rows) {
+        size_t count = sae->d_sae - group < rows ? sae->d_sae - group : rows;
+        load_rows(s->buffer, sae->W_enc + group * sae->stride, sae->stride, NULL, count, D, rows);
+        to.row_bias = sae->b_enc + group;
+        for (size_t i = 0; i < tiles; i++) {
+            packed_matrix panels = tile_panels(batch, &tile[i]);
+            float *limit = s->limit + i * TILE_TOKENS;
+            for (size_t panel = 0; panel < panels.panels; panel++)
+                product_panel(s->buffer, count, rows, &panels, panel, &to);
+            for (size_t r = 0; r < count; r++) {
+                const float *h = s->h + r * TILE_TOKENS;
+                tile[i].start[group + r] = used[i];
+                if (sae->topk)
+                    offer_candidates(sae, group + r, h, tile[i].tokens, s->heap + i * heap_size,
+                                     limit);
+                else used[i] = append_codes(&tile[i], used[i], h, limit);
+            }
+        }
+    }
+    for (size_t i = 0; i < tiles; i++) {
+        tile[i].start[sae->d_sae] = used[i];
+        if (sae->topk) select_codes(sae, &tile[i], s->heap + i * heap_size);
+    }
+}
+
+/* --------------------------------------------------------------------------------------------
+ * Decoding: x' = W_dec^T f + b_dec, in blocks of 256 latents, each a chain. A block with few codes
+ * adds up their rows; one with many is multiplied out in full. Both are the same chains.
+ * -------------------------------------------------------------------------------------------- */
+
+enum { DENSE_SHARE = 8 };            /* in full where more than one code in 8 is active */
+
+/* out[t] += token t's chain over the block's latents that fire. The codes are first sorted by
+ * token, by counting, which keeps their order. out: [tokens, stride] */
+static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t block, size_t latents,
+                          float *out) {
+    size_t place[TILE_TOKENS + 1] = { 0 }, stride = sae->stride;
+    float value[TILE_TOKENS * CHAIN / DENSE_SHARE];
+    uint32_t latent[TILE_TOKENS * CHAIN / DENSE_SHARE];
+    for (size_t i = tile->start[block]; i < tile->start[block + latents]; i++)
+        place[tile->token[i] + 1]++;
+    for (size_t t = 0; t < tile->tokens; t++) place[t + 1] += place[t];
+    for (size_t j = 0; j < latents; j++)
+        for (code_walk w = walk_codes(tile, block + j); next_code(&w); place[w.token]++) {
+            value[place[w.token]] = w.value;
+            latent[place[w.token]] = (uint32_t)j;
+        }
+    for (size_t t = 0, i = 0; t < tile->tokens; i = place[t++])  /* places are now tokens' ends */
+        kernels->add_chain(value + i, latent + i, place[t] - i, sae->W_dec + block * stride,
+                           out + t * stride, stride);
+}
+
+/* The same as a product over all the block's latents. */
+static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t latents,
+                         float *out, tile_scratch *s) {
+    tile_target to = { .c = out, .c_stride = sae->stride,
+                       .residual = out, .residual_stride = sae->stride };
+    s->weights.K = latents;
+    pack_panels(&s->weights, 0, s->weights.panels, sae->W_dec + block * sae->stride, sae->stride,
+                1);
+    product_rows(s->dense, CHAIN, NULL, tokens, &s->weights, 0, s->weights.panels, &to, s->buffer);
+}
+
+static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
+    const sc_sae *sae = batch->sae;
+    float *out = batch->output + tile->first * sae->stride;
+    memset(out, 0, tile->tokens * sae->stride * sizeof *out);
+    for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
+        size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
+        size_t active = tile->start[block + latents] - tile->start[block];
+        if (active * DENSE_SHARE <= tile->tokens * latents) {
+            decode_sparse(sae, tile, block, latents, out);
+            continue;
+        }
+        memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
+        for (size_t i = 0; i < latents; i++)
+            for (code_walk w = walk_codes(tile, block + i); next_code(&w);)
+                s->dense[w.token * CHAIN + i] = w.value;
+        decode_dense(sae, tile->tokens, block, latents, out, s);
+    }
+    for (size_t t = 0; t < tile->tokens; t++)
+        for (size_t d = 0; d < sae->d_in; d++)
+            out[t * sae->stride + d] = out[t * sae->stride + d] + sae->b_dec[d] + 0.0f;
+}
+
+/* What the losses need of each token. */
+static void measure_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
+    size_t stride = batch->sae->stride;
+    for (size_t t = tile->first; t < tile->first + tile->tokens; t++) {
+        const float *x = batch->x + t * stride, *output = batch->output + t * stride;
+        for (size_t d = 0; d < stride; d++) s->sum[d] = output[d] - x[d];
+        batch->norm[t] = sqrtf(kernels->dot(x, x, stride));
+        batch->squared_error[t] = batch->reconstruct ? kernels->dot(s->sum, s->sum, stride) : 0;
+        batch->sum_f[t] = batch->active[t] = 0;
+    }
+    for (size_t j = 0; j < batch->sae->d_sae; j++)
+        for (code_walk w = walk_codes(tile, j); next_code(&w);) {
+            batch->sum_f[tile->first + w.token] += w.value;
+            batch->active[tile->first + w.token]++;
+        }
+}
+
+static int centre_task(void *context, size_t panel) {
+    sae_batch *batch = context;
+    const sc_sae *sae = batch->sae;
+    size_t columns = (size_t)kernels->columns, stride = sae->stride;
+    for (size_t t = panel * columns; t < batch->T && t < (panel + 1) * columns; t++)
+        for (size_t d = 0; d < stride; d++)
+            batch->centred[t * stride + d] = batch->x[t * stride + d] - sae->b_dec[d];
+    pack_panels(&batch->panels, panel, panel + 1, batch->centred, 1, stride);
+    return SC_OK;
+}
+
+static int tile_task(void *context, size_t task) {
+    sae_batch *batch = context;
+    tile_codes *tile = &batch->tile[task * batch->tiles_a_task];
+    tile_scratch s = worker_scratch(batch);
+    encode_tiles(batch, tile, &s);
+    for (size_t i = 0; i < batch->tiles_a_task; i++) {
+        if (batch->reconstruct) decode_tile(batch, &tile[i], &s);
+        measure_tile(batch, &tile[i], &s);
+    }
+    return SC_OK;
+}
+
+/* Encodes and decodes T tokens, at least 1. x: [T, stride] */
+static int run_sae(sae_batch *batch, const float *x, size_t T) {
+    batch->x = x;
+    batch->T = batch->panels.N = T;
+    batch->panels.panels = panels_of(T);
+    cut_tiles(batch, T);
+    SC_TRY(parallel_for(batch->panels.panels, centre_task, batch));
+    return parallel_for(batch->tiles / batch->tiles_a_task, tile_task, batch);
+}
+
+/* Sum of n numbers in float64: blocks of 256 in order, then the blocks in order. */
+static double sum_of(const double *value, size_t n) {
+    double sum = 0;
+    for (size_t block = 0; block < n; block += CHAIN) {
+        double part = 0;
+        for (size_t i = block; i < n && i < block + CHAIN; i++) part += value[i];
+        sum += part;
+    }
+    return sum;
+}
+
+/* ============================================================================================
+ * 11. Training
+ *
+ * One step (interface: mse + l1 + ghost; Lim et al., 2025; ghost gradients after Jermyn and
+ * Templeton, 2024):
+ *   rows of W_dec to unit norm; encode and decode all tokens, tile by tile;
+ *   g = d loss / d x' = 2 (x' - x) / (||x|| T D)
+ *   latent by latent:   df = W_dec g + lambda / T,  dh = df where f > 0
+ *                       dW_dec = sum_t f g,         dW_enc = sum_t dh (x - b_dec)
+ *     less dW_dec's component along the row, then Adam, while the rows are in cache;
+ *   db_dec = sum_t g - W_enc sum_t dh.
+ * ============================================================================================ */
+
+typedef struct {
+    double l1, lr;
+    size_t warmup, dead_window;      /* steps */
+    int ghost;
+} train_options;
+
+typedef struct {
+    double loss, mse, l1, ghost, l0, explained_variance, lr;
+    size_t dead;
+} step_result;
+
+typedef struct { float *m, *v; } moments;
+
+typedef struct {
+    train_options options;
+    sc_sae sae;
+    moments W_enc, W_dec, b_enc, b_dec;      /* Adam's, shaped as what they belong to */
+    int64_t *silent;                         /* [n], steps since the latent fired */
+    uint64_t step;                           /* steps done */
+    double beta1_power, beta2_power;         /* 0.9^step, 0.999^step */
+    sae_batch batch;
+    adam_step adam;
+    int ghosts;                              /* whether this step has dead latents to revive */
+    float *ghost;                            /* [T, D], W_dec^T exp(h), later its gradient */
+    double *token_loss;                      /* [T], a token's part of the ghost loss */
+    packed_matrix x_rows, g_rows, ghost_rows;/* [T, D]: centred, output and ghost for products */
+    float *db_enc;                           /* [n] */
+    float *W_enc_db;                         /* [chains of n][stride], chains of W_enc db_enc */
+    double *deviation;                       /* [stride], sum over tokens of (x - mean)^2 */
+    unsigned char *scratch;                  /* [workers][scratch_bytes] */
+    size_t scratch_bytes;
+    memory_list memory;
+} trainer;
+
+/* One worker's memory for a group of latents in the backward pass. R: rows_at_once(T); Tp: T padded
+ * to whole panels. */
+typedef struct {
+    float *f, *dh, *e;                       /* [R, Tp], e = exp(h) of dead latents */
+    uint32_t *token;                         /* [T], where a latent fires */
+    float *code_f, *code_dh;                 /* [T], its f and dh there */
+    float *dW_enc, *dW_dec, *extra;          /* [R, stride] */
+    float *buffer;                           /* for load_rows */
+} backward_scratch;
+
+static size_t padded_tokens(const trainer *t) { return padded(t->batch.room) + MAX_COLUMNS; }
+
+static size_t lay_out_backward(backward_scratch *s, const trainer *t, void *memory) {
+    size_t R = rows_at_once(t->batch.room), T = padded_tokens(t), stride = t->sae.stride;
+    size_t deepest = T > stride ? T : stride;        /* of a product: over tokens, or W_enc^T x */
+    const array_spec arrays[] = {
+        ARRAY(s->f, T, R), ARRAY(s->dh, T, R), ARRAY(s->e, t->options.ghost ? T : 0, R),
+        ARRAY(s->token, T, 1), ARRAY(s->code_f, T, 1), ARRAY(s->code_dh, T, 1),
+        ARRAY(s->dW_enc, R, stride), ARRAY(s->dW_dec, R, stride), ARRAY(s->extra, R, stride),
+        ARRAY(s->buffer, row_buffer_size(deepest), 1) };
+    return lay_out(arrays, COUNT(arrays), memory);
+}
+
+static int is_dead(const trainer *t, size_t j) {
+    return t->silent[j] > (int64_t)t->options.dead_window;
+}
+
+static void free_trainer(trainer *t) {
+    free_batch(&t->batch);
+    release(&t->memory);
+    sc_sae_close(&t->sae);
+    *t = (trainer){ 0 };
+}
+
+/* Everything a training run of batches of T tokens needs; t->sae and t->options are set. */
+static int prepare_trainer(trainer *t, size_t T) {
+    size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride, N = padded(n);
+    size_t ghosts = t->options.ghost ? T : 0, columns = panels_of(D) * (size_t)kernels->columns;
+    backward_scratch s;
+    SC_TRY(new_batch(&t->batch, &t->sae, T));
+    t->scratch_bytes = lay_out_backward(&s, t, NULL);
+    t->x_rows = (packed_matrix){ .K = T, .N = D, .panels = panels_of(D) };
+    t->g_rows = t->ghost_rows = t->x_rows;
+    t->beta1_power = t->beta2_power = 1;
+    const array_spec arrays[] = {
+        ARRAY(t->W_enc.m, n, stride), ARRAY(t->W_enc.v, n, stride), ARRAY(t->W_dec.m, n, stride),
+        ARRAY(t->W_dec.v, n, stride), ARRAY(t->b_enc.m, N, 1), ARRAY(t->b_enc.v, N, 1),
+        ARRAY(t->b_dec.m, stride, 1), ARRAY(t->b_dec.v, stride, 1), ARRAY(t->silent, n, 1),
+        ARRAY(t->x_rows.data, T, columns), ARRAY(t->g_rows.data, T, columns),
+        ARRAY(t->ghost_rows.data, ghosts, columns), ARRAY(t->ghost, ghosts, stride),
+        ARRAY(t->token_loss, T, 1), ARRAY(t->deviation, stride, 1), ARRAY(t->db_enc, N, 1),
+        ARRAY(t->W_enc_db, chains_of(n), stride),
+        ARRAY(t->scratch, (size_t)thread_count(), t->scratch_bytes) };
+    return new_arrays(&t->memory, arrays, COUNT(arrays));
+}
+
+static int unit_task(void *context, size_t block) {
+    const sc_sae *sae = context;
+    for (size_t j = block * CHAIN; j < sae->d_sae && j < (block + 1) * CHAIN; j++)
+        kernels->unit_row(sae->W_dec + j * sae->stride, sae->stride);
+    return SC_OK;
+}
+
+/* W_dec^T exp(h) over the dead latents, for a tile. */
+static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s) {
+    const sc_sae *sae = &t->sae;
+    size_t rows = rows_at_once(sae->d_in);
+    packed_matrix panels = tile_panels(&t->batch, tile);
+    float *out = t->ghost + tile->first * sae->stride;
+    memset(out, 0, tile->tokens * sae->stride * sizeof *out);
+    for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
+        size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
+        size_t dead[CHAIN], count = 0;
+        for (size_t j = block; j < block + latents; j++)
+            if (is_dead(t, j)) dead[count++] = j;
+        if (count == 0) continue;
+        memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
+        for (size_t i = 0; i < count; i++) {
+            float *h = s->h + i % rows * TILE_TOKENS;
+            if (i % rows == 0)
+                pre_activations(sae, 0, dead + i, count - i < rows ? count - i : rows, &panels,
+                                s->h, TILE_TOKENS, s->buffer);
+            kernels->exponentials(h, tile->tokens);
+            for (size_t k = 0; k < tile->tokens; k++) s->dense[k * CHAIN + dead[i] - block] = h[k];
+        }
+        decode_dense(sae, tile->tokens, block, latents, out, s);
+    }
+}
+
+/* A token's ghost loss times T D, and its gradient with respect to W_dec^T exp(h). x, output:
+ * [D]; ghost: [D], overwritten by the gradient */
+static double ghost_token(const sc_sae *sae, const float *x, const float *output, double norm,
+                          float *ghost, float *residual, double scale) {
+    double loss = 0;
+    for (size_t d = 0; d < sae->stride; d++) residual[d] = x[d] - output[d];
+    float norm_x = (float)norm, norm_r = sqrtf(kernels->dot(residual, residual, sae->stride));
+    float norm_g = sqrtf(kernels->dot(ghost, ghost, sae->stride));
+    float match = norm_r / (1e-6f + 2 * norm_g);
+    for (size_t d = 0; d < sae->d_in; d++) {
+        float r = residual[d], apart = ghost[d] * match - r;
+        float m = norm_r > 0 ? apart * apart / norm_r : 0, factor = r * r / norm_x / (m + 1e-6f);
+        loss += (double)(m * factor);
+        ghost[d] = norm_r > 0 ? 2 * apart / norm_r * factor * match * (float)scale : 0;
+    }
+    return loss;
+}
+
+/* Ghost loss of a tile, then its x' becomes the gradient with respect to x'. */
+static int output_gradient_task(void *context, size_t task) {
+    trainer *t = context;
+    const sc_sae *sae = &t->sae;
+    sae_batch *batch = &t->batch;
+    const tile_codes *tile = &batch->tile[task];
+    tile_scratch s = worker_scratch(batch);
+    double scale = 1.0 / ((double)batch->T * (double)sae->d_in);
+    if (t->ghosts) ghost_decode(t, tile, &s);
+    for (size_t i = tile->first; i < tile->first + tile->tokens; i++) {
+        const float *x = batch->x + i * sae->stride;
+        float *output = batch->output + i * sae->stride;
+        float factor = (float)(2 * scale / batch->norm[i]);
+        t->token_loss[i] = !t->ghosts ? 0
+            : ghost_token(sae, x, output, batch->norm[i], t->ghost + i * sae->stride, s.sum, scale);
+        for (size_t d = 0; d < sae->stride; d++) output[d] = (output[d] - x[d]) * factor;
+    }
+    return SC_OK;
+}
+
+static int pack_rows_task(void *context, size_t panel) {
+    trainer *t = context;
+    size_t stride = t->sae.stride;
+    pack_panels(&t->x_rows, panel, panel + 1, t->batch.centred, stride, 1);
+    pack_panels(&t->g_rows, panel, panel + 1, t->batch.output, stride, 1);
+    if (t->ghosts) pack_panels(&t->ghost_rows, panel, panel + 1, t->ghost, stride, 1);
+    return SC_OK;
+}
+
+static size_t count_codes(const sae_batch *batch, size_t j) {
+    size_t count = 0;
+    for (size_t i = 0; i < batch->tiles; i++)
+        count += batch->tile[i].start[j + 1] - batch->tile[i].start[j];
+    return count;
+}
+
+/* sum over tokens of dh in float64, in blocks of 256. dh: [count], of the tokens listed, or all */
+static double sum_by_blocks(const uint32_t *token, const float *dh, size_t count) {
+    double sum = 0;
+    for (size_t i = 0; i < count;) {
+        size_t end = ((token ? token[i] : i) / CHAIN + 1) * CHAIN;
+        double part = 0;
+        for (; i < count && (token ? token[i] : i) < end; i++) part += dh[i];
+        sum += part;
+    }
+    return sum;
+}
+
+/* Of the L1 loss with respect to any f above 0. */
+static float l1_gradient(const trainer *t) {
+    return t->sae.topk ? 0 : (float)(t->options.l1 / (double)t->batch.T);
+}
+
+/* Where latent j fires: the tokens in order, f and dh there. Returns how many they are. */
+static size_t gather_codes(const trainer *t, size_t j, backward_scratch *s) {
+    const sae_batch *batch = &t->batch;
+    const sc_sae *sae = &t->sae;
+    float l1 = l1_gradient(t);
+    size_t count = 0;
+    for (size_t i = 0; i < batch->tiles; i++)
+        for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w); count++) {
+            s->token[count] = (uint32_t)(batch->tile[i].first + w.token);
+            s->code_f[count] = w.value;
+        }
+    kernels->dots(sae->W_dec + j * sae->stride, sae->stride, batch->output, sae->stride, s->token,
+                  count, s->code_dh);
+    for (size_t i = 0; i < count; i++) s->code_dh[i] += l1;
+    return count;
+}
+
+/* Gradients of latents j .. j + count - 1 from where they fire: a chain for every 256 tokens. */
+static void sparse_gradients(trainer *t, size_t j, size_t count, backward_scratch *s) {
+    size_t stride = t->sae.stride;
+    memset(s->dW_dec, 0, count * stride * sizeof *s->dW_dec);
+    memset(s->dW_enc, 0, count * stride * sizeof *s->dW_enc);
+    for (size_t i = 0; i < count; i++) {
+        size_t codes = gather_codes(t, j + i, s);
+        for (size_t k = 0, next; k < codes; k = next) {
+            size_t end = (s->token[k] / CHAIN + 1) * CHAIN;
+            for (next = k; next < codes && s->token[next] < end;) next++;
+            kernels->add_chain(s->code_f + k, s->token + k, next - k, t->batch.output,
+                               s->dW_dec + i * stride, stride);
+            kernels->add_chain(s->code_dh + k, s->token + k, next - k, t->batch.centred,
+                               s->dW_enc + i * stride, stride);
+        }
+        t->db_enc[j + i] = (float)sum_by_blocks(s->token, s->code_dh, codes);
+    }
+}
+
+/* What the ghost loss adds to dW_dec, and to dh of the dead among latents j .. j + count - 1; f is
+ * overwritten. */
+static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_scratch *s) {
+    const sae_batch *batch = &t->batch;
+    size_t row = padded_tokens(t), stride = t->sae.stride;
+    tile_target to = { .c = s->extra, .c_stride = stride };
+    pre_activations(&t->sae, j, NULL, count, &batch->panels, s->e, row, s->buffer);
+    kernels->dot_table(t->sae.W_dec + j * stride, count, t->ghost, batch->T, stride, s->f, row);
+    for (size_t i = 0; i < count; i++) {
+        float *e = s->e + i * row;
+        if (is_dead(t, j + i)) kernels->exponentials(e, batch->T);
+        else memset(e, 0, batch->T * sizeof *e);
+        for (size_t k = 0; is_dead(t, j + i) && k < batch->T; k++)
+            s->dh[i * row + k] += e[k] * s->f[i * row + k];
+    }
+    product_rows(s->e, row, NULL, count, &t->ghost_rows, 0, t->ghost_rows.panels, &to, s->buffer);
+    for (size_t e = 0; e < count * stride; e++) s->dW_dec[e] += s->extra[e];
+}
+
+/* f and dh of latent j over all tokens: dh, which holds df, keeps it where the latent fires.
+ * f, dh: [T] */
+static void spread_codes(const trainer *t, size_t j, float *f, float *dh) {
+    const sae_batch *batch = &t->batch;
+    float l1 = l1_gradient(t);
+    size_t at = 0;
+    for (size_t i = 0; i < batch->tiles; i++)
+        for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w); at++) {
+            for (; at < batch->tile[i].first + w.token; at++) f[at] = dh[at] = 0;
+            f[at] = w.value;
+            dh[at] += l1;
+        }
+    for (; at < batch->T; at++) f[at] = dh[at] = 0;
+}
+
+/* The same gradients as products over all tokens; also where dead latents take part. */
+static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, backward_scratch *s) {
+    size_t row = padded_tokens(t), stride = t->sae.stride;
+    tile_target to_dec = { .c = s->dW_dec, .c_stride = stride };
+    tile_target to_enc = { .c = s->dW_enc, .c_stride = stride };
+    kernels->dot_table(t->sae.W_dec + j * stride, count, t->batch.output, t->batch.T, stride, s->dh,
+                       row);
+    for (size_t i = 0; i < count; i++) spread_codes(t, j + i, s->f + i * row, s->dh + i * row);
+    product_rows(s->f, row, NULL, count, &t->g_rows, 0, t->g_rows.panels, &to_dec, s->buffer);
+    if (ghosts) ghost_gradients(t, j, count, s);
+    product_rows(s->dh, row, NULL, count, &t->x_rows, 0, t->x_rows.panels, &to_enc, s->buffer);
+    for (size_t i = 0; i < count; i++)
+        t->db_enc[j + i] = (float)sum_by_blocks(NULL, s->dh + i * row, t->batch.T);
+}
+
+/* Gradients and Adam for a group of latents. */
+static int update_latents(trainer *t, size_t j, size_t count, float *W_enc_db,
+                          backward_scratch *s) {
+    const sc_sae *sae = &t->sae;
+    size_t stride = sae->stride, terms = 0;
+    int ghosts = 0;
+    for (size_t i = 0; i < count; i++) {
+        terms += count_codes(&t->batch, j + i);
+        ghosts |= t->ghosts && is_dead(t, j + i);
+    }
+    if (ghosts || terms * DENSE_SHARE > count * t->batch.T) dense_gradients(t, j, count, ghosts, s);
+    else sparse_gradients(t, j, count, s);
+    for (size_t i = 0; i < count; i++) {
+        size_t row = (j + i) * stride;
+        float *W_dec = sae->W_dec + row, *dW_dec = s->dW_dec + i * stride;
+        float *W_enc = sae->W_enc + row, *dW_enc = s->dW_enc + i * stride;
+        kernels->add_scaled(-kernels->dot(dW_dec, W_dec, stride), W_dec, dW_dec, stride);
+        kernels->add_scaled(t->db_enc[j + i], W_enc, W_enc_db, stride);
+        kernels->adam(W_dec, t->W_dec.m + row, t->W_dec.v + row, dW_dec, stride, t->adam);
+        kernels->adam(W_enc, t->W_enc.m + row, t->W_enc.v + row, dW_enc, stride, t->adam);
+        t->silent[j + i] = count_codes(&t->batch, j + i) ? 0 : t->silent[j + i] + 1;
+        const float *made[] = { W_dec, W_enc, t->W_dec.v + row, t->W_enc.v + row };
+        for (size_t k = 0; k < COUNT(made); k++)
+            if (first_not_finite(made[k], stride) < stride)
+                return fail("latent %zu gets weights or moments that are not finite", j + i);
+    }
+    return SC_OK;
+}
+
+static int update_task(void *context, size_t block) {
+    trainer *t = context;
+    size_t rows = rows_at_once(t->batch.room), end = (block + 1) * CHAIN;
+    float *W_enc_db = t->W_enc_db + block * t->sae.stride;
+    backward_scratch s;
+    lay_out_backward(&s, t, t->scratch + worker * t->scratch_bytes);
+    memset(W_enc_db, 0, t->sae.stride * sizeof *W_enc_db);
+    if (end > t->sae.d_sae) end = t->sae.d_sae;
+    for (size_t j = block * CHAIN; j < end; j += rows)
+        SC_TRY(update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s));
+    return SC_OK;
+}
+
+/* Sums over T rows of 16 dimensions, in float64, in blocks of 256 rows: of x, weighted where there
+ * are weights, or of (x - centre)^2. x: [T, stride]; weight: [T]; centre, sum: [16] */
+static void column_sums(const float *x, size_t T, size_t stride, const double *weight,
+                        const double *centre, double *sum) {
+    memset(sum, 0, PARTIALS * sizeof *sum);
+    for (size_t block = 0; block < T; block += CHAIN) {
+        double part[PARTIALS] = { 0 };
+        for (size_t t = block; t < T && t < block + CHAIN; t++)
+            for (int d = 0; d < PARTIALS; d++) {
+                double value = x[t * stride + d], apart = centre ? value - centre[d] : 0;
+                part[d] += weight ? weight[t] * value : centre ? apart * apart : value;
+            }
+        for (int d = 0; d < PARTIALS; d++) sum[d] += part[d];
+    }
+}
+
+/* b_dec's gradient, the sum over tokens of x' gradient less W_enc db_enc: 16 dimensions a task. */
+static int b_dec_task(void *context, size_t task) {
+    trainer *t = context;
+    size_t stride = t->sae.stride, first = task * PARTIALS;
+    double sum[PARTIALS];
+    float gradient[PARTIALS], along[PARTIALS] = { 0 };
+    column_sums(t->batch.output + first, t->batch.T, stride, NULL, NULL, sum);
+    for (size_t block = 0; block < chains_of(t->sae.d_sae); block++)
+        for (int d = 0; d < PARTIALS; d++) along[d] += t->W_enc_db[block * stride + first + d];
+    for (int d = 0; d < PARTIALS; d++) gradient[d] = (float)sum[d] - along[d];
+    kernels->adam(t->sae.b_dec + first, t->b_dec.m + first, t->b_dec.v + first, gradient, PARTIALS,
+                  t->adam);
+    return SC_OK;
+}
+
+/* sum over tokens of (x - mean)^2; mean as it is with a data set of one batch. */
+static int variance_task(void *context, size_t task) {
+    trainer *t = context;
+    const float *x = t->batch.x + task * PARTIALS;
+    double mean[PARTIALS];
+    column_sums(x, t->batch.T, t->sae.stride, NULL, NULL, mean);
+    for (int d = 0; d < PARTIALS; d++) mean[d] /= (double)t->batch.T;
+    column_sums(x, t->batch.T, t->sae.stride, NULL, mean, t->deviation + task * PARTIALS);
+    return SC_OK;
+}
+
+/* Refuses what is not finite, naming the token (of the batch) where there is one. */
+static int check_tokens(const sae_batch *batch, size_t *bad) {
+    for (size_t t = 0; t < batch->T; t++) {
+        *bad = t;
+        if (!(batch->norm[t] > 0)) return fail("||x|| is 0 where a direction was expected");
+        if (!isfinite(batch->norm[t]) || !isfinite(batch->squared_error[t])
+            || !isfinite(batch->sum_f[t]))
+            return fail("the loss is not finite");
+    }
+    *bad = SIZE_MAX;
+    return SC_OK;
+}
+
+static int measure_losses(trainer *t, step_result *result, size_t *bad) {
+    const sae_batch *batch = &t->batch;
+    size_t T = batch->T;
+    double tokens = (double)T, numbers = tokens * (double)t->sae.d_in;
+    SC_TRY(check_tokens(batch, bad));
+    SC_TRY(parallel_for(t->sae.stride / PARTIALS, variance_task, t));
+    double deviation = sum_of(t->deviation, t->sae.d_in);
+    if (deviation > 0)
+        result->explained_variance = 1 - sum_of(batch->squared_error, T) / deviation;
+    for (size_t i = 0; i < T; i++) t->token_loss[i] = batch->squared_error[i] / batch->norm[i];
+    result->mse = sum_of(t->token_loss, T) / numbers;
+    result->l1 = t->sae.topk ? 0 : t->options.l1 * (sum_of(batch->sum_f, T) / tokens);
+    result->l0 = sum_of(batch->active, T) / tokens;
+    SC_TRY(parallel_for(batch->tiles, output_gradient_task, t));
+    result->ghost = sum_of(t->token_loss, T) / numbers;
+    result->loss = result->mse + result->l1 + result->ghost;
+    return isfinite(result->loss) ? SC_OK : fail("the loss is not finite");
+}
+
+/* One training step on T tokens. x: [T, stride]; bad: the token at fault, or SIZE_MAX */
+static int train_step(trainer *t, const float *x, size_t T, step_result *result, size_t *bad) {
+    size_t blocks = chains_of(t->sae.d_sae);
+    double warm = (double)(t->step + 1) / (double)t->options.warmup;
+    *bad = SIZE_MAX;
+    *result = (step_result){ .lr = t->options.lr * (t->options.warmup && warm < 1 ? warm : 1) };
+    for (size_t j = 0; j < t->sae.d_sae; j++) result->dead += (size_t)is_dead(t, j);
+    t->ghosts = t->options.ghost && result->dead > 0;
+    t->beta1_power *= 0.9;
+    t->beta2_power *= 0.999;
+    t->adam.step_size = (float)(result->lr / (1 - t->beta1_power));
+    t->adam.root_scale = (float)(1 / sqrt(1 - t->beta2_power));
+    SC_TRY(parallel_for(blocks, unit_task, &t->sae));
+    SC_TRY(run_sae(&t->batch, x, T));
+    SC_TRY(measure_losses(t, result, bad));
+    t->x_rows.K = t->g_rows.K = t->ghost_rows.K = T;
+    SC_TRY(parallel_for(t->x_rows.panels, pack_rows_task, t));
+    SC_TRY(parallel_for(blocks, update_task, t));
+    SC_TRY(parallel_for(t->sae.stride / PARTIALS, b_dec_task, t));
+    kernels->adam(t->sae.b_enc, t->b_enc.m, t->b_enc.v, t->db_enc, padded(t->sae.d_sae), t->adam);
+    size_t n = t->sae.d_sae, D = t->sae.stride;
+    if (first_not_finite(t->sae.b_enc, n) < n || first_not_finite(t->sae.b_dec, D) < D)
+        return fail("a bias becomes what is not finite");
+    t->step++;
+    return SC_OK;
+}
+
+/* --------------------------------------------------------------------------------------------
+ * Where b_dec starts: zeros, the mean, or a geometric median (Weiszfeld, 1937) of the tokens, or of
+ * whole images [T, D], averaged over the tokens, as PatchSAE does.
+ * -------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const float *points;             /* [count, dim], dim a multiple of 16 */
+    size_t count, dim;
+    double *centre, *before;         /* [dim] */
+    double *weight;                  /* [count] */
+    double total;                    /* of the weights */
+    memory_list memory;
+} weighted_mean;
+
+static int weighted_mean_task(void *context, size_t task) {
+    weighted_mean *m = context;
+    double *centre = m->centre + task * PARTIALS;
+    column_sums(m->points + task * PARTIALS, m->count, m->dim, m->weight, NULL, centre);
+    for (int d = 0; d < PARTIALS; d++) centre[d] /= m->total;
+    return SC_OK;
+}
+
+static int distance_task(void *context, size_t i) {
+    weighted_mean *m = context;
+    double p[PARTIALS] = { 0 }, sum = 0;
+    for (size_t d = 0; d < m->dim; d++) {
+        double apart = m->points[i * m->dim + d] - m->centre[d];
+        p[d % PARTIALS] += apart * apart;
+    }
+    for (int k = 0; k < PARTIALS; k++) sum += p[k];
+    double distance = sqrt(sum);
+    m->weight[i] = 1 / (distance > 1e-6 ? distance : 1e-6);
+    return SC_OK;
+}
+
+/* m->centre: the point of least summed distance, or the mean where iterations is 0. */
+static int geometric_median(weighted_mean *m, int iterations) {
+    size_t bytes = m->dim * sizeof *m->centre;
+    const array_spec arrays[] = {
+        ARRAY(m->centre, m->dim, 1), ARRAY(m->before, m->dim, 1), ARRAY(m->weight, m->count, 1) };
+    SC_TRY(new_arrays(&m->memory, arrays, COUNT(arrays)));
+    for (size_t i = 0; i < m->count; i++) m->weight[i] = 1;
+    for (int round = 0;; round++) {
+        m->total = sum_of(m->weight, m->count);
+        SC_TRY(parallel_for(m->dim / PARTIALS, weighted_mean_task, m));
+        int settled = round > 0 && memcmp(m->before, m->centre, bytes) == 0;
+        if (settled || round == iterations) return SC_OK;
+        memcpy(m->before, m->centre, bytes);
+        SC_TRY(parallel_for(m->count, distance_task, m));
+    }
+}
+
+/* b_dec from `images` images. x: [images T, stride] */
+static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t images, size_t T) {
+    size_t parts = strcmp(kind, "geomedian-images") == 0 ? T : 1;
+    weighted_mean m = { .points = x, .count = images * T / parts, .dim = parts * sae->stride };
+    int status = geometric_median(&m, strcmp(kind, "mean") == 0 ? 0 : 100);
+    for (size_t d = 0; d < sae->d_in && status == SC_OK; d++) {
+        double sum = 0;
+        for (size_t i = 0; i < parts; i++) sum += m.centre[i * sae->stride + d];
+        sae->b_dec[d] = (float)(sum / (double)parts);
+        if (!isfinite(sae->b_dec[d])) status = fail("b_dec's start is not finite");
+    }
+    release(&m.memory);
+    return status;
+}
+
+/* ********************************************************************************************
+ * Part III: data in and out
+ *
+ * Options and messages, files, images, data sets, the files of models and SAEs, activations.
+ * ******************************************************************************************** */
+
+/* ============================================================================================
+ * 13. Options and messages
+ *
+ * What the command line says, and what the program says on standard error.
+ * ============================================================================================ */
+
+enum { MAX_OPERANDS = 1024 };        /* also the most shards of a data set */
+
+/* What the command line says. Texts are NULL, numbers 0 where not given, unless options have a
+ * default (see the table of options at the end). */
+typedef struct {
+    const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
+    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch, *shard;
+    const char *operand[MAX_OPERANDS + 1];   /* IMAGES, files or lines of bench; NULL ends them */
+    sc_model_options settings;
+    const char *sae[SC_MAX_TAPS];
+    size_t saes;
+    long layer, threads, size, square, limit, k, expansion, d_sae, batch, steps, warmup;
+    long b_dec_images, dead_window, checkpoint_every, top, top_patches, class_index;
+    double l1, lr, epochs, threshold, max_frequency, rtol, atol, seed;
+    int quiet, skip_bad, ghost, resume, class_counts, dense, reconstruction, image_means;
+    uint64_t given;                          /* bit i: row i of the table was given */
+} options;
+
+static int quiet, line_open;         /* line_open: progress stands on the terminal */
+
+enum { TEXT_ROOM = 600 };            /* of a text that is shown */
+
+static const char *printable(const char *text, char *out, size_t room);
+static int check_maps(void);
+
+/* A line on standard error. */
+SC_PRINTF(1, 2) static void note(const char *format, ...) {
+    char line[sizeof error_text], safe[4 * sizeof line];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    if (quiet) return;
+    fprintf(stderr, "%ssaeclip: %s\n", line_open ? "\n" : "", printable(line, safe, sizeof safe));
+    line_open = 0;
+}
+
+static double seconds_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Progress on standard error: redrawn on a terminal, else a line now and then; words end it. The
+ * first call only takes the time. total may be SIZE_MAX: not known. */
+static void show_progress(const char *what, uint64_t done, uint64_t total, uint64_t images,
+                          const char *words) {
+    static double first, last;
+    static uint64_t begin, begin_images;
+    double now = seconds_now(), passed = now - first;
+    int terminal = isatty(STDERR_FILENO), ends = done == total;
+    if (first == 0 || done <= begin) {
+        first = last = now;
+        begin = done;
+        begin_images = images;
+        return;
+    }
+    if (quiet || (ends ? !terminal && passed < 20 : now - last < (terminal ? 0.2 : 20))) return;
+    last = now;
+    line_open = terminal && !ends;
+    fprintf(stderr, "%s%s %ju", terminal ? "\r\033[K" : "saeclip: ", what, (uintmax_t)done);
+    if (total != SIZE_MAX) fprintf(stderr, " of %ju", (uintmax_t)total);
+    fprintf(stderr, ", %.1f images/s", (double)(images - begin_images) / passed);
+    if (total != SIZE_MAX && !ends)
+        fprintf(stderr, ", %.0f s left", passed / (double)(done - begin) * (double)(total - done));
+    fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
+}
+
+/* Whether all that was printed reached standard output. A reader that went away is told nothing. */
+static int end_of_output(void) {
+    int lost = fflush(stdout) != 0;
+    if (!lost && !ferror(stdout)) return check_maps();
+    /* It may have failed long ago, and musl then forgets the rest: another byte tells why. */
+    if (!lost && write(STDOUT_FILENO, "\n", 1) == 1) errno = EIO;
+    if (errno == EPIPE) return fail("%s", "");
+    return fail("standard output: cannot be written: %s", strerror(errno));
+}
+
+/* The whole text as a finite number from least to most. */
+static int parse_number(const char *text, const char *what, double least, double most,
+                        double *value) {
+    char *end;
+    *value = strtod(text, &end);
+    if (end == text || *end != '\0' || !(*value >= least && *value <= most))
+        return usage("%s: '%s' is no number from %g to %g", what, text, least, most);
+    return SC_OK;
+}
+
+/* "r,g,b" */
+static int parse_triple(const char *text, const char *what, float *value) {
+    double rgb[3];
+    char more;
+    int good = sscanf(text, "%lf,%lf,%lf%c", &rgb[0], &rgb[1], &rgb[2], &more) == 3;
+    for (int c = 0; c < 3 && good; c++) good = isfinite(value[c] = (float)rgb[c]);
+    return good ? SC_OK : usage("%s: 'R,G,B' was expected, three numbers", what);
+}
+
+/* ============================================================================================
+ * 14. Files
  *
  * Numbers as bytes, digests, JSON, safetensors in, atomic output, safetensors out.
  *
@@ -1343,18 +2564,6 @@ static void copy_numbers(void *to, const void *from, size_t count, size_t size) 
     for (size_t i = 0; !little && i < count * size; i++) out[i ^ (size - 1)] = in[i];
 }
 
-static uint32_t bits_of_float(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static float float_of_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 of fraction. Exact. */
 static float float_of_half(uint32_t half) {
     uint32_t sign = (half & 0x8000) << 16, rest = (half & 0x7fff) << 13;
@@ -1371,18 +2580,6 @@ static uint16_t half_of_float(float value) {
     else if (rest >= 0x38800000) rest = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
     else rest = bits_of_float(float_of_bits(rest) + 0.5f) - bits_of_float(0.5f);
     return (uint16_t)(sign | rest);    /* the addition just above rounds to units of 2^-24 */
-}
-
-/* The index of the first value that is not finite, or count if there is none. */
-static size_t first_not_finite(const float *values, size_t count) {
-    size_t i = 0;
-    for (uint32_t most = 0; i + 64 <= count; i += 64) {      /* 64 at a time can be vectors */
-        for (size_t k = i; k < i + 64; k++)
-            most |= (bits_of_float(values[k]) & 0x7f800000) + 0x800000;
-        if (most >> 31) break;
-    }
-    while (i < count && isfinite(values[i])) i++;
-    return i;
 }
 
 /* A running digest of bytes, against accidents, not against malice: every step is one-to-one in
@@ -2149,7 +3346,7 @@ static int write_name_list(sc_writer *w, const char *key, char **name, size_t co
 }
 
 /* ============================================================================================
- * 6. Images
+ * 15. Images
  *
  * From a file's bytes to the pixels a model sees, as the data flow: PNM pictures, other formats by
  * way of a decoder program, Pillow's resize, data sets.
@@ -2805,18 +4002,10 @@ int sc_image_load(const sc_images *set, size_t index, const sc_preprocess *prep,
 }
 
 /* ============================================================================================
- * 7. The vision transformer
+ * 16. Models' files
  *
- * Dosovitskiy et al., 2021, as CLIP has it (Radford et al., 2021): patches and a class token, L
- * blocks of x += attention(norm(x)); x += mlp(norm(x)). Sizes come from the tensors' shapes. The
- * forward pass hands out what it is asked for at the hook points and stops where nothing later is
- * needed.
+ * Which file is which model: tensor names, sizes from shapes, settings from metadata.
  * ============================================================================================ */
-
-/* The layers of a model; NORM1 to FC2 are each block's, the others lie with the first block's. */
-enum role {
-    CLASS_TOKEN, POSITIONS, PATCHES, PRE, NORM1, QKV, OUT, NORM2, FC1, FC2, POST, HEAD, ROLES
-};
 
 enum { HUGGING_FACE, OPENAI, TIMM, NAMINGS };
 
@@ -3115,233 +4304,132 @@ static int parse_hook(const char *text, sc_hook *hook) {
     return usage("hook '%s' is none of attn, mlp, resid", text);
 }
 
-/* What one forward pass works on. B images, T tokens, D width, H hidden; M = B T. */
+/* ============================================================================================
+ * 17. SAEs' files
+ *
+ * The tensors of an SAE, in and out, and where it listens.
+ * ============================================================================================ */
+
+static const char *const architecture_names[] = { "standard", "topk" };
+
+/* Better to fail now than when the work is done. */
+static int try_output(const char *path) {
+    sc_writer w;
+    SC_TRY(sc_writer_open(&w, path, 0));
+    sc_writer_discard(&w);
+    return SC_OK;
+}
+
+/* A tensor by its shape in files, a vector (rank 1) having one row, and by where its element [r, c]
+ * lies in memory: values[r * down + c * across]. */
 typedef struct {
-    const sc_model *model;
-    size_t images, rows;             /* B, M */
-    const unsigned char *pixels;     /* [B, S, S, 3] */
-    const sc_tap *taps;              /* [count] */
-    size_t count, last;              /* last: the block after which nothing is needed, */
-    int stops_at_attn;               /* and whether its MLP is not needed either */
-    float *x;                        /* [M, D], the residual stream */
-    float *normed;                   /* [M, padded D], a norm's or the attention's output */
-    float *wide;                     /* [M, max(3 D, H, 3 patch^2)], qkv, hidden or patches */
-    float *head_scratch;             /* [workers][head_scratch_size] */
-    size_t head_scratch_size, wide_stride, normed_stride;
-    memory_list memory;
-    const sc_layer *norm;            /* what norm_task applies */
-} forward_pass;
+    const char *name;
+    float *values;
+    int rank;
+    size_t rows, columns, down, across;
+} float_tensor;
 
-enum { ROWS_A_TASK = 32 };
-
-/* normed = layer_norm(x), a few rows a task. */
-static int norm_task(void *context, size_t task) {
-    forward_pass *pass = context;
-    size_t D = pass->model->width, first = task * ROWS_A_TASK;
-    for (size_t i = first; i < pass->rows && i < first + ROWS_A_TASK; i++)
-        kernels->layer_norm(pass->x + i * D, pass->norm->weight, pass->norm->bias,
-                            pass->model->epsilon, pass->normed + i * pass->normed_stride, D);
-    return SC_OK;
-}
-
-static int norm_rows(forward_pass *pass, const sc_layer *norm) {
-    pass->norm = norm;
-    return parallel_for((pass->rows + ROWS_A_TASK - 1) / ROWS_A_TASK, norm_task, pass);
-}
-
-/* Lays an image's patches out as rows of 3 patch^2 normalised pixels, channel by channel. */
-static int patch_task(void *context, size_t image) {
-    forward_pass *pass = context;
-    const sc_model *model = pass->model;
-    size_t p = model->patch, S = model->image_size;
-    const unsigned char *pixels = pass->pixels + image * S * S * 3;
-    float normal[3][256];
-    for (int c = 0; c < 3; c++)
-        for (int v = 0; v < 256; v++)
-            normal[c][v] = ((float)v / 255.0f - model->mean[c]) / model->std[c];
-    for (size_t i = 0; i < model->tokens - 1; i++) {
-        const unsigned char *corner = pixels + (i / model->grid * S + i % model->grid) * p * 3;
-        float *out = pass->wide + (image * (model->tokens - 1) + i) * pass->wide_stride;
-        for (size_t c = 0; c < 3; c++)
-            for (size_t y = 0; y < p; y++)
-                for (size_t x = 0; x < p; x++) *out++ = normal[c][corner[(y * S + x) * 3 + c]];
+/* Writes a tensor or, where there is no writer, reads it from a file, some rows at a time. Adds it
+ * to a digest, if there is one. */
+static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
+                       digest64 *digest) {
+    enum { ROWS = 16 };
+    const sc_tensor *source = w ? NULL : sc_tensor_find(file, t->name);
+    size_t shape[2] = { t->rows, t->columns };
+    if (w) SC_TRY(sc_writer_tensor(w, t->name, SC_F32, t->rank, shape + 2 - t->rank));
+    else if (!source || source->rank == 0 || source->count != t->rows * t->columns
+             || source->shape[source->rank - 1] != t->columns)
+        return fail("%s: a tensor %s of %zu x %zu was expected", file->path, t->name, t->rows,
+                    t->columns);
+    float *some = new_array(t->columns, ROWS * sizeof *some);
+    int status = some ? SC_OK : SC_FAILED;
+    for (size_t r = 0; r < t->rows && status == SC_OK; r += ROWS) {
+        size_t height = t->rows - r < ROWS ? t->rows - r : ROWS, count = height * t->columns;
+        if (!w) status = sc_tensor_floats(file, source, r * t->columns, count, some);
+        for (size_t c = 0; c < t->columns; c++)
+            for (size_t i = 0; i < height; i++) {
+                float *here = t->values + (r + i) * t->down + c * t->across;
+                float *there = some + i * t->columns + c;
+                if (w) *there = *here;
+                else *here = *there;
+            }
+        if (w) status = sc_writer_floats(w, some, count);
+        for (size_t i = 0; digest && i < count; i++)
+            digest64_number(digest, bits_of_float(some[i]));
     }
-    return SC_OK;
-}
-
-/* x = [class token; patches] + positions, then the pre-norm where the model has one. */
-static int embed(forward_pass *pass) {
-    const sc_model *model = pass->model;
-    size_t D = model->width, T = model->tokens;
-    const float *class_token = model->layer[CLASS_TOKEN].weight;
-    const float *positions = model->layer[POSITIONS].weight;
-    SC_TRY(parallel_for(pass->images, patch_task, pass));
-    for (size_t image = 0; image < pass->images; image++) {
-        float *x = pass->x + image * T * D;
-        tile_target to = { .c = x + D, .c_stride = D, .bias = model->layer[PATCHES].bias,
-                           .residual = positions + D, .residual_stride = D };
-        for (size_t d = 0; d < D; d++) x[d] = class_token[d] + positions[d] + 0.0f;
-        SC_TRY(multiply(pass->wide + image * (T - 1) * pass->wide_stride, T - 1, pass->wide_stride,
-                        &model->layer[PATCHES].matrix, to));
-    }
-    if (!model->layer[PRE].weight) return SC_OK;
-    SC_TRY(norm_rows(pass, &model->layer[PRE]));
-    for (size_t i = 0; i < pass->rows; i++)
-        memcpy(pass->x + i * D, pass->normed + i * pass->normed_stride, D * sizeof(float));
-    return SC_OK;
-}
-
-/* One head of one image, some queries at a time so that their scores stay in a near cache:
- * out = softmax(q k^T / sqrt d) v. q, k, v: [T, d] within qkv [T, 3 D]; scores: [rows, padded T] */
-static int head_task(void *context, size_t task) {
-    forward_pass *pass = context;
-    const sc_model *model = pass->model;
-    size_t D = model->width, T = model->tokens, d = D / model->heads, stride = pass->wide_stride;
-    size_t image = task / model->heads, head = task % model->heads;
-    const float *q = pass->wide + image * T * stride + head * d, *k = q + D, *v = k + D;
-    packed_matrix keys = { .K = d, .N = T, .panels = panels_of(T) };
-    packed_matrix values = { .K = T, .N = d, .panels = panels_of(d) };
-    size_t columns = (size_t)kernels->columns;
-    keys.data = pass->head_scratch + worker * pass->head_scratch_size;
-    values.data = keys.data + keys.panels * columns * d;
-    float *scores = values.data + values.panels * columns * T;
-    float *buffer = scores + rows_at_once(d) * padded(T);
-    tile_target to_scores = { .c = scores, .c_stride = padded(T) };
-    tile_target to_out = { .c = pass->normed + image * T * pass->normed_stride + head * d,
-                           .c_stride = pass->normed_stride };
-    pack_panels(&keys, 0, keys.panels, k, 1, stride);
-    pack_panels(&values, 0, values.panels, v, stride, 1);
-    for (size_t first = 0; first < T; first += rows_at_once(d)) {
-        size_t rows = T - first < rows_at_once(d) ? T - first : rows_at_once(d);
-        product_rows(q + first * stride, stride, NULL, rows, &keys, 0, keys.panels, &to_scores,
-                     buffer);
-        for (size_t t = 0; t < rows; t++)
-            kernels->softmax(scores + t * padded(T), T, 1.0f / sqrtf((float)d));
-        product_rows(scores, padded(T), NULL, rows, &values, 0, values.panels, &to_out, buffer);
-        to_out.c += rows * to_out.c_stride;
-    }
-    return SC_OK;
-}
-
-static int taps_at(const sc_tap *tap, size_t layer, sc_hook hook) {
-    return tap->layer == layer && tap->hook == hook;
-}
-
-/* Gives an output to whoever taps it, and takes back what is to stand in its place.
- * output: [M, D] at stride */
-static int tap_output(const forward_pass *pass, size_t layer, sc_hook hook, float *output,
-                      size_t stride) {
-    size_t bytes = pass->model->width * sizeof *output;
-    for (const sc_tap *tap = pass->taps; tap < pass->taps + pass->count; tap++) {
-        if (!taps_at(tap, layer, hook)) continue;
-        for (size_t row = 0; row < pass->rows; row++)
-            memcpy(tap->out + row * tap->stride, output + row * stride, bytes);
-        if (!tap->replace) continue;
-        SC_TRY(tap->replace(tap->context, tap->out, pass->rows));
-        for (size_t row = 0; row < pass->rows; row++)
-            memcpy(output + row * stride, tap->out + row * tap->stride, bytes);
-    }
-    return SC_OK;
-}
-
-/* x += a W + bias, by way of normed or wide, whichever is not a, if somebody taps it. */
-static int add_layer(forward_pass *pass, const float *a, const sc_layer *layer, size_t number,
-                     sc_hook hook) {
-    size_t D = pass->model->width, wide = pass->wide_stride, normed = pass->normed_stride;
-    size_t a_stride = a == pass->wide ? wide : normed, stride = a == pass->wide ? normed : wide;
-    float *output = a == pass->wide ? pass->normed : pass->wide;
-    int tapped = 0;
-    for (size_t i = 0; i < pass->count; i++) tapped |= taps_at(&pass->taps[i], number, hook);
-    tile_target to = { .c = tapped ? output : pass->x, .c_stride = tapped ? stride : D,
-                       .bias = layer->bias, .residual = tapped ? NULL : pass->x,
-                       .residual_stride = D };
-    SC_TRY(multiply(a, pass->rows, a_stride, &layer->matrix, to));
-    SC_TRY(tap_output(pass, number, hook, output, stride));
-    for (size_t i = 0; tapped && i < pass->rows; i++)
-        for (size_t d = 0; d < D; d++)
-            pass->x[i * D + d] = output[i * stride + d] + pass->x[i * D + d] + 0.0f;
-    return SC_OK;
-}
-
-/* One block. x: [M, D] */
-static int forward_block(forward_pass *pass, size_t number) {
-    const sc_model *model = pass->model;
-    const sc_layer *block = &model->layer[(number - 1) * ROLES];
-    tile_target wide = { .c = pass->wide, .c_stride = pass->wide_stride, .bias = block[QKV].bias };
-    SC_TRY(norm_rows(pass, &block[NORM1]));
-    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[QKV].matrix, wide));
-    SC_TRY(parallel_for(pass->images * model->heads, head_task, pass));
-    SC_TRY(add_layer(pass, pass->normed, &block[OUT], number, SC_ATTN));
-    if (number == pass->last && pass->stops_at_attn) return SC_OK;
-    wide.bias = block[FC1].bias;
-    wide.activation = (activation_kind)model->activation;
-    SC_TRY(norm_rows(pass, &block[NORM2]));
-    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[FC1].matrix, wide));
-    SC_TRY(add_layer(pass, pass->wide, &block[FC2], number, SC_MLP));
-    return tap_output(pass, number, SC_RESID, pass->x, model->width);
-}
-
-/* head(norm(class token)); with class prompts, the cosine with each. out: [B, outputs] or
- * [B, classes] */
-static int forward_head(forward_pass *pass, float *out) {
-    const sc_model *model = pass->model;
-    const sc_layer *post = &model->layer[POST], *projection = &model->layer[HEAD];
-    size_t D = model->width, P = padded(model->outputs);
-    float *embedding = new_array(pass->images, P * sizeof *embedding);
-    if (!embedding) return SC_FAILED;
-    for (size_t b = 0; b < pass->images; b++)
-        kernels->layer_norm(pass->x + b * model->tokens * D, post->weight, post->bias,
-                            model->epsilon, pass->normed + b * pass->normed_stride, D);
-    tile_target to = { .c = model->text ? embedding : out,
-                       .c_stride = model->text ? P : model->outputs, .bias = projection->bias };
-    int status = multiply(pass->normed, pass->images, pass->normed_stride, &projection->matrix, to);
-    for (size_t b = 0; b < pass->images && model->text && status == SC_OK; b++) {
-        kernels->unit_row(embedding + b * P, P);
-        for (size_t c = 0; c < model->classes; c++)
-            out[b * model->classes + c] = kernels->dot(embedding + b * P, model->text + c * P, P);
-    }
-    free(embedding);
+    free(some);
     return status;
 }
 
-static int new_forward_pass(forward_pass *pass, const sc_model *model) {
-    size_t D = model->width, T = model->tokens, d = D / model->heads, longest = T > d ? T : d;
-    size_t pixels = 3 * model->patch * model->patch, columns = (size_t)kernels->columns;
-    size_t widest = 3 * D > model->hidden ? 3 * D : model->hidden;
-    pass->model = model;
-    pass->rows = pass->images * T;
-    pass->wide_stride = padded(widest > pixels ? widest : pixels);
-    pass->normed_stride = padded(D);
-    pass->head_scratch_size = padded(panels_of(T) * columns * d + panels_of(d) * columns * T
-                                     + rows_at_once(d) * padded(T) + row_buffer_size(longest));
-    const array_spec arrays[] = {
-        ARRAY(pass->x, pass->rows, D), ARRAY(pass->normed, pass->rows, pass->normed_stride),
-        ARRAY(pass->wide, pass->rows, pass->wide_stride),
-        ARRAY(pass->head_scratch, (size_t)thread_count(), pass->head_scratch_size) };
-    return new_arrays(&pass->memory, arrays, COUNT(arrays));
+/* An SAE's tensors, each latent by latent in memory, W_enc too. */
+static int move_sae(const sc_sae *sae, const sc_safetensors *file, sc_writer *w, digest64 *digest) {
+    size_t n = sae->d_sae, D = sae->d_in, stride = sae->stride;
+    const float_tensor tensors[] = {
+        { "W_enc", sae->W_enc, 2, D, n, 1, stride }, { "b_enc", sae->b_enc, 1, 1, n, 0, 1 },
+        { "W_dec", sae->W_dec, 2, n, D, stride, 1 }, { "b_dec", sae->b_dec, 1, 1, D, 0, 1 } };
+    for (size_t i = 0; i < COUNT(tensors); i++) SC_TRY(move_tensor(&tensors[i], file, w, digest));
+    return SC_OK;
 }
 
-int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
-                     const sc_tap *taps, size_t count, float *head) {
-    forward_pass pass = { .images = images, .pixels = pixels, .taps = taps, .count = count,
-                          .last = head ? model->blocks : 0, .stops_at_attn = !head };
-    for (size_t i = 0; i < count; i++)
-        pass.last = taps[i].layer > pass.last ? taps[i].layer : pass.last;
-    for (size_t i = 0; i < count; i++)
-        if (taps[i].layer == pass.last && taps[i].hook != SC_ATTN) pass.stops_at_attn = 0;
-    if (pass.last > model->loaded)
-        return fail("%s: block %zu is not loaded", model->file.path, pass.last);
-    int status = new_forward_pass(&pass, model);
-    if (status == SC_OK) status = embed(&pass);
-    for (size_t number = 1; number <= pass.last && status == SC_OK; number++)
-        status = forward_block(&pass, number);
-    if (status == SC_OK && head) status = forward_head(&pass, head);
-    release(&pass.memory);
+/* A whole number from 1 on in the metadata; absent leaves *value. */
+static int metadata_number(const sc_safetensors *file, const char *key, double most, size_t *value)
+{
+    const char *text = sc_metadata_find(file, key);
+    double number = 0;
+    if (!text) return SC_OK;
+    if (parse_number(text, key, 1, most, &number) != SC_OK || number != floor(number))
+        return fail("%s: metadata %s = '%s' is no whole number from 1 to %g", file->path, key, text,
+                    most);
+    *value = (size_t)number;
+    return SC_OK;
+}
+
+/* Where activations come from, where that is not known yet: an SAE's metadata and those of saved
+ * activations say it in the same words. */
+static int read_origin(sc_sae *sae, const sc_safetensors *file) {
+    const char *hook = sc_metadata_find(file, "hook"), *model = sc_metadata_find(file, "model");
+    sc_hook found = SC_MLP;
+    if (!sae->layer) SC_TRY(metadata_number(file, "layer", 1e6, &sae->layer));
+    if (hook && sae->hook < 0 && parse_hook(hook, &found) != SC_OK)
+        return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", file->path, hook);
+    if (hook && sae->hook < 0) sae->hook = (int)found;
+    if (!model || sae->model) return SC_OK;
+    sae->model = copy_string(base_name(model));
+    return sae->model ? SC_OK : SC_FAILED;
+}
+
+static int read_sae(sc_sae *sae, const sc_safetensors *file) {
+    const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
+    const char *architecture = sc_metadata_find(file, "architecture");
+    const char *start = sc_metadata_find(file, "b_dec_start");
+    if (!encoder || encoder->rank != 2 || encoder->count == 0)
+        return fail("%s: this is no SAE: a tensor W_enc [d_in, d_sae] was expected", file->path);
+    if (sc_tensor_find(file, "threshold") || sc_tensor_find(file, "log_threshold"))
+        return fail("%s: a JumpReLU SAE (tensor threshold), expected standard or topk", file->path);
+    SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
+    SC_TRY(move_sae(sae, file, NULL, NULL));
+    sae->topk = architecture && strcmp(architecture, architecture_names[1]) == 0;
+    if (architecture && strcmp(architecture, architecture_names[sae->topk]) != 0)
+        return fail("%s: architecture '%s' is neither standard nor topk", file->path, architecture);
+    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
+    SC_TRY(read_origin(sae, file));
+    if (!(sae->path = copy_string(file->path))) return SC_FAILED;
+    if (start && !(sae->b_dec_start = copy_string(start))) return SC_FAILED;
+    return SC_OK;
+}
+
+int sc_sae_open(sc_sae *sae, const char *path) {
+    sc_safetensors file;
+    *sae = (sc_sae){ 0 };
+    SC_TRY(sc_safetensors_open(&file, path));
+    int status = read_sae(sae, &file);
+    sc_safetensors_close(&file);
+    if (status != SC_OK) sc_sae_close(sae);
     return status;
 }
 
 /* ============================================================================================
- * 8. Activations
+ * 18. Activations
  *
  * One stream of activations for training and measuring, image by image: read from a file that
  * `extract` wrote, or computed from photos as they are read. Several hook points share one pass.
@@ -3596,181 +4684,6 @@ static void close_feed(feed *f) {
     *f = (feed){ 0 };
 }
 
-/* ============================================================================================
- * 9. The sparse autoencoder
- *
- *     h = W_enc^T (x - b_dec) + b_enc       f = relu(h), or relu of the k largest of h
- *     x' = W_dec^T f + b_dec                 (Bricken et al., 2023; Gao et al., 2024)
- *
- * Weights lie latent by latent. A batch's tokens are cut into tiles of at most 256; a tile's
- * pre-activations become sparse codes while in cache, so there is no tokens x latents matrix.
- * ============================================================================================ */
-
-static const char *const architecture_names[] = { "standard", "topk" };
-
-static int new_sae(sc_sae *sae, size_t d_in, size_t d_sae) {
-    *sae = (sc_sae){ .d_in = d_in, .d_sae = d_sae, .stride = padded(d_in), .hook = -1 };
-    if (d_in == 0 || d_sae == 0 || d_in > SC_MAX_WIDTH || d_sae > SC_MAX_LATENTS)
-        return fail("an SAE of %zu inputs and %zu latents is not possible", d_in, d_sae);
-    sae->W_enc = new_array(d_sae, sae->stride * sizeof *sae->W_enc);
-    sae->W_dec = new_array(d_sae, sae->stride * sizeof *sae->W_dec);
-    sae->b_enc = new_array(padded(d_sae), sizeof *sae->b_enc);
-    sae->b_dec = new_array(sae->stride, sizeof *sae->b_dec);
-    return sae->W_enc && sae->W_dec && sae->b_enc && sae->b_dec ? SC_OK : SC_FAILED;
-}
-
-void sc_sae_close(sc_sae *sae) {
-    free(sae->W_enc);
-    free(sae->W_dec);
-    free(sae->b_enc);
-    free(sae->b_dec);
-    free(sae->path);
-    free(sae->model);
-    free(sae->b_dec_start);
-    *sae = (sc_sae){ 0 };
-}
-
-typedef struct { sc_sae *sae; uint64_t seed; } initialisation;
-
-/* Kaiming's bound for the encoder, unit rows for the decoder. */
-static int initial_row(void *context, size_t j) {
-    const initialisation *start = context;
-    const sc_sae *sae = start->sae;
-    float *encoder = sae->W_enc + j * sae->stride, *decoder = sae->W_dec + j * sae->stride;
-    float bound = sqrtf(6.0f / (float)sae->d_sae);
-    for (size_t d = 0; d < sae->d_in; d++) {
-        uint64_t index = (uint64_t)j * sae->d_in + d;
-        encoder[d] = bound * uniform(start->seed, STREAM_W_ENC, index);
-        decoder[d] = uniform(start->seed, STREAM_W_DEC, index);
-    }
-    kernels->unit_row(decoder, sae->stride);
-    return SC_OK;
-}
-
-int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed) {
-    initialisation start = { sae, seed };
-    int status = new_sae(sae, d_in, d_sae);
-    if (status == SC_OK) status = parallel_for(d_sae, initial_row, &start);
-    if (status != SC_OK) sc_sae_close(sae);
-    return status;
-}
-
-/* Better to fail now than when the work is done. */
-static int try_output(const char *path) {
-    sc_writer w;
-    SC_TRY(sc_writer_open(&w, path, 0));
-    sc_writer_discard(&w);
-    return SC_OK;
-}
-
-/* A tensor by its shape in files, a vector (rank 1) having one row, and by where its element [r, c]
- * lies in memory: values[r * down + c * across]. */
-typedef struct {
-    const char *name;
-    float *values;
-    int rank;
-    size_t rows, columns, down, across;
-} float_tensor;
-
-/* Writes a tensor or, where there is no writer, reads it from a file, some rows at a time. Adds it
- * to a digest, if there is one. */
-static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
-                       digest64 *digest) {
-    enum { ROWS = 16 };
-    const sc_tensor *source = w ? NULL : sc_tensor_find(file, t->name);
-    size_t shape[2] = { t->rows, t->columns };
-    if (w) SC_TRY(sc_writer_tensor(w, t->name, SC_F32, t->rank, shape + 2 - t->rank));
-    else if (!source || source->rank == 0 || source->count != t->rows * t->columns
-             || source->shape[source->rank - 1] != t->columns)
-        return fail("%s: a tensor %s of %zu x %zu was expected", file->path, t->name, t->rows,
-                    t->columns);
-    float *some = new_array(t->columns, ROWS * sizeof *some);
-    int status = some ? SC_OK : SC_FAILED;
-    for (size_t r = 0; r < t->rows && status == SC_OK; r += ROWS) {
-        size_t height = t->rows - r < ROWS ? t->rows - r : ROWS, count = height * t->columns;
-        if (!w) status = sc_tensor_floats(file, source, r * t->columns, count, some);
-        for (size_t c = 0; c < t->columns; c++)
-            for (size_t i = 0; i < height; i++) {
-                float *here = t->values + (r + i) * t->down + c * t->across;
-                float *there = some + i * t->columns + c;
-                if (w) *there = *here;
-                else *here = *there;
-            }
-        if (w) status = sc_writer_floats(w, some, count);
-        for (size_t i = 0; digest && i < count; i++)
-            digest64_number(digest, bits_of_float(some[i]));
-    }
-    free(some);
-    return status;
-}
-
-/* An SAE's tensors, each latent by latent in memory, W_enc too. */
-static int move_sae(const sc_sae *sae, const sc_safetensors *file, sc_writer *w, digest64 *digest) {
-    size_t n = sae->d_sae, D = sae->d_in, stride = sae->stride;
-    const float_tensor tensors[] = {
-        { "W_enc", sae->W_enc, 2, D, n, 1, stride }, { "b_enc", sae->b_enc, 1, 1, n, 0, 1 },
-        { "W_dec", sae->W_dec, 2, n, D, stride, 1 }, { "b_dec", sae->b_dec, 1, 1, D, 0, 1 } };
-    for (size_t i = 0; i < COUNT(tensors); i++) SC_TRY(move_tensor(&tensors[i], file, w, digest));
-    return SC_OK;
-}
-
-/* A whole number from 1 on in the metadata; absent leaves *value. */
-static int metadata_number(const sc_safetensors *file, const char *key, double most, size_t *value)
-{
-    const char *text = sc_metadata_find(file, key);
-    double number = 0;
-    if (!text) return SC_OK;
-    if (parse_number(text, key, 1, most, &number) != SC_OK || number != floor(number))
-        return fail("%s: metadata %s = '%s' is no whole number from 1 to %g", file->path, key, text,
-                    most);
-    *value = (size_t)number;
-    return SC_OK;
-}
-
-/* Where activations come from, where that is not known yet: an SAE's metadata and those of saved
- * activations say it in the same words. */
-static int read_origin(sc_sae *sae, const sc_safetensors *file) {
-    const char *hook = sc_metadata_find(file, "hook"), *model = sc_metadata_find(file, "model");
-    sc_hook found = SC_MLP;
-    if (!sae->layer) SC_TRY(metadata_number(file, "layer", 1e6, &sae->layer));
-    if (hook && sae->hook < 0 && parse_hook(hook, &found) != SC_OK)
-        return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", file->path, hook);
-    if (hook && sae->hook < 0) sae->hook = (int)found;
-    if (!model || sae->model) return SC_OK;
-    sae->model = copy_string(base_name(model));
-    return sae->model ? SC_OK : SC_FAILED;
-}
-
-static int read_sae(sc_sae *sae, const sc_safetensors *file) {
-    const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
-    const char *architecture = sc_metadata_find(file, "architecture");
-    const char *start = sc_metadata_find(file, "b_dec_start");
-    if (!encoder || encoder->rank != 2 || encoder->count == 0)
-        return fail("%s: this is no SAE: a tensor W_enc [d_in, d_sae] was expected", file->path);
-    if (sc_tensor_find(file, "threshold") || sc_tensor_find(file, "log_threshold"))
-        return fail("%s: a JumpReLU SAE (tensor threshold), expected standard or topk", file->path);
-    SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
-    SC_TRY(move_sae(sae, file, NULL, NULL));
-    sae->topk = architecture && strcmp(architecture, architecture_names[1]) == 0;
-    if (architecture && strcmp(architecture, architecture_names[sae->topk]) != 0)
-        return fail("%s: architecture '%s' is neither standard nor topk", file->path, architecture);
-    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
-    SC_TRY(read_origin(sae, file));
-    if (!(sae->path = copy_string(file->path))) return SC_FAILED;
-    if (start && !(sae->b_dec_start = copy_string(start))) return SC_FAILED;
-    return SC_OK;
-}
-
-int sc_sae_open(sc_sae *sae, const char *path) {
-    sc_safetensors file;
-    *sae = (sc_sae){ 0 };
-    SC_TRY(sc_safetensors_open(&file, path));
-    int status = read_sae(sae, &file);
-    sc_safetensors_close(&file);
-    if (status != SC_OK) sc_sae_close(sae);
-    return status;
-}
-
 /* Options overrule what an SAE's file says. It must agree with the activations, and listens to the
  * tap at *place. What training does not know it takes from saved activations; of a model it listens
  * to the MLP of the last block but one. */
@@ -3803,886 +4716,14 @@ static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, siz
     return SC_OK;
 }
 
-/* --------------------------------------------------------------------------------------------
- * Sparse codes: latent by latent, the tokens of a tile where it fires, and its activations there.
- * -------------------------------------------------------------------------------------------- */
-
-enum {
-    TILE_TOKENS = 256,               /* a token of a tile is a byte */
-    TILES_A_TASK = 4                 /* at most */
-};
-
-typedef struct {
-    size_t first, tokens;            /* where the tile begins in the batch, how long it is */
-    size_t *start;                   /* [n + 1], where latent j's codes begin */
-    uint8_t *token;                  /* [start[n]], ascending within a latent */
-    float *value;                    /* [start[n]] */
-} tile_codes;
-
-/* Visits the tokens where a latent of a tile fires, in order: token is within the tile, value its
- * activation. */
-typedef struct { const tile_codes *tile; size_t next, end, token; float value; } code_walk;
-
-static code_walk walk_codes(const tile_codes *tile, size_t j) {
-    return (code_walk){ .tile = tile, .next = tile->start[j], .end = tile->start[j + 1] };
-}
-
-static inline int next_code(code_walk *w) {
-    if (w->next == w->end) return 0;
-    w->token = w->tile->token[w->next];
-    w->value = w->tile->value[w->next++];
-    return 1;
-}
-
-/* A batch of T tokens on its way through the SAE. D is padded to `stride` in every array. */
-typedef struct {
-    const sc_sae *sae;
-    size_t T, room;                  /* tokens, tokens there is room for */
-    int reconstruct;                 /* whether x' is wanted */
-    const float *x;                  /* [T, D], the caller's */
-    float *centred;                  /* [T, D], x - b_dec */
-    packed_matrix panels;            /* the same as columns, [D, T] */
-    float *output;                   /* [T, D], x', later its gradient */
-    double *norm;                    /* [T], ||x|| */
-    double *squared_error;           /* [T], ||x' - x||^2 */
-    double *sum_f;                   /* [T], sum of f */
-    double *active;                  /* [T], latents that fire */
-    tile_codes *tile;                /* [tiles] */
-    size_t tiles, tiles_a_task, tile_room;
-    unsigned char *scratch;          /* [workers][scratch_bytes] */
-    size_t scratch_bytes;
-    memory_list memory;
-} sae_batch;
-
-/* What a worker needs for a tile; the arrays lie in the batch's scratch. */
-typedef struct {
-    float *h;                        /* [rows_at_once(D)][TILE_TOKENS] */
-    float *buffer;                   /* for load_rows */
-    float *dense;                    /* [TILE_TOKENS][CHAIN], a block's codes in full */
-    packed_matrix weights;           /* [CHAIN, D], a block of W_dec */
-    float *sum;                      /* [stride] */
-    uint64_t *heap;                  /* [TILES_A_TASK][TILE_TOKENS][k], TopK's best so far */
-    float *limit;                    /* [TILES_A_TASK][TILE_TOKENS], what a candidate must exceed */
-} tile_scratch;
-
-/* Lays a worker's arrays out in `memory`, or only measures them where that is NULL. */
-static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory) {
-    size_t deepest = sae->d_in > CHAIN ? sae->d_in : CHAIN, columns = (size_t)kernels->columns;
-    s->weights = (packed_matrix){ .K = CHAIN, .N = sae->d_in, .panels = panels_of(sae->d_in) };
-    const array_spec arrays[] = {
-        ARRAY(s->h, rows_at_once(sae->d_in), TILE_TOKENS),
-        ARRAY(s->buffer, row_buffer_size(deepest), 1),
-        ARRAY(s->dense, TILE_TOKENS, CHAIN), ARRAY(s->sum, sae->stride, 1),
-        ARRAY(s->weights.data, s->weights.panels * columns, CHAIN),
-        ARRAY(s->heap, sae->topk ? sae->k : 0, TILES_A_TASK * TILE_TOKENS),
-        ARRAY(s->limit, TILES_A_TASK, TILE_TOKENS) };
-    return lay_out(arrays, COUNT(arrays), memory);
-}
-
-static tile_scratch worker_scratch(const sae_batch *batch) {
-    tile_scratch s;
-    lay_out_scratch(&s, batch->sae, batch->scratch + worker * batch->scratch_bytes);
-    return s;
-}
-
-static void free_batch(sae_batch *batch) {
-    for (size_t i = 0; batch->tile && i < batch->tile_room; i++) {
-        free(batch->tile[i].value);
-        free(batch->tile[i].token);
-    }
-    release(&batch->memory);
-    *batch = (sae_batch){ 0 };
-}
-
-/* Cuts T tokens into tiles of about the same length: as many tasks for each thread, each of as many
- * tiles. */
-static void cut_tiles(sae_batch *batch, size_t T) {
-    size_t columns = (size_t)kernels->columns, panels = panels_of(T), most = TILE_TOKENS / columns;
-    size_t share = (size_t)thread_count() * TILES_A_TASK * most;
-    size_t tasks = (size_t)thread_count() * ((panels + share - 1) / share);
-    if (tasks > panels) tasks = panels;
-    batch->tiles_a_task = ((panels + tasks - 1) / tasks + most - 1) / most;
-    batch->tiles = tasks * batch->tiles_a_task;
-    for (size_t i = 0; batch->tile && i < batch->tiles; i++) {
-        size_t first = i * panels / batch->tiles * columns;
-        size_t end = (i + 1) * panels / batch->tiles * columns;
-        batch->tile[i].first = first;
-        batch->tile[i].tokens = (end < T ? end : T) - first;
-    }
-}
-
-/* Room for batches of up to `room` tokens. */
-static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
-    tile_scratch s;
-    size_t n = sae->d_sae, columns = panels_of(room) * (size_t)kernels->columns, *starts = NULL;
-    *batch = (sae_batch){ .sae = sae, .room = room, .reconstruct = 1,
-                          .scratch_bytes = lay_out_scratch(&s, sae, NULL) };
-    batch->panels.K = sae->d_in;
-    cut_tiles(batch, room);
-    size_t tiles = batch->tile_room = batch->tiles;
-    const array_spec arrays[] = {
-        ARRAY(batch->centred, room, sae->stride), ARRAY(batch->output, room, sae->stride),
-        ARRAY(batch->panels.data, columns, sae->d_in), ARRAY(batch->norm, room, 1),
-        ARRAY(batch->squared_error, room, 1), ARRAY(batch->sum_f, room, 1),
-        ARRAY(batch->active, room, 1), ARRAY(batch->tile, tiles, 1), ARRAY(starts, n + 1, tiles),
-        ARRAY(batch->scratch, (size_t)thread_count(), batch->scratch_bytes) };
-    SC_TRY(new_arrays(&batch->memory, arrays, COUNT(arrays)));
-    for (size_t i = 0; i < tiles; i++) {                     /* codes: as many as there can be */
-        size_t most = sae->topk ? sae->k : n;
-        batch->tile[i].start = starts + i * (n + 1);
-        batch->tile[i].token = reserve_array(most, TILE_TOKENS * sizeof(uint8_t));
-        batch->tile[i].value = reserve_array(most, TILE_TOKENS * sizeof(float));
-        if (!batch->tile[i].token || !batch->tile[i].value) return SC_FAILED;
-    }
-    return SC_OK;
-}
-
-/* The panels of a tile's tokens. */
-static packed_matrix tile_panels(const sae_batch *batch, const tile_codes *tile) {
-    packed_matrix panels = batch->panels;
-    panels.data += tile->first * panels.K;
-    panels.panels = panels_of(tile->tokens);
-    panels.N = panels.panels * (size_t)kernels->columns;
-    return panels;
-}
-
-/* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of latents j .. j + count - 1 on panels of tokens, or of
- * those that `latent` lists (j 0). latent: [count] or NULL; rows of h are h_stride long, and what
- * lies past the last token is not meant for anyone. */
-static void pre_activations(const sc_sae *sae, size_t j, const size_t *latent, size_t count,
-                            const packed_matrix *panels, float *h, size_t h_stride, float *buffer) {
-    tile_target to = { .c = h, .c_stride = h_stride, .row_bias = sae->b_enc + j };
-    product_rows(sae->W_enc + j * sae->stride, sae->stride, latent, count, panels, 0,
-                 panels->panels, &to, buffer);
-}
-
-/* Appends latent j's codes to a tile's, of which there are `used`; returns how many there are now.
- * h: [TILE_TOKENS] */
-static size_t append_codes(tile_codes *tile, size_t used, const float *h, const float *limit) {
-    uint64_t mask[TILE_TOKENS / MASK_BITS];
-    kernels->find_above(h, limit, TILE_TOKENS, mask);
-    for (size_t first = 0; first < tile->tokens; first += MASK_BITS) {
-        size_t end = first + MASK_BITS < tile->tokens ? first + MASK_BITS : tile->tokens;
-        for (size_t t = first; mask[first / MASK_BITS] && t < end; t++) {
-            tile->token[used] = (uint8_t)t;                  /* stays if h > 0 */
-            tile->value[used] = h[t];
-            used += h[t] > 0;
-        }
-    }
-    return used;
-}
-
-/* TopK: a token's k best are a heap of numbers that sort: positive floats order as their bits do,
- * and of equal ones the lower latent is the larger number; 0 is nobody. */
-static uint64_t candidate_of(float h, size_t latent) {
-    return (uint64_t)bits_of_float(h) << 32 | (uint32_t)~(uint32_t)latent;
-}
-
-static float candidate_value(uint64_t c) { return float_of_bits((uint32_t)(c >> 32)); }
-static size_t candidate_latent(uint64_t c) { return (uint32_t)~(uint32_t)c; }
-
-/* Replaces the least number of a heap, its first, by a larger one. heap: [k] */
-static void replace_least(uint64_t *heap, size_t k, uint64_t number) {
-    size_t place = 0;
-    for (size_t child = 1; child < k; child = 2 * place + 1) {
-        if (child + 1 < k && heap[child + 1] < heap[child]) child++;
-        if (heap[child] >= number) break;
-        heap[place] = heap[child];
-        place = child;
-    }
-    heap[place] = number;
-}
-
-/* Takes latent j's pre-activations into the heaps of its tile's tokens. h, limit: [TILE_TOKENS];
- * heap: [TILE_TOKENS][k] */
-static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t tokens,
-                             uint64_t *heap, float *limit) {
-    uint64_t mask[TILE_TOKENS / MASK_BITS];
-    if (!kernels->find_above(h, limit, TILE_TOKENS, mask)) return;
-    for (size_t t = 0; t < tokens; t++) {
-        uint64_t bits = mask[t / MASK_BITS] >> t % MASK_BITS;
-        if (bits == 0) t |= MASK_BITS - 1;                   /* on to the mask's next word */
-        if (!(bits & 1)) continue;
-        replace_least(heap + t * sae->k, sae->k, candidate_of(h[t], j));
-        limit[t] = candidate_value(heap[t * sae->k]);
-    }
-}
-
-/* The k best of each token become the tile's codes, ordered by counting. heap: [TILE_TOKENS][k] */
-static void select_codes(const sc_sae *sae, tile_codes *tile, const uint64_t *heap) {
-    size_t n = sae->d_sae, k = sae->k, *start = tile->start;
-    memset(start, 0, (n + 1) * sizeof *start);
-    for (size_t i = 0; i < tile->tokens * k; i++)
-        if (heap[i]) start[candidate_latent(heap[i]) + 1]++;
-    for (size_t j = 0; j < n; j++) start[j + 1] += start[j];
-    for (size_t i = 0; i < tile->tokens * k; i++) {          /* moves each start to its end, */
-        if (!heap[i]) continue;
-        size_t at = start[candidate_latent(heap[i])]++;
-        tile->token[at] = (uint8_t)(i / k);
-        tile->value[at] = candidate_value(heap[i]);
-    }
-    memmove(start + 1, start, n * sizeof *start);            /* which is where the next begins */
-    start[0] = 0;
-}
-
-/* f of a task's tiles, all latents; rows of W_enc are loaded once for all of them. */
-static void encode_tiles(const sae_batch *batch, tile_codes *tile, const tile_scratch *s) {
-    const sc_sae *sae = batch->sae;
-    size_t D = sae->d_in, rows = rows_at_once(D), tiles = batch->tiles_a_task;
-    size_t heap_size = sae->topk ? TILE_TOKENS * sae->k : 0, used[TILES_A_TASK] = { 0 };
-    tile_target to = { .c = s->h, .c_stride = TILE_TOKENS };
-    memset(s->heap, 0, tiles * heap_size * sizeof *s->heap);
-    memset(s->limit, 0, tiles * TILE_TOKENS * sizeof *s->limit);
-    for (size_t group = 0; group < sae->d_sae; group += rows) {
-        size_t count = sae->d_sae - group < rows ? sae->d_sae - group : rows;
-        load_rows(s->buffer, sae->W_enc + group * sae->stride, sae->stride, NULL, count, D, rows);
-        to.row_bias = sae->b_enc + group;
-        for (size_t i = 0; i < tiles; i++) {
-            packed_matrix panels = tile_panels(batch, &tile[i]);
-            float *limit = s->limit + i * TILE_TOKENS;
-            for (size_t panel = 0; panel < panels.panels; panel++)
-                product_panel(s->buffer, count, rows, &panels, panel, &to);
-            for (size_t r = 0; r < count; r++) {
-                const float *h = s->h + r * TILE_TOKENS;
-                tile[i].start[group + r] = used[i];
-                if (sae->topk)
-                    offer_candidates(sae, group + r, h, tile[i].tokens, s->heap + i * heap_size,
-                                     limit);
-                else used[i] = append_codes(&tile[i], used[i], h, limit);
-            }
-        }
-    }
-    for (size_t i = 0; i < tiles; i++) {
-        tile[i].start[sae->d_sae] = used[i];
-        if (sae->topk) select_codes(sae, &tile[i], s->heap + i * heap_size);
-    }
-}
-
-/* --------------------------------------------------------------------------------------------
- * Decoding: x' = W_dec^T f + b_dec, in blocks of 256 latents, each a chain. A block with few codes
- * adds up their rows; one with many is multiplied out in full. Both are the same chains.
- * -------------------------------------------------------------------------------------------- */
-
-enum { DENSE_SHARE = 8 };            /* in full where more than one code in 8 is active */
-
-/* out[t] += token t's chain over the block's latents that fire. The codes are first sorted by
- * token, by counting, which keeps their order. out: [tokens, stride] */
-static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t block, size_t latents,
-                          float *out) {
-    size_t place[TILE_TOKENS + 1] = { 0 }, stride = sae->stride;
-    float value[TILE_TOKENS * CHAIN / DENSE_SHARE];
-    uint32_t latent[TILE_TOKENS * CHAIN / DENSE_SHARE];
-    for (size_t i = tile->start[block]; i < tile->start[block + latents]; i++)
-        place[tile->token[i] + 1]++;
-    for (size_t t = 0; t < tile->tokens; t++) place[t + 1] += place[t];
-    for (size_t j = 0; j < latents; j++)
-        for (code_walk w = walk_codes(tile, block + j); next_code(&w); place[w.token]++) {
-            value[place[w.token]] = w.value;
-            latent[place[w.token]] = (uint32_t)j;
-        }
-    for (size_t t = 0, i = 0; t < tile->tokens; i = place[t++])  /* places are now tokens' ends */
-        kernels->add_chain(value + i, latent + i, place[t] - i, sae->W_dec + block * stride,
-                           out + t * stride, stride);
-}
-
-/* The same as a product over all the block's latents. */
-static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t latents,
-                         float *out, tile_scratch *s) {
-    tile_target to = { .c = out, .c_stride = sae->stride,
-                       .residual = out, .residual_stride = sae->stride };
-    s->weights.K = latents;
-    pack_panels(&s->weights, 0, s->weights.panels, sae->W_dec + block * sae->stride, sae->stride,
-                1);
-    product_rows(s->dense, CHAIN, NULL, tokens, &s->weights, 0, s->weights.panels, &to, s->buffer);
-}
-
-static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
-    const sc_sae *sae = batch->sae;
-    float *out = batch->output + tile->first * sae->stride;
-    memset(out, 0, tile->tokens * sae->stride * sizeof *out);
-    for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
-        size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
-        size_t active = tile->start[block + latents] - tile->start[block];
-        if (active * DENSE_SHARE <= tile->tokens * latents) {
-            decode_sparse(sae, tile, block, latents, out);
-            continue;
-        }
-        memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
-        for (size_t i = 0; i < latents; i++)
-            for (code_walk w = walk_codes(tile, block + i); next_code(&w);)
-                s->dense[w.token * CHAIN + i] = w.value;
-        decode_dense(sae, tile->tokens, block, latents, out, s);
-    }
-    for (size_t t = 0; t < tile->tokens; t++)
-        for (size_t d = 0; d < sae->d_in; d++)
-            out[t * sae->stride + d] = out[t * sae->stride + d] + sae->b_dec[d] + 0.0f;
-}
-
-/* What the losses need of each token. */
-static void measure_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
-    size_t stride = batch->sae->stride;
-    for (size_t t = tile->first; t < tile->first + tile->tokens; t++) {
-        const float *x = batch->x + t * stride, *output = batch->output + t * stride;
-        for (size_t d = 0; d < stride; d++) s->sum[d] = output[d] - x[d];
-        batch->norm[t] = sqrtf(kernels->dot(x, x, stride));
-        batch->squared_error[t] = batch->reconstruct ? kernels->dot(s->sum, s->sum, stride) : 0;
-        batch->sum_f[t] = batch->active[t] = 0;
-    }
-    for (size_t j = 0; j < batch->sae->d_sae; j++)
-        for (code_walk w = walk_codes(tile, j); next_code(&w);) {
-            batch->sum_f[tile->first + w.token] += w.value;
-            batch->active[tile->first + w.token]++;
-        }
-}
-
-static int centre_task(void *context, size_t panel) {
-    sae_batch *batch = context;
-    const sc_sae *sae = batch->sae;
-    size_t columns = (size_t)kernels->columns, stride = sae->stride;
-    for (size_t t = panel * columns; t < batch->T && t < (panel + 1) * columns; t++)
-        for (size_t d = 0; d < stride; d++)
-            batch->centred[t * stride + d] = batch->x[t * stride + d] - sae->b_dec[d];
-    pack_panels(&batch->panels, panel, panel + 1, batch->centred, 1, stride);
-    return SC_OK;
-}
-
-static int tile_task(void *context, size_t task) {
-    sae_batch *batch = context;
-    tile_codes *tile = &batch->tile[task * batch->tiles_a_task];
-    tile_scratch s = worker_scratch(batch);
-    encode_tiles(batch, tile, &s);
-    for (size_t i = 0; i < batch->tiles_a_task; i++) {
-        if (batch->reconstruct) decode_tile(batch, &tile[i], &s);
-        measure_tile(batch, &tile[i], &s);
-    }
-    return SC_OK;
-}
-
-/* Encodes and decodes T tokens, at least 1. x: [T, stride] */
-static int run_sae(sae_batch *batch, const float *x, size_t T) {
-    batch->x = x;
-    batch->T = batch->panels.N = T;
-    batch->panels.panels = panels_of(T);
-    cut_tiles(batch, T);
-    SC_TRY(parallel_for(batch->panels.panels, centre_task, batch));
-    return parallel_for(batch->tiles / batch->tiles_a_task, tile_task, batch);
-}
-
-/* Sum of n numbers in float64: blocks of 256 in order, then the blocks in order. */
-static double sum_of(const double *value, size_t n) {
-    double sum = 0;
-    for (size_t block = 0; block < n; block += CHAIN) {
-        double part = 0;
-        for (size_t i = block; i < n && i < block + CHAIN; i++) part += value[i];
-        sum += part;
-    }
-    return sum;
-}
-
-/* ============================================================================================
- * 10. Training
+/* ********************************************************************************************
+ * Part IV: the program
  *
- * One step (interface: mse + l1 + ghost; Lim et al., 2025; ghost gradients after Jermyn and
- * Templeton, 2024):
- *   rows of W_dec to unit norm; encode and decode all tokens, tile by tile;
- *   g = d loss / d x' = 2 (x' - x) / (||x|| T D)
- *   latent by latent:   df = W_dec g + lambda / T,  dh = df where f > 0
- *                       dW_dec = sum_t f g,         dW_enc = sum_t dh (x - b_dec)
- *     less dW_dec's component along the row, then Adam, while the rows are in cache;
- *   db_dec = sum_t g - W_enc sum_t dh.
- * ============================================================================================ */
-
-typedef struct {
-    double l1, lr;
-    size_t warmup, dead_window;      /* steps */
-    int ghost;
-} train_options;
-
-typedef struct {
-    double loss, mse, l1, ghost, l0, explained_variance, lr;
-    size_t dead;
-} step_result;
-
-typedef struct { float *m, *v; } moments;
-
-typedef struct {
-    train_options options;
-    sc_sae sae;
-    moments W_enc, W_dec, b_enc, b_dec;      /* Adam's, shaped as what they belong to */
-    int64_t *silent;                         /* [n], steps since the latent fired */
-    uint64_t step;                           /* steps done */
-    double beta1_power, beta2_power;         /* 0.9^step, 0.999^step */
-    sae_batch batch;
-    adam_step adam;
-    int ghosts;                              /* whether this step has dead latents to revive */
-    float *ghost;                            /* [T, D], W_dec^T exp(h), later its gradient */
-    double *token_loss;                      /* [T], a token's part of the ghost loss */
-    packed_matrix x_rows, g_rows, ghost_rows;/* [T, D]: centred, output and ghost for products */
-    float *db_enc;                           /* [n] */
-    float *W_enc_db;                         /* [chains of n][stride], chains of W_enc db_enc */
-    double *deviation;                       /* [stride], sum over tokens of (x - mean)^2 */
-    unsigned char *scratch;                  /* [workers][scratch_bytes] */
-    size_t scratch_bytes;
-    memory_list memory;
-} trainer;
-
-/* One worker's memory for a group of latents in the backward pass. R: rows_at_once(T); Tp: T padded
- * to whole panels. */
-typedef struct {
-    float *f, *dh, *e;                       /* [R, Tp], e = exp(h) of dead latents */
-    uint32_t *token;                         /* [T], where a latent fires */
-    float *code_f, *code_dh;                 /* [T], its f and dh there */
-    float *dW_enc, *dW_dec, *extra;          /* [R, stride] */
-    float *buffer;                           /* for load_rows */
-} backward_scratch;
-
-static size_t padded_tokens(const trainer *t) { return padded(t->batch.room) + MAX_COLUMNS; }
-
-static size_t lay_out_backward(backward_scratch *s, const trainer *t, void *memory) {
-    size_t R = rows_at_once(t->batch.room), T = padded_tokens(t), stride = t->sae.stride;
-    size_t deepest = T > stride ? T : stride;        /* of a product: over tokens, or W_enc^T x */
-    const array_spec arrays[] = {
-        ARRAY(s->f, T, R), ARRAY(s->dh, T, R), ARRAY(s->e, t->options.ghost ? T : 0, R),
-        ARRAY(s->token, T, 1), ARRAY(s->code_f, T, 1), ARRAY(s->code_dh, T, 1),
-        ARRAY(s->dW_enc, R, stride), ARRAY(s->dW_dec, R, stride), ARRAY(s->extra, R, stride),
-        ARRAY(s->buffer, row_buffer_size(deepest), 1) };
-    return lay_out(arrays, COUNT(arrays), memory);
-}
-
-static int is_dead(const trainer *t, size_t j) {
-    return t->silent[j] > (int64_t)t->options.dead_window;
-}
-
-static void free_trainer(trainer *t) {
-    free_batch(&t->batch);
-    release(&t->memory);
-    sc_sae_close(&t->sae);
-    *t = (trainer){ 0 };
-}
-
-/* Everything a training run of batches of T tokens needs; t->sae and t->options are set. */
-static int prepare_trainer(trainer *t, size_t T) {
-    size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride, N = padded(n);
-    size_t ghosts = t->options.ghost ? T : 0, columns = panels_of(D) * (size_t)kernels->columns;
-    backward_scratch s;
-    SC_TRY(new_batch(&t->batch, &t->sae, T));
-    t->scratch_bytes = lay_out_backward(&s, t, NULL);
-    t->x_rows = (packed_matrix){ .K = T, .N = D, .panels = panels_of(D) };
-    t->g_rows = t->ghost_rows = t->x_rows;
-    t->beta1_power = t->beta2_power = 1;
-    const array_spec arrays[] = {
-        ARRAY(t->W_enc.m, n, stride), ARRAY(t->W_enc.v, n, stride), ARRAY(t->W_dec.m, n, stride),
-        ARRAY(t->W_dec.v, n, stride), ARRAY(t->b_enc.m, N, 1), ARRAY(t->b_enc.v, N, 1),
-        ARRAY(t->b_dec.m, stride, 1), ARRAY(t->b_dec.v, stride, 1), ARRAY(t->silent, n, 1),
-        ARRAY(t->x_rows.data, T, columns), ARRAY(t->g_rows.data, T, columns),
-        ARRAY(t->ghost_rows.data, ghosts, columns), ARRAY(t->ghost, ghosts, stride),
-        ARRAY(t->token_loss, T, 1), ARRAY(t->deviation, stride, 1), ARRAY(t->db_enc, N, 1),
-        ARRAY(t->W_enc_db, chains_of(n), stride),
-        ARRAY(t->scratch, (size_t)thread_count(), t->scratch_bytes) };
-    return new_arrays(&t->memory, arrays, COUNT(arrays));
-}
-
-static int unit_task(void *context, size_t block) {
-    const sc_sae *sae = context;
-    for (size_t j = block * CHAIN; j < sae->d_sae && j < (block + 1) * CHAIN; j++)
-        kernels->unit_row(sae->W_dec + j * sae->stride, sae->stride);
-    return SC_OK;
-}
-
-/* W_dec^T exp(h) over the dead latents, for a tile. */
-static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s) {
-    const sc_sae *sae = &t->sae;
-    size_t rows = rows_at_once(sae->d_in);
-    packed_matrix panels = tile_panels(&t->batch, tile);
-    float *out = t->ghost + tile->first * sae->stride;
-    memset(out, 0, tile->tokens * sae->stride * sizeof *out);
-    for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
-        size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
-        size_t dead[CHAIN], count = 0;
-        for (size_t j = block; j < block + latents; j++)
-            if (is_dead(t, j)) dead[count++] = j;
-        if (count == 0) continue;
-        memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
-        for (size_t i = 0; i < count; i++) {
-            float *h = s->h + i % rows * TILE_TOKENS;
-            if (i % rows == 0)
-                pre_activations(sae, 0, dead + i, count - i < rows ? count - i : rows, &panels,
-                                s->h, TILE_TOKENS, s->buffer);
-            kernels->exponentials(h, tile->tokens);
-            for (size_t k = 0; k < tile->tokens; k++) s->dense[k * CHAIN + dead[i] - block] = h[k];
-        }
-        decode_dense(sae, tile->tokens, block, latents, out, s);
-    }
-}
-
-/* A token's ghost loss times T D, and its gradient with respect to W_dec^T exp(h). x, output:
- * [D]; ghost: [D], overwritten by the gradient */
-static double ghost_token(const sc_sae *sae, const float *x, const float *output, double norm,
-                          float *ghost, float *residual, double scale) {
-    double loss = 0;
-    for (size_t d = 0; d < sae->stride; d++) residual[d] = x[d] - output[d];
-    float norm_x = (float)norm, norm_r = sqrtf(kernels->dot(residual, residual, sae->stride));
-    float norm_g = sqrtf(kernels->dot(ghost, ghost, sae->stride));
-    float match = norm_r / (1e-6f + 2 * norm_g);
-    for (size_t d = 0; d < sae->d_in; d++) {
-        float r = residual[d], apart = ghost[d] * match - r;
-        float m = norm_r > 0 ? apart * apart / norm_r : 0, factor = r * r / norm_x / (m + 1e-6f);
-        loss += (double)(m * factor);
-        ghost[d] = norm_r > 0 ? 2 * apart / norm_r * factor * match * (float)scale : 0;
-    }
-    return loss;
-}
-
-/* Ghost loss of a tile, then its x' becomes the gradient with respect to x'. */
-static int output_gradient_task(void *context, size_t task) {
-    trainer *t = context;
-    const sc_sae *sae = &t->sae;
-    sae_batch *batch = &t->batch;
-    const tile_codes *tile = &batch->tile[task];
-    tile_scratch s = worker_scratch(batch);
-    double scale = 1.0 / ((double)batch->T * (double)sae->d_in);
-    if (t->ghosts) ghost_decode(t, tile, &s);
-    for (size_t i = tile->first; i < tile->first + tile->tokens; i++) {
-        const float *x = batch->x + i * sae->stride;
-        float *output = batch->output + i * sae->stride;
-        float factor = (float)(2 * scale / batch->norm[i]);
-        t->token_loss[i] = !t->ghosts ? 0
-            : ghost_token(sae, x, output, batch->norm[i], t->ghost + i * sae->stride, s.sum, scale);
-        for (size_t d = 0; d < sae->stride; d++) output[d] = (output[d] - x[d]) * factor;
-    }
-    return SC_OK;
-}
-
-static int pack_rows_task(void *context, size_t panel) {
-    trainer *t = context;
-    size_t stride = t->sae.stride;
-    pack_panels(&t->x_rows, panel, panel + 1, t->batch.centred, stride, 1);
-    pack_panels(&t->g_rows, panel, panel + 1, t->batch.output, stride, 1);
-    if (t->ghosts) pack_panels(&t->ghost_rows, panel, panel + 1, t->ghost, stride, 1);
-    return SC_OK;
-}
-
-static size_t count_codes(const sae_batch *batch, size_t j) {
-    size_t count = 0;
-    for (size_t i = 0; i < batch->tiles; i++)
-        count += batch->tile[i].start[j + 1] - batch->tile[i].start[j];
-    return count;
-}
-
-/* sum over tokens of dh in float64, in blocks of 256. dh: [count], of the tokens listed, or all */
-static double sum_by_blocks(const uint32_t *token, const float *dh, size_t count) {
-    double sum = 0;
-    for (size_t i = 0; i < count;) {
-        size_t end = ((token ? token[i] : i) / CHAIN + 1) * CHAIN;
-        double part = 0;
-        for (; i < count && (token ? token[i] : i) < end; i++) part += dh[i];
-        sum += part;
-    }
-    return sum;
-}
-
-/* Of the L1 loss with respect to any f above 0. */
-static float l1_gradient(const trainer *t) {
-    return t->sae.topk ? 0 : (float)(t->options.l1 / (double)t->batch.T);
-}
-
-/* Where latent j fires: the tokens in order, f and dh there. Returns how many they are. */
-static size_t gather_codes(const trainer *t, size_t j, backward_scratch *s) {
-    const sae_batch *batch = &t->batch;
-    const sc_sae *sae = &t->sae;
-    float l1 = l1_gradient(t);
-    size_t count = 0;
-    for (size_t i = 0; i < batch->tiles; i++)
-        for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w); count++) {
-            s->token[count] = (uint32_t)(batch->tile[i].first + w.token);
-            s->code_f[count] = w.value;
-        }
-    kernels->dots(sae->W_dec + j * sae->stride, sae->stride, batch->output, sae->stride, s->token,
-                  count, s->code_dh);
-    for (size_t i = 0; i < count; i++) s->code_dh[i] += l1;
-    return count;
-}
-
-/* Gradients of latents j .. j + count - 1 from where they fire: a chain for every 256 tokens. */
-static void sparse_gradients(trainer *t, size_t j, size_t count, backward_scratch *s) {
-    size_t stride = t->sae.stride;
-    memset(s->dW_dec, 0, count * stride * sizeof *s->dW_dec);
-    memset(s->dW_enc, 0, count * stride * sizeof *s->dW_enc);
-    for (size_t i = 0; i < count; i++) {
-        size_t codes = gather_codes(t, j + i, s);
-        for (size_t k = 0, next; k < codes; k = next) {
-            size_t end = (s->token[k] / CHAIN + 1) * CHAIN;
-            for (next = k; next < codes && s->token[next] < end;) next++;
-            kernels->add_chain(s->code_f + k, s->token + k, next - k, t->batch.output,
-                               s->dW_dec + i * stride, stride);
-            kernels->add_chain(s->code_dh + k, s->token + k, next - k, t->batch.centred,
-                               s->dW_enc + i * stride, stride);
-        }
-        t->db_enc[j + i] = (float)sum_by_blocks(s->token, s->code_dh, codes);
-    }
-}
-
-/* What the ghost loss adds to dW_dec, and to dh of the dead among latents j .. j + count - 1; f is
- * overwritten. */
-static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_scratch *s) {
-    const sae_batch *batch = &t->batch;
-    size_t row = padded_tokens(t), stride = t->sae.stride;
-    tile_target to = { .c = s->extra, .c_stride = stride };
-    pre_activations(&t->sae, j, NULL, count, &batch->panels, s->e, row, s->buffer);
-    kernels->dot_table(t->sae.W_dec + j * stride, count, t->ghost, batch->T, stride, s->f, row);
-    for (size_t i = 0; i < count; i++) {
-        float *e = s->e + i * row;
-        if (is_dead(t, j + i)) kernels->exponentials(e, batch->T);
-        else memset(e, 0, batch->T * sizeof *e);
-        for (size_t k = 0; is_dead(t, j + i) && k < batch->T; k++)
-            s->dh[i * row + k] += e[k] * s->f[i * row + k];
-    }
-    product_rows(s->e, row, NULL, count, &t->ghost_rows, 0, t->ghost_rows.panels, &to, s->buffer);
-    for (size_t e = 0; e < count * stride; e++) s->dW_dec[e] += s->extra[e];
-}
-
-/* f and dh of latent j over all tokens: dh, which holds df, keeps it where the latent fires.
- * f, dh: [T] */
-static void spread_codes(const trainer *t, size_t j, float *f, float *dh) {
-    const sae_batch *batch = &t->batch;
-    float l1 = l1_gradient(t);
-    size_t at = 0;
-    for (size_t i = 0; i < batch->tiles; i++)
-        for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w); at++) {
-            for (; at < batch->tile[i].first + w.token; at++) f[at] = dh[at] = 0;
-            f[at] = w.value;
-            dh[at] += l1;
-        }
-    for (; at < batch->T; at++) f[at] = dh[at] = 0;
-}
-
-/* The same gradients as products over all tokens; also where dead latents take part. */
-static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, backward_scratch *s) {
-    size_t row = padded_tokens(t), stride = t->sae.stride;
-    tile_target to_dec = { .c = s->dW_dec, .c_stride = stride };
-    tile_target to_enc = { .c = s->dW_enc, .c_stride = stride };
-    kernels->dot_table(t->sae.W_dec + j * stride, count, t->batch.output, t->batch.T, stride, s->dh,
-                       row);
-    for (size_t i = 0; i < count; i++) spread_codes(t, j + i, s->f + i * row, s->dh + i * row);
-    product_rows(s->f, row, NULL, count, &t->g_rows, 0, t->g_rows.panels, &to_dec, s->buffer);
-    if (ghosts) ghost_gradients(t, j, count, s);
-    product_rows(s->dh, row, NULL, count, &t->x_rows, 0, t->x_rows.panels, &to_enc, s->buffer);
-    for (size_t i = 0; i < count; i++)
-        t->db_enc[j + i] = (float)sum_by_blocks(NULL, s->dh + i * row, t->batch.T);
-}
-
-/* Gradients and Adam for a group of latents. */
-static int update_latents(trainer *t, size_t j, size_t count, float *W_enc_db,
-                          backward_scratch *s) {
-    const sc_sae *sae = &t->sae;
-    size_t stride = sae->stride, terms = 0;
-    int ghosts = 0;
-    for (size_t i = 0; i < count; i++) {
-        terms += count_codes(&t->batch, j + i);
-        ghosts |= t->ghosts && is_dead(t, j + i);
-    }
-    if (ghosts || terms * DENSE_SHARE > count * t->batch.T) dense_gradients(t, j, count, ghosts, s);
-    else sparse_gradients(t, j, count, s);
-    for (size_t i = 0; i < count; i++) {
-        size_t row = (j + i) * stride;
-        float *W_dec = sae->W_dec + row, *dW_dec = s->dW_dec + i * stride;
-        float *W_enc = sae->W_enc + row, *dW_enc = s->dW_enc + i * stride;
-        kernels->add_scaled(-kernels->dot(dW_dec, W_dec, stride), W_dec, dW_dec, stride);
-        kernels->add_scaled(t->db_enc[j + i], W_enc, W_enc_db, stride);
-        kernels->adam(W_dec, t->W_dec.m + row, t->W_dec.v + row, dW_dec, stride, t->adam);
-        kernels->adam(W_enc, t->W_enc.m + row, t->W_enc.v + row, dW_enc, stride, t->adam);
-        t->silent[j + i] = count_codes(&t->batch, j + i) ? 0 : t->silent[j + i] + 1;
-        const float *made[] = { W_dec, W_enc, t->W_dec.v + row, t->W_enc.v + row };
-        for (size_t k = 0; k < COUNT(made); k++)
-            if (first_not_finite(made[k], stride) < stride)
-                return fail("latent %zu gets weights or moments that are not finite", j + i);
-    }
-    return SC_OK;
-}
-
-static int update_task(void *context, size_t block) {
-    trainer *t = context;
-    size_t rows = rows_at_once(t->batch.room), end = (block + 1) * CHAIN;
-    float *W_enc_db = t->W_enc_db + block * t->sae.stride;
-    backward_scratch s;
-    lay_out_backward(&s, t, t->scratch + worker * t->scratch_bytes);
-    memset(W_enc_db, 0, t->sae.stride * sizeof *W_enc_db);
-    if (end > t->sae.d_sae) end = t->sae.d_sae;
-    for (size_t j = block * CHAIN; j < end; j += rows)
-        SC_TRY(update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s));
-    return SC_OK;
-}
-
-/* Sums over T rows of 16 dimensions, in float64, in blocks of 256 rows: of x, weighted where there
- * are weights, or of (x - centre)^2. x: [T, stride]; weight: [T]; centre, sum: [16] */
-static void column_sums(const float *x, size_t T, size_t stride, const double *weight,
-                        const double *centre, double *sum) {
-    memset(sum, 0, PARTIALS * sizeof *sum);
-    for (size_t block = 0; block < T; block += CHAIN) {
-        double part[PARTIALS] = { 0 };
-        for (size_t t = block; t < T && t < block + CHAIN; t++)
-            for (int d = 0; d < PARTIALS; d++) {
-                double value = x[t * stride + d], apart = centre ? value - centre[d] : 0;
-                part[d] += weight ? weight[t] * value : centre ? apart * apart : value;
-            }
-        for (int d = 0; d < PARTIALS; d++) sum[d] += part[d];
-    }
-}
-
-/* b_dec's gradient, the sum over tokens of x' gradient less W_enc db_enc: 16 dimensions a task. */
-static int b_dec_task(void *context, size_t task) {
-    trainer *t = context;
-    size_t stride = t->sae.stride, first = task * PARTIALS;
-    double sum[PARTIALS];
-    float gradient[PARTIALS], along[PARTIALS] = { 0 };
-    column_sums(t->batch.output + first, t->batch.T, stride, NULL, NULL, sum);
-    for (size_t block = 0; block < chains_of(t->sae.d_sae); block++)
-        for (int d = 0; d < PARTIALS; d++) along[d] += t->W_enc_db[block * stride + first + d];
-    for (int d = 0; d < PARTIALS; d++) gradient[d] = (float)sum[d] - along[d];
-    kernels->adam(t->sae.b_dec + first, t->b_dec.m + first, t->b_dec.v + first, gradient, PARTIALS,
-                  t->adam);
-    return SC_OK;
-}
-
-/* sum over tokens of (x - mean)^2; mean as it is with a data set of one batch. */
-static int variance_task(void *context, size_t task) {
-    trainer *t = context;
-    const float *x = t->batch.x + task * PARTIALS;
-    double mean[PARTIALS];
-    column_sums(x, t->batch.T, t->sae.stride, NULL, NULL, mean);
-    for (int d = 0; d < PARTIALS; d++) mean[d] /= (double)t->batch.T;
-    column_sums(x, t->batch.T, t->sae.stride, NULL, mean, t->deviation + task * PARTIALS);
-    return SC_OK;
-}
-
-/* Refuses what is not finite, naming the token (of the batch) where there is one. */
-static int check_tokens(const sae_batch *batch, size_t *bad) {
-    for (size_t t = 0; t < batch->T; t++) {
-        *bad = t;
-        if (!(batch->norm[t] > 0)) return fail("||x|| is 0 where a direction was expected");
-        if (!isfinite(batch->norm[t]) || !isfinite(batch->squared_error[t])
-            || !isfinite(batch->sum_f[t]))
-            return fail("the loss is not finite");
-    }
-    *bad = SIZE_MAX;
-    return SC_OK;
-}
-
-static int measure_losses(trainer *t, step_result *result, size_t *bad) {
-    const sae_batch *batch = &t->batch;
-    size_t T = batch->T;
-    double tokens = (double)T, numbers = tokens * (double)t->sae.d_in;
-    SC_TRY(check_tokens(batch, bad));
-    SC_TRY(parallel_for(t->sae.stride / PARTIALS, variance_task, t));
-    double deviation = sum_of(t->deviation, t->sae.d_in);
-    if (deviation > 0)
-        result->explained_variance = 1 - sum_of(batch->squared_error, T) / deviation;
-    for (size_t i = 0; i < T; i++) t->token_loss[i] = batch->squared_error[i] / batch->norm[i];
-    result->mse = sum_of(t->token_loss, T) / numbers;
-    result->l1 = t->sae.topk ? 0 : t->options.l1 * (sum_of(batch->sum_f, T) / tokens);
-    result->l0 = sum_of(batch->active, T) / tokens;
-    SC_TRY(parallel_for(batch->tiles, output_gradient_task, t));
-    result->ghost = sum_of(t->token_loss, T) / numbers;
-    result->loss = result->mse + result->l1 + result->ghost;
-    return isfinite(result->loss) ? SC_OK : fail("the loss is not finite");
-}
-
-/* One training step on T tokens. x: [T, stride]; bad: the token at fault, or SIZE_MAX */
-static int train_step(trainer *t, const float *x, size_t T, step_result *result, size_t *bad) {
-    size_t blocks = chains_of(t->sae.d_sae);
-    double warm = (double)(t->step + 1) / (double)t->options.warmup;
-    *bad = SIZE_MAX;
-    *result = (step_result){ .lr = t->options.lr * (t->options.warmup && warm < 1 ? warm : 1) };
-    for (size_t j = 0; j < t->sae.d_sae; j++) result->dead += (size_t)is_dead(t, j);
-    t->ghosts = t->options.ghost && result->dead > 0;
-    t->beta1_power *= 0.9;
-    t->beta2_power *= 0.999;
-    t->adam.step_size = (float)(result->lr / (1 - t->beta1_power));
-    t->adam.root_scale = (float)(1 / sqrt(1 - t->beta2_power));
-    SC_TRY(parallel_for(blocks, unit_task, &t->sae));
-    SC_TRY(run_sae(&t->batch, x, T));
-    SC_TRY(measure_losses(t, result, bad));
-    t->x_rows.K = t->g_rows.K = t->ghost_rows.K = T;
-    SC_TRY(parallel_for(t->x_rows.panels, pack_rows_task, t));
-    SC_TRY(parallel_for(blocks, update_task, t));
-    SC_TRY(parallel_for(t->sae.stride / PARTIALS, b_dec_task, t));
-    kernels->adam(t->sae.b_enc, t->b_enc.m, t->b_enc.v, t->db_enc, padded(t->sae.d_sae), t->adam);
-    size_t n = t->sae.d_sae, D = t->sae.stride;
-    if (first_not_finite(t->sae.b_enc, n) < n || first_not_finite(t->sae.b_dec, D) < D)
-        return fail("a bias becomes what is not finite");
-    t->step++;
-    return SC_OK;
-}
-
-/* --------------------------------------------------------------------------------------------
- * Where b_dec starts: zeros, the mean, or a geometric median (Weiszfeld, 1937) of the tokens, or of
- * whole images [T, D], averaged over the tokens, as PatchSAE does.
- * -------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    const float *points;             /* [count, dim], dim a multiple of 16 */
-    size_t count, dim;
-    double *centre, *before;         /* [dim] */
-    double *weight;                  /* [count] */
-    double total;                    /* of the weights */
-    memory_list memory;
-} weighted_mean;
-
-static int weighted_mean_task(void *context, size_t task) {
-    weighted_mean *m = context;
-    double *centre = m->centre + task * PARTIALS;
-    column_sums(m->points + task * PARTIALS, m->count, m->dim, m->weight, NULL, centre);
-    for (int d = 0; d < PARTIALS; d++) centre[d] /= m->total;
-    return SC_OK;
-}
-
-static int distance_task(void *context, size_t i) {
-    weighted_mean *m = context;
-    double p[PARTIALS] = { 0 }, sum = 0;
-    for (size_t d = 0; d < m->dim; d++) {
-        double apart = m->points[i * m->dim + d] - m->centre[d];
-        p[d % PARTIALS] += apart * apart;
-    }
-    for (int k = 0; k < PARTIALS; k++) sum += p[k];
-    double distance = sqrt(sum);
-    m->weight[i] = 1 / (distance > 1e-6 ? distance : 1e-6);
-    return SC_OK;
-}
-
-/* m->centre: the point of least summed distance, or the mean where iterations is 0. */
-static int geometric_median(weighted_mean *m, int iterations) {
-    size_t bytes = m->dim * sizeof *m->centre;
-    const array_spec arrays[] = {
-        ARRAY(m->centre, m->dim, 1), ARRAY(m->before, m->dim, 1), ARRAY(m->weight, m->count, 1) };
-    SC_TRY(new_arrays(&m->memory, arrays, COUNT(arrays)));
-    for (size_t i = 0; i < m->count; i++) m->weight[i] = 1;
-    for (int round = 0;; round++) {
-        m->total = sum_of(m->weight, m->count);
-        SC_TRY(parallel_for(m->dim / PARTIALS, weighted_mean_task, m));
-        int settled = round > 0 && memcmp(m->before, m->centre, bytes) == 0;
-        if (settled || round == iterations) return SC_OK;
-        memcpy(m->before, m->centre, bytes);
-        SC_TRY(parallel_for(m->count, distance_task, m));
-    }
-}
-
-/* b_dec from `images` images. x: [images T, stride] */
-static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t images, size_t T) {
-    size_t parts = strcmp(kind, "geomedian-images") == 0 ? T : 1;
-    weighted_mean m = { .points = x, .count = images * T / parts, .dim = parts * sae->stride };
-    int status = geometric_median(&m, strcmp(kind, "mean") == 0 ? 0 : 100);
-    for (size_t d = 0; d < sae->d_in && status == SC_OK; d++) {
-        double sum = 0;
-        for (size_t i = 0; i < parts; i++) sum += m.centre[i * sae->stride + d];
-        sae->b_dec[d] = (float)(sum / (double)parts);
-        if (!isfinite(sae->b_dec[d])) status = fail("b_dec's start is not finite");
-    }
-    release(&m.memory);
-    return status;
-}
+ * Training runs, statistics, tables, pictures, figures, the atlas, the command line.
+ * ******************************************************************************************** */
 
 /* ============================================================================================
- * 11. Training runs
+ * 19. Training runs
  *
  * Step after step over a data set: the order of images, the log, checkpoints, signals. A run that
  * was stopped goes on from its checkpoint to the same bytes.
@@ -5337,7 +5378,7 @@ static int write_statistics(sc_writer *w, void *context) {
 }
 
 /* ============================================================================================
- * 13. Data sets through SAEs
+ * 20. Data sets through SAEs
  *
  * The commands that send a data set through the model and through one or several SAEs, in one
  * forward pass: stats and merge, eval, extract, pack, encode, zeroshot.
@@ -5990,7 +6031,7 @@ static int command_zeroshot(session *s) {
 }
 
 /* ============================================================================================
- * 14. Looking
+ * 21. Looking
  *
  * What a latent responds to, as pictures: a sheet of the images that excite it most, and masks of
  * the patches on which it fires. Silent patches keep 30 / 255 of their brightness, rounded down, as
@@ -6412,7 +6453,7 @@ static int command_mask(session *s) { return look(s, show_masks); }
 static int command_explain(session *s) { return look(s, explain); }
 
 /* ============================================================================================
- * 15. Figures
+ * 22. Figures
  *
  * `plot` draws the report's figures as SVG (w3.org/TR/SVG11) from files that other commands wrote.
  * A kind of figure is a row of a table: how a file becomes rows of numbers, how the rows of all
@@ -6897,7 +6938,7 @@ static int command_plot(session *s) {
 }
 
 /* ============================================================================================
- * 16. The atlas
+ * 23. The atlas
  *
  * A folder that a browser opens without a server. index.html is the page (section 19), data/ holds
  * what it shows: latents.js the numbers of all latents, J.js the top images of the J-th PART of
@@ -7263,7 +7304,7 @@ static int show_atlas(viewer *v) {
 static int command_atlas(session *s) { return look(s, show_atlas); }
 
 /* ============================================================================================
- * 17. Tools
+ * 24. Tools
  *
  * `info` says what a file or this machine is, `compare` how far apart two files are, `bench` how
  * fast this machine is and how near to that the work comes.
@@ -7680,7 +7721,7 @@ static int command_bench(session *s) {
 }
 
 /* ============================================================================================
- * 18. The command line
+ * 25. The command line
  *
  * One table of options, one of commands. An option's row says which commands take it.
  * ============================================================================================ */
@@ -8081,7 +8122,7 @@ int main(int argc, char **argv) {
 #endif /* !SAECLIP_NO_MAIN */
 
 /* ============================================================================================
- * 19. The atlas's page
+ * 26. The atlas's page
  *
  * HTML, CSS and JavaScript, line by line as index.html has them.
  * ============================================================================================ */
