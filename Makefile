@@ -159,8 +159,12 @@ fuzz-seeds: build/guard_fuzz
 # The peers are passed over where they are not installed (README).
 PEERS = ../peers
 ROUNDS = 3
-bench: saeclip
-	./saeclip bench
+build/bench: $(SOURCE) tests/bench/bench.c
+	@mkdir -p build
+	$(BUILD) $(TEST) -o $@ tests/bench/bench.c $(LIBS)
+
+bench: saeclip build/bench
+	build/bench
 	@command -v python3 >/dev/null || { echo "the comparison with peers needs python3"; exit 0; }; \
 	    python3 tests/bench/compare.py --peers $(PEERS) --rounds $(ROUNDS) && python3 tests/bench/atlas.py
 

@@ -80,17 +80,65 @@ char *(realpath)(const char *restrict path, char *restrict resolved);
 /* ********************************************************************************************
  * Part I: the method
  *
- * The numbers, the vision transformer, the sparse autoencoder, its training and what is measured, as
- * plain loops on one thread.
+ * Everything that saeclip computes, as plain loops on one thread: no tiles, no lists of codes, no
+ * packed matrices, no options, no files. These functions define the numbers. Part II computes the
+ * same bits faster, and the tests hold it to them.
+ *
+ * In short. A vision transformer turns an image into T tokens (a class token and the patches) and
+ * passes them through blocks of attention and MLP. At a hook point, e.g. the output of block 11's
+ * MLP, each token is a vector x of D numbers. A sparse autoencoder (SAE) learns n >> D latents, of
+ * which only a few are active for a token, and from which x can be rebuilt:
+ *
+ *     h  = W_enc^T (x - b_dec) + b_enc                           pre-activations, n numbers
+ *     f  = relu(h)   or   relu of the k largest of h             activations (codes)
+ *     x' = W_dec^T f + b_dec                                     reconstruction
+ *
+ * Training minimises, over tokens x,
+ *
+ *     loss = mean of (x' - x)^2 / ||x||  +  lambda * sum of |f|  (+ the ghost loss)
+ *
+ * and then each latent is described by the images and patches that activate it most.
+ *
+ * Where these definitions differ from what you may expect:
+ *   - "mse" is divided by the token's norm ||x||, not by its square: it grows with the scale of x.
+ *     PatchSAE does so; eval reports the plain mean square beside it (mse_raw).
+ *   - "dead" in training is a latent silent for more than dead_window steps; in the evaluation of
+ *     a data set it is a latent that fires on none of its images.
+ *   - a latent's mean activation is over the images on which it fires, not over all images.
+ *   - all tokens are trained on, the class token too.
+ *   - rows of W_dec have unit norm at the start of a step, not necessarily at its end.
+ *
+ * Sources: Bricken et al., "Towards monosemanticity", 2023 (ReLU SAE); Gao et al., "Scaling and
+ * evaluating sparse autoencoders", 2024 (TopK); Lim et al., "Sparse autoencoders reveal selective
+ * remapping of visual concepts during adaptation", ICLR 2025 (PatchSAE), whose code is named by
+ * file and function.
  * ******************************************************************************************** */
+
+/* From section 6, where they are explained: errors are values, memory comes in blocks that are
+ * released together. */
+SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...);
+#define fail(...) set_error(SC_FAILED, __VA_ARGS__)
+#define usage(...) set_error(SC_USAGE, __VA_ARGS__)
+
+typedef void *memory_list;
+typedef struct { void *pointer; size_t rows, row_bytes; } array_spec;
+#define ARRAY(pointer, rows, columns) { &(pointer), rows, (columns) * sizeof *(pointer) }
+#define COUNT(list) (sizeof(list) / sizeof *(list))
+static void *new_array(size_t count, size_t size);
+static int new_arrays(memory_list *list, const array_spec *array, size_t count);
+static void release(memory_list *list);
+static size_t first_not_finite(const float *values, size_t count);
 
 /* ============================================================================================
  * 1. Numbers
  *
- * Everything that decides a bit of a result: the fused multiply-add, the order of every sum, exp,
- * log, GELU and the random numbers. Built from IEEE operations alone, so that every machine,
- * compiler and C library gives the same bits. The loops here are the definitions; the kernels of
- * section 4 are the same sums done faster, and the tests hold them to these bit for bit.
+ * What decides every bit of a result: the fused multiply-add, the order of each sum, exp, log, GELU
+ * and the random numbers. All are built from IEEE 754 operations, so that every machine, compiler
+ * and C library gives the same bits. There are four kinds of sums:
+ *   - an element of a matrix product: chains of 256 terms        chained_sum()
+ *   - a sum along a row (norm, mean, softmax): 16 partial sums   sc_dot_plain(), row_sum()
+ *   - a sum over tokens: float64, in blocks of 256               sum_in_blocks()
+ *   - a sum over images: exact, in 128 bits                      exact_add()
  * ============================================================================================ */
 
 #if defined(__FAST_MATH__) || !defined(FLT_EVAL_METHOD) || FLT_EVAL_METHOD != 0
@@ -98,76 +146,141 @@ char *(realpath)(const char *restrict path, char *restrict resolved);
 #endif
 
 enum {
-    CHAIN = 256,                     /* terms of a matrix product that one chain of fma adds up */
-    PARTIALS = 16                    /* interleaved partial sums of a dot product */
+    CHAIN = 256,                     /* terms in one chain of a matrix product; tokens in a block */
+    PARTIALS = 16                    /* interleaved partial sums along a row */
 };
 
 /* Rows in memory are padded with zeros to whole groups of 16 floats. */
 static size_t padded(size_t n) { return (n + PARTIALS - 1) / PARTIALS * PARTIALS; }
 
-/* a * b + c, rounded once. Where the hardware cannot, in double: the product is exact there, and
- * the sum is rounded to odd, so that rounding it again to float errs nowhere (Boldo and Melquiond,
- * "Emulation of FMA and correctly rounded sums", 2008). */
+/* a * b + c, rounded once. Without hardware support it is computed in double: the product is exact
+ * there, and the sum is rounded to odd, so that rounding it again to float is correct (Boldo and
+ * Melquiond, "Emulation of FMA and correctly rounded sums", 2008). */
 static inline float fma32(float a, float b, float c) {
 #ifdef __FP_FAST_FMAF
     return fmaf(a, b, c);
 #else
-    double product = (double)a * b, sum = product + c;
+    double product = (double)a * b;
+    double sum = product + c;
     double back = sum - product;
     double error = (product - (sum - back)) + (c - back);
     if (error > 0 || error < 0) {
         uint64_t bits;
         memcpy(&bits, &sum, sizeof bits);
-        if (!(bits & 1)) bits += (error > 0) == (sum > 0) ? 1 : (uint64_t)-1;
+        if (!(bits & 1)) {
+            bits += (error > 0) == (sum > 0) ? 1 : (uint64_t)-1;
+        }
         memcpy(&sum, &bits, sizeof sum);
     }
     return (float)sum;
 #endif
 }
 
-/* Joins 16 partial sums, or the rest where that has begun: n 8, 4, 2 or 1. p: [n], overwritten. */
-static inline float join(float *p, int n) {
-    for (int i = 0; n > 8 && i < 8; i++) p[i] += p[i + 8];
-    for (int i = 0; n > 4 && i < 4; i++) p[i] += p[i + 4];
-    for (int i = 0; n > 2 && i < 2; i++) p[i] += p[i + 2];
-    return n > 1 ? p[0] + p[1] : p[0];
+/* sum over k of a[k] b[k], the order in which every matrix product adds up its elements: blocks of
+ * 256 terms, each one chain of fused multiply-adds that begins at 0; the chains are added in order.
+ *
+ * Why chains of 256? One long chain would round more (the error grows with its length), and the
+ * fast code can keep 256 rows of a matrix in the nearest cache. Since lanes and threads never
+ * divide a chain, vectors of any width give the same bits. A term with a factor 0 may be left out:
+ * it changes no bit, since every value here is finite. So sparse and dense code agree.
+ * a, b: K values, a_step and b_step floats apart */
+static float chained_sum(const float *a, size_t a_step, const float *b, size_t b_step, size_t K) {
+    float sum = 0;
+    for (size_t block = 0; block < K; block += CHAIN) {
+        float chain = 0;
+        for (size_t k = block; k < K && k < block + CHAIN; k++) {
+            chain = fma32(a[k * a_step], b[k * b_step], chain);
+        }
+        sum += chain;
+    }
+    return sum;
 }
 
-/* sum_e a[e] b[e]: element e goes to partial sum e mod 16. a, b: [n] */
+/* c = a b + bias + residual. Adding 0 at the end turns -0 into +0: whether a sum of zeros is -0 can
+ * depend on terms that were left out.
+ * a: [M, K]; b: [K, N]; bias: [N] and residual: [M, N], or NULL; c: [M, N] */
+void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *b,
+                     const float *bias, const float *residual, float *c) {
+    for (size_t i = 0; i < M; i++) {
+        for (size_t j = 0; j < N; j++) {
+            float sum = chained_sum(a + i * K, 1, b + j, N, K);
+            if (bias) {
+                sum += bias[j];
+            }
+            if (residual) {
+                sum += residual[i * N + j];
+            }
+            c[i * N + j] = sum + 0.0f;
+        }
+    }
+}
+
+/* Joins n = 16, 8, 4, 2 or 1 partial sums by halves. p: [n], overwritten */
+static inline float join(float *p, int n) {
+    for (int half = n / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; i++) {
+            p[i] += p[i + half];
+        }
+    }
+    return p[0];
+}
+
+/* sum_e a[e] b[e] along a row: element e goes to partial sum e mod 16. 16 floats fill one vector of
+ * AVX-512, two of AVX2 or four of NEON; all of them add up the same 16 sums. a, b: [n] */
 float sc_dot_plain(const float *a, const float *b, size_t n) {
     float p[PARTIALS] = { 0 };
-    for (size_t e = 0; e < n; e++) p[e % PARTIALS] = fma32(a[e], b[e], p[e % PARTIALS]);
+    for (size_t e = 0; e < n; e++) {
+        p[e % PARTIALS] = fma32(a[e], b[e], p[e % PARTIALS]);
+    }
     return join(p, PARTIALS);
 }
 
-/* c = a b + bias + residual. a: [M, K]; b: [K, N]; bias: [N] and residual: [M, N], or NULL;
- * c: [M, N] */
-void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *b,
-                     const float *bias, const float *residual, float *c) {
-    for (size_t i = 0; i < M; i++)
-        for (size_t j = 0; j < N; j++) {
-            float sum = 0;
-            for (size_t block = 0; block < K; block += CHAIN) {
-                float chain = 0;
-                for (size_t k = block; k < K && k < block + CHAIN; k++)
-                    chain = fma32(a[i * K + k], b[k * N + j], chain);
-                sum += chain;
-            }
-            if (bias) sum += bias[j];
-            if (residual) sum += residual[i * N + j];
-            c[i * N + j] = sum + 0.0f;
-        }
+/* sum_e a[e], in the same order. a: [n] */
+static float row_sum(const float *a, size_t n) {
+    float p[PARTIALS] = { 0 };
+    for (size_t e = 0; e < n; e++) {
+        p[e % PARTIALS] += a[e];
+    }
+    return join(p, PARTIALS);
 }
 
-/* e^x within 1 unit in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts of
- * which the first has 9 bits so that n times it is exact; e^r by its Taylor polynomial of degree
- * 7; 2^n in two factors so that results below the normal range are rounded once. */
+/* row / ||row||; a row of zeros stays. row: [n] */
+static void unit_row(float *row, size_t n) {
+    float norm = sqrtf(sc_dot_plain(row, row, n));
+    if (norm > 0) {
+        for (size_t e = 0; e < n; e++) {
+            row[e] /= norm;
+        }
+    }
+}
+
+/* Sum over tokens in float64: blocks of 256 in order, then the blocks in order. value: [n] */
+static double sum_in_blocks(const double *value, size_t n) {
+    double sum = 0;
+    for (size_t block = 0; block < n; block += CHAIN) {
+        double part = 0;
+        for (size_t i = block; i < n && i < block + CHAIN; i++) {
+            part += value[i];
+        }
+        sum += part;
+    }
+    return sum;
+}
+
+/* e^x within 1 unit in the last place. x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 is split into two
+ * parts, the first with 9 bits so that n times it is exact; e^r is its Taylor polynomial of degree
+ * 7; 2^n is applied in two factors so that results below the normal range are rounded once. */
 static inline float exp32(float x) {
-    const float magic = 12582912.0f;                    /* 1.5 * 2^23: adding it rounds */
-    uint32_t low;                                       /* bits order as floats, negative ones */
-    memcpy(&low, &x, sizeof low);                       /* backwards: clipped to -104 .. 89, also */
-    low = low < 0xc2d00000u ? low : 0xc2d00000u;        /* NaN, which no integer can hold */
-    int32_t high = (int32_t)low < 0x42b20000 ? (int32_t)low : 0x42b20000;
+    const float magic = 12582912.0f;                    /* 1.5 * 2^23: adding it rounds to */
+    uint32_t low;                                       /* an integer */
+    memcpy(&low, &x, sizeof low);                       /* The bits of floats order as integers, */
+    if (low > 0xc2d00000u) {
+        low = 0xc2d00000u;           /* negative ones backwards: clip x to */
+    }
+    int32_t high = (int32_t)low;                        /* -104 .. 89, NaN too, which could not */
+    if (high > 0x42b20000) {
+        high = 0x42b20000;           /* be converted to an integer below. */
+    }
     float clipped;
     memcpy(&clipped, &high, sizeof clipped);
     float n = (clipped * 1.44269504f + magic) - magic;
@@ -179,20 +292,22 @@ static inline float exp32(float x) {
     p = p * r + 1.66666667e-1f;
     p = p * r + 0.5f;
     p = (p * r) * r + r + 1.0f;
-    int32_t whole = (int32_t)n, half = whole >> 1;
-    int32_t bits1 = (half + 127) << 23, bits2 = (whole - half + 127) << 23;
+    int32_t whole = (int32_t)n;
+    int32_t half = whole >> 1;
+    int32_t bits1 = (half + 127) << 23;
+    int32_t bits2 = (whole - half + 127) << 23;
     float scale1, scale2;
     memcpy(&scale1, &bits1, sizeof scale1);
     memcpy(&scale2, &bits2, sizeof scale2);
     return x != x ? x : p * scale1 * scale2;
 }
 
-/* x sigmoid(1.702 x), CLIP's activation (Radford et al., 2021). */
+/* x sigmoid(1.702 x): the activation of OpenAI's CLIP (Radford et al., 2021). */
 static inline float quick_gelu(float x) { return x / (1.0f + exp32(-1.702f * x)); }
 
 /* x Phi(x), Phi the normal distribution (Hendrycks and Gimpel, 2016). With z = |x| / sqrt 2 and
- * t = 1 / (1 + z / 2): erfc(z) / 2 = t exp(-z^2) P(t), P fitted (tests/golden/fit_gelu.py) with a
- * relative error below 5e-8 for z in [0, 10]; so the left tail keeps its relative precision. */
+ * t = 1 / (1 + z / 2): erfc(z) / 2 = t exp(-z^2) P(t). P is fitted (tests/golden/fit_gelu.py) with
+ * a relative error below 5e-8 for z in [0, 10], so the left tail keeps its relative precision. */
 static inline float gelu(float x) {
     float a = x < 0 ? -x : x;
     float t = 1.0f / (1.0f + 0.353553391f * a);
@@ -209,7 +324,7 @@ static inline float gelu(float x) {
     return x * (x < 0 ? tail : 1.0f - tail);
 }
 
-/* ln x for finite x > 0: x = 2^e m with m in [1/sqrt 2, sqrt 2), ln m = 2 atanh s by its series,
+/* ln x for finite x > 0: x = 2^e m with m in [1/sqrt 2, sqrt 2); ln m = 2 atanh s by its series,
  * s = (m - 1) / (m + 1). */
 static double log64(double x) {
     int exponent;
@@ -218,21 +333,30 @@ static double log64(double x) {
         m *= 2;
         exponent--;
     }
-    double s = (m - 1) / (m + 1), s2 = s * s, sum = 0;
-    for (int k = 25; k >= 3; k -= 2) sum = (sum + 1.0 / k) * s2;
+    double s = (m - 1) / (m + 1);
+    double s2 = s * s;
+    double sum = 0;
+    for (int k = 25; k >= 3; k -= 2) {
+        sum = (sum + 1.0 / k) * s2;
+    }
     return exponent * 0.69314718055994531 + 2 * (s + s * sum);
 }
 
 /* Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four random
- * words from a key (the seed) and a counter; the counter's upper half names the stream. */
+ * words from a key (the seed) and a counter, whose upper half names a stream. Any number of any
+ * stream can be computed directly, so threads can share the work. */
 enum { STREAM_W_ENC = 1, STREAM_W_DEC, STREAM_ORDER };
 
 static void philox(uint64_t seed, uint64_t stream, uint64_t position, uint32_t out[4]) {
-    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-    uint32_t c0 = (uint32_t)position, c1 = (uint32_t)(position >> 32);
-    uint32_t c2 = (uint32_t)stream, c3 = (uint32_t)(stream >> 32);
+    uint32_t key0 = (uint32_t)seed;
+    uint32_t key1 = (uint32_t)(seed >> 32);
+    uint32_t c0 = (uint32_t)position;
+    uint32_t c1 = (uint32_t)(position >> 32);
+    uint32_t c2 = (uint32_t)stream;
+    uint32_t c3 = (uint32_t)(stream >> 32);
     for (int round = 0; round < 10; round++) {
-        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+        uint64_t p0 = (uint64_t)0xD2511F53u * c0;
+        uint64_t p1 = (uint64_t)0xCD9E8D57u * c2;
         c0 = (uint32_t)(p1 >> 32) ^ c1 ^ key0;
         c1 = (uint32_t)p1;
         c2 = (uint32_t)(p0 >> 32) ^ c3 ^ key1;
@@ -253,17 +377,13 @@ static float uniform(uint64_t seed, uint64_t stream, uint64_t index) {
     return (float)(r[index % 4] >> 8) * 0x1p-23f - 1.0f;
 }
 
-/* count numbers from -scale to scale, after a while the same again: for measuring. out: [count] */
-static void random_floats(float *out, size_t count, float scale) {
-    enum { PERIOD = 65521 };
-    for (size_t i = 0; i < count; i++)
-        out[i] = i < PERIOD ? scale * uniform(0, 0, i) : out[i - PERIOD];
-}
-
-/* A permutation of 0 .. n - 1 (Fisher and Yates), number `epoch` of the seed's. order: [n] */
+/* The order of the images in one epoch: a permutation of 0 .. n - 1 (Fisher and Yates).
+ * order: [n] */
 static void permutation(uint64_t seed, uint64_t epoch, uint64_t *order, size_t n) {
     uint32_t r[4];
-    for (size_t i = 0; i < n; i++) order[i] = i;
+    for (size_t i = 0; i < n; i++) {
+        order[i] = i;
+    }
     for (size_t i = n; i > 1; i--) {
         philox(seed, STREAM_ORDER + (epoch << 8), i, r);
         size_t j = (size_t)((((uint64_t)r[1] << 32) | r[0]) % i);
@@ -273,8 +393,8 @@ static void permutation(uint64_t seed, uint64_t epoch, uint64_t *order, size_t n
     }
 }
 
-/* Sums over images are exact, so that shards merge in any order: 128 bits in units of 2^-64. What
- * of a term lies below the unit is cut off. */
+/* Sums over images are exact, so that the shards of a data set can be merged in any order: 128 bits
+ * in units of 2^-64. The part of a term below one unit is cut off. */
 typedef struct { uint64_t high, low; } exact_sum;
 
 static void exact_add(exact_sum *sum, exact_sum term) {
@@ -282,20 +402,1157 @@ static void exact_add(exact_sum *sum, exact_sum term) {
     sum->high += term.high + (sum->low < term.low);
 }
 
-static void exact_add_float(exact_sum *sum, float value)  /* 0 <= value < 2^63 */
-{
+/* value: 0 <= value < 2^63 */
+static void exact_add_float(exact_sum *sum, float value) {
     int exponent;
     uint64_t digits = (uint64_t)(frexp(value, &exponent) * 0x1p53);
-    int shift = exponent + 11;                             /* value 2^64 = digits 2^shift */
+    int shift = exponent + 11;                          /* value 2^64 = digits 2^shift */
     exact_sum term = { 0, 0 };
-    if (shift >= 64) term.high = digits << (shift - 64);
-    else if (shift > 0) term = (exact_sum){ digits >> (64 - shift), digits << shift };
-    else if (shift > -64) term.low = digits >> -shift;
+    if (shift >= 64) {
+        term.high = digits << (shift - 64);
+    } else if (shift > 0) {
+        term.high = digits >> (64 - shift);
+        term.low = digits << shift;
+    } else if (shift > -64) {
+        term.low = digits >> -shift;
+    }
     exact_add(sum, term);
 }
 
 static double exact_value(exact_sum sum) {
     return (double)sum.high + (double)sum.low * 0x1p-64;
+}
+
+/* ============================================================================================
+ * 2. The vision transformer
+ *
+ * Dosovitskiy et al., "An image is worth 16x16 words", 2021, as CLIP uses it (Radford et al.,
+ * 2021), up to a hook point:
+ *
+ *     x = [class token; patches W + bias] + positions            then a norm where CLIP has one
+ *     x = x + attention(norm1(x));   x = x + mlp(norm2(x))       for each block
+ *     logits = head(norm(x of the class token))
+ *
+ * One image. T tokens (1 + grid^2), D width, d = D / heads, H hidden. The weights are those of
+ * PyTorch: a linear layer y = W x + bias has W [outputs, inputs].
+ * ============================================================================================ */
+
+/* The layers of a model: NORM1 to FC2 exist in every block, the others once. layer[b * ROLES + r]
+ * is the layer with role r of block b, from 0; those that exist once stand with block 0. */
+enum role {
+    CLASS_TOKEN, POSITIONS, PATCHES, PRE, NORM1, QKV, OUT, NORM2, FC1, FC2, POST, HEAD, ROLES
+};
+
+typedef enum { NO_ACTIVATION, QUICK_GELU, ERF_GELU } activation_kind;
+
+/* out = (x - mean) / sqrt(variance + epsilon) * weight + bias for each row (Ba, Kiros and Hinton,
+ * "Layer normalization", 2016; torch.nn.LayerNorm). x, out: [rows, D]; weight, bias: [D] */
+static void layer_norm_forward(float *out, const float *x, const sc_layer *norm, float epsilon,
+                               size_t rows, size_t D) {
+    for (size_t i = 0; i < rows; i++, x += D, out += D) {
+        float mean = row_sum(x, D) / (float)D;
+        for (size_t d = 0; d < D; d++) {
+            out[d] = x[d] - mean;
+        }
+        float variance = sc_dot_plain(out, out, D) / (float)D;
+        float scale = 1.0f / sqrtf(variance + epsilon);
+        for (size_t d = 0; d < D; d++) {
+            out[d] = out[d] * scale * norm->weight[d] + norm->bias[d];
+        }
+    }
+}
+
+/* out = x W^T + bias (torch.nn.Linear); the 0 as in sc_matmul_plain().
+ * x: [rows, K]; W: [N, K]; bias: [N] or NULL; out: [rows, N] */
+static void linear_forward(float *out, const float *x, const sc_layer *linear, size_t rows,
+                           size_t K, size_t N) {
+    for (size_t i = 0; i < rows; i++) {
+        const float *x_i = x + i * K;
+        for (size_t j = 0; j < N; j++) {
+            const float *W_j = linear->weight + j * K;
+            float sum = chained_sum(x_i, 1, W_j, 1, K);
+            if (linear->bias) {
+                sum += linear->bias[j];
+            }
+            out[i * N + j] = sum + 0.0f;
+        }
+    }
+}
+
+/* row = exp(scale (row - max)) / sum of these; subtracting the largest avoids overflow. row: [n] */
+static void softmax_forward(float *row, size_t n, float scale) {
+    float largest = row[0];
+    for (size_t e = 1; e < n; e++) {
+        if (row[e] > largest) {
+            largest = row[e];
+        }
+    }
+    for (size_t e = 0; e < n; e++) {
+        row[e] = exp32(scale * (row[e] - largest));
+    }
+    float sum = row_sum(row, n);
+    for (size_t e = 0; e < n; e++) {
+        row[e] /= sum;
+    }
+}
+
+/* out = softmax(q k^T / sqrt d) v for each head (Vaswani et al., "Attention is all you need", 2017,
+ * equation 1). qkv: [T, 3 D], the queries, keys and values of all heads side by side; out: [T, D];
+ * scores: [T], of one query */
+static void attention_forward(float *out, const float *qkv, float *scores, size_t T, size_t D,
+                              size_t heads) {
+    size_t d = D / heads;
+    size_t row = 3 * D;
+    float scale = 1.0f / sqrtf((float)d);
+    for (size_t head = 0; head < heads; head++) {
+        const float *q = qkv + head * d;
+        const float *k = q + D;
+        const float *v = k + D;
+        for (size_t t = 0; t < T; t++) {
+            const float *q_t = q + t * row;
+            float *out_t = out + t * D + head * d;
+            /* how much token t attends to each token s */
+            for (size_t s = 0; s < T; s++) {
+                const float *k_s = k + s * row;
+                scores[s] = chained_sum(q_t, 1, k_s, 1, d) + 0.0f;
+            }
+            softmax_forward(scores, T, scale);
+            /* the mean of the values, weighted by that */
+            for (size_t i = 0; i < d; i++) {
+                out_t[i] = chained_sum(scores, 1, v + i, row, T) + 0.0f;
+            }
+        }
+    }
+}
+
+/* The MLP's activation function, elementwise. x: [count] */
+static void gelu_forward(float *x, size_t count, activation_kind kind) {
+    for (size_t i = 0; i < count; i++) {
+        if (kind == QUICK_GELU) {
+            x[i] = quick_gelu(x[i]);
+        } else {
+            x[i] = gelu(x[i]);
+        }
+    }
+}
+
+/* x += branch; the 0 as in sc_matmul_plain(). x, branch: [count] */
+static void residual_forward(float *x, const float *branch, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        x[i] = branch[i] + x[i] + 0.0f;
+    }
+}
+
+/* The tokens of an image before the first block. A patch is a row of 3 p^2 numbers, channel by
+ * channel, each ((v / 255) - mean) / std of its channel.
+ * pixels: [S, S, 3], 8 bits; patch: [3 p^2], room for one; x: [T, D] */
+static void embed_forward(float *x, const sc_model *m, const unsigned char *pixels, float *patch) {
+    size_t D = m->width;
+    size_t p = m->patch;
+    size_t S = m->image_size;
+    const float *positions = m->layer[POSITIONS].weight;
+    for (size_t d = 0; d < D; d++) {
+        x[d] = m->layer[CLASS_TOKEN].weight[d] + positions[d] + 0.0f;
+    }
+    for (size_t i = 0; i < m->grid * m->grid; i++) {
+        size_t top = i / m->grid * p;                    /* the patch's first row of pixels */
+        size_t left = i % m->grid * p;
+        float *to = patch;
+        for (size_t c = 0; c < 3; c++) {
+            for (size_t e = 0; e < p * p; e++) {
+                size_t pixel = (top + e / p) * S + left + e % p;
+                float v = pixels[3 * pixel + c];
+                *to++ = (v / 255.0f - m->mean[c]) / m->std[c];
+            }
+        }
+        float *token = x + (i + 1) * D;                  /* token 0 is the class token */
+        linear_forward(token, patch, &m->layer[PATCHES], 1, 3 * p * p, D);
+        residual_forward(token, positions + (i + 1) * D, D);
+    }
+}
+
+/* The values of one image's forward pass. */
+typedef struct {
+    float *x;                        /* [T, D], the residual stream */
+    float *normed;                   /* [T, D], the output of a norm */
+    float *qkv;                      /* [T, 3 D] */
+    float *mixed;                    /* [T, D], attention before its output projection */
+    float *branch;                   /* [T, D], what is added to x */
+    float *hidden;                   /* [T, H] */
+    float *scores;                   /* [T] */
+    float *patch;                    /* [3 p^2], one patch's pixels */
+    memory_list memory;
+} vit_arrays;
+
+static int new_vit_arrays(vit_arrays *a, const sc_model *m) {
+    size_t T = m->tokens;
+    size_t D = m->width;
+    const array_spec arrays[] = {
+        ARRAY(a->x, T, D),
+        ARRAY(a->normed, T, D),
+        ARRAY(a->qkv, T, 3 * D),
+        ARRAY(a->mixed, T, D),
+        ARRAY(a->branch, T, D),
+        ARRAY(a->hidden, T, m->hidden),
+        ARRAY(a->scores, T, 1),
+        ARRAY(a->patch, 3 * m->patch, m->patch) };
+    a->memory = NULL;
+    return new_arrays(&a->memory, arrays, COUNT(arrays));
+}
+
+/* Runs block `number`, from 1, on a->x: [T, D]. out: [T, D], the block's output at a hook point, or
+ * NULL. The hook points: "attn" is the output of the attention module after its output projection
+ * and "mlp" that of the MLP, both before they are added to x; "resid" is x after both. */
+static void block_forward(vit_arrays *a, const sc_model *m, size_t number, sc_hook hook,
+                          float *out) {
+    const sc_layer *w = m->layer + (number - 1) * ROLES;
+    size_t T = m->tokens;
+    size_t D = m->width;
+    size_t H = m->hidden;
+    size_t bytes = T * D * sizeof *out;
+
+    /* x += attention(norm1(x)) */
+    layer_norm_forward(a->normed, a->x, &w[NORM1], m->epsilon, T, D);
+    linear_forward(a->qkv, a->normed, &w[QKV], T, D, 3 * D);
+    attention_forward(a->mixed, a->qkv, a->scores, T, D, m->heads);
+    linear_forward(a->branch, a->mixed, &w[OUT], T, D, D);
+    if (out && hook == SC_ATTN) {
+        memcpy(out, a->branch, bytes);
+    }
+    residual_forward(a->x, a->branch, T * D);
+
+    /* x += mlp(norm2(x)) */
+    layer_norm_forward(a->normed, a->x, &w[NORM2], m->epsilon, T, D);
+    linear_forward(a->hidden, a->normed, &w[FC1], T, D, H);
+    gelu_forward(a->hidden, T * H, (activation_kind)m->activation);
+    linear_forward(a->branch, a->hidden, &w[FC2], T, H, D);
+    if (out && hook == SC_MLP) {
+        memcpy(out, a->branch, bytes);
+    }
+    residual_forward(a->x, a->branch, T * D);
+    if (out && hook == SC_RESID) {
+        memcpy(out, a->x, bytes);
+    }
+}
+
+/* The logits: head(norm(class token)) for a classifier; for CLIP with the class prompts' embeddings
+ * (m->text, unit rows), the cosine of the projection with each. x: [T, D]; normed: [D];
+ * logits: [classes] */
+static int head_forward(float *logits, const sc_model *m, const float *x, float *normed) {
+    size_t P = m->outputs;
+    size_t row = padded(P);
+    layer_norm_forward(normed, x, &m->layer[POST], m->epsilon, 1, m->width);
+    if (!m->text) {
+        linear_forward(logits, normed, &m->layer[HEAD], 1, m->width, P);
+        return SC_OK;
+    }
+    float *embedding = new_array(P, sizeof *embedding);
+    if (!embedding) return SC_FAILED;
+    linear_forward(embedding, normed, &m->layer[HEAD], 1, m->width, P);
+    unit_row(embedding, P);
+    for (size_t c = 0; c < m->classes; c++) {
+        logits[c] = sc_dot_plain(embedding, m->text + c * row, P);
+    }
+    free(embedding);
+    return SC_OK;
+}
+
+/* The activations of one image at a hook point, and the logits where they are asked for.
+ * m: its layers hold weights as PyTorch has them; pixels: [S, S, 3]; layer: from 1;
+ * out: [T, D] or NULL; logits: [classes] or NULL */
+static int vit_forward(const sc_model *m, const unsigned char *pixels, size_t layer, sc_hook hook,
+                       float *out, float *logits) {
+    size_t T = m->tokens;
+    size_t D = m->width;
+    size_t last = logits ? m->blocks : layer;
+    vit_arrays a;
+    SC_TRY(new_vit_arrays(&a, m));
+    embed_forward(a.x, m, pixels, a.patch);
+    if (m->layer[PRE].weight) {
+        layer_norm_forward(a.normed, a.x, &m->layer[PRE], m->epsilon, T, D);
+        memcpy(a.x, a.normed, T * D * sizeof *a.x);
+    }
+    int status = SC_OK;
+    for (size_t number = 1; number <= last; number++) {
+        float *tap = number == layer ? out : NULL;
+        block_forward(&a, m, number, hook, tap);
+    }
+    if (logits) {
+        status = head_forward(logits, m, a.x, a.normed);
+    }
+    release(&a.memory);
+    return status;
+}
+
+/* ============================================================================================
+ * 3. The sparse autoencoder
+ *
+ *     h = W_enc^T (x - b_dec) + b_enc       f = relu(h), or relu of the k largest of h
+ *     x' = W_dec^T f + b_dec
+ *
+ * T tokens, D inputs, n latents. In memory W_enc and W_dec are both [n, D], latent by latent:
+ * row j of W_enc is the direction that latent j looks for, row j of W_dec the one that it writes.
+ * Rows are `stride` floats apart, D padded to a multiple of 16 with zeros.
+ * PatchSAE: src/sae_training/sparse_autoencoder.py, forward_standard().
+ * ============================================================================================ */
+
+/* h = W_enc^T (x - b_dec) + b_enc. centred: [T, D], x - b_dec; h: [T, n] */
+static void pre_activation_forward(float *h, const sc_sae *sae, const float *centred, size_t T) {
+    size_t D = sae->d_in;
+    size_t n = sae->d_sae;
+    for (size_t t = 0; t < T; t++) {
+        const float *centred_t = centred + t * D;
+        for (size_t j = 0; j < n; j++) {
+            const float *W_enc = sae->W_enc + j * sae->stride;
+            float sum = chained_sum(W_enc, 1, centred_t, 1, D);
+            h[t * n + j] = sum + sae->b_enc[j] + 0.0f;
+        }
+    }
+}
+
+/* f = max(h, 0). h, f: [n], of one token */
+static void relu_forward(float *f, const float *h, size_t n) {
+    for (size_t j = 0; j < n; j++) {
+        f[j] = h[j] > 0 ? h[j] : 0;
+    }
+}
+
+/* f = the k largest of h where they are positive, else 0 (Gao et al., 2024, section 2.3). The
+ * largest is taken k times; of equal ones the latent with the lower index is taken first, as
+ * everywhere in this file, so that the result does not depend on the order of work.
+ * h, f: [n], of one token */
+static void topk_forward(float *f, const float *h, size_t n, size_t k) {
+    for (size_t j = 0; j < n; j++) {
+        f[j] = 0;
+    }
+    for (size_t taken = 0; taken < k; taken++) {
+        size_t best = n;
+        for (size_t j = 0; j < n; j++) {
+            float least = best < n ? h[best] : 0;
+            if (f[j] == 0 && h[j] > least) {
+                best = j;
+            }
+        }
+        if (best == n) {
+            return;                           /* no positive one is left */
+        }
+        f[best] = h[best];
+    }
+}
+
+/* centred = x - b_dec; h as above; f = relu(h) or TopK. x, centred: [T, D]; h, f: [T, n] */
+static void encode_forward(float *f, float *h, float *centred, const sc_sae *sae, const float *x,
+                           size_t T) {
+    size_t D = sae->d_in;
+    size_t n = sae->d_sae;
+    for (size_t t = 0; t < T; t++) {
+        for (size_t d = 0; d < D; d++) {
+            centred[t * D + d] = x[t * D + d] - sae->b_dec[d];
+        }
+    }
+    pre_activation_forward(h, sae, centred, T);
+    for (size_t t = 0; t < T; t++) {
+        if (sae->topk) topk_forward(f + t * n, h + t * n, n, sae->k);
+        else relu_forward(f + t * n, h + t * n, n);
+    }
+}
+
+/* The gradients of h = W_enc^T (x - b_dec) + b_enc:
+ *     dW_enc[j] = sum_t dh[t][j] (x[t] - b_dec)         db_enc[j] = sum_t dh[t][j]
+ * centred: [T, D]; dh: [T, n]; dW_enc: [n, stride]; db_enc: [n]; term: [T], room */
+static void encode_backward(float *dW_enc, float *db_enc, const sc_sae *sae, const float *centred,
+                            const float *dh, double *term, size_t T) {
+    size_t D = sae->d_in;
+    size_t n = sae->d_sae;
+    for (size_t j = 0; j < n; j++) {
+        const float *dh_j = dh + j;                      /* dh_j[t * n]: on token t */
+        float *dW_enc_j = dW_enc + j * sae->stride;
+        for (size_t d = 0; d < D; d++) {
+            dW_enc_j[d] = chained_sum(dh_j, n, centred + d, D, T);
+        }
+        for (size_t t = 0; t < T; t++) {
+            term[t] = dh_j[t * n];
+        }
+        db_enc[j] = (float)sum_in_blocks(term, T);
+    }
+}
+
+/* x' = W_dec^T f + b_dec. f: [T, n]; reconstruction: [T, D] */
+static void decode_forward(float *reconstruction, const sc_sae *sae, const float *f, size_t T) {
+    size_t D = sae->d_in;
+    size_t n = sae->d_sae;
+    for (size_t t = 0; t < T; t++) {
+        const float *f_t = f + t * n;
+        for (size_t d = 0; d < D; d++) {
+            const float *column = sae->W_dec + d;
+            float sum = chained_sum(f_t, 1, column, sae->stride, n);
+            reconstruction[t * D + d] = sum + sae->b_dec[d] + 0.0f;
+        }
+    }
+}
+
+/* The gradients of x' = W_dec^T f + b_dec, given that of x':
+ *     dW_dec[j] = sum_t f[t][j] dx'[t]                  df[t][j] = W_dec[j] . dx'[t]
+ * relu passes df on where f > 0 and stops it elsewhere, and so does TopK, since a latent that was
+ * not taken has f = 0: dh = df where f > 0, else 0; only there it is computed.
+ * f, dh: [T, n]; dx: [T, D], of x'; dW_dec: [n, stride] */
+static void decode_backward(float *dW_dec, float *dh, const sc_sae *sae, const float *f,
+                            const float *dx, size_t T) {
+    size_t D = sae->d_in;
+    size_t n = sae->d_sae;
+    for (size_t j = 0; j < n; j++) {
+        const float *W_dec_j = sae->W_dec + j * sae->stride;
+        const float *f_j = f + j;                        /* f_j[t * n]: on token t */
+        float *dW_dec_j = dW_dec + j * sae->stride;
+        for (size_t d = 0; d < D; d++) {
+            dW_dec_j[d] = chained_sum(f_j, n, dx + d, D, T);
+        }
+        for (size_t t = 0; t < T; t++) {
+            dh[t * n + j] = 0;
+            if (f_j[t * n] > 0) {
+                dh[t * n + j] = sc_dot_plain(W_dec_j, dx + t * D, D);
+            }
+        }
+    }
+}
+
+/* b_dec is added to x' and, in h, subtracted from x. The latter's gradient passes through W_enc:
+ *     db_dec = sum_t dx'[t] - sum_t W_enc dh[t] = sum_t dx'[t] - W_enc db_enc
+ * dx: [T, D], of x'; db_enc: [n]; db_dec: [D]; term: [T], room */
+static void b_dec_backward(float *db_dec, const sc_sae *sae, const float *dx, const float *db_enc,
+                           double *term, size_t T) {
+    size_t D = sae->d_in;
+    for (size_t d = 0; d < D; d++) {
+        const float *column = sae->W_enc + d;
+        float through_h = chained_sum(db_enc, 1, column, sae->stride, sae->d_sae);
+        for (size_t t = 0; t < T; t++) {
+            term[t] = dx[t * D + d];
+        }
+        db_dec[d] = (float)sum_in_blocks(term, T) - through_h;
+    }
+}
+
+/* Refuses rows that hold infinities or NaN, which would spread. rows: [count, width] */
+static int check_rows(const float *rows, size_t count, size_t width, const char *name) {
+    size_t bad = first_not_finite(rows, count * width);
+    if (bad == count * width) return SC_OK;
+    return fail("token %zu: %s[%zu] is %g (expected a finite number)", bad / width, name,
+                bad % width, (double)rows[bad]);
+}
+
+/* TopK needs a k from 1 to n. */
+static int check_k(const sc_sae *sae) {
+    if (!sae->topk || (sae->k >= 1 && sae->k <= sae->d_sae)) return SC_OK;
+    return usage("k is %zu (expected 1 to %zu, the number of latents)", sae->k, sae->d_sae);
+}
+
+int sc_sae_encode_plain(const sc_sae *sae, const float *x, size_t tokens, float *f) {
+    memory_list memory = NULL;
+    float *centred = NULL;
+    float *h = NULL;
+    const array_spec arrays[] = {
+        ARRAY(centred, tokens, sae->d_in),
+        ARRAY(h, tokens, sae->d_sae) };
+    SC_TRY(check_k(sae));
+    SC_TRY(check_rows(x, tokens, sae->d_in, "x"));
+    SC_TRY(new_arrays(&memory, arrays, COUNT(arrays)));
+    encode_forward(f, h, centred, sae, x, tokens);
+    release(&memory);
+    return SC_OK;
+}
+
+int sc_sae_decode_plain(const sc_sae *sae, const float *f, size_t tokens, float *reconstruction) {
+    SC_TRY(check_rows(f, tokens, sae->d_sae, "f"));
+    decode_forward(reconstruction, sae, f, tokens);
+    return SC_OK;
+}
+
+/* How an SAE starts: W_enc uniform in +-sqrt(6 / n) (Kaiming's bound as PyTorch's kaiming_uniform_
+ * computes it for a [D, n] matrix), W_dec uniform, then rows of unit norm, b_enc 0; for b_dec see
+ * b_dec_start(). Row j of both: */
+static void initialise_latent(sc_sae *sae, size_t j, uint64_t seed) {
+    float *W_enc = sae->W_enc + j * sae->stride;
+    float *W_dec = sae->W_dec + j * sae->stride;
+    float bound = sqrtf(6.0f / (float)sae->d_sae);
+    for (size_t d = 0; d < sae->d_in; d++) {
+        uint64_t index = (uint64_t)j * sae->d_in + d;
+        W_enc[d] = bound * uniform(seed, STREAM_W_ENC, index);
+        W_dec[d] = uniform(seed, STREAM_W_DEC, index);
+    }
+    unit_row(W_dec, sae->d_in);
+}
+
+/* sum = the sum over points of weight * point, in float64, in blocks of 256 points.
+ * points: [count, dim]; weight: [count]; part, sum: [dim] */
+static void weighted_sum(double *sum, double *part, const double *weight, const float *points,
+                         size_t count, size_t dim) {
+    memset(sum, 0, dim * sizeof *sum);
+    for (size_t block = 0; block < count; block += CHAIN) {
+        memset(part, 0, dim * sizeof *part);
+        for (size_t i = block; i < count && i < block + CHAIN; i++) {
+            const float *point = points + i * dim;
+            for (size_t d = 0; d < dim; d++) {
+                part[d] += weight[i] * point[d];
+            }
+        }
+        for (size_t d = 0; d < dim; d++) {
+            sum[d] += part[d];
+        }
+    }
+}
+
+/* The distance of a point from the centre, by 16 partial sums in float64. point, centre: [dim] */
+static double distance(const float *point, const double *centre, size_t dim) {
+    double p[PARTIALS] = { 0 };
+    double sum = 0;
+    for (size_t d = 0; d < dim; d++) {
+        double apart = point[d] - centre[d];
+        p[d % PARTIALS] += apart * apart;
+    }
+    for (int i = 0; i < PARTIALS; i++) {
+        sum += p[i];
+    }
+    return sqrt(sum);
+}
+
+/* The geometric median, the point with the least sum of distances to all points, by Weiszfeld's
+ * iteration (1937): each step is the mean weighted by 1 / distance, where distances count as at
+ * least 1e-6; it begins at the mean. It stops after `steps` steps, or when a step changes no bit;
+ * steps = 0 gives the mean. (PatchSAE: compute_geometric_median() of the package geom_median.)
+ * points: [count, dim]; weight: [count]; median, before, part: [dim], the last two as room */
+static void geometric_median(double *median, double *before, double *part, double *weight,
+                             const float *points, size_t count, size_t dim, int steps) {
+    for (size_t i = 0; i < count; i++) {
+        weight[i] = 1;
+    }
+    for (int step = 0; step <= steps; step++) {
+        double total = sum_in_blocks(weight, count);
+        weighted_sum(median, part, weight, points, count, dim);
+        for (size_t d = 0; d < dim; d++) {
+            median[d] /= total;
+        }
+        if (step > 0 && memcmp(before, median, dim * sizeof *median) == 0) return;
+        memcpy(before, median, dim * sizeof *median);
+        for (size_t i = 0; i < count; i++) {
+            double apart = distance(points + i * dim, median, dim);
+            weight[i] = 1 / (apart > 1e-6 ? apart : 1e-6);
+        }
+    }
+}
+
+/* Where b_dec starts, from the activations x of some images: their mean (steps 0), the geometric
+ * median of all tokens, or with images_as_points that of whole images, points with T D numbers,
+ * and then the mean of its T tokens (PatchSAE: initialize_b_dec_with_geometric_median).
+ * x: [images T, stride]; T: tokens per image */
+static int start_b_dec(sc_sae *sae, const float *x, size_t images, size_t T, int images_as_points,
+                       int steps) {
+    size_t parts = images_as_points ? T : 1;
+    size_t count = images * T / parts;
+    size_t dim = parts * sae->stride;
+    double *median = NULL;
+    double *before = NULL;
+    double *part = NULL;
+    double *weight = NULL;
+    memory_list memory = NULL;
+    const array_spec arrays[] = {
+        ARRAY(median, dim, 1),
+        ARRAY(before, dim, 1),
+        ARRAY(part, dim, 1),
+        ARRAY(weight, count, 1) };
+    SC_TRY(new_arrays(&memory, arrays, COUNT(arrays)));
+    geometric_median(median, before, part, weight, x, count, dim, steps);
+    int status = SC_OK;
+    for (size_t d = 0; d < sae->d_in; d++) {
+        double sum = 0;
+        for (size_t i = 0; i < parts; i++) {
+            sum += median[i * sae->stride + d];
+        }
+        sae->b_dec[d] = (float)(sum / (double)parts);
+        if (!isfinite(sae->b_dec[d])) {
+            status = fail("the start of b_dec is not finite");
+        }
+    }
+    release(&memory);
+    return status;
+}
+
+/* ============================================================================================
+ * 4. Training
+ *
+ * One step on T tokens x: rows of W_dec to unit norm; encode and decode; the loss; its gradient,
+ * less the part of W_dec's that lies along W_dec; Adam.
+ *
+ *     loss = mse + l1 + ghost
+ *     mse  = mean over t and d of (x'[t][d] - x[t][d])^2 / ||x[t]||      PatchSAE's
+ *     l1   = lambda * mean over t of sum_j f[t][j]                       ReLU only; f is never < 0
+ *     ghost: see ghost_forward()
+ *
+ * PatchSAE: src/sae_training/sae_trainer.py, _train_step(), and sparse_autoencoder.py.
+ * A gradient has the name of its value with a d before it: dW_dec is d loss / d W_dec.
+ * ============================================================================================ */
+
+/* Adam's running means of a weight's gradient and of its square, shaped as the weight. */
+typedef struct { float *m, *v; } adam_moments;
+
+struct sc_trainer {
+    sc_train_options options;
+    sc_sae *sae;                     /* the caller's, trained in place */
+    size_t tokens;                   /* T, in each step */
+    uint64_t step;                   /* steps done */
+    double beta1_power, beta2_power; /* 0.9^step, 0.999^step */
+    int64_t *silent;                 /* [n], steps since the latent fired on any token */
+    adam_moments W_enc, W_dec, b_enc, b_dec;
+    struct fast_trainer *fast;       /* the arrays of Part II */
+    memory_list memory;
+};
+
+/* The values and gradients of one step. */
+typedef struct {
+    float *centred;                  /* [T, D], x - b_dec */
+    float *h, *f;                    /* [T, n] */
+    float *reconstruction;           /* [T, D], x' */
+    float *e, *ghost;                /* [T, n], exp(h) of dead latents, else 0; [T, D], W_dec^T e */
+    float *dreconstruction, *dghost; /* [T, D] */
+    float *dh;                       /* [T, n] */
+    float *dW_enc, *dW_dec;          /* [n, stride] */
+    float *db_enc, *db_dec;          /* [n], [D] */
+    double *norm, *error;            /* [T], ||x|| and ||x' - x||^2 */
+    double *term;                    /* [max(T, D)], the terms of a sum */
+    memory_list memory;
+} step_arrays;
+
+static int new_step_arrays(step_arrays *s, const sc_sae *sae, size_t T) {
+    size_t D = sae->d_in;
+    size_t n = sae->d_sae;
+    size_t row = sae->stride;
+    const array_spec arrays[] = {
+        ARRAY(s->centred, T, D),
+        ARRAY(s->h, T, n),
+        ARRAY(s->f, T, n),
+        ARRAY(s->reconstruction, T, D),
+        ARRAY(s->e, T, n),
+        ARRAY(s->ghost, T, D),
+        ARRAY(s->dreconstruction, T, D),
+        ARRAY(s->dghost, T, D),
+        ARRAY(s->dh, T, n),
+        ARRAY(s->dW_enc, n, row),
+        ARRAY(s->dW_dec, n, row),
+        ARRAY(s->db_enc, n, 1),
+        ARRAY(s->db_dec, D, 1),
+        ARRAY(s->norm, T, 1),
+        ARRAY(s->error, T, 1),
+        ARRAY(s->term, T > D ? T : D, 1) };
+    s->memory = NULL;
+    return new_arrays(&s->memory, arrays, COUNT(arrays));
+}
+
+/* A latent is dead, to training, if it has been silent for more than dead_window steps. */
+static int is_dead(const sc_trainer *t, size_t j) {
+    return t->silent[j] > (int64_t)t->options.dead_window;
+}
+
+/* norm = ||x|| and error = ||x' - x||^2 of each token. x, reconstruction: [T, D]; norm, error: [T];
+ * apart: [D], room */
+static void token_errors(double *norm, double *error, float *apart, const float *x,
+                         const float *reconstruction, size_t T, size_t D) {
+    for (size_t t = 0; t < T; t++, x += D, reconstruction += D) {
+        for (size_t d = 0; d < D; d++) {
+            apart[d] = reconstruction[d] - x[d];
+        }
+        norm[t] = sqrtf(sc_dot_plain(x, x, D));
+        error[t] = sc_dot_plain(apart, apart, D);
+    }
+}
+
+/* The mean over tokens and dimensions of (x' - x)^2 / ||x||. term: [T], room */
+static double mse_forward(double *term, const double *norm, const double *error, size_t T,
+                          size_t D) {
+    for (size_t t = 0; t < T; t++) {
+        term[t] = error[t] / norm[t];
+    }
+    return sum_in_blocks(term, T) / ((double)T * (double)D);
+}
+
+/* d mse / d x' = 2 (x' - x) / (||x|| T D); ||x|| does not depend on the weights. x: [T, D] */
+static void mse_backward(step_arrays *s, const float *x, size_t T, size_t D) {
+    double scale = 1.0 / ((double)T * (double)D);
+    for (size_t t = 0; t < T; t++) {
+        float factor = (float)(2 * scale / s->norm[t]);
+        for (size_t d = 0; d < D; d++) {
+            size_t i = t * D + d;
+            float apart = s->reconstruction[i] - x[i];
+            s->dreconstruction[i] = apart * factor;
+        }
+    }
+}
+
+/* L1, the sum over tokens of sum_j f[t][j]; or, with `count`, the number of active latents instead,
+ * which divided by T is L0. f: [T, n]; term: [T], room */
+static double activity_sum(double *term, const float *f, size_t T, size_t n, int count) {
+    for (size_t t = 0; t < T; t++) {
+        term[t] = 0;
+        for (size_t j = 0; j < n; j++) {
+            float value = f[t * n + j];
+            if (value > 0) {
+                term[t] += count ? 1 : (double)value;
+            }
+        }
+    }
+    return sum_in_blocks(term, T);
+}
+
+/* l1 = lambda * mean over tokens of sum_j f[t][j] has the gradient lambda / T with respect to each
+ * f that is active. Added to dh, see decode_backward(). f, dh: [count] */
+static void l1_backward(float *dh, const float *f, size_t count, double lambda, size_t T) {
+    float df = (float)(lambda / (double)T);
+    for (size_t i = 0; i < count; i++) {
+        if (f[i] > 0) {
+            dh[i] += df;
+        }
+    }
+}
+
+/* 1 - sum ||x' - x||^2 / sum ||x - mean||^2: the share of the variance of these T tokens that the
+ * reconstruction explains. With `centred` 0 the mean is not subtracted: PatchSAE logs that one,
+ * which is closer to 1. */
+static double explained_variance(step_arrays *s, const float *x, size_t T, size_t D, int centred) {
+    double deviation = 0;
+    double part = 0;
+    double *term = s->term;
+    for (size_t d = 0; d < D; d++) {
+        double mean = 0;
+        for (size_t t = 0; t < T; t++) {
+            term[t] = x[t * D + d];
+        }
+        if (centred) {
+            mean = sum_in_blocks(term, T) / (double)T;
+        }
+        for (size_t t = 0; t < T; t++) {
+            term[t] = (term[t] - mean) * (term[t] - mean);
+        }
+        part += sum_in_blocks(term, T);
+        if ((d + 1) % CHAIN != 0 && d + 1 < D) continue;
+        deviation += part;                               /* dimensions in blocks of 256, too */
+        part = 0;
+    }
+    return deviation > 0 ? 1 - sum_in_blocks(s->error, T) / deviation : 0;
+}
+
+/* Ghost gradients revive dead latents (Jermyn and Templeton, "Ghost grads", 2024; PatchSAE): a dead
+ * latent has f = 0 and gets no gradient, so exp(h), which is never 0, stands in for its activation,
+ * and learns to rebuild what the living latents leave over, r = x - x':
+ *
+ *     e = exp(h) of dead latents, 0 of others            g = W_dec^T e
+ *     g <- g * ||r|| / (1e-6 + 2 ||g||)                   half as long as r
+ *     m  = (g - r)^2 / ||r||                              elementwise; 0 where ||r|| = 0
+ *     m <- m * ((x' - x)^2 / ||x||) / (m + 1e-6)          about as large as the mse
+ *     ghost = mean of m over tokens and dimensions
+ *
+ * Both factors, and r, count as constants: no gradient passes through them.
+ * Here e: [T, n], which is 0 so far, and ghost: [T, D], g before it is scaled. */
+static void ghost_forward(step_arrays *s, const sc_trainer *t) {
+    size_t T = t->tokens;
+    size_t D = t->sae->d_in;
+    size_t n = t->sae->d_sae;
+    for (size_t i = 0; i < T * n; i++) {
+        if (is_dead(t, i % n)) {
+            s->e[i] = exp32(s->h[i]);
+        }
+    }
+    for (size_t i = 0; i < T; i++) {
+        const float *e = s->e + i * n;
+        for (size_t d = 0; d < D; d++) {
+            const float *column = t->sae->W_dec + d;
+            float g = chained_sum(e, 1, column, t->sae->stride, n);
+            s->ghost[i * D + d] = g + 0.0f;
+        }
+    }
+}
+
+/* One token's sum of m over dimensions, and d ghost / d g:  with a = ||r|| / (1e-6 + 2 ||g||) and
+ * b = ((x' - x)^2 / ||x||) / (m + 1e-6) constant, m = b (a g - r)^2 / ||r||, so
+ * dm / dg = 2 b a (a g - r) / ||r||, divided by T D for the mean: `scale`.
+ * x, reconstruction, ghost, dghost: [D], dghost may be ghost; r: [D], room */
+static double ghost_token(float *dghost, const float *ghost, const float *x,
+                          const float *reconstruction, float *r, double norm, size_t D,
+                          double scale) {
+    double loss = 0;
+    for (size_t d = 0; d < D; d++) {
+        r[d] = x[d] - reconstruction[d];
+    }
+    float norm_x = (float)norm;
+    float norm_r = sqrtf(sc_dot_plain(r, r, D));
+    float norm_g = sqrtf(sc_dot_plain(ghost, ghost, D));
+    float a = norm_r / (1e-6f + 2 * norm_g);
+    for (size_t d = 0; d < D; d++) {
+        float apart = ghost[d] * a - r[d];
+        if (norm_r == 0) {
+            dghost[d] = 0;
+            continue;
+        }
+        float m = apart * apart / norm_r;
+        float b = r[d] * r[d] / norm_x / (m + 1e-6f);
+        loss += (double)(m * b);
+        dghost[d] = 2 * apart / norm_r * b * a * (float)scale;
+    }
+    return loss;
+}
+
+/* Through g = W_dec^T e and e = exp(h) of dead latents j: e is its own derivative, so
+ *     dW_dec[j] += sum_t e[t][j] dg[t]         dh[t][j] += e[t][j] (W_dec[j] . dg[t]) */
+static void ghost_backward(step_arrays *s, const sc_trainer *t) {
+    const sc_sae *sae = t->sae;
+    size_t T = t->tokens;
+    size_t D = sae->d_in;
+    size_t n = sae->d_sae;
+    for (size_t j = 0; j < n; j++) {
+        if (!is_dead(t, j)) continue;
+        const float *e = s->e + j;                       /* e[i * n]: on token i */
+        const float *W_dec = sae->W_dec + j * sae->stride;
+        float *dW_dec = s->dW_dec + j * sae->stride;
+        float *dh = s->dh + j;
+        for (size_t i = 0; i < T; i++) {
+            float de = sc_dot_plain(W_dec, s->dghost + i * D, D);
+            dh[i * n] += e[i * n] * de;
+        }
+        for (size_t d = 0; d < D; d++) {
+            dW_dec[d] += chained_sum(e, n, s->dghost + d, D, T);
+        }
+    }
+}
+
+/* Rows of W_dec have unit norm when a step begins, since otherwise f could shrink, and l1 with it,
+ * while W_dec grows (PatchSAE: set_decoder_norm_to_unit_norm). The gradient's component along a row
+ * would only change its norm, which the next step undoes; it is removed, so that it does not fill
+ * Adam's moments either: dW_dec[j] -= (dW_dec[j] . W_dec[j]) W_dec[j]
+ * (PatchSAE: remove_gradient_parallel_to_decoder_directions). */
+static void project_gradient(float *dW_dec, const float *W_dec, size_t D) {
+    float along = sc_dot_plain(dW_dec, W_dec, D);
+    for (size_t d = 0; d < D; d++) {
+        dW_dec[d] = fma32(-along, W_dec[d], dW_dec[d]);
+    }
+}
+
+/* The learning rate of a step, from 0: it rises linearly over `warmup` steps, 0 for none. */
+static double learning_rate(const sc_train_options *options, uint64_t step) {
+    double warm = 1;
+    if (options->warmup > 0) {
+        warm = (double)(step + 1) / (double)options->warmup;
+    }
+    return warm < 1 ? options->lr * warm : options->lr;
+}
+
+/* Adam's two scalars of a step (Kingma and Ba, "Adam", 2015, algorithm 1 with beta1 0.9, beta2
+ * 0.999, epsilon 1e-8): step_size = lr / (1 - beta1^t), root_scale = 1 / sqrt(1 - beta2^t). */
+typedef struct { float step_size, root_scale; } adam_step;
+
+static adam_step next_adam_step(sc_trainer *t, double lr) {
+    t->beta1_power *= 0.9;
+    t->beta2_power *= 0.999;
+    return (adam_step){ (float)(lr / (1 - t->beta1_power)),
+                        (float)(1 / sqrt(1 - t->beta2_power)) };
+}
+
+/* m = 0.9 m + 0.1 g;  v = 0.999 v + 0.001 g^2;  w -= step_size m / (sqrt(v) root_scale + 1e-8).
+ * w, dw and the moments: [count] */
+static void adam_update(float *w, adam_moments a, const float *dw, size_t count, adam_step step) {
+    for (size_t i = 0; i < count; i++) {
+        a.m[i] = 0.9f * a.m[i] + 0.1f * dw[i];
+        a.v[i] = 0.999f * a.v[i] + 0.001f * (dw[i] * dw[i]);
+        w[i] -= step.step_size * (a.m[i] / (sqrtf(a.v[i]) * step.root_scale + 1e-8f));
+    }
+}
+
+/* The ghost loss, and dghost. x: [T, D] */
+static double ghost_loss_forward(step_arrays *s, const sc_trainer *t, const float *x) {
+    size_t T = t->tokens;
+    size_t D = t->sae->d_in;
+    double scale = 1.0 / ((double)T * (double)D);
+    float *residual = s->db_dec;                         /* as room for one token */
+    ghost_forward(s, t);
+    for (size_t i = 0; i < T; i++) {
+        const float *x_i = x + i * D;
+        const float *to = s->reconstruction + i * D;
+        const float *g = s->ghost + i * D;
+        float *dg = s->dghost + i * D;
+        s->term[i] = ghost_token(dg, g, x_i, to, residual, s->norm[i], D, scale);
+    }
+    return sum_in_blocks(s->term, T) / ((double)T * (double)D);
+}
+
+/* The losses, and the gradients of x' and g. x: [T, D] */
+static int losses(sc_step *result, step_arrays *s, const sc_trainer *t, const float *x) {
+    size_t T = t->tokens;
+    size_t D = t->sae->d_in;
+    size_t n = t->sae->d_sae;
+    token_errors(s->norm, s->error, s->db_dec, x, s->reconstruction, T, D);
+    result->mse = mse_forward(s->term, s->norm, s->error, T, D);
+    mse_backward(s, x, T, D);
+    result->l0 = activity_sum(s->term, s->f, T, n, 1) / (double)T;
+    if (!t->sae->topk) {
+        double l1 = activity_sum(s->term, s->f, T, n, 0) / (double)T;
+        result->l1 = t->options.l1 * l1;
+    }
+    if (t->options.ghost && result->dead > 0) {
+        result->ghost = ghost_loss_forward(s, t, x);
+    }
+    result->explained_variance = explained_variance(s, x, T, D, 1);
+    result->explained_variance_uncentred = explained_variance(s, x, T, D, 0);
+    result->loss = result->mse + result->l1 + result->ghost;
+    if (isfinite(result->loss)) return SC_OK;
+    return fail("the loss is not finite");
+}
+
+/* The gradients of all weights, from those of x' and g. */
+static void gradients(step_arrays *s, const sc_trainer *t, int ghosts) {
+    const sc_sae *sae = t->sae;
+    size_t T = t->tokens;
+    decode_backward(s->dW_dec, s->dh, sae, s->f, s->dreconstruction, T);
+    if (!sae->topk) {
+        l1_backward(s->dh, s->f, T * sae->d_sae, t->options.l1, T);
+    }
+    if (ghosts) {
+        ghost_backward(s, t);
+    }
+    encode_backward(s->dW_enc, s->db_enc, sae, s->centred, s->dh, s->term, T);
+    b_dec_backward(s->db_dec, sae, s->dreconstruction, s->db_enc, s->term, T);
+    for (size_t j = 0; j < sae->d_sae; j++) {
+        size_t row = j * sae->stride;
+        project_gradient(s->dW_dec + row, sae->W_dec + row, sae->d_in);
+    }
+}
+
+/* Counts for each latent the steps since it fired. */
+static void count_silent_steps(sc_trainer *t, const float *f) {
+    size_t n = t->sae->d_sae;
+    for (size_t j = 0; j < n; j++) {
+        t->silent[j]++;
+        for (size_t i = 0; i < t->tokens; i++) {
+            if (f[i * n + j] > 0) {
+                t->silent[j] = 0;
+            }
+        }
+    }
+}
+
+/* Training divides by ||x||, so a token of zeros is refused. x: [T, D] */
+static int check_tokens(const float *x, size_t T, size_t D) {
+    SC_TRY(check_rows(x, T, D, "x"));
+    for (size_t t = 0; t < T; t++) {
+        float norm = sqrtf(sc_dot_plain(x + t * D, x + t * D, D));
+        if (!(norm > 0)) return fail("token %zu: ||x|| is 0 (expected a direction)", t);
+        if (!isfinite(norm)) return fail("token %zu: ||x|| is too large for float32", t);
+    }
+    return SC_OK;
+}
+
+/* Refuses to go on with a latent whose weights or moments are no longer finite. */
+static int check_latent(const sc_trainer *t, size_t j) {
+    size_t row = j * t->sae->stride;
+    size_t D = t->sae->d_in;
+    const float *made[] = { t->sae->W_enc, t->sae->W_dec, t->W_enc.v, t->W_dec.v };
+    for (size_t i = 0; i < COUNT(made); i++) {
+        if (first_not_finite(made[i] + row, D) < D)
+            return fail("latent %zu: a weight or moment is not finite", j);
+    }
+    return SC_OK;
+}
+
+static int check_biases(const sc_trainer *t) {
+    size_t n = t->sae->d_sae;
+    size_t D = t->sae->d_in;
+    if (first_not_finite(t->sae->b_enc, n) < n) return fail("b_enc is not finite");
+    if (first_not_finite(t->sae->b_dec, D) < D) return fail("b_dec is not finite");
+    return SC_OK;
+}
+
+/* Adam on all weights. s: their gradients */
+static int update_weights(sc_trainer *t, const step_arrays *s, adam_step step) {
+    sc_sae *sae = t->sae;
+    size_t n = sae->d_sae;
+    adam_update(sae->W_enc, t->W_enc, s->dW_enc, n * sae->stride, step);
+    adam_update(sae->W_dec, t->W_dec, s->dW_dec, n * sae->stride, step);
+    adam_update(sae->b_enc, t->b_enc, s->db_enc, n, step);
+    adam_update(sae->b_dec, t->b_dec, s->db_dec, sae->d_in, step);
+    for (size_t j = 0; j < n; j++) {
+        SC_TRY(check_latent(t, j));
+    }
+    return check_biases(t);
+}
+
+/* One training step. x: [T, D] */
+int sc_train_step_plain(sc_trainer *t, const float *x, sc_step *result) {
+    sc_sae *sae = t->sae;
+    size_t T = t->tokens;
+    step_arrays s;
+    SC_TRY(check_tokens(x, T, sae->d_in));
+    SC_TRY(new_step_arrays(&s, sae, T));
+    *result = (sc_step){ .lr = learning_rate(&t->options, t->step) };
+    for (size_t j = 0; j < sae->d_sae; j++) {
+        result->dead += (size_t)is_dead(t, j);
+        unit_row(sae->W_dec + j * sae->stride, sae->d_in);
+    }
+
+    encode_forward(s.f, s.h, s.centred, sae, x, T);
+    decode_forward(s.reconstruction, sae, s.f, T);
+    int status = losses(result, &s, t, x);
+    if (status == SC_OK) {
+        gradients(&s, t, t->options.ghost && result->dead > 0);
+        count_silent_steps(t, s.f);
+        status = update_weights(t, &s, next_adam_step(t, result->lr));
+        t->step++;
+    }
+    release(&s.memory);
+    return status;
+}
+
+/* ============================================================================================
+ * 5. Measuring
+ *
+ * What each latent does over a data set of N images with T tokens each, from f: [N, T, n], and how
+ * well the SAE rebuilds the activations. a(i) below is a latent's mean activation over all tokens
+ * of image i; it fires on the image where a(i) > 0.
+ * PatchSAE: tasks/compute_sae_feature_data.py and tasks/compute_class_wise_sae_activation.py.
+ * ============================================================================================ */
+
+static const sc_top nothing = { 0, -1, -1 };
+
+/* Whether an entry comes before another: the larger value first, of equal ones the lower index. */
+static int goes_before(const sc_top *a, const sc_top *b) {
+    if (a->value != b->value) return a->value > b->value;
+    if (a->image != b->image) return a->image < b->image;
+    return a->other < b->other;
+}
+
+/* Puts an entry into a list of the largest, which keeps that order. list: [size] */
+static void keep_largest(sc_top *list, size_t size, sc_top entry) {
+    size_t i = size;
+    while (i > 0 && goes_before(&entry, &list[i - 1])) {
+        i--;
+    }
+    if (i == size) return;
+    memmove(list + i + 1, list + i, (size - i - 1) * sizeof *list);
+    list[i] = entry;
+}
+
+/* The activation of all top images that are of entry i's class, or 0 where an earlier entry is of
+ * that class: so that each class counts once. top: [active] */
+static double class_activation(const sc_top *top, size_t active, size_t i) {
+    double sum = 0;
+    for (size_t k = 0; k < active; k++) {
+        if (top[k].other != top[i].other) continue;
+        if (k < i) return 0;
+        sum += top[k].value;
+    }
+    return sum;
+}
+
+/* How many classes a latent's top images mix: -sum_c p_c ln p_c, with p_c the share of class c in
+ * their activation; 0 means one class, ln 16 = 2.77 sixteen. Not defined (-1) where fewer than
+ * min(10, K) images are active, or one of them has no label. PatchSAE also counts the entries that
+ * are not active, and adds 1e-9 within the logarithm. top: [K]; other: the label */
+static double top_entropy(const sc_top *top, size_t K) {
+    size_t active = 0;
+    size_t needed = K < 10 ? K : 10;
+    double total = 0;
+    double entropy = 0;
+    while (active < K && top[active].value > 0) {
+        total += top[active++].value;
+    }
+    if (active < needed) return -1;
+    for (size_t i = 0; i < active; i++) {
+        double share = class_activation(top, active, i) / total;
+        if (top[i].other < 0) return -1;
+        if (share > 0) {
+            entropy -= share * log64(share);
+        }
+    }
+    return entropy > 0 ? entropy : 0;
+}
+
+/* Everything about latent j. f: [N, T, n]; label: [N], -1 for none, or NULL; tokens from
+ * first_patch on are patches (1 where token 0 is the class token). top: [K], the images with the largest a(i);
+ * patch: [P], the patch tokens with the largest f, other: the token. Both in descending order,
+ * entries that no image fills are (0, -1, -1). */
+void sc_latent_measure_plain(sc_latent *l, sc_top *top, size_t K, sc_top *patch, size_t P,
+                             const float *f, const int64_t *label, size_t N, size_t T, size_t n,
+                             size_t j, size_t first_patch) {
+    exact_sum means = { 0, 0 }, activations = { 0, 0 };
+    *l = (sc_latent){ .image_count = 0 };
+    for (size_t k = 0; k < K; k++) {
+        top[k] = nothing;
+    }
+    for (size_t p = 0; p < P; p++) {
+        patch[p] = nothing;
+    }
+    for (size_t i = 0; i < N; i++) {
+        double sum = 0;
+        for (size_t t = 0; t < T; t++) {
+            float value = f[(i * T + t) * n + j];
+            if (!(value > 0)) continue;
+            sum += value;
+            l->token_count++;
+            exact_add_float(&activations, value);
+            if (t >= first_patch) {
+                keep_largest(patch, P, (sc_top){ value, (int64_t)i, (int64_t)t });
+            }
+        }
+        float mean = (float)(sum / (double)T);
+        if (!(mean > 0)) continue;
+        l->image_count++;
+        exact_add_float(&means, mean);
+        keep_largest(top, K, (sc_top){ mean, (int64_t)i, label ? label[i] : -1 });
+    }
+    l->activation_sum = exact_value(activations);
+    l->sparsity = (float)((double)l->image_count / (double)N);
+    if (l->image_count > 0) {
+        l->mean_act = (float)(exact_value(means) / (double)l->image_count);
+    }
+    l->top_entropy = (float)top_entropy(top, K);
+}
+
+/* How well an SAE rebuilds the tokens of a data set, and how sparsely. The variance is that about
+ * the mean token of the whole set: sum over d of (sum_t x^2 - tokens mean^2).
+ * x, reconstruction: [tokens, D]; f: [tokens, n] */
+int sc_metrics_plain(sc_metrics *m, const float *x, const float *reconstruction, const float *f,
+                     size_t tokens, size_t D, size_t n) {
+    double numbers = (double)tokens * (double)D;
+    double square = 0;
+    double mean_square = 0;
+    memory_list memory = NULL;
+    double *norm = NULL;
+    double *error = NULL;
+    double *term = NULL;
+    float *apart = NULL;
+    const array_spec arrays[] = { ARRAY(norm, tokens, 1), ARRAY(error, tokens, 1),
+                                  ARRAY(term, tokens, 1),
+                                  ARRAY(apart, D, 1) };
+    SC_TRY(new_arrays(&memory, arrays, COUNT(arrays)));
+    token_errors(norm, error, apart, x, reconstruction, tokens, D);
+    double squared_error = sum_in_blocks(error, tokens);
+    m->mse = mse_forward(term, norm, error, tokens, D);
+    m->mse_raw = squared_error / numbers;
+    for (size_t d = 0; d < D; d++) {
+        for (size_t t = 0; t < tokens; t++) {
+            term[t] = x[t * D + d];
+        }
+        double mean = sum_in_blocks(term, tokens) / (double)tokens;
+        for (size_t t = 0; t < tokens; t++) {
+            term[t] *= term[t];
+        }
+        square += sum_in_blocks(term, tokens);
+        mean_square += mean * mean;
+    }
+    double variance = square - (double)tokens * mean_square;
+    m->explained_variance = variance > 0 ? 1 - squared_error / variance : 0;
+    m->explained_variance_uncentred = 1 - squared_error / square;
+    double active = activity_sum(term, f, tokens, n, 1);
+    double sum = activity_sum(term, f, tokens, n, 0);
+    m->l0 = active / (double)tokens;
+    m->l1 = sum / (double)tokens;
+    m->mean_activation = active > 0 ? sum / active : 0;
+    release(&memory);
+    return SC_OK;
 }
 
 /* ********************************************************************************************
@@ -331,8 +1588,6 @@ SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
 
 /* The input or the machine failed: "FILE: what is wrong and what was expected"; or the caller asked
  * for something that makes no sense. */
-#define fail(...) set_error(SC_FAILED, __VA_ARGS__)
-#define usage(...) set_error(SC_USAGE, __VA_ARGS__)
 
 /* count x size bytes on a cache line's boundary; NULL and a reason where that fails. Not zeroed, so
  * what is never written costs nothing where memory comes as it is first written. Never asks for 0
@@ -376,10 +1631,7 @@ static int grow(void *list, size_t *capacity, size_t count, size_t size) {
 }
 
 /* A table of arrays: where a pointer goes, and rows x the bytes of a row. */
-typedef struct { void *pointer; size_t rows, row_bytes; } array_spec;
 
-#define ARRAY(pointer, rows, columns) { &(pointer), rows, (columns) * sizeof *(pointer) }
-#define COUNT(list) (sizeof(list) / sizeof *(list))
 
 /* Lays arrays out in a block, each on a cache line's boundary behind a first line for the block's
  * owner, or only measures them where `block` is NULL. Returns the bytes they take, SIZE_MAX if so
@@ -398,8 +1650,6 @@ static size_t lay_out(const array_spec *array, size_t count, void *block) {
 
 /* The blocks that something owns, to be freed together: each begins with a pointer to the one
  * before. Starts as NULL. */
-typedef void *memory_list;
-
 static int new_arrays(memory_list *list, const array_spec *array, size_t count) {
     void *block = new_array(lay_out(array, count, NULL), 1);
     if (!block) return SC_FAILED;
@@ -593,8 +1843,6 @@ enum {
     MASK_BITS = 64
 };
 
-typedef enum { NO_ACTIVATION, QUICK_GELU, ERF_GELU } activation_kind;
-
 /* Where rows of a product go, and what is added on the way. Pointers at the rows' corner. */
 typedef struct {
     float *c;                        /* [rows, columns], c_stride floats from row to row */
@@ -605,10 +1853,6 @@ typedef struct {
     size_t residual_stride;
     activation_kind activation;
 } tile_target;
-
-/* Adam's scalars of one step (Kingma and Ba, 2015): step_size = lr / (1 - beta1^t),
- * root_scale = 1 / sqrt(1 - beta2^t). */
-typedef struct { float step_size, root_scale; } adam_step;
 
 typedef struct {
     const char *name;
@@ -631,7 +1875,6 @@ typedef struct {
     void (*unit_row)(float *row, size_t n);
     void (*adam)(float *w, float *m, float *v, const float *gradient, size_t n, adam_step step);
     int (*contracts)(void);
-    float (*peak)(size_t rounds, float factor);
 } kernel_set;
 
 #endif /* !SC_ISA */
@@ -897,26 +2140,11 @@ SC_TARGET static void KERNEL(adam)(float *w, float *m, float *v, const float *gr
     }
 }
 
-/* To measure the machine by: as many chains as a tile has, in registers, a link of each a round.
- * The sum is returned lest a compiler leave the work out; factor: below 1, so that it is finite */
-SC_TARGET static float KERNEL(peak)(size_t rounds, float factor) {
-    SC_V chain[SC_TILE_ROWS * SC_VECTORS], f = SC_SET(factor), one = SC_SET(1.0f);
-    float lane[SC_LANES];
-    SC_UNROLL for (int i = 0; i < SC_TILE_ROWS * SC_VECTORS; i++) chain[i] = SC_SET((float)i);
-    for (size_t round = 0; round < rounds; round++)
-        SC_UNROLL for (int i = 0; i < SC_TILE_ROWS * SC_VECTORS; i++)
-            chain[i] = SC_FMA(chain[i], f, one);
-    SC_UNROLL for (int i = 1; i < SC_TILE_ROWS * SC_VECTORS; i++)
-        chain[0] = SC_ADD(chain[0], chain[i]);
-    SC_STORE(lane, chain[0]);
-    return lane[0];
-}
-
 static const kernel_set KERNEL(kernels) = {
     TEXT_OF(SC_ISA), SC_TILE_ROWS, SC_COLUMNS, KERNEL(tile), KERNEL(finish), KERNEL(dot),
     KERNEL(dots), KERNEL(dot_table), KERNEL(add_scaled), KERNEL(add_chain), KERNEL(layer_norm),
     KERNEL(softmax), KERNEL(exponentials), KERNEL(find_above), KERNEL(unit_row), KERNEL(adam),
-    KERNEL(contracts), KERNEL(peak)
+    KERNEL(contracts)
 };
 
 #else /* !SC_ISA */
@@ -1078,6 +2306,7 @@ static const struct { const kernel_set *set; int (*usable)(void); } instruction_
 };
 
 static const kernel_set *kernels = &kernels_scalar;
+static int kernels_chosen;
 
 /* Floats of a product's A that are kept together: 9 / 16 of a second-level cache, which has half a
  * megabyte if the system does not say. */
@@ -1096,12 +2325,19 @@ int sc_instruction_set(const char *name) {
         if ((!name || strcmp(name, instruction_sets[i].set->name) == 0)
             && instruction_sets[i].usable()) {
             kernels = instruction_sets[i].set;
+            kernels_chosen = 1;
             measure_cache();
             if (!kernels->contracts() && !kernels_scalar.contracts()) return SC_OK;
             return fail("this build contracts a * b + c: compile with -ffp-contract=off");
         }
     return usage("SAECLIP_ISA=%s: this machine or build has not got it (avx512, avx2, neon, "
                  "scalar are known)", name);
+}
+
+/* The fastest kernels, where the caller has not chosen any. */
+static int choose_kernels(void) {
+    if (kernels_chosen) return SC_OK;
+    return sc_instruction_set(NULL);
 }
 
 /* --------------------------------------------------------------------------------------------
@@ -1264,11 +2500,6 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
  * The forward pass hands out what it is asked for at the hook points and stops where nothing later is
  * needed.
  * ============================================================================================ */
-
-/* The layers of a model; NORM1 to FC2 are each block's, the others lie with the first block's. */
-enum role {
-    CLASS_TOKEN, POSITIONS, PATCHES, PRE, NORM1, QKV, OUT, NORM2, FC1, FC2, POST, HEAD, ROLES
-};
 
 /* What one forward pass works on. B images, T tokens, D width, H hidden; M = B T. */
 typedef struct {
@@ -1530,18 +2761,9 @@ void sc_sae_close(sc_sae *sae) {
 
 typedef struct { sc_sae *sae; uint64_t seed; } initialisation;
 
-/* Kaiming's bound for the encoder, unit rows for the decoder. */
 static int initial_row(void *context, size_t j) {
     const initialisation *start = context;
-    const sc_sae *sae = start->sae;
-    float *encoder = sae->W_enc + j * sae->stride, *decoder = sae->W_dec + j * sae->stride;
-    float bound = sqrtf(6.0f / (float)sae->d_sae);
-    for (size_t d = 0; d < sae->d_in; d++) {
-        uint64_t index = (uint64_t)j * sae->d_in + d;
-        encoder[d] = bound * uniform(start->seed, STREAM_W_ENC, index);
-        decoder[d] = uniform(start->seed, STREAM_W_DEC, index);
-    }
-    kernels->unit_row(decoder, sae->stride);
+    initialise_latent(start->sae, j, start->seed);
     return SC_OK;
 }
 
@@ -1918,63 +3140,97 @@ static int run_sae(sae_batch *batch, const float *x, size_t T) {
     return parallel_for(batch->tiles / batch->tiles_a_task, tile_task, batch);
 }
 
-/* Sum of n numbers in float64: blocks of 256 in order, then the blocks in order. */
-static double sum_of(const double *value, size_t n) {
-    double sum = 0;
-    for (size_t block = 0; block < n; block += CHAIN) {
-        double part = 0;
-        for (size_t i = block; i < n && i < block + CHAIN; i++) part += value[i];
-        sum += part;
+/* to: [rows, stride], padded with zeros; from: [rows, width] */
+static const float *pad_rows(float *to, const float *from, size_t rows, size_t width,
+                             size_t stride) {
+    for (size_t i = 0; i < rows; i++) {
+        memcpy(to + i * stride, from + i * width, width * sizeof *to);
+        memset(to + i * stride + width, 0, (stride - width) * sizeof *to);
     }
-    return sum;
+    return to;
+}
+
+/* The codes of a batch as a matrix. f: [batch->T, n], 0 so far */
+static void spread_batch(const sae_batch *batch, float *f) {
+    size_t n = batch->sae->d_sae;
+    for (size_t i = 0; i < batch->tiles; i++) {
+        const tile_codes *tile = &batch->tile[i];
+        for (size_t j = 0; j < n; j++) {
+            for (code_walk w = walk_codes(tile, j); next_code(&w);)
+                f[(tile->first + w.token) * n + j] = w.value;
+        }
+    }
+}
+
+/* sc_sae_encode_plain(), some tokens at a time. */
+int sc_sae_encode(const sc_sae *sae, const float *x, size_t tokens, float *f) {
+    enum { TOGETHER = 2048 };
+    size_t room = tokens < TOGETHER ? tokens : TOGETHER;
+    sae_batch batch = { 0 };
+    SC_TRY(check_k(sae));
+    SC_TRY(check_rows(x, tokens, sae->d_in, "x"));
+    SC_TRY(choose_kernels());
+    if (tokens == 0) return SC_OK;
+    memset(f, 0, tokens * sae->d_sae * sizeof *f);
+    float *rows = new_array(room, sae->stride * sizeof *rows);
+    int status = rows ? new_batch(&batch, sae, room) : SC_FAILED;
+    batch.reconstruct = 0;
+    for (size_t first = 0; first < tokens && status == SC_OK; first += room) {
+        size_t some = tokens - first < room ? tokens - first : room;
+        pad_rows(rows, x + first * sae->d_in, some, sae->d_in, sae->stride);
+        status = run_sae(&batch, rows, some);
+        if (status == SC_OK) spread_batch(&batch, f + first * sae->d_sae);
+    }
+    free_batch(&batch);
+    free(rows);
+    return status;
+}
+
+/* sc_sae_decode_plain() as one matrix product. */
+int sc_sae_decode(const sc_sae *sae, const float *f, size_t tokens, float *reconstruction) {
+    size_t n = sae->d_sae, D = sae->d_in;
+    tile_target to = { .c = reconstruction, .c_stride = D, .bias = sae->b_dec };
+    packed_matrix W_dec = { 0 };
+    SC_TRY(check_rows(f, tokens, n, "f"));
+    SC_TRY(choose_kernels());
+    SC_TRY(new_packed(&W_dec, n, D));
+    pack_panels(&W_dec, 0, W_dec.panels, sae->W_dec, sae->stride, 1);
+    int status = multiply(f, tokens, n, &W_dec, to);
+    free(W_dec.data);
+    return status;
 }
 
 /* ============================================================================================
- * 11. Training
+ * 11. Training steps
  *
- * One step (interface: mse + l1 + ghost; Lim et al., 2025; ghost gradients after Jermyn and
- * Templeton, 2024):
- *   rows of W_dec to unit norm; encode and decode all tokens, tile by tile;
- *   g = d loss / d x' = 2 (x' - x) / (||x|| T D)
- *   latent by latent:   df = W_dec g + lambda / T,  dh = df where f > 0
- *                       dW_dec = sum_t f g,         dW_enc = sum_t dh (x - b_dec)
- *     less dW_dec's component along the row, then Adam, while the rows are in cache;
- *   db_dec = sum_t g - W_enc sum_t dh.
+ * sc_train_step() gives the bits of sc_train_step_plain(), see section 4 for the formulas, but with
+ * sparse codes, in tiles of tokens and groups of latents:
+ *   rows of W_dec to unit norm                                unit_task
+ *   encode and decode, tile by tile                           run_sae (section 10)
+ *   losses; dx' in the place of x'; the ghost loss and dg     output_gradient_task
+ *   for each group of latents, whose rows stay in cache: dW_dec, dW_enc and db_enc, from the codes
+ *   where they are few, else as products; projection; Adam    update_task
+ *   db_dec and Adam                                           b_dec_task
  * ============================================================================================ */
 
-typedef struct {
-    double l1, lr;
-    size_t warmup, dead_window;      /* steps */
-    int ghost;
-} train_options;
-
-typedef struct {
-    double loss, mse, l1, ghost, l0, explained_variance, lr;
-    size_t dead;
-} step_result;
-
-typedef struct { float *m, *v; } moments;
-
-typedef struct {
-    train_options options;
-    sc_sae sae;
-    moments W_enc, W_dec, b_enc, b_dec;      /* Adam's, shaped as what they belong to */
-    int64_t *silent;                         /* [n], steps since the latent fired */
-    uint64_t step;                           /* steps done */
-    double beta1_power, beta2_power;         /* 0.9^step, 0.999^step */
+/* The workspace of fast steps. T: tokens in a step; stride: D padded to 16 */
+typedef struct fast_trainer {
+    sc_trainer *state;
+    sc_sae *sae;                             /* the state's */
     sae_batch batch;
+    float *x;                                /* [T, stride], for a caller whose rows are not padded */
     adam_step adam;
     int ghosts;                              /* whether this step has dead latents to revive */
-    float *ghost;                            /* [T, D], W_dec^T exp(h), later its gradient */
-    double *token_loss;                      /* [T], a token's part of the ghost loss */
-    packed_matrix x_rows, g_rows, ghost_rows;/* [T, D]: centred, output and ghost for products */
+    float *ghost;                            /* [T, stride], g = W_dec^T exp(h), later its gradient */
+    double *token_loss;                      /* [T], a token's part of a loss */
+    packed_matrix x_rows, g_rows, ghost_rows;/* [T, D]: centred, dx' and dg for products */
     float *db_enc;                           /* [n] */
     float *W_enc_db;                         /* [chains of n][stride], chains of W_enc db_enc */
-    double *deviation;                       /* [stride], sum over tokens of (x - mean)^2 */
+    double *deviation, *square;              /* [stride], sum over tokens of (x - mean)^2, of x^2 */
     unsigned char *scratch;                  /* [workers][scratch_bytes] */
     size_t scratch_bytes;
     memory_list memory;
-} trainer;
+} fast_trainer;
 
 /* One worker's memory for a group of latents in the backward pass. R: rows_at_once(T); Tp: T padded
  * to whole panels. */
@@ -1986,50 +3242,76 @@ typedef struct {
     float *buffer;                           /* for load_rows */
 } backward_scratch;
 
-static size_t padded_tokens(const trainer *t) { return padded(t->batch.room) + MAX_COLUMNS; }
+static size_t padded_tokens(const fast_trainer *t) { return padded(t->batch.room) + MAX_COLUMNS; }
 
-static size_t lay_out_backward(backward_scratch *s, const trainer *t, void *memory) {
-    size_t R = rows_at_once(t->batch.room), T = padded_tokens(t), stride = t->sae.stride;
+static size_t lay_out_backward(backward_scratch *s, const fast_trainer *t, void *memory) {
+    size_t R = rows_at_once(t->batch.room), T = padded_tokens(t), stride = t->sae->stride;
     size_t deepest = T > stride ? T : stride;        /* of a product: over tokens, or W_enc^T x */
     const array_spec arrays[] = {
-        ARRAY(s->f, T, R), ARRAY(s->dh, T, R), ARRAY(s->e, t->options.ghost ? T : 0, R),
+        ARRAY(s->f, T, R), ARRAY(s->dh, T, R), ARRAY(s->e, t->state->options.ghost ? T : 0, R),
         ARRAY(s->token, T, 1), ARRAY(s->code_f, T, 1), ARRAY(s->code_dh, T, 1),
         ARRAY(s->dW_enc, R, stride), ARRAY(s->dW_dec, R, stride), ARRAY(s->extra, R, stride),
         ARRAY(s->buffer, row_buffer_size(deepest), 1) };
     return lay_out(arrays, COUNT(arrays), memory);
 }
 
-static int is_dead(const trainer *t, size_t j) {
-    return t->silent[j] > (int64_t)t->options.dead_window;
-}
-
-static void free_trainer(trainer *t) {
-    free_batch(&t->batch);
-    release(&t->memory);
-    sc_sae_close(&t->sae);
-    *t = (trainer){ 0 };
-}
-
-/* Everything a training run of batches of T tokens needs; t->sae and t->options are set. */
-static int prepare_trainer(trainer *t, size_t T) {
-    size_t n = t->sae.d_sae, D = t->sae.d_in, stride = t->sae.stride, N = padded(n);
-    size_t ghosts = t->options.ghost ? T : 0, columns = panels_of(D) * (size_t)kernels->columns;
+static int prepare_fast_trainer(fast_trainer *t, size_t T) {
+    size_t n = t->sae->d_sae, D = t->sae->d_in, stride = t->sae->stride, N = padded(n);
+    size_t ghosts = 0, columns = panels_of(D) * (size_t)kernels->columns;
     backward_scratch s;
-    SC_TRY(new_batch(&t->batch, &t->sae, T));
+    if (t->state->options.ghost) ghosts = T;
+    SC_TRY(new_batch(&t->batch, t->sae, T));
     t->scratch_bytes = lay_out_backward(&s, t, NULL);
     t->x_rows = (packed_matrix){ .K = T, .N = D, .panels = panels_of(D) };
     t->g_rows = t->ghost_rows = t->x_rows;
-    t->beta1_power = t->beta2_power = 1;
     const array_spec arrays[] = {
-        ARRAY(t->W_enc.m, n, stride), ARRAY(t->W_enc.v, n, stride), ARRAY(t->W_dec.m, n, stride),
-        ARRAY(t->W_dec.v, n, stride), ARRAY(t->b_enc.m, N, 1), ARRAY(t->b_enc.v, N, 1),
-        ARRAY(t->b_dec.m, stride, 1), ARRAY(t->b_dec.v, stride, 1), ARRAY(t->silent, n, 1),
-        ARRAY(t->x_rows.data, T, columns), ARRAY(t->g_rows.data, T, columns),
-        ARRAY(t->ghost_rows.data, ghosts, columns), ARRAY(t->ghost, ghosts, stride),
-        ARRAY(t->token_loss, T, 1), ARRAY(t->deviation, stride, 1), ARRAY(t->db_enc, N, 1),
+        ARRAY(t->x, D == stride ? 0 : T, stride), ARRAY(t->x_rows.data, T, columns),
+        ARRAY(t->g_rows.data, T, columns), ARRAY(t->ghost_rows.data, ghosts, columns),
+        ARRAY(t->ghost, ghosts, stride), ARRAY(t->token_loss, T, 1),
+        ARRAY(t->deviation, stride, 1), ARRAY(t->square, stride, 1), ARRAY(t->db_enc, N, 1),
         ARRAY(t->W_enc_db, chains_of(n), stride),
         ARRAY(t->scratch, (size_t)thread_count(), t->scratch_bytes) };
     return new_arrays(&t->memory, arrays, COUNT(arrays));
+}
+
+void sc_trainer_free(sc_trainer *t) {
+    if (!t) return;
+    if (t->fast) {
+        free_batch(&t->fast->batch);
+        release(&t->fast->memory);
+        free(t->fast);
+    }
+    release(&t->memory);
+    free(t);
+}
+
+static int prepare_trainer(sc_trainer *t) {
+    size_t n = t->sae->d_sae, stride = t->sae->stride, N = padded(n);
+    const array_spec arrays[] = {
+        ARRAY(t->silent, n, 1), ARRAY(t->W_enc.m, n, stride), ARRAY(t->W_enc.v, n, stride),
+        ARRAY(t->W_dec.m, n, stride), ARRAY(t->W_dec.v, n, stride), ARRAY(t->b_enc.m, N, 1),
+        ARRAY(t->b_enc.v, N, 1), ARRAY(t->b_dec.m, stride, 1), ARRAY(t->b_dec.v, stride, 1) };
+    SC_TRY(new_arrays(&t->memory, arrays, COUNT(arrays)));
+    t->fast = new_array(1, sizeof *t->fast);
+    if (!t->fast) return SC_FAILED;
+    t->fast->state = t;
+    t->fast->sae = t->sae;
+    return prepare_fast_trainer(t->fast, t->tokens);
+}
+
+sc_trainer *sc_trainer_new(sc_sae *sae, const sc_train_options *options, size_t tokens) {
+    if (check_k(sae) != SC_OK || choose_kernels() != SC_OK) return NULL;
+    if (tokens == 0 || tokens > SC_MAX_BATCH_TOKENS) {
+        usage("a training step of %zu tokens (expected 1 to %d)", tokens, SC_MAX_BATCH_TOKENS);
+        return NULL;
+    }
+    sc_trainer *t = new_array(1, sizeof *t);
+    if (!t) return NULL;
+    *t = (sc_trainer){ .options = *options, .sae = sae, .tokens = tokens, .beta1_power = 1,
+                       .beta2_power = 1 };
+    if (prepare_trainer(t) == SC_OK) return t;
+    sc_trainer_free(t);
+    return NULL;
 }
 
 static int unit_task(void *context, size_t block) {
@@ -2040,8 +3322,8 @@ static int unit_task(void *context, size_t block) {
 }
 
 /* W_dec^T exp(h) over the dead latents, for a tile. */
-static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s) {
-    const sc_sae *sae = &t->sae;
+static void ghost_decode(fast_trainer *t, const tile_codes *tile, tile_scratch *s) {
+    const sc_sae *sae = t->sae;
     size_t rows = rows_at_once(sae->d_in);
     packed_matrix panels = tile_panels(&t->batch, tile);
     float *out = t->ghost + tile->first * sae->stride;
@@ -2050,7 +3332,7 @@ static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s) {
         size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
         size_t dead[CHAIN], count = 0;
         for (size_t j = block; j < block + latents; j++)
-            if (is_dead(t, j)) dead[count++] = j;
+            if (is_dead(t->state, j)) dead[count++] = j;
         if (count == 0) continue;
         memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
         for (size_t i = 0; i < count; i++) {
@@ -2065,28 +3347,10 @@ static void ghost_decode(trainer *t, const tile_codes *tile, tile_scratch *s) {
     }
 }
 
-/* A token's ghost loss times T D, and its gradient with respect to W_dec^T exp(h). x, output:
- * [D]; ghost: [D], overwritten by the gradient */
-static double ghost_token(const sc_sae *sae, const float *x, const float *output, double norm,
-                          float *ghost, float *residual, double scale) {
-    double loss = 0;
-    for (size_t d = 0; d < sae->stride; d++) residual[d] = x[d] - output[d];
-    float norm_x = (float)norm, norm_r = sqrtf(kernels->dot(residual, residual, sae->stride));
-    float norm_g = sqrtf(kernels->dot(ghost, ghost, sae->stride));
-    float match = norm_r / (1e-6f + 2 * norm_g);
-    for (size_t d = 0; d < sae->d_in; d++) {
-        float r = residual[d], apart = ghost[d] * match - r;
-        float m = norm_r > 0 ? apart * apart / norm_r : 0, factor = r * r / norm_x / (m + 1e-6f);
-        loss += (double)(m * factor);
-        ghost[d] = norm_r > 0 ? 2 * apart / norm_r * factor * match * (float)scale : 0;
-    }
-    return loss;
-}
-
 /* Ghost loss of a tile, then its x' becomes the gradient with respect to x'. */
 static int output_gradient_task(void *context, size_t task) {
-    trainer *t = context;
-    const sc_sae *sae = &t->sae;
+    fast_trainer *t = context;
+    const sc_sae *sae = t->sae;
     sae_batch *batch = &t->batch;
     const tile_codes *tile = &batch->tile[task];
     tile_scratch s = worker_scratch(batch);
@@ -2097,15 +3361,16 @@ static int output_gradient_task(void *context, size_t task) {
         float *output = batch->output + i * sae->stride;
         float factor = (float)(2 * scale / batch->norm[i]);
         t->token_loss[i] = !t->ghosts ? 0
-            : ghost_token(sae, x, output, batch->norm[i], t->ghost + i * sae->stride, s.sum, scale);
+            : ghost_token(t->ghost + i * sae->stride, t->ghost + i * sae->stride, x, output, s.sum,
+                          batch->norm[i], sae->d_in, scale);
         for (size_t d = 0; d < sae->stride; d++) output[d] = (output[d] - x[d]) * factor;
     }
     return SC_OK;
 }
 
 static int pack_rows_task(void *context, size_t panel) {
-    trainer *t = context;
-    size_t stride = t->sae.stride;
+    fast_trainer *t = context;
+    size_t stride = t->sae->stride;
     pack_panels(&t->x_rows, panel, panel + 1, t->batch.centred, stride, 1);
     pack_panels(&t->g_rows, panel, panel + 1, t->batch.output, stride, 1);
     if (t->ghosts) pack_panels(&t->ghost_rows, panel, panel + 1, t->ghost, stride, 1);
@@ -2132,14 +3397,14 @@ static double sum_by_blocks(const uint32_t *token, const float *dh, size_t count
 }
 
 /* Of the L1 loss with respect to any f above 0. */
-static float l1_gradient(const trainer *t) {
-    return t->sae.topk ? 0 : (float)(t->options.l1 / (double)t->batch.T);
+static float l1_gradient(const fast_trainer *t) {
+    return t->sae->topk ? 0 : (float)(t->state->options.l1 / (double)t->batch.T);
 }
 
 /* Where latent j fires: the tokens in order, f and dh there. Returns how many they are. */
-static size_t gather_codes(const trainer *t, size_t j, backward_scratch *s) {
+static size_t gather_codes(const fast_trainer *t, size_t j, backward_scratch *s) {
     const sae_batch *batch = &t->batch;
-    const sc_sae *sae = &t->sae;
+    const sc_sae *sae = t->sae;
     float l1 = l1_gradient(t);
     size_t count = 0;
     for (size_t i = 0; i < batch->tiles; i++)
@@ -2154,8 +3419,8 @@ static size_t gather_codes(const trainer *t, size_t j, backward_scratch *s) {
 }
 
 /* Gradients of latents j .. j + count - 1 from where they fire: a chain for every 256 tokens. */
-static void sparse_gradients(trainer *t, size_t j, size_t count, backward_scratch *s) {
-    size_t stride = t->sae.stride;
+static void sparse_gradients(fast_trainer *t, size_t j, size_t count, backward_scratch *s) {
+    size_t stride = t->sae->stride;
     memset(s->dW_dec, 0, count * stride * sizeof *s->dW_dec);
     memset(s->dW_enc, 0, count * stride * sizeof *s->dW_enc);
     for (size_t i = 0; i < count; i++) {
@@ -2174,17 +3439,17 @@ static void sparse_gradients(trainer *t, size_t j, size_t count, backward_scratc
 
 /* What the ghost loss adds to dW_dec, and to dh of the dead among latents j .. j + count - 1; f is
  * overwritten. */
-static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_scratch *s) {
+static void ghost_gradients(const fast_trainer *t, size_t j, size_t count, backward_scratch *s) {
     const sae_batch *batch = &t->batch;
-    size_t row = padded_tokens(t), stride = t->sae.stride;
+    size_t row = padded_tokens(t), stride = t->sae->stride;
     tile_target to = { .c = s->extra, .c_stride = stride };
-    pre_activations(&t->sae, j, NULL, count, &batch->panels, s->e, row, s->buffer);
-    kernels->dot_table(t->sae.W_dec + j * stride, count, t->ghost, batch->T, stride, s->f, row);
+    pre_activations(t->sae, j, NULL, count, &batch->panels, s->e, row, s->buffer);
+    kernels->dot_table(t->sae->W_dec + j * stride, count, t->ghost, batch->T, stride, s->f, row);
     for (size_t i = 0; i < count; i++) {
         float *e = s->e + i * row;
-        if (is_dead(t, j + i)) kernels->exponentials(e, batch->T);
+        if (is_dead(t->state, j + i)) kernels->exponentials(e, batch->T);
         else memset(e, 0, batch->T * sizeof *e);
-        for (size_t k = 0; is_dead(t, j + i) && k < batch->T; k++)
+        for (size_t k = 0; is_dead(t->state, j + i) && k < batch->T; k++)
             s->dh[i * row + k] += e[k] * s->f[i * row + k];
     }
     product_rows(s->e, row, NULL, count, &t->ghost_rows, 0, t->ghost_rows.panels, &to, s->buffer);
@@ -2193,7 +3458,7 @@ static void ghost_gradients(const trainer *t, size_t j, size_t count, backward_s
 
 /* f and dh of latent j over all tokens: dh, which holds df, keeps it where the latent fires.
  * f, dh: [T] */
-static void spread_codes(const trainer *t, size_t j, float *f, float *dh) {
+static void spread_codes(const fast_trainer *t, size_t j, float *f, float *dh) {
     const sae_batch *batch = &t->batch;
     float l1 = l1_gradient(t);
     size_t at = 0;
@@ -2207,11 +3472,11 @@ static void spread_codes(const trainer *t, size_t j, float *f, float *dh) {
 }
 
 /* The same gradients as products over all tokens; also where dead latents take part. */
-static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, backward_scratch *s) {
-    size_t row = padded_tokens(t), stride = t->sae.stride;
+static void dense_gradients(fast_trainer *t, size_t j, size_t count, int ghosts, backward_scratch *s) {
+    size_t row = padded_tokens(t), stride = t->sae->stride;
     tile_target to_dec = { .c = s->dW_dec, .c_stride = stride };
     tile_target to_enc = { .c = s->dW_enc, .c_stride = stride };
-    kernels->dot_table(t->sae.W_dec + j * stride, count, t->batch.output, t->batch.T, stride, s->dh,
+    kernels->dot_table(t->sae->W_dec + j * stride, count, t->batch.output, t->batch.T, stride, s->dh,
                        row);
     for (size_t i = 0; i < count; i++) spread_codes(t, j + i, s->f + i * row, s->dh + i * row);
     product_rows(s->f, row, NULL, count, &t->g_rows, 0, t->g_rows.panels, &to_dec, s->buffer);
@@ -2222,14 +3487,15 @@ static void dense_gradients(trainer *t, size_t j, size_t count, int ghosts, back
 }
 
 /* Gradients and Adam for a group of latents. */
-static int update_latents(trainer *t, size_t j, size_t count, float *W_enc_db,
+static int update_latents(fast_trainer *t, size_t j, size_t count, float *W_enc_db,
                           backward_scratch *s) {
-    const sc_sae *sae = &t->sae;
+    const sc_sae *sae = t->sae;
+    const adam_moments m_dec = t->state->W_dec, m_enc = t->state->W_enc;
     size_t stride = sae->stride, terms = 0;
     int ghosts = 0;
     for (size_t i = 0; i < count; i++) {
         terms += count_codes(&t->batch, j + i);
-        ghosts |= t->ghosts && is_dead(t, j + i);
+        ghosts |= t->ghosts && is_dead(t->state, j + i);
     }
     if (ghosts || terms * DENSE_SHARE > count * t->batch.T) dense_gradients(t, j, count, ghosts, s);
     else sparse_gradients(t, j, count, s);
@@ -2239,74 +3505,76 @@ static int update_latents(trainer *t, size_t j, size_t count, float *W_enc_db,
         float *W_enc = sae->W_enc + row, *dW_enc = s->dW_enc + i * stride;
         kernels->add_scaled(-kernels->dot(dW_dec, W_dec, stride), W_dec, dW_dec, stride);
         kernels->add_scaled(t->db_enc[j + i], W_enc, W_enc_db, stride);
-        kernels->adam(W_dec, t->W_dec.m + row, t->W_dec.v + row, dW_dec, stride, t->adam);
-        kernels->adam(W_enc, t->W_enc.m + row, t->W_enc.v + row, dW_enc, stride, t->adam);
-        t->silent[j + i] = count_codes(&t->batch, j + i) ? 0 : t->silent[j + i] + 1;
-        const float *made[] = { W_dec, W_enc, t->W_dec.v + row, t->W_enc.v + row };
-        for (size_t k = 0; k < COUNT(made); k++)
-            if (first_not_finite(made[k], stride) < stride)
-                return fail("latent %zu gets weights or moments that are not finite", j + i);
+        kernels->adam(W_dec, m_dec.m + row, m_dec.v + row, dW_dec, stride, t->adam);
+        kernels->adam(W_enc, m_enc.m + row, m_enc.v + row, dW_enc, stride, t->adam);
+        t->state->silent[j + i]++;
+        if (count_codes(&t->batch, j + i) > 0) t->state->silent[j + i] = 0;
+        SC_TRY(check_latent(t->state, j + i));
     }
     return SC_OK;
 }
 
 static int update_task(void *context, size_t block) {
-    trainer *t = context;
+    fast_trainer *t = context;
     size_t rows = rows_at_once(t->batch.room), end = (block + 1) * CHAIN;
-    float *W_enc_db = t->W_enc_db + block * t->sae.stride;
+    float *W_enc_db = t->W_enc_db + block * t->sae->stride;
     backward_scratch s;
     lay_out_backward(&s, t, t->scratch + worker * t->scratch_bytes);
-    memset(W_enc_db, 0, t->sae.stride * sizeof *W_enc_db);
-    if (end > t->sae.d_sae) end = t->sae.d_sae;
+    memset(W_enc_db, 0, t->sae->stride * sizeof *W_enc_db);
+    if (end > t->sae->d_sae) end = t->sae->d_sae;
     for (size_t j = block * CHAIN; j < end; j += rows)
         SC_TRY(update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s));
     return SC_OK;
 }
 
-/* Sums over T rows of 16 dimensions, in float64, in blocks of 256 rows: of x, weighted where there
- * are weights, or of (x - centre)^2. x: [T, stride]; weight: [T]; centre, sum: [16] */
-static void column_sums(const float *x, size_t T, size_t stride, const double *weight,
-                        const double *centre, double *sum) {
+/* Sums over T rows of 16 dimensions, in float64, in blocks of 256 rows: of x, or where there is a
+ * centre of (x - centre)^2. x: [T, stride]; centre, sum: [16] */
+static void column_sums(const float *x, size_t T, size_t stride, const double *centre,
+                        double *sum) {
     memset(sum, 0, PARTIALS * sizeof *sum);
     for (size_t block = 0; block < T; block += CHAIN) {
         double part[PARTIALS] = { 0 };
-        for (size_t t = block; t < T && t < block + CHAIN; t++)
+        for (size_t t = block; t < T && t < block + CHAIN; t++) {
             for (int d = 0; d < PARTIALS; d++) {
-                double value = x[t * stride + d], apart = centre ? value - centre[d] : 0;
-                part[d] += weight ? weight[t] * value : centre ? apart * apart : value;
+                double value = x[t * stride + d];
+                if (centre) value = (value - centre[d]) * (value - centre[d]);
+                part[d] += value;
             }
+        }
         for (int d = 0; d < PARTIALS; d++) sum[d] += part[d];
     }
 }
 
 /* b_dec's gradient, the sum over tokens of x' gradient less W_enc db_enc: 16 dimensions a task. */
 static int b_dec_task(void *context, size_t task) {
-    trainer *t = context;
-    size_t stride = t->sae.stride, first = task * PARTIALS;
+    fast_trainer *t = context;
+    size_t stride = t->sae->stride, first = task * PARTIALS;
     double sum[PARTIALS];
     float gradient[PARTIALS], along[PARTIALS] = { 0 };
-    column_sums(t->batch.output + first, t->batch.T, stride, NULL, NULL, sum);
-    for (size_t block = 0; block < chains_of(t->sae.d_sae); block++)
+    column_sums(t->batch.output + first, t->batch.T, stride, NULL, sum);
+    for (size_t block = 0; block < chains_of(t->sae->d_sae); block++)
         for (int d = 0; d < PARTIALS; d++) along[d] += t->W_enc_db[block * stride + first + d];
     for (int d = 0; d < PARTIALS; d++) gradient[d] = (float)sum[d] - along[d];
-    kernels->adam(t->sae.b_dec + first, t->b_dec.m + first, t->b_dec.v + first, gradient, PARTIALS,
+    kernels->adam(t->sae->b_dec + first, t->state->b_dec.m + first, t->state->b_dec.v + first, gradient, PARTIALS,
                   t->adam);
     return SC_OK;
 }
 
-/* sum over tokens of (x - mean)^2; mean as it is with a data set of one batch. */
+/* The sums over tokens of (x - mean)^2 and of x^2, 16 dimensions per task. */
 static int variance_task(void *context, size_t task) {
-    trainer *t = context;
+    fast_trainer *t = context;
     const float *x = t->batch.x + task * PARTIALS;
+    const double zero[PARTIALS] = { 0 };
     double mean[PARTIALS];
-    column_sums(x, t->batch.T, t->sae.stride, NULL, NULL, mean);
+    column_sums(x, t->batch.T, t->sae->stride, NULL, mean);
     for (int d = 0; d < PARTIALS; d++) mean[d] /= (double)t->batch.T;
-    column_sums(x, t->batch.T, t->sae.stride, NULL, mean, t->deviation + task * PARTIALS);
+    column_sums(x, t->batch.T, t->sae->stride, mean, t->deviation + task * PARTIALS);
+    column_sums(x, t->batch.T, t->sae->stride, zero, t->square + task * PARTIALS);
     return SC_OK;
 }
 
 /* Refuses what is not finite, naming the token (of the batch) where there is one. */
-static int check_tokens(const sae_batch *batch, size_t *bad) {
+static int check_batch(const sae_batch *batch, size_t *bad) {
     for (size_t t = 0; t < batch->T; t++) {
         *bad = t;
         if (!(batch->norm[t] > 0)) return fail("||x|| is 0 where a direction was expected");
@@ -2318,118 +3586,60 @@ static int check_tokens(const sae_batch *batch, size_t *bad) {
     return SC_OK;
 }
 
-static int measure_losses(trainer *t, step_result *result, size_t *bad) {
+static int measure_losses(fast_trainer *t, sc_step *result, size_t *bad) {
     const sae_batch *batch = &t->batch;
-    size_t T = batch->T;
-    double tokens = (double)T, numbers = tokens * (double)t->sae.d_in;
-    SC_TRY(check_tokens(batch, bad));
-    SC_TRY(parallel_for(t->sae.stride / PARTIALS, variance_task, t));
-    double deviation = sum_of(t->deviation, t->sae.d_in);
-    if (deviation > 0)
-        result->explained_variance = 1 - sum_of(batch->squared_error, T) / deviation;
+    size_t T = batch->T, D = t->sae->d_in;
+    double tokens = (double)T, numbers = tokens * (double)D;
+    SC_TRY(check_batch(batch, bad));
+    SC_TRY(parallel_for(t->sae->stride / PARTIALS, variance_task, t));
+    double error = sum_in_blocks(batch->squared_error, T);
+    double deviation = sum_in_blocks(t->deviation, D), square = sum_in_blocks(t->square, D);
+    if (deviation > 0) result->explained_variance = 1 - error / deviation;
+    if (square > 0) result->explained_variance_uncentred = 1 - error / square;
     for (size_t i = 0; i < T; i++) t->token_loss[i] = batch->squared_error[i] / batch->norm[i];
-    result->mse = sum_of(t->token_loss, T) / numbers;
-    result->l1 = t->sae.topk ? 0 : t->options.l1 * (sum_of(batch->sum_f, T) / tokens);
-    result->l0 = sum_of(batch->active, T) / tokens;
+    result->mse = sum_in_blocks(t->token_loss, T) / numbers;
+    result->l0 = sum_in_blocks(batch->active, T) / tokens;
+    if (!t->sae->topk) {
+        double l1 = sum_in_blocks(batch->sum_f, T) / tokens;
+        result->l1 = t->state->options.l1 * l1;
+    }
     SC_TRY(parallel_for(batch->tiles, output_gradient_task, t));
-    result->ghost = sum_of(t->token_loss, T) / numbers;
+    result->ghost = sum_in_blocks(t->token_loss, T) / numbers;
     result->loss = result->mse + result->l1 + result->ghost;
-    return isfinite(result->loss) ? SC_OK : fail("the loss is not finite");
+    if (isfinite(result->loss)) return SC_OK;
+    return fail("the loss is not finite");
 }
 
-/* One training step on T tokens. x: [T, stride]; bad: the token at fault, or SIZE_MAX */
-static int train_step(trainer *t, const float *x, size_t T, step_result *result, size_t *bad) {
-    size_t blocks = chains_of(t->sae.d_sae);
-    double warm = (double)(t->step + 1) / (double)t->options.warmup;
+/* One training step. x: [T, stride], padded rows; bad: the token at fault, or SIZE_MAX */
+static int train_step(sc_trainer *state, const float *x, sc_step *result, size_t *bad) {
+    fast_trainer *t = state->fast;
+    sc_sae *sae = t->sae;
+    size_t n = sae->d_sae, T = state->tokens, blocks = chains_of(n);
     *bad = SIZE_MAX;
-    *result = (step_result){ .lr = t->options.lr * (t->options.warmup && warm < 1 ? warm : 1) };
-    for (size_t j = 0; j < t->sae.d_sae; j++) result->dead += (size_t)is_dead(t, j);
-    t->ghosts = t->options.ghost && result->dead > 0;
-    t->beta1_power *= 0.9;
-    t->beta2_power *= 0.999;
-    t->adam.step_size = (float)(result->lr / (1 - t->beta1_power));
-    t->adam.root_scale = (float)(1 / sqrt(1 - t->beta2_power));
-    SC_TRY(parallel_for(blocks, unit_task, &t->sae));
+    *result = (sc_step){ .lr = learning_rate(&state->options, state->step) };
+    for (size_t j = 0; j < n; j++) result->dead += (size_t)is_dead(state, j);
+    t->ghosts = state->options.ghost && result->dead > 0;
+    SC_TRY(parallel_for(blocks, unit_task, sae));
     SC_TRY(run_sae(&t->batch, x, T));
     SC_TRY(measure_losses(t, result, bad));
+    t->adam = next_adam_step(state, result->lr);
     t->x_rows.K = t->g_rows.K = t->ghost_rows.K = T;
     SC_TRY(parallel_for(t->x_rows.panels, pack_rows_task, t));
     SC_TRY(parallel_for(blocks, update_task, t));
-    SC_TRY(parallel_for(t->sae.stride / PARTIALS, b_dec_task, t));
-    kernels->adam(t->sae.b_enc, t->b_enc.m, t->b_enc.v, t->db_enc, padded(t->sae.d_sae), t->adam);
-    size_t n = t->sae.d_sae, D = t->sae.stride;
-    if (first_not_finite(t->sae.b_enc, n) < n || first_not_finite(t->sae.b_dec, D) < D)
-        return fail("a bias becomes what is not finite");
-    t->step++;
-    return SC_OK;
+    SC_TRY(parallel_for(sae->stride / PARTIALS, b_dec_task, t));
+    kernels->adam(sae->b_enc, state->b_enc.m, state->b_enc.v, t->db_enc, padded(n), t->adam);
+    state->step++;
+    return check_biases(state);
 }
 
-/* --------------------------------------------------------------------------------------------
- * Where b_dec starts: zeros, the mean, or a geometric median (Weiszfeld, 1937) of the tokens, or of
- * whole images [T, D], averaged over the tokens, as PatchSAE does.
- * -------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    const float *points;             /* [count, dim], dim a multiple of 16 */
-    size_t count, dim;
-    double *centre, *before;         /* [dim] */
-    double *weight;                  /* [count] */
-    double total;                    /* of the weights */
-    memory_list memory;
-} weighted_mean;
-
-static int weighted_mean_task(void *context, size_t task) {
-    weighted_mean *m = context;
-    double *centre = m->centre + task * PARTIALS;
-    column_sums(m->points + task * PARTIALS, m->count, m->dim, m->weight, NULL, centre);
-    for (int d = 0; d < PARTIALS; d++) centre[d] /= m->total;
-    return SC_OK;
+int sc_train_step(sc_trainer *t, const float *x, sc_step *result) {
+    const sc_sae *sae = t->sae;
+    size_t bad;
+    SC_TRY(check_tokens(x, t->tokens, sae->d_in));
+    if (sae->stride != sae->d_in) x = pad_rows(t->fast->x, x, t->tokens, sae->d_in, sae->stride);
+    return train_step(t, x, result, &bad);
 }
 
-static int distance_task(void *context, size_t i) {
-    weighted_mean *m = context;
-    double p[PARTIALS] = { 0 }, sum = 0;
-    for (size_t d = 0; d < m->dim; d++) {
-        double apart = m->points[i * m->dim + d] - m->centre[d];
-        p[d % PARTIALS] += apart * apart;
-    }
-    for (int k = 0; k < PARTIALS; k++) sum += p[k];
-    double distance = sqrt(sum);
-    m->weight[i] = 1 / (distance > 1e-6 ? distance : 1e-6);
-    return SC_OK;
-}
-
-/* m->centre: the point of least summed distance, or the mean where iterations is 0. */
-static int geometric_median(weighted_mean *m, int iterations) {
-    size_t bytes = m->dim * sizeof *m->centre;
-    const array_spec arrays[] = {
-        ARRAY(m->centre, m->dim, 1), ARRAY(m->before, m->dim, 1), ARRAY(m->weight, m->count, 1) };
-    SC_TRY(new_arrays(&m->memory, arrays, COUNT(arrays)));
-    for (size_t i = 0; i < m->count; i++) m->weight[i] = 1;
-    for (int round = 0;; round++) {
-        m->total = sum_of(m->weight, m->count);
-        SC_TRY(parallel_for(m->dim / PARTIALS, weighted_mean_task, m));
-        int settled = round > 0 && memcmp(m->before, m->centre, bytes) == 0;
-        if (settled || round == iterations) return SC_OK;
-        memcpy(m->before, m->centre, bytes);
-        SC_TRY(parallel_for(m->count, distance_task, m));
-    }
-}
-
-/* b_dec from `images` images. x: [images T, stride] */
-static int start_b_dec(sc_sae *sae, const char *kind, const float *x, size_t images, size_t T) {
-    size_t parts = strcmp(kind, "geomedian-images") == 0 ? T : 1;
-    weighted_mean m = { .points = x, .count = images * T / parts, .dim = parts * sae->stride };
-    int status = geometric_median(&m, strcmp(kind, "mean") == 0 ? 0 : 100);
-    for (size_t d = 0; d < sae->d_in && status == SC_OK; d++) {
-        double sum = 0;
-        for (size_t i = 0; i < parts; i++) sum += m.centre[i * sae->stride + d];
-        sae->b_dec[d] = (float)(sum / (double)parts);
-        if (!isfinite(sae->b_dec[d])) status = fail("b_dec's start is not finite");
-    }
-    release(&m.memory);
-    return status;
-}
 
 /* ********************************************************************************************
  * Part III: data in and out
@@ -4062,14 +5272,12 @@ static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t
 }
 
 /* Reads a layer's weight or bias of rows x columns numbers (leading dimensions of 1 do not count),
- * or says what is missing or misshapen. Hugging Face has q, k and v apart. A model without a file
- * has random weights. */
+ * or says what is missing or misshapen. Hugging Face has q, k and v apart. */
 static int read_layer_tensor(const sc_model *model, enum role role, size_t block, int bias,
                              size_t rows, size_t columns, float *out) {
     char name[NAME_LENGTH];
     const char *path = model->file.path;
     size_t parts = role == QKV && model->naming == HUGGING_FACE ? 3 : 1;
-    if (!path) return random_floats(out, rows * columns, sqrtf(3 / (float)columns)), SC_OK;
     if (bias) columns /= parts;
     else rows /= parts;
     for (size_t i = 0; i < parts; i++) {
@@ -4090,7 +5298,7 @@ static int read_layer_tensor(const sc_model *model, enum role role, size_t block
 
 /* Reads a layer. A linear layer's weight lies [N, K] in the file, as PyTorch has it (OpenAI's
  * projection [K, N]), and is packed. */
-static int read_layer(const sc_model *model, enum role role, size_t block) {
+static int read_layer(const sc_model *model, enum role role, size_t block, int plain) {
     const size_t sizes[] = { 1, model->width, 3 * model->width, model->hidden, model->tokens,
                              3 * model->patch * model->patch, model->outputs };
     size_t N = sizes[layers[role].rows], K = sizes[layers[role].columns], biases = N == 1 ? K : N;
@@ -4101,7 +5309,14 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
     if (!(layer->weight = new_array(N, padded(K) * sizeof(float)))) return SC_FAILED;
     SC_TRY(read_layer_tensor(model, role, block, 0, swapped ? K : N, swapped ? N : K,
                              layer->weight));
-    if (layers[role].linear) {
+    if (plain && swapped) {
+        float *turned = new_array(N, K * sizeof *turned);
+        if (!turned) return SC_FAILED;
+        for (size_t e = 0; e < N * K; e++) turned[e] = layer->weight[e % K * N + e / K];
+        free(layer->weight);
+        layer->weight = turned;
+    }
+    if (layers[role].linear && !plain) {
         SC_TRY(new_packed(&layer->matrix, K, N));
         pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, swapped ? N : 1,
                     swapped ? 1 : K);
@@ -4114,7 +5329,7 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
 }
 
 static int load_block(void *context, size_t block) {
-    for (enum role role = NORM1; role <= FC2; role++) SC_TRY(read_layer(context, role, block));
+    for (enum role role = NORM1; role <= FC2; role++) SC_TRY(read_layer(context, role, block, 0));
     return SC_OK;
 }
 
@@ -4128,8 +5343,8 @@ static int load_head(sc_model *model) {
                     model->file.path, layers[HEAD].name[model->naming]);
     size_t outputs = head->shape[model->naming == OPENAI ? 1 : 0], P = padded(outputs);
     model->outputs = model->classes = outputs;
-    SC_TRY(read_layer(model, POST, 0));
-    SC_TRY(read_layer(model, HEAD, 0));
+    SC_TRY(read_layer(model, POST, 0, 0));
+    SC_TRY(read_layer(model, HEAD, 0, 0));
     if (!text) return SC_OK;
     if (text->rank != 2 || text->shape[1] != outputs || text->shape[0] == 0)
         return fail("%s: text_embeds should be [classes, %zu], the width of the projection",
@@ -4272,25 +5487,61 @@ int sc_model_open(sc_model *model, const char *path, const sc_model_options *giv
 
 /* Reads and packs the weights of the first `blocks` blocks, and of the head if asked. */
 int sc_model_load(sc_model *model, size_t blocks, int head) {
+    SC_TRY(choose_kernels());
     if (blocks > model->blocks) blocks = model->blocks;
     model->loaded = blocks;
     model->layer = new_array(blocks ? blocks : 1, ROLES * sizeof *model->layer);
     if (!model->layer) return SC_FAILED;
-    for (enum role role = CLASS_TOKEN; role <= PATCHES; role++) SC_TRY(read_layer(model, role, 0));
-    if (find_layer(model, PRE, 0, 0)) SC_TRY(read_layer(model, PRE, 0));
+    for (enum role role = CLASS_TOKEN; role <= PATCHES; role++) SC_TRY(read_layer(model, role, 0, 0));
+    if (find_layer(model, PRE, 0, 0)) SC_TRY(read_layer(model, PRE, 0, 0));
     SC_TRY(parallel_for(blocks, load_block, model));
     return head ? load_head(model) : SC_OK;
 }
 
-void sc_model_close(sc_model *model) {
+static void free_layers(sc_model *model) {
     size_t count = (model->loaded ? model->loaded : 1) * ROLES;
     for (size_t i = 0; model->layer && i < count; i++) {
         free(model->layer[i].matrix.data);
         free(model->layer[i].weight);
         free(model->layer[i].bias);
     }
-    free(model->text);
     free(model->layer);
+    model->layer = NULL;
+}
+
+/* A model for Part I: the same, but its layers hold the weights as PyTorch has them, those of the
+ * first `blocks` blocks and of the head if asked. Closed by free_layers(). */
+static int open_plain_model(sc_model *plain, const sc_model *model, size_t blocks, int head) {
+    int status = SC_OK;
+    *plain = *model;
+    plain->loaded = blocks;
+    plain->layer = new_array(blocks ? blocks : 1, ROLES * sizeof *plain->layer);
+    if (!plain->layer) return SC_FAILED;
+    for (enum role role = CLASS_TOKEN; role < ROLES && status == SC_OK; role++) {
+        int in_blocks = role >= NORM1 && role <= FC2;
+        if (role == PRE && !find_layer(model, PRE, 0, 0)) continue;
+        if (role >= POST && !head) continue;
+        for (size_t block = 0; block < (in_blocks ? blocks : 1) && status == SC_OK; block++)
+            status = read_layer(plain, role, block, 1);
+    }
+    if (status != SC_OK) free_layers(plain);
+    return status;
+}
+
+int sc_model_forward_plain(const sc_model *model, const unsigned char *pixels, size_t layer,
+                           sc_hook hook, float *out) {
+    sc_model plain;
+    if (layer < 1 || layer > model->blocks)
+        return usage("%s: layer %zu (expected 1 to %zu)", model->file.path, layer, model->blocks);
+    SC_TRY(open_plain_model(&plain, model, layer, 0));
+    int status = vit_forward(&plain, pixels, layer, hook, out, NULL);
+    free_layers(&plain);
+    return status;
+}
+
+void sc_model_close(sc_model *model) {
+    free_layers(model);
+    free(model->text);
     sc_safetensors_close(&model->file);
     *model = (sc_model){ 0 };
 }
@@ -4369,6 +5620,24 @@ static int move_sae(const sc_sae *sae, const sc_safetensors *file, sc_writer *w,
         { "W_dec", sae->W_dec, 2, n, D, stride, 1 }, { "b_dec", sae->b_dec, 1, 1, D, 0, 1 } };
     for (size_t i = 0; i < COUNT(tensors); i++) SC_TRY(move_tensor(&tensors[i], file, w, digest));
     return SC_OK;
+}
+
+static int write_sae(sc_writer *w, void *context) {
+    const sc_sae *sae = context;
+    SC_TRY(sc_writer_metadata(w, "architecture", architecture_names[sae->topk]));
+    if (sae->topk) SC_TRY(put_metadata(w, "k", "%zu", sae->k));
+    SC_TRY(put_metadata(w, "d_in", "%zu", sae->d_in));
+    SC_TRY(put_metadata(w, "d_sae", "%zu", sae->d_sae));
+    if (sae->layer) SC_TRY(put_metadata(w, "layer", "%zu", sae->layer));
+    if (sae->hook >= 0) SC_TRY(sc_writer_metadata(w, "hook", hook_names[sae->hook]));
+    if (sae->model) SC_TRY(sc_writer_metadata(w, "model", sae->model));
+    return move_sae(sae, NULL, w, NULL);
+}
+
+int sc_sae_save(const sc_sae *sae, const char *path) {
+    sc_sae copy = *sae;
+    SC_TRY(check_k(sae));
+    return save_tensors(path, 4096, write_sae, &copy);
 }
 
 /* A whole number from 1 on in the metadata; absent leaves *value. */
@@ -4732,7 +6001,8 @@ static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, siz
 typedef struct {
     const options *o;
     feed data;
-    trainer trainer;
+    sc_sae sae;
+    sc_trainer *trainer;
     size_t batch;                    /* images a step */
     uint64_t *order, epoch;          /* [N], and whose it is; NULL: first to last */
     uint64_t steps, next_draw;
@@ -4761,7 +6031,7 @@ static int training_draw(void *context, size_t draw, size_t *image) {
 static int put_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
     static const sc_model_options none = { 0 };
     const options *o = run->o;
-    const sc_sae *sae = &run->trainer.sae;
+    const sc_sae *sae = &run->sae;
     int photos = !run->data.is_file;
     const sc_model_options *seen = photos ? &o->settings : &none;
     const struct { const char *key, *text; double number; } rows[] = {
@@ -4776,7 +6046,7 @@ static int put_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
         { "mean", seen->mean, -1 }, { "std", seen->std, -1 },
         { "l1", NULL, sae->topk ? -1 : o->l1 }, { "lr", NULL, o->lr },
         { "warmup", NULL, (double)o->warmup }, { "batch", NULL, (double)o->batch },
-        { "steps", NULL, (double)run->trainer.step }, { "seed", NULL, o->seed },
+        { "steps", NULL, (double)run->trainer->step }, { "seed", NULL, o->seed },
         { "ghost", NULL, o->ghost }, { "dead_window", NULL, (double)o->dead_window },
         { "b_dec_images", NULL, (double)o->b_dec_images },
         { "b_dec_start", o->init ? "file" : o->b_dec, -1 }, { "order", o->order, -1 } };
@@ -4809,7 +6079,7 @@ static uint64_t recipe_digest(const training_run *run) {
 static int write_trained(sc_writer *w, void *context) {
     const training_run *run = context;
     SC_TRY(put_recipe(run, w, NULL));
-    return move_sae(&run->trainer.sae, NULL, w, NULL);
+    return move_sae(&run->sae, NULL, w, NULL);
 }
 
 /* --- Checkpoints: the SAE, and what else training goes on from --- */
@@ -4818,9 +6088,9 @@ static int write_trained(sc_writer *w, void *context) {
 typedef unsigned long long run_position[4];
 
 /* Writes the state, or reads it where there is no writer. Returns the checksum in *sum. */
-static int move_state(trainer *t, const run_position at, const sc_safetensors *file, sc_writer *w,
+static int move_state(sc_trainer *t, const run_position at, const sc_safetensors *file, sc_writer *w,
                       unsigned long long *sum) {
-    size_t n = t->sae.d_sae, D = t->sae.d_in, row = t->sae.stride;
+    size_t n = t->sae->d_sae, D = t->sae->d_in, row = t->sae->stride;
     const sc_tensor *silent = w ? NULL : sc_tensor_find(file, "silent");
     const float_tensor adam[] = {
         { "W_enc_m", t->W_enc.m, 2, n, D, row, 1 }, { "W_enc_v", t->W_enc.v, 2, n, D, row, 1 },
@@ -4828,7 +6098,7 @@ static int move_state(trainer *t, const run_position at, const sc_safetensors *f
         { "b_enc_m", t->b_enc.m, 1, 1, n, 0, 1 }, { "b_enc_v", t->b_enc.v, 1, 1, n, 0, 1 },
         { "b_dec_m", t->b_dec.m, 1, 1, D, 0, 1 }, { "b_dec_v", t->b_dec.v, 1, 1, D, 0, 1 } };
     digest64 digest = { 0 };
-    SC_TRY(move_sae(&t->sae, file, w, &digest));
+    SC_TRY(move_sae(t->sae, file, w, &digest));
     for (size_t i = 0; i < COUNT(adam); i++) SC_TRY(move_tensor(&adam[i], file, w, &digest));
     if (w) SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
     if (w) SC_TRY(sc_writer_integers(w, t->silent, n));
@@ -4843,21 +6113,21 @@ static int move_state(trainer *t, const run_position at, const sc_safetensors *f
 
 static int write_checkpoint(sc_writer *w, void *context) {
     training_run *run = context;
-    run_position at = { run->trainer.step, run->next_draw, run->recipe };
+    run_position at = { run->trainer->step, run->next_draw, run->recipe };
     SC_TRY(put_recipe(run, w, NULL));
-    SC_TRY(move_state(&run->trainer, at, NULL, w, &at[3]));
+    SC_TRY(move_state(run->trainer, at, NULL, w, &at[3]));
     w->out.previous = run->previous;
     return put_metadata(w, "position", "%llx %llx %llx %llx", at[0], at[1], at[2], at[3]);
 }
 
 static int save_checkpoint(training_run *run) {
-    if (run->saved == run->trainer.step) return SC_OK;
-    run->saved = run->trainer.step;
+    if (run->saved == run->trainer->step) return SC_OK;
+    run->saved = run->trainer->step;
     return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
 }
 
 static int read_checkpoint(training_run *run, const sc_safetensors *file) {
-    trainer *t = &run->trainer;
+    sc_trainer *t = run->trainer;
     const char *position = sc_metadata_find(file, "position");
     unsigned long long sum = 0;
     run_position at;
@@ -4908,7 +6178,7 @@ static int open_log(training_run *run) {
     char line[512];
     if (!path) return SC_OK;
     int there = stat(path, &about) == 0, regular = !there || S_ISREG(about.st_mode);
-    int resumed = run->trainer.step > 0 && there && regular;
+    int resumed = run->trainer->step > 0 && there && regular;
     run->log = fopen(path, resumed ? "r+" : regular ? "a" : "w");    /* "w" empties: another's? */
     if (!run->log) return write_failed(path, errno);
     if (regular && fcntl(fileno(run->log), F_SETLK, &lock) != 0) {
@@ -4916,7 +6186,7 @@ static int open_log(training_run *run) {
         return write_failed(path, errno);
     }
     while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
-           && (end == 0 || strtoull(line, NULL, 10) <= run->trainer.step))
+           && (end == 0 || strtoull(line, NULL, 10) <= run->trainer->step))
         end = ftello(run->log);
     if (ferror(run->log)) return write_failed(path, errno);
     if ((resumed && fseeko(run->log, end, SEEK_SET) != 0)
@@ -4925,8 +6195,8 @@ static int open_log(training_run *run) {
     return write_failed(path, errno);
 }
 
-static int log_step(training_run *run, const step_result *r) {
-    uint64_t step = run->trainer.step, images = step * run->batch;
+static int log_step(training_run *run, const sc_step *r) {
+    uint64_t step = run->trainer->step, images = step * run->batch;
     if (run->log && (fprintf(run->log, "%ju,%ju,%ju,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,%.3f\n",
                              (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T),
                              r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
@@ -4943,7 +6213,7 @@ static int log_step(training_run *run, const step_result *r) {
  * else where the activations are from, else where the report's did: the penultimate block's MLP. */
 static int choose_sae(training_run *run) {
     const options *o = run->o;
-    sc_sae *sae = &run->trainer.sae;
+    sc_sae *sae = &run->sae;
     feed *f = &run->data;
     size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D, place;
     if (!o->d_sae && (size_t)o->expansion > SC_MAX_LATENTS / f->D)
@@ -4979,10 +6249,10 @@ static int plan_run(training_run *run) {
 static int start_run(training_run *run) {
     const options *o = run->o;
     feed *f = &run->data;
-    int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer.step == 0;
+    int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer->step == 0;
     size_t keep = !start ? 0 : o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
     if (keep > f->set.count) keep = f->set.count;
-    if (!start && run->trainer.step == run->steps) return SC_OK;
+    if (!start && run->trainer->step == run->steps) return SC_OK;
     SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, run, 0));
     if (f->set.count != SC_UNKNOWN) f->drawn = (size_t)run->next_draw;
     while (f->drawn < run->next_draw) {                      /* a stream can only be read again */
@@ -4994,7 +6264,8 @@ static int start_run(training_run *run) {
     SC_TRY(next_batch(f, keep));
     if (f->count < keep) return fail("there are fewer than %zu images", keep);
     f->count = 0;                            /* not used up: to be trained on too */
-    return start_b_dec(&run->trainer.sae, o->b_dec, f->tap[0].out, keep, f->T);
+    return start_b_dec(&run->sae, f->tap[0].out, keep, f->T,
+                       strcmp(o->b_dec, "geomedian-images") == 0, strcmp(o->b_dec, "mean") ? 100 : 0);
 }
 
 /* An error names the step, and the image and token where there is one. */
@@ -5002,14 +6273,14 @@ static int blame_step(const training_run *run, size_t token) {
     char reason[sizeof error_text];
     if (token != SIZE_MAX) blame_token(&run->data, token);
     memcpy(reason, error_text, sizeof reason);
-    return fail("step %ju%s %s", (uintmax_t)run->trainer.step + 1,
+    return fail("step %ju%s %s", (uintmax_t)run->trainer->step + 1,
                 token == SIZE_MAX ? ":" : ",", reason);
 }
 
 static int stop_training(training_run *run) {
     SC_TRY(save_checkpoint(run));
     return fail("stopped by signal %d after step %ju; %s goes on with --resume", stop_signal,
-                (uintmax_t)run->trainer.step, run->checkpoint);
+                (uintmax_t)run->trainer->step, run->checkpoint);
 }
 
 /* No batch came: what was trained so far is kept, the reason is told. */
@@ -5023,10 +6294,10 @@ static int keep_state(training_run *run) {
 }
 
 static int train_steps(training_run *run) {
-    trainer *t = &run->trainer;
+    sc_trainer *t = run->trainer;
     feed *f = &run->data;
     while (t->step < run->steps) {
-        step_result result;
+        sc_step result;
         size_t token = SIZE_MAX, batch = run->batch;
         int status = next_batch(f, batch);
         if (status != SC_OK) return keep_state(run);
@@ -5036,7 +6307,7 @@ static int train_steps(training_run *run) {
             note("the stream ended: %zu images are no full batch and were left out", f->count);
             break;
         }
-        status = train_step(t, f->tap[0].out, batch * f->T, &result, &token);
+        status = train_step(t, f->tap[0].out, &result, &token);
         if (status != SC_OK) return blame_step(run, token);
         run->next_draw = f->draw[batch - 1] + 1;
         SC_TRY(log_step(run, &result));
@@ -5054,10 +6325,11 @@ static int run_training(training_run *run) {
     SC_TRY(open_feed(&run->data, o));
     SC_TRY(choose_sae(run));
     SC_TRY(plan_run(run));
+    sc_train_options settings = { .l1 = o->l1, .lr = o->lr, .warmup = (size_t)o->warmup,
+                                  .dead_window = (size_t)o->dead_window, .ghost = o->ghost };
+    run->trainer = sc_trainer_new(&run->sae, &settings, run->batch * run->data.T);
+    if (!run->trainer) return SC_FAILED;
     run->recipe = recipe_digest(run);
-    run->trainer.options = (train_options){ o->l1, o->lr, (size_t)o->warmup,
-                                            (size_t)o->dead_window, o->ghost };
-    SC_TRY(prepare_trainer(&run->trainer, run->batch * run->data.T));
     if (o->resume) SC_TRY(resume_training(run));
     int status = start_run(run);
     if (status != SC_OK) return stop_signal ? stop_training(run) : status;
@@ -5076,7 +6348,8 @@ static int train(const options *o) {
     int status = run.previous ? run_training(&run) : SC_FAILED;
     if (run.log && fclose(run.log) != 0 && status == SC_OK) status = write_failed(o->log, errno);
     close_feed(&run.data);
-    free_trainer(&run.trainer);
+    sc_trainer_free(run.trainer);
+    sc_sae_close(&run.sae);
     free(run.checkpoint);
     free(run.previous);
     return status;
@@ -5104,11 +6377,6 @@ static void add_running(running_sum *sum, double value) {
 
 static double running_total(const running_sum *sum) { return sum->total + sum->part; }
 
-/* One of the largest values of a latent, and what it belongs to. */
-typedef struct { float value; int64_t image, other; } top_entry;
-
-static const top_entry nothing = { 0, -1, -1 };
-
 typedef struct {
     int64_t images, tokens;          /* on which it fires */
     exact_sum means, activations;    /* of a_j over images, of f_j over tokens */
@@ -5126,7 +6394,7 @@ typedef struct {
     uint64_t sae_digest;
     size_t shard, shards;            /* which part of the data set, from 1; 1 of 1 is all of it */
     latent_record *latent;           /* [n] */
-    top_entry *top, *patch;          /* [n, K], [n, P], descending; other: the label, the token */
+    sc_top *top, *patch;          /* [n, K], [n, P], descending; other: the label, the token */
     int64_t *class_counts;           /* [C, n], NULL if not asked for */
     int64_t (*histogram)[HISTOGRAM_BINS];        /* [workers] */
     running_sum mse, squared_error, l0, l1;
@@ -5160,18 +6428,6 @@ static size_t histogram_bin(float f) {
     return (size_t)(bin < 0 ? 0 : bin > last ? last : bin);
 }
 
-/* Whether an entry goes before another: the larger value, of equal ones the lower index. */
-static int goes_before(const top_entry *a, const top_entry *b) {
-    if (a->value != b->value) return a->value > b->value;
-    return a->image < b->image || (a->image == b->image && a->other < b->other);
-}
-
-/* Puts an entry into a list of the largest, in this order. */
-static void keep_largest(top_entry *list, size_t size, top_entry new) {
-    for (size_t i = size; i-- > 0 && goes_before(&new, &list[i]); list[i] = new)
-        if (i + 1 < size) list[i + 1] = list[i];
-}
-
 static void count_class(statistics *s, size_t j, int64_t label) {
     if (s->class_counts && label >= 0) s->class_counts[(size_t)label * s->sae->d_sae + j]++;
 }
@@ -5184,7 +6440,7 @@ static void count_image(statistics *s, size_t j, size_t i, double sum) {
     s->latent[j].images++;
     exact_add_float(&s->latent[j].means, mean);
     if (s->threshold < 0) count_class(s, j, label);
-    keep_largest(s->top + j * s->K, s->K, (top_entry){ mean, image, label });
+    keep_largest(s->top + j * s->K, s->K, (sc_top){ mean, image, label });
 }
 
 /* Activation f of latent j on a token of the batch's image i. */
@@ -5195,7 +6451,7 @@ static void count_token(statistics *s, size_t j, size_t i, size_t token, float f
     s->histogram[worker][histogram_bin(f)]++;
     if (s->threshold >= 0 && (double)f > s->threshold) count_class(s, j, s->data->label[i]);
     if (token >= s->data->first_patch)
-        keep_largest(s->patch + j * s->P, s->P, (top_entry){ f, image, (int64_t)token });
+        keep_largest(s->patch + j * s->P, s->P, (sc_top){ f, image, (int64_t)token });
 }
 
 static int count_task(void *context, size_t block) {
@@ -5239,31 +6495,6 @@ static int count_batch(statistics *s) {
     if (b->reconstruct) SC_TRY(parallel_for(s->sae->d_in, sum_x_task, s));
     s->images += s->data->count;
     return parallel_for(chains_of(s->sae->d_sae), count_task, s);
-}
-
-/* The activations of all top images of entry i's class; 0 where one before i has it. */
-static double class_activation(const top_entry *top, size_t active, size_t i) {
-    double sum = 0;
-    size_t first = 0;
-    while (top[first].other != top[i].other) first++;
-    for (size_t k = i; k < active && first == i; k++)
-        sum += top[k].other == top[i].other ? top[k].value : 0;
-    return sum;
-}
-
-/* Entropy of the classes of latent j's top images, weighted by activation; -1: not defined. */
-static double top_entropy(const statistics *s, size_t j) {
-    const top_entry *top = s->top + j * s->K;
-    size_t active = 0, needed = s->K < 10 ? s->K : 10;
-    double total = 0, entropy = 0;
-    while (active < s->K && top[active].value > 0) total += top[active++].value;
-    if (active < needed) return -1;
-    for (size_t i = 0; i < active; i++) {
-        double share = class_activation(top, active, i) / total;
-        if (top[i].other < 0) return -1;
-        if (share > 0) entropy -= share * log64(share);
-    }
-    return entropy > 0 ? entropy : 0;
 }
 
 static double mean_activation(const latent_record *l) {
@@ -5313,7 +6544,7 @@ static void derive_statistics(statistics *s) {
         latent_record *l = &s->latent[j];
         l->sparsity = s->images ? (float)((double)l->images / (double)s->images) : 0;
         l->mean = (float)mean_activation(l);
-        l->entropy = (float)top_entropy(s, j);
+        l->entropy = (float)top_entropy(s->top + j * s->K, s->K);
         l->sum = exact_value(l->activations);
     }
     for (size_t i = HISTOGRAM_BINS; i < (size_t)thread_count() * HISTOGRAM_BINS; i++)
@@ -5336,7 +6567,7 @@ enum { STATISTICS_TENSORS = 15 };
 /* Sets tensor: [STATISTICS_TENSORS] and returns how many there are: the last one is optional. */
 static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
     latent_record *l = s->latent;
-    top_entry *top = s->top, *patch = s->patch;
+    sc_top *top = s->top, *patch = s->patch;
     int64_t *bin = s->histogram[0], *class = s->class_counts;
     size_t n = s->sae->d_sae, K = s->K, P = s->P, C = s->data->set.classes;
     size_t L = sizeof *l, E = sizeof *top, I = sizeof *bin;
@@ -5437,7 +6668,7 @@ static int next_encoded(session *s, size_t total) {
     show_progress("image", f->used, total, f->used, "");
     for (size_t i = 0; i < s->saes && f->count > 0 && !f->tap[s->tap[i]].replace; i++) {
         SC_TRY(run_sae(&s->batch[i], f->tap[s->tap[i]].out, f->count * f->T));
-        if (check_tokens(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
+        if (check_batch(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
     }
     return f->count > 0 ? SC_OK : SC_END;
 }
@@ -5717,7 +6948,7 @@ static void evaluate(const statistics *s, const char *data, table_cell *row) {
     }
     for (size_t j = 0; j < sae->d_sae; j++) {
         int64_t images = s->latent[j].images;
-        double e = top_entropy(s, j);
+        double e = top_entropy(s->top + j * s->K, s->K);
         entropy += e >= 0 ? e : 0;
         entropies += e >= 0;
         means += mean_activation(&s->latent[j]);
@@ -5960,7 +7191,7 @@ static int replace_by_output(void *context, float *x, size_t tokens) {
     session *s = context;
     size_t bad;
     SC_TRY(run_sae(&s->batch[0], x, tokens));
-    if (check_tokens(&s->batch[0], &bad) != SC_OK) return blame_token(&s->data, bad);
+    if (check_batch(&s->batch[0], &bad) != SC_OK) return blame_token(&s->data, bad);
     memcpy(x, s->batch[0].output, tokens * s->sae[0].stride * sizeof *x);
     return SC_OK;
 }
@@ -6049,7 +7280,7 @@ typedef struct {
     session *s;
     sc_safetensors stats;
     const sc_tensor *of[LOOKED_AT];
-    top_entry *entry;                /* [K], a latent's top images as the statistics have them */
+    sc_top *entry;                /* [K], a latent's top images as the statistics have them */
     int any_data;                    /* the statistics need not be of the data at hand */
     uint64_t first_patch;            /* of the statistics' tokens */
     enum { NO_MASK, VALUE_MASK, TOP_MASK } kind;
@@ -6331,7 +7562,7 @@ enum { EXPLAINED = 16, EXPLAIN_COLUMNS = 5, CLASSES_SHOWN = 3 };
 static int read_top(viewer *v, size_t j) {
     size_t K = v->of[TOP_IMAGES]->shape[1];
     for (size_t k = 0; k < K; k++) {
-        top_entry *e = &v->entry[k];
+        sc_top *e = &v->entry[k];
         SC_TRY(sc_tensor_floats(&v->stats, v->of[TOP_VALUES], j * K + k, 1, &e->value));
         SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], j * K + k, 1, &e->image));
         SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_LABELS], j * K + k, 1, &e->other));
@@ -6341,7 +7572,7 @@ static int read_top(viewer *v, size_t j) {
 
 /* The classes (other) with the largest shares (value) of the activation of v->entry, in descending
  * order; how many. largest: [room] */
-static size_t top_classes(const viewer *v, top_entry *largest, size_t room) {
+static size_t top_classes(const viewer *v, sc_top *largest, size_t room) {
     size_t K = v->of[TOP_IMAGES]->shape[1], active = 0, found = 0;
     double total = 0;
     while (active < K && v->entry[active].value > 0) total += v->entry[active++].value;
@@ -6349,7 +7580,7 @@ static size_t top_classes(const viewer *v, top_entry *largest, size_t room) {
     for (size_t i = 0; i < active; i++) {
         double share = class_activation(v->entry, active, i) / total;
         if (v->entry[i].other >= 0)
-            keep_largest(largest, room, (top_entry){ (float)share, 0, v->entry[i].other });
+            keep_largest(largest, room, (sc_top){ (float)share, 0, v->entry[i].other });
     }
     while (found < room && largest[found].value > 0) found++;
     return found;
@@ -6366,11 +7597,11 @@ static float activation_of(const viewer *v, size_t j, size_t token) {
 }
 
 /* A latent's row: row [EXPLAIN_COLUMNS], text [TEXT_ROOM] for its classes. */
-static int explain_latent(viewer *v, top_entry latent, table_cell *row, char *text) {
+static int explain_latent(viewer *v, sc_top latent, table_cell *row, char *text) {
     size_t j = (size_t)latent.image, used = 0;
     const sc_images *set = &v->s->data.set;
     float frequency, entropy;
-    top_entry class[CLASSES_SHOWN];
+    sc_top class[CLASSES_SHOWN];
     SC_TRY(sc_tensor_floats(&v->stats, v->of[FREQUENCY], j, 1, &frequency));
     SC_TRY(sc_tensor_floats(&v->stats, v->of[ENTROPY], j, 1, &entropy));
     SC_TRY(read_top(v, j));
@@ -6405,7 +7636,7 @@ static int name_classes(viewer *v) {
 static int explain(viewer *v) {
     const options *o = v->s->o;
     const feed *f = &v->s->data;
-    top_entry strongest[EXPLAINED];
+    sc_top strongest[EXPLAINED];
     table_cell cells[EXPLAINED][EXPLAIN_COLUMNS];
     char classes[EXPLAINED][TEXT_ROOM], more;
     size_t r = 0, c = 0, rows = 0;
@@ -6425,7 +7656,7 @@ static int explain(viewer *v) {
                                                           : SIZE_MAX);
         SC_TRY(sc_tensor_floats(&v->stats, v->of[FREQUENCY], j, 1, &frequency));
         if ((double)frequency <= o->max_frequency)
-            keep_largest(strongest, EXPLAINED, (top_entry){ a, (int64_t)j, 0 });
+            keep_largest(strongest, EXPLAINED, (sc_top){ a, (int64_t)j, 0 });
     }
     SC_TRY(name_classes(v));
     for (; rows < EXPLAINED && strongest[rows].value > 0; rows++) {
@@ -7192,7 +8423,7 @@ static int write_latent(atlas *a, FILE *out, size_t j) {
     SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_PATCHES], j * a->P * 2, a->P * 2, a->patch));
     putc('[', out);
     for (size_t k = 0; k < a->K && v->entry[k].image >= 0; k++) {
-        const top_entry *e = &v->entry[k];
+        const sc_top *e = &v->entry[k];
         const char *comma = "";
         if (fseeko(a->masks, (off_t)((j * a->K + k) * v->patches), SEEK_SET) != 0 ||
             fread(a->digits, v->patches, 1, a->masks) != 1) return spool_failed();
@@ -7246,7 +8477,7 @@ static int write_numbers(atlas *a, FILE *out, size_t ignored) {
     }
     fputs("],\n\"class\":[", out);
     for (size_t j = 0; j < a->n; j++) {
-        top_entry class;
+        sc_top class;
         SC_TRY(read_top(v, j));
         top_classes(v, &class, 1);
         fprintf(out, "%s%lld", j ? "," : "", (long long)class.other);
@@ -7306,8 +8537,7 @@ static int command_atlas(session *s) { return look(s, show_atlas); }
 /* ============================================================================================
  * 24. Tools
  *
- * `info` says what a file or this machine is, `compare` how far apart two files are, `bench` how
- * fast this machine is and how near to that the work comes.
+ * `info` says what a file or this machine is, `compare` how far apart two files are.
  * ============================================================================================ */
 
 /* Sizes or an index, "192 x 12288" or "3, 4". */
@@ -7486,240 +8716,6 @@ static int command_compare(session *s) {
     return status;
 }
 
-/* --- bench, at ViT-B/16's sizes, on random numbers. Flops: of the codes, the active ones' --- */
-
-enum {
-    BENCH_D = 768, BENCH_T = 197, BENCH_LATENTS = 49152, PRODUCT_ROWS = 8 * BENCH_T,
-    PRODUCT_FLOATS = PRODUCT_ROWS * 4 * BENCH_D,     /* at most, of an input or output */
-    STEP_TOKENS = 12 * BENCH_T, SAE_INPUTS = STEP_TOKENS * BENCH_D,
-    READ_TASKS = 512, READ_FLOATS = 1 << 18, PEAK_TASKS = 2048, PEAK_ROUNDS = 5000
-};
-
-enum figure { SECONDS, GFLOPS, SHARE, MOVED, RATE, SPEEDUP, OF_VIT, MEMORY, FIGURES };
-/* A figure's key in JSON; its title and unit in the table. */
-static const struct { const char *key, *title; double unit; } bench_figures[FIGURES] = {
-    { "seconds", "ms", 1e-3 }, { "gflops", "GFLOP/s", 1 }, { "share", "% of peak", 0.01 },
-    { "bytes", "MB moved", 1e6 }, { "gigabytes_per_second", "GB/s", 1 },
-    { "speedup", "speedup", 1 }, { "of_vit", "of vit-8", 1 }, { "peak_memory", "MB taken", 1e6 } };
-
-typedef struct bench {
-    const struct bench_line *line;
-    const kernel_set *set;           /* whose peak is measured, else NULL */
-    int threads, as_json, rows;      /* in all; whether JSON is wanted; printed so far */
-    double images, flops, bytes;     /* of a run; bytes: that come from and go to memory */
-    float *input;
-    feed data;                       /* pictures, a model, a hook point */
-    trainer trainer;                 /* also where only its SAE is used */
-    statistics stats;
-    double peak[2], vit[2];          /* GFLOP/s, vit-8's seconds; with one thread, with all */
-} bench;
-
-typedef struct bench_line {
-    const char *name, *what;
-    int (*run)(bench *b);
-    size_t inputs;                   /* floats; a product's output lies behind its input */
-    size_t images, blocks;           /* of a model, where there is one */
-    enum role role;                  /* of a product */
-    size_t k;                        /* TopK's, 0: ReLU */
-    double shift;                    /* how far below 0 b_enc lies, in deviations of h */
-} bench_line;
-
-/* Computes in registers, or reads a part of what caches cannot hold. */
-static int machine_task(void *context, size_t task) {
-    const bench *b = context;
-    const float *part = b->input + (b->set ? 0 : task * READ_FLOATS);
-    float sum = b->set ? b->set->peak(PEAK_ROUNDS, 0.5f) : kernels->dot(part, part, READ_FLOATS);
-    return isfinite(sum) ? SC_OK : fail("bench: a sum is not finite");
-}
-
-static int run_machine(bench *b) {
-    if (b->set) b->flops = 2.0 * PEAK_TASKS * PEAK_ROUNDS * b->set->rows * b->set->columns;
-    else b->bytes = (double)b->line->inputs * sizeof *b->input;
-    return parallel_for(b->set ? PEAK_TASKS : READ_TASKS, machine_task, b);
-}
-
-static int run_product(bench *b) {
-    const sc_layer *layer = &b->data.model.layer[b->line->role];
-    size_t K = layer->matrix.K, N = layer->matrix.N;
-    b->flops = 2.0 * PRODUCT_ROWS * (double)(K * N);
-    tile_target to = { .c = b->input + PRODUCT_FLOATS, .c_stride = N, .bias = layer->bias };
-    return multiply(b->input, PRODUCT_ROWS, K, &layer->matrix, to);
-}
-
-static int run_vit(bench *b) {
-    const feed *f = &b->data;
-    double D = BENCH_D, T = BENCH_T, blocks = (double)f->model.blocks;
-    b->images = (double)f->count;
-    b->flops = b->images * (2 * (T - 1) * D * D + blocks * T * (24 * D * D + 4 * T * D));
-    return sc_model_forward(&f->model, f->pixels, f->count, f->tap, 1, NULL);
-}
-
-static int run_encoder(bench *b) {
-    b->trainer.batch.reconstruct = 0;
-    b->flops = 2.0 * SAE_INPUTS * BENCH_LATENTS;
-    return run_sae(&b->trainer.batch, b->input, STEP_TOKENS);
-}
-
-/* Active codes are decoded and have df and two gradients; bytes: two matrices and their moments. */
-static int run_step(bench *b) {
-    step_result result;
-    size_t bad;
-    SC_TRY(train_step(&b->trainer, b->input, STEP_TOKENS, &result, &bad));
-    b->flops = 2.0 * SAE_INPUTS * (BENCH_LATENTS + 4 * result.l0);
-    b->bytes = 2 * 2 * 3 * sizeof(float) * (double)BENCH_LATENTS * BENCH_D;
-    return SC_OK;
-}
-
-static int run_stats(bench *b) {
-    sae_batch *batch = &b->trainer.batch;
-    int decode = batch->reconstruct = strcmp(b->line->name, "eval") == 0;
-    SC_TRY(run_vit(b));
-    b->flops += 2 * b->images * BENCH_T * BENCH_D * (BENCH_LATENTS + (decode ? b->line->k : 0));
-    SC_TRY(run_sae(batch, b->data.tap[0].out, b->data.count * BENCH_T));
-    return count_batch(&b->stats);
-}
-
-static const bench_line bench_lines[] = {
-    { "peak", "multiply-adds in registers", run_machine, 0, 0, 0, 0, 0, 0 },
-    { "memory", "reading 512 MiB", run_machine, READ_TASKS * READ_FLOATS, 0, 0, 0, 0, 0 },
-    { "qkv", "1,576 x 768 -> 2,304", run_product, 2 * PRODUCT_FLOATS, 1, 1, QKV, 0, 0 },
-    { "out", "1,576 x 768 -> 768", run_product, 2 * PRODUCT_FLOATS, 1, 1, OUT, 0, 0 },
-    { "fc1", "1,576 x 768 -> 3,072", run_product, 2 * PRODUCT_FLOATS, 1, 1, FC1, 0, 0 },
-    { "fc2", "1,576 x 3,072 -> 768", run_product, 2 * PRODUCT_FLOATS, 1, 1, FC2, 0, 0 },
-    { "encoder", "2,364 x 768 -> 49,152", run_encoder, SAE_INPUTS, 0, 0, 0, 0, 9 },
-    { "encoder-topk", "the same, TopK 32", run_encoder, SAE_INPUTS, 0, 0, 0, 32, 0 },
-    { "vit-8", "ViT-B/16, an image of 8", run_vit, 0, 8, 12, 0, 0, 0 },
-    { "vit-1", "ViT-B/16, an image alone", run_vit, 0, 1, 12, 0, 0, 0 },
-    { "step-topk", "2,364 tokens, TopK 32", run_step, SAE_INPUTS, 0, 0, 0, 32, 0 },
-    { "step-relu", "the same, ReLU, 300 active", run_step, SAE_INPUTS, 0, 0, 0, 0, 2.505 },
-    { "step-half", "the same, ReLU, half active", run_step, SAE_INPUTS, 0, 0, 0, 0, 0 },
-    { "stats", "an image, TopK 32, block 11", run_stats, 0, 16, 11, 0, 32, 0 },
-    { "eval", "an image, TopK 32, block 11", run_stats, 0, 16, 11, 0, 32, 0 } };
-
-/* A ViT-B/16 with random weights, black pictures, and a hook point after its last block. */
-static int prepare_model(bench *b, size_t images, size_t blocks) {
-    feed *f = &b->data;
-    *f = (feed){ .T = BENCH_T, .first_patch = 1, .count = images, .memory = f->memory, .taps = 1,
-                 .tap = { { .layer = blocks, .hook = blocks == 12 ? SC_RESID : SC_MLP,
-                            .stride = BENCH_D } } };
-    f->model = (sc_model){ .width = BENCH_D, .heads = 12, .hidden = 4 * BENCH_D, .patch = 16,
-                           .grid = 14, .tokens = BENCH_T, .image_size = 224, .blocks = blocks,
-                           .activation = QUICK_GELU, .epsilon = 1e-5f, .std = { 1, 1, 1 } };
-    const array_spec arrays[] = {
-        ARRAY(f->pixels, images, 224 * 224 * 3), ARRAY(f->image, images, 1),
-        ARRAY(f->label, images, 1), ARRAY(f->tap[0].out, images * BENCH_T, BENCH_D) };
-    SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
-    return sc_model_load(&f->model, blocks, 0);
-}
-
-/* Tokens of variance 1, W_enc's 2 / n: h's is 2 D / n, and stays, as the learning rate is 0. */
-static int prepare_line(bench *b) {
-    const bench_line *line = b->line;
-    sc_sae *sae = &b->trainer.sae;
-    b->images = 1;
-    b->flops = b->bytes = 0;
-    SC_TRY(allocate(&b->data.memory, &b->input, line->inputs, sizeof *b->input));
-    random_floats(b->input, line->inputs, sqrtf(3));
-    if (line->images) SC_TRY(prepare_model(b, line->images, line->blocks));
-    if (line->inputs != SAE_INPUTS && line->run != run_stats) return SC_OK;
-    SC_TRY(sc_sae_init(sae, BENCH_D, BENCH_LATENTS, 1));
-    sae->topk = line->k > 0;
-    sae->k = line->k;
-    for (size_t j = 0; j < BENCH_LATENTS; j++)
-        sae->b_enc[j] = (float)(-line->shift * sqrt(2.0 * BENCH_D / BENCH_LATENTS));
-    b->trainer.options = (train_options){ .l1 = 8e-5, .dead_window = INT_MAX };
-    if (line->run == run_step) return prepare_trainer(&b->trainer, STEP_TOKENS);
-    b->stats = (statistics){ .batch = &b->trainer.batch, .sae = sae, .data = &b->data, .K = 16,
-                             .P = 64, .threshold = -1 };
-    SC_TRY(new_statistics(&b->stats, &b->data.memory, 0));
-    return new_batch(&b->trainer.batch, sae, line->images ? line->images * BENCH_T : STEP_TOKENS);
-}
-
-/* One line with the threads at hand: the median of three runs after one that does not count, short
- * ones repeated. many: all threads, not one, whose figures still lie in figure: [FIGURES] */
-static int measure_line(bench *b, int many, double *figure) {
-    int status = prepare_line(b);
-    double t[3] = { 0 }, start = seconds_now();
-    if (status == SC_OK) status = b->line->run(b);
-    size_t repeat = (size_t)(0.3 / (seconds_now() - start + 1e-6)) + 1;
-    for (int i = 0; i < 3 && status == SC_OK; i++) {
-        start = seconds_now();
-        for (size_t k = 0; k < repeat && status == SC_OK; k++) status = b->line->run(b);
-        t[i] = (seconds_now() - start) / (double)repeat;
-    }
-    double seconds = fmax(fmin(t[0], t[1]), fmin(fmax(t[0], t[1]), t[2]));
-    figure[GFLOPS] = 1e-9 * b->flops / seconds;
-    figure[MOVED] = b->bytes;
-    figure[RATE] = 1e-9 * b->bytes / seconds;
-    seconds /= b->images;
-    if (b->set == kernels) b->peak[many] = figure[GFLOPS];
-    if (!b->set) figure[SHARE] = figure[GFLOPS] / b->peak[many];
-    if (b->line->images == 8) b->vit[many] = seconds;
-    if (b->line->run == run_stats && b->vit[many] > 0) figure[OF_VIT] = seconds / b->vit[many];
-    if (many) figure[SPEEDUP] = figure[SECONDS] / seconds;
-    figure[SECONDS] = seconds;
-#ifdef __linux__
-    struct rusage used;
-    if (getrusage(RUSAGE_SELF, &used) == 0) figure[MEMORY] = 1024.0 * (double)used.ru_maxrss;
-#endif
-    return status;
-}
-
-/* A row; a figure of 0 does not apply. */
-static void print_figures(bench *b, const double *figure) {
-    char name[32];
-    snprintf(name, sizeof name, "%s%s%s", b->line->name, b->set ? "-" : "",
-             b->set ? b->set->name : "");
-    if (!b->as_json) printf("%-13s%7d", name, thread_count());
-    else printf("%s  {\"name\": \"%s\", \"threads\": %d", b->rows++ ? ",\n" : "[\n", name,
-                thread_count());
-    for (enum figure i = 0; i < FIGURES; i++)
-        if (b->as_json && figure[i] > 0) printf(", \"%s\": %.9g", bench_figures[i].key, figure[i]);
-        else if (figure[i] > 0) printf("%10.4g", figure[i] / bench_figures[i].unit);
-        else if (!b->as_json) printf("%10s", "");
-    if (b->as_json) putchar('}');
-    else printf("  %s\n", b->line->what);
-}
-
-/* A line with one thread, then with all. Not shown is what others are measured by. */
-static int bench_line_rows(bench *b, int shown) {
-    double figure[FIGURES] = { 0 };
-    int status = SC_OK;
-    for (int many = 0; many <= (b->threads > 1) && status == SC_OK; many++) {
-        SC_TRY(sc_threads_start(many ? b->threads : 1));
-        status = measure_line(b, many, figure);
-        if (status == SC_OK && shown) print_figures(b, figure);
-        free_trainer(&b->trainer);
-        close_feed(&b->data);
-    }
-    return status;
-}
-
-static int command_bench(session *s) {
-    bench b = { .line = bench_lines, .threads = thread_count(),
-                .as_json = strcmp(s->o->format, "json") == 0 };
-    unsigned wanted = s->o->operand[0] ? 0 : ~0u;
-    for (const char *const *name = s->o->operand; *name; name++) {
-        size_t i = 0;
-        while (i < COUNT(bench_lines) && strcmp(bench_lines[i].name, *name) != 0) i++;
-        if (i == COUNT(bench_lines)) return usage("bench: '%s' is none of its lines", *name);
-        wanted |= 1u << i;
-    }
-    if (!b.as_json) printf("%-13s%7s", "line", "threads");
-    for (enum figure i = 0; i < FIGURES && !b.as_json; i++) printf("%10s", bench_figures[i].title);
-    if (!b.as_json) puts("");
-    for (size_t i = 0; i < COUNT(instruction_sets); i++) {
-        b.set = instruction_sets[i].set;
-        if (instruction_sets[i].usable() && (wanted & 1 || b.set == kernels))
-            SC_TRY(bench_line_rows(&b, wanted & 1));
-    }
-    b.set = NULL;
-    while (++b.line < bench_lines + COUNT(bench_lines))
-        if (wanted >> (b.line - bench_lines) & 1) SC_TRY(bench_line_rows(&b, 1));
-    if (b.as_json) puts("\n]");
-    return end_of_output();
-}
-
 /* ============================================================================================
  * 25. The command line
  *
@@ -7729,7 +8725,7 @@ static int command_bench(session *s) {
 
 enum {                               /* commands, and what several of them have in common */
     INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
-    MASK = 256, ZEROSHOT = 512, COMPARE = 1024, BENCH = 2048,
+    MASK = 256, ZEROSHOT = 512, COMPARE = 1024,
     MERGE = 4096, EXPLAIN = 8192, PLOT = 16384, ATLAS = 32768, EVERY = 65535,
     LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
     SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
@@ -7829,7 +8825,6 @@ static const struct option_row {
     { "--format", "text|markdown|csv|json", CHOICE, AT(format), EVAL | EXPLAIN, "how to print",
       "text" },
     { "--format", "text|csv|json", CHOICE, AT(format), ZEROSHOT, "how to print", "text" },
-    { "--format", "text|json", CHOICE, AT(format), BENCH, "how to print", "text" },
     { "--seed", "N", LARGE, AT(seed), EVERY, "train's; no effect elsewhere", "42", 0, 0x1p53 - 1 },
     { "--threads", "N", WHOLE, AT(threads), EVERY,
       "default: all cores; no effect with merge, plot, compare", NULL, 1, SC_MAX_THREADS },
@@ -7879,9 +8874,7 @@ static const struct command_row {
     { ZEROSHOT, "zeroshot", "-m MODEL IMAGES", "top-1 and top-5, by head or text embeddings",
       "-m vit.safetensors photos.txt", command_zeroshot, 1, 1 },
     { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
-      "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2 },
-    { BENCH, "bench", "[LINE ...]", "how fast this machine and saeclip's work on it are",
-      "--threads 1 --format json out", command_bench, 0, 16 } };
+      "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2 } };
 
 static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"

@@ -5,7 +5,8 @@
  * Functions that can fail return SC_OK, SC_FAILED (the input or the machine) or SC_USAGE (the
  * caller), and sc_error() then says why, in one line, to the thread that called. Call
  * sc_instruction_set() and sc_threads_start() once, before anything else; all other functions are
- * called from one thread, and use the pool's. Every number they compute is the same bit for bit on
+ * called from one thread, and use the pool's. Without these two the fastest kernels are chosen at
+ * the first use, and one thread works. Every number they compute is the same bit for bit on
  * every machine. Shapes are written [rows, columns], row by row. The licence is at the end.
  */
 #ifndef SAECLIP_H
@@ -218,6 +219,11 @@ int sc_model_open(sc_model *model, const char *path, const sc_model_options *opt
 int sc_model_load(sc_model *model, size_t blocks, int head);
 void sc_model_close(sc_model *model);
 
+/* The definition, by the plain loops of Part I, for one image: reads the weights it needs from the
+ * model's file, whether they are loaded or not. pixels: [S, S, 3]; layer: from 1; out: [T, D] */
+int sc_model_forward_plain(const sc_model *model, const unsigned char *pixels, size_t layer,
+                           sc_hook hook, float *out);
+
 /* pixels: [images, S, S, 3]; writes each tap's out; head: [images, classes] logits, or cosines with
  * the text embeddings, or NULL. Stops where nothing later is asked for. */
 int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
@@ -243,9 +249,83 @@ typedef struct {
 } sc_sae;
 
 int sc_sae_open(sc_sae *sae, const char *path);
-/* W_enc uniform in +-sqrt(6 / n), W_dec uniform then unit rows, biases 0. */
+/* W_enc uniform in +-sqrt(6 / n), W_dec uniform then unit rows, biases 0. A ReLU SAE; set topk and
+ * k for TopK. */
 int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed);
+int sc_sae_save(const sc_sae *sae, const char *path);
 void sc_sae_close(sc_sae *sae);
+
+/* Below, x: [tokens, d_in] and f: [tokens, d_sae] are dense, rows without padding; what is not
+ * finite is refused (SC_FAILED, "token T: ..."), and a k that is not 1 .. d_sae (SC_USAGE).
+ * A function whose name ends in _plain computes the same bits by the plain loops of Part I. */
+int sc_sae_encode(const sc_sae *sae, const float *x, size_t tokens, float *f);
+int sc_sae_encode_plain(const sc_sae *sae, const float *x, size_t tokens, float *f);
+int sc_sae_decode(const sc_sae *sae, const float *f, size_t tokens, float *reconstruction);
+int sc_sae_decode_plain(const sc_sae *sae, const float *f, size_t tokens, float *reconstruction);
+
+/* --- Training (Lim et al., 2025; saeclip.c, section 4, has the formulas) --- */
+
+typedef struct {
+    double l1, lr;                   /* lambda (ReLU only); the learning rate after the warm-up */
+    size_t warmup;                   /* steps over which the rate rises linearly; 0: none */
+    size_t dead_window;              /* silent steps after which a latent is dead */
+    int ghost;                       /* whether dead latents get ghost gradients */
+} sc_train_options;
+
+/* A step's figures: losses before its update, over its tokens. */
+typedef struct {
+    double loss, mse, l1, ghost;     /* loss = mse + l1 + ghost */
+    double l0;                       /* active latents per token */
+    double explained_variance;       /* about the mean token */
+    double lr;
+    size_t dead;                     /* latents, when the step begins */
+    double explained_variance_uncentred;         /* PatchSAE's: the mean is not subtracted */
+} sc_step;
+
+typedef struct sc_trainer sc_trainer;
+
+/* A trainer for steps of `tokens` tokens, which trains the caller's SAE in place: it must stay where
+ * it is until sc_trainer_free(). NULL on failure; sc_error() says why. */
+sc_trainer *sc_trainer_new(sc_sae *sae, const sc_train_options *options, size_t tokens);
+/* One step: rows of W_dec to unit norm, forward, backward, Adam. x: [tokens, d_in], no row of zeros.
+ * Fast and plain steps may be mixed. After SC_FAILED the weights are not to be used. */
+int sc_train_step(sc_trainer *t, const float *x, sc_step *result);
+int sc_train_step_plain(sc_trainer *t, const float *x, sc_step *result);
+void sc_trainer_free(sc_trainer *t); /* NULL is allowed */
+
+/* --- What is measured (saeclip.c, section 5): the definitions, as plain loops --- */
+
+/* One of a latent's largest values: the mean activation of an image (other: its label, -1 without)
+ * or the activation of a patch token (other: the token). (0, -1, -1): no image. */
+typedef struct { float value; int64_t image, other; } sc_top;
+
+/* Over a data set; a latent fires on an image if its mean activation over all tokens is above 0. */
+typedef struct {
+    int64_t image_count, token_count;/* images and tokens on which it fires */
+    double activation_sum;           /* over all tokens */
+    float sparsity;                  /* image_count / images: its frequency */
+    float mean_act;                  /* mean activation, over the images on which it fires */
+    float top_entropy;               /* of the classes of its top images, in nats; -1: not defined */
+} sc_latent;
+
+/* Latent j of f: [N, T, n]. label: [N], -1 for none, or NULL; first_patch: the first token that is a
+ * patch, 1 where token 0 is the class token; top: [K] and patch: [P], in descending order. */
+void sc_latent_measure_plain(sc_latent *latent, sc_top *top, size_t K, sc_top *patch, size_t P,
+                             const float *f, const int64_t *label, size_t N, size_t T, size_t n,
+                             size_t j, size_t first_patch);
+
+/* Over all tokens of a data set. */
+typedef struct {
+    double mse;                      /* mean of (x' - x)^2 / ||x||: PatchSAE's */
+    double mse_raw;                  /* mean of (x' - x)^2 */
+    double explained_variance, explained_variance_uncentred;
+    double l0, l1;                   /* active latents, and the sum of f, per token */
+    double mean_activation;          /* of the active ones */
+} sc_metrics;
+
+/* x, reconstruction: [tokens, D]; f: [tokens, n] */
+int sc_metrics_plain(sc_metrics *metrics, const float *x, const float *reconstruction,
+                     const float *f, size_t tokens, size_t D, size_t n);
 
 #endif
 

@@ -9,6 +9,7 @@
 #include "test_images.c"
 #include "test_model.c"
 #include "test_sae.c"
+#include "test_plain.c"
 #include "test_stats.c"
 #include "test_threads.c"
 #include "test_cli.c"
@@ -24,6 +25,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "images", test_images },
     { "model", test_model },
     { "sae", test_sae },
+    { "plain", test_plain },
     { "stats", test_stats },
     { "threads", test_threads },
     { "cli", test_cli },

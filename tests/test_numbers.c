@@ -260,7 +260,7 @@ static void numbers_definition(void)
             terms[e] = (double)random_float() * ldexp(1, (int)(random64() % 20)) / 3;
             block[e / 256] += terms[e];
         }
-        wrong += sum_of(terms, K) != block[0] + block[1] + block[2];
+        wrong += sum_in_blocks(terms, K) != block[0] + block[1] + block[2];
     }
     check(wrong == 0, "%zu of 50 float64 sums are not those of blocks of 256", wrong);
     a[0] = -0x1p-100f, b[0] = 0x1p-100f;

@@ -233,9 +233,9 @@ static void stats_merge_refuses(void)
 /* The same entry put in first or last. */
 static void stats_ties(void)
 {
-    static const top_entry sorted[] = { { 2, 5, 1 }, { 1, 3, 7 }, { 1, 4, 2 }, { 1, 4, 3 } };
+    static const sc_top sorted[] = { { 2, 5, 1 }, { 1, 3, 7 }, { 1, 4, 2 }, { 1, 4, 3 } };
     for (size_t order = 0; order < 24; order++) {
-        top_entry list[3] = { nothing, nothing, nothing };
+        sc_top list[3] = { nothing, nothing, nothing };
         size_t left[] = { 0, 1, 2, 3 }, number = order;
         for (size_t n = 4; n > 0; number /= n--) {
             size_t taken = number % n;

@@ -68,10 +68,10 @@ class Bench:
         self.rounds = []                                    # a dict (who, line) -> row each
 
     def saeclip(self, row, *lines):
-        output = run([self.o.saeclip, "bench", "--format", "json", "--threads", str(self.o.threads), *lines], {}, set(),
+        output = run([self.o.bench, "--json", "--threads", str(self.o.threads), *lines], {}, set(),
                      "saeclip")
         if output is None:
-            sys.exit("saeclip bench does not work: is it built?")
+            sys.exit("build/bench does not work: is it built?")
         for found in json.loads(output):
             row[("saeclip" if found["threads"] == self.o.threads else "single", found["name"])] = found
 
@@ -200,6 +200,7 @@ def main():
     parser.add_argument("--peers", help="folder with node_modules (default: NODE_PATH as it is)")
     parser.add_argument("--python", default="/usr/bin/python3", help="the one that has torch and numpy")
     parser.add_argument("--saeclip", default="./saeclip")
+    parser.add_argument("--bench", default="build/bench")
     parser.add_argument("--save", help="all that was measured, as JSON")
     o = parser.parse_args()
     o.lines = o.lines or LINES

@@ -1,4 +1,4 @@
-"""numpy's matrix product, by whatever BLAS it has, at the shapes of `saeclip bench`.
+"""numpy's matrix product, by whatever BLAS it has, at the shapes of build/bench.
 
     OPENBLAS_NUM_THREADS=2 /usr/bin/python3 peer_blas.py qkv|out|fc1|fc2|encoder
 

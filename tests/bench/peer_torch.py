@@ -1,4 +1,4 @@
-"""The same work in PyTorch, as a plain good implementation has it: a line of `saeclip bench` each.
+"""The same work in PyTorch, as a plain good implementation has it: a line of build/bench each.
 
     OMP_NUM_THREADS=2 /usr/bin/python3 peer_torch.py vit-8|vit-1|step-topk|step-relu|step-half
     /usr/bin/python3 peer_torch.py export vit.onnx        writes the ViT for peer_onnx.js
