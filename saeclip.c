@@ -1566,13 +1566,15 @@ int sc_metrics_plain(sc_metrics *m, const float *x, const float *reconstruction,
  *
  * A function that can fail returns SC_OK, SC_FAILED or SC_USAGE (which are also the program's exit
  * statuses) and leaves one line of reason in a buffer of its thread; only main() prints it.
+ * fail(...) says "FILE: what is wrong (expected ...)"; usage(...) that the caller asked for something
+ * impossible.
  * ============================================================================================ */
 
 static _Thread_local char error_text[1024];
 
 const char *sc_error(void) { return error_text; }
 
-/* A line with a long path in it loses its middle. */
+/* Sets the reason and returns the status; a line that is too long, by a path, loses its middle. */
 SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
     enum { HALF = sizeof error_text / 2 - 2 };
     char line[16 * sizeof error_text];
@@ -1586,17 +1588,14 @@ SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
     return status;
 }
 
-/* The input or the machine failed: "FILE: what is wrong and what was expected"; or the caller asked
- * for something that makes no sense. */
-
-/* count x size bytes on a cache line's boundary; NULL and a reason where that fails. Not zeroed, so
- * what is never written costs nothing where memory comes as it is first written. Never asks for 0
- * bytes, so NULL always means failure. Freed with free(). */
+/* count x size bytes on a cache line's boundary; NULL and a reason on failure. Not zeroed, so that
+ * memory that is never written is never taken. Never asks for 0 bytes, so that NULL always means
+ * failure. Freed with free(). */
 static void *reserve_array(size_t count, size_t size) {
     void *memory = NULL;
     if ((size && count > (SIZE_MAX - 64) / size)
         || posix_memalign(&memory, 64, count && size ? count * size : 1) != 0) {
-        fail("out of memory: %zu x %zu bytes are not to be had", count, size);
+        fail("out of memory: cannot allocate %zu x %zu bytes", count, size);
         return NULL;
     }
     return memory;
@@ -1608,7 +1607,7 @@ static void *new_array(size_t count, size_t size) {
     return memory ? memset(memory, 0, count * size) : NULL;
 }
 
-/* NULL and a reason where there is no memory. */
+/* NULL and a reason on failure. */
 static char *join_text(const char *head, const char *tail) {
     char *joined = new_array(strlen(head) + strlen(tail) + 1, 1);
     return joined ? strcat(strcpy(joined, head), tail) : NULL;
@@ -1616,7 +1615,7 @@ static char *join_text(const char *head, const char *tail) {
 
 static char *copy_string(const char *text) { return join_text(text, ""); }
 
-/* Makes room for one more element in a list that doubles; list points to the list's pointer. */
+/* Makes room for one more element in a list, which doubles; list is the address of its pointer. */
 static int grow(void *list, size_t *capacity, size_t count, size_t size) {
     if (count < *capacity) return SC_OK;
     size_t larger = *capacity ? 2 * *capacity : 64;
@@ -1698,11 +1697,11 @@ static size_t first_not_finite(const float *values, size_t count) {
 /* ============================================================================================
  * 7. Threads
  *
- * parallel_for(tasks, work, context) runs work(context, task) once for every task; tasks are handed
- * out in ascending order, so which thread gets which is chance, and no result may depend on it: a
- * task writes only what is its own, and the scratch memory of its `worker`.
- * If tasks fail, the one of lowest number is reported: all below it had been started, so that one
- * is always the same.
+ * parallel_for(tasks, work, context) calls work(context, task) once for every task. Tasks are handed
+ * out in ascending order; which thread gets which is left to chance, and no result may depend on it:
+ * a task writes only its own part of the output, and the scratch memory of its `worker`.
+ * If tasks fail, the one with the lowest number is reported. All below it had been started, so it is
+ * the same in every run.
  * ============================================================================================ */
 
 typedef int task_function(void *context, size_t task);
@@ -1789,36 +1788,15 @@ void sc_threads_stop(void) {
     pool.round = 0;
 }
 
-/* --- Signals that end us. What must end with us is found here; only the first thread takes them,
- * and not while something is begun that is not found here yet --- */
-
-static const int end_signals[] = { SIGHUP, SIGINT, SIGTERM };
-static _Atomic(const char *) unfinished[2];      /* outputs' temporary names */
-static _Atomic(pid_t) children[SC_MAX_THREADS];  /* each thread's decoder, which leads a group */
-static atomic_int may_stop, stop_signal;         /* training: is asked to stop, once; by which */
-
-/* Holds these signals back; returns the mask to set again. */
-static sigset_t hold_signals(void) {
-    sigset_t held, before;
-    sigemptyset(&held);
-    for (size_t i = 0; i < COUNT(end_signals); i++) sigaddset(&held, end_signals[i]);
-    pthread_sigmask(SIG_BLOCK, &held, &before);
-    return before;
-}
-
-static void take_signals(sigset_t mask) { pthread_sigmask(SIG_SETMASK, &mask, NULL); }
-
 int sc_threads_start(int threads) {
     int error = 0;
     sc_threads_stop();
     if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
     if (threads > SC_MAX_THREADS) threads = SC_MAX_THREADS;
-    sigset_t mask = hold_signals();              /* which threads inherit */
     for (int i = 1; i < threads && !error; i++) {
         error = pthread_create(&pool.thread[i], NULL, worker_main, (void *)(intptr_t)i);
-        pool.workers = i + !error;
+        if (!error) pool.workers = i + 1;
     }
-    take_signals(mask);
     if (!error) return SC_OK;
     int started = pool.workers;
     sc_threads_stop();
@@ -3641,6 +3619,185 @@ int sc_train_step(sc_trainer *t, const float *x, sc_step *result) {
 }
 
 
+/* ============================================================================================
+ * 12. Counting
+ *
+ * sc_latent_measure_plain() for all latents at once, batch after batch, from sparse codes; and the
+ * sums that sc_metrics_plain() is made of. Sums over images are exact and ties go to the lower
+ * index, so that neither threads nor shards show in the result.
+ * ============================================================================================ */
+
+enum { HISTOGRAM_BINS = 256, BINS_PER_OCTAVE = 4, LOWEST_OCTAVE = -40, COUNTED_IMAGES = 16 };
+
+/* A sum over a data set's tokens in float64, in blocks of 256, however they are divided into
+ * batches: sum_in_blocks(), term by term. */
+typedef struct { double total, part; size_t terms; } running_sum;
+
+static void add_running(running_sum *sum, double value) {
+    sum->part += value;
+    sum->terms++;
+    if (sum->terms % CHAIN != 0) return;
+    sum->total += sum->part;
+    sum->part = 0;
+}
+
+static double running_total(const running_sum *sum) { return sum->total + sum->part; }
+
+typedef struct {
+    int64_t images, tokens;          /* on which it fires */
+    exact_sum means, activations;    /* of a(i) over images, of f over tokens */
+    float sparsity, mean, entropy;   /* derived at the end, like */
+    double sum;                      /* activations, rounded */
+} latent_record;
+
+/* What is measured over a data set, or a shard of it. n latents of width D, T tokens per image */
+typedef struct {
+    size_t n, D, T, K, P, classes, first_patch;
+    double threshold;                /* of class_counts; negative: count images */
+    uint64_t images;                 /* so far */
+    uint64_t data_digest, sae_digest;
+    size_t shard, shards;            /* which part of the data set, from 1; 1 of 1: all of it */
+    char **class_name;               /* [classes], or NULL */
+    latent_record *latent;           /* [n] */
+    sc_top *top, *patch;             /* [n, K], [n, P], descending; other: the label, the token */
+    int64_t *class_counts;           /* [classes, n], NULL if not asked for */
+    int64_t (*histogram)[HISTOGRAM_BINS];        /* [workers], of active values */
+    running_sum mse, squared_error, l0, l1;
+    running_sum (*x)[2];             /* [D], of x and x^2 */
+    const sae_batch *batch;          /* the current images, encoded: */
+    size_t count;                    /* how many, at most COUNTED_IMAGES */
+    const size_t *image;             /* [count], their indices in the data set */
+    const int64_t *label;            /* [count], -1 for none */
+} statistics;
+
+/* The arrays of statistics whose sizes are set. */
+static int new_statistics(statistics *s, memory_list *memory, int class_counts) {
+    const array_spec arrays[] = {
+        ARRAY(s->latent, s->n, 1), ARRAY(s->top, s->n, s->K), ARRAY(s->patch, s->n, s->P),
+        ARRAY(s->histogram, (size_t)thread_count(), 1), ARRAY(s->x, s->D, 1),
+        ARRAY(s->class_counts, s->n, s->classes) };
+    size_t count = COUNT(arrays);
+    if (!class_counts) count--;
+    SC_TRY(new_arrays(memory, arrays, count));
+    for (size_t i = 0; i < s->n * s->K; i++) s->top[i] = nothing;
+    for (size_t i = 0; i < s->n * s->P; i++) s->patch[i] = nothing;
+    return SC_OK;
+}
+
+static const double quarter_octave[] = { 1, 1.18920712, 1.41421356, 1.68179283 };
+
+/* The lower edge of a bin: quarters of an octave from 2^-40 to 2^24. */
+static double bin_edge(int bin) {
+    return ldexp(quarter_octave[bin % BINS_PER_OCTAVE], LOWEST_OCTAVE + bin / BINS_PER_OCTAVE);
+}
+
+/* The bin of an active value; values outside go into the first or last bin. */
+static size_t histogram_bin(float f) {
+    int exponent, quarter = BINS_PER_OCTAVE - 1;
+    float m = 2 * frexpf(f, &exponent);                     /* f = m 2^(exponent - 1) */
+    while (m < (float)quarter_octave[quarter]) quarter--;
+    int bin = (exponent - 1 - LOWEST_OCTAVE) * BINS_PER_OCTAVE + quarter;
+    if (bin < 0) return 0;
+    return bin < HISTOGRAM_BINS ? (size_t)bin : HISTOGRAM_BINS - 1;
+}
+
+static void count_class(statistics *s, size_t j, int64_t label) {
+    if (s->class_counts && label >= 0) s->class_counts[(size_t)label * s->n + j]++;
+}
+
+/* Latent j's sum of activations over the batch's image i. */
+static void count_image(statistics *s, size_t j, size_t i, double sum) {
+    float mean = (float)(sum / (double)s->T);
+    if (!(mean > 0)) return;
+    s->latent[j].images++;
+    exact_add_float(&s->latent[j].means, mean);
+    if (s->threshold < 0) count_class(s, j, s->label[i]);
+    keep_largest(s->top + j * s->K, s->K, (sc_top){ mean, (int64_t)s->image[i], s->label[i] });
+}
+
+/* Activation f of latent j on a token of the batch's image i. The threshold is compared as float32,
+ * as PyTorch does. */
+static void count_token(statistics *s, size_t j, size_t i, size_t token, float f) {
+    s->latent[j].tokens++;
+    exact_add_float(&s->latent[j].activations, f);
+    s->histogram[worker][histogram_bin(f)]++;
+    if (s->threshold >= 0 && f > (float)s->threshold) count_class(s, j, s->label[i]);
+    if (token < s->first_patch) return;
+    keep_largest(s->patch + j * s->P, s->P,
+                 (sc_top){ f, (int64_t)s->image[i], (int64_t)token });
+}
+
+static int count_task(void *context, size_t block) {
+    statistics *s = context;
+    for (size_t j = block * CHAIN; j < s->n && j < (block + 1) * CHAIN; j++) {
+        double sum[COUNTED_IMAGES] = { 0 };
+        for (size_t i = 0; i < s->batch->tiles; i++) {
+            code_walk w = walk_codes(&s->batch->tile[i], j);
+            while (next_code(&w)) {
+                size_t t = s->batch->tile[i].first + w.token;
+                sum[t / s->T] += w.value;
+                count_token(s, j, t / s->T, t % s->T, w.value);
+            }
+        }
+        for (size_t i = 0; i < s->count; i++) count_image(s, j, i, sum[i]);
+    }
+    return SC_OK;
+}
+
+/* Sums over tokens of one dimension, for the variance. */
+static int sum_x_task(void *context, size_t d) {
+    statistics *s = context;
+    for (size_t t = 0; t < s->batch->T; t++) {
+        double x = s->batch->x[t * s->batch->sae->stride + d];
+        add_running(&s->x[d][0], x);
+        add_running(&s->x[d][1], x * x);
+    }
+    return SC_OK;
+}
+
+/* Counts the current batch. *bad: the token at fault where activations are too large for exact sums,
+ * which end at 2^63. */
+static int count_batch(statistics *s, size_t *bad) {
+    const sae_batch *b = s->batch;
+    for (size_t t = 0; t < b->T; t++) {
+        add_running(&s->mse, b->squared_error[t] / b->norm[t]);
+        add_running(&s->squared_error, b->squared_error[t]);
+        add_running(&s->l0, b->active[t]);
+        add_running(&s->l1, b->sum_f[t]);
+        *bad = t;
+        if (!(b->sum_f[t] < 0x1p40))
+            return fail("activations of %g are too large for exact sums", b->sum_f[t]);
+    }
+    if (b->reconstruct) SC_TRY(parallel_for(s->D, sum_x_task, s));
+    s->images += s->count;
+    return parallel_for(chains_of(s->n), count_task, s);
+}
+
+static double mean_activation(const latent_record *l) {
+    return l->images ? exact_value(l->means) / (double)l->images : 0;
+}
+
+/* Derives the rest from the counts; joins the workers' histograms. Returns how many latents have a
+ * mean below the unit of the exact sums, 2^-64, so that it is 0 although they fire. */
+static size_t derive_statistics(statistics *s) {
+    size_t lost = 0;
+    for (size_t j = 0; j < s->n; j++) {
+        latent_record *l = &s->latent[j];
+        l->sparsity = s->images ? (float)((double)l->images / (double)s->images) : 0;
+        l->mean = (float)mean_activation(l);
+        l->entropy = (float)top_entropy(s->top + j * s->K, s->K);
+        l->sum = exact_value(l->activations);
+        lost += l->tokens > 0 && (l->sum == 0 || (l->images > 0 && l->mean == 0));
+    }
+    for (int w = 1; w < thread_count(); w++) {
+        for (size_t b = 0; b < HISTOGRAM_BINS; b++) {
+            s->histogram[0][b] += s->histogram[w][b];
+            s->histogram[w][b] = 0;
+        }
+    }
+    return lost;
+}
+
 /* ********************************************************************************************
  * Part III: data in and out
  *
@@ -3653,14 +3810,14 @@ int sc_train_step(sc_trainer *t, const float *x, sc_step *result) {
  * What the command line says, and what the program says on standard error.
  * ============================================================================================ */
 
-enum { MAX_OPERANDS = 1024 };        /* also the most shards of a data set */
+enum { MAX_OPERANDS = 1024, MAX_OPTIONS = 128 };    /* MAX_OPERANDS: also the most shards */
 
-/* What the command line says. Texts are NULL, numbers 0 where not given, unless options have a
- * default (see the table of options at the end). */
+/* What the command line says. Texts are NULL and numbers 0 where they are not given, unless the
+ * option has a default (see the table of options in section 25). */
 typedef struct {
     const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
     const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch, *shard;
-    const char *operand[MAX_OPERANDS + 1];   /* IMAGES, files or lines of bench; NULL ends them */
+    const char *operand[MAX_OPERANDS + 1];   /* IMAGES or files; NULL ends them */
     sc_model_options settings;
     const char *sae[SC_MAX_TAPS];
     size_t saes;
@@ -3668,17 +3825,16 @@ typedef struct {
     long b_dec_images, dead_window, checkpoint_every, top, top_patches, class_index;
     double l1, lr, epochs, threshold, max_frequency, rtol, atol, seed;
     int quiet, skip_bad, ghost, resume, class_counts, dense, reconstruction, image_means;
-    uint64_t given;                          /* bit i: row i of the table was given */
+    unsigned char given[MAX_OPTIONS];        /* [i]: whether row i of the table was given */
 } options;
 
-static int quiet, line_open;         /* line_open: progress stands on the terminal */
+static int quiet, line_open;         /* line_open: a line of progress stands on the terminal */
 
-enum { TEXT_ROOM = 600 };            /* of a text that is shown */
+enum { TEXT_ROOM = 600 };            /* bytes of a text that is shown */
 
 static const char *printable(const char *text, char *out, size_t room);
-static int check_maps(void);
 
-/* A line on standard error. */
+/* Prints a line on standard error, unless --quiet was given. */
 SC_PRINTF(1, 2) static void note(const char *format, ...) {
     char line[sizeof error_text], safe[4 * sizeof line];
     va_list arguments;
@@ -3686,7 +3842,8 @@ SC_PRINTF(1, 2) static void note(const char *format, ...) {
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
     if (quiet) return;
-    fprintf(stderr, "%ssaeclip: %s\n", line_open ? "\n" : "", printable(line, safe, sizeof safe));
+    if (line_open) putc('\n', stderr);
+    fprintf(stderr, "saeclip: %s\n", printable(line, safe, sizeof safe));
     line_open = 0;
 }
 
@@ -3696,13 +3853,13 @@ static double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Progress on standard error: redrawn on a terminal, else a line now and then; words end it. The
- * first call only takes the time. total may be SIZE_MAX: not known. */
+/* Progress on standard error: redrawn every 0.2 s on a terminal, else a line every 20 s. The first
+ * call only takes the time. done, total: steps or images; words: what else to say */
 static void show_progress(const char *what, uint64_t done, uint64_t total, uint64_t images,
                           const char *words) {
     static double first, last;
     static uint64_t begin, begin_images;
-    double now = seconds_now(), passed = now - first;
+    double now = seconds_now(), passed = now - first, pause = 20;
     int terminal = isatty(STDERR_FILENO), ends = done == total;
     if (first == 0 || done <= begin) {
         first = last = now;
@@ -3710,44 +3867,48 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
         begin_images = images;
         return;
     }
-    if (quiet || (ends ? !terminal && passed < 20 : now - last < (terminal ? 0.2 : 20))) return;
+    if (terminal) pause = 0.2;
+    if (quiet || (!ends && now - last < pause)) return;
+    if (ends && !terminal && passed < 20) return;        /* a short run needs no line */
     last = now;
     line_open = terminal && !ends;
-    fprintf(stderr, "%s%s %ju", terminal ? "\r\033[K" : "saeclip: ", what, (uintmax_t)done);
-    if (total != SIZE_MAX) fprintf(stderr, " of %ju", (uintmax_t)total);
-    fprintf(stderr, ", %.1f images/s", (double)(images - begin_images) / passed);
-    if (total != SIZE_MAX && !ends)
+    fputs(terminal ? "\r\033[K" : "saeclip: ", stderr);
+    fprintf(stderr, "%s %ju of %ju, %.1f images/s", what, (uintmax_t)done, (uintmax_t)total,
+            (double)(images - begin_images) / passed);
+    if (!ends)
         fprintf(stderr, ", %.0f s left", passed / (double)(done - begin) * (double)(total - done));
     fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
 }
 
-/* Whether all that was printed reached standard output. A reader that went away is told nothing. */
+/* Whether everything printed has reached standard output; a disk may be full. */
 static int end_of_output(void) {
-    int lost = fflush(stdout) != 0;
-    if (!lost && !ferror(stdout)) return check_maps();
-    /* It may have failed long ago, and musl then forgets the rest: another byte tells why. */
-    if (!lost && write(STDOUT_FILENO, "\n", 1) == 1) errno = EIO;
-    if (errno == EPIPE) return fail("%s", "");
+    errno = EIO;                                         /* where an earlier write failed */
+    if (fflush(stdout) == 0 && !ferror(stdout)) return SC_OK;
     return fail("standard output: cannot be written: %s", strerror(errno));
 }
 
-/* The whole text as a finite number from least to most. */
+/* The whole text as a number from least to most. */
 static int parse_number(const char *text, const char *what, double least, double most,
                         double *value) {
     char *end;
     *value = strtod(text, &end);
     if (end == text || *end != '\0' || !(*value >= least && *value <= most))
-        return usage("%s: '%s' is no number from %g to %g", what, text, least, most);
+        return usage("%s: invalid value '%s' (expected a number from %g to %g)", what, text,
+                     least, most);
     return SC_OK;
 }
 
-/* "r,g,b" */
+/* "R,G,B" */
 static int parse_triple(const char *text, const char *what, float *value) {
     double rgb[3];
     char more;
     int good = sscanf(text, "%lf,%lf,%lf%c", &rgb[0], &rgb[1], &rgb[2], &more) == 3;
-    for (int c = 0; c < 3 && good; c++) good = isfinite(value[c] = (float)rgb[c]);
-    return good ? SC_OK : usage("%s: 'R,G,B' was expected, three numbers", what);
+    for (int c = 0; c < 3 && good; c++) {
+        value[c] = (float)rgb[c];
+        good = isfinite(value[c]);
+    }
+    if (good) return SC_OK;
+    return usage("%s: invalid value '%s' (expected R,G,B, three numbers)", what, text);
 }
 
 /* ============================================================================================
@@ -3755,45 +3916,50 @@ static int parse_triple(const char *text, const char *what, float *value) {
  *
  * Numbers as bytes, digests, JSON, safetensors in, atomic output, safetensors out.
  *
- * A safetensors file is 8 bytes with the size of the header, the header, and the tensors' data
- * without gaps, all little-endian. The header is a JSON object of three levels:
+ * A safetensors file (github.com/huggingface/safetensors) is 8 bytes with the size of the header,
+ * the header, and the tensors' data without gaps, all little-endian. The header is JSON:
  *     {"__metadata__": {"key": "value", ...},
  *      "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
- * (github.com/huggingface/safetensors). Files come from strangers: nothing in them is believed
- * before it is checked, and memory is bounded by the header that is really there.
+ * Files may be damaged or hostile: every claim of a header is checked before it is used, and no
+ * more memory is taken than the header that is really there justifies.
  * ============================================================================================ */
 
-/* Copies count numbers of size bytes between memory and file, either way. On a big-endian machine
- * byte b of a number changes place with byte b ^ (size - 1). */
+/* Copies count numbers of `size` bytes between memory and file, either way. On a big-endian machine
+ * byte b of a number changes places with byte b ^ (size - 1). */
 static void copy_numbers(void *to, const void *from, size_t count, size_t size) {
     const uint16_t one = 1;
     const unsigned char *in = from;
     unsigned char *out = to, little;
     memcpy(&little, &one, 1);
     if (little && count > 0) memcpy(out, in, count * size);
-    for (size_t i = 0; !little && i < count * size; i++) out[i ^ (size - 1)] = in[i];
+    if (little) return;
+    for (size_t i = 0; i < count * size; i++) out[i ^ (size - 1)] = in[i];
 }
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 of fraction. Exact. */
 static float float_of_half(uint32_t half) {
     uint32_t sign = (half & 0x8000) << 16, rest = (half & 0x7fff) << 13;
-    float small = float_of_bits(rest + (113u << 23)) - float_of_bits(113u << 23);
-    uint32_t bits = rest + ((half & 0x7c00) == 0x7c00 ? 224u << 23 : 112u << 23);
-    return float_of_bits(sign | ((half & 0x7c00) == 0 ? bits_of_float(small) : bits));
+    uint32_t exponent = half & 0x7c00;
+    if (exponent == 0) {                                 /* below the normal range: fraction 2^-24 */
+        float small = float_of_bits(rest + (113u << 23)) - float_of_bits(113u << 23);
+        return float_of_bits(sign | bits_of_float(small));
+    }
+    rest += exponent == 0x7c00 ? 224u << 23 : 112u << 23;    /* infinity, NaN; all others */
+    return float_of_bits(sign | rest);
 }
 
-/* Rounds to nearest, ties to even; from 65520 on that is infinity. */
+/* Rounds to nearest, ties to even; values from 65520 on become infinity. */
 static uint16_t half_of_float(float value) {
     uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-    if (rest > 0x7f800000) rest = 0x7e00;                                 /* not a number */
+    if (rest > 0x7f800000) rest = 0x7e00;                                 /* NaN */
     else if (rest >= 0x47800000) rest = 0x7c00;                           /* 65536 and beyond */
     else if (rest >= 0x38800000) rest = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
     else rest = bits_of_float(float_of_bits(rest) + 0.5f) - bits_of_float(0.5f);
     return (uint16_t)(sign | rest);    /* the addition just above rounds to units of 2^-24 */
 }
 
-/* A running digest of bytes, against accidents, not against malice: every step is one-to-one in
- * the word it takes in, so a change within one word always shows. Starts as { 0 }. */
+/* A running digest of bytes, against accidents, not against attacks: each step is one-to-one in the
+ * word that it takes in, so that a change within one word always shows. Starts as { 0 }. */
 typedef struct { uint64_t state, length, word; } digest64;   /* word: the last length % 8 bytes */
 
 static uint64_t digest64_step(uint64_t state, uint64_t word) {
@@ -3801,7 +3967,7 @@ static uint64_t digest64_step(uint64_t state, uint64_t word) {
     return state ^ state >> 32;
 }
 
-/* Adds a little-endian number of so many bytes, 1 to 8. */
+/* Adds a little-endian number of 1 to 8 bytes. */
 static void digest64_take(digest64 *digest, uint64_t number, unsigned bytes) {
     unsigned held = digest->length % 8;
     digest->word |= number << 8 * held;
@@ -3814,32 +3980,34 @@ static void digest64_take(digest64 *digest, uint64_t number, unsigned bytes) {
 static void digest64_number(digest64 *digest, uint64_t n) { digest64_take(digest, n, 8); }
 
 static void digest64_add(digest64 *digest, const void *bytes, size_t count) {
-    for (const unsigned char *byte = bytes; count > 0; count--) digest64_take(digest, *byte++, 1);
+    const unsigned char *byte = bytes;
+    for (size_t i = 0; i < count; i++) digest64_take(digest, byte[i], 1);
 }
 
-/* The digest of all that was added so far; more may follow. */
+/* The digest of everything added so far; more may follow. */
 static uint64_t digest64_value(const digest64 *digest) {
     uint64_t state = digest64_step(digest->state, digest->word);
     return digest64_step(digest64_step(state, digest->length), 0);
 }
 
-/* --- JSON (RFC 8259), strict; only what safetensors headers and lists of names are made of ---
+/* --- JSON (RFC 8259), strict: the parts that safetensors headers and lists of names consist of ---
  *
- * The text is ours and ends with a NUL, which no rule accepts, so it needs no other bound. Strings
- * are decoded in place: that never lengthens them, and the closing quote makes room for a NUL.
- * After the first error nothing is taken any more and lists end: only the end need look. */
+ * The text is our own copy and ends with a NUL, which no rule accepts, so no other bound is needed.
+ * Strings are decoded in place: decoding never lengthens them, and the closing quote makes room for
+ * a NUL. After the first error nothing more is accepted and lists end, so that callers need to look
+ * for errors only at the end. */
 
 static const char json_blanks[] = " \t\n\r";
 
-/* what: whose JSON this is, for errors; at: never at blanks */
+/* what: whose JSON this is, for errors; at: never at a blank */
 typedef struct { const char *what; char *text; size_t at; int failed; } json;
 
 static void json_expect(json *j, int met, const char *expected) {
-    if (!met && !j->failed)
-        j->failed = fail("%s: JSON byte %zu: expected %s", j->what, j->at, expected);
+    if (met || j->failed) return;
+    j->failed = fail("%s: JSON byte %zu: expected %s", j->what, j->at, expected);
 }
 
-/* Whether c comes next; it is taken, and the blanks behind it. */
+/* Whether c comes next; it is skipped, and the blanks after it. */
 static int json_take(json *j, char c) {
     if (j->failed || j->text[j->at] != c) return 0;
     j->at++;
@@ -3847,22 +4015,27 @@ static int json_take(json *j, char c) {
     return 1;
 }
 
-/* The length of the UTF-8 character at text, 0 if there is none: a control byte, a stray byte, an
- * overlong form, a surrogate or beyond U+10FFFF (RFC 3629). */
+/* The length of the UTF-8 character at text; 0 if it is a control byte, a stray byte, an overlong
+ * form, a surrogate or above U+10FFFF (RFC 3629). */
 static size_t utf8_length(const char *text) {
     static const uint32_t least[] = { 0, ' ', 0x80, 0x800, 0x10000 };
     const unsigned char *byte = (const unsigned char *)text;
-    size_t length = byte[0] < 0x80 ? 1 : byte[0] >> 5 == 0x06 ? 2 : byte[0] >> 4 == 0x0e ? 3
-                  : byte[0] >> 3 == 0x1e ? 4 : 0;
-    uint32_t code = length == 1 ? byte[0] : byte[0] & 0x7fu >> length;
+    size_t length = 0;
+    if (byte[0] < 0x80) length = 1;
+    else if (byte[0] >> 5 == 0x06) length = 2;
+    else if (byte[0] >> 4 == 0x0e) length = 3;
+    else if (byte[0] >> 3 == 0x1e) length = 4;
+    uint32_t code = byte[0];
+    if (length > 1) code &= 0x7fu >> length;
     for (size_t i = 1; i < length; i++) {
         if (byte[i] >> 6 != 2) return 0;
         code = code << 6 | (byte[i] & 0x3f);
     }
-    return code < least[length] || code >> 11 == 0x1b || code > 0x10ffff ? 0 : length;
+    if (code < least[length] || code >> 11 == 0x1b || code > 0x10ffff) return 0;
+    return length;
 }
 
-/* The value of "\uXXXX" at text; 0, which no string may hold, also if that is not there. */
+/* The value of "\uXXXX" at text; 0, which no string may hold, if it is not there. */
 static uint32_t json_unit(const char *text) {
     char digits[5] = "";
     if (strncmp(text, "\\u", 2) != 0 || strspn(text + 2, "0123456789abcdefABCDEF") < 4) return 0;
@@ -3870,45 +4043,59 @@ static uint32_t json_unit(const char *text) {
     return (uint32_t)strtoul(digits, NULL, 16);
 }
 
-/* Decodes the escape at text to *to, which moves on. The escape's length; 0 if it is invalid. */
+/* Decodes the escape at text to *to, which moves on. Returns the escape's length, 0 if invalid. */
 static size_t json_escape(const char *text, char **to) {
     static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     static const unsigned char lead[] = { 0x00, 0xc0, 0xe0, 0xf0 };
     const char *letter = text[1] ? strchr(letters, text[1]) : NULL;
-    uint32_t code = letter ? (uint32_t)meanings[letter - letters] : json_unit(text);
-    uint32_t low = code >> 10 == 0x36 ? json_unit(text + 6) : 0;       /* of a surrogate pair */
+    if (letter) {
+        *(*to)++ = meanings[letter - letters];
+        return 2;
+    }
+    uint32_t code = json_unit(text), low = 0;
+    if (code >> 10 == 0x36) low = json_unit(text + 6);           /* of a surrogate pair */
     if (low >> 10 == 0x37) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
     if (code == 0 || code >> 11 == 0x1b) return 0;
-    int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    int more = (code >= 0x80) + (code >= 0x800) + (code >= 0x10000);     /* bytes after the first */
     *(*to)++ = (char)(lead[more] | code >> 6 * more);
-    for (int i = more; i-- > 0;) *(*to)++ = (char)(0x80 | (code >> 6 * i & 0x3f));
-    return letter ? 2 : more == 3 ? 12 : 6;
+    for (int i = more - 1; i >= 0; i--) *(*to)++ = (char)(0x80 | (code >> 6 * i & 0x3f));
+    return more == 3 ? 12 : 6;
 }
 
 static char *json_string(json *j) {
     char *start = j->text + j->at + 1, *to = start;
     json_expect(j, start[-1] == '"', "a string");
-    j->at += !j->failed;
-    for (size_t length; !j->failed && j->text[j->at] != '"'; j->at += length) {
+    if (!j->failed) j->at++;
+    while (!j->failed && j->text[j->at] != '"') {
         const char *from = j->text + j->at;
-        int escaped = *from == '\\';
-        length = escaped ? json_escape(from, &to) : utf8_length(from);
-        json_expect(j, length > 0, escaped ? "a valid escape" : "valid UTF-8 and no control byte");
-        if (!escaped) to = (char *)memmove(to, from, length) + length;
+        size_t length;
+        if (*from == '\\') {
+            length = json_escape(from, &to);
+            json_expect(j, length > 0, "a valid escape");
+        } else {
+            length = utf8_length(from);
+            json_expect(j, length > 0, "valid UTF-8 without control bytes");
+            memmove(to, from, length);
+            to += length;
+        }
+        j->at += length;
     }
     if (json_take(j, '"')) *to = '\0';
     return start;
 }
 
-/* Where element `index` of a list in these brackets begins, of an object its key, behind which the
- * value comes next; NULL behind the list's end. */
+/* Where element `index` of a list in these brackets begins; of an object its key, after which the
+ * value comes next; NULL at the list's end. */
 static char *json_next(json *j, size_t index, const char *brackets) {
     int object = *brackets == '{';
     if (index == 0) json_expect(j, json_take(j, *brackets), object ? "'{'" : "'['");
     if (json_take(j, brackets[1])) return NULL;
     if (index > 0) json_expect(j, json_take(j, ','), object ? "',' or '}'" : "',' or ']'");
-    char *element = object ? json_string(j) : j->text + j->at;
-    if (object) json_expect(j, json_take(j, ':'), "':'");
+    char *element = j->text + j->at;
+    if (object) {
+        element = json_string(j);
+        json_expect(j, json_take(j, ':'), "':'");
+    }
     return j->failed ? NULL : element;
 }
 
@@ -3928,8 +4115,8 @@ static size_t json_sizes(json *j, size_t *sizes, size_t most) {
     return n;
 }
 
-/* text: a JSON array of strings, as metadata hold lists of names. The strings follow the pointers
- * in one block, which free(*out) gives back. */
+/* text: a JSON array of strings, the form in which metadata hold lists of names. The strings follow
+ * the pointers in one block, which free(*out) releases. */
 static int json_string_array(const char *text, const char *what, char ***out, size_t *count) {
     size_t length = strlen(text), most = 1;
     for (const char *c = text; *c; c++) most += *c == ',';
@@ -3938,44 +4125,76 @@ static int json_string_array(const char *text, const char *what, char ***out, si
     json j = { .what = what, .text = memcpy(list + most, text, length + 1) };
     j.at = strspn(text, json_blanks);
     for (*count = 0; json_next(&j, *count, "[]"); ++*count) list[*count] = json_string(&j);
-    json_expect(&j, j.at == length, "nothing behind the list");
+    json_expect(&j, j.at == length, "nothing after the list");
     if (j.failed) free(list);
     else *out = list;
     return j.failed;
 }
 
-/* The control character at text, 0 if there is none; Latin-1's too (in UTF-8 C2 80 to C2 9F), and
- * what ends lines or turns text around (U+2028 to 202E, 2066 to 2069). */
+/* The control character at text, 0 if there is none. Also those of Latin-1 (in UTF-8 C2 80 to C2 9F)
+ * and the characters that end lines or reverse text (U+2028 to 202E, 2066 to 2069). */
 static unsigned control_at(const char *text) {
     const unsigned char *byte = (const unsigned char *)text;
-    if (*byte == 0xc2) return byte[1] >= 0x80 && byte[1] < 0xa0 ? byte[1] : 0;
-    if (*byte == 0xe2 && byte[1] == 0x80 && byte[2] >= 0xa8 && byte[2] <= 0xae)
+    if (byte[0] < ' ' || byte[0] == 127) return byte[0];
+    if (byte[0] == 0xc2 && byte[1] >= 0x80 && byte[1] < 0xa0) return byte[1];
+    if (byte[0] == 0xe2 && byte[1] == 0x80 && byte[2] >= 0xa8 && byte[2] <= 0xae)
         return 0x1f80u + byte[2];
-    if (*byte == 0xe2 && byte[1] == 0x81 && byte[2] >= 0xa6 && byte[2] <= 0xa9)
+    if (byte[0] == 0xe2 && byte[1] == 0x81 && byte[2] >= 0xa6 && byte[2] <= 0xa9)
         return 0x1fc0u + byte[2];
-    return *byte < ' ' || *byte == 127 ? *byte : 0;
+    return 0;
 }
 
-/* text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. < is escaped, too:
- * it could end a script that this stands in. */
+/* Prints text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. '<' is
+ * escaped too: in a web page it could end the script that holds the string. */
 static void print_json(FILE *out, const char *text) {
     putc('"', out);
-    for (size_t length; *text; text += length ? length : 1) {
-        length = utf8_length(text);
-        unsigned code = *text == '<' ? '<' : control_at(text);
+    while (*text) {
+        size_t length = utf8_length(text);
+        unsigned code = control_at(text);
+        if (*text == '<') code = '<';
         if (code) fprintf(out, "\\u%04x", code);
         else if (length == 0) fputs("\xef\xbf\xbd", out);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
         else fwrite(text, 1, length, out);
+        text += length ? length : 1;
     }
     putc('"', out);
 }
+
+/* A text as it may be shown: where a terminal might obey it (control characters) or it is not valid
+ * UTF-8, its bytes appear as \xNN; it is cut short where it does not fit. Used by every message,
+ * table, figure and log; CSV, XML and so on only escape their own marks. out: [room] */
+static const char *printable(const char *text, char *out, size_t room) {
+    size_t used = 0;
+    while (*text) {
+        size_t length = utf8_length(text);
+        int harmless = length > 0 && !control_at(text);
+        if (length == 0) length = 1;
+        if (used + 4 * length + sizeof "..." > room) {
+            strcpy(out + used, "...");
+            return out;
+        }
+        for (; length > 0; length--, text++)
+            used += (size_t)sprintf(out + used, harmless ? "%c" : "\\x%02x", (unsigned char)*text);
+    }
+    out[used] = '\0';
+    return out;
+}
+
+/* One of 8 buffers in turn, since a line may show several texts. For the main thread only. */
+static char *text_room(void) {
+    static char room[8][TEXT_ROOM];
+    static unsigned next;
+    return room[next++ % 8];
+}
+
+static const char *shown(const char *text) { return printable(text, text_room(), TEXT_ROOM); }
 
 /* --- Reading safetensors --- */
 
 enum { MAX_HEADER = 100000000 };     /* the reference implementation's limit */
 
-/* As sc_dtype has them. */
+/* In the order of sc_dtype. */
 static const struct { const char *name; size_t size; } dtypes[] = {
     { "F32", 4 }, { "F16", 2 }, { "BF16", 2 }, { "F64", 8 }, { "I64", 8 }, { "I32", 4 },
     { "U8", 1 }, { "BOOL", 1 }, { "I8", 1 }, { "I16", 2 }, { "U16", 2 }, { "U32", 4 },
@@ -3986,16 +4205,19 @@ const char *sc_dtype_name(sc_dtype dtype) { return dtypes[dtype].name; }
 
 size_t sc_dtype_size(sc_dtype dtype) { return dtypes[dtype].size; }
 
-/* Sets count and bytes from dtype and shape. A dimension of 0 must not hide that the others cannot
- * be multiplied: whoever reads the shape will. */
+/* Sets count and bytes from dtype and shape. A dimension of 0 must not hide that the product of the
+ * others overflows: whoever reads the shape would multiply them. */
 static int measure_tensor(sc_tensor *t, const char *path) {
     size_t size = sc_dtype_size(t->dtype), bytes = size;
     int empty = 0;
     for (int d = 0; d < t->rank; d++) {
-        size_t n = t->shape[d] ? t->shape[d] : 1;
-        empty |= t->shape[d] == 0;
+        size_t n = t->shape[d];
+        if (n == 0) {
+            empty = 1;
+            continue;
+        }
         if (bytes > SIZE_MAX / n)
-            return fail("%s: tensor '%.100s' is too large for any machine", path, t->name);
+            return fail("%s: tensor '%.100s' is too large for this machine", path, t->name);
         bytes *= n;
     }
     t->bytes = empty ? 0 : bytes;
@@ -4003,30 +4225,31 @@ static int measure_tensor(sc_tensor *t, const char *path) {
     return SC_OK;
 }
 
-/* {"dtype": ..., "shape": ..., "data_offsets": ...} each once, in any order. */
+/* {"dtype": ..., "shape": ..., "data_offsets": ...}, each once, in any order. */
 static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     const char *members = "dtype, shape and two data_offsets, each once";
     const size_t room = (size_t)(file->map + file->size - file->data);
     size_t at[2] = { 0 }, offsets = 0, rank = SIZE_MAX, n = 0, d = 0;
     const char *dtype = NULL;
     sc_tensor t = { .name = name };
-    for (const char *key; (key = json_next(j, n, "{}")) != NULL; n++)
+    for (const char *key; (key = json_next(j, n, "{}")) != NULL; n++) {
         if (strcmp(key, "dtype") == 0) dtype = json_string(j);
         else if (strcmp(key, "shape") == 0) rank = json_sizes(j, t.shape, SC_MAX_RANK);
         else if (strcmp(key, "data_offsets") == 0) offsets = json_sizes(j, at, 2);
         else json_expect(j, 0, members);
+    }
     json_expect(j, n == 3 && dtype && rank != SIZE_MAX && offsets == 2, members);
     if (j->failed) return SC_FAILED;
     while (d < COUNT(dtypes) && strcmp(dtypes[d].name, dtype) != 0) d++;
     if (d == COUNT(dtypes))
-        return fail("%s: tensor '%.100s' has the unknown dtype '%.100s', expected F32 or alike",
+        return fail("%s: tensor '%.100s': unknown dtype '%.100s' (expected F32 or the like)",
                     file->path, name, dtype);
     t.dtype = (sc_dtype)d;
     t.rank = (int)rank;
     SC_TRY(measure_tensor(&t, file->path));
     if (at[0] > at[1] || at[1] > room || at[1] - at[0] != t.bytes)
-        return fail("%s: tensor '%.100s' has %zu bytes by dtype and shape, but lies at %zu to %zu "
-                    "of %zu", file->path, name, t.bytes, at[0], at[1], room);
+        return fail("%s: tensor '%.100s' needs %zu bytes by its dtype and shape, but lies at %zu to "
+                    "%zu of %zu", file->path, name, t.bytes, at[0], at[1], room);
     t.data = file->data + at[0];
     SC_TRY(grow(&file->tensor, &file->tensor_capacity, file->tensors, sizeof t));
     file->tensor[file->tensors++] = t;
@@ -4041,13 +4264,29 @@ static int read_metadata(json *j, sc_safetensors *file) {
     return j->failed;
 }
 
+/* Files that are often found in place of a safetensors file, told by their first bytes. */
+static int name_other_file(const sc_safetensors *file) {
+    static const struct { const char *begin, *name; } others[] = {
+        { "version https://git-lfs", "a Git LFS pointer; the file itself comes with git lfs pull" },
+        { "PK\003\004", "a PyTorch file; weights/convert.py makes a safetensors file of it" },
+        { "\x80\002", "a PyTorch pickle; weights/convert.py makes a safetensors file of it" },
+        { "<", "a web page, not the file it stands for" },
+        { "{", "JSON; an index of shards is not the model" } };
+    for (size_t i = 0; i < COUNT(others); i++)
+        if (file->size > strlen(others[i].begin)
+            && memcmp(file->map, others[i].begin, strlen(others[i].begin)) == 0)
+            return fail("%s: not a safetensors file: %s", file->path, others[i].name);
+    return SC_OK;
+}
+
 static int read_header(sc_safetensors *file) {
     uint64_t size;
     size_t most = file->size - 8 < MAX_HEADER ? file->size - 8 : MAX_HEADER, members = 0;
     copy_numbers(&size, file->map, 1, 8);
+    if (size < 2 || size > most) SC_TRY(name_other_file(file));
     if (size < 2 || size > most)
-        return fail("%s: not a safetensors file: it announces a header of %ju bytes, expected 2 to "
-                    "%zu", file->path, (uintmax_t)size, most);
+        return fail("%s: not a safetensors file: a header of %ju bytes (expected 2 to %zu)",
+                    file->path, (uintmax_t)size, most);
     file->data = file->map + 8 + size;
     file->text = new_array((size_t)size + 1, 1);
     if (!file->text) return SC_FAILED;
@@ -4055,11 +4294,17 @@ static int read_header(sc_safetensors *file) {
     json j = { .what = file->path, .text = file->text };
     int described = 0;
     for (const char *key; (key = json_next(&j, members, "{}")) != NULL; members++) {
-        int metadata = strcmp(key, "__metadata__") == 0;
-        json_expect(&j, !metadata || !described++, "__metadata__ only once");
-        if (!j.failed) j.failed = metadata ? read_metadata(&j, file) : read_tensor(&j, file, key);
+        int status;
+        if (strcmp(key, "__metadata__") == 0) {
+            json_expect(&j, !described, "__metadata__ only once");
+            described = 1;
+            status = read_metadata(&j, file);
+        } else {
+            status = read_tensor(&j, file, key);
+        }
+        if (status != SC_OK) j.failed = status;
     }
-    json_expect(&j, j.at == size, "nothing but spaces behind the header's object");
+    json_expect(&j, j.at == size, "only spaces after the header's object");
     return j.failed;
 }
 
@@ -4073,14 +4318,15 @@ static int by_position(const void *a, const void *b) {
 static int check_positions(sc_safetensors *file) {
     const unsigned char *at = file->data, *end = file->map + file->size;
     if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, by_position);
-    for (size_t i = 0; i < file->tensors; at += file->tensor[i++].bytes) {
+    for (size_t i = 0; i < file->tensors; i++) {
         const sc_tensor *t = &file->tensor[i];
         if (t->data != at)
-            return fail("%s: tensor '%.100s' begins at byte %td of the data, expected %td",
+            return fail("%s: tensor '%.100s' begins at byte %td of the data (expected %td)",
                         file->path, t->name, t->data - file->data, at - file->data);
+        at += t->bytes;
     }
     if (at == end) return SC_OK;
-    return fail("%s: %td bytes of data belong to no tensor, expected none", file->path, end - at);
+    return fail("%s: %td bytes of data belong to no tensor (expected none)", file->path, end - at);
 }
 
 /* Tensors, metadata entries and images all begin with the pointer to their name. */
@@ -4091,76 +4337,51 @@ static int by_name(const void *a, const void *b) {
 
 static int sort_by_name(const char *path, void *list, size_t count, size_t size) {
     if (count > 0) qsort(list, count, size, by_name);
-    for (char *at = list; count > 1; count--, at += size)
+    for (char *at = list; count > 1; count--, at += size) {
         if (by_name(at, at + size) == 0)
-            return fail("%s: '%.100s' is there twice", path, *(char **)(void *)at);
+            return fail("%s: '%.100s' appears twice", path, *(char **)(void *)at);
+    }
     return SC_OK;
 }
 
-/* A mapped file that someone cuts short raises SIGBUS where it is read, in any thread. What main()
- * has a handler say then lies ready: handlers may not even format a line. */
-static struct {
-    atomic_uintptr_t begin, size;
-    const char *path;
-    dev_t device;
-    ino_t inode;
-    char line[TEXT_ROOM + 100];
-} maps[64];
-
+/* A private map: a file that is cut short while it is read ends the program. O_NONBLOCK: a named
+ * pipe is refused, not waited for. */
 static int map_file(sc_safetensors *file) {
-    char safe[TEXT_ROOM];
     struct stat about;
-    size_t i = 0;
-    void *map = MAP_FAILED;
-    /* O_NONBLOCK: a pipe must be refused, not waited for. */
     int fd = open(file->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &about) != 0)
-        fail("%s: cannot be opened: %s", file->path, strerror(errno));
-    else if (!S_ISREG(about.st_mode) || about.st_size < 8 || (uintmax_t)about.st_size > SIZE_MAX)
-        fail("%s: is no regular file of 8 bytes or more, expected a safetensors file", file->path);
-    else if ((map = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, fd, 0)) == MAP_FAILED)
-        fail("%s: cannot be mapped: %s", file->path, strerror(errno));
-    if (fd >= 0) close(fd);
-    if (map == MAP_FAILED) return SC_FAILED;
-    file->map = map;
-    file->size = (size_t)about.st_size;
-    while (maps[i].size && i < COUNT(maps) - 1) i++;
-    snprintf(maps[i].line, sizeof maps[i].line, "\nsaeclip: %s: became shorter while it was read, "
-             "expected a file that stays\n", printable(file->path, safe, sizeof safe));
-    maps[i].path = file->path;
-    maps[i].device = about.st_dev;
-    maps[i].inode = about.st_ino;
-    maps[i].begin = (uintptr_t)map;
-    maps[i].size = file->size;
-    return SC_OK;
-}
-
-/* What is cut off within a file's last page reads as zeros: no signal tells, so we look before a
- * result counts. One that was replaced or removed is still whole in our map. */
-static int check_maps(void) {
-    struct stat now;
-    for (size_t i = 0; i < COUNT(maps); i++)
-        if (maps[i].size && stat(maps[i].path, &now) == 0 && now.st_dev == maps[i].device
-            && now.st_ino == maps[i].inode && (uintmax_t)now.st_size < maps[i].size)
-            return fail("%s: became shorter while it was read, expected a file that stays",
-                        maps[i].path);
-    return SC_OK;
+    if (fd < 0) return fail("%s: cannot be opened: %s", file->path, strerror(errno));
+    int status = SC_OK;
+    if (fstat(fd, &about) != 0 || !S_ISREG(about.st_mode) || about.st_size < 8
+        || (uintmax_t)about.st_size > SIZE_MAX) {
+        status = fail("%s: not a regular file of 8 bytes or more (expected a safetensors file)",
+                      file->path);
+    } else {
+        void *map = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (map == MAP_FAILED) {
+            status = fail("%s: cannot be mapped: %s", file->path, strerror(errno));
+        } else {
+            file->map = map;
+            file->size = (size_t)about.st_size;
+        }
+    }
+    close(fd);
+    return status;
 }
 
 int sc_safetensors_open(sc_safetensors *file, const char *path) {
     *file = (sc_safetensors){ .path = copy_string(path) };
-    if (file->path && map_file(file) == SC_OK && read_header(file) == SC_OK &&
-        check_positions(file) == SC_OK &&
-        sort_by_name(path, file->tensor, file->tensors, sizeof *file->tensor) == SC_OK &&
-        sort_by_name(path, file->metadata, file->entries, sizeof *file->metadata) == SC_OK)
-        return SC_OK;
-    sc_safetensors_close(file);
-    return SC_FAILED;
+    int status = file->path ? map_file(file) : SC_FAILED;
+    if (status == SC_OK) status = read_header(file);
+    if (status == SC_OK) status = check_positions(file);
+    if (status == SC_OK)
+        status = sort_by_name(path, file->tensor, file->tensors, sizeof *file->tensor);
+    if (status == SC_OK)
+        status = sort_by_name(path, file->metadata, file->entries, sizeof *file->metadata);
+    if (status != SC_OK) sc_safetensors_close(file);
+    return status;
 }
 
 void sc_safetensors_close(sc_safetensors *file) {
-    for (size_t i = 0; i < COUNT(maps) && file->map; i++)
-        if (maps[i].begin == (uintptr_t)file->map) maps[i].size = 0;
     if (file->map) munmap((void *)file->map, file->size);
     free(file->path);
     free(file->text);
@@ -4180,28 +4401,38 @@ const char *sc_metadata_find(const sc_safetensors *file, const char *key) {
     return entry ? entry->value : NULL;
 }
 
-/* Where the values asked for lie; NULL if they are not there or of no dtype from least to most. */
+/* Where the values asked for lie; NULL if they are not there, or not of a dtype least to most. */
 static const unsigned char *find_values(const sc_safetensors *file, const sc_tensor *t,
                                         size_t first, size_t count, sc_dtype least, sc_dtype most) {
-    if (t->dtype < least || t->dtype > most)
-        fail("%s: tensor '%.100s' is %s, expected %s", file->path, t->name,
+    if (t->dtype < least || t->dtype > most) {
+        fail("%s: tensor '%.100s' is %s (expected %s)", file->path, t->name,
              sc_dtype_name(t->dtype), least ? "I64, I32 or U8" : "F32, F16, BF16 or F64");
-    else if (first > t->count || count > t->count - first)
-        fail("%s: tensor '%.100s' has %zu values, expected %zu from number %zu on", file->path,
+        return NULL;
+    }
+    if (first > t->count || count > t->count - first) {
+        fail("%s: tensor '%.100s' has %zu values (expected %zu from number %zu on)", file->path,
              t->name, t->count, count, first);
-    else return t->data + first * sc_dtype_size(t->dtype);
-    return NULL;
+        return NULL;
+    }
+    return t->data + first * sc_dtype_size(t->dtype);
 }
 
 static void floats_of_bytes(float *out, const unsigned char *from, size_t count, sc_dtype dtype) {
-    if (dtype == SC_F32) copy_numbers(out, from, count, 4);
-    for (size_t i = 0; dtype != SC_F32 && i < count; i++) {
+    if (dtype == SC_F32) {
+        copy_numbers(out, from, count, 4);
+        return;
+    }
+    for (size_t i = 0; i < count; i++) {
         uint16_t half = 0;
         double wide = 0;
-        if (dtype == SC_F64) copy_numbers(&wide, from + 8 * i, 1, 8);
-        else copy_numbers(&half, from + 2 * i, 1, 2);
-        out[i] = dtype == SC_F16 ? float_of_half(half) : dtype == SC_F64 ? (float)wide
-               : float_of_bits((uint32_t)half << 16);
+        if (dtype == SC_F64) {
+            copy_numbers(&wide, from + 8 * i, 1, 8);
+            out[i] = (float)wide;
+            continue;
+        }
+        copy_numbers(&half, from + 2 * i, 1, 2);
+        if (dtype == SC_F16) out[i] = float_of_half(half);
+        else out[i] = float_of_bits((uint32_t)half << 16);   /* BF16: the upper half of a float */
     }
 }
 
@@ -4212,7 +4443,7 @@ int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t
     floats_of_bytes(out, from, count, tensor->dtype);
     size_t bad = first_not_finite(out, count);
     if (bad == count) return SC_OK;
-    return fail("%s: tensor '%.100s', element %zu is %g, expected a finite number", file->path,
+    return fail("%s: tensor '%.100s', element %zu is %g (expected a finite number)", file->path,
                 tensor->name, first + bad, (double)out[bad]);
 }
 
@@ -4220,8 +4451,11 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
                        size_t count, int64_t *out) {
     const unsigned char *from = find_values(file, tensor, first, count, SC_I64, SC_U8);
     if (!from) return SC_FAILED;
-    if (tensor->dtype == SC_I64) copy_numbers(out, from, count, 8);
-    for (size_t i = 0; tensor->dtype != SC_I64 && i < count; i++) {
+    if (tensor->dtype == SC_I64) {
+        copy_numbers(out, from, count, 8);
+        return SC_OK;
+    }
+    for (size_t i = 0; i < count; i++) {
         int32_t narrow = from[i];
         if (tensor->dtype == SC_I32) copy_numbers(&narrow, from + 4 * i, 1, 4);
         out[i] = narrow;
@@ -4231,122 +4465,108 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
 
 /* --- Atomic output ---
  *
- * NAME is written as NAME.tmp, flushed to disk and renamed. What exists and is not a regular file
- * (/dev/full, a pipe) is written as it is. The first failure sticks, and stdio's do: a caller may
- * write on without looking, by fprintf(out.file, ...) too, and ask output_commit how it went. */
+ * NAME is written as NAME.tmp, flushed to disk and renamed, so that NAME is always a whole file. A
+ * killed process leaves NAME.tmp, which the next run overwrites; the lock keeps two processes apart.
+ * What exists and is not a regular file (/dev/full, a pipe) is written as it is. */
 
 static int write_failed(const char *path, int error) {
-    return fail("%s: cannot be written: %s", path,
-                error == EBUSY ? "another process is writing it" : strerror(error));
-}
-
-static int output_failed(sc_output *out, int error) {
-    out->error = error ? error : EIO;
-    return write_failed(out->path, out->error);
+    const char *reason = strerror(error);
+    if (error == EBUSY) reason = "another process is writing it";
+    return fail("%s: cannot be written: %s", path, reason);
 }
 
 static int output_write(sc_output *out, const void *bytes, size_t count) {
-    if (out->error) return output_failed(out, out->error);
     if (count == 0 || fwrite(bytes, 1, count, out->file) == count) return SC_OK;
-    return output_failed(out, errno);
-}
-
-/* Opens, locks and empties NAME.tmp; -1 and errno if it cannot, EBUSY if another process does. That
- * one may have renamed or removed the file before we had the lock: it must still have the name. */
-static int open_temporary(const char *name) {
-    struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
-    struct stat locked, named;
-    int fd;
-    while ((fd = open(name, O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666)) >= 0) {
-        int error = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0 ? 0 : errno;
-        int ours = error == 0 && stat(name, &named) == 0 && locked.st_ino == named.st_ino &&
-                   locked.st_dev == named.st_dev;
-        if (ours && ftruncate(fd, 0) == 0) break;
-        if (ours) error = errno;
-        if (ours) unlink(name);
-        close(fd);
-        errno = error == EACCES || error == EAGAIN ? EBUSY : error;
-        if (error) return -1;
-    }
-    return fd;
+    return write_failed(out->path, errno);
 }
 
 /* Ends the output. Removes what was written, unless it was committed. */
 static void output_discard(sc_output *out) {
     if (out->file && out->temporary) unlink(out->temporary);
-    for (size_t i = 0; i < COUNT(unfinished); i++)
-        if (unfinished[i] == out->temporary) unfinished[i] = NULL;
     if (out->file) fclose(out->file);
     free(out->path);
-    free(out->target);
     free(out->temporary);
     memset(out, 0, sizeof *out);
 }
 
-static int output_open(sc_output *out, const char *path) {
-    struct stat there;
-    int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
-    *out = (sc_output){ .path = copy_string(path) };
-    /* A link stays, and what it leads to is replaced. */
-    if (out->path && !direct && !(out->target = realpath(path, NULL))) {
-        if (errno == ENOENT) out->target = copy_string(path);
-        else output_failed(out, errno);
-    }
-    if (out->target) out->temporary = join_text(out->target, ".tmp");
-    if (out->path && (direct || out->temporary)) {
-        int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : -1;     /* a pipe may let us wait */
-        sigset_t mask = hold_signals();
-        if (!direct) fd = open_temporary(out->temporary);
-        out->file = fd >= 0 ? fdopen(fd, "w") : NULL;
-        if (!out->file) output_failed(out, errno);
-        if (!out->file && fd >= 0 && !direct) unlink(out->temporary);
-        if (!out->file && fd >= 0) close(fd);
-        if (out->file) unfinished[unfinished[0] != NULL] = out->temporary;
-        take_signals(mask);
-        if (out->file) return SC_OK;
-    }
-    output_discard(out);
+/* Locks NAME.tmp and empties it; fails with errno EBUSY where another process has it. That one may
+ * have renamed it before we had the lock: then the file that we opened is its finished output. */
+static int lock_temporary(int fd, const char *name) {
+    struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+    struct stat locked, named;
+    int ours = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0
+            && stat(name, &named) == 0 && locked.st_ino == named.st_ino;
+    if (ours) return ftruncate(fd, 0) == 0 ? SC_OK : SC_FAILED;
+    errno = EBUSY;
     return SC_FAILED;
 }
 
-/* What the output is to replace becomes out->previous. */
+static int output_open(sc_output *out, const char *path) {
+    struct stat there;
+    int fd, direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
+    *out = (sc_output){ .path = copy_string(path), .temporary = join_text(path, ".tmp") };
+    if (!out->path || !out->temporary) {
+        output_discard(out);
+        return SC_FAILED;
+    }
+    if (direct) fd = open(path, O_WRONLY | O_CLOEXEC);
+    else fd = open(out->temporary, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
+    if (fd >= 0 && !direct && lock_temporary(fd, out->temporary) != SC_OK) {
+        int error = errno;
+        close(fd);
+        fd = -1;
+        errno = error;
+    }
+    if (fd >= 0) out->file = fdopen(fd, "w");
+    int status = out->file ? SC_OK : write_failed(path, errno);
+    if (direct) {
+        free(out->temporary);
+        out->temporary = NULL;
+    }
+    if (!out->file && fd >= 0) close(fd);
+    if (status != SC_OK) output_discard(out);
+    return status;
+}
+
+/* The file that this output replaces stays under the name out->previous, if that is set. */
 static int keep_previous(const sc_output *out) {
-    if (!out->previous || access(out->target, F_OK) != 0) return SC_OK;
-    unlink(out->previous);
-    if (link(out->target, out->previous) == 0 || rename(out->target, out->previous) == 0)
-        return SC_OK;
+    if (!out->previous || rename(out->path, out->previous) == 0 || errno == ENOENT) return SC_OK;
     return fail("%s: cannot be kept as %s: %s", out->path, out->previous, strerror(errno));
 }
 
-/* Ends the output in either case: the whole file stands under its name, or nothing does. */
+/* Ends the output in either case: the whole file stands under its name, or nothing changes. */
 static int output_commit(sc_output *out) {
-    int status = output_write(out, "", 0);                   /* whether all went well so far */
-    if (status == SC_OK) status = check_maps();
-    errno = EIO;                                             /* as in end_of_output() */
-    if (status == SC_OK && (fflush(out->file) != 0 || ferror(out->file) ||
-                            (out->temporary && fsync(fileno(out->file)) != 0)))
-        status = output_failed(out, errno);
-    if (status == SC_OK) status = keep_previous(out);
-    if (status == SC_OK && out->temporary && rename(out->temporary, out->target) != 0)
-        status = output_failed(out, errno);
-    if (status == SC_OK && out->temporary) *out->temporary = '\0';   /* nothing is left to remove */
+    int status = SC_OK;
+    errno = EIO;                                         /* where an earlier write failed */
+    if (fflush(out->file) != 0 || ferror(out->file)
+        || (out->temporary && fsync(fileno(out->file)) != 0))
+        status = write_failed(out->path, errno);
+    if (status == SC_OK && out->temporary) {
+        status = keep_previous(out);
+        if (status == SC_OK && rename(out->temporary, out->path) != 0)
+            status = write_failed(out->path, errno);
+        if (status == SC_OK) {                           /* nothing is left to remove */
+            free(out->temporary);
+            out->temporary = NULL;
+        }
+    }
     output_discard(out);
     return status;
 }
 
 /* --- Writing safetensors ---
  *
- * The data are written as they come, behind a hole into which the header goes at the end; blanks
- * fill it up. */
+ * The data are written as they come, after a gap that the header fills at the end; blanks pad it. */
 
 int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
+    const size_t least = 1000, most = MAX_HEADER - 64;
     memset(w, 0, sizeof *w);
     SC_TRY(output_open(&w->out, path));
-    const size_t least = 1000, most = MAX_HEADER - 64;
-    size_t room = header_room < least ? least : header_room < most ? header_room : most;
-    w->data = (8 + room + 63) / 64 * 64;                     /* on a cache line's boundary */
+    if (header_room < least) header_room = least;
+    if (header_room > most) header_room = most;
+    w->data = (8 + header_room + 63) / 64 * 64;
     if (fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0) return SC_OK;
-    fail("%s: cannot be written out of order: %s; expected a file", path, strerror(errno));
+    fail("%s: cannot be written out of order: %s (expected a file)", path, strerror(errno));
     sc_writer_discard(w);
     return SC_FAILED;
 }
@@ -4361,8 +4581,8 @@ void sc_writer_discard(sc_writer *w) {
 
 static const char *keep_text(sc_writer *w, const char *text) {
     char *copy;
-    int status = allocate(&w->texts, &copy, strlen(text) + 1, 1);
-    return status == SC_OK ? strcpy(copy, text) : NULL;
+    if (allocate(&w->texts, &copy, strlen(text) + 1, 1) != SC_OK) return NULL;
+    return strcpy(copy, text);
 }
 
 /* At any time before the end; the order is kept. */
@@ -4378,11 +4598,11 @@ int sc_writer_metadata(sc_writer *w, const char *key, const char *value) {
 static int end_tensor(sc_writer *w) {
     if (w->tensors == 0) return SC_OK;
     sc_tensor *t = &w->tensor[w->tensors - 1];
-    if (w->rows_open) t->shape[0] = w->values / t->count;    /* count so far is that of one row */
+    if (w->rows_open) t->shape[0] = w->values / t->count;    /* count is that of one row so far */
     w->rows_open = 0;
     SC_TRY(measure_tensor(t, w->out.path));
     if (w->values == t->count) return SC_OK;
-    return fail("%s: tensor '%.100s' got %zu values, expected %zu from its shape", w->out.path,
+    return fail("%s: tensor '%.100s' got %zu values (expected %zu from its shape)", w->out.path,
                 t->name, w->values, t->count);
 }
 
@@ -4390,14 +4610,14 @@ static int end_tensor(sc_writer *w) {
 int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
                      const size_t *shape) {
     sc_tensor t = { .name = keep_text(w, name), .dtype = dtype };
+    if (!t.name) return SC_FAILED;
     SC_TRY(end_tensor(w));
     for (; t.rank < rank && t.rank < SC_MAX_RANK; t.rank++) t.shape[t.rank] = shape[t.rank];
     int rows_open = rank > 0 && shape[0] == SC_ROWS;
     if (rows_open) t.shape[0] = 1;
-    if (!t.name) return SC_FAILED;
     SC_TRY(measure_tensor(&t, w->out.path));
     if (t.rank != rank || (rows_open && t.count == 0) || strcmp(name, "__metadata__") == 0)
-        return fail("%s: there can be no tensor '%.100s' of this shape", w->out.path, name);
+        return fail("%s: a tensor '%.100s' of this shape is not possible", w->out.path, name);
     SC_TRY(grow(&w->tensor, &w->tensor_capacity, w->tensors, sizeof t));
     w->tensor[w->tensors++] = t;
     w->values = 0;
@@ -4405,48 +4625,59 @@ int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
     return SC_OK;
 }
 
-/* Writes values that are of type `kind` in memory: F32, also as F16, F64, I64, also as I32, or U8.
- * One that cannot be held ends the writing: the file can no longer be complete. */
-int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind) {
-    enum { BLOCK = 4096 };
-    unsigned char bytes[BLOCK * 8];
+/* The index of the first value that a dtype cannot hold, or count. values: of type `kind` */
+static size_t first_not_held(const void *values, size_t count, sc_dtype kind, sc_dtype dtype) {
     const float *f = values;
     const double *d = values;
     const int64_t *l = values;
-    if (w->tensors == 0) return fail("%s: no tensor to write values of", w->out.path);
+    size_t i = 0;
+    if (kind == SC_F32 && dtype == SC_F32) return first_not_finite(values, count);
+    if (kind == SC_F32) while (i < count && fabsf(f[i]) < 65520) i++;           /* as F16 */
+    else if (kind == SC_F64) while (i < count && isfinite(d[i])) i++;
+    else if (dtype == SC_I32) while (i < count && l[i] >= INT32_MIN && l[i] <= INT32_MAX) i++;
+    else i = count;
+    return i;
+}
+
+/* Writes values that are of type `kind` in memory: F32, also as F16; F64; I64, also as I32; U8. A
+ * value that the dtype cannot hold, as infinities and NaN, fails. */
+int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind) {
+    enum { BLOCK = 4096 };
+    unsigned char bytes[BLOCK * 8];
+    if (w->tensors == 0) return fail("%s: values without a tensor", w->out.path);
     const sc_tensor *t = &w->tensor[w->tensors - 1];
     size_t size = sc_dtype_size(t->dtype), from = sc_dtype_size(kind);
     int half = kind == SC_F32 && t->dtype == SC_F16, narrow = kind == SC_I64 && t->dtype == SC_I32;
     if (t->dtype != kind && !half && !narrow)
         return fail("%s: tensor '%.100s' is %s and got %s values", w->out.path, t->name,
                     sc_dtype_name(t->dtype), sc_dtype_name(kind));
+    size_t bad = first_not_held(values, count, kind, t->dtype);
+    if (bad < count)
+        return fail("%s: tensor '%.100s', element %zu cannot be held by %s", w->out.path, t->name,
+                    w->values + bad, sc_dtype_name(t->dtype));
     for (size_t at = 0, n; at < count; at += n, w->values += n) {
         n = count - at < BLOCK ? count - at : BLOCK;
         if (t->dtype == kind) copy_numbers(bytes, (const char *)values + at * from, n, size);
-        for (size_t i = 0; i < n; i++) {
-            double value = kind == SC_F32 ? (double)f[at + i] : kind == SC_F64 ? d[at + i]
-                         : kind == SC_I64 ? (double)l[at + i] : 0;
-            int held = narrow ? value >= INT32_MIN && value <= INT32_MAX
-                     : kind == SC_I64 || fabs(value) < (half ? 65520 : (double)INFINITY);
-            if (!held) w->out.error = ERANGE;
-            if (!held)
-                return fail("%s: tensor '%.100s', element %zu is %g, expected what %s can hold",
-                            w->out.path, t->name, w->values + i, value, sc_dtype_name(t->dtype));
-            if (half) copy_numbers(bytes + 2 * i, &(uint16_t){ half_of_float((float)value) }, 1, 2);
-            if (narrow) copy_numbers(bytes + 4 * i, &(int32_t){ (int32_t)value }, 1, 4);
+        for (size_t i = 0; i < n && half; i++) {
+            uint16_t value = half_of_float(((const float *)values)[at + i]);
+            copy_numbers(bytes + 2 * i, &value, 1, 2);
+        }
+        for (size_t i = 0; i < n && narrow; i++) {
+            int32_t value = (int32_t)((const int64_t *)values)[at + i];
+            copy_numbers(bytes + 4 * i, &value, 1, 4);
         }
         SC_TRY(output_write(&w->out, bytes, n * size));
     }
     return SC_OK;
 }
 
-/* Into the hole; the file's own error tells at the end whether that went well. */
+/* Writes the header into its gap. Errors of the file itself show when the output is committed. */
 static int write_header(sc_writer *w) {
     FILE *f = w->out.file;
     uint64_t bytes, size = w->data - 8;
     size_t begin = 0;
     SC_TRY(end_tensor(w));
-    if (fseeko(f, 0, SEEK_SET) != 0) return output_failed(&w->out, errno);
+    if (fseeko(f, 0, SEEK_SET) != 0) return write_failed(w->out.path, errno);
     copy_numbers(&bytes, &size, 1, 8);
     fwrite(&bytes, 8, 1, f);
     putc('{', f);
@@ -4456,25 +4687,26 @@ static int write_header(sc_writer *w) {
         putc(':', f);
         print_json(f, w->metadata[i].value);
     }
-    if (w->entries) fputs(w->tensors ? "}," : "}", f);
-    for (size_t i = 0; i < w->tensors; begin += w->tensor[i++].bytes) {
+    if (w->entries) putc('}', f);
+    for (size_t i = 0; i < w->tensors; i++) {
         const sc_tensor *t = &w->tensor[i];
-        if (i > 0) putc(',', f);
+        if (i > 0 || w->entries) putc(',', f);
         print_json(f, t->name);
         fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(t->dtype));
         for (int d = 0; d < t->rank; d++) fprintf(f, "%s%zu", d ? "," : "", t->shape[d]);
         fprintf(f, "],\"data_offsets\":[%zu,%zu]}", begin, begin + t->bytes);
+        begin += t->bytes;
     }
     putc('}', f);
     uint64_t end = (uint64_t)ftello(f);
     if (end > w->data)
-        return fail("%s: its header is larger than safetensors allows or its writer foresaw, "
-                    "expected at most %ju bytes", w->out.path, (uintmax_t)size);
+        return fail("%s: the header needs more than %ju bytes: too many or too long names",
+                    w->out.path, (uintmax_t)size);
     fprintf(f, "%*s", (int)(w->data - end), "");
     return SC_OK;
 }
 
-/* Ends the writer in either case: the whole file stands under its name, or nothing does. */
+/* Ends the writer in either case: the whole file stands under its name, or nothing changes. */
 int sc_writer_finish(sc_writer *w) {
     int status = write_header(w);
     if (status == SC_OK) status = output_commit(&w->out);
@@ -4482,42 +4714,16 @@ int sc_writer_finish(sc_writer *w) {
     return status;
 }
 
-/* Writes a safetensors file by `write`: the whole file stands under its name, or nothing does. */
+/* Writes a whole safetensors file by `write`, or nothing. */
 static int save_tensors(const char *path, size_t header_room,
                         int (*write)(sc_writer *w, void *context), void *context) {
     sc_writer w;
-    int status = sc_writer_open(&w, path, header_room);
-    if (status == SC_OK) status = write(&w, context);
+    SC_TRY(sc_writer_open(&w, path, header_room));
+    int status = write(&w, context);
     if (status == SC_OK) return sc_writer_finish(&w);
     sc_writer_discard(&w);
     return status;
 }
-
-/* --- Names as text: they come from anywhere --- */
-
-/* text as a terminal may show it, cut short where there is no room. What a terminal might obey
- * comes out as \xNN: control characters, what is no UTF-8. */
-static const char *printable(const char *text, char *out, size_t room) {
-    size_t used = 0;
-    while (*text) {
-        size_t length = utf8_length(text), n = length ? length : 1;
-        int harmless = length && !control_at(text);
-        if (used + 8 + sizeof "..." > room) return strcpy(out + used, "..."), out;
-        for (; n > 0; n--, text++)
-            used += (size_t)sprintf(out + used, harmless ? "%c" : "\\x%02x", (unsigned char)*text);
-    }
-    out[used] = '\0';
-    return out;
-}
-
-/* One of 8 rooms in turn: a line may show several texts. For the main thread. */
-static char *text_room(void) {
-    static char room[8][TEXT_ROOM];
-    static unsigned next;
-    return room[next++ % 8];
-}
-
-static const char *shown(const char *text) { return printable(text, text_room(), TEXT_ROOM); }
 
 /* Numbers and short words as metadata. */
 SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const char *format, ...) {
@@ -4529,28 +4735,32 @@ SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const cha
     return sc_writer_metadata(w, key, text);
 }
 
-/* How much of a header these names take, at most: each its letters, escaped, and `more` bytes. */
+/* The most bytes of a header that these names can take: their letters, escaped twice, and `more`
+ * for each. */
 static size_t names_room(char **name, size_t count, size_t more) {
     size_t room = 0;
-    for (size_t i = 0; name && i < count; i++) room += 7 * strlen(name[i]) + more;
+    if (!name) return 0;
+    for (size_t i = 0; i < count; i++) room += 7 * strlen(name[i]) + more;
     return room;
 }
 
-/* A list of names as metadata, a JSON array in a string. */
+/* A list of names as metadata: a JSON array in a string. */
 static int write_name_list(sc_writer *w, const char *key, char **name, size_t count) {
     char *list = NULL;
     size_t length = 0;
     FILE *text = open_memstream(&list, &length);
     if (!text) return fail("out of memory: a list of %zu names", count);
+    putc('[', text);
     for (size_t i = 0; i < count; i++) {
-        putc(i ? ',' : '[', text);
+        if (i > 0) putc(',', text);
         print_json(text, name[i]);
     }
-    fputs(count ? "]" : "[]", text);
+    putc(']', text);
     int lost = ferror(text);
     lost |= fclose(text);
-    int status = lost ? fail("out of memory: a list of %zu names", count)
-                      : sc_writer_metadata(w, key, list);
+    int status = SC_OK;
+    if (lost) status = fail("out of memory: a list of %zu names", count);
+    else status = sc_writer_metadata(w, key, list);
     free(list);
     return status;
 }
@@ -4558,78 +4768,31 @@ static int write_name_list(sc_writer *w, const char *key, char **name, size_t co
 /* ============================================================================================
  * 15. Images
  *
- * From a file's bytes to the pixels a model sees, as the data flow: PNM pictures, other formats by
- * way of a decoder program, Pillow's resize, data sets.
+ * From a file's bytes to the pixels that a model sees, in the order of the data: PNM images, other
+ * formats through a decoder program, Pillow's resize, data sets.
  * ============================================================================================ */
 
-/* Beside SC_OK and SC_FAILED; MACHINE_FAILED is no image's fault, so that --skip-bad is no help. */
+/* Beside SC_OK and SC_FAILED. MACHINE_FAILED: the image is not at fault, so --skip-bad does not
+ * apply. */
 enum { SC_END = -1, MACHINE_FAILED = -2 };
 enum { MAX_PATH = 4096, MAX_DEPTH = 16, CHUNK = 1024, WEIGHT_BITS = 22 };
-#define MAX_PIXELS ((size_t)1 << 28)           /* of one picture: 16,384 x 16,384 */
+#define MAX_PIXELS ((size_t)1 << 28)           /* of one image: 16,384 x 16,384 */
 
 /* rgb: [height, width, 3], 8 bits, `stride` bytes from row to row */
 typedef struct { size_t width, height, stride; const unsigned char *rgb; } picture;
 
-/* A file's format, told by its first bytes, and the Debian package that decodes it, if that needs
+/* A file's format, told by its first bytes, and the Debian package that decodes it, if it needs
  * one. In magic, ? is any byte and _ a blank. */
 typedef struct { const char *name, *magic, *decoder, *package; size_t length; } image_format;
 
-/* Where pictures are read from: a file, standard input, a decoder's pipe. rgb: [capacity, CHUNK,
- * 3], for the last picture's pixels; at, end: of the bytes at hand */
+/* Where an image is read from: a file or a decoder's pipe. rgb: [capacity, CHUNK, 3], pixels */
 typedef struct {
-    const char *name; const image_format *format;
-    unsigned char *rgb; size_t capacity;
-    int fd, decoder, error;          /* error: an errno */
-    const char *stopped;             /* why nothing more is taken of a decoder */
-    double waited;                   /* seconds */
-    size_t taken, at, end;           /* taken: bytes in all */
-    unsigned char bytes[16384];
+    const char *name;
+    const image_format *format;
+    FILE *file;
+    unsigned char *rgb;
+    size_t capacity;
 } image_source;
-
-/* What a decoder may take for a picture; the largest one has so many bytes, at 16 bits. */
-static double decoder_seconds = 120;
-static size_t decoder_bytes = 6 * MAX_PIXELS;
-
-/* Whether nothing more is taken of a decoder. */
-static int decoder_is_late(image_source *s) {
-    if (s->decoder && s->waited > decoder_seconds) s->stopped = "took too long";
-    if (s->decoder && stop_signal) s->stopped = "was not waited for";
-    return s->stopped != NULL;
-}
-
-/* The next byte, or EOF. We wait in steps of 0.2 seconds: for a decoder only so often (a time in
- * which we were stopped ourselves counts as one), for it and a stream until training is to stop. */
-static int next_byte(image_source *s) {
-    struct pollfd pipe = { .fd = s->fd, .events = POLLIN };
-    int stream = s->fd == STDIN_FILENO;
-    ssize_t got = -1;
-    if (s->at < s->end) return s->bytes[s->at++];
-    do {
-        double before = seconds_now();
-        if (s->decoder && s->taken > decoder_bytes) s->stopped = "wrote too much";
-        if (decoder_is_late(s)) return EOF;
-        errno = EINTR;                         /* stays where nothing came */
-        if (stream && stop_signal) break;
-        if (!(s->decoder || stream) || poll(&pipe, 1, 200) > 0)
-            got = read(s->fd, s->bytes, sizeof s->bytes);
-        s->waited += fmin(seconds_now() - before, 0.2);
-    } while (got < 0 && errno == EINTR);
-    if (got < 0) s->error = errno;
-    s->at = got > 0;
-    s->end = got > 0 ? (size_t)got : 0;
-    s->taken += s->end;
-    return got > 0 ? s->bytes[0] : EOF;
-}
-
-/* Returns whether so many bytes came. */
-static int take_bytes(image_source *s, unsigned char *to, size_t count) {
-    for (size_t n; count > 0; count -= n, to += n, s->at += n) {
-        if (next_byte(s) == EOF) return 0;
-        n = s->end - --s->at < count ? s->end - s->at : count;
-        memcpy(to, s->bytes + s->at, n);
-    }
-    return 1;
-}
 
 /* --- PNM (netpbm.sourceforge.net/doc/pnm.html); P4 is what pngtopnm makes of one-bit PNGs --- */
 
@@ -4638,89 +4801,158 @@ typedef struct { int kind, byte; size_t maxval, width, height, channels; } pnm_h
 static int is_blank(int byte) { return byte == ' ' || (byte >= '\t' && byte <= '\r'); }
 
 /* The next byte of a text part; a comment reads as the newline that ends it. */
-static int text_byte(image_source *source) {
-    int byte = next_byte(source);
-    if (byte == '#')
-        while (byte != '\n' && byte != '\r' && byte != EOF) byte = next_byte(source);
+static int text_byte(FILE *file) {
+    int byte = getc(file);
+    if (byte != '#') return byte;
+    while (byte != '\n' && byte != '\r' && byte != EOF) byte = getc(file);
     return byte;
 }
 
 static int source_ended(const image_source *source, const char *before) {
-    if (!source->error)
-        return fail("%s: the picture's data end before its %s", source->name, before);
-    return fail("%s: cannot be read: %s", source->name, strerror(source->error));
+    if (!ferror(source->file)) return fail("%s: the file ends before its %s", source->name, before);
+    return fail("%s: cannot be read: %s", source->name, strerror(errno));
 }
 
 /* One number and the single blank after it. */
-static int pnm_number(image_source *source, const char *what, size_t largest, size_t *value) {
-    int byte = text_byte(source);
-    while (is_blank(byte)) byte = text_byte(source);
+static int pnm_number(const image_source *source, const char *what, size_t largest,
+                      size_t *value) {
+    int byte = text_byte(source->file);
+    while (is_blank(byte)) byte = text_byte(source->file);
     if (byte == EOF) return source_ended(source, what);
-    for (*value = 0; byte >= '0' && byte <= '9'; byte = text_byte(source)) {
+    for (*value = 0; byte >= '0' && byte <= '9'; byte = text_byte(source->file)) {
         *value = 10 * *value + (size_t)(byte - '0');
         if (*value > largest)
-            return fail("%s: a PNM %s of more than %zu", source->name, what, largest);
+            return fail("%s: a PNM %s above %zu", source->name, what, largest);
     }
     if (byte == EOF || is_blank(byte)) return SC_OK;
-    return fail("%s: byte 0x%02x where a PNM %s was expected", source->name, (unsigned)byte, what);
+    return fail("%s: byte 0x%02x (expected a PNM %s)", source->name, (unsigned)byte, what);
 }
 
-/* Sample `index`: text, a bit (1 is black, a row begins with a new byte), or one or two bytes. */
-static int pnm_sample(image_source *source, pnm_header *header, size_t index, size_t *value) {
+/* Sample `index`: text, a bit (1 is black; a row begins with a new byte), or one or two bytes. */
+static int pnm_sample(const image_source *source, pnm_header *header, size_t index,
+                      size_t *value) {
     if (header->kind <= 3) return pnm_number(source, "last sample", header->maxval, value);
     size_t bit = header->kind == 4 ? index % header->width % 8 : 0;
-    int high = header->maxval > 255 ? next_byte(source) : 0;
-    if (bit == 0) header->byte = next_byte(source);
+    int high = header->maxval > 255 ? getc(source->file) : 0;
+    if (bit == 0) header->byte = getc(source->file);
     if (header->byte == EOF) return source_ended(source, "last sample");
     *value = (size_t)high << 8 | (size_t)header->byte;
     if (header->kind == 4) *value = ~*value >> (7 - bit) & 1;
     if (*value <= header->maxval) return SC_OK;
-    return fail("%s: a sample of %zu, above maxval %zu", source->name, *value, header->maxval);
+    return fail("%s: a sample of %zu above maxval %zu", source->name, *value, header->maxval);
 }
 
 /* round-half-even(255 v / maxval); the quotient is never rounded to a half that it is not. */
 static unsigned char to_8_bits(size_t v, size_t maxval) {
-    return (unsigned char)(maxval == 255 ? (double)v : rint(255.0 * (double)v / (double)maxval));
+    if (maxval == 255) return (unsigned char)v;
+    return (unsigned char)rint(255.0 * (double)v / (double)maxval);
 }
 
-/* Reads one picture; SC_END where only blanks are left. The memory grows as the pixels come: a
- * header alone, whatever it claims, costs nothing. */
+/* The pixels of an image into source->rgb, which grows as they come: a header alone, whatever it
+ * claims, costs nothing. */
+static int pnm_pixels(image_source *source, pnm_header *h) {
+    size_t pixels = h->width * h->height;
+    for (size_t i = 0; i < pixels; i++) {
+        if (grow(&source->rgb, &source->capacity, i / CHUNK, 3 * CHUNK) != SC_OK)
+            return MACHINE_FAILED;
+        unsigned char *rgb = source->rgb + 3 * i;
+        if (h->kind == 6 && h->maxval == 255) {          /* by far the most usual */
+            size_t many = pixels - i < CHUNK ? pixels - i : CHUNK;
+            if (fread(rgb, 3, many, source->file) != many)
+                return source_ended(source, "last sample");
+            i += many - 1;
+            continue;
+        }
+        for (size_t c = 0; c < h->channels; c++) {
+            size_t v = 0;
+            SC_TRY(pnm_sample(source, h, i * h->channels + c, &v));
+            rgb[c] = to_8_bits(v, h->maxval);
+        }
+        if (h->channels == 1) rgb[1] = rgb[2] = rgb[0];
+    }
+    return SC_OK;
+}
+
+/* Reads one image; SC_END where the file is empty. */
 static int pnm_read(image_source *source, picture *result) {
-    int byte = next_byte(source);
-    while (is_blank(byte)) byte = next_byte(source);
-    if (byte == EOF && !source->error) return SC_END;
-    int kind = byte == 'P' ? next_byte(source) : 0;
+    int byte = getc(source->file);
+    if (byte == EOF && !ferror(source->file)) return SC_END;
+    int kind = byte == 'P' ? getc(source->file) : 0;
     if (byte == EOF || kind == EOF) return source_ended(source, "header");
     if (kind < '2' || kind > '6')
-        return fail("%s: not a PNM picture, which begins with P2, P3, P5 or P6", source->name);
+        return fail("%s: not a PNM image (expected P2, P3, P5 or P6)", source->name);
     pnm_header h = { .kind = kind - '0', .maxval = 1, .channels = kind % 3 == 0 ? 3 : 1 };
     SC_TRY(pnm_number(source, "width", MAX_PIXELS, &h.width));
     SC_TRY(pnm_number(source, "height", MAX_PIXELS, &h.height));
     if (kind != '4') SC_TRY(pnm_number(source, "maxval", 65535, &h.maxval));
     if (!h.width || !h.height || !h.maxval || h.height > MAX_PIXELS / h.width)
-        return fail("%s: a PNM picture of %zu x %zu, maxval %zu; at least 1 of each and at most %zu"
-                    " pixels were expected", source->name, h.width, h.height, h.maxval, MAX_PIXELS);
-    for (size_t i = 0, pixels = h.width * h.height; i < pixels; i++) {
-        if (grow(&source->rgb, &source->capacity, i / CHUNK, 3 * CHUNK)) return MACHINE_FAILED;
-        unsigned char *rgb = source->rgb + 3 * i;
-        if (kind == '6' && h.maxval == 255) {                    /* by far the most usual */
-            size_t many = pixels - i < CHUNK ? pixels - i : CHUNK;
-            i += many - 1;
-            if (take_bytes(source, rgb, 3 * many)) continue;
-            return source_ended(source, "last sample");
-        }
-        for (size_t c = 0; c < h.channels; c++) {
-            size_t v = 0;
-            SC_TRY(pnm_sample(source, &h, i * h.channels + c, &v));
-            rgb[c] = to_8_bits(v, h.maxval);
-        }
-        if (h.channels == 1) rgb[1] = rgb[2] = rgb[0];
-    }
+        return fail("%s: a PNM image of %zu x %zu, maxval %zu (expected at least 1 of each and at "
+                    "most %zu pixels)", source->name, h.width, h.height, h.maxval, MAX_PIXELS);
+    SC_TRY(pnm_pixels(source, &h));
     *result = (picture){ h.width, h.height, 3 * h.width, source->rgb };
     return SC_OK;
 }
 
-/* --- Other formats: a decoder program turns them into PNM --- */
+/* --- Other programs: decoders, and the encoder of the atlas's images --- */
+
+/* output: what the program prints, through a pipe; errors: a temporary file with its messages */
+typedef struct { pid_t pid; FILE *output, *errors; } child_process;
+
+/* Starts a program from PATH, never through a shell, with `input` as its standard input. Returns 0
+ * or an errno value. posix_spawn, since fork would copy the page tables of all weights. Its own
+ * process group: Ctrl-C, upon which training saves its state, must not look like a bad image. The
+ * lock: no other child may inherit a pipe that is not yet FD_CLOEXEC. */
+static int start_child(child_process *c, char **argument, int input) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    posix_spawn_file_actions_t files;
+    posix_spawnattr_t attributes;
+    int end[2] = { -1, -1 };
+    *c = (child_process){ .errors = tmpfile() };
+    if (!c->errors) return errno;
+    pthread_mutex_lock(&lock);
+    int error = pipe(end) != 0 ? errno : 0;
+    if (!error) {
+        fcntl(end[0], F_SETFD, FD_CLOEXEC);
+        fcntl(end[1], F_SETFD, FD_CLOEXEC);
+        c->output = fdopen(end[0], "r");
+        posix_spawnattr_init(&attributes);
+        posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
+        posix_spawn_file_actions_init(&files);
+        error = posix_spawn_file_actions_adddup2(&files, input, 0);
+        if (!error) error = posix_spawn_file_actions_adddup2(&files, end[1], 1);
+        if (!error) error = posix_spawn_file_actions_adddup2(&files, fileno(c->errors), 2);
+        if (!error && !c->output) error = ENOMEM;
+        if (!error)
+            error = posix_spawnp(&c->pid, *argument, &files, &attributes, argument, environ);
+        posix_spawn_file_actions_destroy(&files);
+        posix_spawnattr_destroy(&attributes);
+        close(end[1]);
+    }
+    pthread_mutex_unlock(&lock);
+    if (!error) return 0;
+    if (c->output) fclose(c->output);
+    else if (end[0] >= 0) close(end[0]);
+    fclose(c->errors);
+    return error;
+}
+
+/* Waits for the end of a program that may still print; returns its wait status. words: [room], the
+ * first line of its messages */
+static int end_child(child_process *c, char *words, size_t room) {
+    char rest[4096];
+    int ended = 0;
+    while (fread(rest, 1, sizeof rest, c->output) > 0) {}
+    fclose(c->output);
+    while (waitpid(c->pid, &ended, 0) < 0 && errno == EINTR) {}
+    rewind(c->errors);
+    do {
+        if (!fgets(words, (int)room, c->errors)) *words = '\0';
+    } while (*words && strspn(words, " \t\r\n") == strlen(words));       /* empty lines */
+    words[strcspn(words, "\r\n")] = '\0';
+    memmove(words, words + strspn(words, " \t"), strlen(words + strspn(words, " \t")) + 1);
+    fclose(c->errors);
+    return ended;
+}
 
 static const image_format formats[] = {
     { "PNM", "P2_", NULL, NULL, 3 }, { "PNM", "P3_", NULL, NULL, 3 },
@@ -4733,204 +4965,175 @@ static const image_format formats[] = {
     { "WebP", "RIFF????WEBP", NULL, "imagemagick", 12 },
 };
 
-/* Opens an image at its first byte, or only looks at it (source NULL). SC_END: it is none.
- * O_NONBLOCK: a named pipe must be refused, not waited for. */
+/* The format of a file that begins with these bytes; NULL: not an image. */
+static const image_format *format_of(const char *start, size_t size) {
+    for (size_t f = 0; f < COUNT(formats); f++) {
+        const char *magic = formats[f].magic;
+        size_t same = 0;
+        while (same < size && same < formats[f].length) {
+            int any = magic[same] == '?' || (magic[same] == '_' && is_blank(start[same]));
+            if (!any && magic[same] != start[same]) break;
+            same++;
+        }
+        if (same == formats[f].length) return &formats[f];
+    }
+    return NULL;
+}
+
+/* Opens an image at its first byte, or only looks at it (source NULL). SC_END: not an image.
+ * O_NONBLOCK: a named pipe is refused, not waited for. */
 static int open_image(const char *path, image_source *source) {
     char start[16];
-    int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (file < 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
-    ssize_t got = read(file, start, sizeof start);
-    size_t size = got > 0 ? (size_t)got : 0, same = 0, f = 0;
-    int status = got < 0 ? fail("%s: cannot be read: %s", path, strerror(errno)) : SC_END;
-    for (; f < COUNT(formats) && status == SC_END; f++) {
-        const char *magic = formats[f].magic;
-        for (same = 0; same < size && same < formats[f].length && (magic[same] == '?' ||
-             magic[same] == start[same] || (magic[same] == '_' && is_blank(start[same])));) same++;
-        if (same == formats[f].length) status = SC_OK;
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
+    ssize_t got = read(fd, start, sizeof start);
+    int status = SC_OK;
+    const image_format *format = NULL;
+    if (got < 0) status = fail("%s: cannot be read: %s", path, strerror(errno));
+    else format = format_of(start, (size_t)got);
+    if (status == SC_OK && !format) {
+        fail("%s: not an image (expected a JPEG, PNG or PNM file)", path);
+        status = SC_END;
     }
-    lseek(file, 0, SEEK_SET);
-    if (status == SC_END) fail("%s: not an image; a JPEG, PNG or PNM file was expected", path);
-    if (status == SC_OK && source)
-        *source = (image_source){ .name = path, .format = &formats[f - 1], .fd = file };
-    else close(file);
-    return status;
-}
-
-/* A child's own process group: Ctrl-C, upon which training saves its state, must not look like a
- * bad image. And signals as they usually are, not as we have them. */
-static void set_attributes(posix_spawnattr_t *attributes) {
-    sigset_t none, usual;
-    sigemptyset(&none);
-    sigemptyset(&usual);
-    sigaddset(&usual, SIGPIPE);
-    sigaddset(&usual, SIGXFSZ);
-    posix_spawnattr_setsigmask(attributes, &none);
-    posix_spawnattr_setsigdefault(attributes, &usual);
-    posix_spawnattr_setflags(attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGMASK
-                                         | POSIX_SPAWN_SETSIGDEF);
-}
-
-/* Starts this thread's decoder on a file; returns an errno. posix_spawn and not fork, which copies
- * the page tables of all our weights. The lock: no other child may inherit a pipe that has no
- * FD_CLOEXEC yet. Its stderr is read at last, from end[2]; O_NONBLOCK, lest a decoder that says too
- * much should wait for us forever. */
-static int start_decoder(char **argument, int file, int end[4]) {
-    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    posix_spawn_file_actions_t files;
-    posix_spawnattr_t attributes;
-    pid_t child = 0;
-    sigset_t mask = hold_signals();
-    pthread_mutex_lock(&lock);
-    int error = pipe(end) != 0 || pipe(end + 2) != 0 ? errno : 0;
-    for (int i = 0; i < 4 && !error; i++) fcntl(end[i], F_SETFD, FD_CLOEXEC);
-    for (int i = 2; i < 4 && !error; i++) fcntl(end[i], F_SETFL, O_NONBLOCK);
-    if (!error) error = posix_spawnattr_init(&attributes);
-    if (!error && (error = posix_spawn_file_actions_init(&files)) == 0) {
-        set_attributes(&attributes);
-        const int from[3] = { file, end[1], end[3] };
-        for (int i = 0; i < 3 && !error; i++)
-            error = posix_spawn_file_actions_adddup2(&files, from[i], i);
-        if (!error) error = posix_spawnp(&child, *argument, &files, &attributes, argument, environ);
-        children[worker] = error ? 0 : child;
-        posix_spawn_file_actions_destroy(&files);
-        posix_spawnattr_destroy(&attributes);
+    if (status != SC_OK || !source) {
+        close(fd);
+        return status;
     }
-    pthread_mutex_unlock(&lock);
-    take_signals(mask);
-    for (int i = 0; i < 4; i++)
-        if (end[i] >= 0 && (i % 2 == 1 || error)) close(end[i]);
-    return error;
+    lseek(fd, 0, SEEK_SET);
+    *source = (image_source){ .name = path, .format = format, .file = fdopen(fd, "r") };
+    if (source->file) return SC_OK;
+    close(fd);
+    return fail("%s: cannot be opened: %s", path, strerror(errno));
 }
 
-/* Waits for this thread's decoder, which has written all it will; returns how it ended. It may live
- * on without its pipes, but not for long. */
-static int end_decoder(image_source *source) {
-    pid_t child = children[worker], over = 0;
-    int ended = 0;
-    for (long pause = 20000; over != child && (over >= 0 || errno == EINTR); pause += pause / 4) {
-        if (decoder_is_late(source)) kill(-child, SIGKILL);  /* with all that it started */
-        if ((over = waitpid(child, &ended, source->stopped ? 0 : WNOHANG)) != 0) continue;
-        if (pause > 100000000) pause = 100000000;
-        nanosleep(&(struct timespec){ 0, pause }, NULL);
-        source->waited += 1e-9 * (double)pause;
-    }
-    children[worker] = 0;
-    return ended;
-}
-
-/* Runs one decoder to its end. A picture counts if there was no complaint; djpeg's status 2 stands
- * for warnings: like Pillow we take damaged pictures, but no half ones. SC_END: not a byte of one
- * was written; MACHINE_FAILED: it could not be started, without a word if it is not there. */
+/* Runs one decoder on a file to its end. An image counts if there was no complaint; djpeg's status 2
+ * stands for warnings: like Pillow we take damaged images, but not cut ones. SC_END: it failed
+ * without writing a byte; MACHINE_FAILED: it could not be started, without a message where it is
+ * not installed. */
 static int run_decoder(const char *command, int file, image_source *source, picture *result) {
-    char text[512], words[256] = "", *argument[sizeof text / 2 + 1] = { NULL }, *rest = NULL;
-    int end[4] = { -1, -1, -1, -1 };           /* stdout: read, write; stderr: read, write */
+    char text[512], words[256], *argument[sizeof text / 2 + 1] = { NULL }, *rest = NULL;
     int length = snprintf(text, sizeof text, "%s", command), count = 0;
-    size_t said = 0;
+    child_process child;
     for (char *word = strtok_r(text, " \t", &rest); word; word = strtok_r(NULL, " \t", &rest))
         argument[count++] = word;
     if (count == 0 || (size_t)length >= sizeof text) {
         fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
         return MACHINE_FAILED;
     }
-    int error = lseek(file, 0, SEEK_SET) != 0 ? errno : start_decoder(argument, file, end);
-    if (error && error != ENOENT && error != EACCES)
-        fail("%s: %s could not be started: %s", source->name, argument[0], strerror(error));
-    if (error) return MACHINE_FAILED;
-    *source = (image_source){ .name = source->name, .rgb = source->rgb, .fd = end[0],
-                              .capacity = source->capacity, .decoder = 1 };
-    int status = pnm_read(source, result), refused = status == SC_FAILED && !source->stopped;
-    while (next_byte(source) != EOF) {}        /* it may write more */
-    source->fd = end[2];
-    for (int c; (c = next_byte(source)) != EOF;)
-        if (said < sizeof words - 1) words[said++] = (char)c;
-    close(end[0]);
-    close(end[2]);
-    int ended = end_decoder(source);
-    if (source->stopped && !refused)
-        fail("%s: %s %s and was stopped, expected a picture in %g seconds and %zu bytes",
-             source->name, argument[0], source->stopped, decoder_seconds, decoder_bytes);
-    if (source->stopped) return stop_signal ? MACHINE_FAILED : SC_FAILED;
+    lseek(file, 0, SEEK_SET);
+    int error = start_child(&child, argument, file);
+    if (error) {
+        if (error != ENOENT && error != EACCES)
+            fail("%s: %s cannot be started: %s", source->name, argument[0], strerror(error));
+        return MACHINE_FAILED;
+    }
+    source->file = child.output;
+    int status = pnm_read(source, result);
+    int ended = end_child(&child, words, sizeof words);
     int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
     int warned = code == 2 && strstr(argument[0], "djpeg") && !strstr(words, "Premature end of");
     if (!killed && (code == 0 || warned) && status != SC_END) return status;
     if (!killed && code == 127 && status == SC_END && !*words) return MACHINE_FAILED;
-    const char *line = *words ? words + strspn(words, " \t\r\n") : "it said nothing";
-    fail("%s: %s ended with %s %d: %.*s", source->name, argument[0], killed ? "signal" : "status",
-         code, (int)strcspn(line, "\r\n"), line);
+    fail("%s: %s ended with %s %d: %s", source->name, argument[0], killed ? "signal" : "status",
+         code, *words ? words : "no message");
     return status == SC_END ? SC_END : SC_FAILED;
 }
 
-/* Reads a file's picture into source->rgb, which the caller frees. A format's decoders are tried in
- * turn: the next one if one is missing or has failed without a byte (some djpegs refuse CMYK). */
-static int read_picture(const char *path, image_source *source, picture *result) {
-    if (open_image(path, source) != SC_OK) return SC_FAILED;
-    int file = source->fd;
+/* Decodes an image that needs a program. The format's decoders are tried in turn: the next one if
+ * one is missing, or failed without writing a byte (some djpegs refuse CMYK). */
+static int decode_image(image_source *source, picture *result) {
     const image_format *format = source->format;
-    const char *own = getenv("SAECLIP_DECODER"), *command[] = { own ? own : format->decoder,
+    const char *own = getenv("SAECLIP_DECODER");
+    const char *command[] = { own ? own : format->decoder,
         "magick -[0] -alpha off -depth 8 ppm:-", "convert -[0] -alpha off -depth 8 ppm:-" };
-    int tries = !format->package ? 0 : own ? 1 : 3, now = MACHINE_FAILED, status = now;
-    if (tries == 0) status = pnm_read(source, result);
-    else if (own) fail("%s: SAECLIP_DECODER names '%s', which cannot be started", path, own);
-    else fail("%s: there is no program to decode %s; Debian's package %s has one", path,
-              format->name, format->package);
-    for (int i = 0; i < tries && now != SC_OK && now != SC_FAILED; i++) {
+    int tries = own ? 1 : 3, now = MACHINE_FAILED, status = MACHINE_FAILED;
+    int file = fileno(source->file);
+    if (own) fail("%s: cannot start '%s' (SAECLIP_DECODER)", source->name, own);
+    else fail("%s: a program that decodes %s is missing; Debian's package %s has one",
+              source->name, format->name, format->package);
+    for (int i = 0; i < tries && (now == MACHINE_FAILED || now == SC_END); i++) {
         if (command[i]) now = run_decoder(command[i], file, source, result);
         if (now != MACHINE_FAILED) status = now;
     }
-    close(file);
     return status == SC_END ? SC_FAILED : status;
 }
 
-/* --- Pillow's resize (src/libImaging/Resample.c): bicubic, a = -0.5, stretched by the scale if it
- * shrinks, weights of 22 bits, rows first, 8 bits in between; only what the crop keeps --- */
+/* Reads a file's image into source->rgb, which the caller frees. */
+static int read_picture(const char *path, image_source *source, picture *result) {
+    int status = open_image(path, source);
+    if (status != SC_OK) return SC_FAILED;
+    FILE *file = source->file;
+    if (source->format->package) status = decode_image(source, result);
+    else status = pnm_read(source, result);
+    fclose(file);
+    return status;
+}
 
-/* `from` pixels become from / scale: `count` from `first` on are kept, made without `skipped`. */
+/* --- Pillow's resize (src/libImaging/Resample.c): bicubic, a = -0.5, stretched by the scale when
+ * shrinking, weights of 22 bits, rows first, 8 bits in between; only what the crop keeps --- */
+
+/* `from` pixels become from / scale, of which `count` from `first` on are kept; the first `skipped`
+ * pixels are not there, since none of those kept needs them. */
 typedef struct { size_t from, skipped, count; uint64_t first; double scale, stretch; } resize_axis;
 
 /* Where the crop to `keep` of `from` pixels begins: torchvision rounds half to even. */
 static uint64_t crop_start(uint64_t from, uint64_t keep, int crop_hf) {
-    return (from - keep) / 2 + (!crop_hf && (from - keep) % 4 == 3);
+    uint64_t start = (from - keep) / 2;
+    if (!crop_hf && (from - keep) % 4 == 3) start++;
+    return start;
 }
 
 static double bicubic(double x) {
     x = fabs(x);
     if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
-    return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
+    if (x < 2) return (((x - 5) * x + 8) * x - 4) * -0.5;
+    return 0;
 }
 
-/* An axis of a picture whose shorter side becomes `side`, as the crop does. */
+/* An axis of an image whose shorter side becomes `side`, as the crop does. */
 static resize_axis make_axis(size_t from, size_t shorter, size_t side, int crop_hf) {
     uint64_t full = (uint64_t)side * from / shorter;
     double scale = (double)from / (double)full;
     return (resize_axis){ from, 0, side, crop_start(full, side, crop_hf), scale, fmax(scale, 1) };
 }
 
-/* Resamples the rows of `in` and turns the picture, so that the same again does its columns.
+/* The weights of output pixel i: weight[x - start] for input pixels from *start on. Returns how many
+ * they are. */
+static size_t resize_weights(const resize_axis *axis, size_t i, int32_t *weight, size_t *start) {
+    double support = 2 * axis->stretch, step = 1 / axis->stretch;
+    double centre = ((double)(axis->first + i) + 0.5) * axis->scale, total = 0;
+    double low = centre - support + 0.5, high = centre + support + 0.5;
+    size_t end = high > (double)axis->from ? axis->from : (size_t)high;
+    *start = low < 0 ? 0 : (size_t)low;
+    for (size_t x = *start; x < end; x++)
+        total += bicubic(((double)x - centre + 0.5) * step);
+    for (size_t x = *start; x < end; x++) {
+        double exact = bicubic(((double)x - centre + 0.5) * step);
+        exact = exact / (total != 0 ? total : 1) * (1 << WEIGHT_BITS);
+        weight[x - *start] = (int32_t)(exact + (exact < 0 ? -0.5 : 0.5));
+    }
+    return end - *start;
+}
+
+static unsigned char clip_to_8_bits(int32_t sum) {
+    if (sum < 0) return 0;
+    return (unsigned char)(sum >> WEIGHT_BITS > 255 ? 255 : sum >> WEIGHT_BITS);
+}
+
+/* Resamples the rows of `in` and transposes the image, so that the same again does its columns.
  * out: [axis.count, in.height, 3] */
 static int resample(const resize_axis *axis, const picture *in, unsigned char *out) {
-    double support = 2 * axis->stretch, step = 1 / axis->stretch;
-    int32_t *weight = new_array((size_t)ceil(support) * 2 + 1, sizeof *weight);
+    int32_t *weight = new_array((size_t)ceil(2 * axis->stretch) * 2 + 1, sizeof *weight);
     if (!weight) return SC_FAILED;
     for (size_t i = 0; i < axis->count; i++) {
-        double centre = ((double)(axis->first + i) + 0.5) * axis->scale, total = 0;
-        double low = centre - support + 0.5, high = centre + support + 0.5;
-        size_t start = low < 0 ? 0 : (size_t)low;
-        size_t end = high > (double)axis->from ? axis->from : (size_t)high;
-        for (size_t x = start; x < end; x++) total += bicubic(((double)x - centre + 0.5) * step);
-        for (size_t x = start; x < end; x++) {
-            double exact = bicubic(((double)x - centre + 0.5) * step) / (total != 0 ? total : 1);
-            exact *= 1 << WEIGHT_BITS;
-            weight[x - start] = (int32_t)(exact + (exact < 0 ? -0.5 : 0.5));
-        }
+        size_t start, terms = resize_weights(axis, i, weight, &start);
         for (size_t y = 0; y < in->height; y++) {
             const unsigned char *pixel = in->rgb + y * in->stride + (start - axis->skipped) * 3;
             int32_t half = 1 << (WEIGHT_BITS - 1), sum[3] = { half, half, half };
-            for (size_t t = 0; t < end - start; t++)
+            for (size_t t = 0; t < terms; t++) {
                 for (size_t c = 0; c < 3; c++) sum[c] += weight[t] * pixel[3 * t + c];
-            for (size_t c = 0; c < 3; c++) {
-                int32_t value = sum[c] < 0 ? 0 : sum[c] >> WEIGHT_BITS;
-                *out++ = (unsigned char)(value > 255 ? 255 : value);
             }
+            for (size_t c = 0; c < 3; c++) *out++ = clip_to_8_bits(sum[c]);
         }
     }
     free(weight);
@@ -4944,27 +5147,29 @@ static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsign
     resize_axis down = make_axis(from->height, shorter, side, crop_hf);
     double top = (double)down.first * down.scale - 2 * down.stretch;
     double end = (double)(down.first + side) * down.scale + 2 * down.stretch + 1;
-    down.skipped = top > 0 ? (size_t)top : 0;  /* a long picture has many rows that do not matter */
+    if (top > 0) down.skipped = (size_t)top;   /* a tall image has many rows that do not matter */
     size_t count = (size_t)fmin(end, (double)from->height) - down.skipped;
     picture rows = { from->width, count, from->stride, from->rgb + down.skipped * from->stride };
     unsigned char *turned = new_array(count, 3 * side);
-    int status = turned ? resample(&across, &rows, turned) : SC_FAILED;
-    if (status == SC_OK)
-        status = resample(&down, &(picture){ count, side, 3 * count, turned }, pixels);
+    if (!turned) return SC_FAILED;
+    int status = resample(&across, &rows, turned);
+    picture columns = { count, side, 3 * count, turned };
+    if (status == SC_OK) status = resample(&down, &columns, pixels);
     free(turned);
     return status;
 }
 
-/* A picture of any size to the model's: pixels [size, size, 3]. */
+/* An image of any size to the model's: pixels [size, size, 3]. */
 static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pixels) {
     size_t square = (size_t)prep->square, size = (size_t)prep->size;
     if (square == 0) return resize_and_crop(&from, size, prep->crop_hf, pixels);
     size_t side = from.width < from.height ? from.width : from.height;
-    from.rgb += crop_start(from.height, side, prep->crop_hf) * from.stride +
-                crop_start(from.width, side, prep->crop_hf) * 3;
+    from.rgb += crop_start(from.height, side, prep->crop_hf) * from.stride;
+    from.rgb += crop_start(from.width, side, prep->crop_hf) * 3;
     from.width = from.height = side;
     unsigned char *middle = new_array(square, 3 * square);
-    int status = middle ? resize_and_crop(&from, square, prep->crop_hf, middle) : SC_FAILED;
+    if (!middle) return SC_FAILED;
+    int status = resize_and_crop(&from, square, prep->crop_hf, middle);
     from = (picture){ square, square, 3 * square, middle };
     if (status == SC_OK) status = resize_and_crop(&from, size, prep->crop_hf, pixels);
     free(middle);
@@ -5006,13 +5211,14 @@ static const char *base_name(const char *path) {
     return slash ? slash + 1 : path;
 }
 
-/* A folder may end with a slash, or be "" where names are the current folder's. */
+/* folder may end with a slash, or be "" where names are the current folder's. */
 static int join_path(const char *folder, const char *name, char path[MAX_PATH]) {
     size_t end = strlen(folder);
     const char *slash = end > 0 && folder[end - 1] != '/' ? "/" : "";
     if (*name == '/') folder = slash = "";
     int length = snprintf(path, MAX_PATH, "%s%s%s", folder, slash, name);
-    return length < MAX_PATH ? SC_OK : fail("%s%s%s: the path is too long", folder, slash, name);
+    if (length < MAX_PATH) return SC_OK;
+    return fail("%s%s%s: the path is too long", folder, slash, name);
 }
 
 static int is_visible(const struct dirent *entry) { return entry->d_name[0] != '.'; }
@@ -5021,107 +5227,130 @@ static int by_entry(const struct dirent **a, const struct dirent **b) {
     return strcmp((*a)->d_name, (*b)->d_name);
 }
 
-/* Lists the files below a folder, and the classes: the folders at the top. A link to nowhere is a
- * file; one that leads up ends too deep. */
+/* Lists the files below a folder, and the classes: the folders at the top. A dangling link counts as
+ * a file; one that leads up soon lies too deep. */
 static int walk_folder(sc_images *set, const char *folder, int64_t label, int depth) {
     char path[MAX_PATH];
     struct stat about;
     struct dirent **entry;
-    if (depth > MAX_DEPTH) return fail("%s: lies more than %d deep", folder, MAX_DEPTH);
+    if (depth > MAX_DEPTH)
+        return fail("%s: lies too deep (expected at most %d folders)", folder, MAX_DEPTH);
     int entries = scandir(folder, &entry, is_visible, by_entry), status = SC_OK;
     if (entries < 0) return fail("%s: cannot be opened: %s", folder, strerror(errno));
     for (int i = 0; i < entries && status == SC_OK; i++) {
-        if ((status = join_path(folder, entry[i]->d_name, path)) != SC_OK) break;
-        int found = stat(path, &about) == 0, is_folder = found && S_ISDIR(about.st_mode);
-        if (!found || S_ISREG(about.st_mode))
+        status = join_path(folder, entry[i]->d_name, path);
+        if (status != SC_OK) break;
+        int found = stat(path, &about) == 0;
+        if (found && S_ISDIR(about.st_mode)) {
+            int64_t inside = label;
+            if (depth == 0) {
+                status = add_class(set, entry[i]->d_name);
+                inside = (int64_t)set->classes - 1;
+            }
+            if (status == SC_OK) status = walk_folder(set, path, inside, depth + 1);
+        } else if (!found || S_ISREG(about.st_mode)) {
             status = add_image(set, path + strlen(set->root), label);
-        if (is_folder && depth == 0) status = add_class(set, entry[i]->d_name);
-        if (is_folder && status == SC_OK)
-            status = walk_folder(set, path, depth ? label : (int64_t)set->classes - 1, depth + 1);
+        }
     }
     for (int i = 0; i < entries; i++) free(entry[i]);
     free(entry);
     return status;
 }
 
-/* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. What
- * cannot be opened counts as an image: its turn to be an error will come. */
-static int open_folder(sc_images *set, const char *folder) {
+/* Keeps the images among set's files that are in class folders, or with `loose` beside them; what
+ * cannot be opened is kept, and reported when it is read. Returns how many files were passed over. */
+static int keep_images(sc_images *set, int loose, size_t *kept, size_t *others) {
     char path[MAX_PATH];
-    size_t kept = 0;
+    *kept = *others = 0;
+    for (size_t i = 0; i < set->count && *kept < set->limit; i++) {
+        int status = SC_END;
+        if ((set->image[i].label < 0) == loose) {
+            SC_TRY(join_path(set->root, set->image[i].name, path));
+            status = open_image(path, NULL);
+        }
+        if (status == SC_END) ++*others;
+        else set->image[(*kept)++] = set->image[i];
+    }
+    return SC_OK;
+}
+
+/* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. */
+static int open_folder(sc_images *set, const char *folder) {
+    size_t kept, others;
     SC_TRY(walk_folder(set, folder, -1, 0));
     if (set->count) qsort(set->image, set->count, sizeof *set->image, by_name);
-    for (int loose = 0; loose < 2 && kept == 0; loose++) {
-        size_t others = 0;
-        if (loose) {
-            free(set->class_name);
-            set->class_name = NULL;
-            set->classes = 0;
-        }
-        for (size_t i = 0; i < set->count && kept < set->limit; i++) {
-            int status = (set->image[i].label < 0) != loose ? SC_END
-                       : join_path(set->root, set->image[i].name, path);
-            if (status == SC_OK) status = open_image(path, NULL);
-            if (status == SC_END) others++;
-            else set->image[kept++] = set->image[i];
-        }
-        if (kept > 0 && others > 0)
-            note("%s: %zu files passed over: not images, or beside class folders", folder, others);
+    SC_TRY(keep_images(set, 0, &kept, &others));
+    if (kept == 0) {
+        free(set->class_name);
+        set->class_name = NULL;
+        set->classes = 0;
+        SC_TRY(keep_images(set, 1, &kept, &others));
     }
     if (kept == 0)
-        return fail("%s: no image among the %zu files of this folder; FOLDER/<class>/<image> or "
-                    "FOLDER/<image> was expected", folder, set->count);
+        return fail("%s: no image among the %zu files of this folder (expected "
+                    "FOLDER/<class>/<image> or FOLDER/<image>)", folder, set->count);
+    if (others > 0)
+        note("%s: %zu files passed over: not images, or beside class folders", folder, others);
     set->count = kept;
     return SC_OK;
 }
 
-/* Lines "path" or "path<TAB>label"; a # begins a comment at a line's start or after a blank. */
+/* One line "path" or "path<TAB>label"; a # begins a comment at a line's start or after a blank. */
+static int read_line(sc_images *set, const char *list, size_t number, char *line) {
+    line += strspn(line, " \t\r\n");
+    char *end = line;
+    while (*end && !(*end == '#' && (end == line || is_blank(end[-1])))) end++;
+    while (end > line && is_blank(end[-1])) end--;
+    *end = '\0';
+    if (!*line) return SC_OK;
+    int64_t label = -1;
+    char *tab = strchr(line, '\t');
+    if (tab) {
+        label = (int64_t)strtoll(tab + 1, &end, 10);
+        *tab = '\0';
+        if (*end || end == tab + 1 || label < 0 || label >= SC_MAX_CLASSES)
+            return fail("%s: line %zu: invalid label (expected a whole number from 0 to %d)", list,
+                        number, SC_MAX_CLASSES - 1);
+    }
+    if (set->count > 0 && (set->image[0].label < 0) != (label < 0))
+        return fail("%s: line %zu: labels on some lines only (expected on all or none)", list,
+                    number);
+    return add_image(set, line, label);
+}
+
 static int open_list(sc_images *set, const char *path) {
-    char text[MAX_PATH + 64], *line, *end, *tab;
+    char text[MAX_PATH + 64];
     FILE *list = fopen(path, "r");
     if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
     int status = SC_OK;
-    for (size_t number = 1; status == SC_OK && set->count < set->limit &&
-                            fgets(text, sizeof text, list); number++) {
+    for (size_t number = 1; status == SC_OK && set->count < set->limit; number++) {
+        if (!fgets(text, sizeof text, list)) break;
         if (!strchr(text, '\n') && !feof(list))
             status = fail("%s: line %zu: too long, or with a byte 0", path, number);
-        end = line = text + strspn(text, " \t\r\n");
-        while (*end && !(*end == '#' && (end == line || is_blank(end[-1])))) end++;
-        while (end > line && is_blank(end[-1])) end--;
-        *end = '\0';
-        tab = strchr(line, '\t');
-        int64_t label = tab ? (int64_t)strtoll(tab + 1, &end, 10) : -1;
-        if (tab) *tab = '\0';
-        if (tab && (*end || end == tab + 1 || label < 0 || label >= SC_MAX_CLASSES))
-            status = fail("%s: line %zu: the label must be an integer from 0 to %d", path, number,
-                          SC_MAX_CLASSES - 1);
-        if (status != SC_OK || !*line) continue;
-        if (set->count > 0 && (set->image[0].label < 0) != (label < 0))
-            status = fail("%s: line %zu: expected labels on every line or on none", path, number);
-        else status = add_image(set, line, label);
+        else status = read_line(set, path, number, text);
     }
-    if (status == SC_OK && (ferror(list) || set->count == 0))
-        status = fail("%s: %s", path, ferror(list) ? "cannot be read" : "a list without an image");
+    if (status == SC_OK && ferror(list)) status = fail("%s: cannot be read", path);
+    if (status == SC_OK && set->count == 0) status = fail("%s: a list without an image", path);
     fclose(list);
     return status;
 }
 
-/* Adds the images that a file has, which may say their labels (I64 [count], from `least` on) and
- * then, in its metadata, the classes' names. name: [count], or NULL */
+/* Adds the images of a file, which may say their labels (I64 [count], from `least` on) and then, in
+ * its metadata, the names of the classes. name: [count], or NULL */
 static int add_images(sc_images *set, const sc_safetensors *file, size_t count, int64_t least,
                       char **name) {
     const sc_tensor *labels = sc_tensor_find(file, "labels");
     const char *classes = labels ? sc_metadata_find(file, "class_names") : NULL;
     int64_t label = -1;
     if (labels && (labels->dtype != SC_I64 || labels->rank != 1 || labels->count != count))
-        return fail("%s: a tensor labels I64 [%zu] was expected", file->path, count);
+        return fail("%s: tensor labels (expected I64 [%zu])", file->path, count);
     if (classes) SC_TRY(json_string_array(classes, file->path, &set->class_name, &set->classes));
     size_t most = classes ? set->classes : SC_MAX_CLASSES;
     for (size_t i = 0; i < count && i < set->limit; i++) {
         if (labels) SC_TRY(sc_tensor_integers(file, labels, i, 1, &label));
         if (labels && (label < least || label >= (int64_t)most))
-            return fail("%s: the label of image %zu is none of the %zu classes", file->path, i,
-                        most);
+            return fail("%s: image %zu: label %lld (expected one of %zu classes)", file->path, i,
+                        (long long)label, most);
         SC_TRY(add_image(set, name ? name[i] : "", label));
     }
     return SC_OK;
@@ -5134,33 +5363,20 @@ static int open_packed(sc_images *set, const char *path) {
     const char *file_names = sc_metadata_find(&set->packed, "file_names");
     if (!images || images->dtype != SC_U8 || images->rank != 4 || images->bytes == 0 ||
         images->shape[1] > MAX_PIXELS / images->shape[2] || images->shape[3] != 3)
-        return fail("%s: a tensor images U8 [N, H, W, 3], not empty nor huge, was expected", path);
+        return fail("%s: not a packed set (expected a tensor images U8 [N, H, W, 3])", path);
     size_t count = images->shape[0], names = count;
     char **name = NULL;
     if (file_names) SC_TRY(json_string_array(file_names, path, &name, &names));
-    int status = names == count ? add_images(set, &set->packed, count, 0, name)
-               : fail("%s: %zu file_names for %zu images", path, names, count);
+    int status;
+    if (names == count) status = add_images(set, &set->packed, count, 0, name);
+    else status = fail("%s: %zu file_names for %zu images", path, names, count);
     free(name);
     return status;
 }
 
 /* The digest is of N, classes, labels, and names below the root: moving or packing keeps it. */
-int sc_images_open(sc_images *set, const char *path, size_t limit) {
-    const char *suffix = strrchr(path, '.') ? strrchr(path, '.') : "";
-    struct stat about;
+static uint64_t images_digest(const sc_images *set) {
     digest64 digest = { 0 };
-    *set = (sc_images){ .limit = limit ? limit : SIZE_MAX };
-    if (strcmp(path, "-") == 0) set->count = SC_UNKNOWN;
-    if (set->count == SC_UNKNOWN) return SC_OK;
-    int folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
-    set->root = join_text(path, folder && *base_name(path) ? "/" : "");
-    if (set->root && !folder) set->root[base_name(path) - path] = '\0';
-    int status = !set->root ? SC_FAILED : folder ? open_folder(set, path)
-               : strcmp(suffix, ".txt") == 0 ? open_list(set, path)
-               : strcmp(suffix, ".safetensors") == 0 ? open_packed(set, path)
-               : open_image(path, NULL) == SC_OK ? add_image(set, base_name(path), -1) : SC_FAILED;
-    if (status != SC_OK) sc_images_close(set);
-    if (status != SC_OK) return SC_FAILED;
     digest64_number(&digest, set->count);
     digest64_number(&digest, set->class_name ? set->classes : 0);
     for (size_t c = 0; c < set->classes && set->class_name; c++)
@@ -5169,8 +5385,33 @@ int sc_images_open(sc_images *set, const char *path, size_t limit) {
         digest64_add(&digest, set->image[i].name, strlen(set->image[i].name) + 1);
         digest64_number(&digest, (uint64_t)set->image[i].label);
     }
-    set->digest = digest64_value(&digest);
-    return SC_OK;
+    return digest64_value(&digest);
+}
+
+int sc_images_open(sc_images *set, const char *path, size_t limit) {
+    const char *suffix = strrchr(path, '.');
+    struct stat about;
+    *set = (sc_images){ .limit = limit ? limit : SIZE_MAX };
+    int folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode), status;
+    set->root = join_text(path, folder && *base_name(path) ? "/" : "");
+    if (!set->root) return SC_FAILED;
+    if (!folder) set->root[base_name(path) - path] = '\0';
+    if (folder) {
+        status = open_folder(set, path);
+    } else if (suffix && strcmp(suffix, ".txt") == 0) {
+        status = open_list(set, path);
+    } else if (suffix && strcmp(suffix, ".safetensors") == 0) {
+        status = open_packed(set, path);
+    } else {
+        status = open_image(path, NULL);
+        if (status == SC_OK) status = add_image(set, base_name(path), -1);
+    }
+    if (status == SC_OK) {
+        set->digest = images_digest(set);
+        return SC_OK;
+    }
+    sc_images_close(set);
+    return SC_FAILED;
 }
 
 void sc_images_close(sc_images *set) {
@@ -5182,9 +5423,9 @@ void sc_images_close(sc_images *set) {
     *set = (sc_images){ 0 };
 }
 
-/* pixels: [S, S, 3] of image `index`, or of a stream's next */
-static int load_image(const sc_images *set, size_t index, image_source *stream,
-                      const sc_preprocess *prep, unsigned char *pixels) {
+/* pixels: [S, S, 3] of image `index` */
+static int load_image(const sc_images *set, size_t index, const sc_preprocess *prep,
+                      unsigned char *pixels) {
     image_source source = { 0 };
     picture found;
     char path[MAX_PATH];
@@ -5193,8 +5434,6 @@ static int load_image(const sc_images *set, size_t index, image_source *stream,
         const sc_tensor *images = sc_tensor_find(&set->packed, "images");
         size_t height = images->shape[1], width = images->shape[2];
         found = (picture){ width, height, 3 * width, images->data + index * height * width * 3 };
-    } else if (set->count == SC_UNKNOWN) {
-        status = pnm_read(stream, &found);
     } else {
         status = join_path(set->root, set->image[index].name, path);
         if (status == SC_OK) status = read_picture(path, &source, &found);
@@ -5206,15 +5445,17 @@ static int load_image(const sc_images *set, size_t index, image_source *stream,
 
 int sc_image_load(const sc_images *set, size_t index, const sc_preprocess *prep,
                   unsigned char *pixels) {
-    if (set->count == SC_UNKNOWN || index >= set->count)
-        return usage("image %zu of a set of %zu was asked for", index, set->count);
-    return load_image(set, index, NULL, prep, pixels) == SC_OK ? SC_OK : SC_FAILED;
+    if (index >= set->count)
+        return usage("image %zu (expected 0 to %zu)", index, set->count - 1);
+    return load_image(set, index, prep, pixels) == SC_OK ? SC_OK : SC_FAILED;
 }
 
 /* ============================================================================================
  * 16. Models' files
  *
- * Which file is which model: tensor names, sizes from shapes, settings from metadata.
+ * Which file is which model: the names of its tensors, sizes from their shapes, settings from the
+ * metadata. A file is the whole model and all of its vision tower is used, or it is refused: a
+ * tensor that has no place here belongs to a transformer that computes something else.
  * ============================================================================================ */
 
 enum { HUGGING_FACE, OPENAI, TIMM, NAMINGS };
@@ -5226,8 +5467,8 @@ static const char *const block_begins[] = { "encoder.layers.", "transformer.resb
 
 enum size { ONE, WIDTH, WIDTH3, HIDDEN, TOKENS, PIXELS, OUTPUTS };
 
-/* What a layer's tensors are called under the three namings (* stands for weight or bias, # for the
- * block, ? for q, k or v, and ~ for what the naming's names begin with), the weight's shape in the
+/* The names of a layer's tensors under the three namings (* stands for weight or bias, # for the
+ * block, ? for q, k or v, and ~ for the beginning of a naming's names), the weight's shape in the
  * file, and whether it is a matrix to multiply by. */
 static const struct {
     const char *name[NAMINGS];
@@ -5284,20 +5525,20 @@ static int read_layer_tensor(const sc_model *model, enum role role, size_t block
         int first = 0;
         spell_name(name, model->naming, role, block, bias, "qkv"[i]);
         const sc_tensor *tensor = sc_tensor_find(&model->file, name);
-        if (!tensor) return fail("%s: there is no tensor %s", path, name);
+        if (!tensor) return fail("%s: tensor %s is missing", path, name);
         if (rows != 0 && columns > SIZE_MAX / rows)
-            return fail("%s: tensor %s would be too large", path, name);
+            return fail("%s: tensor %s is too large", path, name);
         while (first < tensor->rank && tensor->shape[first] == 1 && rows != 1) first++;
         if (tensor->count != rows * columns || (rows > 1 && tensor->shape[first] != rows))
-            return fail("%s: tensor %s has %zu numbers where %zu x %zu were expected", path, name,
+            return fail("%s: tensor %s has %zu numbers (expected %zu x %zu)", path, name,
                         tensor->count, rows, columns);
         SC_TRY(sc_tensor_floats(&model->file, tensor, 0, tensor->count, out + i * rows * columns));
     }
     return SC_OK;
 }
 
-/* Reads a layer. A linear layer's weight lies [N, K] in the file, as PyTorch has it (OpenAI's
- * projection [K, N]), and is packed. */
+/* Reads a layer. A linear layer's weight is [N, K] in the file, as PyTorch has it (OpenAI's
+ * projection [K, N]), and is packed, except for Part I. */
 static int read_layer(const sc_model *model, enum role role, size_t block, int plain) {
     const size_t sizes[] = { 1, model->width, 3 * model->width, model->hidden, model->tokens,
                              3 * model->patch * model->patch, model->outputs };
@@ -5306,9 +5547,10 @@ static int read_layer(const sc_model *model, enum role role, size_t block, int p
     int has_bias = strchr(layers[role].name[model->naming], '*') != NULL;
     int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
     sc_layer *layer = &model->layer[block * ROLES + role];
-    if (!(layer->weight = new_array(N, padded(K) * sizeof(float)))) return SC_FAILED;
-    SC_TRY(read_layer_tensor(model, role, block, 0, swapped ? K : N, swapped ? N : K,
-                             layer->weight));
+    size_t rows = swapped ? K : N, columns = swapped ? N : K;
+    layer->weight = new_array(N, padded(K) * sizeof(float));
+    if (!layer->weight) return SC_FAILED;
+    SC_TRY(read_layer_tensor(model, role, block, 0, rows, columns, layer->weight));
     if (plain && swapped) {
         float *turned = new_array(N, K * sizeof *turned);
         if (!turned) return SC_FAILED;
@@ -5324,7 +5566,8 @@ static int read_layer(const sc_model *model, enum role role, size_t block, int p
         layer->weight = NULL;
     }
     if (!has_bias || (may_lack && !find_layer(model, role, block, 1))) return SC_OK;
-    if (!(layer->bias = new_array(padded(biases), sizeof(float)))) return SC_FAILED;
+    layer->bias = new_array(padded(biases), sizeof(float));
+    if (!layer->bias) return SC_FAILED;
     return read_layer_tensor(model, role, block, 1, 1, biases, layer->bias);
 }
 
@@ -5334,12 +5577,12 @@ static int load_block(void *context, size_t block) {
 }
 
 /* The final norm, the projection or classifier, and the class prompts' embeddings text_embeds
- * [C, P], rows to unit length: what images' embeddings are compared with. */
+ * [C, P], whose rows are brought to unit length: images' embeddings are compared with them. */
 static int load_head(sc_model *model) {
     const sc_tensor *head = find_layer(model, HEAD, 0, 0);
     const sc_tensor *text = sc_tensor_find(&model->file, "text_embeds");
     if (!head || head->rank != 2)
-        return fail("%s: this model has no head (%s [outputs, width] was expected)",
+        return fail("%s: no head (expected %s [outputs, width])",
                     model->file.path, layers[HEAD].name[model->naming]);
     size_t outputs = head->shape[model->naming == OPENAI ? 1 : 0], P = padded(outputs);
     model->outputs = model->classes = outputs;
@@ -5347,10 +5590,11 @@ static int load_head(sc_model *model) {
     SC_TRY(read_layer(model, HEAD, 0, 0));
     if (!text) return SC_OK;
     if (text->rank != 2 || text->shape[1] != outputs || text->shape[0] == 0)
-        return fail("%s: text_embeds should be [classes, %zu], the width of the projection",
+        return fail("%s: tensor text_embeds (expected [classes, %zu], the projection's width)",
                     model->file.path, outputs);
     model->classes = text->shape[0];
-    if (!(model->text = new_array(model->classes, P * sizeof *model->text))) return SC_FAILED;
+    model->text = new_array(model->classes, P * sizeof *model->text);
+    if (!model->text) return SC_FAILED;
     for (size_t c = 0; c < model->classes; c++) {
         float *row = model->text + c * P;
         SC_TRY(sc_tensor_floats(&model->file, text, c * outputs, outputs, row));
@@ -5359,22 +5603,39 @@ static int load_head(sc_model *model) {
     return SC_OK;
 }
 
-/* A block with tensors that the table does not name (LayerScale, norms of q and k) is another
- * model: computed without them, its numbers would be wrong. */
-static int check_block(const sc_model *model) {
-    char begin[NAME_LENGTH], name[NAME_LENGTH];
-    snprintf(begin, sizeof begin, "%s%s0.", name_begins[model->naming],
-             block_begins[model->naming]);
+/* Whether a tensor's name is in the table, for a block before `blocks`. */
+static int is_known(int naming, size_t blocks, const char *found) {
+    char name[NAME_LENGTH];
+    for (enum role role = CLASS_TOKEN; role < ROLES; role++) {
+        int in_blocks = role >= NORM1 && role <= FC2;
+        for (size_t block = 0; block < (in_blocks ? blocks : 1); block++) {
+            for (int i = 0; i < 6; i++) {                /* weight and bias; of q, k and v */
+                spell_name(name, naming, role, block, i % 2, "qkv"[i / 2]);
+                if (strcmp(name, found) == 0) return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+/* Every tensor of the vision tower must have a place: blocks without a gap, no LayerScale, register
+ * tokens, norms of q and k, and so on. A text tower, our text_embeds and the position numbers that
+ * Hugging Face saves are not the vision tower's. */
+static int check_tensors(const sc_model *model) {
+    char blocks[NAME_LENGTH];
+    const char *path = model->file.path, *tower = name_begins[model->naming];
+    snprintf(blocks, sizeof blocks, "%s%s", tower, block_begins[model->naming]);
     for (size_t t = 0; t < model->file.tensors; t++) {
         const char *found = model->file.tensor[t].name;
-        int known = strncmp(found, begin, strlen(begin)) != 0;
-        for (int i = 0; i < 6 * (FC2 + 1) && !known; i++) {
-            spell_name(name, model->naming, (enum role)(i / 6), 0, i % 2, "qkv"[i % 6 / 2]);
-            known = strcmp(name, found) == 0;
-        }
-        if (!known)
-            return fail("%s: tensor %.100s has no place in the transformers known here",
-                        model->file.path, found);
+        if (strncmp(found, tower, strlen(tower)) != 0 || strcmp(found, "text_embeds") == 0
+            || strcmp(found, "vision_model.embeddings.position_ids") == 0) continue;
+        if (strncmp(found, blocks, strlen(blocks)) == 0
+            && strtoul(found + strlen(blocks), NULL, 10) >= model->blocks)
+            return fail("%s: tensor %.100s, but block %zu is missing (expected blocks without a gap)",
+                        path, found, model->blocks);
+        if (!is_known(model->naming, model->blocks, found))
+            return fail("%s: tensor %.100s has no place in the transformers known here", path,
+                        found);
     }
     return SC_OK;
 }
@@ -5387,54 +5648,64 @@ static int measure_model(sc_model *model) {
     if (!patch || patch->rank != 4 || patch->shape[1] != 3 || patch->shape[2] != patch->shape[3]
         || patch->shape[2] == 0 || patch->shape[2] > 1024 || patch->shape[0] == 0
         || patch->shape[0] > SC_MAX_WIDTH)
-        return fail("%s: the patch embedding's weight should be [width, 3, patch, patch]", path);
+        return fail("%s: the patch embedding's weight (expected [width, 3, patch, patch])", path);
     size_t D = model->width = patch->shape[0];
     model->patch = patch->shape[2];
     if (!positions || positions->rank < 2 || positions->shape[positions->rank - 1] != D)
-        return fail("%s: the position embedding should be [tokens, %zu]", path, D);
+        return fail("%s: the position embedding (expected [tokens, %zu])", path, D);
     size_t T = model->tokens = positions->count / D;
     while ((model->grid + 1) * (model->grid + 1) < T) model->grid++;
     if (T < 2 || T > SC_MAX_TOKENS || model->grid * model->grid + 1 != T)
-        return fail("%s: %zu positions are not a class token and a square of patches", path, T);
+        return fail("%s: %zu positions (expected a class token and a square of patches)", path, T);
     if (!fc1 || fc1->rank != 2 || fc1->shape[1] != D || fc1->shape[0] > SC_MAX_WIDTH)
-        return fail("%s: the first layer of block 0's MLP should be [hidden, %zu]", path, D);
+        return fail("%s: the first layer of block 0's MLP (expected [hidden, %zu])", path, D);
     model->hidden = fc1->shape[0];
     size_t S = model->image_size = model->grid * model->patch;
-    if (S > MAX_PIXELS / S) return fail("%s: pictures of %zu x %zu are too large", path, S, S);
+    if (S > MAX_PIXELS / S) return fail("%s: images of %zu x %zu are too large", path, S, S);
     while (find_layer(model, NORM1, model->blocks, 0)) model->blocks++;
-    return model->blocks ? check_block(model) : fail("%s: the model has no blocks", path);
+    if (model->blocks == 0) return fail("%s: the model has no block 0", path);
+    return check_tensors(model);
 }
 
 enum setting { GELU, EPSILON, HEADS, MEAN, STD, SETTINGS };
 
-/* Takes a setting from its text; what: how errors name it. */
-static int apply_setting(sc_model *model, enum setting setting, const char *what, const char *text)
-{
+/* Takes a setting from its text; what: its name in errors. */
+static int apply_setting(sc_model *model, enum setting setting, const char *what,
+                         const char *text) {
+    float *triple = setting == MEAN ? model->mean : model->std;
     double number = 0;
-    if (setting == MEAN || setting == STD) {
-        float *value = setting == MEAN ? model->mean : model->std;
-        SC_TRY(parse_triple(text, what, value));
-        if (setting == STD && !(value[0] > 0 && value[1] > 0 && value[2] > 0))
-            return usage("%s: a deviation is not positive", what);
-    } else if (setting == EPSILON) {
+    int quick;
+    switch (setting) {
+    case EPSILON:
         SC_TRY(parse_number(text, what, 0, 1, &number));
         model->epsilon = (float)number;
-    } else if (setting == HEADS) {
+        return SC_OK;
+    case HEADS:
         SC_TRY(parse_number(text, what, 1, 1 << 20, &number));
         model->heads = (size_t)number;
-        if ((double)model->heads != number || model->width % model->heads != 0)
-            return usage("%s: width %zu cannot be split into %g heads", what, model->width, number);
-    } else {
-        int quick = strcmp(text, "quick_gelu") == 0 || strcmp(text, "quick") == 0;
+        if ((double)model->heads == number && model->width % model->heads == 0) return SC_OK;
+        return usage("%s: width %zu cannot be split into %g heads", what, model->width, number);
+    case GELU:
+        quick = strcmp(text, "quick_gelu") == 0 || strcmp(text, "quick") == 0;
         model->activation = quick ? QUICK_GELU : ERF_GELU;
-        if (!quick && strcmp(text, "gelu") != 0 && strcmp(text, "erf") != 0)
-            return usage("%s: '%s' is neither quick_gelu nor gelu", what, text);
+        if (quick || strcmp(text, "gelu") == 0 || strcmp(text, "erf") == 0) return SC_OK;
+        return usage("%s: invalid value '%s' (expected quick_gelu or gelu)", what, text);
+    default:
+        SC_TRY(parse_triple(text, what, triple));
+        if (setting == MEAN || (triple[0] > 0 && triple[1] > 0 && triple[2] > 0)) return SC_OK;
+        return usage("%s: invalid value '%s' (expected three numbers above 0)", what, text);
     }
-    return SC_OK;
 }
 
-/* What the tensors' shapes do not tell: an option, else the metadata, else what is usual. A bad
- * setting is the caller's fault if it is an option, else the file's. */
+/* The number of heads that published models of a width have; "" where none is known. */
+static void usual_heads(size_t width, char heads[24]) {
+    if (width == 1280 || width == 1408 || width == 1664) strcpy(heads, "16");
+    else if (width < 1280) snprintf(heads, 24, "%zu", width / 64);
+    else strcpy(heads, "");
+}
+
+/* The settings that the shapes do not tell: from an option, else the metadata, else the usual value.
+ * An invalid option is a usage error, an invalid value of the file the file's. */
 static int read_settings(sc_model *model, const sc_model_options *given) {
     int plain = model->naming == TIMM && !find_layer(model, PRE, 0, 0);
     char heads[24], assumed[256] = "", reason[sizeof error_text];
@@ -5444,7 +5715,7 @@ static int read_settings(sc_model *model, const sc_model_options *given) {
         { "--heads", given->heads, "num_attention_heads", heads },
         { "--mean", given->mean, "image_mean", "0.48145466,0.4578275,0.40821073" },
         { "--std", given->std, "image_std", "0.26862954,0.26130258,0.27577711" } };
-    snprintf(heads, sizeof heads, "%zu", model->width / 64);
+    usual_heads(model->width, heads);
     for (enum setting i = 0; i < SETTINGS; i++) {
         const char *key = settings[i].key, *saved = sc_metadata_find(&model->file, key);
         const char *text = saved ? saved : settings[i].usual;
@@ -5453,12 +5724,15 @@ static int read_settings(sc_model *model, const sc_model_options *given) {
             SC_TRY(apply_setting(model, i, settings[i].option, settings[i].given));
             continue;
         }
+        if (!*text)
+            return fail("%s: does not name its %s, and no published model has width %zu (expected "
+                        "%s)", model->file.path, key, model->width, settings[i].option);
         if (!saved) snprintf(assumed + used, sizeof assumed - used, ", %s %s", key, text);
         if (apply_setting(model, i, key, text) == SC_OK) continue;
         memcpy(reason, error_text, sizeof reason);
         return fail("%s: %s %s", model->file.path, saved ? "metadata" : "assumed", reason);
     }
-    if (*assumed) note("%s does not say, assumed: %s", model->file.path, assumed + 2);
+    if (*assumed) note("%s: not in the file, assumed: %s", model->file.path, assumed + 2);
     return SC_OK;
 }
 
@@ -5472,14 +5746,39 @@ static int naming_of(const sc_safetensors *file) {
     return NAMINGS;
 }
 
+/* Says why a file is not a model: one of several shards, or names behind a prefix. */
+static int refuse_names(const sc_safetensors *file) {
+    static const char *const begins[] = { "module.", "model.", "visual.trunk.", "trunk." };
+    for (size_t t = 0; t < file->tensors; t++) {
+        for (size_t i = 0; i < COUNT(begins); i++) {
+            const char *name = file->tensor[t].name;
+            if (strncmp(name, begins[i], strlen(begins[i])) == 0)
+                return fail("%s: tensor names begin with '%s' (expected without: python3 "
+                            "weights/convert.py IN OUT %s cuts it)", file->path, begins[i],
+                            begins[i]);
+        }
+    }
+    return fail("%s: not a vision transformer under Hugging Face's, OpenAI's or timm's names "
+                "(expected a tensor visual.class_embedding or the like)", file->path);
+}
+
+/* A shard is named NAME-00001-of-00002.safetensors. */
+static int check_shards(const char *path) {
+    const char *of = strstr(base_name(path), "-of-");
+    if (!of || strtoul(of + 4, NULL, 10) < 2 || !isdigit((unsigned char)of[-1])) return SC_OK;
+    return fail("%s: one of several shards of a model (expected all of it in one file: load it with "
+                "its library and save it with max_shard_size=\"100GB\")", path);
+}
+
 int sc_model_open(sc_model *model, const char *path, const sc_model_options *given) {
     static const sc_model_options none = { 0 };
     *model = (sc_model){ 0 };
+    SC_TRY(check_shards(path));
     SC_TRY(sc_safetensors_open(&model->file, path));
     model->naming = naming_of(&model->file);
-    int status = model->naming < NAMINGS ? measure_model(model)
-        : fail("%s: this is no vision transformer under Hugging Face's, OpenAI's or timm's names "
-               "(a tensor visual.class_embedding or the like was expected)", path);
+    int status = SC_OK;
+    if (model->naming == NAMINGS) status = refuse_names(&model->file);
+    if (status == SC_OK) status = measure_model(model);
     if (status == SC_OK) status = read_settings(model, given ? given : &none);
     if (status != SC_OK) sc_model_close(model);
     return status;
@@ -5546,24 +5845,23 @@ void sc_model_close(sc_model *model) {
     *model = (sc_model){ 0 };
 }
 
-/* A hook point by its name. */
 static const char *const hook_names[] = { "attn", "mlp", "resid" };
 
 static int parse_hook(const char *text, sc_hook *hook) {
     for (*hook = SC_ATTN; *hook <= SC_RESID; ++*hook)
         if (strcmp(text, hook_names[*hook]) == 0) return SC_OK;
-    return usage("hook '%s' is none of attn, mlp, resid", text);
+    return usage("hook point '%s' (expected attn, mlp or resid)", text);
 }
 
 /* ============================================================================================
  * 17. SAEs' files
  *
- * The tensors of an SAE, in and out, and where it listens.
+ * The tensors of an SAE, and of a training's state, in and out by one table; the metadata.
  * ============================================================================================ */
 
 static const char *const architecture_names[] = { "standard", "topk" };
 
-/* Better to fail now than when the work is done. */
+/* Opens the output and discards it: better to fail now than when the work is done. */
 static int try_output(const char *path) {
     sc_writer w;
     SC_TRY(sc_writer_open(&w, path, 0));
@@ -5571,14 +5869,46 @@ static int try_output(const char *path) {
     return SC_OK;
 }
 
-/* A tensor by its shape in files, a vector (rank 1) having one row, and by where its element [r, c]
- * lies in memory: values[r * down + c * across]. */
+/* A tensor by its shape in files (a vector, of rank 1, has one row) and by the place of its element
+ * [r, c] in memory: values[r * down + c * across]. */
 typedef struct {
     const char *name;
     float *values;
     int rank;
     size_t rows, columns, down, across;
 } float_tensor;
+
+enum { SAE_TENSORS = 4, STATE_TENSORS = 12 };
+
+/* The tensors of an SAE and, where there is a trainer, of Adam: list [STATE_TENSORS]. W_enc is
+ * [D, n] in files and latent by latent in memory. Returns how many they are. */
+static size_t list_tensors(const sc_sae *sae, const sc_trainer *t, float_tensor *list) {
+    static const sc_trainer none;
+    size_t n = sae->d_sae, D = sae->d_in, row = sae->stride;
+    int with_adam = t != NULL;
+    if (!t) t = &none;
+    const float_tensor all[STATE_TENSORS] = {
+        { "W_enc", sae->W_enc, 2, D, n, 1, row }, { "b_enc", sae->b_enc, 1, 1, n, 0, 1 },
+        { "W_dec", sae->W_dec, 2, n, D, row, 1 }, { "b_dec", sae->b_dec, 1, 1, D, 0, 1 },
+        { "W_enc_m", t->W_enc.m, 2, n, D, row, 1 }, { "W_enc_v", t->W_enc.v, 2, n, D, row, 1 },
+        { "W_dec_m", t->W_dec.m, 2, n, D, row, 1 }, { "W_dec_v", t->W_dec.v, 2, n, D, row, 1 },
+        { "b_enc_m", t->b_enc.m, 1, 1, n, 0, 1 }, { "b_enc_v", t->b_enc.v, 1, 1, n, 0, 1 },
+        { "b_dec_m", t->b_dec.m, 1, 1, D, 0, 1 }, { "b_dec_v", t->b_dec.v, 1, 1, D, 0, 1 } };
+    memcpy(list, all, sizeof all);
+    return with_adam ? STATE_TENSORS : SAE_TENSORS;
+}
+
+/* Copies some rows of a tensor between memory and `rows`: [height, columns], as in the file. */
+static void copy_rows(const float_tensor *t, size_t first, size_t height, float *rows, int out) {
+    for (size_t c = 0; c < t->columns; c++) {
+        for (size_t i = 0; i < height; i++) {
+            float *here = t->values + (first + i) * t->down + c * t->across;
+            float *there = rows + i * t->columns + c;
+            if (out) *there = *here;
+            else *here = *there;
+        }
+    }
+}
 
 /* Writes a tensor or, where there is no writer, reads it from a file, some rows at a time. Adds it
  * to a digest, if there is one. */
@@ -5590,21 +5920,19 @@ static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_wri
     if (w) SC_TRY(sc_writer_tensor(w, t->name, SC_F32, t->rank, shape + 2 - t->rank));
     else if (!source || source->rank == 0 || source->count != t->rows * t->columns
              || source->shape[source->rank - 1] != t->columns)
-        return fail("%s: a tensor %s of %zu x %zu was expected", file->path, t->name, t->rows,
-                    t->columns);
+        return fail("%s: missing or of another shape: tensor %s (expected %zu x %zu)", file->path,
+                    t->name, t->rows, t->columns);
     float *some = new_array(t->columns, ROWS * sizeof *some);
     int status = some ? SC_OK : SC_FAILED;
     for (size_t r = 0; r < t->rows && status == SC_OK; r += ROWS) {
         size_t height = t->rows - r < ROWS ? t->rows - r : ROWS, count = height * t->columns;
-        if (!w) status = sc_tensor_floats(file, source, r * t->columns, count, some);
-        for (size_t c = 0; c < t->columns; c++)
-            for (size_t i = 0; i < height; i++) {
-                float *here = t->values + (r + i) * t->down + c * t->across;
-                float *there = some + i * t->columns + c;
-                if (w) *there = *here;
-                else *here = *there;
-            }
-        if (w) status = sc_writer_floats(w, some, count);
+        if (w) {
+            copy_rows(t, r, height, some, 1);
+            status = sc_writer_floats(w, some, count);
+        } else {
+            status = sc_tensor_floats(file, source, r * t->columns, count, some);
+            if (status == SC_OK) copy_rows(t, r, height, some, 0);
+        }
         for (size_t i = 0; digest && i < count; i++)
             digest64_number(digest, bits_of_float(some[i]));
     }
@@ -5612,13 +5940,12 @@ static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_wri
     return status;
 }
 
-/* An SAE's tensors, each latent by latent in memory, W_enc too. */
-static int move_sae(const sc_sae *sae, const sc_safetensors *file, sc_writer *w, digest64 *digest) {
-    size_t n = sae->d_sae, D = sae->d_in, stride = sae->stride;
-    const float_tensor tensors[] = {
-        { "W_enc", sae->W_enc, 2, D, n, 1, stride }, { "b_enc", sae->b_enc, 1, 1, n, 0, 1 },
-        { "W_dec", sae->W_dec, 2, n, D, stride, 1 }, { "b_dec", sae->b_dec, 1, 1, D, 0, 1 } };
-    for (size_t i = 0; i < COUNT(tensors); i++) SC_TRY(move_tensor(&tensors[i], file, w, digest));
+/* An SAE's tensors, and with a trainer Adam's too. */
+static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safetensors *file,
+                        sc_writer *w, digest64 *digest) {
+    float_tensor list[STATE_TENSORS];
+    size_t count = list_tensors(sae, t, list);
+    for (size_t i = 0; i < count; i++) SC_TRY(move_tensor(&list[i], file, w, digest));
     return SC_OK;
 }
 
@@ -5631,7 +5958,7 @@ static int write_sae(sc_writer *w, void *context) {
     if (sae->layer) SC_TRY(put_metadata(w, "layer", "%zu", sae->layer));
     if (sae->hook >= 0) SC_TRY(sc_writer_metadata(w, "hook", hook_names[sae->hook]));
     if (sae->model) SC_TRY(sc_writer_metadata(w, "model", sae->model));
-    return move_sae(sae, NULL, w, NULL);
+    return move_tensors(sae, NULL, NULL, w, NULL);
 }
 
 int sc_sae_save(const sc_sae *sae, const char *path) {
@@ -5640,51 +5967,62 @@ int sc_sae_save(const sc_sae *sae, const char *path) {
     return save_tensors(path, 4096, write_sae, &copy);
 }
 
-/* A whole number from 1 on in the metadata; absent leaves *value. */
-static int metadata_number(const sc_safetensors *file, const char *key, double most, size_t *value)
-{
+/* A whole number from 1 on in the metadata; where it is absent *value stays. */
+static int metadata_number(const sc_safetensors *file, const char *key, double most,
+                           size_t *value) {
     const char *text = sc_metadata_find(file, key);
     double number = 0;
     if (!text) return SC_OK;
     if (parse_number(text, key, 1, most, &number) != SC_OK || number != floor(number))
-        return fail("%s: metadata %s = '%s' is no whole number from 1 to %g", file->path, key, text,
-                    most);
+        return fail("%s: metadata %s = '%s' (expected a whole number from 1 to %g)", file->path,
+                    key, text, most);
     *value = (size_t)number;
     return SC_OK;
 }
 
-/* Where activations come from, where that is not known yet: an SAE's metadata and those of saved
- * activations say it in the same words. */
+/* Where activations come from, as far as the SAE does not know it yet: SAEs and saved activations
+ * say it in the same words. */
 static int read_origin(sc_sae *sae, const sc_safetensors *file) {
     const char *hook = sc_metadata_find(file, "hook"), *model = sc_metadata_find(file, "model");
     sc_hook found = SC_MLP;
     if (!sae->layer) SC_TRY(metadata_number(file, "layer", 1e6, &sae->layer));
-    if (hook && sae->hook < 0 && parse_hook(hook, &found) != SC_OK)
-        return fail("%s: metadata hook = '%s' is none of attn, mlp, resid", file->path, hook);
-    if (hook && sae->hook < 0) sae->hook = (int)found;
+    if (hook && sae->hook < 0) {
+        if (parse_hook(hook, &found) != SC_OK)
+            return fail("%s: metadata hook = '%s' (expected attn, mlp or resid)", file->path, hook);
+        sae->hook = (int)found;
+    }
     if (!model || sae->model) return SC_OK;
     sae->model = copy_string(base_name(model));
     return sae->model ? SC_OK : SC_FAILED;
 }
 
+/* A file with k and no architecture is a TopK SAE. */
+static int read_architecture(sc_sae *sae, const sc_safetensors *file) {
+    const char *architecture = sc_metadata_find(file, "architecture");
+    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
+    sae->topk = sae->k > 0;
+    if (!architecture) return SC_OK;
+    sae->topk = strcmp(architecture, "topk") == 0;
+    if (sae->topk || strcmp(architecture, "standard") == 0) return SC_OK;
+    return fail("%s: architecture '%s' (expected standard or topk)", file->path, architecture);
+}
+
 static int read_sae(sc_sae *sae, const sc_safetensors *file) {
     const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
-    const char *architecture = sc_metadata_find(file, "architecture");
     const char *start = sc_metadata_find(file, "b_dec_start");
     if (!encoder || encoder->rank != 2 || encoder->count == 0)
-        return fail("%s: this is no SAE: a tensor W_enc [d_in, d_sae] was expected", file->path);
+        return fail("%s: not an SAE (expected a tensor W_enc [d_in, d_sae])", file->path);
     if (sc_tensor_find(file, "threshold") || sc_tensor_find(file, "log_threshold"))
-        return fail("%s: a JumpReLU SAE (tensor threshold), expected standard or topk", file->path);
+        return fail("%s: a JumpReLU SAE, with tensor threshold (expected standard or topk)",
+                    file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
-    SC_TRY(move_sae(sae, file, NULL, NULL));
-    sae->topk = architecture && strcmp(architecture, architecture_names[1]) == 0;
-    if (architecture && strcmp(architecture, architecture_names[sae->topk]) != 0)
-        return fail("%s: architecture '%s' is neither standard nor topk", file->path, architecture);
-    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
+    SC_TRY(move_tensors(sae, NULL, file, NULL, NULL));
+    SC_TRY(read_architecture(sae, file));
     SC_TRY(read_origin(sae, file));
-    if (!(sae->path = copy_string(file->path))) return SC_FAILED;
-    if (start && !(sae->b_dec_start = copy_string(start))) return SC_FAILED;
-    return SC_OK;
+    sae->path = copy_string(file->path);
+    if (!sae->path) return SC_FAILED;
+    if (start) sae->b_dec_start = copy_string(start);
+    return start && !sae->b_dec_start ? SC_FAILED : SC_OK;
 }
 
 int sc_sae_open(sc_sae *sae, const char *path) {
@@ -5697,55 +6035,66 @@ int sc_sae_open(sc_sae *sae, const char *path) {
     return status;
 }
 
+/* A digest of what an SAE computes, so that statistics are not taken for another SAE's. */
+static uint64_t sae_digest(const sc_sae *sae) {
+    digest64 d = { 0 };
+    const uint64_t numbers[] = { sae->d_in, sae->d_sae, (uint64_t)sae->topk,
+                                 sae->topk ? sae->k : 0 };
+    for (size_t i = 0; i < COUNT(numbers); i++) digest64_number(&d, numbers[i]);
+    for (size_t j = 0; j < sae->d_sae; j++) digest64_number(&d, bits_of_float(sae->b_enc[j]));
+    for (size_t i = 0; i < sae->d_in; i++) digest64_number(&d, bits_of_float(sae->b_dec[i]));
+    for (size_t j = 0; j < sae->d_sae; j++) {
+        for (size_t i = 0; i < sae->d_in; i++) {
+            uint64_t encoder = bits_of_float(sae->W_enc[j * sae->stride + i]);
+            digest64_number(&d, encoder << 32 | bits_of_float(sae->W_dec[j * sae->stride + i]));
+        }
+    }
+    return digest64_value(&d);
+}
+
 /* ============================================================================================
  * 18. Activations
  *
- * One stream of activations for training and measuring, image by image: read from a file that
- * `extract` wrote, or computed from photos as they are read. Several hook points share one pass.
+ * One source of activations for training and measuring, batch by batch: read from a file that
+ * `extract` wrote, or computed from images as they are read. Several hook points share one pass.
  * ============================================================================================ */
 
-/* The image of draw 0, 1, ...; SC_OK, or SC_END when there are no more. */
+/* Sets the image of draw 0, 1, ...; SC_OK, or SC_END when there are no more. */
 typedef int draw_function(void *context, size_t draw, size_t *image);
 
 typedef struct {
-    size_t T, D, stride;             /* tokens an image, width, width padded */
-    size_t grid;                     /* patches a side, 0 where the tokens are no grid */
+    size_t T, D, stride;             /* tokens per image, width, width padded to 16 */
+    size_t grid;                     /* patches per side, 0 where the tokens are not a grid */
     size_t first_patch;              /* 1 where token 0 is the class token */
     size_t taps;
     sc_tap tap[SC_MAX_TAPS];         /* hook points; out: [room, T, stride] */
-    size_t *image, *draw;            /* [ahead], their indices in the data set and in the order */
-    int64_t *label;                  /* [ahead], -1 without */
-    unsigned char *pixels;           /* [ahead, S, S, 3] */
-    float *logits;                   /* [room, classes], where asked for */
-    size_t count;                    /* images in the batch at hand: the first in the arrays */
-    size_t computed, loaded, ahead;  /* so many have activations; are there; may be there */
-    size_t used;                     /* images of the batches before */
-    size_t drawn, bad;               /* draws that were loaded; images named as bad */
-    array_spec array[5 + SC_MAX_TAPS];           /* all of the above arrays, a row an image */
-    size_t arrays;
+    size_t *image, *draw;            /* [room], indices in the data set and in the order */
+    int64_t *label;                  /* [room], -1 without */
+    unsigned char *pixels;           /* [room, S, S, 3] */
+    float *logits;                   /* [room, classes], where they are asked for */
+    size_t count;                    /* images in the current batch */
+    size_t used;                     /* images in the batches before it */
+    size_t drawn, bad;               /* the next draw; images passed over as bad */
     memory_list memory;
     int is_file, skip_bad;
-    sc_safetensors file;             /* activations, where is_file */
+    sc_safetensors file;             /* saved activations, where is_file */
     const sc_tensor *activations;
-    sc_images set;                   /* photos; of a file the labels alone */
+    sc_images set;                   /* the images; of saved activations only their labels */
     sc_model model;
     sc_preprocess preprocess;
-    image_source stream;             /* standard input */
     draw_function *order;
     void *order_context;
 } feed;
 
 enum {
-    FORWARD_IMAGES = 16,             /* images a forward pass takes at once */
-    MEASURE_IMAGES = 16              /* images a batch, where nobody asks for a size */
+    FORWARD_IMAGES = 16,             /* images in one forward pass */
+    MEASURE_IMAGES = 16              /* images in a batch, except in training */
 };
 
-/* What an image is called in messages and tables. */
-static const char *image_name(const feed *f, size_t image) {
-    return f->set.count == SC_UNKNOWN ? "" : f->set.image[image].name;
-}
+/* What messages and tables call an image. */
+static const char *image_name(const feed *f, size_t image) { return f->set.image[image].name; }
 
-/* Adds to an error the image and token at fault; token: of the batch at hand. */
+/* Adds to an error the image and token at fault; token: in the current batch. */
 static int blame_token(const feed *f, size_t token) {
     char reason[sizeof error_text];
     size_t image = f->image[token / f->T];
@@ -5755,7 +6104,7 @@ static int blame_token(const feed *f, size_t token) {
                 reason);
 }
 
-/* A file that does not say of which data set it is has a digest of its labels. */
+/* A file that does not name its data set gets the digest of its labels. */
 static int open_activations(feed *f, const options *o) {
     SC_TRY(sc_safetensors_open(&f->file, o->acts));
     const sc_tensor *a = f->activations = sc_tensor_find(&f->file, "activations");
@@ -5763,14 +6112,15 @@ static int open_activations(feed *f, const options *o) {
     const char *digest = sc_metadata_find(&f->file, "data_digest");
     digest64 labels = { 0 };
     if (!a || a->rank != 3 || a->count == 0)
-        return fail("%s: a tensor activations [images, tokens, width] was expected", o->acts);
+        return fail("%s: not saved activations (expected a tensor activations [images, tokens, "
+                    "width])", o->acts);
     f->is_file = 1;
     f->T = a->shape[1];
     f->D = a->shape[2];
     f->first_patch = !tokens || strcmp(tokens, "patches") != 0;  /* of "cls" no token is a patch */
     f->set.limit = SIZE_MAX;
     SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1, NULL));
-    for (size_t i = 0; i < f->set.count && !digest; i++)
+    for (size_t i = 0; i < f->set.count; i++)
         digest64_number(&labels, (uint64_t)f->set.image[i].label);
     f->set.digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : digest64_value(&labels);
     if (o->limit && (size_t)o->limit < f->set.count) {
@@ -5780,152 +6130,152 @@ static int open_activations(feed *f, const options *o) {
     return SC_OK;
 }
 
-/* Images as a model, or a packed set, of pictures of `side` wants them. */
+/* Images, to be preprocessed to side x side pixels. */
 static int open_photos(feed *f, const options *o, size_t side) {
     f->preprocess = (sc_preprocess){ .size = (int)side, .square = (int)o->square,
                                      .crop_hf = strcmp(o->crop, "hf") == 0 };
-    SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
-    f->stream = (image_source){ .name = "standard input" };
-    f->skip_bad = o->skip_bad && f->set.count != SC_UNKNOWN;
-    return SC_OK;
+    f->skip_bad = o->skip_bad;
+    return sc_images_open(&f->set, o->operand[0], (size_t)o->limit);
 }
 
 /* Opens DATA: saved activations (--acts), or images through a model. */
 static int open_feed(feed *f, const options *o) {
     *f = (feed){ 0 };
-    if (o->acts && !o->operand[0]) SC_TRY(open_activations(f, o));
-    else if (o->operand[0] && o->model) {
+    if (o->acts && !o->operand[0]) {
+        SC_TRY(open_activations(f, o));
+    } else if (o->operand[0] && o->model) {
         SC_TRY(sc_model_open(&f->model, o->model, &o->settings));
         f->T = f->model.tokens;
         f->D = f->model.width;
         f->first_patch = 1;
         SC_TRY(open_photos(f, o, f->model.image_size));
-    } else return usage("no data: give --acts FILE, or -m MODEL and IMAGES");
+    } else {
+        return usage("no data (expected --acts FILE, or -m MODEL and IMAGES)");
+    }
     f->stride = padded(f->D);
     if (f->D > SC_MAX_WIDTH || f->T > SC_MAX_TOKENS || f->T > SIZE_MAX / sizeof(float) / f->stride)
         return fail("%s: activations of %zu tokens x %zu are too large",
                     f->is_file ? f->file.path : f->model.file.path, f->T, f->D);
-    while ((f->grid + 1) * (f->grid + 1) <= f->T - f->first_patch) f->grid++;
-    if (f->grid * f->grid != f->T - f->first_patch) f->grid = 0;
+    size_t patches = f->T - f->first_patch;
+    while ((f->grid + 1) * (f->grid + 1) <= patches) f->grid++;
+    if (f->grid * f->grid != patches) f->grid = 0;
     return SC_OK;
 }
 
-/* Asks for a hook point; layer -1 is the last. Returns its place among the taps in *place. Saved
- * activations have one, wherever it is (layer 0: not known). */
+/* Asks for a hook point; layer -1 is the last. *place: its place among the taps. Saved activations
+ * have one hook point, wherever it is (layer 0: not known). */
 static int add_tap(feed *f, long layer, sc_hook hook, size_t *place) {
     long blocks = (long)f->model.blocks;
     if (!f->is_file && (layer == 0 || layer > blocks || -layer > blocks))
-        return fail("%s: layer %ld of %ld: 1 to %ld or -1 to -%ld was expected", f->model.file.path,
-                    layer, blocks, blocks, blocks);
+        return fail("%s: layer %ld (expected 1 to %ld, or -1 to -%ld)", f->model.file.path, layer,
+                    blocks, blocks);
     sc_tap tap = { .hook = hook, .stride = f->stride };
-    tap.layer = layer > 0 ? (size_t)layer : f->is_file ? 0 : (size_t)(blocks + 1 + layer);
-    for (*place = 0; *place < f->taps; ++*place)
-        if (f->is_file || (f->tap[*place].layer == tap.layer && f->tap[*place].hook == hook))
-            return SC_OK;
+    if (layer > 0) tap.layer = (size_t)layer;
+    else if (!f->is_file) tap.layer = (size_t)(blocks + 1 + layer);
+    for (*place = 0; *place < f->taps; ++*place) {
+        const sc_tap *there = &f->tap[*place];
+        if (f->is_file || (there->layer == tap.layer && there->hook == hook)) return SC_OK;
+    }
     f->tap[f->taps++] = tap;                     /* there are no more SAEs than room for taps */
     return SC_OK;
 }
 
-/* Starts handing out batches of up to `room` images, in the order given (NULL: first to last; a
- * stream has no other). Pictures are loaded ahead, so that every thread can decode some. */
+/* Prepares batches of up to `room` images, in an order (NULL: first to last). */
 static int start_feed(feed *f, size_t room, draw_function *order, void *context, int with_logits) {
-    size_t S = (size_t)f->preprocess.size, many = 4 * (size_t)thread_count(), deepest = 0;
-    int stream = f->set.count == SC_UNKNOWN;
+    size_t S = (size_t)f->preprocess.size, deepest = 0;
     for (size_t i = 0; i < f->taps; i++)
         if (f->tap[i].layer > deepest) deepest = f->tap[i].layer;
-    if (f->model.blocks)
-        SC_TRY(sc_model_load(&f->model, with_logits ? f->model.blocks : deepest, with_logits));
-    f->order = stream ? NULL : order;
+    if (with_logits) deepest = f->model.blocks;
+    if (f->model.blocks) SC_TRY(sc_model_load(&f->model, deepest, with_logits));
+    f->order = order;
     f->order_context = context;
-    f->ahead = f->is_file || stream || room > many ? room : many;
-    const array_spec images[] = {
-        ARRAY(f->image, f->ahead, 1), ARRAY(f->draw, f->ahead, 1), ARRAY(f->label, f->ahead, 1),
-        ARRAY(f->pixels, f->ahead, S * S * 3) };
-    memcpy(f->array, images, sizeof images);
-    f->arrays = COUNT(images);
-    for (size_t i = 0; i < f->taps; i++)
-        f->array[f->arrays++] = (array_spec)ARRAY(f->tap[i].out, room, f->T * f->stride);
-    if (with_logits) f->array[f->arrays++] = (array_spec)ARRAY(f->logits, room, f->model.classes);
-    return new_arrays(&f->memory, f->array, f->arrays);
+    const array_spec arrays[] = {
+        ARRAY(f->image, room, 1), ARRAY(f->draw, room, 1), ARRAY(f->label, room, 1),
+        ARRAY(f->pixels, room, S * S * 3) };
+    SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
+    for (size_t i = 0; i < f->taps; i++) {
+        const array_spec out = ARRAY(f->tap[i].out, room, f->T * f->stride);
+        SC_TRY(new_arrays(&f->memory, &out, 1));
+    }
+    if (!with_logits) return SC_OK;
+    return allocate(&f->memory, &f->logits, room, f->model.classes * sizeof *f->logits);
 }
 
+/* Reads the image in slot f->count + task: its pixels, or its saved activations. */
 static int load_task(void *context, size_t task) {
     feed *f = context;
-    size_t i = f->loaded + task, image = f->image[i], S = (size_t)f->preprocess.size;
-    f->label[i] = f->set.count == SC_UNKNOWN ? -1 : f->set.image[image].label;
-    if (!f->is_file)
-        return load_image(&f->set, image, &f->stream, &f->preprocess, f->pixels + i * S * S * 3);
-    for (size_t t = 0; t < f->T; t++)
-        if (sc_tensor_floats(&f->file, f->activations, (image * f->T + t) * f->D, f->D,
-                             f->tap[0].out + (i * f->T + t) * f->stride) != SC_OK)
+    size_t i = f->count + task, image = f->image[i], S = (size_t)f->preprocess.size;
+    f->label[i] = f->set.image[image].label;
+    if (!f->is_file) return load_image(&f->set, image, &f->preprocess, f->pixels + i * S * S * 3);
+    for (size_t t = 0; t < f->T; t++) {
+        size_t first = (image * f->T + t) * f->D;
+        float *out = f->tap[0].out + (i * f->T + t) * f->stride;
+        if (sc_tensor_floats(&f->file, f->activations, first, f->D, out) != SC_OK)
             return blame_token(f, i * f->T + t);
+    }
     return SC_OK;
 }
 
-/* The images that were loaded ahead move to the front, where the last batch was. */
-static void drop_batch(feed *f) {
-    for (size_t a = 0; a < f->arrays; a++) {
-        size_t rows = f->loaded < f->array[a].rows ? f->loaded : f->array[a].rows;
-        size_t bytes = f->array[a].row_bytes;
-        unsigned char *front;
-        memcpy(&front, f->array[a].pointer, sizeof front);
-        if (rows > f->count) memmove(front, front + f->count * bytes, (rows - f->count) * bytes);
+/* Chooses the next images for the free slots of a batch; returns the end of those that are filled.
+ * Images that were passed over as bad have lost their names. */
+static size_t draw_images(feed *f, size_t want) {
+    size_t last = f->set.count < f->set.limit ? f->set.count : f->set.limit, end = f->count;
+    for (size_t draw = f->drawn; end < want; draw++) {
+        size_t image = draw;
+        if (f->order && f->order(f->order_context, draw, &image) == SC_END) break;
+        if (!f->order && draw >= last) break;
+        if (!f->set.image[image].name) continue;
+        f->draw[end] = draw;
+        f->image[end++] = image;
     }
-    f->used += f->count;
-    f->loaded -= f->count;
-    f->computed -= f->count;
-    f->count = 0;
+    return end;
 }
 
-/* Has `want` images loaded, fewer only at the end. One that fails is met again, and an error, when
- * all before it are used up. With skip_bad a bad image is named, loses its name and is passed over
- * from then on; where all are bad we fail: the order may be endless. */
+/* Fills the batch with `want` images, fewer only at the end; all threads decode at once. With
+ * skip_bad a bad image is named and passed over from then on; where all are bad we fail, since the
+ * order may be endless. */
 static int load_images(feed *f, size_t want) {
-    int stream = f->set.count == SC_UNKNOWN;
-    size_t last = f->set.count < f->set.limit ? f->set.count : f->set.limit;
-    while (f->loaded < want) {
-        size_t end = f->loaded, most = stream ? end + 1 : f->is_file ? want : f->ahead;
-        for (size_t draw = f->drawn, image = draw; end < most; image = ++draw) {
-            if (f->order ? f->order(f->order_context, draw, &image) == SC_END : draw >= last) break;
-            f->draw[end] = draw;
-            f->image[end] = image;
-            end += stream || f->set.image[image].name;
+    while (f->count < want) {
+        size_t end = draw_images(f, want);
+        if (end == f->count) return SC_OK;
+        int status = parallel_for(end - f->count, load_task, f);
+        if (status == SC_OK) {
+            f->drawn = f->draw[end - 1] + 1;
+            f->count = end;
+            continue;
         }
-        if (end == f->loaded) return SC_OK;
-        int status = parallel_for(end - f->loaded, load_task, f);
-        if (status != SC_OK) end = f->loaded + pool.failed_task;     /* all before it are there */
-        if (status != SC_OK && end == f->loaded) {
-            if (status == SC_END) return SC_OK;
-            if (status != SC_FAILED || !f->skip_bad) return SC_FAILED;
-            char reason[sizeof error_text];
-            note("%s; passed over", strcpy(reason, error_text));
-            f->set.image[f->image[end]].name = NULL;
-            if (++f->bad == f->set.count)
-                return fail("%s; none of %zu images could be read", reason, f->bad);
-        } else f->drawn = f->draw[end - 1] + 1;
-        f->loaded = end;
+        size_t slot = f->count + pool.failed_task;       /* all before it are loaded */
+        f->drawn = f->draw[slot];
+        f->count = slot;
+        if (status != SC_FAILED || !f->skip_bad) return SC_FAILED;
+        char reason[sizeof error_text];
+        note("%s; passed over", strcpy(reason, error_text));
+        f->set.image[f->image[slot]].name = NULL;
+        f->bad++;
+        if (f->bad == f->set.count)
+            return fail("%s; none of %zu images can be read", reason, f->bad);
     }
     return SC_OK;
 }
 
-/* Finite weights may still give numbers that are not. rows: [images, count, stride] of the batch */
+/* Finite weights may still give numbers that are not finite. rows: [images, count, stride] */
 static int check_finite(const feed *f, const float *rows, size_t count, size_t stride) {
-    size_t first = f->computed * count * stride, end = f->count * count * stride;
-    size_t bad = first + first_not_finite(rows + first, end - first);
-    if (bad == end) return SC_OK;
-    fail("%s gives %g where a finite number was expected", f->model.file.path, (double)rows[bad]);
+    size_t numbers = f->count * count * stride, bad = first_not_finite(rows, numbers);
+    if (bad == numbers) return SC_OK;
+    fail("%s gives %g (expected a finite number)", f->model.file.path, (double)rows[bad]);
     return blame_token(f, bad / stride * (f->T / count));
 }
 
 static int compute_activations(feed *f) {
     size_t S = f->model.image_size, images;
-    for (size_t first = f->computed; first < f->count; first += images) {
+    for (size_t first = 0; first < f->count; first += images) {
         sc_tap tap[SC_MAX_TAPS];
+        float *head = f->logits ? f->logits + first * f->model.classes : NULL;
         images = f->count - first < FORWARD_IMAGES ? f->count - first : FORWARD_IMAGES;
         memcpy(tap, f->tap, sizeof tap);
         for (size_t i = 0; i < f->taps; i++) tap[i].out += first * f->T * f->stride;
         SC_TRY(sc_model_forward(&f->model, f->pixels + first * S * S * 3, images, tap, f->taps,
-                                f->logits ? f->logits + first * f->model.classes : NULL));
+                                head));
     }
     for (size_t i = 0; i < f->taps; i++) SC_TRY(check_finite(f, f->tap[i].out, f->T, f->stride));
     return f->logits ? check_finite(f, f->logits, 1, f->model.classes) : SC_OK;
@@ -5933,54 +6283,54 @@ static int compute_activations(feed *f) {
 
 /* The next batch: f->count images, 0 at the end. */
 static int next_batch(feed *f, size_t want) {
-    drop_batch(f);
+    f->used += f->count;
+    f->count = 0;
     SC_TRY(load_images(f, want));
-    if (f->drawn == 0 && f->bad == 0)                        /* all of a shard may be bad */
-        return fail("%s: no picture came", f->set.root ? f->set.root : "standard input");
-    f->count = f->loaded < want ? f->loaded : want;
-    if (f->computed >= f->count) return SC_OK;
-    if (f->model.blocks && (f->taps || f->logits)) SC_TRY(compute_activations(f));
-    f->computed = f->count;
+    if (f->count > 0 && f->model.blocks && (f->taps || f->logits)) return compute_activations(f);
     return SC_OK;
 }
 
 static void close_feed(feed *f) {
     release(&f->memory);
-    free(f->stream.rgb);
     sc_safetensors_close(&f->file);
     sc_images_close(&f->set);
     sc_model_close(&f->model);
     *f = (feed){ 0 };
 }
 
-/* Options overrule what an SAE's file says. It must agree with the activations, and listens to the
- * tap at *place. What training does not know it takes from saved activations; of a model it listens
- * to the MLP of the last block but one. */
+/* Options overrule what an SAE's file says. It must agree with the activations, and is attached to
+ * the tap at *place. Training takes what it does not know from saved activations; of a model it uses
+ * the MLP of the last block but one. */
 static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, size_t *place) {
     const char *layer = sc_metadata_find(&f->file, "layer");
     const char *hook = sc_metadata_find(&f->file, "hook");
     sc_hook kind = SC_MLP;
+    long at = o->layer;
     if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
     if (o->k) sae->k = (size_t)o->k;
     if (o->hook && parse_hook(o->hook, &kind) == SC_OK) sae->hook = (int)kind;
+    if (sae->topk && o->k && sae->k > sae->d_sae)
+        return usage("--k: %zu (expected 1 to %zu, the number of latents)", sae->k, sae->d_sae);
     if (sae->topk && (sae->k == 0 || sae->k > sae->d_sae))
-        return fail("%s: a TopK SAE whose k is not from 1 to %zu (--k)",
-                    sae->path ? sae->path : o->output, sae->d_sae);
+        return fail("%s: k is %zu (expected 1 to %zu: give --k)", sae->path ? sae->path : o->output,
+                    sae->k, sae->d_sae);
     if (sae->d_in != f->D)
-        return fail("%s: an SAE of width %zu, but activations of %zu", sae->path, sae->d_in, f->D);
+        return fail("%s: the SAE has width %zu, the activations have %zu", sae->path, sae->d_in,
+                    f->D);
     if (layer && sae->layer && !o->layer && strtoul(layer, NULL, 10) != sae->layer)
-        return fail("%s: activations of layer %s where layer %zu was expected", f->file.path, layer,
+        return fail("%s: activations of layer %s (expected %zu, the SAE's)", f->file.path, layer,
                     sae->layer);
     if (hook && sae->hook >= 0 && !o->hook && strcmp(hook, hook_names[sae->hook]) != 0)
-        return fail("%s: activations of hook %s where %s was expected", f->file.path, hook,
-                    hook_names[sae->hook]);
+        return fail("%s: activations of hook point %s (expected %s, the SAE's)", f->file.path,
+                    hook, hook_names[sae->hook]);
     if (training && f->is_file) SC_TRY(read_origin(sae, &f->file));
     else if (training && sae->hook < 0) sae->hook = SC_MLP;
-    long usual = training && !f->is_file ? -2 : 0;
-    long at = o->layer ? o->layer : sae->layer ? (long)sae->layer : usual;
+    if (!at) at = (long)sae->layer;
+    if (!at && training && !f->is_file) at = -2;
     if (!f->is_file && (!at || sae->hook < 0))
-        return usage("%s does not say where it listens: --layer and --hook", sae->path);
-    SC_TRY(add_tap(f, at, sae->hook < 0 ? SC_MLP : (sc_hook)sae->hook, place));
+        return usage("%s: does not name its hook point (expected --layer and --hook)", sae->path);
+    if (sae->hook >= 0) kind = (sc_hook)sae->hook;
+    SC_TRY(add_tap(f, at, kind, place));
     if (training) sae->layer = f->tap[*place].layer;
     return SC_OK;
 }
@@ -5994,27 +6344,54 @@ static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, siz
 /* ============================================================================================
  * 19. Training runs
  *
- * Step after step over a data set: the order of images, the log, checkpoints, signals. A run that
- * was stopped goes on from its checkpoint to the same bytes.
+ * Step after step over a data set: the order of the images, the log, checkpoints, signals. A run
+ * that was stopped goes on from its checkpoint to the same bytes.
  * ============================================================================================ */
+
+/* An option or property that decides a run's numbers, as metadata of the SAE. */
+typedef struct { const char *key; char value[200]; } recipe_row;
+
+enum { RECIPE_ROWS = 32 };
 
 typedef struct {
     const options *o;
     feed data;
     sc_sae sae;
     sc_trainer *trainer;
-    size_t batch;                    /* images a step */
-    uint64_t *order, epoch;          /* [N], and whose it is; NULL: first to last */
+    size_t batch;                    /* images per step */
+    uint64_t *order, epoch;          /* [N], and the epoch it is of; NULL: first to last */
     uint64_t steps, next_draw;
-    uint64_t recipe;                 /* digest of what a resumed run must agree in */
+    recipe_row recipe[RECIPE_ROWS];
+    size_t rows;
     FILE *log;
     double started;
-    char *checkpoint, *previous;     /* where to, and where the one before stays */
+    char *checkpoint, *previous;     /* the checkpoint's name, and that of the one before */
     uint64_t saved;                  /* the step of the last checkpoint */
-    int checkpoints;                 /* asked for, not only on a signal */
+    int checkpoints;                 /* asked for, not only upon a signal */
 } training_run;
 
-/* Every epoch is a permutation of its own. */
+/* SIGINT and SIGTERM during training set this; a second one ends the program the usual way. */
+static volatile sig_atomic_t stop_signal;
+
+static void ask_to_stop(int number) {
+    stop_signal = number;
+    signal(SIGINT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
+}
+
+/* A signal that is ignored, as by nohup, stays ignored. */
+static void catch_signals(void) {
+    static const int signals[] = { SIGINT, SIGTERM };
+    struct sigaction ask = { .sa_handler = ask_to_stop, .sa_flags = SA_RESTART }, before;
+    sigaddset(&ask.sa_mask, SIGINT);
+    sigaddset(&ask.sa_mask, SIGTERM);
+    for (size_t i = 0; i < COUNT(signals); i++) {
+        sigaction(signals[i], NULL, &before);
+        if (before.sa_handler != SIG_IGN) sigaction(signals[i], &ask, NULL);
+    }
+}
+
+/* Each epoch is a permutation of its own. */
 static int training_draw(void *context, size_t draw, size_t *image) {
     training_run *run = context;
     size_t N = run->data.set.count, epoch = draw / N;
@@ -6025,99 +6402,111 @@ static int training_draw(void *context, size_t draw, size_t *image) {
     return SC_OK;
 }
 
-/* All that decides a run's numbers and can be told in words, as metadata of the SAE or, where there
- * is no writer, into a digest. What is neither a text nor a number from 0 on is left out: the
- * model's file says how it wants photos, unless options do. */
-static int put_recipe(const training_run *run, sc_writer *w, digest64 *digest) {
-    static const sc_model_options none = { 0 };
-    const options *o = run->o;
-    const sc_sae *sae = &run->sae;
-    int photos = !run->data.is_file;
-    const sc_model_options *seen = photos ? &o->settings : &none;
-    const struct { const char *key, *text; double number; } rows[] = {
-        { "architecture", architecture_names[sae->topk], -1 },
-        { "k", NULL, sae->topk ? (double)sae->k : -1 }, { "d_in", NULL, (double)sae->d_in },
-        { "d_sae", NULL, (double)sae->d_sae },
-        { "layer", NULL, sae->layer ? (double)sae->layer : -1 },
-        { "hook", sae->hook < 0 ? NULL : hook_names[sae->hook], -1 }, { "model", sae->model, -1 },
-        { "square", NULL, photos && o->square ? (double)o->square : -1 },
-        { "crop", photos && strcmp(o->crop, "hf") == 0 ? "hf" : NULL, -1 },
-        { "gelu", seen->gelu, -1 }, { "epsilon", seen->epsilon, -1 }, { "heads", seen->heads, -1 },
-        { "mean", seen->mean, -1 }, { "std", seen->std, -1 },
-        { "l1", NULL, sae->topk ? -1 : o->l1 }, { "lr", NULL, o->lr },
-        { "warmup", NULL, (double)o->warmup }, { "batch", NULL, (double)o->batch },
-        { "steps", NULL, (double)run->trainer->step }, { "seed", NULL, o->seed },
-        { "ghost", NULL, o->ghost }, { "dead_window", NULL, (double)o->dead_window },
-        { "b_dec_images", NULL, (double)o->b_dec_images },
-        { "b_dec_start", o->init ? "file" : o->b_dec, -1 }, { "order", o->order, -1 } };
-    for (size_t i = 0; i < COUNT(rows); i++) {
-        char number[32];
-        const char *value = rows[i].text ? rows[i].text : number;
-        if (value == number && rows[i].number < 0) continue;
-        snprintf(number, sizeof number, "%.17g", rows[i].number);
-        if (w) SC_TRY(sc_writer_metadata(w, rows[i].key, value));
-        else {
-            digest64_add(digest, rows[i].key, strlen(rows[i].key) + 1);
-            digest64_add(digest, value, strlen(value) + 1);
-        }
-    }
-    return SC_OK;
+/* --- The recipe: what a resumed run must agree in, and what the SAE's file says of its training */
+
+static void add_text(training_run *run, const char *key, const char *text) {
+    if (!text || run->rows == RECIPE_ROWS) return;
+    recipe_row *row = &run->recipe[run->rows++];
+    row->key = key;
+    snprintf(row->value, sizeof row->value, "%s", text);
 }
 
-/* Of the recipe, the data set, and the first MiB of the weights or saved activations. Taken before
- * the first step: a resumed run may have more of them. */
-static uint64_t recipe_digest(const training_run *run) {
-    const sc_safetensors *source = run->data.is_file ? &run->data.file : &run->data.model.file;
-    size_t sample = (size_t)(source->data - source->map) + ((size_t)1 << 20);
-    digest64 d = { 0 };
-    digest64_number(&d, run->data.set.digest);
-    digest64_add(&d, source->map, sample < source->size ? sample : source->size);
-    put_recipe(run, NULL, &d);
-    return digest64_value(&d);
+static void add_number(training_run *run, const char *key, double number) {
+    char text[32];
+    snprintf(text, sizeof text, "%.17g", number);
+    add_text(run, key, text);
+}
+
+/* Options that the model's file decides where they are not given are left out. */
+static void write_recipe(training_run *run) {
+    const options *o = run->o;
+    const sc_sae *sae = &run->sae;
+    add_text(run, "architecture", architecture_names[sae->topk]);
+    if (sae->topk) add_number(run, "k", (double)sae->k);
+    add_number(run, "d_in", (double)sae->d_in);
+    add_number(run, "d_sae", (double)sae->d_sae);
+    if (sae->layer) add_number(run, "layer", (double)sae->layer);
+    if (sae->hook >= 0) add_text(run, "hook", hook_names[sae->hook]);
+    add_text(run, "model", sae->model);
+    if (!run->data.is_file) {
+        if (o->square) add_number(run, "square", (double)o->square);
+        if (strcmp(o->crop, "hf") == 0) add_text(run, "crop", "hf");
+        add_text(run, "gelu", o->settings.gelu);
+        add_text(run, "epsilon", o->settings.epsilon);
+        add_text(run, "heads", o->settings.heads);
+        add_text(run, "mean", o->settings.mean);
+        add_text(run, "std", o->settings.std);
+    }
+    if (!sae->topk) add_number(run, "l1", o->l1);
+    add_number(run, "lr", o->lr);
+    add_number(run, "warmup", (double)o->warmup);
+    add_number(run, "batch", (double)o->batch);
+    add_number(run, "seed", o->seed);
+    add_number(run, "ghost", o->ghost);
+    add_number(run, "dead_window", (double)o->dead_window);
+    add_number(run, "b_dec_images", (double)o->b_dec_images);
+    add_text(run, "b_dec_start", o->init ? "file" : o->b_dec);
+    add_text(run, "order", o->order);
+}
+
+static int put_recipe(const training_run *run, sc_writer *w) {
+    for (size_t i = 0; i < run->rows; i++)
+        SC_TRY(sc_writer_metadata(w, run->recipe[i].key, run->recipe[i].value));
+    return put_metadata(w, "steps", "%ju", (uintmax_t)run->trainer->step);
 }
 
 static int write_trained(sc_writer *w, void *context) {
     const training_run *run = context;
-    SC_TRY(put_recipe(run, w, NULL));
-    return move_sae(&run->sae, NULL, w, NULL);
+    SC_TRY(put_recipe(run, w));
+    return move_tensors(&run->sae, NULL, NULL, w, NULL);
 }
 
-/* --- Checkpoints: the SAE, and what else training goes on from --- */
+/* A digest of the first MiB of the weights or saved activations. */
+static uint64_t source_digest(const training_run *run) {
+    const sc_safetensors *source = run->data.is_file ? &run->data.file : &run->data.model.file;
+    size_t sample = (size_t)(source->data - source->map) + ((size_t)1 << 20);
+    digest64 d = { 0 };
+    if (sample > source->size) sample = source->size;
+    digest64_add(&d, source->map, sample);
+    return digest64_value(&d);
+}
 
-/* The metadata "position": step, next draw, the recipe's digest, the checksum of it all. */
-typedef unsigned long long run_position[4];
+/* --- Checkpoints: the SAE, and everything else that training goes on from --- */
 
-/* Writes the state, or reads it where there is no writer. Returns the checksum in *sum. */
-static int move_state(sc_trainer *t, const run_position at, const sc_safetensors *file, sc_writer *w,
-                      unsigned long long *sum) {
-    size_t n = t->sae->d_sae, D = t->sae->d_in, row = t->sae->stride;
-    const sc_tensor *silent = w ? NULL : sc_tensor_find(file, "silent");
-    const float_tensor adam[] = {
-        { "W_enc_m", t->W_enc.m, 2, n, D, row, 1 }, { "W_enc_v", t->W_enc.v, 2, n, D, row, 1 },
-        { "W_dec_m", t->W_dec.m, 2, n, D, row, 1 }, { "W_dec_v", t->W_dec.v, 2, n, D, row, 1 },
-        { "b_enc_m", t->b_enc.m, 1, 1, n, 0, 1 }, { "b_enc_v", t->b_enc.v, 1, 1, n, 0, 1 },
-        { "b_dec_m", t->b_dec.m, 1, 1, D, 0, 1 }, { "b_dec_v", t->b_dec.v, 1, 1, D, 0, 1 } };
+/* Writes the state, or reads it where there is no writer. *sum: the checksum of all of it; next_draw
+ * and the step are part of it. */
+static int move_state(training_run *run, uint64_t step, uint64_t next_draw,
+                      const sc_safetensors *file, sc_writer *w, uint64_t *sum) {
+    sc_trainer *t = run->trainer;
+    size_t n = run->sae.d_sae;
     digest64 digest = { 0 };
-    SC_TRY(move_sae(t->sae, file, w, &digest));
-    for (size_t i = 0; i < COUNT(adam); i++) SC_TRY(move_tensor(&adam[i], file, w, &digest));
-    if (w) SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
-    if (w) SC_TRY(sc_writer_integers(w, t->silent, n));
-    else if (!silent || silent->count != n)
-        return fail("%s: a tensor silent of %zu was expected", file->path, n);
-    else SC_TRY(sc_tensor_integers(file, silent, 0, n, t->silent));
+    SC_TRY(move_tensors(&run->sae, t, file, w, &digest));
+    if (w) {
+        SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
+        SC_TRY(sc_writer_integers(w, t->silent, n));
+    } else {
+        const sc_tensor *silent = sc_tensor_find(file, "silent");
+        if (!silent || silent->count != n)
+            return fail("%s: missing tensor silent [%zu]", file->path, n);
+        SC_TRY(sc_tensor_integers(file, silent, 0, n, t->silent));
+    }
     for (size_t j = 0; j < n; j++) digest64_number(&digest, (uint64_t)t->silent[j]);
-    for (int i = 0; i < 3; i++) digest64_number(&digest, at[i]);
+    digest64_number(&digest, step);
+    digest64_number(&digest, next_draw);
     *sum = digest64_value(&digest);
     return SC_OK;
 }
 
 static int write_checkpoint(sc_writer *w, void *context) {
     training_run *run = context;
-    run_position at = { run->trainer->step, run->next_draw, run->recipe };
-    SC_TRY(put_recipe(run, w, NULL));
-    SC_TRY(move_state(run->trainer, at, NULL, w, &at[3]));
+    uint64_t step = run->trainer->step, sum;
     w->out.previous = run->previous;
-    return put_metadata(w, "position", "%llx %llx %llx %llx", at[0], at[1], at[2], at[3]);
+    SC_TRY(put_recipe(run, w));
+    SC_TRY(put_metadata(w, "data_digest", "%ju", (uintmax_t)run->data.set.digest));
+    SC_TRY(put_metadata(w, "source_digest", "%ju", (uintmax_t)source_digest(run)));
+    SC_TRY(put_metadata(w, "next_draw", "%ju", (uintmax_t)run->next_draw));
+    SC_TRY(move_state(run, step, run->next_draw, NULL, w, &sum));
+    return put_metadata(w, "checksum", "%ju", (uintmax_t)sum);
 }
 
 static int save_checkpoint(training_run *run) {
@@ -6126,22 +6515,48 @@ static int save_checkpoint(training_run *run) {
     return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
 }
 
+/* Whether a checkpoint says the same of a key as this run; both may leave it out. */
+static int check_key(const sc_safetensors *file, const char *key, const char *expected) {
+    const char *found = sc_metadata_find(file, key);
+    if (found ? expected && strcmp(found, expected) == 0 : !expected) return SC_OK;
+    return fail("%s: a checkpoint of another run: %s is %s there and %s here", file->path, key,
+                found ? found : "not given", expected ? expected : "not given");
+}
+
+static int check_recipe(training_run *run, const sc_safetensors *file) {
+    static const char *const optional[] = { "k", "layer", "hook", "model", "square", "crop",
+                                            "gelu", "epsilon", "heads", "mean", "std", "l1" };
+    char digest[32];
+    for (size_t i = 0; i < run->rows; i++)
+        SC_TRY(check_key(file, run->recipe[i].key, run->recipe[i].value));
+    for (size_t k = 0; k < COUNT(optional); k++) {
+        int here = 0;
+        for (size_t i = 0; i < run->rows; i++) here |= !strcmp(run->recipe[i].key, optional[k]);
+        if (!here) SC_TRY(check_key(file, optional[k], NULL));
+    }
+    snprintf(digest, sizeof digest, "%ju", (uintmax_t)run->data.set.digest);
+    SC_TRY(check_key(file, "data_digest", digest));
+    snprintf(digest, sizeof digest, "%ju", (uintmax_t)source_digest(run));
+    return check_key(file, "source_digest", digest);
+}
+
 static int read_checkpoint(training_run *run, const sc_safetensors *file) {
     sc_trainer *t = run->trainer;
-    const char *position = sc_metadata_find(file, "position");
-    unsigned long long sum = 0;
-    run_position at;
-    if (!position || sscanf(position, "%16llx %16llx %16llx %16llx", &at[0], &at[1], &at[2],
-                            &at[3]) != 4)
-        return fail("%s: this is no checkpoint", file->path);
-    if (at[2] != run->recipe)
-        return fail("%s: the checkpoint is of other options or data than this run", file->path);
-    SC_TRY(move_state(t, at, file, NULL, &sum));
-    if (at[3] != sum) return fail("%s: the checksum does not match the contents", file->path);
-    if (at[0] > run->steps)
-        return usage("%s: is of step %llu, this run ends before", file->path, at[0]);
-    run->next_draw = at[1];
-    for (; t->step < at[0]; t->step++) {
+    const char *keys[] = { "steps", "next_draw", "checksum" };
+    uint64_t number[COUNT(keys)], sum;
+    for (size_t i = 0; i < COUNT(keys); i++) {
+        const char *text = sc_metadata_find(file, keys[i]);
+        if (!text) return fail("%s: not a checkpoint: metadata %s is missing", file->path, keys[i]);
+        number[i] = (uint64_t)strtoull(text, NULL, 10);
+    }
+    SC_TRY(check_recipe(run, file));
+    SC_TRY(move_state(run, number[0], number[1], file, NULL, &sum));
+    if (sum != number[2]) return fail("%s: damaged: its checksum does not match", file->path);
+    if (number[0] > run->steps)
+        return usage("%s: a checkpoint of step %ju, but this run ends at step %ju", file->path,
+                     (uintmax_t)number[0], (uintmax_t)run->steps);
+    run->next_draw = number[1];
+    for (; t->step < number[0]; t->step++) {
         t->beta1_power *= 0.9;
         t->beta2_power *= 0.999;
     }
@@ -6149,77 +6564,95 @@ static int read_checkpoint(training_run *run, const sc_safetensors *file) {
     return SC_OK;
 }
 
-/* Goes on from a checkpoint if there is one; an error names the one before. */
+/* Goes on from a checkpoint if there is one; the error that refuses it names the one before. */
 static int resume_training(training_run *run) {
     char reason[sizeof error_text];
     sc_safetensors file;
     int before = access(run->previous, F_OK) == 0;
     if (!before && access(run->checkpoint, F_OK) != 0) {
-        note("%s: there is no checkpoint yet, starting afresh", run->checkpoint);
+        note("%s: no checkpoint yet, starting from the beginning", run->checkpoint);
         return SC_OK;
     }
     int status = sc_safetensors_open(&file, run->checkpoint);
-    if (status == SC_OK) status = read_checkpoint(run, &file);
-    sc_safetensors_close(&file);
+    if (status == SC_OK) {
+        status = read_checkpoint(run, &file);
+        sc_safetensors_close(&file);
+    }
     if (status == SC_OK || !before) return status;
     memcpy(reason, error_text, sizeof reason);
     return fail("%s; the checkpoint before it is %s", reason, run->previous);
 }
 
-static const char log_header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
-                                 "dead,seconds\n";
+/* --- The log: one row per step, appended and flushed --- */
 
-/* Opens and locks the log; of a resumed run, cut back to the step it goes on from. */
+static const char log_header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
+                                 "explained_variance_uncentred,dead,seconds\n";
+
+/* Where the row of the last step that a resumed run does not repeat ends. */
+static off_t end_of_log(FILE *log, uint64_t step) {
+    char line[512];
+    off_t end = 0;
+    while (fgets(line, sizeof line, log) && strchr(line, '\n')) {
+        if (end > 0 && strtoull(line, NULL, 10) > step) break;
+        end = ftello(log);
+    }
+    return end;
+}
+
+/* Opens and locks the log; that of a resumed run is cut back to the step it goes on from. */
 static int open_log(training_run *run) {
     const char *path = run->o->log;
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     struct stat about;
     off_t end = 0;
-    char line[512];
     if (!path) return SC_OK;
     int there = stat(path, &about) == 0, regular = !there || S_ISREG(about.st_mode);
     int resumed = run->trainer->step > 0 && there && regular;
-    run->log = fopen(path, resumed ? "r+" : regular ? "a" : "w");    /* "w" empties: another's? */
+    run->log = fopen(path, resumed ? "r+" : regular ? "a" : "w");    /* "a": it may be locked */
     if (!run->log) return write_failed(path, errno);
-    if (regular && fcntl(fileno(run->log), F_SETLK, &lock) != 0) {
-        if (errno == EACCES || errno == EAGAIN) errno = EBUSY;
-        return write_failed(path, errno);
-    }
-    while (resumed && fgets(line, sizeof line, run->log) && strchr(line, '\n')
-           && (end == 0 || strtoull(line, NULL, 10) <= run->trainer->step))
-        end = ftello(run->log);
+    if (regular && fcntl(fileno(run->log), F_SETLK, &lock) != 0)
+        return write_failed(path, errno == EACCES || errno == EAGAIN ? EBUSY : errno);
+    if (resumed) end = end_of_log(run->log, run->trainer->step);
     if (ferror(run->log)) return write_failed(path, errno);
-    if ((resumed && fseeko(run->log, end, SEEK_SET) != 0)
-        || (regular && ftruncate(fileno(run->log), end) != 0)) return write_failed(path, errno);
-    if (end > 0 || (fputs(log_header, run->log) >= 0 && fflush(run->log) == 0)) return SC_OK;
-    return write_failed(path, errno);
+    if (resumed && fseeko(run->log, end, SEEK_SET) != 0) return write_failed(path, errno);
+    if (regular && ftruncate(fileno(run->log), end) != 0) return write_failed(path, errno);
+    if (end == 0 && (fputs(log_header, run->log) < 0 || fflush(run->log) != 0))
+        return write_failed(path, errno);
+    return SC_OK;
 }
 
 static int log_step(training_run *run, const sc_step *r) {
     uint64_t step = run->trainer->step, images = step * run->batch;
-    if (run->log && (fprintf(run->log, "%ju,%ju,%ju,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,%.3f\n",
-                             (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T),
-                             r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
-                             r->dead, seconds_now() - run->started) < 0 || fflush(run->log) != 0))
-        return write_failed(run->o->log, errno);
     char words[100];
+    if (run->log) {
+        fprintf(run->log, "%ju,%ju,%ju", (uintmax_t)step, (uintmax_t)images,
+                (uintmax_t)(images * run->data.T));
+        const double column[] = { r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0,
+                                  r->explained_variance, r->explained_variance_uncentred };
+        for (size_t i = 0; i < COUNT(column); i++) fprintf(run->log, ",%.9g", column[i]);
+        fprintf(run->log, ",%zu,%.3f\n", r->dead, seconds_now() - run->started);
+        if (fflush(run->log) != 0) return write_failed(run->o->log, errno);
+    }
     snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
              r->explained_variance);
     show_progress("step", step, run->steps, images, words);
     return SC_OK;
 }
 
-/* A new SAE, or one from a file. It listens where the command line says, else where that SAE did,
- * else where the activations are from, else where the report's did: the penultimate block's MLP. */
+/* --- A run --- */
+
+/* A new SAE, or one from a file. Its hook point is what the command line says, else that of the
+ * SAE's file, else where the activations are from, else the MLP of the penultimate block. */
 static int choose_sae(training_run *run) {
     const options *o = run->o;
     sc_sae *sae = &run->sae;
     feed *f = &run->data;
     size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D, place;
     if (!o->d_sae && (size_t)o->expansion > SC_MAX_LATENTS / f->D)
-        return usage("--expansion %ld: %zu inputs times that are more than %d latents",
-                     o->expansion, f->D, SC_MAX_LATENTS);
-    SC_TRY(o->init ? sc_sae_open(sae, o->init) : sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
+        return usage("--expansion: %ld x %zu inputs (expected at most %d latents)", o->expansion,
+                     f->D, SC_MAX_LATENTS);
+    if (o->init) SC_TRY(sc_sae_open(sae, o->init));
+    else SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
     SC_TRY(connect_sae(f, sae, o, 1, &place));
     if (f->is_file || sae->model) return SC_OK;
@@ -6231,41 +6664,36 @@ static int choose_sae(training_run *run) {
 static int plan_run(training_run *run) {
     const options *o = run->o;
     const feed *f = &run->data;
-    int stream = f->set.count == SC_UNKNOWN, shuffle = strcmp(o->order, "shuffle") == 0;
-    double images = stream ? 1e18 : o->epochs * (double)f->set.count;
+    double images = o->epochs * (double)f->set.count;
     run->batch = (size_t)o->batch;
     run->steps = (uint64_t)(o->steps < 0 ? ceil(images / (double)run->batch) : o->steps);
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
-        return usage("--batch %zu: %zu tokens an image are too many", run->batch, f->T);
-    if (stream && shuffle)
-        return usage("a stream has one order: --order sequential was expected");
-    if (!shuffle) return SC_OK;
+        return usage("--batch: %zu images of %zu tokens are too many", run->batch, f->T);
+    if (strcmp(o->order, "shuffle") != 0) return SC_OK;
     run->epoch = UINT64_MAX;
     return allocate(&run->data.memory, &run->order, f->set.count, sizeof *run->order);
 }
 
-/* Hands out batches from where training begins. Where b_dec starts from images, those are
- * read ahead. */
+/* Begins to hand out batches. Where b_dec starts from images, they are read first; training then
+ * begins with them too. */
 static int start_run(training_run *run) {
     const options *o = run->o;
     feed *f = &run->data;
-    int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer->step == 0;
-    size_t keep = !start ? 0 : o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
-    if (keep > f->set.count) keep = f->set.count;
+    int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer->step == 0, steps = 100;
+    size_t images = 0;
+    if (start) images = o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
+    if (images > f->set.count) images = f->set.count;
     if (!start && run->trainer->step == run->steps) return SC_OK;
-    SC_TRY(start_feed(f, keep > run->batch ? keep : run->batch, training_draw, run, 0));
-    if (f->set.count != SC_UNKNOWN) f->drawn = (size_t)run->next_draw;
-    while (f->drawn < run->next_draw) {                      /* a stream can only be read again */
-        SC_TRY(load_images(f, 1));
-        if (f->loaded == 0) return fail("standard input: ended before where the checkpoint was");
-        f->loaded = 0;
-    }
+    SC_TRY(start_feed(f, images > run->batch ? images : run->batch, training_draw, run, 0));
+    f->drawn = (size_t)run->next_draw;
     if (!start) return SC_OK;
-    SC_TRY(next_batch(f, keep));
-    if (f->count < keep) return fail("there are fewer than %zu images", keep);
-    f->count = 0;                            /* not used up: to be trained on too */
-    return start_b_dec(&run->sae, f->tap[0].out, keep, f->T,
-                       strcmp(o->b_dec, "geomedian-images") == 0, strcmp(o->b_dec, "mean") ? 100 : 0);
+    SC_TRY(next_batch(f, images));
+    if (f->count < images) return fail("b_dec: only %zu images (expected %zu)", f->count, images);
+    if (strcmp(o->b_dec, "mean") == 0) steps = 0;
+    SC_TRY(start_b_dec(&run->sae, f->tap[0].out, images, f->T,
+                       strcmp(o->b_dec, "geomedian-images") == 0, steps));
+    f->drawn = f->count = 0;
+    return SC_OK;
 }
 
 /* An error names the step, and the image and token where there is one. */
@@ -6279,14 +6707,13 @@ static int blame_step(const training_run *run, size_t token) {
 
 static int stop_training(training_run *run) {
     SC_TRY(save_checkpoint(run));
-    return fail("stopped by signal %d after step %ju; %s goes on with --resume", stop_signal,
+    return fail("stopped by signal %d after step %ju; --resume goes on from %s", (int)stop_signal,
                 (uintmax_t)run->trainer->step, run->checkpoint);
 }
 
-/* No batch came: what was trained so far is kept, the reason is told. */
+/* No batch could be read: what was trained so far is kept, and the reason reported. */
 static int keep_state(training_run *run) {
     char reason[sizeof error_text];
-    if (stop_signal) return stop_training(run);
     memcpy(reason, error_text, sizeof reason);
     if (run->checkpoints) SC_TRY(save_checkpoint(run));
     memcpy(error_text, reason, sizeof reason);
@@ -6298,20 +6725,13 @@ static int train_steps(training_run *run) {
     feed *f = &run->data;
     while (t->step < run->steps) {
         sc_step result;
-        size_t token = SIZE_MAX, batch = run->batch;
-        int status = next_batch(f, batch);
-        if (status != SC_OK) return keep_state(run);
-        if (f->count < batch && t->step == 0)
-            return fail("standard input: %zu images are no full batch of %zu", f->count, batch);
-        if (f->count < batch) {
-            note("the stream ended: %zu images are no full batch and were left out", f->count);
-            break;
-        }
-        status = train_step(t, f->tap[0].out, &result, &token);
-        if (status != SC_OK) return blame_step(run, token);
-        run->next_draw = f->draw[batch - 1] + 1;
-        SC_TRY(log_step(run, &result));
+        size_t token = SIZE_MAX;
         if (stop_signal) return stop_training(run);
+        if (next_batch(f, run->batch) != SC_OK) return keep_state(run);
+        if (stop_signal) return stop_training(run);
+        if (train_step(t, f->tap[0].out, &result, &token) != SC_OK) return blame_step(run, token);
+        run->next_draw = f->draw[run->batch - 1] + 1;
+        SC_TRY(log_step(run, &result));
         if (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0)
             SC_TRY(save_checkpoint(run));
     }
@@ -6325,24 +6745,27 @@ static int run_training(training_run *run) {
     SC_TRY(open_feed(&run->data, o));
     SC_TRY(choose_sae(run));
     SC_TRY(plan_run(run));
+    write_recipe(run);
     sc_train_options settings = { .l1 = o->l1, .lr = o->lr, .warmup = (size_t)o->warmup,
                                   .dead_window = (size_t)o->dead_window, .ghost = o->ghost };
     run->trainer = sc_trainer_new(&run->sae, &settings, run->batch * run->data.T);
     if (!run->trainer) return SC_FAILED;
-    run->recipe = recipe_digest(run);
     if (o->resume) SC_TRY(resume_training(run));
-    int status = start_run(run);
-    if (status != SC_OK) return stop_signal ? stop_training(run) : status;
+    SC_TRY(start_run(run));
     SC_TRY(open_log(run));
     SC_TRY(train_steps(run));
-    return save_tensors(o->output, 4096, write_trained, run);
+    SC_TRY(save_tensors(o->output, 4096, write_trained, run));
+    if (run->steps > 0 && run->steps < (uint64_t)o->warmup)
+        note("all %ju steps lay within the warm-up of %ld: the learning rate never reached --lr (see "
+             "--warmup, --epochs)", (uintmax_t)run->steps, o->warmup);
+    return SC_OK;
 }
 
 static int train(const options *o) {
     const char *name = o->checkpoint ? o->checkpoint : o->output;
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
-    may_stop = 1;
+    catch_signals();
     run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");
     if (run.checkpoint) run.previous = join_text(run.checkpoint, ".prev");
     int status = run.previous ? run_training(&run) : SC_FAILED;
@@ -6356,259 +6779,6 @@ static int train(const options *o) {
 }
 
 /* ============================================================================================
- * 12. Measuring
- *
- * What each latent does over a data set (interface, section 6; after PatchSAE): how often it fires,
- * how strongly, on which images, patches and classes. Sums over images are exact and ties go to the
- * lower index, so no order of work shows in the result.
- * ============================================================================================ */
-
-enum { HISTOGRAM_BINS = 256, BINS_AN_OCTAVE = 4, LOWEST_OCTAVE = -40 };
-
-/* A sum over a data set's tokens in float64, in blocks of 256, however they come. */
-typedef struct { double total, part; size_t terms; } running_sum;
-
-static void add_running(running_sum *sum, double value) {
-    sum->part += value;
-    if (++sum->terms % CHAIN) return;
-    sum->total += sum->part;
-    sum->part = 0;
-}
-
-static double running_total(const running_sum *sum) { return sum->total + sum->part; }
-
-typedef struct {
-    int64_t images, tokens;          /* on which it fires */
-    exact_sum means, activations;    /* of a_j over images, of f_j over tokens */
-    float sparsity, mean, entropy;   /* worked out at the end, as is */
-    double sum;                      /* activations, rounded */
-} latent_record;
-
-typedef struct {
-    const sae_batch *batch;          /* the images at hand, encoded */
-    const sc_sae *sae;
-    const feed *data;
-    size_t K, P;
-    double threshold;                /* of class_counts; negative: count images */
-    uint64_t images;                 /* so far */
-    uint64_t sae_digest;
-    size_t shard, shards;            /* which part of the data set, from 1; 1 of 1 is all of it */
-    latent_record *latent;           /* [n] */
-    sc_top *top, *patch;          /* [n, K], [n, P], descending; other: the label, the token */
-    int64_t *class_counts;           /* [C, n], NULL if not asked for */
-    int64_t (*histogram)[HISTOGRAM_BINS];        /* [workers] */
-    running_sum mse, squared_error, l0, l1;
-    running_sum (*x)[2];             /* [D], of x and x^2 */
-} statistics;
-
-/* All but the arrays is set. */
-static int new_statistics(statistics *s, memory_list *memory, int class_counts) {
-    size_t n = s->sae->d_sae;
-    const array_spec arrays[] = {
-        ARRAY(s->latent, n, 1), ARRAY(s->top, n, s->K), ARRAY(s->patch, n, s->P),
-        ARRAY(s->histogram, (size_t)thread_count(), 1), ARRAY(s->x, s->sae->d_in, 1),
-        ARRAY(s->class_counts, n, s->data->set.classes) };
-    if (class_counts && s->data->set.classes == 0)
-        return fail("--class-counts: the data have no labels");
-    SC_TRY(new_arrays(memory, arrays, COUNT(arrays) - !class_counts));
-    for (size_t i = 0; i < n * s->K; i++) s->top[i] = nothing;
-    for (size_t i = 0; i < n * s->P; i++) s->patch[i] = nothing;
-    return SC_OK;
-}
-
-static const double quarter_octave[] = { 1, 1.18920712, 1.41421356, 1.68179283 };
-
-/* The bin of an active value: quarters of an octave from 2^-40 to 2^24; what lies outside goes into
- * the first or last. */
-static size_t histogram_bin(float f) {
-    int exponent, quarter = 3, last = HISTOGRAM_BINS - 1;
-    float m = 2 * frexpf(f, &exponent);                     /* f = m 2^(exponent - 1) */
-    while (m < (float)quarter_octave[quarter]) quarter--;
-    int bin = (exponent - 1 - LOWEST_OCTAVE) * BINS_AN_OCTAVE + quarter;
-    return (size_t)(bin < 0 ? 0 : bin > last ? last : bin);
-}
-
-static void count_class(statistics *s, size_t j, int64_t label) {
-    if (s->class_counts && label >= 0) s->class_counts[(size_t)label * s->sae->d_sae + j]++;
-}
-
-/* Latent j's mean over the batch's image i. */
-static void count_image(statistics *s, size_t j, size_t i, double sum) {
-    float mean = (float)(sum / (double)s->data->T);
-    int64_t image = (int64_t)s->data->image[i], label = s->data->label[i];
-    if (!(mean > 0)) return;
-    s->latent[j].images++;
-    exact_add_float(&s->latent[j].means, mean);
-    if (s->threshold < 0) count_class(s, j, label);
-    keep_largest(s->top + j * s->K, s->K, (sc_top){ mean, image, label });
-}
-
-/* Activation f of latent j on a token of the batch's image i. */
-static void count_token(statistics *s, size_t j, size_t i, size_t token, float f) {
-    int64_t image = (int64_t)s->data->image[i];
-    s->latent[j].tokens++;
-    exact_add_float(&s->latent[j].activations, f);
-    s->histogram[worker][histogram_bin(f)]++;
-    if (s->threshold >= 0 && (double)f > s->threshold) count_class(s, j, s->data->label[i]);
-    if (token >= s->data->first_patch)
-        keep_largest(s->patch + j * s->P, s->P, (sc_top){ f, image, (int64_t)token });
-}
-
-static int count_task(void *context, size_t block) {
-    statistics *s = context;
-    size_t n = s->sae->d_sae, T = s->data->T;
-    for (size_t j = block * CHAIN; j < n && j < (block + 1) * CHAIN; j++) {
-        double sum[MEASURE_IMAGES] = { 0 };
-        for (size_t i = 0; i < s->batch->tiles; i++)
-            for (code_walk w = walk_codes(&s->batch->tile[i], j); next_code(&w);) {
-                size_t t = s->batch->tile[i].first + w.token;
-                sum[t / T] += w.value;
-                count_token(s, j, t / T, t % T, w.value);
-            }
-        for (size_t i = 0; i < s->data->count; i++) count_image(s, j, i, sum[i]);
-    }
-    return SC_OK;
-}
-
-/* Sums over tokens of one dimension, for the variance. */
-static int sum_x_task(void *context, size_t d) {
-    statistics *s = context;
-    for (size_t t = 0; t < s->batch->T; t++) {
-        double x = s->batch->x[t * s->sae->stride + d];
-        add_running(&s->x[d][0], x);
-        add_running(&s->x[d][1], x * x);
-    }
-    return SC_OK;
-}
-
-static int count_batch(statistics *s) {
-    const sae_batch *b = s->batch;
-    for (size_t t = 0; t < b->T; t++) {
-        add_running(&s->mse, b->squared_error[t] / b->norm[t]);
-        add_running(&s->squared_error, b->squared_error[t]);
-        add_running(&s->l0, b->active[t]);
-        add_running(&s->l1, b->sum_f[t]);
-        if (b->sum_f[t] < 0x1p40) continue;                  /* exact sums end at 2^63 */
-        fail("activations of %g are too large to be summed exactly", b->sum_f[t]);
-        return blame_token(s->data, t);
-    }
-    if (b->reconstruct) SC_TRY(parallel_for(s->sae->d_in, sum_x_task, s));
-    s->images += s->data->count;
-    return parallel_for(chains_of(s->sae->d_sae), count_task, s);
-}
-
-static double mean_activation(const latent_record *l) {
-    return l->images ? exact_value(l->means) / (double)l->images : 0;
-}
-
-/* Of what an SAE computes, so that statistics are not taken for another's. */
-static uint64_t sae_digest(const sc_sae *sae) {
-    digest64 d = { 0 };
-    const uint64_t numbers[] = { sae->d_in, sae->d_sae, (uint64_t)sae->topk,
-                                 sae->topk ? sae->k : 0 };
-    for (int i = 0; i < 4; i++) digest64_number(&d, numbers[i]);
-    for (size_t j = 0; j < sae->d_sae; j++) digest64_number(&d, bits_of_float(sae->b_enc[j]));
-    for (size_t i = 0; i < sae->d_in; i++) digest64_number(&d, bits_of_float(sae->b_dec[i]));
-    for (size_t j = 0; j < sae->d_sae; j++)
-        for (size_t i = 0; i < sae->d_in; i++) {
-            uint64_t encoder = bits_of_float(sae->W_enc[j * sae->stride + i]);
-            digest64_number(&d, encoder << 32 | bits_of_float(sae->W_dec[j * sae->stride + i]));
-        }
-    return digest64_value(&d);
-}
-
-static int write_statistics_metadata(sc_writer *w, const statistics *s) {
-    char edges[HISTOGRAM_BINS * 20 + 32];
-    size_t used = 0;
-    SC_TRY(put_metadata(w, "images", "%zu", (size_t)s->images));
-    SC_TRY(put_metadata(w, "tokens", "%llu", (unsigned long long)s->images * s->data->T));
-    SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->data->T));
-    SC_TRY(put_metadata(w, "first_patch", "%zu", s->data->first_patch));
-    SC_TRY(put_metadata(w, "data_digest", "%016llx", (unsigned long long)s->data->set.digest));
-    SC_TRY(put_metadata(w, "sae_digest", "%016llx", (unsigned long long)s->sae_digest));
-    if (s->shards > 1) SC_TRY(put_metadata(w, "shard", "%zu/%zu", s->shard, s->shards));
-    for (int i = 0; i <= HISTOGRAM_BINS; i++)
-        used += (size_t)sprintf(edges + used, "%c%.9g", i ? ',' : '[',
-                                ldexp(quarter_octave[i % BINS_AN_OCTAVE],
-                                      LOWEST_OCTAVE + i / BINS_AN_OCTAVE));
-    memcpy(edges + used, "]", 2);
-    SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
-    if (s->data->set.class_name)
-        SC_TRY(write_name_list(w, "class_names", s->data->set.class_name, s->data->set.classes));
-    return s->threshold < 0 ? SC_OK : put_metadata(w, "threshold", "%.17g", s->threshold);
-}
-
-/* What is worked out from the counts, latent by latent; the workers' histograms joined. */
-static void derive_statistics(statistics *s) {
-    for (size_t j = 0; j < s->sae->d_sae; j++) {
-        latent_record *l = &s->latent[j];
-        l->sparsity = s->images ? (float)((double)l->images / (double)s->images) : 0;
-        l->mean = (float)mean_activation(l);
-        l->entropy = (float)top_entropy(s->top + j * s->K, s->K);
-        l->sum = exact_value(l->activations);
-    }
-    for (size_t i = HISTOGRAM_BINS; i < (size_t)thread_count() * HISTOGRAM_BINS; i++)
-        s->histogram[0][i % HISTOGRAM_BINS] += s->histogram[i / HISTOGRAM_BINS][i % HISTOGRAM_BINS];
-}
-
-/* A tensor of the file: its elements, each of one number or of two side by side, lie `step` bytes
- * apart in memory. Of shards those `summed` are added up, two numbers as an exact sum. */
-typedef struct {
-    const char *name;
-    void *first;
-    size_t step;
-    int summed;
-    sc_dtype dtype;
-    size_t numbers, shape[4];
-} statistics_tensor;
-
-enum { STATISTICS_TENSORS = 15 };
-
-/* Sets tensor: [STATISTICS_TENSORS] and returns how many there are: the last one is optional. */
-static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
-    latent_record *l = s->latent;
-    sc_top *top = s->top, *patch = s->patch;
-    int64_t *bin = s->histogram[0], *class = s->class_counts;
-    size_t n = s->sae->d_sae, K = s->K, P = s->P, C = s->data->set.classes;
-    size_t L = sizeof *l, E = sizeof *top, I = sizeof *bin;
-    const statistics_tensor all[STATISTICS_TENSORS] = {
-        { "sae_sparsity", &l->sparsity, L, 0, SC_F32, 1, { n } },
-        { "sae_mean_acts", &l->mean, L, 0, SC_F32, 1, { n } },
-        { "top_entropy", &l->entropy, L, 0, SC_F32, 1, { n } },
-        { "max_activating_image_values", &top->value, E, 0, SC_F32, 1, { n, K } },
-        { "max_activating_patch_values", &patch->value, E, 0, SC_F32, 1, { n, P } },
-        { "max_activating_image_indices", &top->image, E, 0, SC_I64, 1, { n, K } },
-        { "max_activating_image_label_indices", &top->other, E, 0, SC_I64, 1, { n, K } },
-        { "max_activating_patch_indices", &patch->image, E, 0, SC_I64, 2, { n, P, 2 } },
-        { "image_count", &l->images, L, 1, SC_I64, 1, { n } },
-        { "token_count", &l->tokens, L, 1, SC_I64, 1, { n } },
-        { "activation_sum", &l->sum, L, 0, SC_F64, 1, { n } },
-        { "mean_sum_exact", &l->means, L, 1, SC_I64, 2, { n, 2 } },   /* high, low half */
-        { "activation_sum_exact", &l->activations, L, 1, SC_I64, 2, { n, 2 } },
-        { "activation_histogram", bin, I, 1, SC_I64, 1, { HISTOGRAM_BINS } },
-        { "class_counts", class, I, 1, SC_I64, 1, { C, n } } };
-    memcpy(tensor, all, sizeof all);
-    return STATISTICS_TENSORS - !class;
-}
-
-static int write_statistics(sc_writer *w, void *context) {
-    statistics *s = context;
-    statistics_tensor tensor[STATISTICS_TENSORS];
-    size_t tensors = list_statistics(s, tensor);
-    SC_TRY(write_statistics_metadata(w, s));
-    derive_statistics(s);
-    for (const statistics_tensor *t = tensor; t < tensor + tensors; t++) {
-        size_t count = 1;
-        int rank = 0;
-        while (t->shape[rank] > 0) count *= t->shape[rank++];
-        SC_TRY(sc_writer_tensor(w, t->name, t->dtype, rank, t->shape));
-        for (size_t e = 0; e < count / t->numbers; e++)
-            SC_TRY(sc_writer_values(w, (char *)t->first + e * t->step, t->numbers, t->dtype));
-    }
-    return SC_OK;
-}
-
-/* ============================================================================================
  * 20. Data sets through SAEs
  *
  * The commands that send a data set through the model and through one or several SAEs, in one
@@ -6618,17 +6788,18 @@ static int write_statistics(sc_writer *w, void *context) {
 /* An activation as `encode` writes it. */
 typedef struct { int64_t row, index; float value; } code;
 
-/* What commands work on. Starts as { .o = ... } and is closed by who made it. */
+/* What commands work on. Starts as { .o = ... } and is closed by its maker. */
 typedef struct {
     options *o;
     size_t saes, tap[SC_MAX_TAPS];   /* tap: an SAE's place among the data's hook points */
     sc_sae sae[SC_MAX_TAPS];
     feed data;
-    sae_batch batch[SC_MAX_TAPS];    /* what each SAE makes of the data's batch at hand */
-    statistics stats[SC_MAX_TAPS];   /* of the data set at hand */
-    int64_t *label;                  /* [labels], of the images that came */
-    code *code;                      /* [code_room], of a tile */
-    size_t labels, label_room, code_room;
+    sae_batch batch[SC_MAX_TAPS];    /* each SAE's codes of the current images */
+    statistics stats[SC_MAX_TAPS];   /* of the current data set */
+    int64_t *label;                  /* [labels], of the images so far */
+    size_t labels, label_room;
+    code *code;                      /* [code_room], of one tile */
+    size_t code_room;
     FILE *spool[2];                  /* of codes, of x' */
     memory_list memory;
 } session;
@@ -6644,7 +6815,7 @@ static int open_session(session *s) {
     return SC_OK;
 }
 
-/* The data and what was found out about them; the SAEs stay. */
+/* The data and everything found out about them; the SAEs stay open. */
 static void close_data(session *s) {
     for (size_t i = 0; i < SC_MAX_TAPS; i++) free_batch(&s->batch[i]);
     close_feed(&s->data);
@@ -6660,17 +6831,20 @@ static void close_session(session *s) {
     release(&s->memory);
 }
 
-/* The next batch of `total` images, through every SAE; SC_END behind the last. */
+/* The next batch of `total` images, through every SAE; SC_END after the last. */
 static int next_encoded(session *s, size_t total) {
     feed *f = &s->data;
     size_t bad;
     SC_TRY(next_batch(f, MEASURE_IMAGES));
     show_progress("image", f->used, total, f->used, "");
-    for (size_t i = 0; i < s->saes && f->count > 0 && !f->tap[s->tap[i]].replace; i++) {
-        SC_TRY(run_sae(&s->batch[i], f->tap[s->tap[i]].out, f->count * f->T));
+    if (f->count == 0) return SC_END;
+    for (size_t i = 0; i < s->saes; i++) {
+        const sc_tap *tap = &f->tap[s->tap[i]];
+        if (tap->replace) continue;
+        SC_TRY(run_sae(&s->batch[i], tap->out, f->count * f->T));
         if (check_batch(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
     }
-    return f->count > 0 ? SC_OK : SC_END;
+    return SC_OK;
 }
 
 static int command_train(session *s) { return train(s->o); }
@@ -6681,17 +6855,30 @@ static int parse_shard(const char *text, size_t *shard, size_t *shards) {
     return read == 2 && !text[end] && *shard > 0 && *shard <= *shards && *shards <= MAX_OPERANDS;
 }
 
-/* Shard I of N: images ceil((I - 1) count / N) up to, not with, ceil(I count / N). Neighbours, as
- * they are read fastest; the first shard is never empty. */
+/* Shard I of N: images from ceil((I - 1) count / N) up to, but without, ceil(I count / N). They are
+ * neighbours, which are read fastest; the first shard is never empty. */
 static int take_shard(feed *f, statistics *s, const char *shard) {
     uint64_t count = f->set.count;
     if (!parse_shard(shard, &s->shard, &s->shards))
-        return usage("--shard: '%s': I/N was expected, I from 1 to N, N at most %d", shard,
-                     MAX_OPERANDS);
-    if (count == SC_UNKNOWN) return usage("--shard: nobody knows how many images a stream has");
+        return usage("--shard: invalid value '%s' (expected I/N, I from 1 to N, N at most %d)",
+                     shard, MAX_OPERANDS);
     f->drawn = (size_t)(((s->shard - 1) * count + s->shards - 1) / s->shards);
     f->set.limit = (size_t)((s->shard * count + s->shards - 1) / s->shards);
     return SC_OK;
+}
+
+/* The statistics of SAE i over the data, still empty. */
+static int start_statistics(session *s, size_t i) {
+    const options *o = s->o;
+    const feed *f = &s->data;
+    s->stats[i] = (statistics){
+        .n = s->sae[i].d_sae, .D = f->D, .T = f->T, .K = (size_t)o->top,
+        .P = (size_t)o->top_patches, .classes = f->set.classes, .first_patch = f->first_patch,
+        .threshold = o->threshold, .data_digest = f->set.digest, .class_name = f->set.class_name,
+        .batch = &s->batch[i], .image = f->image, .label = f->label };
+    if (o->class_counts && f->set.classes == 0)
+        return fail("--class-counts: the data have no labels");
+    return new_statistics(&s->stats[i], &s->data.memory, o->class_counts);
 }
 
 /* One pass over a data set, or a shard of it, for all SAEs. */
@@ -6699,233 +6886,339 @@ static int measure(session *s, int reconstruct) {
     const options *o = s->o;
     feed *f = &s->data;
     int status;
+    size_t bad = 0;
     SC_TRY(open_session(s));
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     for (size_t i = 0; i < s->saes; i++) {
-        s->stats[i] = (statistics){ .batch = &s->batch[i], .sae = &s->sae[i], .data = f,
-                                    .K = (size_t)o->top, .P = (size_t)o->top_patches,
-                                    .threshold = o->threshold };
         s->batch[i].reconstruct = reconstruct;
-        SC_TRY(new_statistics(&s->stats[i], &f->memory, o->class_counts));
+        SC_TRY(start_statistics(s, i));
     }
     if (o->shard) SC_TRY(take_shard(f, &s->stats[0], o->shard));
     size_t total = o->shard ? f->set.limit - f->drawn : f->set.count;
-    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, total)) == SC_OK)
-        for (size_t i = 0; i < s->saes; i++) SC_TRY(count_batch(&s->stats[i]));
+    while ((status = next_encoded(s, total)) == SC_OK) {
+        for (size_t i = 0; i < s->saes; i++) {
+            s->stats[i].count = f->count;
+            if (count_batch(&s->stats[i], &bad) != SC_OK) return blame_token(f, bad);
+        }
+    }
     return status == SC_END ? SC_OK : status;
 }
 
-static int save_statistics(session *s) {
-    size_t room = 16384 + names_room(s->data.set.class_name, s->data.set.classes, 8);
-    return save_tensors(s->o->output, room, write_statistics, &s->stats[0]);
+/* --- stats and merge --- */
+
+/* A tensor of a statistics file: its elements, each of one number or of two side by side, lie `step`
+ * bytes apart in memory. */
+typedef struct {
+    const char *name;
+    void *first;
+    size_t step;
+    sc_dtype dtype;
+    int is_list;                     /* a long list, which not every command reads */
+    size_t numbers, shape[4];
+} statistics_tensor;
+
+enum { STATISTICS_TENSORS = 15 };
+
+/* The tensors, for writing and reading. tensor: [STATISTICS_TENSORS]; returns how many there are:
+ * the last one is optional. */
+static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
+    latent_record *l = s->latent;
+    sc_top *top = s->top, *patch = s->patch;
+    int64_t *bin = s->histogram[0], *class = s->class_counts;
+    size_t n = s->n, K = s->K, P = s->P, L = sizeof *l, E = sizeof *top, I = sizeof *bin;
+    const statistics_tensor all[STATISTICS_TENSORS] = {
+        { "sae_sparsity", &l->sparsity, L, SC_F32, 0, 1, { n } },
+        { "sae_mean_acts", &l->mean, L, SC_F32, 0, 1, { n } },
+        { "top_entropy", &l->entropy, L, SC_F32, 0, 1, { n } },
+        { "max_activating_image_values", &top->value, E, SC_F32, 1, 1, { n, K } },
+        { "max_activating_patch_values", &patch->value, E, SC_F32, 1, 1, { n, P } },
+        { "max_activating_image_indices", &top->image, E, SC_I64, 1, 1, { n, K } },
+        { "max_activating_image_label_indices", &top->other, E, SC_I64, 1, 1, { n, K } },
+        { "max_activating_patch_indices", &patch->image, E, SC_I64, 1, 2, { n, P, 2 } },
+        { "image_count", &l->images, L, SC_I64, 0, 1, { n } },
+        { "token_count", &l->tokens, L, SC_I64, 0, 1, { n } },
+        { "activation_sum", &l->sum, L, SC_F64, 0, 1, { n } },
+        { "mean_sum_exact", &l->means, L, SC_I64, 0, 2, { n, 2 } },   /* high, low half */
+        { "activation_sum_exact", &l->activations, L, SC_I64, 0, 2, { n, 2 } },
+        { "activation_histogram", bin, I, SC_I64, 0, 1, { HISTOGRAM_BINS } },
+        { "class_counts", class, I, SC_I64, 0, 1, { s->classes, n } } };
+    memcpy(tensor, all, sizeof all);
+    return class ? STATISTICS_TENSORS : STATISTICS_TENSORS - 1;
+}
+
+/* The edges of the histogram as metadata. edges: [HISTOGRAM_BINS * 20 + 32] */
+static void print_edges(char *edges) {
+    for (int i = 0; i <= HISTOGRAM_BINS; i++)
+        edges += sprintf(edges, "%c%.9g", i ? ',' : '[', bin_edge(i));
+    strcpy(edges, "]");
+}
+
+static int write_statistics_metadata(sc_writer *w, const statistics *s) {
+    char edges[HISTOGRAM_BINS * 20 + 32];
+    SC_TRY(put_metadata(w, "images", "%ju", (uintmax_t)s->images));
+    SC_TRY(put_metadata(w, "tokens", "%ju", (uintmax_t)(s->images * s->T)));
+    SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->T));
+    SC_TRY(put_metadata(w, "first_patch", "%zu", s->first_patch));
+    SC_TRY(put_metadata(w, "data_digest", "%016jx", (uintmax_t)s->data_digest));
+    SC_TRY(put_metadata(w, "sae_digest", "%016jx", (uintmax_t)s->sae_digest));
+    if (s->shards > 1) SC_TRY(put_metadata(w, "shard", "%zu/%zu", s->shard, s->shards));
+    print_edges(edges);
+    SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
+    if (s->class_name) SC_TRY(write_name_list(w, "class_names", s->class_name, s->classes));
+    return s->threshold < 0 ? SC_OK : put_metadata(w, "threshold", "%.17g", s->threshold);
+}
+
+static int write_statistics(sc_writer *w, void *context) {
+    statistics *s = context;
+    statistics_tensor tensor[STATISTICS_TENSORS];
+    size_t tensors = list_statistics(s, tensor), lost = derive_statistics(s);
+    if (lost > 0)
+        note("%zu latents have means below 2^-64, the unit of exact sums, which count as 0", lost);
+    SC_TRY(write_statistics_metadata(w, s));
+    for (size_t i = 0; i < tensors; i++) {
+        const statistics_tensor *t = &tensor[i];
+        size_t count = 1;
+        int rank = 0;
+        for (; t->shape[rank] > 0; rank++) count *= t->shape[rank];
+        SC_TRY(sc_writer_tensor(w, t->name, t->dtype, rank, t->shape));
+        for (size_t e = 0; e < count / t->numbers; e++)
+            SC_TRY(sc_writer_values(w, (char *)t->first + e * t->step, t->numbers, t->dtype));
+    }
+    return SC_OK;
+}
+
+static int save_statistics(const session *s, statistics *stats) {
+    size_t room = 16384 + names_room(stats->class_name, stats->classes, 8);
+    return save_tensors(s->o->output, room, write_statistics, stats);
 }
 
 static int command_stats(session *s) {
     SC_TRY(try_output(s->o->output));
     SC_TRY(measure(s, 0));
     s->stats[0].sae_digest = sae_digest(&s->sae[0]);
-    return save_statistics(s);
+    return save_statistics(s, &s->stats[0]);
 }
-
-/* --- merge: one shard after the other, in any order, to the bytes of one run over all --- */
 
 static uint64_t number_in(const sc_safetensors *file, const char *key, int base) {
     const char *text = sc_metadata_find(file, key);
     return text ? strtoull(text, NULL, base) : 0;
 }
 
-/* What all shards have in common, from the first one's file. */
-static int begin_merge(session *s, const sc_safetensors *file) {
+/* The sizes and the metadata of a statistics file. */
+static int read_statistics_sizes(statistics *s, const sc_safetensors *file, memory_list *memory) {
     const sc_tensor *top = sc_tensor_find(file, "max_activating_image_values");
     const sc_tensor *patch = sc_tensor_find(file, "max_activating_patch_values");
     const sc_tensor *class = sc_tensor_find(file, "class_counts");
     const char *threshold = sc_metadata_find(file, "threshold");
     const char *names = sc_metadata_find(file, "class_names");
+    const char *shard = sc_metadata_find(file, "shard");
+    const char *edges = sc_metadata_find(file, "histogram_edges");
+    char expected[HISTOGRAM_BINS * 20 + 32], **name;
+    print_edges(expected);
     if (!top || top->rank != 2 || top->count == 0 || !patch || patch->rank != 2 || patch->count == 0
-        || patch->shape[0] != top->shape[0] || (class && class->shape[1] != top->shape[0]))
-        return fail("%s: these are no statistics", file->path);
-    s->sae[0].d_sae = top->shape[0];
-    s->data.T = (size_t)number_in(file, "tokens_per_image", 10);
-    s->data.first_patch = (size_t)number_in(file, "first_patch", 10);
-    s->data.set.digest = number_in(file, "data_digest", 16);
-    s->data.set.classes = class ? class->shape[0] : 0;
-    if (names) SC_TRY(json_string_array(names, file->path, &s->data.set.class_name,
-                                        &s->data.set.classes));
-    s->stats[0] = (statistics){ .sae = &s->sae[0], .data = &s->data, .K = top->shape[1],
-                                .P = patch->shape[1], .threshold = threshold ? atof(threshold) : -1,
-                                .sae_digest = number_in(file, "sae_digest", 16) };
-    return new_statistics(&s->stats[0], &s->memory, class != NULL);
+        || patch->shape[0] != top->shape[0] || (class && class->rank != 2)
+        || !sc_metadata_find(file, "data_digest") || !sc_metadata_find(file, "sae_digest"))
+        return fail("%s: not statistics (expected a file that stats wrote)", file->path);
+    if (!edges || strcmp(edges, expected) != 0)
+        return fail("%s: metadata histogram_edges: not the bins that stats writes", file->path);
+    *s = (statistics){ .n = top->shape[0], .K = top->shape[1], .P = patch->shape[1],
+                       .T = (size_t)number_in(file, "tokens_per_image", 10),
+                       .first_patch = (size_t)number_in(file, "first_patch", 10),
+                       .images = number_in(file, "images", 10),
+                       .data_digest = number_in(file, "data_digest", 16),
+                       .sae_digest = number_in(file, "sae_digest", 16),
+                       .threshold = threshold ? atof(threshold) : -1, .shard = 1, .shards = 1 };
+    if (class) s->classes = class->shape[0];
+    if (shard && !parse_shard(shard, &s->shard, &s->shards))
+        return fail("%s: shard '%.50s' (expected I/N)", file->path, shard);
+    if (!names) return SC_OK;
+    SC_TRY(json_string_array(names, file->path, &name, &s->classes));
+    int status = allocate(memory, &s->class_name, s->classes, sizeof *name);
+    for (size_t c = 0; c < s->classes && status == SC_OK; c++) {
+        status = allocate(memory, &s->class_name[c], strlen(name[c]) + 1, 1);
+        if (status == SC_OK) strcpy(s->class_name[c], name[c]);
+    }
+    free(name);
+    return status;
 }
 
-/* Puts a tensor where it belongs, added to what is there if it is one of those. */
-static int read_statistics(const sc_safetensors *file, const statistics_tensor *t) {
+static int read_statistics_tensor(const sc_safetensors *file, const statistics_tensor *t) {
     const sc_tensor *from = sc_tensor_find(file, t->name);
     size_t size = sc_dtype_size(t->dtype), bytes = t->numbers * size;
-    if (!from || from->count == 0 || from->dtype != t->dtype
-        || memcmp(from->shape, t->shape, sizeof t->shape) != 0)
-        return fail("%s: a tensor %s of the first file's shape was expected", file->path, t->name);
+    if (!from || from->dtype != t->dtype || memcmp(from->shape, t->shape, sizeof t->shape) != 0)
+        return fail("%s: tensor %s is missing or does not fit the others", file->path, t->name);
     for (size_t e = 0; e < from->count / t->numbers; e++) {
-        float finite[2];                         /* what is not is refused, by the file's name */
-        if (t->dtype == SC_F32)
-            SC_TRY(sc_tensor_floats(file, from, e * t->numbers, t->numbers, finite));
-        exact_sum sum = { 0, 0 }, more = { 0, 0 };           /* one number lies in the high half */
+        float finite[2];
         char *place = (char *)t->first + e * t->step;
-        copy_numbers(&more, from->data + e * bytes, t->numbers, size);
-        if (t->summed) memcpy(&sum, place, bytes);
-        exact_add(&sum, more);
-        memcpy(place, &sum, bytes);
+        if (t->dtype == SC_F32)                          /* refuses what is not finite */
+            SC_TRY(sc_tensor_floats(file, from, e * t->numbers, t->numbers, finite));
+        copy_numbers(place, from->data + e * bytes, t->numbers, size);
     }
     return SC_OK;
 }
 
-/* Refuses a file that is not of the first one's run, or whose shard, which it finds out, does not
- * fit: shards 0 means that none was there before. there: [MAX_OPERANDS + 1] */
-static int check_shard(const sc_safetensors *file, const sc_safetensors *first, size_t *shards,
-                       unsigned char *there) {
-    static const char *const same[][2] = {
-        { "sae_digest", "another SAE" }, { "data_digest", "other data" },
-        { "threshold", "another --threshold" }, { "tokens_per_image", "other tokens" },
-        { "first_patch", "other tokens" }, { "histogram_edges", "another histogram" } };
-    const char *text = sc_metadata_find(file, "shard");
-    size_t shard = 1, of = 1;
-    for (size_t i = 0; i < COUNT(same); i++) {
-        const char *a = sc_metadata_find(file, same[i][0]);
-        const char *b = sc_metadata_find(first, same[i][0]);
-        if (a ? !b || strcmp(a, b) != 0 : b != NULL)
-            return fail("%s: statistics of %s than %s", file->path, same[i][1], first->path);
-    }
-    if (file->tensors != first->tensors)
-        return fail("%s: --class-counts was given for this or for %s, expected for all or none",
-                    file->path, first->path);
-    if (text && !parse_shard(text, &shard, &of))
-        return fail("%s: shard '%.50s' where I/N was expected", file->path, text);
-    if (*shards && *shards != of)
-        return fail("%s: a shard of %zu, but %s is one of %zu", file->path, of, first->path,
-                    *shards);
-    if (there[shard]++) return fail("%s: shard %zu of %zu was there before", file->path, shard, of);
-    *shards = of;
-    return SC_OK;
-}
-
-/* Joins a shard to `all`; its lists of the largest come by way of part's. */
-static int merge_shard(statistics *all, const statistics *part, const sc_safetensors *file) {
+/* Reads statistics into new arrays; without `lists` the top images and patches stay empty. */
+static int read_statistics(statistics *s, const char *path, int lists, memory_list *memory) {
     statistics_tensor tensor[STATISTICS_TENSORS];
-    size_t tensors = list_statistics(part, tensor), n = all->sae->d_sae;
-    for (size_t i = 0; i < tensors; i++) SC_TRY(read_statistics(file, &tensor[i]));
-    for (size_t i = 0; i < n * all->K; i++)
-        keep_largest(all->top + i / all->K * all->K, all->K, part->top[i]);
-    for (size_t i = 0; i < n * all->P; i++)
-        keep_largest(all->patch + i / all->P * all->P, all->P, part->patch[i]);
-    all->images += number_in(file, "images", 10);
-    return SC_OK;
+    sc_safetensors file;
+    SC_TRY(sc_safetensors_open(&file, path));
+    int status = read_statistics_sizes(s, &file, memory);
+    int counts = sc_tensor_find(&file, "class_counts") != NULL;
+    if (status == SC_OK) status = new_statistics(s, memory, counts);
+    size_t tensors = status == SC_OK ? list_statistics(s, tensor) : 0;
+    for (size_t i = 0; i < tensors && status == SC_OK; i++)
+        if (lists || !tensor[i].is_list) status = read_statistics_tensor(&file, &tensor[i]);
+    sc_safetensors_close(&file);
+    return status;
 }
 
-static int merge_files(session *s, const sc_safetensors *first) {
+/* Adds a shard to `all`. */
+static void add_statistics(statistics *all, const statistics *part) {
+    all->images += part->images;
+    for (size_t j = 0; j < all->n; j++) {
+        latent_record *to = &all->latent[j];
+        const latent_record *from = &part->latent[j];
+        to->images += from->images;
+        to->tokens += from->tokens;
+        exact_add(&to->means, from->means);
+        exact_add(&to->activations, from->activations);
+        for (size_t k = 0; k < all->K; k++)
+            keep_largest(all->top + j * all->K, all->K, part->top[j * all->K + k]);
+        for (size_t p = 0; p < all->P; p++)
+            keep_largest(all->patch + j * all->P, all->P, part->patch[j * all->P + p]);
+    }
+    for (size_t b = 0; b < HISTOGRAM_BINS; b++) all->histogram[0][b] += part->histogram[0][b];
+    for (size_t i = 0; all->class_counts && i < all->classes * all->n; i++)
+        all->class_counts[i] += part->class_counts[i];
+}
+
+/* Refuses a shard that is not of the same run as the first one. */
+static int check_shard(const char *path, const statistics *part, const char *first_path,
+                       const statistics *first) {
+    const char *differs = NULL;
+    if (part->sae_digest != first->sae_digest) differs = "SAE";
+    else if (part->data_digest != first->data_digest) differs = "data set";
+    else if (part->threshold != first->threshold) differs = "--threshold";
+    else if (part->T != first->T || part->first_patch != first->first_patch) differs = "tokens";
+    else if (part->n != first->n || part->K != first->K || part->P != first->P) differs = "--top";
+    else if (!part->class_counts != !first->class_counts) differs = "--class-counts";
+    else if (part->classes != first->classes) differs = "classes";
+    else if (part->shards != first->shards) differs = "number of shards";
+    if (!differs) return SC_OK;
+    return fail("%s: differs from %s in its %s", path, first_path, differs);
+}
+
+/* Joins the shards of a data set, in any order, to the bytes of one run over all of it. */
+static int command_merge(session *s) {
+    const char *const *path = s->o->operand;
     unsigned char there[MAX_OPERANDS + 1] = { 0 };
-    size_t shards = 0;
-    SC_TRY(begin_merge(s, first));
-    statistics *all = &s->stats[0], part = *all;
-    const array_spec lists[] = { ARRAY(part.top, all->sae->d_sae, all->K),
-                                 ARRAY(part.patch, all->sae->d_sae, all->P) };
-    SC_TRY(new_arrays(&s->memory, lists, COUNT(lists)));
-    for (const char **path = s->o->operand; *path; path++) {
-        sc_safetensors file;
-        SC_TRY(sc_safetensors_open(&file, *path));
-        int status = check_shard(&file, first, &shards, there);
-        if (status == SC_OK) status = merge_shard(all, &part, &file);
-        sc_safetensors_close(&file);
+    statistics all, part;
+    SC_TRY(try_output(s->o->output));
+    SC_TRY(read_statistics(&all, path[0], 1, &s->memory));
+    size_t shards = all.shards;
+    there[all.shard] = 1;
+    for (size_t i = 1; path[i]; i++) {
+        memory_list memory = NULL;
+        int status = read_statistics(&part, path[i], 1, &memory);
+        if (status == SC_OK) status = check_shard(path[i], &part, path[0], &all);
+        if (status == SC_OK && there[part.shard]++)
+            status = fail("%s: shard %zu of %zu is there twice", path[i], part.shard, shards);
+        if (status == SC_OK) add_statistics(&all, &part);
+        release(&memory);
         SC_TRY(status);
     }
     for (size_t i = 1; i <= shards; i++)
         if (!there[i])
-            return fail("%s: one of %zu shards, of which shard %zu is missing", first->path, shards,
-                        i);
-    return SC_OK;
-}
-
-static int command_merge(session *s) {
-    sc_safetensors first;
-    SC_TRY(try_output(s->o->output));
-    SC_TRY(sc_safetensors_open(&first, s->o->operand[0]));
-    int status = merge_files(s, &first);
-    sc_safetensors_close(&first);
-    return status == SC_OK ? save_statistics(s) : status;
+            return fail("%s: one of %zu shards, of which shard %zu is missing", path[0], shards, i);
+    all.shards = 1;
+    return save_statistics(s, &all);
 }
 
 /* --- Tables --- */
 
-/* A cell, and what its column is called by programs and for people; text NULL: a number. */
+/* A cell, and the name and title of its column; text NULL: a number. A NaN is not defined: "-" in
+ * text, empty in CSV, null in JSON. */
 typedef struct { const char *name, *title, *text; double number; } table_cell;
 
-/* A cell as people see it, in Markdown what would be markup behind a backslash; row 0 are the
- * titles. cells: [rows, columns] */
-static const char *cell_text(int markdown, const table_cell *cells, size_t columns, size_t row,
-                             size_t column) {
-    const table_cell *c = &cells[(row ? row - 1 : 0) * columns + column];
-    char *out = text_room(), *to = out;
-    int whole = c->number == floor(c->number) && fabs(c->number) < 1e9;
-    if (row == 0 || (c->text && !markdown)) return row ? shown(c->text) : c->title;
-    if (!c->text) snprintf(out, TEXT_ROOM, whole ? "%.0f" : "%.4g", c->number);
-    if (!c->text) return out;
-    for (const char *text = shown(c->text); *text && to - out < TEXT_ROOM - 2; *to++ = *text++)
-        if (strchr("\\|<&`[*", *text)) *to++ = '\\';
-    *to = '\0';
+static const char *cell_text(const table_cell *cell) {
+    if (cell->text) return shown(cell->text);
+    if (isnan(cell->number)) return "-";
+    char *out = text_room();
+    int whole = cell->number == floor(cell->number) && fabs(cell->number) < 1e9;
+    snprintf(out, TEXT_ROOM, whole ? "%.0f" : "%.4g", cell->number);
     return out;
 }
 
-static void print_for_people(int markdown, const table_cell *cells, size_t columns, size_t rows) {
+/* A row of titles, then the cells, in columns. cells: [rows, columns] */
+static void print_columns(const table_cell *cells, size_t columns, size_t rows) {
     for (size_t r = 0; r <= rows; r++) {
         for (size_t c = 0; c < columns; c++) {
-            int width = 0;
-            for (size_t i = 0; i <= rows; i++) {
-                int length = (int)strlen(cell_text(markdown, cells, columns, i, c));
+            int width = (int)strlen(cells[c].title);
+            for (size_t i = 0; i < rows; i++) {
+                int length = (int)strlen(cell_text(&cells[i * columns + c]));
                 if (length > width) width = length;
             }
-            printf(markdown ? "| %-*s " : c ? "  %*s" : "%*s", width,
-                   cell_text(markdown, cells, columns, r, c));
+            const char *text = cells[c].title;
+            if (r > 0) text = cell_text(&cells[(r - 1) * columns + c]);
+            printf("%s%*s", c ? "  " : "", width, text);
         }
-        puts(markdown ? "|" : "");
-        for (size_t c = 0; markdown && r == 0 && c <= columns; c++)
-            fputs(c < columns ? "|---" : "|\n", stdout);
+        puts("");
     }
 }
 
-/* A CSV field: quoted, what a terminal might obey shown as ?, what a spreadsheet might take for a
- * formula behind a '. */
-static void print_csv_text(const char *name) {
-    putchar('"');
-    if (*name && name[1] && strchr("=+-@", *name)) putchar('\'');
-    for (size_t length; *name; name += length ? length : 1) {
-        length = utf8_length(name);
-        if (length == 0 || control_at(name)) putchar('?');
-        else printf(*name == '"' ? "\"\"" : "%.*s", (int)length, name);
-    }
-    putchar('"');
-}
-
-/* CSV or JSON, numbers in full. */
-static void print_for_programs(int as_json, const table_cell *cells, size_t columns, size_t rows) {
-    if (as_json) puts("[");
-    for (size_t r = as_json ? 1 : 0; r <= rows; r++) {
-        for (size_t c = 0; c < columns; c++) {
-            const table_cell *here = &cells[(r ? r - 1 : 0) * columns + c];
-            fputs(as_json ? c ? ", " : "  {" : c ? "," : "", stdout);
-            if (as_json) printf("\"%s\": ", here->name);
-            if (r == 0) fputs(here->name, stdout);
-            else if (!here->text) printf("%.9g", here->number);
-            else if (as_json) print_json(stdout, here->text);
-            else print_csv_text(here->text);
+/* One metric per line, the table's rows side by side. */
+static void print_metrics(const table_cell *cells, size_t columns, size_t rows) {
+    for (size_t c = 0; c < columns; c++) {
+        printf("%-24s", cells[c].title);
+        for (size_t r = 0; r < rows; r++) {
+            const char *text = cell_text(&cells[r * columns + c]);
+            size_t length = strlen(text);
+            if (length > 22) text += length - 22;            /* the end of a path tells most */
+            printf("  %22s", text);
         }
-        puts(!as_json ? "" : r < rows ? "}," : "}");
+        puts("");
     }
-    if (as_json) puts("]");
 }
 
-/* format: text, markdown, csv or json; a row or more */
+/* A CSV field: quotes are doubled; a text that a spreadsheet could take for a formula gets a '. */
+static void print_csv_text(const char *text) {
+    putchar('"');
+    if (*text && text[1] && strchr("=+-@", *text)) putchar('\'');
+    for (const char *c = shown(text); *c; c++) {
+        if (*c == '"') putchar('"');
+        putchar(*c);
+    }
+    putchar('"');
+}
+
+static void print_csv(const table_cell *cells, size_t columns, size_t rows) {
+    for (size_t c = 0; c < columns; c++) printf("%s%s", c ? "," : "", cells[c].name);
+    puts("");
+    for (size_t i = 0; i < rows * columns; i++) {
+        if (i % columns > 0) putchar(',');
+        if (cells[i].text) print_csv_text(cells[i].text);
+        else if (!isnan(cells[i].number)) printf("%.9g", cells[i].number);
+        if (i % columns == columns - 1) puts("");
+    }
+}
+
+static void print_json_table(const table_cell *cells, size_t columns, size_t rows) {
+    puts("[");
+    for (size_t i = 0; i < rows * columns; i++) {
+        printf("%s\"%s\": ", i % columns ? ", " : "  {", cells[i].name);
+        if (cells[i].text) print_json(stdout, cells[i].text);
+        else if (isnan(cells[i].number)) printf("null");
+        else printf("%.9g", cells[i].number);
+        if (i % columns == columns - 1) puts(i + 1 < rows * columns ? "}," : "}");
+    }
+    puts("]");
+}
+
+/* format: text, csv or json; one row or more */
 static int print_table(const char *format, const table_cell *cells, size_t columns, size_t rows) {
-    int as_json = strcmp(format, "json") == 0;
-    if (as_json || strcmp(format, "csv") == 0) print_for_programs(as_json, cells, columns, rows);
-    else print_for_people(strcmp(format, "markdown") == 0, cells, columns, rows);
+    if (strcmp(format, "json") == 0) print_json_table(cells, columns, rows);
+    else if (strcmp(format, "csv") == 0) print_csv(cells, columns, rows);
+    else print_columns(cells, columns, rows);
     return end_of_output();
 }
 
@@ -6933,50 +7226,62 @@ static int print_table(const char *format, const table_cell *cells, size_t colum
 
 enum { EVAL_COLUMNS = 22 };
 
-/* A row of the report's table, and the further figures. row: [EVAL_COLUMNS] */
-static void evaluate(const statistics *s, const char *data, table_cell *row) {
-    const sc_sae *sae = s->sae;
-    const char *start = sae->b_dec_start, *geometric = start ? strstr(start, "geomedian") : NULL;
-    double tokens = (double)(s->images * s->data->T), numbers = tokens * (double)sae->d_in;
-    double n = (double)sae->d_sae, error = running_total(&s->squared_error);
-    double active = running_total(&s->l0), sum_f = running_total(&s->l1), x2 = 0, mean2 = 0;
-    double means = 0, entropy = 0, entropies = 0, always = 0, on[3] = { 0 };  /* 0, 1, 2 images */
-    for (size_t d = 0; d < sae->d_in; d++) {
+/* Sums over the latents of a data set's statistics. */
+typedef struct { double means, entropy, entropies, always, on[3]; } latent_sums;  /* 0, 1, 2 images */
+
+static latent_sums sum_latents(const statistics *s) {
+    latent_sums sums = { .means = 0 };
+    for (size_t j = 0; j < s->n; j++) {
+        int64_t images = s->latent[j].images;
+        double e = top_entropy(s->top + j * s->K, s->K);
+        if (e >= 0) {
+            sums.entropy += e;
+            sums.entropies++;
+        }
+        sums.means += mean_activation(&s->latent[j]);
+        sums.always += images == (int64_t)s->images;
+        if (images < 3) sums.on[images]++;
+    }
+    return sums;
+}
+
+/* One row of eval's table. row: [EVAL_COLUMNS] */
+static void evaluate(const statistics *s, const sc_sae *sae, const char *data, table_cell *row) {
+    const char *start = sae->b_dec_start, *bias = "?";
+    double tokens = (double)(s->images * s->T), numbers = tokens * (double)s->D, n = (double)s->n;
+    double error = running_total(&s->squared_error), active = running_total(&s->l0);
+    double sum_f = running_total(&s->l1), x2 = 0, mean2 = 0;
+    latent_sums sums = sum_latents(s);
+    for (size_t d = 0; d < s->D; d++) {
         double mean = running_total(&s->x[d][0]) / tokens;
         mean2 += mean * mean;
         x2 += running_total(&s->x[d][1]);
     }
-    for (size_t j = 0; j < sae->d_sae; j++) {
-        int64_t images = s->latent[j].images;
-        double e = top_entropy(s->top + j * s->K, s->K);
-        entropy += e >= 0 ? e : 0;
-        entropies += e >= 0;
-        means += mean_activation(&s->latent[j]);
-        always += images == (int64_t)s->images;
-        if (images < 3) on[images]++;
-    }
-    double variance = x2 - tokens * mean2;
+    double variance = x2 - tokens * mean2, alive = n - sums.on[0];
+    if (start) bias = strstr(start, "geomedian") ? "yes" : "no";
     const table_cell cells[EVAL_COLUMNS] = {
-        { "sae", "SAE", sae->path, 0 }, { "data", "data", data, 0 },
+        { "sae", "SAE", sae->path, 0 },
+        { "data", "data", data, 0 },
         { "output", "CLIP output", sae->hook < 0 ? "?" : hook_names[sae->hook], 0 },
         { "activation", "activation", sae->topk ? "TopK" : "ReLU", 0 },
-        { "geometric_bias", "geometric bias", !start ? "?" : geometric ? "yes" : "no", 0 },
+        { "geometric_bias", "geometric bias", bias, 0 },
         { "mse", "MSE", NULL, running_total(&s->mse) / numbers },
         { "mse_raw", "MSE raw", NULL, error / numbers },
         { "explained_variance", "explained variance", NULL,
           variance > 0 ? 1 - error / variance : 0 },
-        { "explained_variance_uncentred", "uncentred", NULL, 1 - error / x2 },
+        { "explained_variance_uncentred", "  uncentred", NULL, 1 - error / x2 },
         { "mean_activation", "mean activation", NULL, active > 0 ? sum_f / active : 0 },
-        { "mean_sae_mean_acts", "mean of latents' means", NULL,
-          on[0] < n ? means / (n - on[0]) : 0 },
-        { "l0", "L0 a token", NULL, active / tokens },
+        { "mean_sae_mean_acts", "mean of latents' means", NULL, alive > 0 ? sums.means / alive : 0 },
+        { "l0", "L0 per token", NULL, active / tokens },
         { "l0_fraction", "L0 / latents", NULL, active / tokens / n },
-        { "l1", "L1 a token", NULL, sum_f / tokens },
-        { "entropy_mean", "entropy", NULL, entropies > 0 ? entropy / entropies : -1 },
-        { "entropy_sum", "entropy sum", NULL, entropy },
-        { "entropy_latents", "latents with entropy", NULL, entropies },
-        { "dead", "dead", NULL, on[0] }, { "every_image", "on every image", NULL, always },
-        { "one_image", "on 1 image", NULL, on[1] }, { "two_images", "on 2 images", NULL, on[2] },
+        { "l1", "L1 per token", NULL, sum_f / tokens },
+        { "entropy_mean", "entropy", NULL, sums.entropies > 0 ? sums.entropy / sums.entropies : -1 },
+        { "entropy_sum", "entropy sum", NULL, sums.entropy },
+        { "entropy_latents", "latents with entropy", NULL, sums.entropies },
+        { "dead", "dead latents", NULL, sums.on[0] },
+        { "every_image", "on every image", NULL, sums.always },
+        { "one_image", "on 1 image", NULL, sums.on[1] },
+        { "two_images", "on 2 images", NULL, sums.on[2] },
         { "images", "images", NULL, (double)s->images } };
     memcpy(row, cells, sizeof cells);
 }
@@ -6986,15 +7291,23 @@ static int command_eval(session *s) {
     const char **data = o->acts ? &o->acts : &o->operand[0];
     table_cell row[2 * SC_MAX_TAPS][EVAL_COLUMNS];
     size_t rows = 0;
-    for (;; *data = o->also, o->also = NULL) {
+    for (;;) {
         SC_TRY(measure(s, 1));
-        for (size_t i = 0; i < s->saes; i++) evaluate(&s->stats[i], *data, row[rows++]);
-        if (!o->also) return print_table(o->format, row[0], EVAL_COLUMNS, rows);
+        for (size_t i = 0; i < s->saes; i++)
+            evaluate(&s->stats[i], &s->sae[i], *data, row[rows++]);
+        if (!o->also) break;
         close_data(s);
+        *data = o->also;
+        o->also = NULL;
     }
+    if (strcmp(o->format, "text") != 0) return print_table(o->format, row[0], EVAL_COLUMNS, rows);
+    for (size_t r = 0; r < rows; r++)
+        if (row[r][14].number < 0) row[r][14].number = NAN;      /* entropy is not defined */
+    print_metrics(row[0], EVAL_COLUMNS, rows);
+    return end_of_output();
 }
 
-/* --- What extract and pack have in common: labels and names --- */
+/* --- extract and pack --- */
 
 static int keep_label(session *s, int64_t label) {
     SC_TRY(grow(&s->label, &s->label_room, s->labels, sizeof *s->label));
@@ -7002,7 +7315,7 @@ static int keep_label(session *s, int64_t label) {
     return SC_OK;
 }
 
-/* The labels kept, which all images have or none, and the classes' names. */
+/* The labels kept, which all images have or none, and the names of the classes. */
 static int write_labels(sc_writer *w, const session *s) {
     if (s->labels > 0 && s->label[0] < 0) return SC_OK;
     SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &s->labels));
@@ -7011,31 +7324,30 @@ static int write_labels(sc_writer *w, const session *s) {
     return write_name_list(w, "class_names", s->data.set.class_name, s->data.set.classes);
 }
 
-/* --- extract --- */
-
 static int write_activations(sc_writer *w, void *context) {
     session *s = context;
     const options *o = s->o;
     feed *f = &s->data;
     size_t first = strcmp(o->tokens, "patches") == 0, end = strcmp(o->tokens, "cls") ? f->T : 1;
+    sc_dtype dtype = strcmp(o->dtype, "f16") ? SC_F32 : SC_F16;
     int status;
-    SC_TRY(sc_writer_tensor(w, "activations", strcmp(o->dtype, "f16") ? SC_F32 : SC_F16, 3,
-                            (size_t[]){ SC_ROWS, end - first, f->D }));
+    SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, (size_t[]){ SC_ROWS, end - first, f->D }));
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, f->set.count)) == SC_OK)
+    while ((status = next_encoded(s, f->set.count)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++) {
             SC_TRY(keep_label(s, f->label[i]));
             for (size_t t = i * f->T + first; t < i * f->T + end; t++)
                 SC_TRY(sc_writer_floats(w, f->tap[0].out + t * f->stride, f->D));
         }
+    }
     if (status != SC_END) return status;
     SC_TRY(sc_writer_metadata(w, "model", base_name(o->model)));
     SC_TRY(put_metadata(w, "layer", "%zu", f->tap[0].layer));
     SC_TRY(sc_writer_metadata(w, "hook", hook_names[f->tap[0].hook]));
     SC_TRY(sc_writer_metadata(w, "tokens", o->tokens));
-    /* a file that lacks images of the data set is not the data set: another digest */
-    unsigned long long digest = f->set.digest + (f->set.count - s->labels);
-    if (f->set.count != SC_UNKNOWN) SC_TRY(put_metadata(w, "data_digest", "%016llx", digest));
+    /* a file that lacks images of the data set is another data set */
+    uint64_t digest = f->set.digest + (f->set.count - s->labels);
+    SC_TRY(put_metadata(w, "data_digest", "%016jx", (uintmax_t)digest));
     return write_labels(w, s);
 }
 
@@ -7050,26 +7362,24 @@ static int command_extract(session *s) {
                         write_activations, s);
 }
 
-/* --- pack --- */
-
-static int write_pictures(sc_writer *w, void *context) {
+static int write_images(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
-    size_t S = (size_t)f->preprocess.size, images = f->set.count == SC_UNKNOWN ? 0 : f->set.count;
+    size_t S = (size_t)f->preprocess.size;
     int status;
     char **name;
-    SC_TRY(allocate(&s->memory, &name, images, sizeof *name));
+    SC_TRY(allocate(&s->memory, &name, f->set.count, sizeof *name));
     SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, (size_t[]){ SC_ROWS, S, S, 3 }));
     while ((status = next_encoded(s, f->set.count)) == SC_OK) {
         SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
         for (size_t i = 0; i < f->count; i++) {
-            if (images) name[s->labels] = (char *)(uintptr_t)image_name(f, f->image[i]);
+            name[s->labels] = (char *)(uintptr_t)image_name(f, f->image[i]);
             SC_TRY(keep_label(s, f->label[i]));
         }
     }
     if (status != SC_END) return status;
     SC_TRY(write_labels(w, s));
-    return images && *name[0] ? write_name_list(w, "file_names", name, s->labels) : SC_OK;
+    return *name[0] ? write_name_list(w, "file_names", name, s->labels) : SC_OK;
 }
 
 static int command_pack(session *s) {
@@ -7077,24 +7387,21 @@ static int command_pack(session *s) {
     feed *f = &s->data;
     SC_TRY(open_photos(f, o, (size_t)(o->square ? o->square : o->size)));
     size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
-    for (size_t i = 0; f->set.image && i < f->set.count; i++)
-        room += 7 * strlen(f->set.image[i].name) + 4;
+    for (size_t i = 0; i < f->set.count; i++) room += 7 * strlen(f->set.image[i].name) + 4;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    return save_tensors(o->output, room, write_pictures, s);
+    return save_tensors(o->output, room, write_images, s);
 }
 
-/* --- encode: what comes waits in temporary files until all tensors can be written --- */
+/* --- encode: data wait in temporary files until all tensors can be written --- */
 
 static int spool_failed(void) {
-    return fail("a temporary file cannot be written, read or made: %s", strerror(errno));
+    return fail("a temporary file cannot be written or read: %s", strerror(errno));
 }
 
-/* Their first failure sticks: it is enough to ask now and then. */
-static int check_spools(const session *s) {
-    errno = EIO;                                             /* of a failure long ago */
-    for (int i = 0; i < 2; i++)
-        if (fflush(s->spool[i]) != 0 || ferror(s->spool[i])) return spool_failed();
-    return SC_OK;
+static int check_spool(FILE *spool) {
+    errno = EIO;                                         /* where an earlier write failed */
+    if (fflush(spool) == 0 && !ferror(spool)) return SC_OK;
+    return spool_failed();
 }
 
 /* A tile's codes, sorted by token by counting, which keeps latents ascending. row: of token 0 */
@@ -7105,10 +7412,12 @@ static int spool_codes(session *s, const tile_codes *tile, size_t row) {
     size_t codes = place[tile->tokens];
     while (s->code_room < codes)
         SC_TRY(grow(&s->code, &s->code_room, s->code_room, sizeof *s->code));
-    for (size_t j = 0; j < s->sae[0].d_sae; j++)
-        for (code_walk w = walk_codes(tile, j); next_code(&w);)
+    for (size_t j = 0; j < s->sae[0].d_sae; j++) {
+        code_walk w = walk_codes(tile, j);
+        while (next_code(&w))
             s->code[place[w.token]++] = (code){ (int64_t)(row + w.token), (int64_t)j, w.value };
-    if (codes > 0) fwrite(s->code, sizeof *s->code, codes, s->spool[0]);
+    }
+    fwrite(s->code, sizeof *s->code, codes, s->spool[0]);
     return SC_OK;
 }
 
@@ -7119,24 +7428,30 @@ static int spool_batch(session *s) {
         SC_TRY(spool_codes(s, &b->tile[i], row + b->tile[i].first));
     for (size_t t = 0; t < b->T && b->reconstruct; t++)
         fwrite(b->output + t * b->sae->stride, sizeof(float), b->sae->d_in, s->spool[1]);
-    return check_spools(s);
+    SC_TRY(check_spool(s->spool[0]));
+    return check_spool(s->spool[1]);
 }
 
-/* A tensor that is a part of a spool's records: `columns` numbers at `offset`. */
-static int write_part(sc_writer *w, session *s, int which, const char *name, sc_dtype dtype,
-                      size_t offset, size_t columns) {
-    enum { BLOCK = 64 };
+/* A tensor of one member of the codes: `row`, `index` (in memory I64) or `value`. */
+static int write_member(sc_writer *w, FILE *spool, const char *name, sc_dtype dtype,
+                        size_t offset) {
     sc_dtype kind = dtype == SC_I32 ? SC_I64 : dtype;
-    size_t part = columns * sc_dtype_size(kind), size = which ? part : sizeof(code);
-    unsigned char *record;
-    SC_TRY(allocate(&s->memory, &record, BLOCK, size));
-    SC_TRY(sc_writer_tensor(w, name, dtype, columns > 1 ? 2 : 1, (size_t[]){ SC_ROWS, columns }));
-    if (fseek(s->spool[which], 0, SEEK_SET) != 0) return spool_failed();
-    for (size_t n; (n = fread(record, size, BLOCK, s->spool[which])) > 0;) {
-        for (size_t i = 0; i < n; i++) memmove(record + i * part, record + i * size + offset, part);
-        SC_TRY(sc_writer_values(w, record, n * columns, kind));
-    }
-    return check_spools(s);
+    code c;
+    SC_TRY(sc_writer_tensor(w, name, dtype, 1, (size_t[]){ SC_ROWS }));
+    rewind(spool);
+    while (fread(&c, sizeof c, 1, spool) == 1)
+        SC_TRY(sc_writer_values(w, (const char *)&c + offset, 1, kind));
+    return check_spool(spool);
+}
+
+static int write_reconstruction(sc_writer *w, session *s) {
+    size_t D = s->sae[0].d_in;
+    float *row;
+    SC_TRY(allocate(&s->memory, &row, D, sizeof *row));
+    SC_TRY(sc_writer_tensor(w, "reconstruction", SC_F32, 2, (size_t[]){ SC_ROWS, D }));
+    rewind(s->spool[1]);
+    while (fread(row, sizeof *row, D, s->spool[1]) == D) SC_TRY(sc_writer_floats(w, row, D));
+    return check_spool(s->spool[1]);
 }
 
 /* The mean of f over every `group` tokens, from the codes. */
@@ -7147,28 +7462,29 @@ static int write_means(sc_writer *w, session *s, const char *name, size_t group)
     code c;
     const array_spec arrays[] = { ARRAY(mean, n, 1), ARRAY(sum, n, 1) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
-    SC_TRY(sc_writer_tensor(w, name, SC_F32, n > 1 ? 2 : 1, (size_t[]){ SC_ROWS, n }));
-    if (fseek(s->spool[0], 0, SEEK_SET) != 0) return spool_failed();
+    SC_TRY(sc_writer_tensor(w, name, SC_F32, 2, (size_t[]){ SC_ROWS, n }));
+    rewind(s->spool[0]);
     int more = fread(&c, sizeof c, 1, s->spool[0]) == 1;
     for (size_t end = group; end <= rows; end += group) {
         memset(sum, 0, n * sizeof *sum);
-        for (; more && (size_t)c.row < end; more = fread(&c, sizeof c, 1, s->spool[0]) == 1)
+        while (more && (size_t)c.row < end) {
             sum[c.index] += c.value;
+            more = fread(&c, sizeof c, 1, s->spool[0]) == 1;
+        }
         for (size_t j = 0; j < n; j++) mean[j] = (float)(sum[j] / (double)group);
         SC_TRY(sc_writer_floats(w, mean, n));
     }
-    return check_spools(s);
+    return check_spool(s->spool[0]);
 }
 
 static int write_codes(sc_writer *w, void *context) {
     session *s = context;
     const options *o = s->o;
-    SC_TRY(write_part(w, s, 0, "row", SC_I64, offsetof(code, row), 1));
-    SC_TRY(write_part(w, s, 0, "index", SC_I32, offsetof(code, index), 1));
-    SC_TRY(write_part(w, s, 0, "value", SC_F32, offsetof(code, value), 1));
+    SC_TRY(write_member(w, s->spool[0], "row", SC_I64, offsetof(code, row)));
+    SC_TRY(write_member(w, s->spool[0], "index", SC_I32, offsetof(code, index)));
+    SC_TRY(write_member(w, s->spool[0], "value", SC_F32, offsetof(code, value)));
     if (o->dense) SC_TRY(write_means(w, s, "f", 1));
-    if (o->reconstruction)
-        SC_TRY(write_part(w, s, 1, "reconstruction", SC_F32, 0, s->sae[0].d_in));
+    if (o->reconstruction) SC_TRY(write_reconstruction(w, s));
     return o->image_means ? write_means(w, s, "image_means", s->data.T) : SC_OK;
 }
 
@@ -7176,8 +7492,10 @@ static int command_encode(session *s) {
     int status;
     SC_TRY(try_output(s->o->output));
     SC_TRY(open_session(s));
-    for (int i = 0; i < 2; i++)
-        if (!(s->spool[i] = tmpfile())) return spool_failed();
+    for (int i = 0; i < 2; i++) {
+        s->spool[i] = tmpfile();
+        if (!s->spool[i]) return spool_failed();
+    }
     s->batch[0].reconstruct = s->o->reconstruction;
     SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
     while ((status = next_encoded(s, s->data.set.count)) == SC_OK) SC_TRY(spool_batch(s));
@@ -7196,20 +7514,39 @@ static int replace_by_output(void *context, float *x, size_t tokens) {
     return SC_OK;
 }
 
-/* Labels become the model's: by name where both name their classes, else they stay as they are. */
+/* The number of the class with this name, or count. */
+static size_t find_class(char **name, size_t count, const char *class) {
+    size_t c = 0;
+    while (c < count && strcmp(name[c], class) != 0) c++;
+    return c;
+}
+
+/* Labels of folders become the model's classes: by name where the model names its classes; else the
+ * folders' names are the classes where all are whole numbers; else their ranks are, if there are as
+ * many folders as classes. The labels of a list are the model's classes already. */
 static int match_classes(sc_images *set, const sc_model *model) {
     const char *text = sc_metadata_find(&model->file, "class_names");
-    char **name;
-    size_t names, c;
+    char **name = NULL, *end;
+    size_t names = 0, numbers = 0;
     int status = SC_OK;
-    if (!text || !set->class_name) return SC_OK;
-    SC_TRY(json_string_array(text, model->file.path, &name, &names));
+    if (!set->class_name) return SC_OK;
+    if (text) SC_TRY(json_string_array(text, model->file.path, &name, &names));
+    for (size_t c = 0; c < set->classes; c++) {
+        strtoul(set->class_name[c], &end, 10);
+        numbers += isdigit((unsigned char)*set->class_name[c]) && !*end;
+    }
+    if (!text && numbers < set->classes && set->classes != model->classes)
+        return fail("%s: %zu class folders, but the model has %zu classes without names (expected "
+                    "folders named by class number, or a list with path<TAB>class)",
+                    set->root, set->classes, model->classes);
     for (size_t i = 0; i < set->count && status == SC_OK; i++) {
         const char *class = set->class_name[set->image[i].label];
-        for (c = 0; c < names && strcmp(name[c], class) != 0;) c++;
+        size_t c = (size_t)set->image[i].label;
+        if (text) c = find_class(name, names, class);
+        else if (numbers == set->classes) c = (size_t)strtoul(class, NULL, 10);
         set->image[i].label = (int64_t)c;
-        if (c == names)
-            status = fail("image %zu %s: class '%s' is none of the %zu that %s names", i,
+        if (text && c == names)
+            status = fail("image %zu %s: class '%s' is not among the %zu that %s names", i,
                           set->image[i].name, class, names, model->file.path);
     }
     free(name);
@@ -7220,79 +7557,84 @@ static int start_zeroshot(session *s) {
     const sc_model *model = &s->data.model;
     SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
     if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
-        return fail("%s: a tensor text_embeds [classes, width of the projection] was expected",
+        return fail("%s: no tensor text_embeds [classes, width of the projection]",
                     model->file.path);
-    if (s->saes) s->data.tap[0].replace = replace_by_output;
-    s->data.tap[0].context = s;
+    if (s->saes) {
+        s->data.tap[0].replace = replace_by_output;
+        s->data.tap[0].context = s;
+    }
     SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 1));
     return match_classes(&s->data.set, model);
 }
 
-/* An image counts where its label is among the best 1 or 5 classes; ties go to the lower one. */
+/* The rank of a label among the logits, from 0; of equal ones the lower class comes first. */
+static size_t rank_of(const float *logit, size_t classes, size_t label) {
+    size_t rank = 0;
+    for (size_t c = 0; c < classes; c++)
+        rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
+    return rank;
+}
+
 static int command_zeroshot(session *s) {
     size_t top1 = 0, top5 = 0;
+    const char *format = s->o->format;
     const sc_model *model = &s->data.model;
     feed *f = &s->data;
     int status;
     SC_TRY(start_zeroshot(s));
-    while ((status = next_encoded(s, f->set.count)) == SC_OK)
+    while ((status = next_encoded(s, f->set.count)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++) {
-            const float *logit = f->logits + i * model->classes;
-            size_t rank = 0, label = (size_t)f->label[i], image = (size_t)f->image[i];
+            size_t image = (size_t)f->image[i];
+            const char *name = image_name(f, image);
             if (f->label[i] < 0)
-                return fail("image %zu %s: zeroshot needs labels, as FOLDER/<class>/<image> or a "
-                            "list's path<TAB>class has them", image, image_name(f, image));
-            if (label >= model->classes)
-                return fail("image %zu %s: label %lld, but the head has %zu classes", image,
-                            image_name(f, image), (long long)f->label[i], model->classes);
-            for (size_t c = 0; c < model->classes; c++)
-                rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
+                return fail("image %zu %s: no label (expected FOLDER/<class>/<image>, or a list "
+                            "with path<TAB>class)", image, name);
+            if ((size_t)f->label[i] >= model->classes)
+                return fail("image %zu %s: label %lld, but the head has %zu classes", image, name,
+                            (long long)f->label[i], model->classes);
+            size_t rank = rank_of(f->logits + i * model->classes, model->classes,
+                                  (size_t)f->label[i]);
             top1 += rank < 1;
             top5 += rank < 5;
         }
+    }
     if (status != SC_END) return status;
-    size_t images = f->used;
-    if (strcmp(s->o->format, "json") == 0)
-        printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", images, top1, top5);
-    else if (strcmp(s->o->format, "csv") == 0)
-        printf("images,top1,top5\n%zu,%zu,%zu\n", images, top1, top5);
-    else printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", images, top1,
-                100.0 * (double)top1 / (double)images, top5, 100.0 * (double)top5 / (double)images);
+    double images = (double)f->used;
+    const table_cell cells[] = { { "images", "images", NULL, images },
+                                 { "top1", "top-1", NULL, (double)top1 },
+                                 { "top5", "top-5", NULL, (double)top5 } };
+    if (strcmp(format, "csv") == 0) return print_table(format, cells, COUNT(cells), 1);
+    if (strcmp(format, "json") == 0)
+        printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", f->used, top1, top5);
+    else printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", f->used, top1,
+                100.0 * (double)top1 / images, top5, 100.0 * (double)top5 / images);
     return end_of_output();
 }
 
 /* ============================================================================================
  * 21. Looking
  *
- * What a latent responds to, as pictures: a sheet of the images that excite it most, and masks of
+ * What a latent responds to, as images: a sheet of the images that activate it most, and masks of
  * the patches on which it fires. Silent patches keep 30 / 255 of their brightness, rounded down, as
  * PatchSAE shows them.
  * ============================================================================================ */
 
-enum { MOST_LATENTS = 1024, SHEET_GAP = 2, SILENT = 30 };
-
-/* Tensors of the statistics, a row a latent. */
-enum {
-    TOP_IMAGES, TOP_VALUES, TOP_LABELS, TOP_PATCHES, FREQUENCY, IMAGE_MEAN, ENTROPY, LOOKED_AT
-};
+enum { MAX_SHOWN = 1024, SHEET_GAP = 2, SILENT = 30 };
 
 typedef struct {
     session *s;
-    sc_safetensors stats;
-    const sc_tensor *of[LOOKED_AT];
-    sc_top *entry;                /* [K], a latent's top images as the statistics have them */
-    int any_data;                    /* the statistics need not be of the data at hand */
-    uint64_t first_patch;            /* of the statistics' tokens */
+    statistics stats;                /* read from the file that -t names */
+    int any_data;                    /* the statistics may be of other data */
     enum { NO_MASK, VALUE_MASK, TOP_MASK } kind;
-    size_t latent[MOST_LATENTS], latents;        /* asked for */
+    size_t latent[MAX_SHOWN], latents;           /* asked for */
     int64_t *image;                  /* [images], the only ones to look at, where not NULL */
-    size_t images, patches;          /* patches: of an image */
+    size_t images, patches;          /* patches: per image */
     double *mask;                    /* [MEASURE_IMAGES, patches], one latent's on the batch */
     double *sum;                     /* [latents, patches], of a class */
-    double *colour;                  /* [S, S, 3], the sum of a class's pictures */
+    double *colour;                  /* [S, S, 3], the sum of a class's images */
     unsigned char *picture;          /* room for what is drawn */
     size_t width, height;            /* of a sheet */
-    int made;                        /* the folder, by us */
+    int made;                        /* whether we made the output folder */
 } viewer;
 
 /* "J[,J...]" */
@@ -7300,57 +7642,48 @@ static int parse_latents(viewer *v, const char *text) {
     const sc_sae *sae = &v->s->sae[0];
     for (char *end;; text = end + 1) {
         unsigned long long j = strtoull(text, &end, 10);
-        if (!isdigit((unsigned char)*text) || (*end && *end != ',') || v->latents == MOST_LATENTS)
-            return usage("-l: at '%s' a latent was expected, as in 7 or 7,11 (at most %d)", text,
-                         MOST_LATENTS);
+        if (!isdigit((unsigned char)*text) || (*end && *end != ',') || v->latents == MAX_SHOWN)
+            return usage("-l: invalid value at '%s' (expected latents, as in 7 or 7,11, at most %d)",
+                         text, MAX_SHOWN);
         if (j >= sae->d_sae)
-            return fail("%s: there is no latent %llu, 0 to %zu were expected", sae->path, j,
-                        sae->d_sae - 1);
+            return fail("%s: no latent %llu (expected 0 to %zu)", sae->path, j, sae->d_sae - 1);
         v->latent[v->latents++] = (size_t)j;
         if (!*end) return SC_OK;
     }
 }
 
-/* Statistics tell of one data set and one SAE. */
+/* Statistics are of one data set and one SAE. */
 static int open_statistics(viewer *v, const char *path) {
-    static const struct { const char *name; int rank; } tensors[LOOKED_AT] = {
-        { "max_activating_image_indices", 2 }, { "max_activating_image_values", 2 },
-        { "max_activating_image_label_indices", 2 }, { "max_activating_patch_indices", 3 },
-        { "sae_sparsity", 1 }, { "sae_mean_acts", 1 }, { "top_entropy", 1 } };
-    size_t n = v->s->sae[0].d_sae;
-    SC_TRY(sc_safetensors_open(&v->stats, path));
-    const char *data = sc_metadata_find(&v->stats, "data_digest");
-    const char *sae = sc_metadata_find(&v->stats, "sae_digest");
-    const char *first_patch = sc_metadata_find(&v->stats, "first_patch");
-    if (!data || !sae) return fail("%s: these are no statistics: a digest is missing", path);
-    if (sc_metadata_find(&v->stats, "shard"))
-        return fail("%s: statistics of one shard, expected what merge makes of all", path);
-    if (!v->any_data && strtoull(data, NULL, 16) != v->s->data.set.digest)
-        return fail("%s: statistics of other data", path);
-    if (strtoull(sae, NULL, 16) != sae_digest(&v->s->sae[0]))
+    statistics *s = &v->stats;
+    const feed *f = &v->s->data;
+    SC_TRY(read_statistics(s, path, 1, &v->s->memory));
+    if (s->shards > 1)
+        return fail("%s: statistics of one shard (expected what merge makes of all)", path);
+    if (!v->any_data && s->data_digest != f->set.digest)
+        return fail("%s: statistics of another data set", path);
+    if (s->sae_digest != sae_digest(&v->s->sae[0]) || s->n != v->s->sae[0].d_sae)
         return fail("%s: statistics of another SAE", path);
-    v->first_patch = first_patch ? strtoull(first_patch, NULL, 10) : 1;
-    for (size_t i = 0; i < LOOKED_AT; i++) {
-        const sc_tensor *t = v->of[i] = sc_tensor_find(&v->stats, tensors[i].name);
-        if (!t || t->rank != tensors[i].rank || t->count == 0 || t->shape[0] != n ||
-            (t->rank == 3 && t->shape[2] != 2) || (t->rank == 2 && t->count != v->of[0]->count))
-            return fail("%s: a tensor %s [%zu%s] was expected", path, tensors[i].name, n,
-                        tensors[i].rank == 1 ? "" : tensors[i].rank == 2 ? ", K" : ", P, 2");
-    }
-    return allocate(&v->s->memory, &v->entry, v->of[0]->shape[1], sizeof *v->entry);
+    for (size_t i = 0; i < s->n * s->K && !v->any_data; i++)
+        if (s->top[i].image >= (int64_t)f->set.count)
+            return fail("%s: damaged: image %lld of %zu", path, (long long)s->top[i].image,
+                        f->set.count);
+    return SC_OK;
 }
 
-/* The folder, the data and, where asked for, the statistics to look at them with. */
+/* The output folder, the data and, where asked for, the statistics. */
 static int open_viewer(viewer *v, int with_stats) {
     session *s = v->s;
     const options *o = s->o;
     feed *f = &s->data;
     SC_TRY(open_session(s));
     if (o->latents) SC_TRY(parse_latents(v, o->latents));
-    if (f->grid == 0 || f->T == 1) return fail("tokens were expected that are a square of patches");
+    if (f->grid == 0 || f->T == 1)
+        return fail("the tokens are not a square of patches (expected --tokens all or patches)");
     if (with_stats) SC_TRY(open_statistics(v, o->stats));
-    if (v->kind != VALUE_MASK) s->saes = 0;      /* spares the SAE, and the forward pass */
-    if (v->kind != VALUE_MASK && !f->is_file) f->taps = 0;
+    if (v->kind != VALUE_MASK) {                 /* neither the SAE nor the model is needed */
+        s->saes = 0;
+        if (!f->is_file) f->taps = 0;
+    }
     s->batch[0].reconstruct = 0;
     v->patches = f->grid * f->grid;
     size_t side = f->is_file ? f->grid : f->model.image_size;
@@ -7358,55 +7691,59 @@ static int open_viewer(viewer *v, int with_stats) {
         ARRAY(v->mask, MEASURE_IMAGES, v->patches), ARRAY(v->picture, side * side, 3),
         ARRAY(v->sum, v->latents, v->patches) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
-    v->made = o->output && mkdir(o->output, 0777) == 0;
-    if (v->made || !o->output || errno == EEXIST) return SC_OK;
+    if (!o->output) return SC_OK;
+    v->made = mkdir(o->output, 0777) == 0;
+    if (v->made || errno == EEXIST) return SC_OK;
     return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
 }
 
 static int listed_draw(void *context, size_t draw, size_t *image) {
     const viewer *v = context;
-    if (draw < v->images) *image = (size_t)v->image[draw];
-    return draw < v->images ? SC_OK : SC_END;
-}
-
-/* v->mask of latent j: its values on the batch's patches, or 1 on those that are among its top
- * patches of the whole data set. */
-static int find_masks(viewer *v, size_t j) {
-    const feed *f = &v->s->data;
-    const sae_batch *b = &v->s->batch[0];
-    size_t P = v->kind == TOP_MASK ? v->of[TOP_PATCHES]->shape[1] : 0;
-    memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
-    for (size_t i = 0; i < b->tiles; i++)
-        for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);) {
-            size_t row = b->tile[i].first + w.token, token = row % f->T;
-            if (token >= f->first_patch)
-                v->mask[row / f->T * v->patches + token - f->first_patch] = w.value;
-        }
-    for (size_t p = 0; p < P; p++) {
-        int64_t at[2];                           /* image and token, -1 where there is none */
-        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_PATCHES], (j * P + p) * 2, 2, at));
-        uint64_t patch = (uint64_t)at[1] - v->first_patch;
-        for (size_t i = 0; i < f->count && patch < v->patches; i++)
-            if (f->image[i] == (uint64_t)at[0]) v->mask[i * v->patches + patch] = 1;
-    }
+    if (draw >= v->images) return SC_END;
+    *image = (size_t)v->image[draw];
     return SC_OK;
 }
 
-/* Draws a crop into a picture with rows of `stride` bytes.
- * crop: [S, S, 3], mask: [grid, grid], silent patches are 0; NULL: none is */
+/* v->mask of latent j: its values on the batch's patches, or 1 on those that are among its top
+ * patches over the whole data set. */
+static void find_masks(viewer *v, size_t j) {
+    const feed *f = &v->s->data;
+    const sae_batch *b = &v->s->batch[0];
+    const sc_top *patch = v->stats.patch + j * v->stats.P;
+    memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
+    for (size_t i = 0; i < b->tiles; i++) {
+        code_walk w = walk_codes(&b->tile[i], j);
+        while (next_code(&w)) {
+            size_t row = b->tile[i].first + w.token, token = row % f->T;
+            if (token < f->first_patch) continue;
+            v->mask[row / f->T * v->patches + token - f->first_patch] = w.value;
+        }
+    }
+    if (v->kind != TOP_MASK) return;
+    for (size_t p = 0; p < v->stats.P; p++) {
+        uint64_t at = (uint64_t)patch[p].other - v->stats.first_patch;
+        for (size_t i = 0; i < f->count && at < v->patches; i++)
+            if ((int64_t)f->image[i] == patch[p].image) v->mask[i * v->patches + at] = 1;
+    }
+}
+
+/* Draws a crop into a picture with rows of `stride` bytes; silent patches are those whose mask is 0.
+ * crop: [S, S, 3]; mask: [grid, grid], or NULL for none */
 static void draw_crop(unsigned char *to, size_t stride, const unsigned char *crop, size_t S,
                       const double *mask, size_t grid) {
-    for (size_t y = 0; y < S; y++)
+    for (size_t y = 0; y < S; y++) {
         for (size_t x = 0; x < S; x++) {
             int silent = mask && !(mask[y * grid / S * grid + x * grid / S] > 0);
             for (size_t c = 0; c < 3; c++) {
                 int v = crop[(y * S + x) * 3 + c];
-                to[y * stride + x * 3 + c] = (unsigned char)(silent ? v * SILENT / 255 : v);
+                if (silent) v = v * SILENT / 255;
+                to[y * stride + x * 3 + c] = (unsigned char)v;
             }
         }
+    }
 }
 
-/* v->picture as NAME.pgm (1 channel) or NAME.ppm (3) of the folder. */
+/* v->picture as NAME.pgm (1 channel) or NAME.ppm (3) in the output folder. */
 static int write_picture(const viewer *v, const char *name, size_t channels, size_t width,
                          size_t height) {
     sc_output out;
@@ -7423,14 +7760,14 @@ static int write_picture(const viewer *v, const char *name, size_t channels, siz
 static int write_mask(const viewer *v, const char *name, const double *mask) {
     double largest = 0;
     memset(v->picture, 0, v->patches);
-    for (size_t p = 0; p < v->patches; p++) largest = mask[p] > largest ? mask[p] : largest;
+    for (size_t p = 0; p < v->patches; p++) largest = fmax(largest, mask[p]);
     for (size_t p = 0; p < v->patches && largest > 0; p++)
         v->picture[p] = (unsigned char)floor(255 * mask[p] / largest + 0.5);
     return write_picture(v, name, 1, v->s->data.grid, v->s->data.grid);
 }
 
-/* Latent j on the batch's image i: the mask, and the picture under it where there is one. Files are
- * called after the image's index and what is safe of its own name. */
+/* Latent j on the batch's image i: the mask, and the image under it where there is one. Files are
+ * named after the image's index and the harmless part of its name. */
 static int show_mask(const viewer *v, size_t j, size_t i) {
     const feed *f = &v->s->data;
     const double *mask = v->mask + i * v->patches;
@@ -7445,7 +7782,7 @@ static int show_mask(const viewer *v, size_t j, size_t i) {
     return write_picture(v, name, 3, S, S);
 }
 
-/* Only the images of a class, for the mean of their masks (the report's figure 6). */
+/* Only the images of a class, for the mean of their masks. */
 static int choose_class(viewer *v, long class) {
     const feed *f = &v->s->data;
     size_t images = f->set.classes ? f->set.count : 0;
@@ -7453,10 +7790,10 @@ static int choose_class(viewer *v, long class) {
     for (size_t i = 0; i < images; i++)
         if (f->set.image[i].label == class) v->image[v->images++] = (int64_t)i;
     if (v->images > 0) return SC_OK;
-    return fail("--class %ld: no image is of this class (of %zu)", class, f->set.classes);
+    return fail("--class %ld: no image is of this class (of %zu classes)", class, f->set.classes);
 }
 
-/* Latents' mean masks of a class, over the mean of its pictures. */
+/* The latents' mean masks of a class, over the mean of its images. */
 static int show_class(viewer *v, long class) {
     feed *f = &v->s->data;
     size_t S = f->model.image_size;
@@ -7481,76 +7818,79 @@ static int show_masks(viewer *v) {
     int status;
     if (!v->s->o->mask) v->kind = VALUE_MASK;
     SC_TRY(open_viewer(v, v->kind == TOP_MASK));
-    v->images = class >= 0 ? 0 : f->set.count;
-    if (class >= 0) SC_TRY(choose_class(v, class));
     size_t pixels = f->is_file ? 0 : 3 * f->model.image_size * f->model.image_size;
-    if (class >= 0 && pixels)
-        SC_TRY(allocate(&v->s->memory, &v->colour, pixels, sizeof *v->colour));
+    if (class >= 0) {
+        SC_TRY(choose_class(v, class));
+        if (pixels) SC_TRY(allocate(&v->s->memory, &v->colour, pixels, sizeof *v->colour));
+    } else {
+        v->images = f->set.count;
+    }
     SC_TRY(start_feed(f, MEASURE_IMAGES, v->image ? listed_draw : NULL, v, 0));
-    while ((status = next_encoded(v->s, v->images)) == SC_OK)
+    while ((status = next_encoded(v->s, v->images)) == SC_OK) {
         for (size_t l = 0; l < v->latents; l++) {
-            SC_TRY(find_masks(v, v->latent[l]));
+            find_masks(v, v->latent[l]);
             for (size_t i = 0; i < f->count && class < 0; i++)
                 SC_TRY(show_mask(v, v->latent[l], i));
             for (size_t e = 0; e < f->count * v->patches && class >= 0; e++)
                 v->sum[l * v->patches + e % v->patches] += v->mask[e];
-            for (size_t e = 0; v->colour && l == 0 && e < f->count * pixels; e++)
-                v->colour[e % pixels] += f->pixels[e];
         }
+        for (size_t e = 0; v->colour && e < f->count * pixels; e++)
+            v->colour[e % pixels] += f->pixels[e];
+    }
     if (status != SC_END) return status;
     return class >= 0 ? show_class(v, class) : SC_OK;
 }
 
+/* How many images latent j fires on, at most K: its top images. */
+static size_t top_images(const statistics *s, size_t j) {
+    size_t count = 0;
+    while (count < s->K && s->top[j * s->K + count].image >= 0) count++;
+    return count;
+}
+
 /* The sheet of latent j is complete; the next one starts dark. */
-static int finish_sheet(viewer *v, size_t j, size_t images) {
+static int finish_sheet(viewer *v, size_t j) {
     char name[64];
-    if (images == 0) note("latent %zu fires on no image: its sheet is empty", j);
+    if (top_images(&v->stats, j) == 0)
+        note("latent %zu fires on no image: its sheet is empty", j);
     snprintf(name, sizeof name, "latent_%zu", j);
     SC_TRY(write_picture(v, name, 3, v->width, v->height));
     memset(v->picture, 0, v->height * v->width * 3);
     return SC_OK;
 }
 
-/* The images to look at are each latent's top images, as the statistics have them, in turn. */
-static int list_images(viewer *v, size_t *count) {
-    size_t K = v->of[TOP_IMAGES]->shape[1];
-    SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
-    for (size_t l = 0; l < v->latents; l++, v->images += count[l - 1]) {
-        int64_t *image = v->image + v->images;
-        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], v->latent[l] * K, K, image));
-        for (; count[l] < K && image[count[l]] >= 0; count[l]++)
-            if (image[count[l]] >= (int64_t)v->s->data.set.count)
-                return fail("%s: there is no image %lld", v->stats.path,
-                            (long long)image[count[l]]);
-    }
-    return SC_OK;
-}
-
-/* Sheets have their images row by row, the strongest first. */
+/* One sheet per latent: its top images row by row, the strongest first. */
 static int show_sheets(viewer *v) {
-    size_t count[MOST_LATENTS] = { 0 }, columns = 1, l = 0, cell = 0;
+    size_t columns = 1, l = 0, cell = 0;
     feed *f = &v->s->data;
     int status = SC_END;
     SC_TRY(open_viewer(v, 1));
-    SC_TRY(list_images(v, count));
-    size_t K = v->of[TOP_IMAGES]->shape[1], S = f->model.image_size, step = S + SHEET_GAP;
+    size_t K = v->stats.K, S = f->model.image_size, step = S + SHEET_GAP;
+    SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
+    for (size_t i = 0; i < v->latents; i++) {
+        const sc_top *top = v->stats.top + v->latent[i] * K;
+        for (size_t k = 0; k < top_images(&v->stats, v->latent[i]); k++)
+            v->image[v->images++] = top[k].image;
+    }
     while (columns * columns < K) columns++;
     v->width = columns * step - SHEET_GAP;
     v->height = (K - 1) / columns * step + S;
     SC_TRY(allocate(&v->s->memory, &v->picture, columns * columns * 3, step * step));
     f->skip_bad = 0;                             /* a cell is for one image and no other */
     SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
-    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK)
+    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++, cell++) {
-            for (; cell == count[l]; l++, cell = 0)
-                SC_TRY(finish_sheet(v, v->latent[l], count[l]));
-            if (v->kind && (i == 0 || cell == 0)) SC_TRY(find_masks(v, v->latent[l]));
-            draw_crop(v->picture + (cell / columns * v->width + cell % columns) * step * 3,
-                      v->width * 3, f->pixels + i * S * S * 3, S,
-                      v->kind ? v->mask + i * v->patches : NULL, f->grid);
+            for (; cell == top_images(&v->stats, v->latent[l]); l++, cell = 0)
+                SC_TRY(finish_sheet(v, v->latent[l]));
+            const double *mask = v->kind ? v->mask + i * v->patches : NULL;
+            if (mask && (i == 0 || cell == 0)) find_masks(v, v->latent[l]);
+            unsigned char *corner = v->picture
+                                  + (cell / columns * v->width + cell % columns) * step * 3;
+            draw_crop(corner, v->width * 3, f->pixels + i * S * S * 3, S, mask, f->grid);
         }
+    }
     if (status != SC_END) return status;
-    for (; l < v->latents; l++) SC_TRY(finish_sheet(v, v->latent[l], count[l]));
+    for (; l < v->latents; l++) SC_TRY(finish_sheet(v, v->latent[l]));
     return SC_OK;
 }
 
@@ -7558,29 +7898,18 @@ static int show_sheets(viewer *v) {
 
 enum { EXPLAINED = 16, EXPLAIN_COLUMNS = 5, CLASSES_SHOWN = 3 };
 
-/* v->entry of latent j. */
-static int read_top(viewer *v, size_t j) {
-    size_t K = v->of[TOP_IMAGES]->shape[1];
-    for (size_t k = 0; k < K; k++) {
-        sc_top *e = &v->entry[k];
-        SC_TRY(sc_tensor_floats(&v->stats, v->of[TOP_VALUES], j * K + k, 1, &e->value));
-        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], j * K + k, 1, &e->image));
-        SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_LABELS], j * K + k, 1, &e->other));
-    }
-    return SC_OK;
-}
-
-/* The classes (other) with the largest shares (value) of the activation of v->entry, in descending
- * order; how many. largest: [room] */
-static size_t top_classes(const viewer *v, sc_top *largest, size_t room) {
-    size_t K = v->of[TOP_IMAGES]->shape[1], active = 0, found = 0;
+/* The classes (other) with the largest shares (value) of the activation of latent j's top images, in
+ * descending order; returns how many. largest: [room] */
+static size_t top_classes(const statistics *s, size_t j, sc_top *largest, size_t room) {
+    const sc_top *top = s->top + j * s->K;
+    size_t active = top_images(s, j), found = 0;
     double total = 0;
-    while (active < K && v->entry[active].value > 0) total += v->entry[active++].value;
+    for (size_t i = 0; i < active; i++) total += top[i].value;
     for (size_t i = 0; i < room; i++) largest[i] = nothing;
     for (size_t i = 0; i < active; i++) {
-        double share = class_activation(v->entry, active, i) / total;
-        if (v->entry[i].other >= 0)
-            keep_largest(largest, room, (sc_top){ (float)share, 0, v->entry[i].other });
+        double share = class_activation(top, active, i) / total;
+        if (top[i].other >= 0)
+            keep_largest(largest, room, (sc_top){ (float)share, 0, top[i].other });
     }
     while (found < room && largest[found].value > 0) found++;
     return found;
@@ -7590,92 +7919,93 @@ static size_t top_classes(const viewer *v, sc_top *largest, size_t room) {
 static float activation_of(const viewer *v, size_t j, size_t token) {
     const sae_batch *b = &v->s->batch[0];
     double sum = 0;
-    for (size_t i = 0; i < b->tiles; i++)
-        for (code_walk w = walk_codes(&b->tile[i], j); next_code(&w);)
+    for (size_t i = 0; i < b->tiles; i++) {
+        code_walk w = walk_codes(&b->tile[i], j);
+        while (next_code(&w))
             if (token == SIZE_MAX || b->tile[i].first + w.token == token) sum += w.value;
-    return (float)(token == SIZE_MAX ? sum / (double)v->s->data.T : sum);
+    }
+    if (token == SIZE_MAX) sum /= (double)v->s->data.T;
+    return (float)sum;
 }
 
-/* A latent's row: row [EXPLAIN_COLUMNS], text [TEXT_ROOM] for its classes. */
-static int explain_latent(viewer *v, sc_top latent, table_cell *row, char *text) {
+/* A latent's row: row [EXPLAIN_COLUMNS]; text [TEXT_ROOM], for its classes. */
+static void explain_latent(const statistics *s, sc_top latent, table_cell *row, char *text) {
     size_t j = (size_t)latent.image, used = 0;
-    const sc_images *set = &v->s->data.set;
-    float frequency, entropy;
+    const latent_record *l = &s->latent[j];
     sc_top class[CLASSES_SHOWN];
-    SC_TRY(sc_tensor_floats(&v->stats, v->of[FREQUENCY], j, 1, &frequency));
-    SC_TRY(sc_tensor_floats(&v->stats, v->of[ENTROPY], j, 1, &entropy));
-    SC_TRY(read_top(v, j));
+    size_t found = top_classes(s, j, class, CLASSES_SHOWN);
     strcpy(text, "");
-    for (size_t i = 0, found = top_classes(v, class, CLASSES_SHOWN); i < found; i++) {
+    for (size_t i = 0; i < found; i++) {
         size_t c = (size_t)class[i].other;
-        char number[32], name[100];
-        snprintf(number, sizeof number, "class %zu", c);
+        char name[100];
+        if (s->class_name && c < s->classes) printable(s->class_name[c], name, sizeof name);
+        else snprintf(name, sizeof name, "class %zu", c);
         used += (size_t)snprintf(text + used, TEXT_ROOM - used, "%s%s %.0f %%", i ? ", " : "",
-                                 c < set->classes && set->class_name ?
-                                 printable(set->class_name[c], name, sizeof name) : number,
-                                 100 * (double)class[i].value);
+                                 name, 100 * (double)class[i].value);
     }
     const table_cell cells[EXPLAIN_COLUMNS] = {
         { "latent", "latent", NULL, (double)j }, { "activation", "activation", NULL, latent.value },
-        { "frequency", "frequency", NULL, frequency }, { "entropy", "entropy", NULL, entropy },
+        { "frequency", "frequency", NULL, l->sparsity },
+        { "entropy", "entropy", NULL, l->entropy },
         { "classes", "classes of its top images", text, 0 } };
     memcpy(row, cells, sizeof cells);
+}
+
+/* "R,C": the token of a patch; SIZE_MAX where the option is not given. */
+static int parse_patch(const feed *f, const char *text, size_t *token) {
+    size_t r = 0, c = 0;
+    char more;
+    *token = SIZE_MAX;
+    if (!text) return SC_OK;
+    if (sscanf(text, "%9zu,%9zu%c", &r, &c, &more) != 2 || r >= f->grid || c >= f->grid)
+        return usage("--patch: invalid value '%s' (expected R,C, a row and a column from 0,0 to "
+                     "%zu,%zu)", text, f->grid - 1, f->grid - 1);
+    *token = f->first_patch + r * f->grid + c;
     return SC_OK;
 }
 
-/* The statistics' class names, not those of wherever the image lies. */
-static int name_classes(viewer *v) {
-    sc_images *set = &v->s->data.set;
-    const char *names = sc_metadata_find(&v->stats, "class_names");
-    free(set->class_name);
-    set->class_name = NULL;
-    return names ? json_string_array(names, v->stats.path, &set->class_name, &set->classes) : SC_OK;
-}
-
-/* The latents that are strongest on an image, or on its patch R,C. */
+/* The latents that are strongest on an image, or on one of its patches. */
 static int explain(viewer *v) {
     const options *o = v->s->o;
     const feed *f = &v->s->data;
     sc_top strongest[EXPLAINED];
     table_cell cells[EXPLAINED][EXPLAIN_COLUMNS];
-    char classes[EXPLAINED][TEXT_ROOM], more;
-    size_t r = 0, c = 0, rows = 0;
+    char classes[EXPLAINED][TEXT_ROOM];
+    size_t rows = 0, token;
     v->kind = VALUE_MASK;
     v->any_data = 1;
     SC_TRY(open_viewer(v, 1));
-    if (o->patch && (sscanf(o->patch, "%9zu,%9zu%c", &r, &c, &more) != 2 || r >= f->grid ||
-                     c >= f->grid))
-        return usage("--patch: '%s' is not R,C, a row and a column from 0,0 to %zu,%zu", o->patch,
-                     f->grid - 1, f->grid - 1);
+    SC_TRY(parse_patch(f, o->patch, &token));
     SC_TRY(start_feed(&v->s->data, MEASURE_IMAGES, NULL, NULL, 0));
     SC_TRY(next_encoded(v->s, 1));
-    if (f->count != 1) return fail("%s: one image was expected, here are more", o->operand[0]);
+    if (f->count != 1) return fail("%s: more than one image (expected one)", o->operand[0]);
     for (size_t i = 0; i < EXPLAINED; i++) strongest[i] = nothing;
-    for (size_t j = 0; j < v->s->sae[0].d_sae; j++) {
-        float frequency, a = activation_of(v, j, o->patch ? f->first_patch + r * f->grid + c
-                                                          : SIZE_MAX);
-        SC_TRY(sc_tensor_floats(&v->stats, v->of[FREQUENCY], j, 1, &frequency));
-        if ((double)frequency <= o->max_frequency)
-            keep_largest(strongest, EXPLAINED, (sc_top){ a, (int64_t)j, 0 });
+    for (size_t j = 0; j < v->stats.n; j++) {
+        if ((double)v->stats.latent[j].sparsity > o->max_frequency) continue;
+        float a = activation_of(v, j, token);
+        keep_largest(strongest, EXPLAINED, (sc_top){ a, (int64_t)j, 0 });
     }
-    SC_TRY(name_classes(v));
     for (; rows < EXPLAINED && strongest[rows].value > 0; rows++) {
         size_t j = (size_t)strongest[rows].image;
-        SC_TRY(explain_latent(v, strongest[rows], cells[rows], classes[rows]));
-        if (o->output) SC_TRY(find_masks(v, j));
-        if (o->output) SC_TRY(show_mask(v, j, 0));
+        explain_latent(&v->stats, strongest[rows], cells[rows], classes[rows]);
+        if (cells[rows][3].number < 0 && strcmp(o->format, "text") == 0)
+            cells[rows][3].number = NAN;                 /* entropy is not defined: "-" */
+        if (!o->output) continue;
+        find_masks(v, j);
+        SC_TRY(show_mask(v, j, 0));
     }
-    if (rows == 0) note("no latent fires there");
-    if (rows == 0 && strcmp(o->format, "json") == 0) puts("[]");
-    return rows > 0 ? print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows) : SC_OK;
+    if (rows > 0) return print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows);
+    note("no latent fires there");
+    if (strcmp(o->format, "json") == 0) puts("[]");
+    return end_of_output();
 }
 
 static int look(session *s, int (*show)(viewer *v)) {
     const char *mask = s->o->mask;
-    viewer v = { .s = s, .kind = !mask ? NO_MASK : strcmp(mask, "top") ? VALUE_MASK : TOP_MASK };
+    viewer v = { .s = s, .kind = NO_MASK };
+    if (mask) v.kind = strcmp(mask, "top") == 0 ? TOP_MASK : VALUE_MASK;
     int status = show(&v);
     if (status != SC_OK && v.made) rmdir(s->o->output);      /* goes only if it is empty */
-    sc_safetensors_close(&v.stats);
     return status;
 }
 
@@ -7686,47 +8016,54 @@ static int command_explain(session *s) { return look(s, explain); }
 /* ============================================================================================
  * 22. Figures
  *
- * `plot` draws the report's figures as SVG (w3.org/TR/SVG11) from files that other commands wrote.
- * A kind of figure is a row of a table: how a file becomes rows of numbers, how the rows of all
- * files are drawn. Places come from IEEE operations and our own logarithm, so the same files give
- * the same bytes everywhere. Paper and ink follow the reader's light or dark.
+ * `plot` draws figures as SVG (w3.org/TR/SVG11) from files that other commands wrote. A kind of
+ * figure is a row of a table: how a file becomes rows of numbers, and which columns are drawn in
+ * which panels. Places come from IEEE operations and our own logarithm, so the same files give the
+ * same bytes everywhere. Paper and ink follow the reader's light or dark mode.
  * ============================================================================================ */
 
 enum {
+    MAX_SERIES = 64,
     LINE_POINTS = 1000,                          /* of a line, at most */
-    PANEL = 330, CELL = 5, CELLS = PANEL / CELL, /* of latents, in pixels: cells of points */
-    BAR_ROOM = 54,                               /* for the bars beside them */
-    MASK_SIDE = 200, MASK_CELLS = 64, MASKS_A_ROW = 4
+    PANEL = 300, CELL = 3, CELLS = PANEL / CELL, /* in pixels; points lie in cells */
+    COLOURS = 9, MASK_CELLS = 64
 };
 
 /* What a file holds, and what the figure says of it. row: [rows], of a kind's columns */
 typedef struct {
     const char *path;
-    sc_safetensors file;             /* statistics, while they are read */
     double (*row)[4];
     size_t rows, capacity;
     char words[160];
 } plot_series;
 
+/* low and high, numbers or their log10, lie at the pixels from and to; ticks are `step` apart. */
+typedef struct { int is_log; double low, high, from, to, step; } plot_axis;
+
 typedef struct {
     const struct plot_kind *kind;
-    plot_series series[MAX_OPERANDS];
+    plot_series series[MAX_SERIES];
     size_t count;
     FILE *out;
 } plot;
 
-/* Of lines also the panels' axes: column 0 of the rows along x, the others up. */
+/* LINEAR and LOG scales; ZERO is linear from 0; AUTO is logarithmic where values span a factor of
+ * 30. In LOG and ZERO values that are not above 0 do not count. */
+typedef enum { LINEAR, LOG, ZERO, AUTO } plot_scale;
+
+/* Column 0 of the rows lies along x, column i + 1 up in panel i. */
 struct plot_kind {
     const char *name;
     int (*read)(plot_series *s);
     void (*draw)(plot *p);
     const char *x, *y[3];
-    int x_scale, y_scale;
+    plot_scale x_scale, y_scale;
 };
 
 static int add_row(plot_series *s, double a, double b, double c, double d) {
     SC_TRY(grow(&s->row, &s->capacity, s->rows, sizeof *s->row));
-    memcpy(s->row[s->rows++], (double[]){ a, b, c, d }, sizeof *s->row);
+    const double row[4] = { a, b, c, d };
+    memcpy(s->row[s->rows++], row, sizeof row);
     return SC_OK;
 }
 
@@ -7738,83 +8075,68 @@ static int read_log(plot_series *s) {
     double v[4] = { 0 };
     FILE *file = fopen(s->path, "r");
     if (!file) return fail("%s: cannot be opened: %s", s->path, strerror(errno));
-    int status = fgets(line, sizeof line, file) && strcmp(line, log_header) == 0 ? SC_OK
-               : fail("%s: no training log: its first line should be %.*s", s->path,
+    int status = SC_OK;
+    if (!fgets(line, sizeof line, file) || strcmp(line, log_header) != 0)
+        status = fail("%s: not a training log (expected the first line %.*s)", s->path,
                       (int)sizeof log_header - 2, log_header);
     for (size_t number = 2; status == SC_OK && fgets(line, sizeof line, file); number++) {
         int end = 0;
-        sscanf(line, "%lf,%*f,%*f,%*f,%lf,%lf,%*f,%*f,%lf,%*f,%*f,%*f%n", &v[0], &v[1], &v[2],
+        sscanf(line, "%lf,%*f,%*f,%*f,%lf,%lf,%*f,%*f,%lf,%*f,%*f,%*f,%*f%n", &v[0], &v[1], &v[2],
                &v[3], &end);
-        for (int c = 0; c < 4 && end > 0; c++) end = fabs(v[c]) <= 1e30 ? end : 0;
+        for (int c = 0; c < 4; c++)
+            if (!(fabs(v[c]) <= 1e30)) end = 0;
         if (end > 0 && line[end] == '\n') status = add_row(s, v[0], v[1], v[2], v[3]);
-        else status = fail("%s: line %zu: expected 12 finite numbers", s->path, number);
+        else status = fail("%s: line %zu: expected 13 finite numbers", s->path, number);
     }
-    if (status == SC_OK && (ferror(file) || s->rows == 0))
-        status = fail("%s: %s", s->path, ferror(file) ? "cannot be read" : "a log without a step");
+    if (status == SC_OK && ferror(file)) status = fail("%s: cannot be read", s->path);
+    if (status == SC_OK && s->rows == 0) status = fail("%s: a log without a step", s->path);
     fclose(file);
     snprintf(s->words, sizeof s->words, "%zu steps, MSE %.4g and L0 %.4g at the end", s->rows, v[2],
              v[3]);
     return status;
 }
 
-/* A tensor of statistics, each of its numbers from least to most, as a column. */
-static int read_column(plot_series *s, size_t column, const char *name, double least,
-                       double most) {
-    if (!s->file.path) SC_TRY(sc_safetensors_open(&s->file, s->path));
-    const sc_tensor *t = sc_tensor_find(&s->file, name);
-    if (!t || t->rank != 1 || t->count == 0 || (s->rows > 0 && t->count != s->rows))
-        return fail("%s: no statistics: a list %s was expected, as long as others", s->path, name);
-    for (size_t i = 0; i < t->count; i++) {
-        float real = 0;
-        int64_t whole = 0;
-        SC_TRY(t->dtype < SC_I64 ? sc_tensor_floats(&s->file, t, i, 1, &real)
-                                 : sc_tensor_integers(&s->file, t, i, 1, &whole));
-        double value = t->dtype < SC_I64 ? (double)real : (double)whole;
-        if (!(value >= least && value <= most))
-            return fail("%s: element %zu of %s is %g, expected %g to %g", s->path, i, name, value,
-                        least, most);
-        if (i == s->rows) SC_TRY(add_row(s, 0, 0, 0, 0));
-        s->row[i][column] = value;
-    }
-    return SC_OK;
-}
-
 /* Columns: frequency, mean activation, entropy, of the latents that fire. */
 static int read_latents(plot_series *s) {
-    size_t fire = 0, latents;
-    SC_TRY(read_column(s, 0, "sae_sparsity", 0, 1));
-    SC_TRY(read_column(s, 1, "sae_mean_acts", 0, FLT_MAX));
-    SC_TRY(read_column(s, 2, "top_entropy", -1, 100));
-    for (latents = 0; latents < s->rows; latents++)
-        if (s->row[latents][0] > 0 && s->row[latents][1] > 0)
-            memmove(s->row[fire++], s->row[latents], sizeof *s->row);
-    s->rows = fire;
-    snprintf(s->words, sizeof s->words, "%zu latents, of which %zu never fire", latents,
-             latents - fire);
-    return SC_OK;
+    memory_list memory = NULL;
+    statistics stats;
+    int status = read_statistics(&stats, s->path, 0, &memory);
+    for (size_t j = 0; status == SC_OK && j < stats.n; j++) {
+        const latent_record *l = &stats.latent[j];
+        if (!(l->sparsity >= 0 && l->sparsity <= 1 && l->mean >= 0 && l->entropy <= 100))
+            status = fail("%s: latent %zu: impossible statistics", s->path, j);
+        else if (l->sparsity > 0 && l->mean > 0)
+            status = add_row(s, l->sparsity, l->mean, l->entropy, 0);
+    }
+    if (status == SC_OK)
+        snprintf(s->words, sizeof s->words, "%zu latents, of which %zu never fire", stats.n,
+                 stats.n - s->rows);
+    release(&memory);
+    return status;
 }
 
-/* Columns: a bin's middle, its share. */
+/* Columns: a bin's middle, its share in percent; from the first to the last bin in use. */
 static int read_histogram(plot_series *s) {
-    double total = 0, left = 0, right = 0;
-    size_t first = 0;
-    char *end = NULL;
-    SC_TRY(read_column(s, 1, "activation_histogram", 0, 1e18));
-    const char *text = sc_metadata_find(&s->file, "histogram_edges");
-    for (size_t i = 0; i <= s->rows; i++, left = right, text = end) {
-        right = text && *text ? strtod(text + 1, &end) : 0;
-        if (!(right > left && right < 1e30) || *end != (i < s->rows ? ',' : ']'))
-            return fail("%s: no statistics: metadata histogram_edges, ascending, were expected",
-                        s->path);
-        if (i > 0) s->row[i - 1][0] = sqrt(left * right);
-        if (i > 0) total += s->row[i - 1][1];
+    memory_list memory = NULL;
+    statistics stats;
+    int status = read_statistics(&stats, s->path, 0, &memory), first = 0, last = HISTOGRAM_BINS - 1;
+    double total = 0;
+    for (int b = 0; status == SC_OK && b <= last; b++) {
+        if (stats.histogram[0][b] < 0)
+            status = fail("%s: activation_histogram: negative counts", s->path);
+        total += (double)stats.histogram[0][b];
+    }
+    if (status == SC_OK && total > 0) {
+        while (stats.histogram[0][first] == 0) first++;
+        while (stats.histogram[0][last] == 0) last--;
+        for (int b = first; b <= last && status == SC_OK; b++) {
+            double share = 100 * (double)stats.histogram[0][b] / total;
+            status = add_row(s, sqrt(bin_edge(b) * bin_edge(b + 1)), share, 0, 0);
+        }
     }
     snprintf(s->words, sizeof s->words, "%.0f active values", total);
-    while (s->rows > 0 && s->row[s->rows - 1][1] == 0) s->rows--;
-    while (first < s->rows && s->row[first][1] == 0) first++;
-    if (s->rows > 0) memmove(s->row, s->row + first, (s->rows -= first) * sizeof *s->row);
-    for (size_t r = 0; r < s->rows; r++) s->row[r][1] *= 100 / total;
-    return SC_OK;
+    release(&memory);
+    return status;
 }
 
 /* The larger second column first. */
@@ -7825,24 +8147,28 @@ static int by_images(const void *a, const void *b) {
 
 /* Columns: rank, images on which the latent fires. */
 static int read_counts(plot_series *s) {
+    memory_list memory = NULL;
+    statistics stats;
     size_t all = 0, few = 0, none = 0;
-    SC_TRY(read_column(s, 1, "image_count", 0, 1e15));
-    const char *text = sc_metadata_find(&s->file, "images");
-    double images = text ? strtod(text, NULL) : 0;
-    qsort(s->row, s->rows, sizeof *s->row, by_images);
-    if (!(images >= 1 && images <= 1e15 && s->row[0][1] <= images))
-        return fail("%s: no statistics: metadata images was expected, %.0f or more", s->path,
-                    fmax(1, s->row[0][1]));
-    for (size_t r = 0; r < s->rows; r++) {
-        double count = s->row[r][1];
-        s->row[r][0] = (double)(r + 1);
-        all += count == images;
-        few += count == 1 || count == 2;
-        none += count == 0;
+    int status = read_statistics(&stats, s->path, 0, &memory);
+    for (size_t j = 0; status == SC_OK && j < stats.n; j++) {
+        int64_t images = stats.latent[j].images;
+        if (images < 0 || (uint64_t)images > stats.images)
+            status = fail("%s: latent %zu fires on %lld of %ju images", s->path, j,
+                          (long long)images, (uintmax_t)stats.images);
+        else status = add_row(s, 0, (double)images, 0, 0);
+        all += (uint64_t)images == stats.images;
+        few += images == 1 || images == 2;
+        none += images == 0;
     }
-    snprintf(s->words, sizeof s->words, "%zu latents: %zu on all %.0f images, %zu on 1 or 2, "
-             "%zu on none", s->rows, all, images, few, none);
-    return SC_OK;
+    if (status == SC_OK) {
+        qsort(s->row, s->rows, sizeof *s->row, by_images);
+        for (size_t r = 0; r < s->rows; r++) s->row[r][0] = (double)(r + 1);
+        snprintf(s->words, sizeof s->words, "%zu latents: %zu on all %ju images, %zu on 1 or 2, "
+                 "%zu on none", s->rows, all, (uintmax_t)stats.images, few, none);
+    }
+    release(&memory);
+    return status;
 }
 
 /* Column 2: the patches' values. */
@@ -7850,13 +8176,14 @@ static int read_mask(plot_series *s) {
     image_source source;
     picture mask = { 0, 0, 0, NULL };
     if (open_image(s->path, &source) != SC_OK) return SC_FAILED;
-    int status = strchr("25", source.format->magic[1]) ? pnm_read(&source, &mask) : SC_OK;
+    int status = SC_OK;
+    if (strchr("25", source.format->magic[1])) status = pnm_read(&source, &mask);
     if (status == SC_OK && (mask.width != mask.height || mask.width - 1 >= MASK_CELLS))
-        status = fail("%s: no mask: a square PGM of at most %d x %d was expected", s->path,
+        status = fail("%s: not a mask (expected a square PGM of at most %d x %d)", s->path,
                       MASK_CELLS, MASK_CELLS);
     for (size_t i = 0; status == SC_OK && i < mask.width * mask.width; i++)
         status = add_row(s, 0, 0, mask.rgb[3 * i] / 255.0, 0);
-    close(source.fd);
+    fclose(source.file);
     free(source.rgb);
     snprintf(s->words, sizeof s->words, "%zu x %zu patches", mask.width, mask.width);
     return status == SC_OK ? SC_OK : SC_FAILED;
@@ -7864,20 +8191,19 @@ static int read_mask(plot_series *s) {
 
 /* --- SVG --- */
 
-static void start_plot(plot *p, double width, size_t height) {
+static void start_plot(const plot *p, double width, double height) {
     fprintf(p->out, "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" viewBox=\"0 0 %.0f "
-            "%zu\" width=\"%.0f\" height=\"%zu\">\n<title>saeclip: %s</title>\n<style>\n"
+            "%.0f\" width=\"%.0f\" height=\"%.0f\">\n<title>saeclip: %s</title>\n<style>\n"
             ".plot{font:12px system-ui,sans-serif}.plot text{fill:#222}.paper{fill:#fff}\n"
-            ".grid{fill:none;stroke:#ddd}.bar{fill:#8b95a1}.line{fill:none;stroke-width:1.5;"
-            "stroke-linejoin:round;stroke-linecap:round}.plot circle{stroke:#999;stroke-width:.4}\n"
+            ".grid{fill:none;stroke:#ddd}.line{fill:none;stroke-width:1.5;stroke-linejoin:round}\n"
+            ".points{fill:none;stroke-width:%d;stroke-linecap:round}\n"
             "@media(prefers-color-scheme:dark){.plot text{fill:#ddd}.paper{fill:#16181c}"
             ".grid{stroke:#3b3f46}}\n</style>\n<rect class=\"paper\" width=\"100%%\" "
-            "height=\"100%%\"/>\n", width, height, width, height, p->kind->name);
+            "height=\"100%%\"/>\n", width, height, width, height, p->kind->name, CELL);
 }
 
-/* Text and nothing else, whatever names hold: printable() shows what XML cannot have, but U+FFFE
- * and U+FFFF. style: attributes */
-SC_PRINTF(5, 6) static void draw_text(plot *p, double x, double y, const char *style,
+/* Text, whatever names hold; XML cannot have U+FFFE and U+FFFF. style: attributes */
+SC_PRINTF(5, 6) static void draw_text(const plot *p, double x, double y, const char *style,
                                       const char *format, ...) {
     char line[TEXT_ROOM];
     va_list arguments;
@@ -7885,47 +8211,36 @@ SC_PRINTF(5, 6) static void draw_text(plot *p, double x, double y, const char *s
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
     fprintf(p->out, "<text x=\"%.1f\" y=\"%.1f\"%s>", x, y, style);
-    for (const char *c = shown(line); *c; c++)
+    for (const char *c = shown(line); *c; c++) {
         if (strncmp(c, "\xef\xbf", 2) == 0 && (unsigned char)c[2] > 0xbd) c += 2;
         else if (strchr("&<>\"'", *c)) fprintf(p->out, "&#%d;", *c);
         else putc(*c, p->out);
+    }
     fputs("</text>\n", p->out);
 }
 
-static void draw_rect(plot *p, double x, double y, double width, double height, const char *style) {
-    fprintf(p->out, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" %s/>\n", x, y,
-            width, height, style);
-}
-
-/* The end of a name, which tells files apart. */
+/* The end of a file's name, which tells files apart. */
 static const char *name_end(const char *name, size_t most) {
     size_t length = strlen(name);
-    name += length > most ? length - most : 0;
+    if (length > most) name += length - most;
     while ((*name & 0xc0) == 0x80) name++;       /* within a letter */
     return name;
 }
 
-/* viridis (Smith and van der Walt, 2015), interpolated. t: 0 .. 1; below 0: grey */
-static const char *fill_colour(double t) {
-    static const unsigned char map[][3] = {
-        { 68, 1, 84 }, { 71, 44, 122 }, { 59, 81, 139 }, { 44, 113, 142 }, { 33, 144, 141 },
-        { 39, 173, 129 }, { 92, 200, 99 }, { 170, 220, 50 }, { 253, 231, 37 } };
-    int at = t < 1 ? (int)(8 * t) : 7, rgb[3] = { 136, 136, 136 };
-    for (int c = 0; c < 3 && t >= 0; c++)
-        rgb[c] = (int)(map[at][c] + (8 * t - at) * (map[at + 1][c] - map[at][c]) + 0.5);
-    char *out = text_room();
-    sprintf(out, "fill=\"#%02x%02x%02x\"", rgb[0], rgb[1], rgb[2]);
-    return out;
+/* viridis (Smith and van der Walt, 2015). */
+static const char *const heat_colours[COLOURS] = { "#440154", "#472c7a", "#3b518b", "#2c718e",
+    "#21908d", "#27ad81", "#5cc863", "#aadc32", "#fde725" };
+
+/* The colour of a value from 0 to 1. */
+static int heat(double t) { return (int)(t * (COLOURS - 1) + 0.5); }
+
+static void draw_rect(const plot *p, double x, double y, double side, double height,
+                      const char *colour) {
+    fprintf(p->out, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\"/>\n",
+            x, y, side, height, colour);
 }
 
 /* --- Axes --- */
-
-/* AUTO_SCALE: logarithmic where values span a factor of 30; ZERO_SCALE: linear from 0. In this and
- * in LOG_SCALE what is not above 0 has no say. */
-enum { LINEAR_SCALE, AUTO_SCALE, ZERO_SCALE, LOG_SCALE };
-
-/* low and high, numbers or their log10, lie at the pixels from and to; ticks `step` apart. */
-typedef struct { int is_log; double low, high, from, to, step; } plot_axis;
 
 /* factor 10^exponent, as near as a double comes */
 static double decimal(int factor, int exponent) {
@@ -7943,70 +8258,78 @@ static double axis_place(const plot_axis *a, double value) {
 }
 
 /* An axis with room for a column of all series. */
-static plot_axis fit_axis(const plot *p, int scale, size_t column, double from, double to) {
+static plot_axis fit_axis(const plot *p, plot_scale scale, size_t column, double from, double to) {
+    static const int steps[] = { 1, 2, 5 };
     plot_axis a = { .from = from, .to = to };
     double low = (double)INFINITY, high = -low;
-    for (const plot_series *s = p->series; s < p->series + p->count; s++)
-        for (size_t r = 0; r < s->rows; r++) {
-            double value = s->row[r][column];
-            if (scale >= ZERO_SCALE && !(value > 0)) continue;
+    for (size_t i = 0; i < p->count; i++) {
+        for (size_t r = 0; r < p->series[i].rows; r++) {
+            double value = p->series[i].row[r][column];
+            if ((scale == LOG || scale == ZERO) && !(value > 0)) continue;
             low = fmin(low, value);
             high = fmax(high, value);
         }
-    if (low > high) low = high = 1;              /* there are no values */
-    if (scale == ZERO_SCALE) low = 0;
-    a.is_log = scale == LOG_SCALE || (scale == AUTO_SCALE && low > 0 && high / low >= 30);
+    }
+    if (low > high) low = high = 1;                      /* there are no values */
+    a.is_log = scale == LOG || (scale == AUTO && low > 0 && high / low >= 30);
+    if (scale == ZERO) low = 0;
     a.low = on_axis(&a, low);
     a.high = on_axis(&a, high);
-    double span = a.high - a.low, more = scale == ZERO_SCALE ? 0 : 0.03 * span;
-    if (a.is_log) more = fmax((2 - span) / 2, more);         /* two powers of ten, at least */
+    double span = a.high - a.low, more = 0.03 * span;
+    if (scale == ZERO) more = 0;
+    else if (a.is_log) more = fmax(more, (2 - span) / 2);        /* two powers of ten, at least */
     else if (!(span > 1e-7 * fabs(high))) more = high == 0 ? 1 : fabs(high) / 2;
     a.low -= more;
     a.high += more;
-    for (int i = a.is_log ? 900 : 0; a.step == 0 || (a.high - a.low) / a.step > 8; i++)
-        a.step = decimal(i % 3 == 0 ? 1 : i % 3 == 1 ? 2 : 5, i / 3 - 300);
+    a.step = a.is_log ? 1 : 0;
+    for (int i = 0; a.step == 0 || (a.high - a.low) / a.step > 8; i++)
+        a.step = a.is_log ? a.step + 1 : decimal(steps[i % 3], i / 3 - 300);
     return a;
 }
 
-/* Grid lines, numbers and label: upright, left of a panel from x `at` to `across`, or below one
- * from y `at` up to `across`. */
-static void draw_axis(plot *p, const plot_axis *a, int upright, double at, double across,
+/* Grid lines, numbers and label of an axis: upright at the left of a panel whose left and right
+ * sides are `at` and `across`, or below one whose lower and upper sides they are. */
+static void draw_axis(const plot *p, const plot_axis *a, int upright, double at, double across,
                       const char *label) {
     static const char centre[] = " text-anchor=\"middle\"", end[] = " text-anchor=\"end\"";
     static const char turned[] = " text-anchor=\"middle\" transform=\"rotate(-90)\"";
     double middle = (a->from + a->to) / 2;
     for (double k = ceil(a->low / a->step); k <= floor(a->high / a->step); k++) {
-        double value = a->is_log ? decimal(1, (int)(k * a->step)) : k * a->step + 0.0;
+        double value = k * a->step + 0.0;
+        if (a->is_log) value = decimal(1, (int)value);
         double v = axis_place(a, value);
-        fprintf(p->out, "<path class=\"grid\" d=\"M%.1f %.1f%c%.1f\"/>\n", upright ? at : v,
-                upright ? v : at, upright ? 'H' : 'V', across);
-        if (upright) draw_text(p, at - 6, v + 4, end, "%.10g", value);
-        else draw_text(p, v, at + 16, centre, "%.10g", value);
+        if (upright) {
+            fprintf(p->out, "<path class=\"grid\" d=\"M%.1f %.1fH%.1f\"/>\n", at, v, across);
+            draw_text(p, at - 6, v + 4, end, "%.10g", value);
+        } else {
+            fprintf(p->out, "<path class=\"grid\" d=\"M%.1f %.1fV%.1f\"/>\n", v, at, across);
+            draw_text(p, v, at + 16, centre, "%.10g", value);
+        }
     }
-    if (upright) draw_text(p, -middle, at - 60, turned, "%s", label);
+    if (upright) draw_text(p, -middle, at - 58, turned, "%s", label);
     else draw_text(p, middle, at + 36, centre, "%s", label);
 }
 
-/* --- Lines: curves, activations, counts --- */
+/* --- Series: as lines, as points, as a map of patches --- */
 
 /* Told apart on white and on black. */
 static const char *const line_colours[] = { "#2f8fd8", "#e0851b", "#1fa67a", "#d4569a", "#8b6fe8",
                                             "#c9a400", "#d5492e", "#7d8794" };
 
-static void start_line(plot *p, const char *tag, size_t index) {
-    size_t colours = COUNT(line_colours);
-    fprintf(p->out, "<%s class=\"line\" stroke=\"%s\"%s ", tag, line_colours[index % colours],
-            index < colours ? "" : " stroke-dasharray=\"5 4\"");
+static void start_line(const plot *p, const char *tag, size_t index) {
+    const char *dashes = index < COUNT(line_colours) ? "" : " stroke-dasharray=\"5 4\"";
+    fprintf(p->out, "<%s class=\"line\" stroke=\"%s\"%s ", tag,
+            line_colours[index % COUNT(line_colours)], dashes);
 }
 
 /* A column over the first as a line of at most LINE_POINTS points: of each group of rows the
  * smallest and the largest, so that no spike is lost. */
-static void draw_line(plot *p, size_t index, size_t column, const plot_axis *x,
+static void draw_line(const plot *p, size_t index, size_t column, const plot_axis *x,
                       const plot_axis *y) {
     const plot_series *s = &p->series[index];
-    size_t rows = s->rows, groups = LINE_POINTS / 2;
-    while (y->is_log && rows > 0 && !(s->row[rows - 1][column] > 0)) rows--;    /* of counts */
-    size_t group = rows > LINE_POINTS ? (rows + groups - 1) / groups : 1;
+    size_t rows = s->rows, groups = LINE_POINTS / 2, group = 1;
+    while (y->is_log && rows > 0 && !(s->row[rows - 1][column] > 0)) rows--;     /* of counts */
+    if (rows > LINE_POINTS) group = (rows + groups - 1) / groups;
     start_line(p, "polyline", index);
     fputs("points=\"", p->out);
     for (size_t first = 0; first < rows; first += group) {
@@ -8016,9 +8339,11 @@ static void draw_line(plot *p, size_t index, size_t column, const plot_axis *x,
             if (s->row[i][column] > s->row[most][column]) most = i;
         }
         const size_t point[2] = { least < most ? least : most, least < most ? most : least };
-        for (int i = least == most && rows > 1; i < 2; i++)  /* a single row: a dash */
-            fprintf(p->out, "%.1f,%.1f ", axis_place(x, s->row[point[i]][0]) + (rows > 1 ? 0 :
-                    8 * i - 4), axis_place(y, s->row[point[i]][column]));
+        for (int i = least == most && rows > 1; i < 2; i++) {    /* a single row: a dash */
+            double across = axis_place(x, s->row[point[i]][0]);
+            if (rows == 1) across += 8 * i - 4;
+            fprintf(p->out, "%.1f,%.1f ", across, axis_place(y, s->row[point[i]][column]));
+        }
     }
     fputs("\"/>\n", p->out);
 }
@@ -8027,7 +8352,7 @@ static void draw_lines(plot *p) {
     const struct plot_kind *k = p->kind;
     size_t panels = k->y[1] ? 3 : 1;
     const double width = panels > 1 ? 260 : 620, step = width + 104, top = 20, bottom = 280;
-    start_plot(p, step * (double)panels, 340 + 20 * p->count);
+    start_plot(p, step * (double)panels, (double)(340 + 20 * p->count));
     for (size_t i = 0; i < panels; i++) {
         double left = 82 + step * (double)i;
         plot_axis x = fit_axis(p, k->x_scale, 0, left, left + width);
@@ -8044,101 +8369,98 @@ static void draw_lines(plot *p) {
     }
 }
 
-/* --- Latents and masks --- */
-
-/* A bar of colours, its axis on the left. */
-static void draw_scale(plot *p, const plot_axis *a, double x, const char *label) {
-    double height = (a->from - a->to) / 50;
+/* A bar of the colours, its axis on the left. */
+static void draw_scale(const plot *p, const plot_axis *a, double x, const char *label) {
+    double height = (a->from - a->to) / COLOURS;
     draw_axis(p, a, 1, x, x, label);
-    for (int i = 0; i < 50; i++)
-        draw_rect(p, x, a->from - (i + 1) * height, 14, height + (i > 0),
-                  fill_colour((i + 0.5) / 50));
+    for (int i = 0; i < COLOURS; i++)
+        draw_rect(p, x, a->from - (i + 1) * height, 14, height, heat_colours[i]);
 }
 
-/* A point for each cell in which latents lie, at their mean place and of their mean entropy's
- * colour, the larger the more they are: 49,152 of them stay light, and one alone is exact. Above
- * and right of the panel, bars: how many there are in a row or column of cells. */
-static void draw_cells(plot *p, const plot_series *s, const plot_axis *x, const plot_axis *y,
-                       double entropy) {
-    struct { double latents, x, y, known, entropy; } cell[CELLS * CELLS] = { { 0 } }, *c;
-    double bar[2][CELLS] = { { 0 } }, most[2] = { 1, 1 };
+/* One point per cell in which latents lie, in the colour of the last one's entropy: 49,152 latents
+ * stay a small file. One path per colour; the last is for latents whose entropy is not defined. */
+static void draw_points(const plot *p, const plot_series *s, const plot_axis *x,
+                        const plot_axis *y, double entropy) {
+    static signed char cell[CELLS + 1][CELLS + 1];               /* the colour, -1: none */
+    memset(cell, -1, sizeof cell);
     for (size_t r = 0; r < s->rows; r++) {
-        double across = axis_place(x, s->row[r][0]), down = axis_place(y, s->row[r][1]);
-        size_t i = (size_t)(across - x->from) / CELL, j = (size_t)(down - y->to) / CELL;
-        most[0] = fmax(most[0], ++bar[0][i]);
-        most[1] = fmax(most[1], ++bar[1][j]);
-        c = &cell[j * CELLS + i];
-        c->latents++;
-        c->x += across;
-        c->y += down;
-        c->known += s->row[r][2] >= 0;
-        c->entropy += fmax(s->row[r][2], 0);
+        size_t column = (size_t)((axis_place(x, s->row[r][0]) - x->from) / CELL + 0.5);
+        size_t row = (size_t)((axis_place(y, s->row[r][1]) - y->to) / CELL + 0.5);
+        double e = s->row[r][2];
+        cell[row][column] = (signed char)(e < 0 ? COLOURS : heat(e / entropy));
     }
-    for (c = cell; c < cell + CELLS * CELLS; c++)
-        if (c->latents > 0)
-            fprintf(p->out, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"%.1f\" %s/>\n", c->x / c->latents,
-                    c->y / c->latents, fmin(1.8 + 0.3 * log64(c->latents), 3.5),
-                    fill_colour(c->known > 0 ? c->entropy / c->known / entropy : -1));
-    for (int i = 0; i < CELLS; i++) {
-        double up = BAR_ROOM * bar[0][i] / most[0], right = BAR_ROOM * bar[1][i] / most[1];
-        if (up > 0) draw_rect(p, x->from + CELL * i, y->to - 4 - up, CELL - 1, up, "class=\"bar\"");
-        if (right > 0)
-            draw_rect(p, x->to + 4, y->to + CELL * i, right, CELL - 1, "class=\"bar\"");
+    for (int colour = 0; colour <= COLOURS; colour++) {
+        const char *stroke = colour < COLOURS ? heat_colours[colour] : "#888";
+        fprintf(p->out, "<path class=\"points\" stroke=\"%s\" d=\"", stroke);
+        for (int row = 0; row <= CELLS; row++) {
+            for (int column = 0; column <= CELLS; column++)
+                if (cell[row][column] == colour)
+                    fprintf(p->out, "M%.0f %.0fh0", x->from + CELL * column, y->to + CELL * row);
+        }
+        fputs("\"/>\n", p->out);
     }
 }
 
+/* Up to two files side by side, on the same axes. */
 static void draw_latents(plot *p) {
-    const double step = 82 + PANEL + BAR_ROOM + 16, top = 112, bottom = top + PANEL;
-    const double end = step * (double)p->count;
-    plot_axis entropy = fit_axis(p, ZERO_SCALE, 2, bottom, top);
-    start_plot(p, end + 116, 524);
+    const double step = PANEL + 100, top = 60, bottom = top + PANEL, end = step * (double)p->count;
+    plot_axis entropy = fit_axis(p, ZERO, 2, bottom, top);
+    start_plot(p, end + 116, bottom + 80);
     for (size_t i = 0; i < p->count; i++) {
         const plot_series *s = &p->series[i];
         double left = 82 + step * (double)i, right = left + PANEL;
-        plot_axis x = fit_axis(p, LOG_SCALE, 0, left, right);
-        plot_axis y = fit_axis(p, LOG_SCALE, 1, bottom, top);
-        draw_text(p, left, 22, " font-weight=\"bold\"", "%s", name_end(s->path, 50));
+        plot_axis x = fit_axis(p, LOG, 0, left, right), y = fit_axis(p, LOG, 1, bottom, top);
+        draw_text(p, left, 22, " font-weight=\"bold\"", "%s", name_end(s->path, 44));
         draw_text(p, left, 40, "", "%s", s->words);
-        draw_axis(p, &x, 0, bottom, top, "frequency (share of images, log scale)");
-        draw_axis(p, &y, 1, left, right, "mean activation on the images it fires on (log scale)");
-        draw_cells(p, s, &x, &y, entropy.high);
+        draw_axis(p, &x, 0, bottom, top, "frequency (share of the images, log scale)");
+        draw_axis(p, &y, 1, left, right, "mean activation where it fires (log scale)");
+        draw_points(p, s, &x, &y, entropy.high);
     }
     draw_scale(p, &entropy, end + 72, "entropy of the top images' classes (nats)");
-    draw_text(p, 82, 506, "", "larger: several latents; grey: no entropy (too few images)");
+    draw_text(p, 82, bottom + 66, "", "grey: entropy not defined (too few images, or no labels)");
+}
+
+/* The title of a mask: the latent's number, where the file is named latent_J_..., and the image. */
+static void draw_mask_title(const plot *p, double x, double y, const char *path) {
+    const char *name = base_name(path);
+    unsigned long latent = 0;
+    int end = 0;
+    sscanf(name, "latent_%lu_%n", &latent, &end);
+    if (end > 0) draw_text(p, x, y, " font-weight=\"bold\"", "latent %lu", latent);
+    draw_text(p, x, y + 16, "", "%s", name_end(name + end, 30));
 }
 
 static void draw_masks(plot *p) {
-    const size_t across = p->count < MASKS_A_ROW ? p->count : MASKS_A_ROW, tall = MASK_SIDE + 64;
-    const double wide = MASK_SIDE + 24, end = wide * (double)across, top = 52;
-    plot_axis value = fit_axis(p, ZERO_SCALE, 2, top + MASK_SIDE, top);
-    start_plot(p, end + 120, tall * ((p->count - 1) / across + 1) + 16);
+    const size_t across = p->count < 4 ? p->count : 4, rows = (p->count - 1) / across + 1;
+    const double side = 200, wide = side + 24, tall = side + 56, top = 48;
+    plot_axis value = { .high = 1, .from = top + side, .to = top, .step = 0.2 };
+    start_plot(p, wide * (double)across + 120, tall * (double)rows + 16);
     for (size_t i = 0; i < p->count; i++) {
         const plot_series *s = &p->series[i];
-        double left = 20 + wide * (double)(i % across), y = top + (double)(i / across * tall);
+        double left = 20 + wide * (double)(i % across), y = top + (double)(i / across) * tall;
         size_t grid = (size_t)sqrt((double)s->rows);
-        double side = (double)MASK_SIDE / (double)grid;
-        draw_text(p, left, y - 28, " font-weight=\"bold\"", "%s", name_end(s->path, 26));
-        draw_text(p, left, y - 10, "", "%s", s->words);
+        double cell = side / (double)grid;
+        draw_mask_title(p, left, y - 24, s->path);
         fputs("<g shape-rendering=\"crispEdges\">\n", p->out);
         for (size_t r = 0; r < s->rows; r++)
-            draw_rect(p, left + side * (double)(r % grid), y + side * (double)(r / grid),
-                      side, side, fill_colour(s->row[r][2] / value.high));
+            draw_rect(p, left + cell * (double)(r % grid), y + cell * (double)(r / grid), cell,
+                      cell, heat_colours[heat(s->row[r][2])]);
         fputs("</g>\n", p->out);
     }
-    draw_scale(p, &value, end + 82, "activation (share of the largest)");
+    draw_scale(p, &value, wide * (double)across + 82, "activation (share of the largest)");
 }
 
 /* --- plot --- */
 
 static const struct plot_kind plot_kinds[] = {
-    { "curves", read_log, draw_lines, "step", { "loss", "MSE", "L0 (active latents a token)" },
-      LINEAR_SCALE, AUTO_SCALE },
-    { "latents", read_latents, draw_latents, NULL, { NULL }, 0, 0 },
+    { "curves", read_log, draw_lines, "step", { "loss", "MSE", "L0 (active latents per token)" },
+      LINEAR, AUTO },
+    { "latents", read_latents, draw_latents, NULL, { NULL }, LOG, LOG },
     { "activations", read_histogram, draw_lines, "activation of an active latent (log scale)",
-      { "active values in a bin (%)" }, LOG_SCALE, ZERO_SCALE },
+      { "active values in a bin (%)" }, LOG, ZERO },
     { "counts", read_counts, draw_lines, "latents, the most frequent first",
-      { "images on which a latent fires (log scale)" }, LINEAR_SCALE, LOG_SCALE },
-    { "mask", read_mask, draw_masks, NULL, { NULL }, 0, 0 } };
+      { "images on which a latent fires (log scale)" }, LINEAR, LOG },
+    { "mask", read_mask, draw_masks, NULL, { NULL }, LINEAR, LINEAR } };
 
 static int command_plot(session *s) {
     const char *const *operand = s->o->operand;
@@ -8147,15 +8469,15 @@ static int command_plot(session *s) {
     int status = SC_OK;
     while (strcmp(p.kind->name, operand[0]) != 0)
         if (++p.kind == plot_kinds + COUNT(plot_kinds))
-            return usage("plot: '%s' is none of curves, latents, activations, counts, mask",
-                         operand[0]);
-    if (p.kind->draw == draw_latents && operand[1 + 2])
-        return usage("plot latents: at most 2 files were expected");
+            return usage("plot: invalid value '%s' (expected curves, latents, activations, counts "
+                         "or mask)", operand[0]);
     for (; operand[p.count + 1] && status == SC_OK; p.count++) {
-        plot_series *each = &p.series[p.count];
-        each->path = operand[p.count + 1];
-        status = p.kind->read(each);
-        sc_safetensors_close(&each->file);
+        if (p.count == MAX_SERIES || (p.kind->draw == draw_latents && p.count == 2)) {
+            status = usage("plot %s: too many files (expected at most %zu)", p.kind->name, p.count);
+            break;
+        }
+        p.series[p.count].path = operand[p.count + 1];
+        status = p.kind->read(&p.series[p.count]);
     }
     if (status == SC_OK) status = output_open(&out, s->o->output);
     if (status == SC_OK) {
@@ -8164,164 +8486,22 @@ static int command_plot(session *s) {
         fputs("</svg>\n", p.out);
         status = output_commit(&out);
     }
-    while (p.count > 0) free(p.series[--p.count].row);
+    for (size_t i = 0; i < p.count; i++) free(p.series[i].row);
     return status;
 }
 
 /* ============================================================================================
  * 23. The atlas
  *
- * A folder that a browser opens without a server. index.html is the page (section 19), data/ holds
+ * A folder that a browser opens without a server. index.html is the page (section 26); data/ holds
  * what it shows: latents.js the numbers of all latents, J.js the top images of the J-th PART of
  * them, with their masks, I.jpg image I, once, however many latents show it. A page from a file may
- * not read files, but it may have scripts: each is one call with JSON.
+ * not read files, but it may run scripts: each file is a call of a function of the page's.
  * ============================================================================================ */
 
-/* --- Pictures: baseline JPEG (ITU-T T.81), one table of steps and one pair of codes for all of Y,
- * Cb and Cr. A tenth of what stored PNGs take, which for thousands of pictures counts --- */
+enum { PART = 64, BITMAP_SIDE = 128 };           /* PART: latents whose top images share a script */
 
-typedef struct {
-    FILE *out;
-    uint32_t bits;                   /* the last `held` wait for a whole byte */
-    unsigned held;
-    unsigned char symbol[2][162], length[2][256];        /* of DC, of AC: in order of their codes */
-    uint16_t code[2][256];
-    int last[3];                     /* DC of each component's block before */
-} jpeg_writer;
-
-static const unsigned char zigzag[64] = {
-    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48,
-    41, 34, 27, 20, 13, 6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
-    30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63 };
-
-/* The example of annex K for brightness, halved, in zigzag order. */
-static const unsigned char quantiser[64] = {
-    8, 6, 6, 7, 6, 5, 8, 7, 7, 7, 9, 9, 8, 10, 12, 20, 13, 12, 11, 11, 12, 25,
-    18, 19, 15, 20, 29, 26, 31, 30, 29, 26, 28, 28, 32, 36, 46, 39, 32, 34, 44, 35, 28, 28,
-    40, 55, 41, 44, 48, 49, 52, 52, 52, 31, 39, 57, 61, 56, 50, 60, 46, 51, 52, 50 };
-
-/* Codes of each length, 1 to 16 bits, of annex K's tables K.3 and K.5. */
-static const unsigned char jpeg_counts[2][16] = {
-    { 0, 1, 5, 1, 1, 1, 1, 1, 1 }, { 0, 2, 1, 3, 3, 2, 4, 3, 5, 5, 4, 4, 0, 0, 1, 125 } };
-
-/* A symbol of AC is a run of zeros (high half) and a size; after these all others in order. */
-static void make_codes(jpeg_writer *j) {
-    static const unsigned char frequent[37] = {
-        0x01, 0x02, 0x03, 0x00, 0x04, 0x11, 0x05, 0x12, 0x21, 0x31, 0x41, 0x06, 0x13,
-        0x51, 0x61, 0x07, 0x22, 0x71, 0x14, 0x32, 0x81, 0x91, 0xa1, 0x08, 0x23, 0x42,
-        0xb1, 0xc1, 0x15, 0x52, 0xd1, 0xf0, 0x24, 0x33, 0x62, 0x72, 0x82 };
-    size_t used = sizeof frequent;
-    memcpy(j->symbol[1], frequent, used);
-    for (unsigned char i = 0; i < 12; i++) j->symbol[0][i] = i;
-    for (int symbol = 1; symbol < 256; symbol++)
-        if (symbol % 16 >= 1 && symbol % 16 <= 10 && !memchr(frequent, symbol, sizeof frequent))
-            j->symbol[1][used++] = (unsigned char)symbol;
-    for (int table = 0; table < 2; table++) {
-        const unsigned char *symbol = j->symbol[table];
-        unsigned next = 0;
-        for (unsigned char length = 1; length <= 16; length++, next *= 2)
-            for (int i = jpeg_counts[table][length - 1]; i > 0; i--, symbol++) {
-                j->code[table][*symbol] = (uint16_t)next++;
-                j->length[table][*symbol] = length;
-            }
-    }
-}
-
-static void put_bits(jpeg_writer *j, unsigned bits, unsigned count) {
-    j->bits = j->bits << count | bits;
-    for (j->held += count; j->held >= 8; j->held -= 8) {
-        int byte = (int)(j->bits >> (j->held - 8) & 0xff);
-        putc(byte, j->out);
-        if (byte == 0xff) putc(0, j->out);               /* or it would be a marker */
-    }
-}
-
-/* A value of DC, or of AC after a run of zeros: the code of its size, its low bits. */
-static void put_value(jpeg_writer *j, int table, unsigned run, int value) {
-    unsigned size = 0;
-    while (abs(value) >> size) size++;
-    put_bits(j, j->code[table][run << 4 | size], j->length[table][run << 4 | size]);
-    put_bits(j, (unsigned)(value < 0 ? value - 1 : value) & ((1u << size) - 1), size);
-}
-
-/* The cosine transform of each row of 8, turned, so that the same again does the columns. */
-static void transform_rows(const double *in, double *out) {
-    static const double half_cosine[9] = {               /* cos(k pi / 16) / 2 */
-        0.5, 0.49039264020161522, 0.46193976625564337, 0.41573480615127262, 0.35355339059327379,
-        0.27778511650980114, 0.19134171618254492, 0.097545161008064133, 0 };
-    for (size_t i = 0; i < 64; i++) {
-        size_t row = i % 8, u = i / 8;
-        out[i] = 0;
-        for (size_t x = 0; x < 8; x++) {
-            size_t angle = u ? (2 * x + 1) * u % 32 : 4, k = angle > 16 ? 32 - angle : angle;
-            out[i] += in[row * 8 + x] * (k > 8 ? -half_cosine[16 - k] : half_cosine[k]);
-        }
-    }
-}
-
-/* block: [8, 8] of component c */
-static void put_block(jpeg_writer *j, int c, const double *block) {
-    double half[64], frequency[64];
-    unsigned run = 0;
-    transform_rows(block, half);
-    transform_rows(half, frequency);
-    for (size_t i = 0; i < 64; i++) {
-        int value = (int)floor(frequency[zigzag[i]] / quantiser[i] + 0.5);
-        if (i == 0) {
-            put_value(j, 0, 0, value - j->last[c]);
-            j->last[c] = value;
-        } else if (value == 0) run++;
-        else {
-            for (; run > 15; run -= 16) put_bits(j, j->code[1][0xf0], j->length[1][0xf0]);
-            put_value(j, 1, run, value);
-            run = 0;
-        }
-    }
-    if (run > 0) put_bits(j, j->code[1][0], j->length[1][0]);
-}
-
-/* pixels: [S, S, 3] */
-static void put_jpeg(FILE *out, const unsigned char *pixels, size_t S) {
-    static const double to_ycc[3][3] = {                 /* JFIF */
-        { 0.299, 0.587, 0.114 }, { -0.168735892, -0.331264108, 0.5 },
-        { 0.5, -0.418687589, -0.081312411 } };
-    const unsigned char start[] = { 0xff, 0xd8, 0xff, 0xdb, 0, 67, 0 };
-    const unsigned char frame[] = { 0xff, 0xc0, 0, 17, 8, (unsigned char)(S >> 8), (unsigned char)S,
-        (unsigned char)(S >> 8), (unsigned char)S, 3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0 };
-    const unsigned char scan[] = { 0xff, 0xda, 0, 12, 3, 1, 0, 2, 0, 3, 0, 0, 63, 0 };
-    jpeg_writer j = { .out = out };
-    double block[64];
-    make_codes(&j);
-    fwrite(start, sizeof start, 1, out);
-    fwrite(quantiser, sizeof quantiser, 1, out);
-    fwrite(frame, sizeof frame, 1, out);
-    for (int table = 0; table < 2; table++) {
-        size_t symbols = table ? 162 : 12;
-        fprintf(out, "\xff\xc4%c%c%c", 0, (int)symbols + 19, 16 * table);
-        fwrite(jpeg_counts[table], 16, 1, out);
-        fwrite(j.symbol[table], symbols, 1, out);
-    }
-    fwrite(scan, sizeof scan, 1, out);
-    for (size_t b = 0, across = (S + 7) / 8; b < across * across; b++)
-        for (int c = 0; c < 3; c++) {
-            for (size_t i = 0; i < 64; i++) {            /* beyond the edge: the edge */
-                size_t row = b / across * 8 + i / 8, column = b % across * 8 + i % 8;
-                const unsigned char *rgb = pixels + ((row < S ? row : S - 1) * S
-                                                     + (column < S ? column : S - 1)) * 3;
-                block[i] = to_ycc[c][0] * rgb[0] + to_ycc[c][1] * rgb[1] + to_ycc[c][2] * rgb[2]
-                         - (c == 0 ? 128 : 0);
-            }
-            put_block(&j, c, block);
-        }
-    put_bits(&j, 0x7f, 7);                               /* fills the last byte */
-    fputs("\xff\xd9", out);
-}
-
-/* --- Scripts --- */
-
-enum { PART = 64 };                  /* latents whose top images come in one script */
-
-/* That an image is among a latent's top images: slot = latent K + rank. */
+/* An image is among a latent's top images: slot = latent K + rank. */
 typedef struct { int64_t image; size_t slot; } atlas_use;
 
 typedef struct {
@@ -8329,15 +8509,15 @@ typedef struct {
     size_t n, K, P;                  /* latents, their top images, their top patches */
     atlas_use *use;                  /* [uses], by image */
     size_t uses;
-    int64_t *patch;                  /* [P, 2], of one latent */
+    int no_cjpeg;                    /* found out to be missing: images are bitmaps */
     char *digits;                    /* [patches], a mask */
     FILE *masks;                     /* [n, K, patches], digits; where a slot has an image */
 } atlas;
 
-/* What writes a file of the atlas; number: which of its kind. */
+/* Writes a file of the atlas; number: which of its kind. */
 typedef int write_function(atlas *a, FILE *out, size_t number);
 
-/* Writes DIR/NAME: the whole file stands there, or nothing does. */
+/* Writes DIR/NAME: the whole file stands there, or nothing changes. */
 static int save_file(atlas *a, const char *name, write_function *write, size_t number) {
     sc_output out;
     char path[MAX_PATH];
@@ -8355,19 +8535,16 @@ static int by_use(const void *left, const void *right) {
     return a->slot < b->slot ? -1 : 1;
 }
 
-/* Who shows which image; v->image becomes each of them, once, in ascending order. */
+/* Which latents show which image; v->image becomes each of the images, once, in ascending order. */
 static int list_uses(atlas *a) {
     viewer *v = a->v;
     size_t slots = a->n * a->K;
     const array_spec arrays[] = {
-        ARRAY(a->use, slots, 1), ARRAY(v->image, slots, 1), ARRAY(a->patch, a->P, 2),
-        ARRAY(a->digits, v->patches, 1) };
+        ARRAY(a->use, slots, 1), ARRAY(v->image, slots, 1), ARRAY(a->digits, v->patches, 1) };
     SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
-    SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_IMAGES], 0, slots, v->image));
     for (size_t slot = 0; slot < slots; slot++) {
-        if (v->image[slot] >= (int64_t)v->s->data.set.count)
-            return fail("%s: there is no image %lld", v->stats.path, (long long)v->image[slot]);
-        if (v->image[slot] >= 0) a->use[a->uses++] = (atlas_use){ v->image[slot], slot };
+        int64_t image = v->stats.top[slot].image;
+        if (image >= 0) a->use[a->uses++] = (atlas_use){ image, slot };
     }
     if (a->uses > 0) qsort(a->use, a->uses, sizeof *a->use, by_use);
     for (size_t i = 0; i < a->uses; i++)
@@ -8376,26 +8553,71 @@ static int list_uses(atlas *a) {
     return SC_OK;
 }
 
-/* A mask in 16 levels: 0 is silent, f the largest. */
+/* A mask in 16 levels: 0 is silent, f the latent's largest activation on any patch. */
 static int keep_mask(atlas *a, size_t slot, const double *mask) {
     size_t patches = a->v->patches;
-    double largest = 0;
-    for (size_t p = 0; p < patches; p++) largest = mask[p] > largest ? mask[p] : largest;
-    for (size_t p = 0; p < patches; p++)
-        a->digits[p] = "0123456789abcdef"[mask[p] > 0 ? (int)ceil(15 * mask[p] / largest) : 0];
+    double largest = a->v->stats.patch[slot / a->K * a->P].value;
+    for (size_t p = 0; p < patches; p++) {
+        int level = 0;
+        if (mask[p] > 0) level = (int)ceil(15 * fmin(mask[p] / largest, 1));
+        a->digits[p] = "0123456789abcdef"[level];
+    }
     if (fseeko(a->masks, (off_t)(slot * patches), SEEK_SET) == 0 &&
         fwrite(a->digits, patches, 1, a->masks) == 1) return SC_OK;
     return spool_failed();
 }
 
-static int write_jpeg(atlas *a, FILE *out, size_t i) {
+/* An image by cjpeg. SC_END: it is not installed. pixels: [S, S, 3] */
+static int write_jpeg(FILE *out, const unsigned char *pixels, size_t S) {
+    char *argument[] = { "cjpeg", "-quality", "85", NULL }, words[256], bytes[4096];
+    child_process child;
+    FILE *ppm = tmpfile();
+    if (!ppm) return spool_failed();
+    fprintf(ppm, "P6\n%zu %zu\n255\n", S, S);
+    fwrite(pixels, 3 * S, S, ppm);
+    int error = fflush(ppm) != 0 || lseek(fileno(ppm), 0, SEEK_SET) != 0 ? errno : 0;
+    if (!error) error = start_child(&child, argument, fileno(ppm));
+    fclose(ppm);
+    if (error == ENOENT || error == EACCES) return SC_END;
+    if (error) return fail("cjpeg cannot be started: %s", strerror(error));
+    for (size_t n; (n = fread(bytes, 1, sizeof bytes, child.output)) > 0;) fwrite(bytes, 1, n, out);
+    int ended = end_child(&child, words, sizeof words);
+    if (ended == 0) return SC_OK;
+    if (WIFEXITED(ended) && WEXITSTATUS(ended) == 127 && !*words) return SC_END;
+    return fail("cjpeg failed: %s", *words ? words : "no message");
+}
+
+/* A BMP of 24 bits, of at most BITMAP_SIDE pixels; rows from the bottom up, in blue, green, red. */
+static void write_bitmap(FILE *out, const unsigned char *pixels, size_t S) {
+    size_t side = S < BITMAP_SIDE ? S : BITMAP_SIDE, row = (3 * side + 3) / 4 * 4;
+    const uint32_t fields[] = { (uint32_t)(54 + row * side), 0, 54, 40, (uint32_t)side,
+                                (uint32_t)side, 1 | 24 << 16, 0, (uint32_t)(row * side), 0, 0, 0, 0 };
+    unsigned char header[sizeof fields];
+    copy_numbers(header, fields, COUNT(fields), 4);
+    fputs("BM", out);
+    fwrite(header, sizeof header, 1, out);
+    for (size_t y = side; y-- > 0;) {
+        for (size_t x = 0; x < side; x++) {
+            const unsigned char *pixel = pixels + (y * S / side * S + x * S / side) * 3;
+            for (int c = 2; c >= 0; c--) putc(pixel[c], out);
+        }
+        for (size_t i = 3 * side; i < row; i++) putc(0, out);
+    }
+}
+
+/* Image i of the batch: a JPEG, or a bitmap under the same name; browsers look at the bytes. */
+static int write_image(atlas *a, FILE *out, size_t i) {
     const feed *f = &a->v->s->data;
     size_t S = f->model.image_size;
-    put_jpeg(out, f->pixels + i * S * S * 3, S);
+    const unsigned char *pixels = f->pixels + i * S * S * 3;
+    int status = a->no_cjpeg ? SC_END : write_jpeg(out, pixels, S);
+    if (status != SC_END) return status;
+    a->no_cjpeg = 1;
+    write_bitmap(out, pixels, S);
     return SC_OK;
 }
 
-/* One pass over the images that any latent shows: the pictures, and the masks of who shows them. */
+/* One pass over the images that any latent shows: the images, and the masks of those latents. */
 static int look_at_images(atlas *a) {
     viewer *v = a->v;
     feed *f = &v->s->data;
@@ -8403,41 +8625,48 @@ static int look_at_images(atlas *a) {
     int status = SC_END;
     f->skip_bad = 0;                             /* they were good when the statistics were made */
     SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
-    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK)
+    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++) {
             char name[64];
             snprintf(name, sizeof name, "data/%zu.jpg", f->image[i]);
-            SC_TRY(save_file(a, name, write_jpeg, i));
+            SC_TRY(save_file(a, name, write_image, i));
             for (; at < a->uses && a->use[at].image == (int64_t)f->image[i]; at++) {
-                SC_TRY(find_masks(v, a->use[at].slot / a->K));
+                find_masks(v, a->use[at].slot / a->K);
                 SC_TRY(keep_mask(a, a->use[at].slot, v->mask + i * v->patches));
             }
         }
+    }
     return status == SC_END ? SC_OK : status;
+}
+
+/* The patches of an image that are among latent j's top patches, as a list. */
+static void write_top_patches(const atlas *a, FILE *out, size_t j, int64_t image) {
+    const char *comma = "";
+    putc('[', out);
+    for (size_t p = 0; p < a->P; p++) {
+        const sc_top *top = &a->v->stats.patch[j * a->P + p];
+        uint64_t patch = (uint64_t)top->other - a->v->stats.first_patch;
+        if (top->image != image || patch >= a->v->patches) continue;
+        fprintf(out, "%s%zu", comma, (size_t)patch);
+        comma = ",";
+    }
+    putc(']', out);
 }
 
 /* The top images of latent j, each [image, activation, class, name, mask, top patches]. */
 static int write_latent(atlas *a, FILE *out, size_t j) {
-    viewer *v = a->v;
-    SC_TRY(read_top(v, j));
-    SC_TRY(sc_tensor_integers(&v->stats, v->of[TOP_PATCHES], j * a->P * 2, a->P * 2, a->patch));
+    const viewer *v = a->v;
     putc('[', out);
-    for (size_t k = 0; k < a->K && v->entry[k].image >= 0; k++) {
-        const sc_top *e = &v->entry[k];
-        const char *comma = "";
+    for (size_t k = 0; k < top_images(&v->stats, j); k++) {
+        const sc_top *e = &v->stats.top[j * a->K + k];
         if (fseeko(a->masks, (off_t)((j * a->K + k) * v->patches), SEEK_SET) != 0 ||
             fread(a->digits, v->patches, 1, a->masks) != 1) return spool_failed();
         fprintf(out, "%s[%lld,%.6g,%lld,", k ? ",\n" : "", (long long)e->image, (double)e->value,
                 (long long)e->other);
         print_json(out, image_name(&v->s->data, (size_t)e->image));
-        fprintf(out, ",\"%.*s\",[", (int)v->patches, a->digits);
-        for (size_t p = 0; p < a->P; p++) {
-            uint64_t patch = (uint64_t)a->patch[2 * p + 1] - v->first_patch;
-            if (a->patch[2 * p] != e->image || patch >= v->patches) continue;
-            fprintf(out, "%s%zu", comma, (size_t)patch);
-            comma = ",";
-        }
-        fputs("]]", out);
+        fprintf(out, ",\"%.*s\",", (int)v->patches, a->digits);
+        write_top_patches(a, out, j, e->image);
+        putc(']', out);
     }
     putc(']', out);
     return SC_OK;
@@ -8453,43 +8682,34 @@ static int write_latents(atlas *a, FILE *out, size_t part) {
     return SC_OK;
 }
 
-/* What the list and the scatter show; the class is the one with the largest share. */
+/* The list's rows: [frequency, mean, entropy, the class with the largest share] of each latent. */
 static int write_numbers(atlas *a, FILE *out, size_t ignored) {
-    static const struct { const char *name; int tensor; } numbers[] = {
-        { "frequency", FREQUENCY }, { "mean", IMAGE_MEAN }, { "entropy", ENTROPY } };
-    viewer *v = a->v;
+    const viewer *v = a->v;
     const sc_images *set = &v->s->data.set;
+    (void)ignored;
     fputs("atlas.open({\"name\":", out);
     print_json(out, base_name(v->s->sae[0].path));
     fprintf(out, ",\"images\":%zu,\"part\":%d,\"grid\":%zu,\n\"classes\":[", set->count, PART,
             v->s->data.grid);
     for (size_t c = 0; c < set->classes && set->class_name; c++) {
-        fputs(c ? ",\n" : "", out);
+        if (c > 0) putc(',', out);
         print_json(out, set->class_name[c]);
     }
-    for (size_t i = 0; i < COUNT(numbers); i++) {
-        fprintf(out, "],\n\"%s\":[", numbers[i].name);
-        for (size_t j = 0; j < a->n; j++) {
-            float value;
-            SC_TRY(sc_tensor_floats(&v->stats, v->of[numbers[i].tensor], j, 1, &value));
-            fprintf(out, "%s%.6g", j ? "," : "", (double)value);
-        }
-    }
-    fputs("],\n\"class\":[", out);
+    fputs("],\n\"latents\":[", out);
     for (size_t j = 0; j < a->n; j++) {
+        const latent_record *l = &v->stats.latent[j];
         sc_top class;
-        SC_TRY(read_top(v, j));
-        top_classes(v, &class, 1);
-        fprintf(out, "%s%lld", j ? "," : "", (long long)class.other);
+        top_classes(&v->stats, j, &class, 1);
+        fprintf(out, "%s[%.6g,%.6g,%.6g,%lld]", j ? ",\n" : "", (double)l->sparsity,
+                (double)l->mean, (double)l->entropy, (long long)class.other);
     }
     fputs("]});\n", out);
-    (void)ignored;
     return SC_OK;
 }
 
 static void write_page(FILE *out);               /* with its lines, at the end */
 
-static int write_atlas(atlas *a) {
+static int write_data(atlas *a) {
     char name[64];
     SC_TRY(list_uses(a));
     SC_TRY(look_at_images(a));
@@ -8500,34 +8720,38 @@ static int write_atlas(atlas *a) {
     return save_file(a, "data/latents.js", write_numbers, 0);
 }
 
-/* The page comes last: a folder that has one is whole. It is open from the first, lest two of us
- * should write into one folder. */
-static int replace_atlas(atlas *a, const char *page) {
+/* The page comes last: a folder that has one is whole. It is open, and locked, from the beginning,
+ * so that two processes cannot write into one folder. */
+static int write_atlas(atlas *a, const char *page) {
     sc_output out;
     SC_TRY(output_open(&out, page));
-    int status = unlink(page) == 0 || errno == ENOENT ? write_atlas(a)
-               : fail("%s: cannot be replaced: %s", page, strerror(errno));
-    if (status == SC_OK) write_page(out.file);
-    if (status == SC_OK) return output_commit(&out);
+    int status = SC_OK;
+    if (unlink(page) != 0 && errno != ENOENT)
+        status = fail("%s: cannot be replaced: %s", page, strerror(errno));
+    if (status == SC_OK) status = write_data(a);
+    if (status == SC_OK) {
+        write_page(out.file);
+        return output_commit(&out);
+    }
     output_discard(&out);
     return status;
 }
 
 static int show_atlas(viewer *v) {
     char page[MAX_PATH], data[MAX_PATH];
-    atlas a = { .v = v, .n = 0 };
+    atlas a = { .v = v };
     v->kind = VALUE_MASK;
     SC_TRY(open_viewer(v, 1));
     SC_TRY(join_path(v->s->o->output, "index.html", page));
     SC_TRY(join_path(v->s->o->output, "data", data));
-    a.n = v->s->sae[0].d_sae;
-    a.K = v->of[TOP_IMAGES]->shape[1];
-    a.P = v->of[TOP_PATCHES]->shape[1];
+    a.n = v->stats.n;
+    a.K = v->stats.K;
+    a.P = v->stats.P;
     a.masks = v->s->spool[0] = tmpfile();
     if (!a.masks) return spool_failed();
     if (mkdir(data, 0777) != 0 && errno != EEXIST)
         return fail("%s: the folder cannot be made: %s", data, strerror(errno));
-    int status = replace_atlas(&a, page);
+    int status = write_atlas(&a, page);
     if (status != SC_OK) rmdir(data);                        /* goes only if it is empty */
     return status;
 }
@@ -8550,42 +8774,43 @@ static const char *join_sizes(const size_t *sizes, int count, const char *betwee
 
 /* --- info --- */
 
-/* A file is of the first kind whose tensor it has, of that rank; its shape says the rest. */
+/* A file is of the first kind whose tensor it has, with that rank; its shape says the rest. */
 static const struct { const char *tensor; int rank; const char *text; } file_kinds[] = {
     { "W_enc_m", 2, "checkpoint of a training: %zu latents, %zu inputs\n" },
     { "W_enc", 2, "sparse autoencoder: %zu inputs, %zu latents\n" },
     { "max_activating_image_indices", 2, "statistics: %zu latents, %zu top images each\n" },
     { "activations", 3, "activations: %zu images, %zu tokens each, %zu numbers each\n" },
     { "images", 4, "packed images: %zu images, %zu high, %zu wide, %zu colours\n" },
-    { "value", 1, "codes: %zu activations that are not 0\n" } };
+    { "value", 1, "codes: %zu active values\n" } };
+
+static void describe_model(const sc_safetensors *file) {
+    sc_model m;
+    if (sc_model_open(&m, file->path, NULL) != SC_OK) {
+        printf("vision transformer that cannot be used: %s\n", shown(sc_error()));
+        return;
+    }
+    printf("vision transformer, %s's names: %zu blocks, width %zu, %zu heads, hidden %zu, images of "
+           "%zu x %zu in %zu x %zu patches of %zu x %zu, %s GELU, epsilon %g%s\n",
+           naming_names[m.naming], m.blocks, m.width, m.heads, m.hidden, m.image_size, m.image_size,
+           m.grid, m.grid, m.patch, m.patch, m.activation == QUICK_GELU ? "quick" : "exact",
+           (double)m.epsilon, find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
+    sc_model_close(&m);
+}
 
 static void describe(const sc_safetensors *file) {
-    sc_model m;
     for (size_t i = 0; i < COUNT(file_kinds); i++) {
         const sc_tensor *t = sc_tensor_find(file, file_kinds[i].tensor);
         if (!t || t->rank != file_kinds[i].rank) continue;
         printf(file_kinds[i].text, t->shape[0], t->shape[1], t->shape[2], t->shape[3]);
         return;
     }
-    if (naming_of(file) == NAMINGS) puts("a safetensors file of a kind that is not known");
-    else if (sc_model_open(&m, file->path, NULL) != SC_OK)
-        printf("vision transformer that cannot be used: %s\n", shown(sc_error()));
-    else {
-        printf("vision transformer, %s's names: %zu blocks, width %zu, %zu heads, hidden %zu, "
-               "images of %zu x %zu in %zu x %zu patches of %zu x %zu, %s GELU, epsilon %g%s\n",
-               naming_names[m.naming], m.blocks, m.width, m.heads, m.hidden, m.image_size,
-               m.image_size, m.grid, m.grid, m.patch, m.patch,
-               m.activation == QUICK_GELU ? "quick" : "exact", (double)m.epsilon,
-               find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
-        sc_model_close(&m);
-    }
+    if (naming_of(file) == NAMINGS) puts("a safetensors file of an unknown kind");
+    else describe_model(file);
 }
 
 static int describe_file(const char *path) {
     sc_safetensors file;
     SC_TRY(sc_safetensors_open(&file, path));
-    printf("%s: ", shown(path));
-    describe(&file);
     printf("%zu tensors in %zu bytes\n", file.tensors, file.size);
     for (size_t i = 0; i < file.tensors; i++) {
         const sc_tensor *t = &file.tensor[i];
@@ -8595,6 +8820,8 @@ static int describe_file(const char *path) {
     printf("%zu entries of metadata\n", file.entries);
     for (size_t i = 0; i < file.entries; i++)
         printf("    %s = %s\n", shown(file.metadata[i].key), shown(file.metadata[i].value));
+    printf("%s: ", shown(path));
+    describe(&file);
     sc_safetensors_close(&file);
     return end_of_output();
 }
@@ -8602,39 +8829,53 @@ static int describe_file(const char *path) {
 static int command_info(session *s) {
     if (s->o->operand[0]) return describe_file(s->o->operand[0]);
     printf("saeclip %s\ninstruction sets:", SC_VERSION);
-    for (size_t i = 0; i < COUNT(instruction_sets); i++)
+    for (size_t i = 0; i < COUNT(instruction_sets); i++) {
+        const kernel_set *set = instruction_sets[i].set;
         if (instruction_sets[i].usable())
-            printf(" %s%s", instruction_sets[i].set->name,
-                   instruction_sets[i].set == kernels ? " (in use)" : "");
+            printf(" %s%s", set->name, set == kernels ? " (in use)" : "");
+    }
     printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
     return end_of_output();
 }
 
 /* --- compare --- */
 
-/* Element i, also infinite ones and NaN; whole ones exactly in *whole. */
+/* Element i, also infinities and NaN; whole numbers exactly in *whole. */
 static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
     const unsigned char *bytes = t->data + i * sc_dtype_size(t->dtype);
     double number = 0;
     float single = 0;
     int32_t narrow = 0;
     switch (t->dtype) {
-    case SC_F64: copy_numbers(&number, bytes, 1, 8); return number;
-    case SC_I64: copy_numbers(whole, bytes, 1, 8); return (double)*whole;
-    case SC_I32: copy_numbers(&narrow, bytes, 1, 4); return (double)(*whole = narrow);
-    case SC_U8: return (double)(*whole = *bytes);
-    default: floats_of_bytes(&single, bytes, 1, t->dtype); return (double)single;
+    case SC_F64:
+        copy_numbers(&number, bytes, 1, 8);
+        return number;
+    case SC_I64:
+        copy_numbers(whole, bytes, 1, 8);
+        return (double)*whole;
+    case SC_I32:
+        copy_numbers(&narrow, bytes, 1, 4);
+        *whole = narrow;
+        return narrow;
+    case SC_U8:
+        *whole = *bytes;
+        return *bytes;
+    default:
+        floats_of_bytes(&single, bytes, 1, t->dtype);
+        return (double)single;
     }
 }
 
-/* |a - b| of element i, infinite where that is no number; b in *y. */
+/* |a - b| of element i, infinite where it is not a number; b in *y. */
 static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, double *y) {
     int64_t p = 0, q = 0;
-    if (a->dtype > SC_U8 || b->dtype > SC_U8) return INFINITY;     /* types not read as numbers */
+    if (a->dtype > SC_U8 || b->dtype > SC_U8) return INFINITY;   /* types not read as numbers */
     double x = number_at(a, i, &p);
     *y = number_at(b, i, &q);
-    if (a->dtype > SC_F64 && b->dtype > SC_F64)
-        return (double)(p > q ? (uint64_t)p - (uint64_t)q : (uint64_t)q - (uint64_t)p);
+    if (a->dtype > SC_F64 && b->dtype > SC_F64) {
+        if (p < q) return (double)((uint64_t)q - (uint64_t)p);
+        return (double)((uint64_t)p - (uint64_t)q);
+    }
     if (x == *y || (isnan(x) && isnan(*y))) return 0;
     return isfinite(x - *y) ? fabs(x - *y) : INFINITY;
 }
@@ -8642,7 +8883,10 @@ static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, doub
 /* at: an element's number in the tensor. */
 static const char *index_text(const sc_tensor *t, size_t at) {
     size_t index[SC_MAX_RANK] = { 0 };
-    for (int d = t->rank - 1; d >= 0; at /= t->shape[d--]) index[d] = at % t->shape[d];
+    for (int d = t->rank - 1; d >= 0; d--) {
+        index[d] = at % t->shape[d];
+        at /= t->shape[d];
+    }
     return join_sizes(index, t->rank, ", ");
 }
 
@@ -8655,13 +8899,15 @@ static int compare_numbers(const sc_tensor *a, const sc_tensor *b, const options
     for (size_t i = 0; i < a->count; i++) {
         double y = 0;
         if (same_type && memcmp(a->data + i * size, b->data + i * size, size) == 0) continue;
-        double apart = distance_at(a, b, i, &y);
-        double figure[] = { apart, apart == INFINITY ? apart : y != 0 ? apart / fabs(y) : 0 };
+        double apart = distance_at(a, b, i, &y), figure[] = { apart, 0 };
         same_bits = 0;
-        beyond += apart == INFINITY || apart > o->atol + o->rtol * fabs(y);
+        if (apart == INFINITY || apart > o->atol + o->rtol * fabs(y)) beyond++;
+        if (apart == INFINITY) figure[1] = apart;
+        else if (y != 0) figure[1] = apart / fabs(y);
         for (int k = 0; k < 2; k++) {
-            if (figure[k] > largest[k]) at[k] = i;
-            if (figure[k] > largest[k]) largest[k] = figure[k];
+            if (!(figure[k] > largest[k])) continue;
+            at[k] = i;
+            largest[k] = figure[k];
         }
     }
     if (largest[0] == 0) puts(same_bits ? "the same bits" : "equal, in other bits");
@@ -8671,7 +8917,7 @@ static int compare_numbers(const sc_tensor *a, const sc_tensor *b, const options
     return beyond > 0;
 }
 
-/* A row of the table. Returns whether the tensors differ. */
+/* Prints a row. Returns whether the tensors differ. */
 static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options *o) {
     printf("%-40s %s", shown(a->name), sc_dtype_name(a->dtype));
     if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
@@ -8682,18 +8928,9 @@ static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options
     return 1;
 }
 
-/* Metadata that differ are named, but not counted. */
-static int compare_files(const sc_safetensors *file, const options *o) {
-    int differing = 0, rows = 0;
-    for (int k = 0; k < 2; k++)              /* of the second file, what the first has not got */
-        for (size_t i = 0; i < file[k].tensors; i++) {
-            const sc_tensor *t = &file[k].tensor[i], *other = sc_tensor_find(&file[!k], t->name);
-            if (other && k == 1) continue;
-            if (!other) printf("%-40s only in %s\n", shown(t->name), shown(file[k].path));
-            differing += other ? compare_tensors(t, other, o) : 1;
-            rows++;
-        }
-    for (int k = 0; k < 2; k++)
+/* Metadata that differ are named, but do not count. */
+static void compare_metadata(const sc_safetensors *file) {
+    for (int k = 0; k < 2; k++) {
         for (size_t i = 0; i < file[k].entries; i++) {
             const char *key = file[k].metadata[i].key, *value[2];
             for (int f = 0; f < 2; f++) value[f] = sc_metadata_find(&file[f], key);
@@ -8701,6 +8938,25 @@ static int compare_files(const sc_safetensors *file, const options *o) {
             printf("metadata %s: %s and %s\n", shown(key), value[0] ? shown(value[0]) : "nothing",
                    value[1] ? shown(value[1]) : "nothing");
         }
+    }
+}
+
+static int compare_files(const sc_safetensors *file, const options *o) {
+    int differing = 0, rows = 0;
+    for (int k = 0; k < 2; k++) {            /* of the second file, only what the first lacks */
+        for (size_t i = 0; i < file[k].tensors; i++) {
+            const sc_tensor *t = &file[k].tensor[i], *other = sc_tensor_find(&file[!k], t->name);
+            if (other && k == 1) continue;
+            rows++;
+            if (other) {
+                differing += compare_tensors(t, other, o);
+                continue;
+            }
+            printf("%-40s only in %s\n", shown(t->name), shown(file[k].path));
+            differing++;
+        }
+    }
+    compare_metadata(file);
     SC_TRY(end_of_output());
     if (differing == 0) return SC_OK;
     return fail("%s: differs from %s in %d of %d tensors", file[0].path, file[1].path, differing,
@@ -8719,25 +8975,26 @@ static int command_compare(session *s) {
 /* ============================================================================================
  * 25. The command line
  *
- * One table of options, one of commands. An option's row says which commands take it.
+ * One table of options, one of options that exclude or need each other, one of commands. An
+ * option's row says which commands take it.
  * ============================================================================================ */
 #ifndef SAECLIP_NO_MAIN
 
 enum {                               /* commands, and what several of them have in common */
     INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
-    MASK = 256, ZEROSHOT = 512, COMPARE = 1024,
-    MERGE = 4096, EXPLAIN = 8192, PLOT = 16384, ATLAS = 32768, EVERY = 65535,
+    MASK = 256, ZEROSHOT = 512, COMPARE = 1024, MERGE = 2048, EXPLAIN = 4096, PLOT = 8192,
+    ATLAS = 16384, EVERY = 32767,
     LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
     SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
     DATA = TRAIN | ENCODE | EVAL | STATS, ACTS = DATA | MASK,
-    PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT, PICTURES = PHOTOS | PACK,
+    PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT, IMAGES = PHOTOS | PACK,
     OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
 };
 
 /* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
 typedef enum { FLAG, TEXT, TEXTS, CHOICE, WHOLE, LARGE, NUMBER } option_kind;
 
-/* value: what it is called in help, of a CHOICE what it may be; least, most: of numbers. */
+/* value: its name in the help, of a CHOICE its possible values; least, most: of numbers. */
 static const struct option_row {
     const char *name, *value;
     option_kind kind;
@@ -8747,73 +9004,70 @@ static const struct option_row {
     double least, most;
 } option_table[] = {
 #define AT(field) .place = offsetof(options, field)
-#define OVER "overrules the model's "
-#define LIVE "; no effect with --acts"       /* where there is such an option */
     { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
     { "-s", "FILE", TEXTS, AT(sae), SAES & ~(EVAL | ZEROSHOT), "the SAE" },
-    { "-s", "FILE", TEXTS, AT(sae), EVAL, "an SAE; as many as wanted" },
-    { "-s", "FILE", TEXTS, AT(sae), ZEROSHOT, "an SAE, whose x' takes x's place" },
-    { "-t", "FILE", TEXT, AT(stats), LOOKS & ~MASK, "the SAE's statistics" },
-    { "-t", "FILE", TEXT, AT(stats), MASK, "the SAE's statistics; no effect without --mask top" },
+    { "-s", "FILE", TEXTS, AT(sae), EVAL, "an SAE; may be repeated" },
+    { "-s", "FILE", TEXTS, AT(sae), ZEROSHOT, "an SAE, whose x' replaces x" },
+    { "-t", "FILE", TEXT, AT(stats), LOOKS, "the SAE's statistics" },
     { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
     { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
-    { "--acts", "FILE", TEXT, AT(acts), ACTS, "saved activations, not -m and IMAGES" },
+    { "--acts", "FILE", TEXT, AT(acts), ACTS, "saved activations, in place of -m and IMAGES" },
     { "--also", "DATA", TEXT, AT(also), EVAL, "a second data set of the same kind" },
     { "--layer", "L", WHOLE, AT(layer), PHOTOS,
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
     { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS,
-      "where to listen (default: the SAE's, else mlp)" },
+      "hook point (default: the SAE's, else mlp)" },
     { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT, "tokens to write", "all" },
     { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT, "number type", "f32" },
-    { "--size", "S", WHOLE, AT(size), PACK, "the pictures' side", "224", 1, 16384 },
-    { "--square", "N", WHOLE, AT(square), PICTURES, "first resize the centre square to N x N" LIVE,
-      NULL, 1, 16384 },
-    { "--crop", "torchvision|hf", CHOICE, AT(crop), PICTURES,
-      "the centre crop's rounding" LIVE, "torchvision" },
-    { "--limit", "N", WHOLE, AT(limit), PICTURES, "first N images", NULL, 1, 2e9 },
-    { "--skip-bad", NULL, FLAG, AT(skip_bad), PICTURES & ~(TOP | EXPLAIN | ATLAS),
-      "name bad images and go on" LIVE },
-    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS & ~ENCODE, OVER "image_mean" LIVE },
-    { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS, OVER "image_std" LIVE },
-    { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS, OVER "activation" LIVE },
-    { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS, OVER "layer norm epsilon" LIVE },
-    { "--heads", "N", TEXT, AT(settings.heads), PHOTOS, OVER "attention heads" LIVE },
-    { "--arch", "relu|topk", CHOICE, AT(arch), TRAIN | SAES, "by default relu, or the file's" },
-    { "--k", "K", WHOLE, AT(k), TRAIN | SAES,
-      "TopK's k (default: 32, or the file's); no effect with relu", NULL, 1, 1e9 },
-    { "--expansion", "E", WHOLE, AT(expansion), TRAIN,
-      "latents a dimension; no effect with --latents", "64", 1, 65536 },
+    { "--size", "S", WHOLE, AT(size), PACK, "side of the images in pixels", "224", 1, 16384 },
+    { "--square", "N", WHOLE, AT(square), IMAGES, "first resize the centre square to N x N", NULL,
+      1, 16384 },
+    { "--crop", "torchvision|hf", CHOICE, AT(crop), IMAGES, "rounding of the centre crop",
+      "torchvision" },
+    { "--limit", "N", WHOLE, AT(limit), IMAGES, "only the first N images", NULL, 1, 2e9 },
+    { "--skip-bad", NULL, FLAG, AT(skip_bad), IMAGES & ~(TOP | EXPLAIN | ATLAS),
+      "name unreadable images and go on" },
+    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS, "overrules the model's image_mean" },
+    { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS, "overrules the model's image_std" },
+    { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS,
+      "overrules the model's activation function" },
+    { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS, "overrules the layer norms' epsilon" },
+    { "--heads", "N", TEXT, AT(settings.heads), PHOTOS, "overrules the number of heads" },
+    { "--arch", "relu|topk", CHOICE, AT(arch), TRAIN | SAES, "default: relu, or the file's" },
+    { "--k", "K", WHOLE, AT(k), TRAIN | SAES, "of TopK (default: 32, or the file's)", NULL, 1,
+      1e9 },
+    { "--expansion", "E", WHOLE, AT(expansion), TRAIN, "latents per input", "64", 1, 65536 },
     { "--latents", "N", WHOLE, AT(d_sae), TRAIN, "latents", NULL, 1, SC_MAX_LATENTS },
-    { "--l1", "X", NUMBER, AT(l1), TRAIN, "weight of ReLU's L1 loss; no effect with topk", "8e-5",
-      0, 1e9 },
+    { "--l1", "X", NUMBER, AT(l1), TRAIN, "weight of the L1 loss (ReLU)", "8e-5", 0, 1e9 },
     { "--lr", "X", NUMBER, AT(lr), TRAIN, "learning rate", "4e-4", 0, 1e9 },
-    { "--warmup", "STEPS", WHOLE, AT(warmup), TRAIN, "steps of rising rate", "500", 0, 1e9 },
-    { "--batch", "IMAGES", WHOLE, AT(batch), TRAIN, "images a step", "16", 1, 1e9 },
-    { "--epochs", "E", NUMBER, AT(epochs), TRAIN, "rounds over the data; no effect with a stream",
-      "1", 0, 1e9 },
+    { "--warmup", "STEPS", WHOLE, AT(warmup), TRAIN, "steps over which the rate rises", "500", 0,
+      1e9 },
+    { "--batch", "IMAGES", WHOLE, AT(batch), TRAIN, "images per step", "16", 1, 1e9 },
+    { "--epochs", "E", NUMBER, AT(epochs), TRAIN, "passes over the data", "1", 0, 1e9 },
     { "--steps", "N", WHOLE, AT(steps), TRAIN, "steps (0: the initial SAE)", NULL, 0, 2e9 },
     { "--b-dec", "zeros|mean|geomedian|geomedian-images", CHOICE, AT(b_dec), TRAIN,
       "where the decoder's bias starts", "zeros" },
-    { "--b-dec-images", "M", WHOLE, AT(b_dec_images), TRAIN,
-      "images for that (default: a batch); no effect with zeros", NULL, 1, 1e9 },
+    { "--b-dec-images", "M", WHOLE, AT(b_dec_images), TRAIN, "images for that (default: one step's)",
+      NULL, 1, 1e9 },
     { "--ghost", NULL, FLAG, AT(ghost), TRAIN, "ghost gradients for dead latents" },
     { "--dead-window", "STEPS", WHOLE, AT(dead_window), TRAIN,
-      "silent steps after which a latent is dead; no effect without --ghost", "64", 0, 1e9 },
+      "silent steps after which a latent is dead", "64", 0, 1e9 },
     { "--init", "SAE", TEXT, AT(init), TRAIN, "start from this SAE" },
     { "--order", "shuffle|sequential", CHOICE, AT(order), TRAIN, "of the images", "shuffle" },
-    { "--log", "CSV", TEXT, AT(log), TRAIN, "a row a step" },
+    { "--log", "CSV", TEXT, AT(log), TRAIN, "one row per step" },
     { "--checkpoint", "FILE", TEXT, AT(checkpoint), TRAIN, "state to keep (default: OUT.ckpt)" },
-    { "--checkpoint-every", "STEPS", WHOLE, AT(checkpoint_every), TRAIN,
-      "no effect without --checkpoint or --resume", "1000", 1, 2e9 },
+    { "--checkpoint-every", "STEPS", WHOLE, AT(checkpoint_every), TRAIN, "how often", "1000", 1,
+      2e9 },
     { "--resume", NULL, FLAG, AT(resume), TRAIN, "go on from the checkpoint" },
-    { "--dense", NULL, FLAG, AT(dense), ENCODE, "also f in full" },
+    { "--seed", "N", LARGE, AT(seed), TRAIN, "of all random numbers", "42", 0, 0x1p53 - 1 },
+    { "--dense", NULL, FLAG, AT(dense), ENCODE, "also f as a matrix" },
     { "--reconstruction", NULL, FLAG, AT(reconstruction), ENCODE, "also x'" },
-    { "--mean", NULL, FLAG, AT(image_means), ENCODE, "also images' mean activations" },
-    { "--top", "K", WHOLE, AT(top), STATS, "top images a latent", "16", 1, 4096 },
-    { "--top-patches", "P", WHOLE, AT(top_patches), STATS, "top patches", "64", 1, 65536 },
-    { "--class-counts", NULL, FLAG, AT(class_counts), STATS, "firing images by class" },
-    { "--threshold", "T", NUMBER, AT(threshold), STATS,
-      "count tokens above T instead; no effect without --class-counts", NULL, 0, 1e30 },
+    { "--image-means", NULL, FLAG, AT(image_means), ENCODE, "also mean activations per image" },
+    { "--top", "K", WHOLE, AT(top), STATS, "top images per latent", "16", 1, 4096 },
+    { "--top-patches", "P", WHOLE, AT(top_patches), STATS, "top patches per latent", "64", 1, 4096 },
+    { "--class-counts", NULL, FLAG, AT(class_counts), STATS, "also count images per class" },
+    { "--threshold", "T", NUMBER, AT(threshold), STATS, "count tokens above T instead", NULL, 0,
+      1e30 },
     { "--shard", "I/N", TEXT, AT(shard), STATS, "only part I, from 1, of N, for merge" },
     { "--mask", "value|top", CHOICE, AT(mask), LATENTS, "where it fires, or its top patches" },
     { "--class", "C", WHOLE, AT(class_index), MASK, "the mean mask of a class", NULL, 0, 1e9 },
@@ -8822,16 +9076,25 @@ static const struct option_row {
       "leave out latents that fire on a larger share of the images", "1", 0, 1 },
     { "--rtol", "X", NUMBER, AT(rtol), COMPARE, "relative tolerance", "0", 0, 1e30 },
     { "--atol", "X", NUMBER, AT(atol), COMPARE, "absolute tolerance", "0", 0, 1e30 },
-    { "--format", "text|markdown|csv|json", CHOICE, AT(format), EVAL | EXPLAIN, "how to print",
+    { "--format", "text|csv|json", CHOICE, AT(format), EVAL | EXPLAIN | ZEROSHOT, "of the output",
       "text" },
-    { "--format", "text|csv|json", CHOICE, AT(format), ZEROSHOT, "how to print", "text" },
-    { "--seed", "N", LARGE, AT(seed), EVERY, "train's; no effect elsewhere", "42", 0, 0x1p53 - 1 },
-    { "--threads", "N", WHOLE, AT(threads), EVERY,
-      "default: all cores; no effect with merge, plot, compare", NULL, 1, SC_MAX_THREADS },
+    { "--threads", "N", WHOLE, AT(threads), EVERY, "default: all cores", NULL, 1, SC_MAX_THREADS },
     { "--quiet", NULL, FLAG, AT(quiet), EVERY, "no progress, no remarks" } };
 
-enum { OPTIONS = COUNT(option_table) };
-_Static_assert(OPTIONS <= 64, "options.given has a bit for each");
+#define OPTIONS COUNT(option_table)
+_Static_assert(COUNT(option_table) <= MAX_OPTIONS, "options.given has room for each");
+
+/* Options of which one would make the other ineffective, and options that need one of two others. */
+static const char *const excluded[][2] = {
+    { "--init", "--expansion" }, { "--init", "--latents" }, { "--init", "--b-dec" },
+    { "--steps", "--epochs" }, { "--square", "--size" }, { "--latents", "--expansion" },
+    { "--acts", "-m" }, { "--acts", "--square" }, { "--acts", "--crop" }, { "--acts", "--mean" },
+    { "--acts", "--std" }, { "--acts", "--gelu" }, { "--acts", "--eps" }, { "--acts", "--heads" },
+    { "--acts", "--skip-bad" } };
+static const char *const needed[][3] = {
+    { "--b-dec-images", "--b-dec", "--b-dec" }, { "--dead-window", "--ghost", "--ghost" },
+    { "--checkpoint-every", "--checkpoint", "--resume" },
+    { "--threshold", "--class-counts", "--class-counts" } };
 
 /* The options in a synopsis must be given; least, most: operands. */
 static const struct command_row {
@@ -8849,14 +9112,13 @@ static const struct command_row {
       "-m clip.safetensors photos --arch topk -o topk.safetensors", command_train, 0, 1 },
     { ENCODE, "encode", "-s SAE DATA -o CODES", "codes as (row, index, value) lists",
       "-s sae.safetensors -m clip.safetensors photos -o codes", command_encode, 0, 1 },
-    { EVAL, "eval", "-s SAE ... DATA [--also DATA]", "figures, a row an SAE and data set",
+    { EVAL, "eval", "-s SAE ... DATA [--also DATA]", "metrics of SAEs on data sets, side by side",
       "-s relu.safetensors -s topk.safetensors -m clip.safetensors photos", command_eval, 0, 1 },
     { STATS, "stats", "-s SAE DATA -o STATS", "what every latent does over a data set",
       "-s sae.safetensors -m clip.safetensors photos -o stats.safetensors", command_stats, 0, 1 },
     { MERGE, "merge", "STATS ... -o STATS", "joins the statistics of all shards of a data set",
       "first.safetensors second.safetensors -o both.safetensors", command_merge, 1, MAX_OPERANDS },
-    { TOP, "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR",
-      "latents' top images; the model's options and --k: no effect without --mask value",
+    { TOP, "top", "-s SAE -t STATS -m MODEL IMAGES -l J -o DIR", "sheets of latents' top images",
       "-s sae.safetensors -t stats.safetensors -m clip.safetensors photos -l 7,12 -o sheets",
       command_top, 1, 1 },
     { MASK, "mask", "-s SAE DATA -l J -o DIR", "where a latent fires: PGM masks, PPM overlays",
@@ -8881,21 +9143,20 @@ static int print_help(void) {
          "    saeclip COMMAND [options] [IMAGES or FILE ...]\n");
     for (size_t i = 0; i < COUNT(command_table); i++)
         printf("    %-9s %s\n", command_table[i].name, command_table[i].help);
-    puts("\nIMAGES: a folder (of folders, one a class), a list (.txt), a packed set (.safetensors),"
-         "\none image, or - for PNM pictures on standard input.\n"
-         "saeclip COMMAND --help tells more. SAECLIP_ISA and SAECLIP_DECODER are in the README.");
+    puts("\nIMAGES: a folder (or a folder of folders, one per class), a list (.txt), a packed set\n"
+         "(.safetensors) or one image. `saeclip COMMAND --help` lists a command's options.\n"
+         "Environment: SAECLIP_ISA and SAECLIP_DECODER, see README.md.");
     return end_of_output();
 }
 
 static int print_command_help(const struct command_row *command) {
     printf("saeclip %s %s\n\n%s\n\n", command->name, command->synopsis, command->help);
-    for (const struct option_row *row = option_table; row < option_table + OPTIONS; row++) {
-        const char *value = row->kind == CHOICE ? "KIND" : row->value ? row->value : "";
-        const char *live = command->bit & ACTS ? NULL : strstr(row->help, LIVE);
-        int length = live ? (int)(live - row->help) : (int)strlen(row->help);
+    for (size_t i = 0; i < OPTIONS; i++) {
+        const struct option_row *row = &option_table[i];
+        const char *value = row->value ? row->value : "";
         if (!(row->commands & command->bit)) continue;
-        printf("    %s %-*s %.*s", row->name, 23 - (int)strlen(row->name), value, length,
-               row->help);
+        if (row->kind == CHOICE) value = "KIND";
+        printf("    %s %-*s %s", row->name, 23 - (int)strlen(row->name), value, row->help);
         if (row->kind == CHOICE) printf(": %s", row->value);
         if (row->fallback) printf(" (default %s)", row->fallback);
         puts("");
@@ -8905,9 +9166,11 @@ static int print_command_help(const struct command_row *command) {
 }
 
 static int is_choice(const char *choices, const char *text) {
-    for (size_t n; *choices; choices += n + (choices[n] == '|')) {
-        n = strcspn(choices, "|");
+    while (*choices) {
+        size_t n = strcspn(choices, "|");
         if (n == strlen(text) && memcmp(choices, text, n) == 0) return 1;
+        choices += n;
+        if (*choices) choices++;
     }
     return 0;
 }
@@ -8916,103 +9179,117 @@ static int is_choice(const char *choices, const char *text) {
 static int set_option(options *o, const struct option_row *row, const char *text) {
     void *place = (char *)o + row->place;
     double number;
-    if (row->kind == FLAG) *(int *)place = 1;
-    if (row->kind == FLAG) return SC_OK;
-    if (!text || !*text) return usage("%s: a value %s was expected", row->name, row->value);
-    if (row->kind == CHOICE && !is_choice(row->value, text))
-        return usage("%s: '%s' is none of %s", row->name, text, row->value);
-    if (row->kind == TEXTS && o->saes == SC_MAX_TAPS)
-        return usage("%s: more than %d were given", row->name, SC_MAX_TAPS);
-    if (row->kind == TEXTS) o->sae[o->saes++] = text;
-    if (row->kind == TEXT || row->kind == CHOICE) *(const char **)place = text;
-    if (row->kind <= CHOICE) return SC_OK;
+    if (row->kind == FLAG) {
+        *(int *)place = 1;
+        return SC_OK;
+    }
+    if (!text || !*text) return usage("%s: no value (expected %s)", row->name, row->value);
+    if (row->kind == TEXTS) {
+        if (o->saes == SC_MAX_TAPS)
+            return usage("%s: given more than %d times", row->name, SC_MAX_TAPS);
+        o->sae[o->saes++] = text;
+        return SC_OK;
+    }
+    if (row->kind == TEXT || row->kind == CHOICE) {
+        if (row->kind == CHOICE && !is_choice(row->value, text))
+            return usage("%s: invalid value '%s' (expected one of %s)", row->name, text,
+                         row->value);
+        *(const char **)place = text;
+        return SC_OK;
+    }
     SC_TRY(parse_number(text, row->name, row->least, row->most, &number));
     if (row->kind != NUMBER && number != floor(number))
-        return usage("%s: '%s' is no whole number", row->name, text);
+        return usage("%s: invalid value '%s' (expected a whole number)", row->name, text);
     if (row->kind == WHOLE) *(long *)place = (long)number;
     else *(double *)place = number;
     return SC_OK;
 }
 
 static int was_given(const options *o, const char *name) {
-    int given = 0;
     for (size_t i = 0; i < OPTIONS; i++)
-        given |= strcmp(option_table[i].name, name) == 0 && (o->given >> i & 1);
-    return given;
+        if (o->given[i] && strcmp(option_table[i].name, name) == 0) return 1;
+    return 0;
 }
 
 /* One argument that begins with -, and its value. */
 static int parse_option(options *o, const struct command_row *command, char **argv, int *at) {
     const char *name = argv[*at], *equals = name[1] == '-' ? strchr(name, '=') : NULL;
     size_t length = equals ? (size_t)(equals - name) : strlen(name), i = 0;
-    while (i < OPTIONS && (strncmp(option_table[i].name, name, length) != 0
-                           || option_table[i].name[length] != '\0'
-                           || !(option_table[i].commands & command->bit))) i++;
+    for (; i < OPTIONS; i++) {
+        const struct option_row *row = &option_table[i];
+        int same = strlen(row->name) == length && strncmp(row->name, name, length) == 0;
+        if (same && row->commands & command->bit) break;
+    }
     if (i == OPTIONS)
-        return usage("%s takes no option %s (saeclip %s --help)", command->name, name,
+        return usage("%s: unknown option %s (see saeclip %s --help)", command->name, name,
                      command->name);
     const struct option_row *row = &option_table[i];
-    if (row->kind == FLAG && equals) return usage("%s takes no value", row->name);
-    if ((o->given >> i & 1) && row->kind != TEXTS) return usage("%s was given twice", row->name);
-    o->given |= (uint64_t)1 << i;
-    if (row->kind == FLAG || equals) return set_option(o, row, equals ? equals + 1 : NULL);
-    return set_option(o, row, argv[*at + 1] ? argv[++*at] : NULL);
+    if (row->kind == FLAG && equals) return usage("%s: takes no value", row->name);
+    if (o->given[i] && row->kind != TEXTS) return usage("%s: given twice", row->name);
+    o->given[i] = 1;
+    if (row->kind == FLAG) return set_option(o, row, NULL);
+    if (equals) return set_option(o, row, equals + 1);
+    if (argv[*at + 1]) ++*at;
+    else return set_option(o, row, NULL);
+    return set_option(o, row, argv[*at]);
 }
 
-/* Whether two paths lead to one regular file, or will when it is made. */
+/* Whether two paths name one regular file. */
 static int same_file(const char *a, const char *b) {
-    char folder[2][MAX_PATH];
     struct stat at[2];
-    int there = stat(a, &at[0]) == 0, other = stat(b, &at[1]) == 0;
-    if (there != other || (there && !S_ISREG(at[0].st_mode))) return 0;
-    for (int i = 0; i < 2 && !there; i++) {
-        const char *path = i ? b : a, *name = base_name(path);
-        snprintf(folder[i], MAX_PATH, "./%.*s.", (int)(name - path), path);
-        if (stat(folder[i] + (*path == '/' ? 2 : 0), &at[i]) != 0) return 0;
-    }
-    return at[0].st_ino == at[1].st_ino && at[0].st_dev == at[1].st_dev &&
-           (there || strcmp(base_name(a), base_name(b)) == 0);
+    if (stat(a, &at[0]) != 0 || stat(b, &at[1]) != 0) return strcmp(a, b) == 0;
+    return S_ISREG(at[0].st_mode) && at[0].st_ino == at[1].st_ino && at[0].st_dev == at[1].st_dev;
 }
 
-/* Outputs of training must be files of their own; the log, which is not replaced but written over,
- * no input either. */
+/* Outputs of training must be different files; the log, which is appended to, not an input either. */
 static int check_outputs(const options *o) {
     const char *outputs[] = { o->output, o->log, o->checkpoint };
     const char *inputs[] = { o->model, o->acts, o->init, o->operand[0] };
-    for (int i = 0; i < 3; i++)
-        if (outputs[i] && outputs[(i + 1) % 3] && same_file(outputs[i], outputs[(i + 1) % 3]))
-            return usage("%s was given for two outputs", outputs[i]);
-    for (size_t i = 0; i < COUNT(inputs) && o->log; i++)
-        if (inputs[i] && same_file(o->log, inputs[i]))
-            return usage("--log %s is an input, expected another file", o->log);
+    for (size_t i = 0; i < COUNT(outputs); i++) {
+        const char *next = outputs[(i + 1) % COUNT(outputs)];
+        if (outputs[i] && next && same_file(outputs[i], next))
+            return usage("%s: given for two outputs", next);
+    }
+    for (size_t i = 0; i < COUNT(inputs); i++)
+        if (o->log && inputs[i] && same_file(o->log, inputs[i]))
+            return usage("--log: %s is an input (expected another file)", o->log);
     return SC_OK;
 }
 
-/* What options and operands a command cannot do without, or not together. */
-static int check_options(const options *o, const struct command_row *command, int operands) {
-    static const char *const apart[][2] = {
-        { "--init", "--expansion" }, { "--init", "--latents" }, { "--init", "--b-dec" },
-        { "--steps", "--epochs" }, { "--square", "--size" } };
-    const char *name = command->name;
-    for (const char *c = command->synopsis; (c = strchr(c, '-')) != NULL; c++)
-        if (c[2] == ' ' && !was_given(o, (char[]){ '-', c[1], '\0' }))
-            return usage("%s: -%c is missing (saeclip %s --help)", name, c[1], name);
-    for (size_t i = 0; i < COUNT(apart); i++)
-        if (was_given(o, apart[i][0]) && was_given(o, apart[i][1]))
-            return usage("%s and %s exclude each other", apart[i][0], apart[i][1]);
-    if (operands < command->least || operands > command->most)
-        return usage("%s: %s was expected", name, command->synopsis);
-    if (o->acts && (operands || o->model))
-        return usage("--acts and -m MODEL IMAGES exclude each other");
-    if ((command->bit & (TOP | ATLAS)) && strcmp(o->operand[0], "-") == 0)
-        return usage("%s picks images: a stream has no choice of them", name);
-    if (o->saes > 1 && command->bit != EVAL) return usage("%s takes one SAE: -s FILE", name);
+/* Rules between options that depend on their values. */
+static int check_values(const options *o, const struct command_row *command) {
+    int topk = o->arch && strcmp(o->arch, "topk") == 0, train = command->bit == TRAIN;
+    int top_mask = o->mask && strcmp(o->mask, "top") == 0;
+    if (o->k && !topk && (train || o->arch)) return usage("--k needs --arch topk");
+    if (train && topk && was_given(o, "--l1")) return usage("--l1 and --arch topk exclude each other");
     if (command->bit == ZEROSHOT && !o->saes && (o->layer || o->hook || o->arch || o->k))
-        return usage("zeroshot: --layer, --hook, --arch and --k are about an SAE: -s FILE");
-    if (o->mask && strcmp(o->mask, "top") == 0 && !o->stats)
-        return usage("--mask top needs the SAE's statistics: -t FILE");
+        return usage("zeroshot: --layer, --hook, --arch and --k need an SAE (-s FILE)");
+    if (top_mask && !o->stats) return usage("--mask top needs -t FILE");
+    if (command->bit == MASK && o->stats && !top_mask) return usage("-t needs --mask top");
     if (was_given(o, "--layer") && o->layer == 0)
-        return usage("--layer: '0': blocks count from 1, or from -1 back from the last");
+        return usage("--layer: invalid value '0' (expected 1 for the first block, -1 for the last)");
+    return SC_OK;
+}
+
+/* Which options and operands a command cannot do without, or not take together. */
+static int check_options(const options *o, const struct command_row *command, int operands) {
+    const char *name = command->name;
+    for (const char *c = command->synopsis; (c = strchr(c, '-')) != NULL; c++) {
+        const char option[] = { '-', c[1], '\0' };
+        if (c[2] == ' ' && !was_given(o, option))
+            return usage("%s: %s is missing (see saeclip %s --help)", name, option, name);
+    }
+    for (size_t i = 0; i < COUNT(excluded); i++)
+        if (was_given(o, excluded[i][0]) && was_given(o, excluded[i][1]))
+            return usage("%s and %s exclude each other", excluded[i][0], excluded[i][1]);
+    for (size_t i = 0; i < COUNT(needed); i++)
+        if (was_given(o, needed[i][0]) && !was_given(o, needed[i][1]) && !was_given(o, needed[i][2]))
+            return usage("%s needs %s", needed[i][0], needed[i][1]);
+    if (o->acts && operands) return usage("--acts and IMAGES exclude each other");
+    if (operands < command->least || operands > command->most)
+        return usage("%s: %d operands (expected %s)", name, operands, command->synopsis);
+    if (o->saes > 1 && command->bit != EVAL) return usage("%s: takes one SAE (-s FILE)", name);
+    SC_TRY(check_values(o, command));
     return check_outputs(o);
 }
 
@@ -9020,14 +9297,20 @@ static int check_options(const options *o, const struct command_row *command, in
 static int run_command(const struct command_row *command, char **argv) {
     options o = { .steps = -1, .threshold = -1, .class_index = -1 };     /* -1: not given */
     int operands = 0, plain = 0;
-    for (const struct option_row *row = option_table; row < option_table + OPTIONS; row++)
+    for (size_t i = 0; i < OPTIONS; i++) {
+        const struct option_row *row = &option_table[i];
         if (row->fallback) SC_TRY(set_option(&o, row, row->fallback));
+    }
     for (int i = 0; argv[i]; i++) {
         if (!plain && strcmp(argv[i], "--help") == 0) return print_command_help(command);
-        if (!plain && strcmp(argv[i], "--") == 0) plain = 1;
-        else if (!plain && argv[i][0] == '-' && argv[i][1])
+        if (!plain && strcmp(argv[i], "--") == 0) {
+            plain = 1;
+        } else if (!plain && argv[i][0] == '-' && argv[i][1]) {
             SC_TRY(parse_option(&o, command, argv, &i));
-        else if (operands++ < MAX_OPERANDS) o.operand[operands - 1] = argv[i];
+        } else {
+            if (operands < MAX_OPERANDS) o.operand[operands] = argv[i];
+            operands++;
+        }
     }
     SC_TRY(check_options(&o, command, operands));
     quiet = o.quiet;
@@ -9041,184 +9324,122 @@ static int run_command(const struct command_row *command, char **argv) {
 }
 
 static int run_saeclip(int argc, char **argv) {
-    if (argc < 2) return usage("a command was expected (saeclip --help)");
+    if (argc < 2) return usage("no command (see saeclip --help)");
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) return print_help();
     for (size_t i = 0; i < COUNT(command_table); i++)
         if (strcmp(argv[1], command_table[i].name) == 0)
             return run_command(&command_table[i], argv + 2);
     if (strcmp(argv[1], "--version") != 0)
-        return usage("'%s' is no command (saeclip --help)", argv[1]);
+        return usage("unknown command '%s' (see saeclip --help)", argv[1]);
     puts("saeclip " SC_VERSION);
     return end_of_output();
 }
 
-/* A standard stream that is closed stays unusable, instead of becoming the next file opened. */
-static void hold_streams(void) {
-    for (int fd = 0; fd < 3; fd++)
-        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
-}
-
-/* For handlers: no half file stays, and no decoder. */
-static void end_with_us(void) {
-    for (size_t i = 0; i < COUNT(unfinished); i++) {
-        const char *name = unfinished[i];
-        if (name) unlink(name);
-    }
-    for (size_t i = 0; i < COUNT(children); i++) {
-        pid_t child = children[i];
-        if (child > 0) kill(-child, SIGKILL);
-    }
-}
-
-/* The first of the threads that meet the end of a file says so; the others wait for the exit. */
-static void on_bus_error(int number, siginfo_t *info, void *context) {
-    static atomic_flag told = ATOMIC_FLAG_INIT;
-    uintptr_t at = (uintptr_t)info->si_addr;
-    (void)context;
-    for (size_t i = 0; i < COUNT(maps); i++) {
-        if (at - maps[i].begin >= maps[i].size) continue;
-        while (atomic_flag_test_and_set(&told)) pause();
-        const char *line = maps[i].line + !line_open;
-        end_with_us();
-        _exit(write(STDERR_FILENO, line, strlen(line)) < 0 ? SC_FAILED : SC_FAILED);
-    }
-    signal(number, SIG_DFL);         /* not in a file: it comes again, and ends us */
-}
-
-/* Asks training to stop, once; else ends us as it would have without us. */
-static void on_end(int number) {
-    if (may_stop && !stop_signal && number != SIGHUP) {
-        stop_signal = number;
-        return;
-    }
-    end_with_us();
-    signal(number, SIG_DFL);
-    raise(number);
-}
-
 int main(int argc, char **argv) {
-    struct sigaction before, action = { .sa_handler = on_end, .sa_flags = SA_RESTART };
-    for (size_t i = 0; i < COUNT(end_signals); i++)
-        if (sigaction(end_signals[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
-            sigaction(end_signals[i], &action, NULL);
-    signal(SIGPIPE, SIG_IGN);                    /* writing fails instead, and says why */
-    signal(SIGXFSZ, SIG_IGN);
-    sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO },
-              NULL);
-    hold_streams();
+    signal(SIGXFSZ, SIG_IGN);                    /* a write beyond a limit fails, and says so */
+    for (int fd = 0; fd < 3; fd++)               /* a closed stream must not become our next file */
+        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
     int status = run_saeclip(argc, argv);
-    quiet = 0;                                   /* a failure is told in any case */
-    if (status != SC_OK && *sc_error()) note("%s", sc_error());
+    quiet = 0;                                   /* errors are always printed */
+    if (status != SC_OK) note("%s", sc_error());
     return status;
 }
-
 #endif /* !SAECLIP_NO_MAIN */
 
 /* ============================================================================================
  * 26. The atlas's page
  *
- * HTML, CSS and JavaScript, line by line as index.html has them.
+ * index.html as `atlas` writes it, line by line.
  * ============================================================================================ */
 
 static const char *const atlas_page[] = {
     "<!DOCTYPE html>",
-    "<html lang='en'>",
+    "<html lang=\"en\">",
     "<head>",
-    "<meta charset='utf-8'>",
-    "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-    "<title>Atlas of latents</title>",
+    "<meta charset=\"utf-8\">",
+    "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">",
+    "<title>Atlas</title>",
     "<style>",
-    ":root { color-scheme: light dark; --back: #fff; --text: #1c1e21; --soft: #666b73;",
-    "        --line: #d9dce1; --mark: #0b57d0; --chosen: #e4edfb; }",
-    "@media (prefers-color-scheme: dark) {",
-    "    :root { --back: #15171a; --text: #e6e7e9; --soft: #9aa0a8; --line: #363a40;",
-    "            --mark: #8ab4f8; --chosen: #22324c; }",
-    "}",
+    ":root { color-scheme: light dark; }",
     "* { box-sizing: border-box; }",
-    "body { margin: 0; height: 100vh; display: grid; grid-template: auto 1fr / 440px 1fr;",
-    "       font: 15px/1.4 system-ui, sans-serif; background: var(--back); color: var(--text); }",
-    "header { grid-column: 1 / 3; padding: 10px 16px; border-bottom: 1px solid var(--line); }",
-    "h1, h2 { display: inline; margin-right: 12px; font-size: 20px; }",
-    "a { color: var(--mark); }",
-    ".soft, figcaption span { color: var(--soft); }",
-    "#choice { display: flex; flex-direction: column; min-height: 0; padding: 12px 16px;",
-    "          border-right: 1px solid var(--line); }",
-    "#scatter { width: 100%; height: 320px; flex: none; cursor: crosshair; }",
-    ".row { display: grid; grid-template-columns: 54px 78px 66px 66px 1fr; gap: 6px; height: 28px;",
-    "       padding: 3px 6px; color: inherit; text-decoration: none; text-align: right;",
-    "       font-variant-numeric: tabular-nums; }",
-    ".row > *, figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }",
-    ".row > :last-child { text-align: left; }",
-    "a.row:hover, .row.chosen { background: var(--chosen); }",
-    ".row button { all: unset; cursor: pointer; color: var(--mark); }",
-    ".row button.sorted { font-weight: bold; }",
-    "#list { flex: 1; overflow-y: auto; position: relative; }",
-    "#rows { position: absolute; width: 100%; }",
-    "#view { overflow-y: auto; padding: 12px 16px; }",
-    "#masks { display: flex; flex-wrap: wrap; gap: 6px 10px; padding: 8px 0; }",
-    "#figures { display: grid; gap: 14px;",
-    "           grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }",
+    "body { margin: 0; font: 15px/1.4 system-ui, sans-serif; background: Canvas; color: CanvasText; }",
+    "header, section, main { padding: 10px 14px; }",
+    "header { border-bottom: 1px solid GrayText; }",
+    "h1, h2 { display: inline; font-size: 19px; margin-right: 10px; }",
+    ".soft, figcaption span { color: GrayText; }",
+    "table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }",
+    "th { cursor: pointer; font-weight: normal; color: LinkText; }",
+    "th, td { text-align: right; padding: 2px 4px; white-space: nowrap; }",
+    "th:last-child, td:last-child { text-align: left; max-width: 120px; overflow: hidden;",
+    "    text-overflow: ellipsis; }",
+    "tbody tr { cursor: pointer; }",
+    "tbody tr:hover, tr.chosen { background: Highlight; color: HighlightText; }",
+    "#filter { width: 100%; font: inherit; padding: 4px 8px; margin-bottom: 8px; }",
+    "#scatter { width: 100%; height: 220px; cursor: crosshair; }",
+    "#rows { height: 40vh; overflow-y: auto; }",
+    "#masks { padding: 8px 0; }",
+    "#figures { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }",
     "figure { margin: 0; min-width: 0; }",
-    ".picture { position: relative; aspect-ratio: 1; background: var(--line); }",
-    ".picture > * { position: absolute; width: 100%; height: 100%; image-rendering: pixelated; }",
-    ".picture > img { image-rendering: auto; }",
+    "figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }",
+    ".image { position: relative; aspect-ratio: 1; }",
+    ".image > * { position: absolute; width: 100%; height: 100%; }",
+    ".image > canvas { image-rendering: pixelated; }",
+    "@media (min-width: 801px) {",
+    "    body { display: grid; grid-template: auto 1fr / 430px 1fr; height: 100vh; }",
+    "    header { grid-column: 1 / 3; }",
+    "    section { display: flex; flex-direction: column; min-height: 0; }",
+    "    #rows { flex: 1; height: auto; }",
+    "    main { overflow-y: auto; }",
+    "}",
     "@media (max-width: 800px) {",
-    "    body { display: block; }",
-    "    #choice { border: 0; }",
-    "    #scatter { height: 220px; }",
-    "    .row { grid-template-columns: 42px 58px 62px 58px 1fr; font-size: 14px; }",
-    "    #list { flex: none; height: 168px; }",
+    "    #rows { height: 180px; }",
     "    #figures { grid-template-columns: repeat(3, 1fr); gap: 8px; }",
     "}",
     "</style>",
     "</head>",
     "<body>",
-    "<header><h1>Atlas</h1><span id='about' class='soft'>needs JavaScript</span></header>",
-    "<section id='choice'>",
-    "<canvas id='scatter' role='img' aria-label='all latents'></canvas>",
-    "<div class='row soft'><button value='index'>latent</button>",
-    "<button value='frequency' title='share of the images on which it fires'>images</button>",
-    "<button value='mean' title='mean activation over these images'>mean</button>",
-    "<button value='entropy' title='of the classes of its top images'>entropy</button>",
-    "<select id='class' aria-label='class'><option value=''>every class</option></select></div>",
-    "<div id='list'><div id='space'></div><div id='rows'></div></div>",
-    "</section>",
-    "<main id='view'>",
-    "<h2><a id='name'></a></h2><span id='facts' class='soft'></span>",
-    "<div id='masks'>",
-    "<button id='before' title='left arrow'>&#8592;</button>",
-    "<button id='after' title='right arrow'>&#8594;</button>",
-    "<label><input type='radio' name='mask' value='none'> pictures</label>",
-    "<label><input type='radio' name='mask' value='value' checked> where it fires</label>",
-    "<label><input type='radio' name='mask' value='top'> top patches</label>",
+    "<header><h1>Atlas</h1><span id=\"about\" class=\"soft\">needs JavaScript</span></header>",
+    "<section>",
+    "<input id=\"filter\" type=\"search\" placeholder=\"class or latent\" aria-label=\"class or latent\">",
+    "<canvas id=\"scatter\" role=\"img\" aria-label=\"frequency and mean activation of the latents\"></canvas>",
+    "<div id=\"rows\"><table><thead><tr><th>latent</th>",
+    "<th title=\"share of the images on which it fires\">images</th>",
+    "<th title=\"mean activation over these images\">mean</th>",
+    "<th title=\"of the classes of its top images, in nats\">entropy</th>",
+    "<th title=\"with the largest share of its top images\">class</th></tr></thead><tbody></tbody></table>",
     "</div>",
-    "<p id='classes'></p>",
-    "<div id='figures'></div>",
+    "</section>",
+    "<main>",
+    "<h2 id=\"name\"></h2><span id=\"facts\" class=\"soft\"></span>",
+    "<div id=\"masks\">",
+    "<button id=\"before\" title=\"left arrow\">&#8592;</button>",
+    "<button id=\"after\" title=\"right arrow\">&#8594;</button>",
+    "<label><input type=\"radio\" name=\"mask\" value=\"none\"> images</label>",
+    "<label><input type=\"radio\" name=\"mask\" value=\"value\" checked> where it fires</label>",
+    "<label><input type=\"radio\" name=\"mask\" value=\"top\"> top patches</label>",
+    "</div>",
+    "<p id=\"classes\"></p>",
+    "<div id=\"figures\"></div>",
     "</main>",
     "<script>",
     "'use strict';",
-    "const ROW = 28, LEFT = 44, TOP = 34, RIGHT = 12, BOTTOM = 40;",
+    "const SHOWN = 500;                          // rows of the list",
     "const $ = id => document.getElementById(id);",
-    "let data, parts = {}, latent = -1, order = [], key = 'entropy', way = 1, x, y, highest;",
+    "let data, parts = {}, latent = 0, order = [], key = 3, way = 1;",
     "",
     "// What the scripts in data/ call: latents.js once, N.js when one of its latents is shown.",
     "const atlas = {",
     "    open(all) {",
-    "        data = all;",
-    "        data.index = data.frequency.map((f, j) => j);",
-    "        $('about').textContent = data.name + ': ' + data.index.length.toLocaleString() +",
+    "        data = all;                         // latents: [frequency, mean, entropy, class] of each",
+    "        data.latents.forEach((row, j) => row.unshift(j));",
+    "        $('about').textContent = data.name + ': ' + data.latents.length.toLocaleString() +",
     "            ' latents, ' + data.images.toLocaleString() + ' images';",
-    "        for (const [name, c] of [...new Set(data.class)].map(c => [nameOf(c), c]).sort())",
-    "            if (c >= 0) make('option', $('class'), { textContent: name, value: c });",
-    "        const live = data.index.filter(j => data.frequency[j] > 0);",
-    "        [x, y] = [axis(live, data.frequency), axis(live, data.mean)];",
-    "        highest = live.reduce((most, j) => Math.max(most, data.entropy[j]), 0.1);",
     "        arrange();",
     "        follow();",
     "    },",
     "    part(number, latents) {",
     "        parts[number] = latents;",
-    "        load(number);",
+    "        load();",
     "    }",
     "};",
     "",
@@ -9227,131 +9448,84 @@ static const char *const atlas_page[] = {
     "}",
     "",
     "function nameOf(c) { return c < 0 ? '' : data.classes[c] ?? 'class ' + c; }",
-    "function digits(value) {",
-    "    return value > 0 && value < 1e-3 ? value.toExponential(1) : Number(value.toPrecision(3));",
-    "}",
-    "function entropyOf(j) { return data.entropy[j] < 0 ? '-' : data.entropy[j].toFixed(2); }",
+    "function digits(x) { return x > 0 && x < 1e-3 ? x.toExponential(1) : Number(x.toPrecision(3)); }",
     "function percent(share) { return digits(100 * share) + ' %'; }",
+    "function entropyOf(row) { return row[3] < 0 ? '-' : row[3].toFixed(2); }",
     "",
-    "// --- The list: of its rows only those in sight are there ---",
-    "",
+    "// The latents that match the filter, sorted; silent ones and undefined values last.",
     "function arrange() {",
-    "    const only = $('class').value, value = data[key];",
-    "    const silent = j => data.frequency[j] === 0 || value[j] < 0;",
-    "    order = data.index.filter(j => only === '' || data.class[j] === Number(only));",
-    "    order.sort((a, b) => silent(a) - silent(b) || way * (value[a] - value[b]) || a - b);",
-    "    for (const head of heads) head.className = head.value === key ? 'sorted' : '';",
-    "    $('space').style.height = order.length * ROW + 'px';",
-    "    reveal();",
-    "}",
-    "",
-    "function reveal() {",
-    "    const list = $('list'), top = order.indexOf(latent) * ROW;",
-    "    if (top < list.scrollTop || top > list.scrollTop + list.clientHeight - ROW)",
-    "        list.scrollTop = top - list.clientHeight / 2;",
+    "    const text = $('filter').value.trim().toLowerCase();",
+    "    const last = row => row[1] === 0 || row[key] < 0;",
+    "    order = data.latents.filter(row => text === '' || String(row[0]) === text ||",
+    "                                       nameOf(row[4]).toLowerCase().includes(text));",
+    "    order.sort((a, b) => last(a) - last(b) || way * (a[key] - b[key]) || a[0] - b[0]);",
     "    fill();",
-    "    draw();",
     "}",
     "",
     "function fill() {",
-    "    const list = $('list'), first = Math.floor(list.scrollTop / ROW);",
-    "    $('rows').replaceChildren();",
-    "    $('rows').style.top = first * ROW + 'px';",
-    "    for (const j of order.slice(first, first + list.clientHeight / ROW + 2)) {",
-    "        const className = j === latent ? 'row chosen' : 'row';",
-    "        const row = make('a', $('rows'), { className, href: '#latent=' + j });",
-    "        for (const textContent of [j, percent(data.frequency[j]), digits(data.mean[j]),",
-    "                                   entropyOf(j), nameOf(data.class[j])])",
-    "            make('span', row, { textContent });",
+    "    const body = document.querySelector('tbody');",
+    "    body.replaceChildren();",
+    "    for (const row of order.slice(0, SHOWN)) {",
+    "        const tr = make('tr', body, { onclick: () => location.hash = 'latent=' + row[0] });",
+    "        tr.className = row[0] === latent ? 'chosen' : '';",
+    "        for (const textContent of [row[0], percent(row[1]), digits(row[2]), entropyOf(row),",
+    "                                   nameOf(row[4])]) make('td', tr, { textContent });",
     "    }",
+    "    if (order.length > SHOWN)",
+    "        make('td', make('tr', body), { textContent: order.length - SHOWN + ' more', colSpan: 5 });",
+    "    draw();",
     "}",
     "",
-    "// --- The scatter ---",
-    "",
-    "function axis(latents, values) {",
-    "    const logs = latents.map(j => Math.log10(values[j]));",
-    "    const low = logs.reduce((a, b) => Math.min(a, b), 0) - 0.1;",
-    "    return { low, span: logs.reduce((a, b) => Math.max(a, b), low) + 0.1 - low };",
-    "}",
-    "",
-    "// Where a latent's point is, in the canvas.",
-    "function place(j) {",
-    "    const width = $('scatter').clientWidth, bottom = $('scatter').clientHeight - BOTTOM;",
-    "    const across = (Math.log10(data.frequency[j]) - x.low) / x.span;",
-    "    const up = (Math.log10(data.mean[j]) - y.low) / y.span;",
-    "    return [LEFT + across * (width - LEFT - RIGHT), bottom - up * (bottom - TOP)];",
-    "}",
-    "",
-    "function colour(entropy) {",
-    "    return entropy < 0 ? '#8a8f98' : 'hsl(' + (215 + 190 * entropy / highest) + ' 75% 55%)';",
+    "// Where a latent's point lies: log10 of frequency across, of mean activation up.",
+    "function places() {",
+    "    const canvas = $('scatter'), live = order.filter(row => row[1] > 0 && row[2] > 0);",
+    "    const logs = i => live.map(row => Math.log10(row[i]));",
+    "    const range = values => [values.reduce((a, b) => Math.min(a, b), 0) - 0.1,",
+    "                             values.reduce((a, b) => Math.max(a, b), -9) + 0.1];",
+    "    const [x, y] = [logs(1), logs(2)], [x0, x1] = range(x), [y0, y1] = range(y);",
+    "    return live.map((row, i) => [row, 8 + (canvas.clientWidth - 16) * (x[i] - x0) / (x1 - x0),",
+    "                                 (canvas.clientHeight - 36) * (y1 - y[i]) / (y1 - y0) + 18]);",
     "}",
     "",
     "function draw() {",
-    "    const canvas = $('scatter'), g = canvas.getContext('2d'), size = order[5000] ? 2 : 4;",
+    "    const canvas = $('scatter'), g = canvas.getContext('2d');",
     "    canvas.width = canvas.clientWidth * devicePixelRatio;",
     "    canvas.height = canvas.clientHeight * devicePixelRatio;",
     "    g.scale(devicePixelRatio, devicePixelRatio);",
-    "    drawAxes(g, getComputedStyle(document.body).color);",
-    "    for (const j of order) {",
-    "        const [left, top] = place(j);",
-    "        g.fillStyle = colour(data.entropy[j]);",
-    "        g.fillRect(left - size / 2, top - size / 2, size, size);",
-    "    }",
-    "    g.lineWidth = 2;",
-    "    g.beginPath();",
-    "    if (latent >= 0) g.arc(...place(latent), 7, 0, 7);",
-    "    g.stroke();",
-    "}",
-    "",
-    "function drawAxes(g, ink) {",
-    "    const right = g.canvas.clientWidth - RIGHT, bottom = g.canvas.clientHeight - BOTTOM;",
+    "    g.fillStyle = g.strokeStyle = getComputedStyle(document.body).color;",
     "    g.font = '12px system-ui, sans-serif';",
-    "    g.fillStyle = g.strokeStyle = ink;",
-    "    g.lineWidth = 0.5;",
-    "    g.strokeRect(LEFT, TOP, right - LEFT, bottom - TOP);",
-    "    g.fillText('log10 mean activation', 0, 14);",
-    "    g.textAlign = 'center';",
-    "    g.fillText('log10 frequency', (LEFT + right) / 2, bottom + 34);",
-    "    ticks(x, (t, at) => g.fillText(t, LEFT + at * (right - LEFT), bottom + 16));",
-    "    g.textAlign = 'right';",
-    "    ticks(y, (t, at) => g.fillText(t, LEFT - 6, bottom - at * (bottom - TOP) + 4));",
-    "    g.fillText('entropy 0', right - 104, 14);",
-    "    g.fillText(highest.toFixed(1), right, 14);",
-    "    for (let i = 0; i < 70; i++) {",
-    "        g.fillStyle = colour(highest * i / 70);",
-    "        g.fillRect(right - 98 + i, 6, 1, 8);",
+    "    g.fillText('mean activation (log) \\u2191', 0, 11);",
+    "    g.fillText('share of images (log) \\u2192  colour: entropy', 0, canvas.clientHeight - 3);",
+    "    for (const [row, x, y] of places()) {",
+    "        g.fillStyle = row[3] < 0 ? '#888' : 'hsl(' + (215 + 70 * row[3]) + ' 75% 55%)';",
+    "        g.fillRect(x - 1.5, y - 1.5, 3, 3);",
+    "        if (row[0] !== latent) continue;",
+    "        g.beginPath();",
+    "        g.arc(x, y, 7, 0, 7);",
+    "        g.stroke();",
     "    }",
-    "}",
-    "",
-    "function ticks(range, label) {",
-    "    const step = range.span > 2 ? 1 : range.span > 0.8 ? 0.5 : 0.1;",
-    "    for (let t = Math.ceil(range.low / step); t * step <= range.low + range.span; t++)",
-    "        label(Number((t * step).toFixed(1)), (t * step - range.low) / range.span);",
     "}",
     "",
     "$('scatter').onclick = event => {",
     "    let best = -1, least = 20 ** 2;",
-    "    for (const j of order) {",
-    "        const [left, top] = place(j);",
-    "        const distance = (left - event.offsetX) ** 2 + (top - event.offsetY) ** 2;",
-    "        if (distance < least) [best, least] = [j, distance];",
+    "    for (const [row, x, y] of places()) {",
+    "        const distance = (x - event.offsetX) ** 2 + (y - event.offsetY) ** 2;",
+    "        if (distance < least) [best, least] = [row[0], distance];",
     "    }",
     "    if (best >= 0) location.hash = 'latent=' + best;",
     "};",
     "",
-    "// --- One latent: the address names it ---",
-    "",
+    "// One latent: the address names it.",
     "function follow() {",
-    "    const named = new URLSearchParams(location.hash.slice(1)).get('latent') ?? order[0];",
-    "    if (!(Number(named) in data.index)) return tell('There is no latent ' + named + '.');",
-    "    latent = Number(named);",
+    "    const named = new URLSearchParams(location.hash.slice(1)).get('latent') ?? order[0]?.[0] ?? 0;",
+    "    const row = data.latents[named];",
+    "    if (!row) return tell('There is no latent ' + named + '.');",
+    "    latent = row[0];",
     "    $('name').textContent = document.title = 'Latent ' + latent;",
-    "    $('name').href = '#latent=' + latent;",
-    "    $('facts').textContent = data.frequency[latent] === 0 ? 'fires on no image' :",
-    "        'fires on ' + percent(data.frequency[latent]) + ' of the images, mean activation ' +",
-    "        digits(data.mean[latent]) + ', entropy ' + entropyOf(latent);",
-    "    reveal();",
-    "    load(Math.floor(latent / data.part));",
+    "    $('facts').textContent = row[1] === 0 ? 'fires on no image' : 'fires on ' + percent(row[1]) +",
+    "        ' of the images, mean activation ' + digits(row[2]) + ', entropy ' + entropyOf(row);",
+    "    fill();",
+    "    load();",
     "}",
     "",
     "function tell(what) {",
@@ -9360,13 +9534,11 @@ static const char *const atlas_page[] = {
     "}",
     "",
     "// A page from a file may not read files, but it may have scripts.",
-    "function load(number) {",
-    "    if (number !== Math.floor(latent / data.part)) return;",
+    "function load() {",
+    "    const number = Math.floor(latent / data.part), src = 'data/' + number + '.js';",
     "    if (parts[number]) return show(parts[number][latent % data.part]);",
     "    if (Object.keys(parts).length > 16) parts = {};",
-    "    const src = 'data/' + number + '.js';",
-    "    make('script', document.head, { src, onload() { this.remove(); },",
-    "                                    onerror() { tell(src + ' cannot be read.'); } });",
+    "    make('script', document.head, { src, onerror: () => tell(src + ' cannot be read.') });",
     "}",
     "",
     "function show(images) {",
@@ -9375,60 +9547,55 @@ static const char *const atlas_page[] = {
     "    tell([...shares].filter(([c]) => c >= 0).sort((a, b) => b[1] - a[1]).slice(0, 6)",
     "        .map(([c, sum]) => nameOf(c) + ' ' + percent(sum / total)).join(', '));",
     "    for (const [number, activation, label, title, values, patches] of images) {",
-    "        const figure = make('figure', $('figures'));",
-    "        const picture = make('div', figure, { className: 'picture' });",
-    "        make('img', picture, { src: 'data/' + number + '.jpg', alt: title });",
-    "        make('canvas', picture, { title, width: data.grid, height: data.grid, strength: {",
+    "        const figure = make('figure', $('figures')), image = make('div', figure);",
+    "        image.className = 'image';",
+    "        make('img', image, { src: 'data/' + number + '.jpg', alt: title, title });",
+    "        make('canvas', image, { title, width: data.grid, height: data.grid, strength: {",
     "            none: () => 1,",
     "            value: p => parseInt(values[p], 16) / 15,",
     "            top: p => Number(patches.includes(p))",
     "        } });",
-    "        make('figcaption', figure, { textContent: digits(activation) + ' ' })",
-    "            .append(make('span', figure, { textContent: nameOf(label) }));",
+    "        make('span', make('figcaption', figure, { textContent: digits(activation) + ' ' }),",
+    "             { textContent: nameOf(label) });",
     "    }",
     "    paint();",
     "}",
     "",
-    "// Darkens patches: silent ones (0) nearly black, the strongest (1) not at all.",
+    "// Dims patches: silent ones to about 30 % of their brightness, the strongest not at all.",
     "function paint() {",
     "    const kind = document.querySelector('[name=mask]:checked').value;",
-    "    for (const canvas of document.querySelectorAll('.picture canvas')) {",
+    "    for (const canvas of document.querySelectorAll('.image canvas')) {",
     "        const g = canvas.getContext('2d'), pixels = g.createImageData(data.grid, data.grid);",
     "        for (let p = 0; p < data.grid ** 2; p++) {",
     "            const strength = canvas.strength[kind](p);",
-    "            pixels.data[4 * p + 3] = strength ? 110 * (1 - strength) : 225;",
+    "            pixels.data[4 * p + 3] = strength ? 90 * (1 - strength) : 180;",
     "        }",
     "        g.putImageData(pixels, 0, 0);",
     "    }",
     "}",
     "",
     "function step(by) {",
-    "    const next = order[order.indexOf(latent) + by];",
-    "    if (next !== undefined) location.replace('#latent=' + next);",
+    "    const next = order[order.findIndex(row => row[0] === latent) + by];",
+    "    if (next) location.replace('#latent=' + next[0]);",
     "}",
     "",
-    "const heads = document.querySelectorAll('.row button');",
-    "for (const head of heads) head.onclick = () => {",
-    "    way = key === head.value ? -way : 1;",
-    "    key = head.value;",
+    "document.querySelectorAll('th').forEach((head, i) => head.onclick = () => {",
+    "    way = key === i ? -way : 1;",
+    "    key = i;",
     "    arrange();",
-    "};",
-    "$('class').onchange = arrange;",
-    "$('list').onscroll = fill;",
+    "});",
+    "$('filter').oninput = arrange;",
     "$('masks').onchange = paint;",
     "$('before').onclick = () => step(-1);",
     "$('after').onclick = () => step(1);",
     "onkeydown = event => {",
     "    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];",
-    "    if (!by || event.altKey || event.metaKey || event.target.matches('select')) return;",
-    "    event.preventDefault();",
-    "    step(by);",
+    "    if (by && !event.altKey && !event.metaKey && event.target.id !== 'filter') step(by);",
     "};",
     "onhashchange = follow;",
-    "onresize = () => { fill(); draw(); };",
-    "matchMedia('(prefers-color-scheme: dark)').onchange = draw;",
+    "onresize = draw;",
     "</script>",
-    "<script src='data/latents.js'></script>",
+    "<script src=\"data/latents.js\"></script>",
     "</body>",
     "</html>",
 };

@@ -100,11 +100,10 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
 
 /* A file that appears under its name only when it is complete. */
 typedef struct {
-    char *path, *target;             /* as the caller has it; where its links lead */
-    char *temporary;                 /* target.tmp; NULL: written as it is, or committed */
-    const char *previous;            /* what this is to replace stays under this name; NULL: goes */
+    char *path;
+    char *temporary;                 /* path.tmp; NULL: written as it is, or committed */
+    const char *previous;            /* the file that is replaced keeps this name; NULL: it goes */
     FILE *file;
-    int error;                       /* the first errno; all that follows fails with it */
 } sc_output;
 
 #define SC_ROWS SIZE_MAX             /* as a tensor's first dimension: as many rows as come */
@@ -138,8 +137,6 @@ void sc_writer_discard(sc_writer *w);
 
 /* --- Images --- */
 
-#define SC_UNKNOWN SIZE_MAX
-
 /* From a picture of any size to what the model takes: [3, size, size]. Resized and cropped as
  * Pillow (bicubic, 8 bits) and torchvision do it, bit for bit. */
 typedef struct {
@@ -155,11 +152,11 @@ typedef struct {
 } sc_image;
 
 typedef struct {
-    size_t count;                    /* SC_UNKNOWN: a stream on standard input */
+    size_t count;
     sc_image *image;                 /* [count] */
     size_t classes;                  /* class names, else largest label + 1, 0 without labels */
     char **class_name;               /* [classes], NULL if the classes have numbers only */
-    uint64_t digest;                 /* of names, labels, class names and count; 0: a stream */
+    uint64_t digest;                 /* of names, labels, class names and count */
     char *root;                      /* what stands before names: a folder with its slash, or "" */
     size_t limit;                    /* at most so many images; SIZE_MAX: all */
     sc_safetensors packed;           /* path NULL: not a packed set */
@@ -168,8 +165,8 @@ typedef struct {
     size_t room, capacity, class_capacity;       /* capacities: of image and class_name */
 } sc_images;
 
-/* A folder of class folders, a flat folder, a list, a packed set, one image, or "-"; limit: how
- * many images to take, 0 for all. */
+/* A folder of class folders, a flat folder, a list, a packed set or one image; limit: how many
+ * images to take, 0 for all. */
 int sc_images_open(sc_images *set, const char *path, size_t limit);
 void sc_images_close(sc_images *set);
 /* pixels: [size, size, 3] */

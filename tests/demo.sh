@@ -90,8 +90,8 @@ fi
 
 if [ ! "$own" ]; then
     say "For each thing drawn the latent that knows it best: area under the ROC curve and overlap with the true mask"
-    saeclip encode -s out/relu.safetensors --mean --acts $acts -o out/codes.safetensors
-    saeclip encode -s out/relu.safetensors --mean --acts out/unseen.safetensors -o out/unseen.codes.safetensors
+    saeclip encode -s out/relu.safetensors --image-means --acts $acts -o out/codes.safetensors
+    saeclip encode -s out/relu.safetensors --image-means --acts out/unseen.safetensors -o out/unseen.codes.safetensors
     tests/synth score --seed 1 --codes out/codes.safetensors --unseen out/unseen.codes.safetensors >out/scores.txt
     cat out/scores.txt
     : "${LATENTS:=$(knowing cross disc ring square star triangle blue red yellow checked dotted striped)}"

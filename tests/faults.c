@@ -248,7 +248,7 @@ static const row rows[] = {
     { .name = "train-init", .command = "train --quiet --threads 1 --acts ../in/acts --init ../in/sae --batch 2 "
       "--steps 2 --order sequential -o out", .before = "out" },
     { .name = "encode", .command = "encode --quiet --threads 1 -s ../in/topk --acts ../in/acts --dense "
-      "--reconstruction --mean -o out", .before = "out" },
+      "--reconstruction --image-means -o out", .before = "out" },
     { .name = "eval", .command = "eval --quiet --threads 1 -s ../in/sae -s ../in/topk --acts ../in/acts" },
     { .name = "eval-also", .command = "eval --quiet --threads 1 -s ../in/sae -m ../in/model ../in/photos --also "
       "../in/photos/birds --format json" },

@@ -14,7 +14,7 @@
  *
  * A picture depends on the seed and its number alone, and all arithmetic is that of integers, so
  * the bytes are the same on every machine. `score` draws them again instead of reading them: A is
- * what `saeclip encode --mean` made of the pictures 0 to N - 1, and B of those from N on. */
+ * what `saeclip encode --image-means` made of the pictures 0 to N - 1, and B of those from N on. */
 #define _FILE_OFFSET_BITS 64
 #include "../saeclip.h"
 
@@ -377,7 +377,7 @@ typedef struct {
 } world;
 
 static int wrong_codes(const char *path) {
-    fprintf(stderr, "synth: %s: not what `saeclip encode --mean` writes of this world\n", path);
+    fprintf(stderr, "synth: %s: not what `saeclip encode --image-means` writes of this world\n", path);
     return SC_FAILED;
 }
 

@@ -256,16 +256,16 @@ static void cli_make_inputs(void)
 /* --- The command line itself --- */
 
 static const cli_case cli_usage[] = {
-    { 2, "a command was expected", "" },
-    { 2, "'trian' is no command", "trian --acts @acts -o @out" },
-    { 2, "extract takes no option --lr", "extract -m @model @photos --lr 1 -o @out" },
-    { 2, "takes no option --no-such", "train --acts @acts --no-such 1 -o @out" },
-    { 2, "takes no option --layers", "train --acts @acts --layers 1 -o @out" },
-    { 2, "takes no option -x", "info -x" },
-    { 2, "-o: a value PATH was expected", "train --acts @acts -o" },
-    { 2, "-o was given twice", "train --acts @acts -o @out -o @out" },
-    { 2, "--lr was given twice", "train --acts @acts --lr 1 --lr=1 -o @out" },
-    { 2, "--ghost takes no value", "train --acts @acts --ghost=1 -o @out" },
+    { 2, "no command", "" },
+    { 2, "unknown command 'trian'", "trian --acts @acts -o @out" },
+    { 2, "extract: unknown option --lr", "extract -m @model @photos --lr 1 -o @out" },
+    { 2, "unknown option --no-such", "train --acts @acts --no-such 1 -o @out" },
+    { 2, "unknown option --layers", "train --acts @acts --layers 1 -o @out" },
+    { 2, "unknown option -x", "info -x" },
+    { 2, "-o: no value (expected PATH)", "train --acts @acts -o" },
+    { 2, "-o: given twice", "train --acts @acts -o @out -o @out" },
+    { 2, "--lr: given twice", "train --acts @acts --lr 1 --lr=1 -o @out" },
+    { 2, "--ghost: takes no value", "train --acts @acts --ghost=1 -o @out" },
     { 2, "-o is missing", "train --acts @acts" },
     { 2, "-m is missing", "extract @photos -o @out" },
     { 2, "-s is missing", "stats --acts @acts -o @out" },
@@ -276,78 +276,71 @@ static const cli_case cli_usage[] = {
     { 2, "extract: ", "extract -m @model @photos @photos -o @out" },
     { 2, "compare: ", "compare @acts" },
     { 2, "info: ", "info @acts @acts" },
-    { 2, "--acts and -m MODEL IMAGES exclude", "train --acts @acts @photos -o @out" },
+    { 2, "exclude each other", "train --acts @acts @photos -o @out" },
     { 2, "no data", "train -o @out" },
     { 2, "no data", "train -m @model -o @out" },
     { 2, "no data", "eval -s @sae --also @acts" },
-    { 2, "--lr: 'fast'", "train --acts @acts --lr fast -o @out" },
-    { 2, "--lr: '1x'", "train --acts @acts --lr 1x -o @out" },
-    { 2, "--lr: '-1'", "train --acts @acts --lr -1 -o @out" },
-    { 2, "--lr: 'nan'", "train --acts @acts --lr nan -o @out" },
-    { 2, "--lr: 'inf'", "train --acts @acts --lr inf -o @out" },
+    { 2, "--lr: invalid value 'fast'", "train --acts @acts --lr fast -o @out" },
+    { 2, "--lr: invalid value '1x'", "train --acts @acts --lr 1x -o @out" },
+    { 2, "--lr: invalid value '-1'", "train --acts @acts --lr -1 -o @out" },
+    { 2, "--lr: invalid value 'nan'", "train --acts @acts --lr nan -o @out" },
+    { 2, "--lr: invalid value 'inf'", "train --acts @acts --lr inf -o @out" },
     { 2, "--lr: ", "train --acts @acts --lr= -o @out" },
-    { 2, "--acts: a value FILE was expected", "eval -s @sae --acts=" },
-    { 2, "--batch: '0'", "train --acts @acts --batch 0 -o @out" },
-    { 2, "--batch: '2.5'", "train --acts @acts --batch 2.5 -o @out" },
-    { 2, "--batch: '1e30'", "train --acts @acts --batch 1e30 -o @out" },
-    { 2, "--steps: '-1'", "train --acts @acts --steps -1 -o @out" },
-    { 2, "--epochs: '-1'", "train --acts @acts --epochs -1 -o @out" },
-    { 2, "--k: '0'", "train --acts @acts --k 0 -o @out" },
-    { 2, "--latents: '0'", "train --acts @acts --latents 0 -o @out" },
-    { 2, "--seed: '1.5'", "train --acts @acts --seed 1.5 -o @out" },
-    { 2, "--seed: '-1'", "train --acts @acts --seed -1 -o @out" },
-    { 2, "--threads: '0'", "train --acts @acts --threads 0 -o @out" },
-    { 2, "--threads: 'many'", "train --acts @acts --threads many -o @out" },
-    { 2, "--limit: '0'", "train --acts @acts --limit 0 -o @out" },
-    { 2, "--top: '0'", "stats -s @sae --acts @acts --top 0 -o @out" },
-    { 2, "--threshold: '-1'", "stats -s @sae --acts @acts --threshold -1 -o @out" },
-    { 2, "--rtol: '-1'", "compare --rtol -1 @acts @acts" },
-    { 2, "--size: '0'", "pack @photos --size 0 -o @out" },
-    { 2, "--square: '99999'", "pack @photos --square 99999 -o @out" },
-    { 2, "top takes no option --skip-bad",
+    { 2, "--acts: no value (expected FILE)", "eval -s @sae --acts=" },
+    { 2, "--batch: invalid value '0'", "train --acts @acts --batch 0 -o @out" },
+    { 2, "--batch: invalid value '2.5'", "train --acts @acts --batch 2.5 -o @out" },
+    { 2, "--batch: invalid value '1e30'", "train --acts @acts --batch 1e30 -o @out" },
+    { 2, "--steps: invalid value '-1'", "train --acts @acts --steps -1 -o @out" },
+    { 2, "--epochs: invalid value '-1'", "train --acts @acts --epochs -1 -o @out" },
+    { 2, "--k: invalid value '0'", "train --acts @acts --k 0 -o @out" },
+    { 2, "--latents: invalid value '0'", "train --acts @acts --latents 0 -o @out" },
+    { 2, "--seed: invalid value '1.5'", "train --acts @acts --seed 1.5 -o @out" },
+    { 2, "--seed: invalid value '-1'", "train --acts @acts --seed -1 -o @out" },
+    { 2, "--threads: invalid value '0'", "train --acts @acts --threads 0 -o @out" },
+    { 2, "--threads: invalid value 'many'", "train --acts @acts --threads many -o @out" },
+    { 2, "--limit: invalid value '0'", "train --acts @acts --limit 0 -o @out" },
+    { 2, "--top: invalid value '0'", "stats -s @sae --acts @acts --top 0 -o @out" },
+    { 2, "--threshold: invalid value '-1'", "stats -s @sae --acts @acts --threshold -1 -o @out" },
+    { 2, "--rtol: invalid value '-1'", "compare --rtol -1 @acts @acts" },
+    { 2, "--size: invalid value '0'", "pack @photos --size 0 -o @out" },
+    { 2, "--square: invalid value '99999'", "pack @photos --square 99999 -o @out" },
+    { 2, "top: unknown option --skip-bad",
       "top --skip-bad -s @sae -t @stats -m @model @photos -l 1 -o @out" },
-    { 2, "--hook: 'residual'", "extract -m @model --hook residual @photos -o @out" },
-    { 2, "--hook: 'm'", "extract -m @model --hook m @photos -o @out" },
-    { 2, "--tokens: 'none'", "extract -m @model --tokens none @photos -o @out" },
-    { 2, "--dtype: 'f64'", "extract -m @model --dtype f64 @photos -o @out" },
-    { 2, "--arch: 'gated'", "train --acts @acts --arch gated -o @out" },
-    { 2, "--b-dec: 'median'", "train --acts @acts --b-dec median -o @out" },
-    { 2, "--order: 'random'", "train --acts @acts --order random -o @out" },
-    { 2, "--mask: 'all'", "mask -s @sae --acts @acts -l 1 --mask all -o @out" },
-    { 2, "--format: 'xml'", "eval -s @sae --acts @acts --format xml" },
-    { 2, "--format: 'markdown'", "zeroshot -m @model @photos --format markdown" },
-    { 2, "--gelu: 'tanh'", "extract -m @model --gelu tanh @photos -o @out" },
-    { 2, "--eps: 'small'", "extract --quiet -m @model --eps small @photos -o @out" },
-    { 2, "--heads: 'two'", "extract --quiet -m @model --heads two @photos -o @out" },
+    { 2, "--hook: invalid value 'residual'", "extract -m @model --hook residual @photos -o @out" },
+    { 2, "--hook: invalid value 'm'", "extract -m @model --hook m @photos -o @out" },
+    { 2, "--tokens: invalid value 'none'", "extract -m @model --tokens none @photos -o @out" },
+    { 2, "--dtype: invalid value 'f64'", "extract -m @model --dtype f64 @photos -o @out" },
+    { 2, "--arch: invalid value 'gated'", "train --acts @acts --arch gated -o @out" },
+    { 2, "--b-dec: invalid value 'median'", "train --acts @acts --b-dec median -o @out" },
+    { 2, "--order: invalid value 'random'", "train --acts @acts --order random -o @out" },
+    { 2, "--mask: invalid value 'all'", "mask -s @sae --acts @acts -l 1 --mask all -o @out" },
+    { 2, "--format: invalid value 'xml'", "eval -s @sae --acts @acts --format xml" },
+    { 2, "--format: invalid value 'markdown'", "zeroshot -m @model @photos --format markdown" },
+    { 2, "--gelu: invalid value 'tanh'", "extract -m @model --gelu tanh @photos -o @out" },
+    { 2, "--eps: invalid value 'small'", "extract --quiet -m @model --eps small @photos -o @out" },
+    { 2, "--heads: invalid value 'two'", "extract --quiet -m @model --heads two @photos -o @out" },
     { 2, "--mean: ", "extract --quiet -m @model --mean 1,2 @photos -o @out" },
     { 2, "--std: ", "extract --quiet -m @model --std 1,2,3,4 @photos -o @out" },
     { 2, "--steps and --epochs", "train --acts @acts --steps 1 --epochs 1 -o @out" },
-    { 2, "--log @acts is an input", "train --acts @acts --steps 1 --log @acts -o @out" },
-    { 2, "--log @photos/../cli_sae is an input",
+    { 2, "--log: @acts is an input", "train --acts @acts --steps 1 --log @acts -o @out" },
+    { 2, "--log: @photos/../cli_sae is an input",
       "train --acts @acts --init @sae --steps 1 --log @photos/../cli_sae -o @out" },
-    { 2, "--log @model is an input", "train -m @model @photos --steps 1 --log @model -o @out" },
-    { 2, "--log @list.txt is an input", "train -m @model @list.txt --steps 1 --log @list.txt -o @out" },
-    { 2, "@out was given for two", "train --acts @acts --steps 1 -o @out --log @photos/../cli_out" },
-    { 2, "@photos/../cli_out was given for two",
-      "train --acts @acts --steps 1 -o @out --checkpoint @photos/../cli_out" },
+    { 2, "--log: @model is an input", "train -m @model @photos --steps 1 --log @model -o @out" },
+    { 2, "--log: @list.txt is an input", "train -m @model @list.txt --steps 1 --log @list.txt -o @out" },
+    { 2, "@out: given for two", "train --acts @acts --steps 1 -o @out --checkpoint @out" },
     { 2, "--init and --expansion", "train --acts @acts --init @sae --expansion 2 -o @out" },
     { 2, "--init and --latents", "train --acts @acts --init @sae --latents 2 -o @out" },
     { 2, "--init and --b-dec", "train --acts @acts --init @sae --b-dec mean -o @out" },
     { 2, "--square and --size", "pack @photos --size 8 --square 8 -o @out" },
     { 2, "--layer", "extract --quiet -m @model --layer 0 @photos -o @out" },
-    { 2, "nobody knows", "stats --quiet -s @sae -m @model - --shard 1/2 -o @out" },
     { 2, "merge: ", "merge -o @out" },
-    { 2, "top picks images", "top -s @sae -t @stats -m @model - -l 1 -o @out" },
-    { 2, "atlas picks images", "atlas -s @sae -t @stats -m @model - -o @out" },
     { 2, "-o is missing", "merge @stats" },
-    { 2, "stats takes one SAE", "stats -s @sae -s @sae --acts @acts -o @out" },
-    { 2, "encode takes one SAE", "encode -s @sae -s @sae --acts @acts -o @out" },
+    { 2, "stats: takes one SAE", "stats -s @sae -s @sae --acts @acts -o @out" },
+    { 2, "encode: takes one SAE", "encode -s @sae -s @sae --acts @acts -o @out" },
     { 2, "-l: ", "mask -s @sae --acts @acts -l 1, -o @out" },
     { 2, "-l: ", "mask -s @sae --acts @acts -l x -o @out" },
     { 2, "-l: ", "mask -s @sae --acts @acts -l -1 -o @out" },
     { 2, "-t FILE", "mask -s @sae --acts @acts -l 1 --mask top -o @out" },
-    { 2, "a stream", "top --quiet -s @sae -t @stats -m @model - -l 1 -o @out" },
-    { 2, "--order sequential", "train --quiet -m @model - --latents 8 -o @out" },
     { 0, NULL, NULL } };
 
 static void cli_test_usage(void)
@@ -463,11 +456,11 @@ static void cli_test_help(void)
 static void cli_test_layers(void)
 {
     static const cli_case cases[] = {
-        { 1, "@model: layer 4 of 3", "extract --quiet -m @model --layer 4 @photos -o @out" },
-        { 1, "@model: layer -4 of 3", "extract --quiet -m @model --layer -4 @photos -o @out" },
-        { 1, "layer 4 of 3", "train --quiet -m @model --layer 4 @photos -o @out" },
-        { 1, "layer 4 of 3", "eval --quiet -s @sae -m @model --layer 4 @photos" },
-        { 1, "layer 4 of 3", "stats --quiet -s @sae -m @model --layer 4 @photos -o @out" },
+        { 1, "@model: layer 4 (expected 1 to 3", "extract --quiet -m @model --layer 4 @photos -o @out" },
+        { 1, "@model: layer -4 (expected 1 to 3", "extract --quiet -m @model --layer -4 @photos -o @out" },
+        { 1, "layer 4 (expected 1 to 3", "train --quiet -m @model --layer 4 @photos -o @out" },
+        { 1, "layer 4 (expected 1 to 3", "eval --quiet -s @sae -m @model --layer 4 @photos" },
+        { 1, "layer 4 (expected 1 to 3", "stats --quiet -s @sae -m @model --layer 4 @photos -o @out" },
         { 2, "--layer", "train --quiet -m @model --layer 0 @photos -o @out" },
         { 2, "--layer", "eval --quiet -s @sae -m @model --layer 0 @photos" },
         { 0, NULL, NULL } };
@@ -480,14 +473,14 @@ static void cli_test_layers(void)
 static void cli_test_models(void)
 {
     static const struct { const char *text; cli_change change; } broken[] = {
-        { "no vision transformer", { .drop = "cls_token" } },
-        { "there is no tensor blocks.1.norm2.bias", { .drop = "blocks.1.norm2.bias" } },
-        { "there is no tensor blocks.2.attn.qkv.weight", { .drop = "blocks.2.attn.qkv.weight" } },
-        { "there is no tensor norm_pre.bias", { .drop = "norm_pre.bias" } },
+        { "not a vision transformer", { .drop = "cls_token" } },
+        { "tensor blocks.1.norm2.bias", { .drop = "blocks.1.norm2.bias" } },
+        { "tensor blocks.2.attn.qkv.weight", { .drop = "blocks.2.attn.qkv.weight" } },
+        { "tensor norm_pre.bias is missing", { .drop = "norm_pre.bias" } },
         { "patch embedding", { .drop = "patch_embed.proj.weight" } },
         { "position embedding", { .drop = "pos_embed" } },
         { "block 0's MLP", { .drop = "blocks.0.mlp.fc1.weight" } },
-        { "no blocks", { .drop = "blocks.0.norm1.weight" } },
+        { "has no block 0", { .drop = "blocks.0.norm1.weight" } },
         { "position embedding", { .shape_of = "pos_embed", .rank = 3, .shape = { 1, 34, 16 } } },
         { "square", { .shape_of = "pos_embed", .rank = 3, .shape = { 1, 16, 32 } } },
         { "square", { .shape_of = "pos_embed", .rank = 3, .shape = { 1, 1, 32 } } },
@@ -518,7 +511,7 @@ static void cli_test_models(void)
         { "metadata layer_norm_eps", { .key = "layer_norm_eps", .text = "-1" } },
         { "metadata image_mean", { .key = "image_mean", .text = "0.5,0.5" } },
         { "metadata image_std", { .key = "image_std", .text = "a,b,c" } },
-        { "not positive", { .key = "image_std", .text = "1,0,1" } } };
+        { "three numbers above 0", { .key = "image_std", .text = "1,0,1" } } };
     char text[300];
     for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
         cli_edit(cli("@model"), cli("@bad"), broken[i].change);
@@ -543,20 +536,20 @@ static void cli_test_more_models(void)
 {
     static const cli_case cases[] = {
         { 1, "@no-such: cannot be opened", "extract -m @no-such @photos -o @out" },
-        { 1, "@photos: is no regular file", "extract -m @photos @photos -o @out" },
+        { 1, "@photos: not a regular file", "extract -m @photos @photos -o @out" },
         { 1, "@list.txt: not a safetensors file", "extract -m @list.txt @photos -o @out" },
-        { 1, "@empty: is no regular file of 8 bytes", "extract -m @empty @photos -o @out" },
+        { 1, "@empty: not a regular file of 8 bytes", "extract -m @empty @photos -o @out" },
         { 1, "@half: tensor", "extract -m @half @photos -o @out" },
         { 1, "@half: tensor", "zeroshot -m @half @photos" },
         { 1, "@half: tensor", "info @half" },
         { 1, "@half: tensor", "compare @half @half" },
         { 1, "@half: tensor", "compare @model @half" },
-        { 1, "@sae: this is no vision transformer", "extract -m @sae @photos -o @out" },
+        { 1, "@sae: not a vision transformer", "extract -m @sae @photos -o @out" },
         { 1, "@whole: tensor 'cls_token' is I32", "extract --quiet -m @whole @photos -o @out" },
-        { 1, "@text: text_embeds should be [classes, 20]", "zeroshot --quiet -m @text @photos" },
-        { 1, "@nohead: this model has no head", "zeroshot --quiet -m @nohead @photos" },
+        { 1, "@text: tensor text_embeds (expected [classes, 20]", "zeroshot --quiet -m @text @photos" },
+        { 1, "@nohead: no head", "zeroshot --quiet -m @nohead @photos" },
         { 1, "norm.weight", "zeroshot --quiet -m @nonorm @photos" },
-        { 1, "finite", "zeroshot --quiet -m @loud @photos" },
+        { 1, "finite", "zeroshot --quiet -m @loud @list.txt" },
         { 1, "finite", "extract --quiet -m @loud --layer 3 @photos -o @out" },
         { 1, "finite", "stats --quiet -s @sae -m @loud --layer 3 @photos -o @out" },
         { 1, "step 1: image", "train --quiet -m @loud --layer 3 --latents 8 @photos -o @out" },
@@ -584,14 +577,14 @@ static void cli_test_more_models(void)
 static void cli_test_saes(void)
 {
     static const struct { const char *text; cli_change change; } broken[] = {
-        { "this is no SAE", { .drop = "W_enc" } },
-        { "a tensor W_dec of 24 x 32 was expected", { .drop = "W_dec" } },
-        { "a tensor b_enc of 1 x 24 was expected", { .drop = "b_enc" } },
-        { "a tensor b_dec of 1 x 32 was expected", { .drop = "b_dec" } },
+        { "not an SAE", { .drop = "W_enc" } },
+        { "tensor W_dec (expected 24 x 32)", { .drop = "W_dec" } },
+        { "tensor b_enc (expected 1 x 24)", { .drop = "b_enc" } },
+        { "tensor b_dec (expected 1 x 32)", { .drop = "b_dec" } },
         { "W_dec", { .shape_of = "W_dec", .rank = 2, .shape = { 32, 24 } } },
         { "b_enc", { .shape_of = "W_enc", .rank = 2, .shape = { 24, 32 } } },
-        { "no SAE", { .shape_of = "W_enc", .rank = 1, .shape = { 768 } } },
-        { "no SAE", { .shape_of = "W_enc", .rank = 2, .shape = { 32, 0 } } },
+        { "not an SAE", { .shape_of = "W_enc", .rank = 1, .shape = { 768 } } },
+        { "not an SAE", { .shape_of = "W_enc", .rank = 2, .shape = { 32, 0 } } },
         { "b_enc", { .shape_of = "b_enc", .rank = 1, .shape = { 23 } } },
         { "b_enc", { .shape_of = "b_enc", .rank = 0 } },
         { "b_dec", { .shape_of = "b_dec", .rank = 2, .shape = { 2, 16 } } },
@@ -600,7 +593,7 @@ static void cli_test_saes(void)
         { "metadata k = '0'", { .key = "k", .text = "0" } },
         { "metadata k = '2.5'", { .key = "k", .text = "2.5" } },
         { "metadata k = 'few'", { .key = "k", .text = "few" } },
-        { "not from 1 to 24 (--k)", { .key = "k", .text = NULL } },
+        { "(expected 1 to 24: give --k)", { .key = "k", .text = NULL } },
         { "metadata layer = '0'", { .key = "layer", .text = "0" } },
         { "metadata layer = '1.5'", { .key = "layer", .text = "1.5" } },
         { "metadata hook = 'ear'", { .key = "hook", .text = "ear" } } };
@@ -626,36 +619,36 @@ static void cli_test_saes(void)
 static void cli_test_mismatches(void)
 {
     static const cli_case cases[] = {
-        { 1, "init_90.safetensors: an SAE of width 20",
+        { 1, "init_90.safetensors: the SAE has width 20",
           "eval -s " GOLDEN "init_90.safetensors --acts @acts" },
         { 1, "width 20", "stats -s " GOLDEN "init_90.safetensors --acts @acts -o @out" },
         { 1, "width 20", "encode -s " GOLDEN "init_90.safetensors --acts @acts -o @out" },
         { 1, "width 20",
           "mask --quiet -s " GOLDEN "init_90.safetensors -m @model @photos -l 1 -o @out" },
         { 1, "width 20", "train --acts @acts --init " GOLDEN "init_90.safetensors -o @out" },
-        { 1, "@model: this is no SAE", "eval -s @model --acts @acts" },
+        { 1, "@model: not an SAE", "eval -s @model --acts @acts" },
         { 1, "@no-such: cannot be opened", "eval -s @sae -s @no-such --acts @acts" },
-        { 1, "@acts: activations of layer 2 where layer 3", "eval -s @layer3 --acts @acts" },
-        { 1, "@acts: activations of layer 2 where layer 3",
+        { 1, "@acts: activations of layer 2 (expected 3", "eval -s @layer3 --acts @acts" },
+        { 1, "@acts: activations of layer 2 (expected 3",
           "stats -s @layer3 --acts @acts -o @out" },
-        { 1, "@acts: activations of layer 2 where layer 3",
+        { 1, "@acts: activations of layer 2 (expected 3",
           "train --init @layer3 --acts @acts -o @out" },
-        { 1, "@acts: activations of hook mlp where attn", "encode -s @attn --acts @acts -o @out" },
-        { 1, "@acts: activations of hook mlp where attn",
+        { 1, "@acts: activations of hook point mlp (expected attn", "encode -s @attn --acts @acts -o @out" },
+        { 1, "@acts: activations of hook point mlp (expected attn",
           "train --init @attn --acts @acts -o @out" },
-        { 1, "layer 9 of 3", "eval --quiet -s @layer9 -m @model @photos" },
-        { 2, "@nowhere does not say where it listens",
+        { 1, "layer 9 (expected 1 to 3", "eval --quiet -s @layer9 -m @model @photos" },
+        { 2, "@nowhere: does not name its hook point",
           "eval --quiet -s @nowhere -m @model @photos" },
-        { 1, "from 1 to 24 (--k)", "eval -s @sae --arch topk --k 25 --acts @acts" },
-        { 1, "from 1 to 24 (--k)", "eval -s @sae --arch topk --acts @acts" },
-        { 1, "@out: a TopK SAE whose k is not from 1 to 24 (--k)",
+        { 2, "--k: 25 (expected 1 to 24", "eval -s @sae --arch topk --k 25 --acts @acts" },
+        { 1, "(expected 1 to 24: give --k)", "eval -s @sae --arch topk --acts @acts" },
+        { 2, "--k: 25 (expected 1 to 24",
           "train --acts @acts --latents 24 --arch topk --k 25 -o @out" },
-        { 1, "@sae: there is no latent 24", "mask -s @sae --acts @acts -l 3,24 -o @out" },
+        { 1, "@sae: no latent 24", "mask -s @sae --acts @acts -l 3,24 -o @out" },
         { 1, "@stats: statistics of another SAE",
           "top --quiet -s @topk -t @stats -m @model @photos -l 1 -o @out" },
-        { 1, "@stats: statistics of other data",
+        { 1, "@stats: statistics of another data set",
           "top --quiet -s @sae -t @stats -m @model @photos --limit 5 -l 1 -o @out" },
-        { 1, "@acts: these are no statistics",
+        { 1, "@acts: not statistics",
           "mask --quiet -s @sae -t @acts -m @model @photos --mask top -l 1 -o @out" },
         { 1, "--class 7: no image",
           "mask --quiet -s @sae -m @model @photos --class 7 -l 1 -o @out" },
@@ -687,16 +680,16 @@ static void cli_test_activations(void)
           "train --acts @zero --latents 8 --batch 3 --order sequential -o @out" },
         { 1, "image 4, token 3: ||x|| is 0", "eval -s @sae --acts @zero" },
         { 1, "image 4, token 3: ||x|| is 0", "train --acts @zero --latents 8 --batch 7 -o @out" },
-        { 1, "@flat: a tensor activations [images, tokens, width]", "eval -s @sae --acts @flat" },
-        { 1, "@none: a tensor activations", "train --acts @none -o @out" },
-        { 1, "@sae: a tensor activations", "train --acts @sae -o @out" },
-        { 1, "@few: a tensor labels I64 [7]", "stats -s @sae --acts @few -o @out" },
-        { 1, "@below: the label of image 2", "stats -s @sae --acts @below -o @out" },
-        { 1, "@above: the label of image 2", "stats -s @sae --acts @above -o @out" },
+        { 1, "@flat: not saved activations", "eval -s @sae --acts @flat" },
+        { 1, "@none: not saved activations", "train --acts @none -o @out" },
+        { 1, "@sae: not saved activations", "train --acts @sae -o @out" },
+        { 1, "@few: tensor labels (expected I64 [7])", "stats -s @sae --acts @few -o @out" },
+        { 1, "@below: image 2: label", "stats -s @sae --acts @below -o @out" },
+        { 1, "@above: image 2: label", "stats -s @sae --acts @above -o @out" },
         { 1, "@names: ", "stats -s @sae --acts @names -o @out" },
-        { 2, "--expansion 65536: 65536 inputs", "train --acts @wide --expansion 65536 -o @out" },
+        { 2, "--expansion: 65536 x 65536 inputs", "train --acts @wide --expansion 65536 -o @out" },
         { 1, "@ear: metadata hook = 'ear'", "train --acts @ear -o @out" },
-        { 1, "@ear: activations of hook ear where mlp", "eval -s @sae --acts @ear" },
+        { 1, "@ear: activations of hook point ear (expected mlp", "eval -s @sae --acts @ear" },
         { 1, "@no-such: cannot be opened", "eval -s @sae --acts @acts --also @no-such" },
         { 0, NULL, NULL } };
     const char *activations = "activations", *labels = "labels";
@@ -728,20 +721,18 @@ static void cli_test_late_refusals(void)
     static const cli_case cases[] = {
         { 1, "@scaled: tensor blocks.0.ls1.gamma has no place",
           "extract --quiet -m @scaled @photos -o @out" },
-        { 1, "@mute: a tensor text_embeds [classes", "zeroshot --quiet -m @mute @photos" },
+        { 1, "@mute: no tensor text_embeds [classes", "zeroshot --quiet -m @mute @photos" },
         { 1, "@jump: a JumpReLU SAE", "eval -s @jump --acts @acts" },
-        { 2, "-s: more than 16", "eval" MANY MANY MANY MANY " -s @sae --acts @acts" },
-        { 2, "@late.ckpt: is of step 4, this run ends before", "train --acts @acts --latents 8 --steps 2 "
+        { 2, "-s: given more than 16", "eval" MANY MANY MANY MANY " -s @sae --acts @acts" },
+        { 2, "@late.ckpt: a checkpoint of step 4, but this run ends at step 2", "train --acts @acts --latents 8 --steps 2 "
                                                               "--checkpoint @late.ckpt --resume -o @out" },
-        { 2, "--batch 99999999: 17 tokens", "train --acts @acts --latents 8 --batch 99999999 -o @out" },
-        { 1, "7 images are no full batch of 9",
-          "train --quiet -m @model - --order sequential --latents 8 --batch 9 -o @out" },
+        { 2, "--batch: 99999999 images of 17 tokens", "train --acts @acts --latents 8 --batch 99999999 -o @out" },
         { 1, "image 0, token 0: activations of 1", "stats -s @huge --acts @acts -o @out" },
-        { 1, "@shard: shard '2' where I/N", "merge @shard -o @out" },
-        { 1, "@poor: a tensor top_entropy [24] was",
+        { 1, "@shard: shard '2' (expected I/N)", "merge @shard -o @out" },
+        { 1, "@poor: tensor top_entropy is missing",
           "top --quiet -s @sae -t @poor -m @model @photos -l 0 -o @out" },
-        { 1, "@far: there is no image 99", "top --quiet -s @sae -t @far -m @model @photos -l 0 -o @out" },
-        { 1, "@far: there is no image 99", "atlas --quiet -s @sae -t @far -m @model @photos -o @out" },
+        { 1, "@far: damaged: image 99", "top --quiet -s @sae -t @far -m @model @photos -l 0 -o @out" },
+        { 1, "@far: damaged: image 99", "atlas --quiet -s @sae -t @far -m @model @photos -o @out" },
         { 0, NULL, NULL } };
 #undef MANY
     cli_edit(GOLDEN "clip_timm.safetensors", cli("@scaled"), (cli_change){ .add = "blocks.0.ls1.gamma" });
@@ -752,9 +743,7 @@ static void cli_test_late_refusals(void)
     cli_edit(cli("@stats"), cli("@poor"), (cli_change){ .drop = "top_entropy" });
     cli_edit(cli("@stats"), cli("@far"), (cli_change){ .value_of = "max_activating_image_indices", .value = 99 });
     cli_works("train --acts @acts --latents 8 --steps 4 --checkpoint @late.ckpt -o @part");
-    cli_input("@stream");
     cli_all(cases);
-    cli_input(NULL);
 }
 
 /* --- Pictures --- */
@@ -763,17 +752,17 @@ static void cli_test_pictures(void)
 {
     static const struct { const char *text, *bytes; } broken[] = {
         { "not an image", "" }, { "not an image", "hello" }, { "not an image", "P7\nWIDTH 2\n" },
-        { "end before its last sample", "P6\n2 2\n255\n12345678901" },
-        { "end before its last sample", "P6\n2 1\n65535\n12345678901" },
+        { "ends before its last sample", "P6\n2 2\n255\n12345678901" },
+        { "ends before its last sample", "P6\n2 1\n65535\n12345678901" },
         { "maxval 0", "P6\n2 2\n0\n123456789012" },
-        { "maxval of more", "P6\n2 2\n65536\n123456789012" },
-        { "0 x 2", "P6\n0 2\n255\n" }, { "end before its maxval", "P6\n2 2" },
-        { "byte 0x2d where", "P5\n-2 2\n255\n1234" }, { "width of more", "P5 99999999999 1 255 x" },
+        { "maxval above", "P6\n2 2\n65536\n123456789012" },
+        { "0 x 2", "P6\n0 2\n255\n" }, { "ends before its maxval", "P6\n2 2" },
+        { "byte 0x2d (expected", "P5\n-2 2\n255\n1234" }, { "width above", "P5 99999999999 1 255 x" },
         { "at most", "P6\n268435456 2\n255\n" },
-        { "end before its last sample", "P5\n16384 16384\n255\n1234" },
-        { "sample of more than 15", "P2\n2 2\n15\n1 2 3 16\n" },
-        { "a sample of 200, above maxval 100", "P5\n2 2\n100\n12\xc8\x01" },
-        { "end before its last sample", "P2\n2 2\n255\n1 2 3" },
+        { "ends before its last sample", "P5\n16384 16384\n255\n1234" },
+        { "sample above 15", "P2\n2 2\n15\n1 2 3 16\n" },
+        { "a sample of 200 above maxval 100", "P5\n2 2\n100\n12\xc8\x01" },
+        { "ends before its last sample", "P2\n2 2\n255\n1 2 3" },
         { "byte 0x78", "P3\n1 1\n255\n1 2 x" } };
     char text[100];
     mkdir(cli("@one"), 0777);
@@ -795,8 +784,8 @@ static void cli_test_pictures(void)
         { 1, "@acts: not an image", "zeroshot --quiet -m @model @acts" },
         { 1, "/dev/null: not an image", "zeroshot --quiet -m @model /dev/null" },
         { 1, "@gone.safetensors: cannot be opened", "pack @gone.safetensors -o @out" },
-        { 1, "@p.safetensors: a tensor images U8 [N, H, W, 3]", "pack @p.safetensors -o @out" },
-        { 1, "again/again: lies more than 16 deep", "pack @deep -o @out" },
+        { 1, "@p.safetensors: not a packed set", "pack @p.safetensors -o @out" },
+        { 1, "again/again: lies too deep", "pack @deep -o @out" },
         { 0, NULL, NULL } };
     cli_copy("@acts", "@p.safetensors");
     mkdir(cli("@deep"), 0777);
@@ -811,17 +800,17 @@ static void cli_test_packed(void)
 {
     static const struct { const char *text; cli_change change; } broken[] = {
         { "a tensor images U8 [N, H, W, 3]", { .drop = "images" } },
-        { "was expected", { .shape_of = "images", .rank = 4, .shape = { 7, 8, 12, 2 } } },
-        { "was expected", { .shape_of = "images", .rank = 3, .shape = { 7, 8, 24 } } },
-        { "not empty nor huge", { .shape_of = "images", .rank = 4, .shape = { 0, 8, 8, 3 } } },
-        { "a tensor labels I64 [7] was expected",
+        { "not a packed set", { .shape_of = "images", .rank = 4, .shape = { 7, 8, 12, 2 } } },
+        { "not a packed set", { .shape_of = "images", .rank = 3, .shape = { 7, 8, 24 } } },
+        { "not a packed set", { .shape_of = "images", .rank = 4, .shape = { 0, 8, 8, 3 } } },
+        { "tensor labels (expected I64 [7])",
           { .shape_of = "labels", .rank = 1, .shape = { 8 } } },
-        { "a tensor labels I64 [7] was expected",
+        { "tensor labels (expected I64 [7])",
           { .shape_of = "labels", .rank = 2, .shape = { 7, 1 } } },
-        { "the label of image 3 is none of", { .value_of = "labels", .element = 3, .value = -2 } },
-        { "the label of image 3 is none of the 3 classes", { .value_of = "labels", .element = 3,
+        { "image 3: label", { .value_of = "labels", .element = 3, .value = -2 } },
+        { "image 3: label 3 (expected one of 3 classes)", { .value_of = "labels", .element = 3,
                                                              .value = 3 } },
-        { "the label of image 0 is none of", { .value_of = "labels", .element = 0, .value = -1 } },
+        { "image 0: label", { .value_of = "labels", .element = 0, .value = -1 } },
         { "JSON byte 0: expected '['", { .key = "class_names", .text = "birds" } },
         { "6 file_names for 7 images", { .key = "file_names",
                                          .text = "[\"a\",\"b\",\"c\",\"d\",\"e\",\"f\"]" } } };
@@ -841,22 +830,22 @@ static void cli_test_decoders(void)
     put_file(cli("@shot.png"), "\x89PNG\r\n\x1a\n no more", 16);
     put_file(cli("@shot.gif"), "GIF89a no more", 14);
     setenv("PATH", "/no-such", 1);
-    cli_refuses(1, "@shot.jpg: there is no program to decode JPEG; Debian's package "
+    cli_refuses(1, "@shot.jpg: a program that decodes JPEG is missing; Debian's package "
                 "libjpeg-turbo-progs",
                 "extract --quiet -m @model @shot.jpg -o @out");
-    cli_refuses(1, "@shot.png: there is no program to decode PNG; Debian's package netpbm",
+    cli_refuses(1, "@shot.png: a program that decodes PNG is missing; Debian's package netpbm",
                 "zeroshot --quiet -m @model @shot.png");
     cli_refuses(1, "package imagemagick", "pack --skip-bad @shot.gif -o @out");
     setenv("PATH", path, 1);
     static const struct { const char *decoder, *text; } decoders[] = {
         { "no-such-decoder --fast",
-          "SAECLIP_DECODER names 'no-such-decoder --fast', which cannot be started" },
-        { "/dev/null", "SAECLIP_DECODER names '/dev/null', which cannot be started" },
+          "cannot start 'no-such-decoder --fast' (SAECLIP_DECODER)" },
+        { "/dev/null", "cannot start '/dev/null' (SAECLIP_DECODER)" },
         { "", "SAECLIP_DECODER is not a program" },
-        { "false", "false ended with status 1: it said nothing" },
-        { "true", "status 0: it said nothing" },
-        { "ls /no-such-folder", "/no-such-folder" }, { "echo garbage", "not a PNM picture" },
-        { "printf P6\\n2\\t2\\n255\\n123", "end before its last sample" } };
+        { "false", "false ended with status 1: no message" },
+        { "true", "status 0: no message" },
+        { "ls /no-such-folder", "/no-such-folder" }, { "echo garbage", "not a PNM image" },
+        { "printf P6\\n2\\t2\\n255\\n123", "ends before its last sample" } };
     for (size_t i = 0; i < sizeof decoders / sizeof *decoders; i++) {
         setenv("SAECLIP_DECODER", decoders[i].decoder, 1);
         cli_refuses(1, "@shot.jpg: ", "extract --quiet -m @model @shot.jpg -o @out");
@@ -877,15 +866,15 @@ static void cli_test_lists(void)
 {
     static const struct { const char *text, *list; } broken[] = {
         { "a list without an image", "" }, { "a list without an image", "# nothing\n\n   \n" },
-        { "line 1: the label must be an integer", "a.ppm\tx\n" },
-        { "line 2: the label must be an integer", "# a\na.ppm\t-1\n" },
-        { "line 1: the label must be an integer", "a.ppm\t1.5\n" },
-        { "line 1: the label must be an integer", "a.ppm\t\tb\n" },
-        { "line 2: the label must be an integer", "a.ppm\t0\nb.ppm\t1 2\n" },
-        { "line 1: the label must be an integer", "a.ppm\t99999999999999999999\n" },
-        { "line 1: the label must be an integer", "a.ppm\t3000000000\n" },
-        { "line 2: expected labels on every line or on none", "a.ppm\t1\nb.ppm\n" },
-        { "line 3: expected labels on every line or on none", "a.ppm\n\nb.ppm\t1\n" } };
+        { "line 1: invalid label", "a.ppm\tx\n" },
+        { "line 2: invalid label", "# a\na.ppm\t-1\n" },
+        { "line 1: invalid label", "a.ppm\t1.5\n" },
+        { "line 1: invalid label", "a.ppm\t\tb\n" },
+        { "line 2: invalid label", "a.ppm\t0\nb.ppm\t1 2\n" },
+        { "line 1: invalid label", "a.ppm\t99999999999999999999\n" },
+        { "line 1: invalid label", "a.ppm\t3000000000\n" },
+        { "line 2: labels on some lines only", "a.ppm\t1\nb.ppm\n" },
+        { "line 3: labels on some lines only", "a.ppm\n\nb.ppm\t1\n" } };
     for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
         put_text(cli("@bad.txt"), broken[i].list);
         cli_refuses(1, "@bad.txt: ", "extract --quiet -m @model @bad.txt -o @out");
@@ -927,13 +916,6 @@ static void cli_test_sources(void)
     check(cli_same("@acts", "@again"), "the same folder with a slash gives other bytes");
     cli_works("extract --quiet -m @model --layer 2 --hook mlp @list.txt -o @again");
     check(cli_same_activations("@acts", "@again"), "a list gives other activations");
-    cli_input("@stream");
-    cli_works("extract --quiet -m @model --layer 2 --hook mlp - -o @again");
-    check(cli_same_activations("@acts", "@again"), "a stream gives other activations");
-    cli_works("extract --quiet -m @model --layer 2 --hook mlp --limit 3 - -o @three");
-    cli_input(NULL);
-    cli_works("extract --quiet -m @model --layer 2 --hook mlp --limit 3 @photos -o @again");
-    check(cli_same_activations("@three", "@again"), "--limit takes others of a stream");
     cli_works("pack --quiet --size 40 @photos -o @packed.safetensors");
     cli_works("extract --quiet -m @model --layer 2 --hook mlp @packed.safetensors -o @again");
     check(cli_same("@acts", "@again"), "a packed set gives other bytes than its folder");
@@ -943,24 +925,6 @@ static void cli_test_sources(void)
     check(cli_same("@one_sae", "@other_sae"), "photos train another SAE than their activations");
     cli_works("stats --quiet -s @sae -m @model @photos -o @again");
     check(cli_same("@stats", "@again"), "photos give other statistics than their activations");
-    static const cli_case cases[] = {
-        { 1, "standard input: ", "extract --quiet -m @model - -o @out" },
-        { 1, "standard input: ", "pack - -o @out" },
-        { 1, "standard input: ", "zeroshot --quiet -m @model -" },
-        { 1, "standard input: ", "stats --quiet -s @sae -m @model - -o @out" },
-        { 1, "standard input: ",
-          "train --quiet -m @model --order sequential --latents 8 - -o @out" },
-        { 0, NULL, NULL } };
-    cli_all(cases);
-    put_text(cli("@garbage"), "P5\n2 2\n255\n1234\nhello");
-    put_text(cli("@cut"), "P5\n2 2\n255\n1234P5\n2 2\n255\n123");
-    for (int i = 0; i < 2; i++) {
-        cli_input(i ? "@garbage" : "@cut");
-        for (int k = 0; cases[k].line; k++)
-            if (!strstr(cases[k].line, "zeroshot")) cli_refuses(1, "standard input: ",
-                                                                cases[k].line);
-    }
-    cli_input(NULL);
 }
 
 static size_t cli_images_in(const char *path)
@@ -1033,9 +997,9 @@ static void cli_test_skipping(void)
     mkdir(cli("@allbad"), 0777);
     put_text(cli("@allbad/a.ppm"), "P6\n2 2\n255\n123");
     put_text(cli("@allbad/b.ppm"), "P6\n2 2\n255\n123");
-    cli_refuses(1, "@allbad/b.ppm: the picture's data end before its last sample; none of 2 images",
+    cli_refuses(1, "@allbad/b.ppm: the file ends before its last sample; none of 2 images",
                 "extract --quiet --skip-bad -m @model @allbad -o @out");
-    cli_refuses(1, "; none of 2 images could be read",
+    cli_refuses(1, "; none of 2 images can be read",
                 "train --quiet --skip-bad -m @model @allbad --latents 8 --epochs 9 -o @out");
     remove(cli("@photos/cats/aa.ppm"));
     remove(cli("@photos/cats/notes.md"));
@@ -1126,11 +1090,6 @@ static void cli_test_keeping(void)
     check(exists(cli("@kept.tmp")) && cli_same("@kept", "@stats"), "another's .tmp is taken away");
     close(fd);
     remove(cli("@kept.tmp"));
-    if (symlink(cli("@kept"), cli("@link")) != 0) need("a link");
-    cli_works("stats -s @topk --acts @acts -o @link");
-    struct stat about;
-    check(lstat(cli("@link"), &about) == 0 && S_ISLNK(about.st_mode), "a link was replaced");
-    check(!cli_same("@kept", "@stats"), "what a link leads to was not written");
 }
 
 /* Standard output full or closed, standard input and standard error closed. */
@@ -1139,7 +1098,7 @@ static void cli_test_streams(void)
     static const char *const lines[] = {
         "info", "info --quiet @model", "compare @acts @acts", "eval -s @sae --acts @acts",
         "eval -s @sae --acts @acts --format json", "eval -s @sae --acts @acts --format csv",
-        "zeroshot --quiet -m @model @photos", "zeroshot --quiet -m @model @photos --format json",
+        "zeroshot --quiet -m @model @list.txt", "zeroshot --quiet -m @model @list.txt --format json",
         "--help", "--version", "train --help" };
     for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
         cli_with.out = "/dev/full";
@@ -1150,7 +1109,7 @@ static void cli_test_streams(void)
         }
         cli_with.out = "|";
         cli_end(cli_start(cli("%s", lines[i])));
-        check(ran.status == 1 && ran.err_count == 0, "%s, nobody reads: %d %s", lines[i], ran.status,
+        check(ran.status == -SIGPIPE && ran.err_count == 0, "%s, nobody reads: %d %s", lines[i], ran.status,
               ran.err);
         cli_with.out = NULL;
         cli_with.closed = 1 << 1;
@@ -1164,11 +1123,6 @@ static void cli_test_streams(void)
     check(ran.status == 0 && cli_same("@again", "@stats"), "closed streams: status %d", ran.status);
     cli_end(cli_start(cli("extract -m @model --layer 2 --hook mlp @photos -o @again")));
     check(ran.status == 0 && cli_same("@again", "@acts"), "closed streams: status %d", ran.status);
-    cli_with.closed = 1;
-    cli_end(cli_start(cli("extract --quiet -m @model - -o @out")));
-    check(cli_said(1, "standard input: cannot be read"), "input closed: %d %s", ran.status,
-          ran.err);
-    check(!exists(cli("@out")), "closed input gives output");
     cli_with.closed = 0;
 }
 
@@ -1214,7 +1168,7 @@ static void cli_test_claims(void)
           "train --acts @claim --latents 8 -o @out --threads 2" },
         { "W_enc", "F32", "1000000,250000000", "1000000000000000", "of 8",
           "eval -s @claim --acts @acts --threads 2" },
-        { "images", "U8", "1,18257418,18257418,3", "1000000000000000", "by dtype and shape",
+        { "images", "U8", "1,18257418,18257418,3", "1000000000000000", "by its dtype and shape",
           "pack @claim.safetensors -o @out --threads 2" },
         { "max_activating_image_indices", "I64", "24,5000000000000", "960000000000000", "of 8",
           "top -s @sae -t @claim -m @model @photos -l 1 -o @out --quiet --threads 2" },
@@ -1235,114 +1189,12 @@ static void cli_test_claims(void)
                     claims[i].line);
     }
     put_text(cli("@claim.ppm"), "P6 16384 16384 255\n");
-    cli_refuses(1, "data end before", "pack @claim.ppm -o @out --threads 2");
+    cli_refuses(1, "file ends before", "pack @claim.ppm -o @out --threads 2");
     put_text(cli("@claim.ppm"), "P6 16384 16385 255\n");
     cli_refuses(1, "at most 268435456 pixels", "pack @claim.ppm -o @out --threads 2");
     put_text(cli("@claim.ppm"), "P5 99999999999999999999 1 255\n");
-    cli_refuses(1, "width of more than 268435456", "pack @claim.ppm -o @out --threads 2");
+    cli_refuses(1, "width above 268435456", "pack @claim.ppm -o @out --threads 2");
     with.memory = 0;
-}
-
-/* A mapped file that is cut short while it is read: the rows of a log that this test reads one by
- * one keep training waiting; packing shows by its output that it has begun. */
-static void cli_test_shrinking(void)
-{
-    enum { IMAGES = 400, PICTURES = 120000, SIDE = 64 };   /* 1.5 GB: 32 bits address it */
-    const size_t shape[3] = { IMAGES, 17, 32 };
-    char line[300];
-    float value = 1;
-    sc_writer w;
-    if (sc_writer_open(&w, cli("@shrink"), 0) != SC_OK
-        || sc_writer_tensor(&w, "activations", SC_F32, 3, shape) != SC_OK) need("%s", sc_error());
-    for (size_t i = 0; i < shape[0] * shape[1] * shape[2]; i++, value = random_float())
-        if (sc_writer_floats(&w, &value, 1) != SC_OK) need("%s", sc_error());
-    if (sc_writer_finish(&w) != SC_OK || mkfifo(cli("@rows"), 0600) != 0) need("@shrink");
-    pid_t child = cli_start(cli("train --quiet --threads 2 --acts @shrink --latents 8 --batch 2 "
-                                "--steps 20000 --log @rows -o @out"));
-    FILE *log = fopen(cli("@rows"), "r");
-    if (!log) need("a pipe");
-    for (int row = 0; row < 3; row++)
-        if (!fgets(line, sizeof line, log)) break;
-    if (truncate(cli("@shrink"), 5000) != 0) need("@shrink");
-    while (fgets(line, sizeof line, log)) {}
-    fclose(log);
-    cli_end(child);
-    check(cli_said(1, cli("@shrink: became shorter while it was read")),
-          "activations cut short while training: %d %s", ran.status, ran.err);
-    check(!exists(cli("@out")) && !exists(cli("@out.tmp")), "and output stays");
-    unsigned char head[256] = { 0 };
-    head[0] = (unsigned char)sprintf((char *)head + 8, "{\"images\":{\"dtype\":\"U8\",\"shape\":"
-        "[%d,%d,%d,3],\"data_offsets\":[0,%lld]}}", PICTURES, SIDE, SIDE, 3LL * SIDE * SIDE * PICTURES);
-    put_file(cli("@sparse.safetensors"), head, 8 + (size_t)head[0]);
-    if (truncate(cli("@sparse.safetensors"), 8 + head[0] + (off_t)3 * SIDE * SIDE * PICTURES) != 0) {
-        skip("this file system has no sparse files of 1.5 GB");
-        return;
-    }
-    child = cli_start(cli("pack @sparse.safetensors --size 1 -o @out --threads 2"));
-    while (!exists(cli("@out.tmp")) && waitpid(child, NULL, WNOHANG) == 0)
-        nanosleep(&(struct timespec){ 0, 1000000 }, NULL);
-    if (truncate(cli("@sparse.safetensors"), 5000) != 0) need("@sparse");
-    cli_end(child);
-    check(cli_said(1, cli("@sparse.safetensors: became shorter")), "a packed set cut short: %d %s",
-          ran.status, ran.err);
-    check(!exists(cli("@out")) && !exists(cli("@out.tmp")), "and output stays");
-    remove(cli("@sparse.safetensors"));
-}
-
-/* A decoder does not outlive a program that is killed: its pipe has no reader any more. */
-static void cli_test_orphans(void)
-{
-    char byte;
-    if (mkfifo(cli("@alive"), 0600) != 0) need("a pipe");
-    put_text(cli("@endless.sh"), cli("exec 3>@alive; printf 'P6 16384 16384 255\n'; "
-                                     "exec cat /dev/zero"));
-    setenv("SAECLIP_DECODER", cli("sh @endless.sh"), 1);
-    pid_t child = cli_start(cli("pack @shot.jpg -o @out"));
-    int alive = open(cli("@alive"), O_RDONLY);
-    kill(child, SIGKILL);
-    cli_end(child);
-    struct pollfd end = { .fd = alive, .events = POLLIN };
-    check(ran.status == -SIGKILL && poll(&end, 1, 60000) > 0 && read(alive, &byte, 1) == 0,
-          "a decoder outlives the program: %d", ran.status);
-    unsetenv("SAECLIP_DECODER");
-    close(alive);
-    remove(cli("@out.tmp"));                     /* a killed program cannot */
-}
-
-/* Nor one that is ended by a signal, whatever the decoder makes of its pipe; training, which is asked to
- * stop, does not wait for it. The decoder has signals as they usually are. */
-static void cli_test_ended_decoders(void)
-{
-    static const char *const lines[] = { "pack @shot.jpg -o @out", "pack @shot.jpg -o @out",
-        "train --quiet -m @model @mixed.txt --order sequential --latents 8 --batch 1 --steps 4 -o @out" };
-    for (size_t i = 0; i < COUNT(lines); i++) {
-        if (i < 2) {
-            put_text(cli("@stuck.sh"), cli("exec 3>@alive; trap '' TERM HUP PIPE; sleep 600; sleep 600"));
-        } else {
-            put_text(cli("@stuck.sh"), cli("grep SigIgn /proc/self/status >@ignored; exec 3>@alive; "
-                                           "sleep 600"));
-        }
-        put_text(cli("@mixed.txt"), cli("@photos/birds/a.ppm\n@shot.jpg\n"));
-        setenv("SAECLIP_DECODER", cli("sh @stuck.sh"), 1);
-        with.seconds = 60;
-        pid_t child = cli_start(cli("%s --threads 2", cli("%s", lines[i])));
-        int alive = open(cli("@alive"), O_RDONLY);           /* now the decoder runs */
-        char byte;
-        kill(child, i == 0 ? SIGTERM : i == 1 ? SIGHUP : SIGINT);
-        cli_end(child);
-        struct pollfd end = { .fd = alive, .events = POLLIN };
-        check(poll(&end, 1, 60000) > 0 && read(alive, &byte, 1) == 0, "a decoder outlives signal %zu", i);
-        if (i < 2) check(ran.status == (i ? -SIGHUP : -SIGTERM), "%s: status %d", lines[i], ran.status);
-        else check(cli_said(1, "stopped by signal 2 after step"), "%s: %d, %s", lines[i], ran.status, ran.err);
-        check(!exists(cli("@out")) && !exists(cli("@out.tmp")), "signal %zu leaves output", i);
-        close(alive);
-    }
-    const char *ignored = get_file(cli("@ignored"), NULL);
-    unsigned long long mask = ignored && *ignored ? strtoull(ignored + strlen("SigIgn:"), NULL, 16) : 0;
-    check((mask >> (SIGPIPE - 1) & 1) == 0 && (mask >> (SIGXFSZ - 1) & 1) == 0,
-          "a decoder ignores what we do: %llx", mask);
-    with.seconds = 300;
-    unsetenv("SAECLIP_DECODER");
 }
 
 /* Escapes that a terminal would obey, in names that come from anywhere. */
@@ -1365,7 +1217,7 @@ static void cli_test_escapes(void)
     put_text(cli("@odd"), "");
     cli_copy("@sae", "@od\033[31md");
     static const char *const lines[] = { "eval -s @od\033[31md --acts @acts",
-        "eval -s @od\033[31md --acts @acts --format markdown",
+        "eval -s @od\033[31md --acts @acts --format csv",
         "eval -s @od\033[31md --acts @acts --format csv",
         "eval -s @od\033[31md --acts @acts --format json", "info @od\033[31md",
         "compare @od\033[31md @acts" };
@@ -1415,26 +1267,20 @@ static void cli_table_of(const char *name)
     static char path[600];
     char *arguments[] = { (char *)(uintptr_t)program(), "eval", "-s", path, "--acts", "", "--format",
                           "", NULL };
-    static const char *const kinds[] = { "text", "markdown", "csv", "json" };
+    static const char *const kinds[] = { "text", "csv", "json" };
     snprintf(path, sizeof path, "%s", cli("@odd.%s", name));
     cli_copy("@sae", "@odd.sae");
     if (strchr(name, '/') || rename(cli("@odd.sae"), path) != 0) return;
     arguments[5] = (char *)(uintptr_t)cli("@acts");
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 3; i++) {
         arguments[7] = (char *)(uintptr_t)kinds[i];
         check(run_list(arguments) == 0 && cli_harmless(ran.out) && cli_harmless(ran.err),
               "eval --format %s of '%s': status %d %s %s", kinds[i], name, ran.status, ran.out,
               ran.err);
-        size_t bars = 0, quotes = 0, tags = 0, lines = cli_count(ran.out, "\n");
-        for (const char *c = ran.out; *c; c++) {
-            bars += *c == '|' && (c == ran.out || c[-1] != '\\');
-            quotes += *c == '"';
-            tags += *c == '<' && (c == ran.out || c[-1] != '\\');
-        }
-        check(lines == (i == 1 || i == 3 ? 3 : 2), "%s of '%s' has %zu lines", kinds[i], name, lines);
-        check(i != 1 || tags == 0, "Markdown of '%s' has a tag", name);
-        check(i != 1 || bars == 3 * (EVAL_COLUMNS + 1), "Markdown of '%s' has %zu bars", name, bars);
-        check(i != 2 || quotes % 2 == 0, "CSV of '%s' has %zu quotes", name, quotes);
+        static const size_t expected[] = { EVAL_COLUMNS, 2, 3 };     /* lines of each format */
+        size_t quotes = cli_count(ran.out, "\""), lines = cli_count(ran.out, "\n");
+        check(lines == expected[i], "%s of '%s' has %zu lines", kinds[i], name, lines);
+        check(i != 1 || quotes % 2 == 0, "CSV of '%s' has %zu quotes", name, quotes);
     }
     char *value = strstr(ran.out, "\"sae\": "), *end = value ? strstr(value, ", \"data\":") : NULL;
     char **list = NULL;
@@ -1596,19 +1442,6 @@ static void cli_test_steps(void)
     check(strstr(cli_log("@log"), "\n4,16,272,") != NULL, "step 4 is not after 16 images");
     cli_works("train --acts @acts --latents 8 --batch 20 --steps 2 -o @again --log @log");
     check(strstr(cli_log("@log"), "\n2,40,680,") != NULL, "batches beyond one epoch are not full");
-    cli_input("@stream");
-    cli_works("train --quiet -m @model --layer 2 --hook mlp - --order sequential --latents 8 "
-              "--batch 3 -o @streamed --log @log");
-    cli_input(NULL);
-    check(cli_count(cli_log("@log"), "\n") == 1 + 2, "a stream of 7 by 3 is not 2 steps");
-    cli_works("train --acts @acts --order sequential --latents 8 --batch 3 --steps 2 -o @again");
-    sc_sae one, two;
-    same = sc_sae_open(&one, cli("@streamed")) == SC_OK;
-    same = sc_sae_open(&two, cli("@again")) == SC_OK && same;
-    check(same && memcmp(one.W_enc, two.W_enc, 8 * 32 * sizeof(float)) == 0,
-          "a stream trains another SAE than its activations");
-    sc_sae_close(&one);
-    sc_sae_close(&two);
 }
 
 /* Without a step that changes anything, the mse of a batch of one tells which image it is. */
@@ -1688,12 +1521,12 @@ static void cli_test_resume(void)
         if (old) memmove(old, strchr(value, ' '), strlen(strchr(value, ' ')) + 1);
         snprintf(line, sizeof line, "%s%s --steps 30 -o @out --checkpoint @ckpt12 --resume",
                  changed, others[i]);
-        cli_refuses(1, "@ckpt12: the checkpoint is of other options or data", line);
+        cli_refuses(1, "@ckpt12: a checkpoint of another run", line);
     }
     snprintf(line, sizeof line, "%s--steps 30 -o @out --checkpoint @fresh --resume", recipe);
     works("%s", cli("%s", line));
     check(cli_same("@out", "@whole_sae")
-          && strstr(ran.err, cli("@fresh: there is no checkpoint yet")),
+          && strstr(ran.err, cli("@fresh: no checkpoint yet")),
           "--resume without a checkpoint: %s", ran.err);
     remove(cli("@out"));
 }
@@ -1719,27 +1552,16 @@ static void cli_test_resume_photos(void)
     for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
         snprintf(line, sizeof line, "%s%s --steps 20 -o @out --checkpoint @pc8 --resume", recipe,
                  others[i]);
-        cli_refuses(1, "@pc8: the checkpoint is of other options or data", line);
+        cli_refuses(1, "@pc8: a checkpoint of another run", line);
     }
     works("%s", cli("train --quiet --acts @acts --latents 8 --batch 2 --steps 1 -o @part "
                     "--checkpoint @ac"));
     cli_copy("@acts", "@kept_acts");
     cli_poke(cli("@kept_acts"), cli("@acts"), "activations", 0, 0x3f000000);
-    cli_refuses(1, "@ac: the checkpoint is of other options or data",
+    cli_refuses(1, "@ac: a checkpoint of another run",
                 "train --acts @acts --latents 8 --batch 2 --steps 2 -o @out --checkpoint @ac "
                 "--resume");
     cli_copy("@kept_acts", "@acts");
-    cli_input("@stream");
-    works("%s", cli("%s-m @model - --order sequential --steps 2 -o @whole_sae", recipe));
-    works("%s", cli("%s-m @model - --order sequential --steps 1 -o @part --checkpoint @sc",
-                    recipe));
-    works("%s", cli("%s-m @model - --order sequential --steps 2 -o @part --checkpoint @sc --resume",
-                   recipe));
-    check(cli_same("@part", "@whole_sae"), "a run from a stream, resumed, ends with another SAE");
-    works("%s", cli("%s-m @model - --order sequential --steps 2 -o @part --checkpoint @sc --resume",
-                   recipe));
-    check(cli_same("@part", "@whole_sae"), "a stream's finished run, resumed, ends elsewhere");
-    cli_input(NULL);
 }
 
 static void cli_test_damage(void)
@@ -1764,9 +1586,11 @@ static void cli_test_damage(void)
     put_text(cli("@hurt"), "");
     cli_refuses(1, "@hurt.prev", line);
     cli_copy("@sae", "@hurt");
-    cli_refuses(1, "@hurt: this is no checkpoint; the checkpoint before it is @hurt.prev", line);
-    cli_edit(cli("@ckpt12"), cli("@hurt"), (cli_change){ .key = "position", .text = "x" });
-    cli_refuses(1, "@hurt: this is no checkpoint", line);
+    cli_refuses(1, "@hurt: not a checkpoint: metadata next_draw is missing; the checkpoint before it is @hurt.prev", line);
+    cli_edit(cli("@ckpt12"), cli("@hurt"), (cli_change){ .key = "checksum", .text = "x" });
+    cli_refuses(1, "@hurt: damaged", line);
+    cli_edit(cli("@ckpt12"), cli("@hurt"), (cli_change){ .key = "next_draw", .text = "1" });
+    cli_refuses(1, "@hurt: damaged", line);
     static const char *const tensors[] = { "W_enc", "W_dec", "b_enc", "W_enc_m", "b_dec_v",
                                            "silent" };
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
@@ -1774,19 +1598,9 @@ static void cli_test_damage(void)
         cli_refuses(1, "@hurt: ", line);
         check(strstr(ran.err, tensors[i]) != NULL, "no %s: %s", tensors[i], ran.err);
     }
-    sc_safetensors file;                         /* a step far away must not be counted up to */
-    unsigned long long position[4];
-    char text[100] = "";
-    if (sc_safetensors_open(&file, cli("@ckpt12")) != SC_OK) need("%s", sc_error());
-    const char *old = sc_metadata_find(&file, "position");
-    if (sscanf(old, "%llx %llx %llx %llx", &position[0], &position[1], &position[2],
-               &position[3]) == 4)
-        snprintf(text, sizeof text, "ffffffffffffffff %llx %llx %llx", position[1], position[2],
-                 position[3]);
-    sc_safetensors_close(&file);
-    cli_edit(cli("@ckpt12"), cli("@hurt"), (cli_change){ .key = "position", .text = text });
+    cli_edit(cli("@ckpt12"), cli("@hurt"), (cli_change){ .key = "steps", .text = "18446744073709551615" });
     with.seconds = 60;
-    cli_refuses(1, "@hurt: the checksum does not match", line);
+    cli_refuses(1, "@hurt: damaged", line);
     with.seconds = 300;
     remove(cli("@hurt"));
     cli_refuses(1, "; the checkpoint before it is @hurt.prev", line);
@@ -1863,46 +1677,6 @@ static void cli_test_signals(void)
     }
 }
 
-/* Training that waits for a stream's next picture is stopped by a signal too. */
-static void cli_test_waiting(void)
-{
-    size_t count;
-    char line[200];
-    const char *bytes = get_file(cli("@photos/birds/a.ppm"), &count);
-    if (mkfifo(cli("@waited.in"), 0600) != 0 || mkfifo(cli("@waited.csv"), 0600) != 0) need("pipes");
-    cli_input("@waited.in");
-    with.seconds = 20;
-    pid_t child = cli_start(cli("train --quiet -m @model - --order sequential --batch 1 --latents 8 "
-                                "--steps 9 -o @waited --log @waited.csv"));
-    FILE *in = fopen(cli("@waited.in"), "w"), *rows = fopen(cli("@waited.csv"), "r");
-    if (!in || !rows) need("pipes");
-    for (int i = 0; i < 2; i++) fwrite(bytes, 1, count, in);
-    fflush(in);
-    for (int row = 0; row < 3; row++)
-        if (!fgets(line, sizeof line, rows)) break;
-    check(strncmp(line, "2,", 2) == 0, "two pictures make no two steps: %s", line);
-    nanosleep(&(struct timespec){ 0, 100000000 }, NULL);         /* now it waits for a third */
-    kill(child, SIGINT);
-    cli_end(child);
-    check(cli_said(1, "stopped by signal 2 after step 2; ") && exists(cli("@waited.ckpt"))
-          && !exists(cli("@waited")), "SIGINT while waiting: status %d, %s", ran.status, ran.err);
-    fclose(in);
-    fclose(rows);
-    child = cli_start(cli("train --quiet -m @model - --order sequential --batch 1 --latents 8 --steps 9 "
-                          "--b-dec mean --b-dec-images 90 -o @waited"));
-    if (!(in = fopen(cli("@waited.in"), "w"))) need("pipes");
-    for (size_t sent = 0; sent < 200000; sent += count)      /* more than a pipe holds: it reads */
-        fwrite(bytes, 1, count, in);
-    fflush(in);
-    kill(child, SIGTERM);
-    cli_end(child);
-    check(cli_said(1, "stopped by signal 15 after step 0; "), "SIGTERM while reading ahead: %d, %s",
-          ran.status, ran.err);
-    fclose(in);
-    cli_input(NULL);
-    with.seconds = 300;
-}
-
 /* A second signal ends training at once. Both wait for it where it is stopped. */
 static void cli_test_impatience(void)
 {
@@ -1939,38 +1713,6 @@ static void cli_test_unread(void)
     check(ran.status == -SIGINT, "SIGINT while a pipe has no reader: status %d", ran.status);
     with.seconds = 300;
 #endif
-}
-
-/* Any other command that is ended takes what it had begun to write along; a signal that nohup has it
- * ignore stays ignored. */
-static void cli_test_ended(void)
-{
-    static const int signals[] = { SIGHUP, SIGINT, SIGTERM, SIGHUP };
-    struct stat about;
-    size_t count;
-    if (mkfifo(cli("@ended.in"), 0600) != 0) need("a pipe");
-    cli_input("@ended.in");
-    for (size_t i = 0; i < COUNT(signals); i++) {
-        if (i == 3) signal(SIGHUP, SIG_IGN);
-        pid_t child = cli_start(cli("pack --quiet - --size 16 -o @ended"));
-        if (i == 3) signal(SIGHUP, SIG_DFL);
-        FILE *in = fopen(cli("@ended.in"), "w");
-        if (!in) need("a pipe");
-        const char *bytes = get_file(cli("@photos/birds/a.ppm"), &count);
-        for (int image = 0; image < MEASURE_IMAGES; image++) fwrite(bytes, 1, count, in);
-        fflush(in);
-        while ((stat(cli("@ended.tmp"), &about) != 0 || about.st_size == 0)
-               && waitpid(child, NULL, WNOHANG) == 0)
-            nanosleep(&(struct timespec){ 0, 1000000 }, NULL);
-        kill(child, signals[i]);
-        if (i == 3) fclose(in);
-        cli_end(child);
-        if (i < 3) fclose(in);
-        check(ran.status == (i < 3 ? -signals[i] : 0) && exists(cli("@ended")) == (i == 3)
-              && !exists(cli("@ended.tmp")), "signal %d: status %d", signals[i], ran.status);
-    }
-    cli_input(NULL);
-    cli_test_unread();
 }
 
 /* Weights so far off after step 1 that the squared gradient of step 2 is beyond a float's range: step
@@ -2046,9 +1788,6 @@ static void test_cli(void)
     cli_test_streams();
     cli_test_memory();
     cli_test_claims();
-    cli_test_shrinking();
-    cli_test_orphans();
-    cli_test_ended_decoders();
     cli_test_names();
     cli_test_formulas();
     cli_test_escapes();
@@ -2060,9 +1799,7 @@ static void test_cli(void)
     cli_test_damage();
     cli_test_kept_checkpoints();
     cli_test_signals();
-    cli_test_waiting();
     cli_test_impatience();
-    cli_test_ended();
     cli_test_overflow();
     cli_test_shared_log();
 }

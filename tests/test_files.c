@@ -227,8 +227,8 @@ static const struct { const char *header; size_t data; const char *error; } file
     { "{\"__metadata__\":{\"a\":\"b\",\"c\":\"d\"}," TENSOR("a", "U8", "1", "0", "1") "}", 1, NULL },
     { " {}", 0, "JSON byte 0: expected '{'" },
     { "[]", 0, "JSON byte 0: expected '{'" },
-    { "{}x", 0, "nothing but spaces" },
-    { "{}{}", 0, "nothing but spaces" },
+    { "{}x", 0, "only spaces after" },
+    { "{}{}", 0, "only spaces after" },
     { "{\"a\"", 0, "':'" },
     { "{a:1}", 0, "a string" },
     { "{" TENSOR("a", "U8", "1", "0", "1") ",}", 1, "a string" },
@@ -268,20 +268,20 @@ static const struct { const char *header; size_t data; const char *error; } file
     { "{" TENSOR("a", "U8", "2", "0", "2") "}", 1, " of 1" },
     { "{" TENSOR("a", "U8", "1", "1", "0") "}", 1, "lies at 1 to 0" },
     { "{" TENSOR("a", "U8", "1", "18446744073709551615", "0") "}", 1, " of 1" },
-    { "{" TENSOR("a", "F32", "1", "0", "3") "}", 3, "has 4 bytes by dtype and shape, but lies at 0 to 3" },
-    { "{" TENSOR("a", "F32", "1", "0", "5") "}", 5, "has 4 bytes by dtype and shape, but lies at 0 to 5" },
+    { "{" TENSOR("a", "F32", "1", "0", "3") "}", 3, "needs 4 bytes by its dtype and shape, but lies at 0 to 3" },
+    { "{" TENSOR("a", "F32", "1", "0", "5") "}", 5, "needs 4 bytes by its dtype and shape, but lies at 0 to 5" },
     { "{" TENSOR("a", "U8", "2", "0", "2") "," TENSOR("b", "U8", "2", "1", "3") "}", 3,
-      "'b' begins at byte 1 of the data, expected 2" },
+      "'b' begins at byte 1 of the data (expected 2)" },
     { "{" TENSOR("a", "U8", "2", "0", "2") "," TENSOR("b", "U8", "2", "0", "2") "}", 2,
-      "begins at byte 0 of the data, expected 2" },
+      "begins at byte 0 of the data (expected 2)" },
     { "{" TENSOR("a", "U8", "1", "0", "1") "," TENSOR("b", "U8", "1", "2", "3") "}", 3,
-      "'b' begins at byte 2 of the data, expected 1" },
-    { "{" TENSOR("a", "U8", "1", "1", "2") "}", 2, "begins at byte 1 of the data, expected 0" },
+      "'b' begins at byte 2 of the data (expected 1)" },
+    { "{" TENSOR("a", "U8", "1", "1", "2") "}", 2, "begins at byte 1 of the data (expected 0)" },
     { "{" TENSOR("a", "U8", "1", "0", "1") "}", 2, "1 bytes of data belong to no tensor" },
     { "{}", 3, "3 bytes of data belong to no tensor" },
-    { "{" TENSOR("a", "U8", "1", "0", "1") "," TENSOR("a", "U8", "1", "1", "2") "}", 2, "'a' is there twice" },
-    { "{" TENSOR("a", "U8", "1", "0", "1") "," TENSOR("\\u0061", "U8", "1", "1", "2") "}", 2, "'a' is there twice" },
-    { "{\"__metadata__\":{\"k\":\"1\",\"j\":\"\",\"k\":\"2\"}}", 0, "'k' is there twice" },
+    { "{" TENSOR("a", "U8", "1", "0", "1") "," TENSOR("a", "U8", "1", "1", "2") "}", 2, "'a' appears twice" },
+    { "{" TENSOR("a", "U8", "1", "0", "1") "," TENSOR("\\u0061", "U8", "1", "1", "2") "}", 2, "'a' appears twice" },
+    { "{\"__metadata__\":{\"k\":\"1\",\"j\":\"\",\"k\":\"2\"}}", 0, "'k' appears twice" },
     { "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "only once" },
     { "{\"__metadata__\":{\"k\":1}}", 0, "a string" },
     { "{\"__metadata__\":{\"k\":{}}}", 0, "a string" },
@@ -353,8 +353,8 @@ static void files_bad_files(void)
         { "seven", 2, 7, "8 bytes or more" },
         { "eight", 0, 8, "a header of 0 bytes" },
         { "one", 1, 9, "a header of 1 bytes" },
-        { "beyond", 3, 10, "a header of 3 bytes, expected 2 to 2" },
-        { "huge", UINT64_MAX, 64, "a header of 18446744073709551615 bytes, expected 2 to 56" },
+        { "beyond", 3, 10, "a header of 3 bytes (expected 2 to 2)" },
+        { "huge", UINT64_MAX, 64, "a header of 18446744073709551615 bytes (expected 2 to 56)" },
         { "wraps", UINT64_MAX - 7, 64, "a header of 18446744073709551608 bytes" },
         { "jpeg", 0x464a1000e0ffd8ff, 64, "not a safetensors file" },
     };
@@ -382,11 +382,11 @@ static void files_bad_files(void)
     unlink(in_folder("long"));
     check(sc_safetensors_open(&file, in_folder("missing")) == SC_FAILED &&
           says("cannot be opened: No such file"), "missing file");
-    check(sc_safetensors_open(&file, folder) == SC_FAILED && says("is no regular file"), "directory");
+    check(sc_safetensors_open(&file, folder) == SC_FAILED && says("not a regular file"), "directory");
     mkfifo(in_folder("fifo"), 0600);
-    check(sc_safetensors_open(&file, in_folder("fifo")) == SC_FAILED && says("is no regular file"),
+    check(sc_safetensors_open(&file, in_folder("fifo")) == SC_FAILED && says("not a regular file"),
           "a pipe is refused without waiting");
-    check(sc_safetensors_open(&file, "/dev/zero") == SC_FAILED && says("is no regular file"), "device");
+    check(sc_safetensors_open(&file, "/dev/zero") == SC_FAILED && says("not a regular file"), "device");
     put_file(in_folder("secret"), "", 0);
     chmod(in_folder("secret"), 0);
     if (geteuid() == 0) skip("a file without permission: root may read all");
@@ -578,18 +578,6 @@ static void files_output_destinations(void)
     free(bytes);
     struct stat about;
     check(stat(in_folder("pipe"), &about) == 0 && S_ISFIFO(about.st_mode), "a pipe stays");
-    mkdir(in_folder("sub"), 0700);
-    put_file(in_folder("sub/target"), "old", 3);
-    check(symlink("target", in_folder("sub/one")) == 0 && symlink("sub/one", in_folder("link")) == 0 &&
-          symlink("sub/fresh", in_folder("dangling")) == 0, "links");
-    output_open(&out, in_folder("link"));
-    output_write(&out, "new", 3);
-    check(exists(in_folder("sub/target.tmp")), "the temporary stands beside the link's target");
-    check(output_commit(&out) == SC_OK && holds(in_folder("sub/target"), "new") &&
-          lstat(in_folder("link"), &about) == 0 && S_ISLNK(about.st_mode), "links are followed");
-    output_open(&out, in_folder("dangling"));
-    output_write(&out, "new", 3);
-    check(output_commit(&out) == SC_OK && holds(in_folder("dangling"), "new"), "a dangling link");
     put_file(in_folder("victim"), "keep", 4);
     symlink("victim", in_folder("planted.tmp"));
     check(output_open(&out, in_folder("planted")) == SC_FAILED && holds(in_folder("victim"), "keep"),
@@ -765,7 +753,7 @@ static void files_writer_errors(void)
     double doubles[2] = { 1, 2 };
     int64_t integers[2] = { 1, 2 };
     check(sc_writer_open(&w, in_folder("bad"), 100) == SC_OK, "open");
-    check(sc_writer_floats(&w, floats, 1) == SC_FAILED && says("no tensor"), "values before a tensor");
+    check(sc_writer_floats(&w, floats, 1) == SC_FAILED && says("without a tensor"), "values before a tensor");
     check(sc_writer_tensor(&w, "__metadata__", SC_F32, 1, two) == SC_FAILED, "reserved name");
     check(sc_writer_tensor(&w, "a", SC_F32, 9, nine) == SC_FAILED, "rank 9");
     check(sc_writer_tensor(&w, "a", SC_F32, 2, wide) == SC_FAILED && says("too large"), "too large");
@@ -774,7 +762,7 @@ static void files_writer_errors(void)
     check(sc_writer_doubles(&w, doubles, 1) == SC_FAILED && sc_writer_integers(&w, integers, 1) == SC_FAILED
           && sc_writer_bytes(&w, (const unsigned char *)"", 1) == SC_FAILED, "wrong kinds");
     check(sc_writer_floats(&w, floats, 1) == SC_OK, "one");
-    check(sc_writer_tensor(&w, "b", SC_F32, 1, two) == SC_FAILED && says("got 1 values, expected 2"),
+    check(sc_writer_tensor(&w, "b", SC_F32, 1, two) == SC_FAILED && says("got 1 values (expected 2"),
           "incomplete");
     check(sc_writer_floats(&w, floats, 1) == SC_OK && sc_writer_floats(&w, floats, 1) == SC_OK, "more");
     check(sc_writer_tensor(&w, "b", SC_F32, 1, two) == SC_FAILED && says("got 3 values"), "overfull");
@@ -784,21 +772,21 @@ static void files_writer_errors(void)
     check(sc_writer_open(&w, in_folder("bad"), 100) == SC_OK, "open");
     check(sc_writer_tensor(&w, "h", SC_F16, 2, open_two) == SC_OK, "h");
     sc_writer_floats(&w, floats, 1);
-    check(sc_writer_tensor(&w, "b", SC_F16, 1, two) == SC_FAILED && says("got 1 values, expected 0"),
+    check(sc_writer_tensor(&w, "b", SC_F16, 1, two) == SC_FAILED && says("got 1 values (expected 0"),
           "half a row");
     sc_writer_floats(&w, floats, 1);
     sc_writer_discard(&w);
 
     /* what the dtype cannot hold */
     static const struct { sc_dtype dtype; double value; const char *error; } held[] = {
-        { SC_F32, (double)FLT_MAX, NULL }, { SC_F32, (double)-INFINITY, "element 3 is -inf" },
-        { SC_F32, (double)NAN, "element 3 is " },
-        { SC_F16, 65519, NULL }, { SC_F16, 65520, "element 3 is 65520, expected what F16 can hold" },
-        { SC_F16, -65520, "element 3 is -65520" }, { SC_F16, (double)NAN, "element 3 is " },
-        { SC_F64, DBL_MAX, NULL }, { SC_F64, (double)INFINITY, "element 3 is inf" },
-        { SC_F64, (double)NAN, "element 3 is " },
-        { SC_I32, INT32_MAX, NULL }, { SC_I32, 2147483648.0, "element 3 is 2.14748e+09" },
-        { SC_I32, INT32_MIN, NULL }, { SC_I32, -2147483649.0, "element 3 is -2.14748e+09" },
+        { SC_F32, (double)FLT_MAX, NULL }, { SC_F32, (double)-INFINITY, "element 3 cannot be held" },
+        { SC_F32, (double)NAN, "element 3 cannot be held" },
+        { SC_F16, 65519, NULL }, { SC_F16, 65520, "element 3 cannot be held by F16" },
+        { SC_F16, -65520, "element 3 cannot be held" }, { SC_F16, (double)NAN, "element 3 cannot be held" },
+        { SC_F64, DBL_MAX, NULL }, { SC_F64, (double)INFINITY, "element 3 cannot be held" },
+        { SC_F64, (double)NAN, "element 3 cannot be held" },
+        { SC_I32, INT32_MAX, NULL }, { SC_I32, 2147483648.0, "element 3 cannot be held" },
+        { SC_I32, INT32_MIN, NULL }, { SC_I32, -2147483649.0, "element 3 cannot be held" },
         { SC_I64, 9e18, NULL },
     };
     for (size_t i = 0; i < sizeof held / sizeof *held; i++) {
@@ -827,8 +815,8 @@ static void files_writer_errors(void)
         if (held[i].error) {
             check(status == SC_FAILED && says(held[i].error), "%s refuses %g",
                   sc_dtype_name(held[i].dtype), value);
-            w.values = 5;
-            check(sc_writer_finish(&w) == SC_FAILED && !exists(in_folder("bad")), "and that sticks");
+            sc_writer_discard(&w);
+            check(!exists(in_folder("bad")), "a discarded file stays");
         } else {
             check(status == SC_OK && sc_writer_finish(&w) == SC_OK, "%s takes %g",
                   sc_dtype_name(held[i].dtype), value);
@@ -841,7 +829,7 @@ static void files_writer_errors(void)
     memset(large, 'x', 100000000 - 1);
     sc_writer_open(&w, in_folder("bad"), 0);
     sc_writer_metadata(&w, "large", large);
-    check(sc_writer_finish(&w) == SC_FAILED && says("larger than safetensors allows"), "header too large");
+    check(sc_writer_finish(&w) == SC_FAILED && says("header needs more than"), "header too large");
     free(large);
     const char *full = device("full");
     if (full) {
@@ -913,36 +901,6 @@ static void files_memory(void)
     free(header);
 }
 
-/* A file of a few bytes, mapped, is cut short: within a page nobody is told. What is made from it must not
- * count; a file that was replaced or removed meanwhile is still whole in the map. */
-static void files_shrinking(void)
-{
-    static const char header[] = "{\"x\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,12]}}";
-    sc_safetensors file = { 0 };
-    sc_output out;
-    char path[400], moved[400];
-    snprintf(path, sizeof path, "%s", files_put_tensors(header, strlen(header), 12));
-    snprintf(moved, sizeof moved, "%s", in_folder("moved"));
-    for (int how = 0; how < 3; how++) {
-        put_text(in_folder("made"), "old");
-        if (sc_safetensors_open(&file, files_put_tensors(header, strlen(header), 12)) != SC_OK)
-            need("%s", sc_error());
-        if (how == 0) check(truncate(path, (off_t)file.size - 4) == 0, "cannot be cut");
-        else if (how == 1) remove(path);
-        else check(rename(path, moved) == 0 && (put_text(path, "another"), 1), "cannot be replaced");
-        int status = output_open(&out, in_folder("made"));
-        if (status == SC_OK) output_write(&out, "new", 3);
-        if (status == SC_OK) status = output_commit(&out);
-        check(status == (how == 0 ? SC_FAILED : SC_OK) && holds(in_folder("made"), how == 0 ? "old" : "new"),
-              "made from a file that shrank, vanished, was replaced (%d): status %d", how, status);
-        check(end_of_output() == status, "and printed (%d)", how);
-        check(how > 0 || (strstr(sc_error(), path) && strstr(sc_error(), "became shorter")),
-              "a file that shrank: %s", sc_error());
-        sc_safetensors_close(&file);
-    }
-    check(end_of_output() == SC_OK, "a file that was closed still counts");
-}
-
 static void test_files(void)
 {
     files_numbers();
@@ -958,5 +916,4 @@ static void test_files(void)
     files_writer_errors();
     files_many();
     files_memory();
-    files_shrinking();
 }

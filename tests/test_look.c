@@ -258,9 +258,6 @@ static void look_mask(void)
     check(access("classes/latent_0_0_0.ppm.pgm", F_OK) != 0, "a class has no single masks");
     check(look_run("mask -s sae.safetensors -m model.safetensors flat --quiet -l 0 -o safe") == 0
           && is_mask("safe/latent_0_0_-__2J_.ppm.pgm", 255, 191, 64, 0), "names are made safe");
-    check(look_run("mask -s sae.safetensors -m model.safetensors - --quiet -l 0 -o stream < "
-              "set/a/1.ppm") == 0 && is_mask("stream/latent_0_0_.pgm", 0, 0, 0, 255),
-          "a stream has masks");
 }
 
 static void look_refusals(void)
@@ -272,11 +269,10 @@ static void look_refusals(void)
         { "mask " LOOK " -l 0 -o x --mask top", 2, "-t" },
         { "top " LOOK " -l 0 -o x", 2, "-t" },
         { "top " LOOK " -l 0 -o x -t nowhere", 1, "nowhere" },
-        { "top " LOOK " -l 0 -o x -t sae.safetensors", 1, "no statistics" },
+        { "top " LOOK " -l 0 -o x -t sae.safetensors", 1, "not statistics" },
         { "top " LOOK " -l 0 -o x -t stats --limit 2", 1, "other data" },
         { "top -s other.safetensors -m model.safetensors set --quiet -l 0 -o x -t stats", 1,
           "another SAE" },
-        { "top -s sae.safetensors -m model.safetensors - --quiet -l 0 -o x -t stats", 2, "stream" },
         { "mask " LOOK " -l 0 -o x --class 2", 1, "--class 2" },
         { "mask " LOOK " -l 0 -o x --class 3", 1, "--class 3" },
         { "mask -s sae.safetensors -m model.safetensors flat --quiet -l 0 -o x --class 0", 1,

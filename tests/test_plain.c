@@ -204,7 +204,7 @@ static void plain_examples(void)
     put_file(in_folder("image.ppm"), image, (size_t)(head + 3 * 20 * 20));
     works("train --quiet -m weights/demo.safetensors %s --expansion 2 --batch 1 --steps 2 -o %s", in_folder("image.ppm"),
           in_folder("strong.safetensors"));
-    works("encode --quiet -s %s -m weights/demo.safetensors %s --mean -o %s", in_folder("strong.safetensors"),
+    works("encode --quiet -s %s -m weights/demo.safetensors %s --image-means -o %s", in_folder("strong.safetensors"),
           in_folder("image.ppm"), in_folder("strong.codes"));
     const double *means = numbers_of(in_folder("strong.codes"), "image_means", &count);
     other_program = plain_example("strongest");

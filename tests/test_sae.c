@@ -16,7 +16,7 @@ static void sae_check_log(const char *name, const char *log)
     static const struct { const char *column; double relative, absolute; } columns[] = {
         { "step", 0, 0 }, { "images", 0, 0 }, { "tokens", 0, 0 }, { "lr", 1e-8, 0 }, { "loss", 3e-6, 0 },
         { "mse", 3e-6, 0 }, { "l1", 3e-6, 0 }, { "ghost", 3e-6, 0 }, { "l0", 1e-8, 1.01 / 286 },
-        { "explained_variance", 0, 1e-5 }, { "dead", 0, 0 },
+        { "explained_variance", 0, 1e-5 }, { "explained_variance_uncentred", 0, 1e-5 }, { "dead", 0, 0 },
     };
     char path[128];
     snprintf(path, sizeof path, GOLDEN "train_%s.csv", name);
@@ -291,8 +291,8 @@ static void sae_gradient(void)
         for (int last = 0; last < 2; last++)         /* steps - 1 steps, then one more */
             if (steps - 1 + last > 0)
                 works(SAE_TRAIN "--order sequential --init " GOLDEN "init_90.safetensors --steps %d %s %s "
-                      "--lr 0.0009765625 --warmup 0 --l1 0.00390625 --checkpoint %s -o %s", steps - 1 + last,
-                      topk ? "--arch topk --k 5" : "--arch relu", ghost ? "--ghost --dead-window 1" : "",
+                      "--lr 0.0009765625 --warmup 0 --checkpoint %s -o %s", steps - 1 + last,
+                      topk ? "--arch topk --k 5" : "--arch relu --l1 0.00390625", ghost ? "--ghost --dead-window 1" : "",
                       last ? after : before, in_folder("gradient"));
         if (!sae_read_point(ghost ? before : GOLDEN "init_90.safetensors", &point)) continue;
         size_t draw = (size_t)(steps - 1) * 11;

@@ -226,7 +226,7 @@ def loop():
 
 # ---------------------------------------------------------------------------------- training
 
-LOG = ["step", "images", "tokens", "lr", "loss", "mse", "l1", "ghost", "l0", "explained_variance", "dead", "seconds"]
+LOG = ["step", "images", "tokens", "lr", "loss", "mse", "l1", "ghost", "l0", "explained_variance", "explained_variance_uncentred", "dead", "seconds"]
 CASES = {  # name: latents and options; powers of two, so that --lr and --l1 are the same number in float and double
     "relu": dict(n=90, lr=2**-8, l1=2**-8, warmup=10),
     "relu_ghost": dict(n=300, lr=2**-10, l1=2**-8, warmup=5, ghost=True, dead_window=3),

@@ -163,6 +163,7 @@ def train(acts, init, steps, batch, lr, l1=0.0, warmup=0, k=None, ghost=False, d
                         "loss": loss.item(), **{name: t.item() for name, t in parts.items()},
                         "l0": (f > 0).sum(1).to(x.dtype).mean().item(),
                         "explained_variance": 1 - (error.sum() / ((x - x.mean(0)) ** 2).sum()).item(),
+                        "explained_variance_uncentred": 1 - (error.sum() / (x ** 2).sum()).item(),
                         "dead": int(dead.sum()), "seconds": 0,
                         "revived": int((dead & fired).sum())})            # revived: for make_golden.py's own check
             for group in adam.param_groups:
