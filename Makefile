@@ -1,26 +1,37 @@
 # saeclip needs a C11 compiler and POSIX; nothing else, neither to build nor to run.
-#     make CC=aarch64-linux-gnu-gcc CFLAGS_EXTRA=-static        as an example
+# CC and CFLAGS_EXTRA may come from the command line or the environment; a cross compiler needs no more:
+#     make CC=s390x-linux-gnu-gcc CFLAGS_EXTRA=-static
 
 CFLAGS  = -O3
 PREFIX  = /usr/local
 INSTALL = install
 
-# Fused and reordered floating-point operations would change results: these flags keep them out.
+# Results must not depend on the compiler: no fused or reordered floating-point operations (EXACT), and no
+# float that is computed in double, as the usual flags for two processors allow. The compiler is asked which
+# processor it compiles for; clang never uses double on s390x and does not know the flag.
 EXACT  = -std=c11 -ffp-contract=off -fno-math-errno -fno-trapping-math
+MACROS := $(shell $(CC) $(CFLAGS_EXTRA) -dM -E - </dev/null 2>/dev/null)
+ifneq ($(filter __i386__,$(MACROS)),)
+EXACT += -msse2 -mfpmath=sse
+endif
+ifneq ($(filter __s390x__,$(MACROS)),)
+ifeq ($(filter __clang__,$(MACROS)),)
+EXACT += -fexcess-precision=fast
+endif
+endif
+
 POSIX  = -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64
 WARN   = -Wall -Wextra -Wpedantic -Wshadow -Wvla
-FLAGS  = $(EXACT) $(POSIX) $(WARN) -pthread
-BUILD  = $(CC) $(FLAGS) $(CFLAGS) $(CFLAGS_EXTRA)
+BUILD  = $(CC) $(EXACT) $(POSIX) $(WARN) -pthread $(CFLAGS) $(CFLAGS_EXTRA)
 LIBS   = -lm
-# What only the tests add: they call part of the functions that are static.
+# Tests include saeclip.c and call only some of its static functions.
 TEST   = -Wno-unused-function
 GUARD  = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 RACES  = -O1 -g -fsanitize=thread
 SOURCE = saeclip.c saeclip.h
 TESTS  = tests/test.c tests/check.h tests/test_*.c
 
-.PHONY: all demo report test check fuzz fuzz-seeds faults coverage bench fingerprint portability install \
-        clean help
+.PHONY: all demo report test check fuzz fuzz-seeds faults bench fingerprint portability install clean help
 
 all: saeclip
 
@@ -30,13 +41,13 @@ saeclip: $(SOURCE)
 tests/test: $(SOURCE) $(TESTS)
 	$(BUILD) $(TEST) -o $@ tests/test.c $(LIBS)
 
-# Pictures with known answers; see its head. -O1 is fast enough and compiles in a quarter of the time.
+# Draws images with known answers (see its first comment). -O1 compiles in a quarter of the time.
 tests/synth: $(SOURCE) tests/synth.c
 	$(BUILD) -O1 $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
 
-# The whole method, into out/: on pictures that are drawn for it and the small model in weights/, or on
-# the user's own with MODEL=FILE IMAGES=DIR. LATENTS=J,J,... get a sheet, by default twelve that know best
-# what is drawn, or are strongest on the first photo. CLASS=C: masks of its mean, not of the first photo.
+# The whole method, into out/: on images that are drawn for it and the small model in weights/, or on your own
+# with MODEL=FILE IMAGES=DIR. LATENTS=J,J,... get a sheet each; by default the twelve that best detect what is
+# drawn, or that are strongest on the first photo. CLASS=C: masks of the class's mean, not of the first photo.
 MODEL     = weights/demo.safetensors
 IMAGES    =
 PICTURES  = 2000
@@ -49,10 +60,12 @@ demo: saeclip tests/synth
 	@MODEL="$(MODEL)" IMAGES="$(IMAGES)" PICTURES=$(PICTURES) UNSEEN=$(UNSEEN) EXPANSION=$(EXPANSION) \
 	    EPOCHS=$(EPOCHS) LATENTS="$(LATENTS)" CLASS="$(CLASS)" tests/demo.sh
 
-# The report, whole: make report MODEL=clip.safetensors TRAIN=photos VAL=others OUT=report. Photos are folders,
-# lists or packed sets; they are resized to SQUARE first, as pack does. KEEP=1 keeps the activations, 0.6 MB
-# an image of ViT-B/16, and spares the model ten of twelve passes. REPORTED: a file with the report's own table.
-# CLASS and LATENTS=J,J,... are figure 6's: a class of VAL, by number; by default its first photo's strongest.
+# The published report that saeclip reproduces, five SAEs with its table and figures:
+#     make report MODEL=clip.safetensors TRAIN=photos VAL=others OUT=report
+# Photos are folders, lists or packed sets; they are resized to SQUARE x SQUARE first. KEEP=1 stores the activations
+# (0.6 MB per image for ViT-B/16), which saves ten of twelve passes of the model. REPORTED: a file with the
+# report's own table. The last figure shows LATENTS=J,J,... on the images of CLASS in VAL, a number; by default
+# the latents that are strongest on the first of them.
 TRAIN    =
 VAL      =
 OUT      =
@@ -91,48 +104,31 @@ build/guard_synth: $(SOURCE) tests/synth.c
 	@mkdir -p build
 	$(BUILD) $(MODE) $(TEST) -DSAECLIP_NO_MAIN -o $@ tests/synth.c saeclip.c $(LIBS)
 
-# RACED: what ThreadSanitizer is to watch; nothing for the whole suite, which takes it some minutes.
+# RACED: the subjects that run under ThreadSanitizer; empty for all of them, which takes some minutes.
 RACED = threads
 check: build/guard_saeclip build/guard_test build/guard_synth build/races_saeclip build/races_test
 	SAECLIP=build/guard_saeclip SYNTH=build/guard_synth build/guard_test
 	SAECLIP=build/races_saeclip build/races_test $(RACED)
 
-# One line, to be compared with README.md's.
+# Prints one line, to be compared with the one in README.md.
 fingerprint: saeclip tests/synth
 	@sh tests/fingerprint.sh
 
-# Every target that there are tools for, or TARGETS="clang-O3 s390x"; takes its time.
+# Every target that the tools for are installed, or TARGETS="clang-O3 s390x". Takes half an hour.
 portability:
-	@FLAGS='$(FLAGS)' sh tests/portability.sh $(TARGETS)
+	@sh tests/portability.sh $(TARGETS)
 
-# The program is inside this one, behind a seam; the names below it would shadow its own.
+# saeclip.c is compiled into it, with the calls that may fail replaced.
 build/guard_faults: $(SOURCE) tests/faults.c tests/check.h
 	@mkdir -p build
 	$(BUILD) $(GUARD) $(TEST) -Wno-shadow -o $@ tests/faults.c $(LIBS)
 
-# FAULTS: some of its rows, or nothing for all.
+# FAULTS: the rows to run; empty for all.
 FAULTS =
 faults: saeclip build/guard_faults
 	build/guard_faults $(FAULTS)
 
-# Lines of saeclip.c that the tests and the faults run, as gcov counts them: those that do not run are listed.
-# A killed process would leave no counts: training is not killed here, and the seam kills few.
-COUNTED = -O0 --coverage
-# All but the demo, which takes too long unoptimised.
-UNHURRIED = numbers files images model sae stats threads cli look figures atlas fingerprint
-GCOV    = gcov
-coverage: saeclip tests/synth
-	@mkdir -p build/coverage
-	@rm -f build/coverage/*
-	$(BUILD) $(COUNTED) -o build/coverage/saeclip saeclip.c $(LIBS)
-	$(BUILD) $(COUNTED) $(TEST) -o build/coverage/test tests/test.c $(LIBS)
-	$(BUILD) $(COUNTED) $(TEST) -Wno-shadow -o build/coverage/faults tests/faults.c $(LIBS)
-	SAECLIP=build/coverage/saeclip GCOV_ERROR_FILE=/dev/null build/coverage/test $(UNHURRIED)
-	GCOV_ERROR_FILE=/dev/null build/coverage/faults rows
-	$(GCOV) -t build/coverage/*.gcda >build/coverage/lines.txt
-	@awk -v least=95 -f tests/coverage.awk build/coverage/lines.txt
-
-# Hostile input, one target after the other; see tests/fuzz/fuzz.c and fuzz.sh.
+# Hostile input for one target after the other (see tests/fuzz/fuzz.c and fuzz.sh).
 TARGET  = safetensors tensors images lists texts commands checkpoints
 SECONDS = 60
 FUZZ_CC = clang
@@ -177,22 +173,20 @@ clean:
 	rm -rf saeclip tests/test tests/synth build out
 
 help:
-	@echo "make           builds ./saeclip                 (CC=... the compiler, CFLAGS_EXTRA=... more flags)"
-	@echo "make demo      the whole method, into out/      (MODEL=FILE IMAGES=DIR: on your own photos)"
-	@echo "make report    the report's SAEs, table and figures (MODEL=FILE TRAIN=IMAGES VAL=IMAGES OUT=DIR)"
-	@echo "make test      builds and runs the tests        (SAECLIP_DATA=DIR: with the real photos there)"
-	@echo "make check     the tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the"
-	@echo "               threads under ThreadSanitizer (RACED= all of them)"
-	@echo "make fingerprint  a checksum of what saeclip computes: the same everywhere, README.md has it"
-	@echo "make portability  the tests and the fingerprint with other compilers, flags and processors"
-	@echo "               (TARGETS=\"clang-O3 s390x\": some of them; what has no tools here is named)"
-	@echo "make faults    each call that may fail fails in turn, training is killed at random, and no"
-	@echo "               file is lost: thousands of runs, some minutes"
-	@echo "make coverage  how many lines of saeclip.c these run, and which they do not (gcc and its gcov)"
-	@echo "make fuzz      hostile input for every reader, a minute each, under both sanitizers"
-	@echo "               (TARGET='images lists' SECONDS=900; needs clang; build/corpus grows from run to"
-	@echo "               run, findings are in build/found); make fuzz-seeds runs the seeds alone, once"
-	@echo "make bench     how fast it is here, and against its peers (PEERS=DIR of node_modules, ROUNDS=3)"
-	@echo "make install   copies saeclip and saeclip.h     (PREFIX=/usr/local DESTDIR=)"
-	@echo "make clean     removes what was built"
-	@echo "make help      prints this"
+	@echo "make              builds ./saeclip (CC=compiler, CFLAGS_EXTRA=flags)"
+	@echo "make demo         the whole method, into out/ (MODEL=FILE IMAGES=DIR: on your own photos)"
+	@echo "make report       the report's SAEs, table and figures (MODEL=FILE TRAIN=IMAGES VAL=IMAGES OUT=DIR)"
+	@echo "make test         builds and runs the tests (SAECLIP_DATA=DIR: with the real photos there)"
+	@echo "make check        the tests under AddressSanitizer and UndefinedBehaviorSanitizer, and those of"
+	@echo "                  the threads under ThreadSanitizer (RACED= for all)"
+	@echo "make fingerprint  a checksum of what saeclip computes, to compare with README.md"
+	@echo "make portability  tests and fingerprint with other compilers, flags and processors"
+	@echo "                  (TARGETS='clang-O3 s390x' for some of them)"
+	@echo "make faults       makes every call that may fail do so, and kills training at random times;"
+	@echo "                  thousands of runs, some minutes"
+	@echo "make fuzz         hostile input for every reader, with clang, a minute each"
+	@echo "                  (TARGET='images lists' SECONDS=900; build/found has what goes wrong)"
+	@echo "make fuzz-seeds   the same with the seeds alone, with any compiler"
+	@echo "make bench        speed on this machine, and that of its peers (PEERS=DIR, ROUNDS=3)"
+	@echo "make install      copies saeclip and saeclip.h (PREFIX=/usr/local DESTDIR=)"
+	@echo "make clean        removes what was built"

@@ -4489,48 +4489,43 @@ static void output_discard(sc_output *out) {
     memset(out, 0, sizeof *out);
 }
 
-/* Locks NAME.tmp and empties it; fails with errno EBUSY where another process has it. That one may
- * have renamed it before we had the lock: then the file that we opened is its finished output. */
+/* Locks NAME.tmp; sets errno to EBUSY where another process has it. That one may have renamed it
+ * before we had the lock: then the file that we opened is its finished output. */
 static int lock_temporary(int fd, const char *name) {
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     struct stat locked, named;
     int ours = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0
             && stat(name, &named) == 0 && locked.st_ino == named.st_ino;
-    if (ours) return ftruncate(fd, 0) == 0 ? SC_OK : SC_FAILED;
-    errno = EBUSY;
-    return SC_FAILED;
+    if (!ours) errno = EBUSY;
+    return ours;
 }
 
 static int output_open(sc_output *out, const char *path) {
     struct stat there;
-    int fd, direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
-    *out = (sc_output){ .path = copy_string(path), .temporary = join_text(path, ".tmp") };
-    if (!out->path || !out->temporary) {
+    int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
+    *out = (sc_output){ .path = copy_string(path) };
+    if (out->path && !direct) out->temporary = join_text(path, ".tmp");
+    if (!out->path || (!direct && !out->temporary)) {
         output_discard(out);
         return SC_FAILED;
     }
-    if (direct) fd = open(path, O_WRONLY | O_CLOEXEC);
-    else fd = open(out->temporary, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
-    if (fd >= 0 && !direct && lock_temporary(fd, out->temporary) != SC_OK) {
-        int error = errno;
-        close(fd);
-        fd = -1;
-        errno = error;
-    }
-    if (fd >= 0) out->file = fdopen(fd, "w");
-    int status = out->file ? SC_OK : write_failed(path, errno);
-    if (direct) {
-        free(out->temporary);
-        out->temporary = NULL;
-    }
-    if (!out->file && fd >= 0) close(fd);
-    if (status != SC_OK) output_discard(out);
-    return status;
+    int fd = direct ? open(path, O_WRONLY | O_CLOEXEC)
+                    : open(out->temporary, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
+    int ours = fd >= 0 && !direct && lock_temporary(fd, out->temporary);
+    if (fd >= 0 && (direct || (ours && ftruncate(fd, 0) == 0))) out->file = fdopen(fd, "w");
+    if (out->file) return SC_OK;
+    write_failed(path, errno);
+    if (ours) unlink(out->temporary);
+    if (fd >= 0) close(fd);
+    output_discard(out);
+    return SC_FAILED;
 }
 
 /* The file that this output replaces stays under the name out->previous, if that is set. */
 static int keep_previous(const sc_output *out) {
-    if (!out->previous || rename(out->path, out->previous) == 0 || errno == ENOENT) return SC_OK;
+    if (!out->previous || access(out->path, F_OK) != 0) return SC_OK;
+    unlink(out->previous);                           /* with a link, out->path is never missing */
+    if (link(out->path, out->previous) == 0 || rename(out->path, out->previous) == 0) return SC_OK;
     return fail("%s: cannot be kept as %s: %s", out->path, out->previous, strerror(errno));
 }
 
@@ -6616,7 +6611,7 @@ static int open_log(training_run *run) {
     if (ferror(run->log)) return write_failed(path, errno);
     if (resumed && fseeko(run->log, end, SEEK_SET) != 0) return write_failed(path, errno);
     if (regular && ftruncate(fileno(run->log), end) != 0) return write_failed(path, errno);
-    if (end == 0 && (fputs(log_header, run->log) < 0 || fflush(run->log) != 0))
+    if (end == 0 && (fputs(log_header, run->log) == EOF || fflush(run->log) != 0))
         return write_failed(path, errno);
     return SC_OK;
 }
@@ -6625,13 +6620,11 @@ static int log_step(training_run *run, const sc_step *r) {
     uint64_t step = run->trainer->step, images = step * run->batch;
     char words[100];
     if (run->log) {
-        fprintf(run->log, "%ju,%ju,%ju", (uintmax_t)step, (uintmax_t)images,
-                (uintmax_t)(images * run->data.T));
-        const double column[] = { r->lr, r->loss, r->mse, r->l1, r->ghost, r->l0,
-                                  r->explained_variance, r->explained_variance_uncentred };
-        for (size_t i = 0; i < COUNT(column); i++) fprintf(run->log, ",%.9g", column[i]);
-        fprintf(run->log, ",%zu,%.3f\n", r->dead, seconds_now() - run->started);
-        if (fflush(run->log) != 0) return write_failed(run->o->log, errno);
+        if (fprintf(run->log, "%ju,%ju,%ju,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,%.3f\n",
+                    (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T), r->lr,
+                    r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
+                    r->explained_variance_uncentred, r->dead, seconds_now() - run->started) < 0
+            || fflush(run->log) != 0) return write_failed(run->o->log, errno);
     }
     snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
              r->explained_variance);

@@ -1,18 +1,19 @@
 /* A small harness for saeclip's tests, included once, by test.c.
  *
- *     check(condition, "name of what would be wrong, %d of it", i);   counts; prints where it fails
- *     skip("why, %s", reason);                                        counts; prints
+ *     check(condition, "the fault that a failure shows, %d of it", i);   counts; prints failures
+ *     skip("reason, %s", reason);                                        counts; prints
  *     const char *path = in_folder("a.safetensors");   in a temporary folder, removed at the end
  *     put_text(path, "text");  put_file(path, bytes, count);  get_file(path, &count);
  *     run("eval -s %s --acts %s", in_folder("s"), in_folder("a"));   starts ./saeclip, waits for it
- *     works("...");  refuses(2, "no number", "...");      run and check what it did
- *     check(ran.status == 1 && strstr(ran.err, "no such"), "...");   what it did
+ *     works("...");  refuses(2, "not a number", "...");   runs it and checks the outcome
+ *     check(ran.status == 1 && strstr(ran.err, "cannot"), "...");   the outcome of the last run
+ *     if (!can_decode("JPEG")) skip(...);              before a test that needs an image decoder
  *
- * Every test file (test_*.c) is included by test.c after saeclip.c, so tests may call what is static
- * there; all of them share one name space: begin the names of a file's own helpers with its subject
- * (cli_..., look_...). A file offers one function, void test_SUBJECT(void), named in test.c's table;
- * `tests/test SUBJECT...` runs only those. Tests run in the checkout's root, golden files are at
- * GOLDEN "name". Names say what would be wrong; nothing is printed for what passes. */
+ * Every test file (test_*.c) is included by test.c after saeclip.c, so tests may call its static
+ * functions; all files share one name space, so a file's helpers begin with its subject (cli_...,
+ * look_...). A file has one entry, void test_SUBJECT(void), listed in test.c's table;
+ * `tests/test SUBJECT...` runs only these. Tests run in the checkout's root; golden files are at
+ * GOLDEN "name". Names of checks describe the fault; passed checks print nothing. */
 #ifndef CHECK_H
 #define CHECK_H
 
@@ -22,8 +23,8 @@
 
 static size_t passed, failed, skipped;
 
-/* Counts a check and returns whether it passed; of those that fail, says which and the library's
- * last reason. */
+/* Counts a check and returns whether it passed. A failure prints the name and the library's last
+ * error message. */
 SC_PRINTF(2, 3) static int check(_Bool condition, const char *name, ...)
 {
     va_list arguments;
@@ -41,7 +42,7 @@ SC_PRINTF(2, 3) static int check(_Bool condition, const char *name, ...)
     return 0;
 }
 
-/* Counts tests that this machine cannot run and says why. */
+/* Counts a test that cannot run on this machine and prints the reason. */
 SC_PRINTF(1, 2) static void skip(const char *reason, ...)
 {
     va_list arguments;
@@ -53,10 +54,10 @@ SC_PRINTF(1, 2) static void skip(const char *reason, ...)
     va_end(arguments);
 }
 
-/* Whether the library's last reason holds a text. */
+/* Whether the library's last error message contains a text. */
 static int says(const char *text) { return strstr(sc_error(), text) != NULL; }
 
-/* What no test can go on without. */
+/* Ends the tests: something that all of them need failed. */
 SC_PRINTF(1, 2) static void need(const char *what, ...)
 {
     va_list arguments;
@@ -70,7 +71,7 @@ SC_PRINTF(1, 2) static void need(const char *what, ...)
 
 /* --- Files --- */
 
-static char folder[256];             /* the tests' temporary folder, without a slash at the end */
+static char folder[256];             /* the tests' temporary folder, without a final slash */
 
 /* A path in the temporary folder; 64 may be in use at a time. */
 SC_PRINTF(1, 2) static const char *in_folder(const char *name, ...)
@@ -94,7 +95,7 @@ static void put_file(const char *path, const void *bytes, size_t count)
 
 static void put_text(const char *path, const char *text) { put_file(path, text, strlen(text)); }
 
-/* All of a file and a zero byte, to be freed; NULL where there is none. */
+/* The bytes of a file and a zero byte, to be freed; NULL if it cannot be opened. */
 static char *read_whole(const char *path, size_t *count)
 {
     size_t room = 65536, got;
@@ -110,7 +111,7 @@ static char *read_whole(const char *path, size_t *count)
     return bytes;
 }
 
-/* The same, freed by itself: 16 may be in use at a time. */
+/* The same, freed automatically: 16 may be in use at a time. */
 static char *get_file(const char *path, size_t *count)
 {
     static char *kept[16];
@@ -127,7 +128,19 @@ static int exists(const char *path)
     return lstat(path, &about) == 0;
 }
 
-/* Whether a file holds exactly a text. */
+/* A path that stays right in another folder; 4 may be in use at a time. */
+static char *absolute_path(const char *path)
+{
+    static char paths[4][8400];
+    static int turn;
+    char here[4200], *whole = paths[turn = (turn + 1) % 4];
+    if (!getcwd(here, sizeof here)) need("the current folder");
+    if (*path == '/') here[0] = '\0';
+    snprintf(whole, sizeof paths[0], "%s%s%s", here, *here ? "/" : "", path);
+    return whole;
+}
+
+/* Whether the contents of a file are exactly this text. */
 static int holds(const char *path, const char *text)
 {
     size_t count;
@@ -135,7 +148,7 @@ static int holds(const char *path, const char *text)
     return bytes && count == strlen(text) && memcmp(bytes, text, count) == 0;
 }
 
-/* Whether two files are there and equal. */
+/* Whether two files exist and are equal. */
 static int same_files(const char *a, const char *b)
 {
     size_t count_a, count_b;
@@ -143,7 +156,7 @@ static int same_files(const char *a, const char *b)
     return bytes_a && bytes_b && count_a == count_b && memcmp(bytes_a, bytes_b, count_a) == 0;
 }
 
-/* Removes a file or a folder with all it holds. */
+/* Removes a file, or a folder with its contents. */
 static void remove_tree(const char *path)
 {
     struct dirent *entry;
@@ -168,8 +181,8 @@ static void make_folder(void)
 
 int mknod(const char *path, mode_t mode, dev_t device);      /* XSI: not in POSIX's own headers */
 
-/* The device "full" or "null" to write to; NULL where there is none. For root a node in the temporary
- * folder: a program that is wrong would replace the machine's own. */
+/* The device "full" or "null" to write to; NULL if there is none. Root gets a node in the temporary
+ * folder, since a faulty program could replace the machine's own. */
 static const char *device(const char *name)
 {
     struct stat about;
@@ -187,15 +200,15 @@ static const char *device(const char *name)
 
 /* --- The program --- */
 
-/* What the last run did. status is the exit status, or minus the signal that ended it. */
+/* The outcome of the last run. status: the exit status, or minus the signal that ended it. */
 static struct { int status; char *out, *err; size_t out_count, err_count; } ran;
 
-/* What the next run gets, until changed: its standard input (NULL: an empty one), the most bytes of
- * memory it may address (0: any; not under a sanitizer), and the seconds until it is killed.
- * Environment variables are inherited: setenv() and unsetenv() before. */
+/* The conditions of the runs that follow: standard input (NULL: empty), a limit on the bytes of memory
+ * (0: none; not under a sanitizer), and the seconds until the program is killed. Environment variables
+ * are inherited: call setenv() and unsetenv() before. */
 static struct { const char *input; size_t memory; unsigned seconds; } with = { NULL, 0, 1200 };
 
-/* The instruction set that the tests were started with: SAECLIP_ISA, NULL for the machine's best. */
+/* The instruction set that the tests were started with, from SAECLIP_ISA; NULL for the best one. */
 static const char *given_isa(void)
 {
     static char name[20];
@@ -211,9 +224,9 @@ static void restore_isa(void)
     else unsetenv("SAECLIP_ISA");
 }
 
-static const char *other_program;    /* what runs in the place of saeclip, until it is NULL again */
+static const char *other_program;    /* runs instead of saeclip while it is not NULL */
 
-/* The program under test: ./saeclip, or what the environment's SAECLIP names. */
+/* The program under test: ./saeclip, or the one that the environment variable SAECLIP names. */
 static const char *program(void)
 {
     const char *name = other_program ? other_program : getenv("SAECLIP");
@@ -237,7 +250,7 @@ static void become_program(char *const *arguments, const char *out, const char *
     _exit(127);
 }
 
-/* Starts the program with arguments (its own name first, NULL last) and waits; returns its status. */
+/* Runs the program with arguments (its own name first, NULL last); returns its status. */
 static int run_list(char *const *arguments)
 {
     int status;
@@ -258,8 +271,8 @@ static int run_list(char *const *arguments)
     return ran.status;
 }
 
-/* Starts the program with arguments written as one line, split at blanks (a path with a blank needs
- * run_list); no word for its own name. Returns its status. */
+/* Runs the program with arguments in one line, split at blanks, without its own name; a path with a
+ * blank needs run_list(). Returns its status. */
 SC_PRINTF(1, 2) static int run(const char *format, ...)
 {
     static char line[65536];
@@ -276,7 +289,7 @@ SC_PRINTF(1, 2) static int run(const char *format, ...)
     return run_list(arguments);
 }
 
-/* Runs the program and checks that it does what it is asked to. */
+/* Runs the program and checks that its status is 0. */
 SC_PRINTF(1, 2) static int works(const char *format, ...)
 {
     static char line[65536];
@@ -288,8 +301,8 @@ SC_PRINTF(1, 2) static int works(const char *format, ...)
     return check(status == 0, "saeclip %s: status %d, %s", line, status, ran.err);
 }
 
-/* Runs the program and checks that it refuses: its status, and one line on standard error that holds
- * a text (and nothing on standard output). */
+/* Runs the program and checks that it refuses: the status, one line on standard error that contains a
+ * text, and nothing on standard output. */
 SC_PRINTF(3, 4) static int refuses(int status, const char *text, const char *format, ...)
 {
     static char line[65536];
@@ -305,10 +318,33 @@ SC_PRINTF(3, 4) static int refuses(int status, const char *text, const char *for
                  text, ran.status, ran.err);
 }
 
+/* Whether a program on this machine really decodes a format, "JPEG" or "PNG": one pixel is decoded with
+ * each program that saeclip would start. A program of that name alone is not enough. */
+static int can_decode(const char *format)
+{
+#define FF "\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"
+    static const char jpeg[] = "\xff\xd8\xff\xdb\0\x43\0" FF FF FF FF "\xff\xc0\0\x0b\x08\0\1\0\1\1\1\x11\0"
+        "\xff\xc4\0\x14\0\1\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0" "\xff\xc4\0\x14\x10\1\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
+        "\xff\xda\0\x08\1\1\0\0\x3f\0\x3f\xff\xd9";
+    static const char png[] = "\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR\0\0\0\1\0\0\0\1\1\3\0\0\0\x25\xdb\x56\xca"
+        "\0\0\0\3PLTE\x80\x80\x80\x90\x74\x3d\x31\0\0\0\x0aIDAT\x08\x99\x63\x60\0\0\0\2\0\1\xf4\x71\x64\xa6"
+        "\0\0\0\0IEND\xae\x42\x60\x82";
+#undef FF
+    int is_jpeg = strcmp(format, "JPEG") == 0;
+    char command[2000];
+    const char *path = in_folder(".pixel");
+    if (is_jpeg) put_file(path, jpeg, sizeof jpeg - 1);
+    else put_file(path, png, sizeof png - 1);
+    snprintf(command, sizeof command, "for decoder in %s 'magick - ppm:-' 'convert - ppm:-'; do"
+             " case $($decoder 2>/dev/null <%s | head -c 2) in P[1-6]) exit 0;; esac; done; exit 1",
+             is_jpeg ? "djpeg" : "pngtopnm", path);
+    return system(command) == 0;
+}
+
 /* --- Numbers --- */
 
-/* A tensor's values as float64, whatever it holds; NULL (and a failed check) where the file has none
- * of that name. 16 may be in use at a time. */
+/* A tensor's values as float64, whatever its type; NULL (and a failed check) if the file has no such
+ * tensor. 16 may be in use at a time. */
 static double *numbers_of(const char *path, const char *name, size_t *count)
 {
     static double *kept[16];
@@ -338,7 +374,7 @@ static double *numbers_of(const char *path, const char *name, size_t *count)
     return out;
 }
 
-/* The largest difference over the largest value: what golden files' tolerances are stated in. */
+/* The largest difference over the largest value: tolerances for golden files are given in this. */
 static double off(const double *a, const double *b, size_t count)
 {
     double worst = 0, largest = 0;
@@ -363,8 +399,8 @@ static void check_tensor(const char *path, const char *name, const char *golden_
           golden, error, tolerance);
 }
 
-/* The number in a CSV's row (from 0, after the header) under a column's name; NaN where there is none.
- * A cell may be quoted, but holds no comma. */
+/* The number in a row of a CSV file (from 0, after the header) in the named column; NaN if there is
+ * none. A cell may be quoted, but must not contain a comma. */
 static double csv_number(const char *text, size_t row, const char *column)
 {
     size_t at = 0, width = strlen(column);

@@ -1,16 +1,14 @@
 /* Faults: `make faults`, or build/guard_faults [ROW|rows|damaged|disk|kill ...] in the checkout's root.
  *
- * saeclip.c is compiled here once more, with every call that may fail replaced by one that counts: memory,
- * opening, reading, writing, names, threads, children. That is the seam: call i of a run is told to fail, for
- * every i, and what the run then does is held to the contract: status 1 and one line, or status 0 and the
- * right bytes; no half file, no NAME.tmp, nothing of what was there before touched; no leak, no descriptor,
- * mapping or child left. Each row of `rows` is run so three times over:
- *     once     files of an earlier run lie there; the call fails, the next one does not
- *     from     nothing lies there; from that call on all of its kind fail, as on a disk that is full
- *     die      (rows that train) the process is killed at that call; the same command goes on from there
- * Then checkpoints are damaged, the disk is too small for one, and training is killed (kill -9) 200 times at
- * random moments: what goes on from there ends with the same bytes. Signals, NaN and two runs that write the
- * same files are in test_cli.c and test_files.c. */
+ * saeclip.c is compiled into this program with every call that may fail (memory, files, names, threads, children)
+ * replaced by one that counts. Then call i of a run is made to fail, for every i, and the run is held to the
+ * contract: status 1 and one line, or status 0 and the right bytes; no half-written file, no NAME.tmp, no change to
+ * what was there before; no leak, and no descriptor, mapping or child left. Each row of `rows` is run in three modes:
+ *     once     files of an earlier run exist; this one call fails
+ *     from     no files exist; from this call on all calls of its kind fail, as on a full disk
+ *     die      (training only) the process is killed at this call; the same command then goes on from there
+ * Then checkpoints are damaged, the disk is too small for one, and training is killed 200 times at random times:
+ * the run that goes on from there must end with the same bytes. */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -53,7 +51,6 @@
 #include "check.h"
 
 int saeclip_main(int argc, char **argv);
-char *realpath(const char *restrict path, char *restrict resolved);      /* see saeclip.c */
 
 /* ------------------------------------------------------------------------------------------------------
  * The seam
@@ -184,12 +181,6 @@ static int seam_rename(const char *from, const char *to, int line)
     return rename(from, to);
 }
 
-char *seam_realpath(const char *restrict path, char *restrict resolved);
-char *seam_realpath(const char *restrict path, char *restrict resolved)
-{
-    return seam_hit(FAULT_MEMORY, "realpath", 1, ENOMEM) ? NULL : realpath(path, resolved);
-}
-
 static ssize_t seam_read(int descriptor, void *bytes, size_t count)
 {
     return seam_hit(FAULT_READING, "read", 2, EIO) ? -1 : read(descriptor, bytes, count);
@@ -211,11 +202,10 @@ static void *seam_mapped(void *map)
  * What is run
  * ------------------------------------------------------------------------------------------------------ */
 
-/* Runs in a folder of its own; inputs are in ../in (see make_inputs). before: files that lie there in mode
- * `once`; NAME a text, NAME/ a folder with a text, NAME>LINK a text and a link to it, =FILE NAME a copy of an
- * input. resume: what is added when the command is given again after a failure. says: where status 0 with this
- * text on standard output is right too. */
-typedef struct { const char *name, *command, *before, *resume, *input, *decoder, *says; int trains; } row;
+/* A row runs in a folder of its own; inputs are in ../in (see make_inputs). before: files that are there in mode
+ * `once`: NAME a text, NAME/ a folder with a text, =FILE NAME a copy of an input. resume: added when the command is
+ * given again after a failure. says: status 0 with this text on standard output is right too. */
+typedef struct { const char *name, *command, *before, *resume, *decoder, *says; int trains; } row;
 
 #define FAULT_RELU "train --quiet --threads 1 --acts ../in/acts --arch relu --latents 20 --batch 3 --lr 1e-2 " \
              "--warmup 2 --ghost --dead-window 1 --b-dec geomedian "
@@ -230,15 +220,13 @@ static const row rows[] = {
     { .name = "info-sae", .command = "info --quiet ../in/sae" },
     { .name = "pack", .command = "pack --quiet --threads 1 ../in/photos --size 12 -o out", .before = "out" },
     { .name = "pack-list", .command = "pack --quiet --threads 1 ../in/list.txt --square 9 -o out",
-      .before = "kept>out" },
+      .before = "out" },
     { .name = "pack-decoded", .command = "pack --quiet --threads 1 --size 8 ../in/decoded -o out",
       .before = "out", .decoder = "tail -c +9" },
     { .name = "extract", .command = "extract --quiet --threads 1 -m ../in/model --layer 2 --hook mlp "
       "../in/photos --dtype f16 -o out", .before = "out" },
     { .name = "extract-threads", .command = "extract --quiet --threads 3 -m ../in/model --layer 1 --hook attn "
       "../in/set.safetensors --tokens patches -o out", .before = "out" },
-    { .name = "extract-stream", .command = "extract --quiet --threads 1 -m ../in/model --layer -1 --hook resid "
-      "- -o out", .before = "out", .input = "stream" },
     { .name = "train", .command = FAULT_RELU "--steps 5 -o out " FAULT_SAVE, .before = "out log.csv", .resume = "--resume",
       .trains = 1 },
     { .name = "train-resumed", .command = FAULT_TOPK "--steps 5 -o out --resume " FAULT_SAVE,
@@ -268,7 +256,7 @@ static const row rows[] = {
     { .name = "explain-json", .command = "explain --quiet --threads 1 -s ../in/sae -m ../in/model -t ../in/stats "
       "../in/photos/cats/a.ppm --format json" },
     { .name = "plot-curves", .command = "plot curves ../in/log3.csv -o out", .before = "out" },
-    { .name = "plot-latents", .command = "plot latents ../in/stats -o out", .before = "kept>out" },
+    { .name = "plot-latents", .command = "plot latents ../in/stats -o out", .before = "out" },
     { .name = "plot-activations", .command = "plot activations ../in/stats -o out", .before = "out" },
     { .name = "plot-counts", .command = "plot counts ../in/stats -o out", .before = "out" },
     { .name = "atlas", .command = "atlas --quiet --threads 1 -s ../in/sae -t ../in/stats -m ../in/model "
@@ -304,17 +292,9 @@ static void make_inputs(void)
     static const char *const folders[] = { "in", "work", "in/photos", "in/photos/birds", "in/photos/cats",
                                            "in/photos/dogs", "in/decoded" };
     static const char *const pictures[] = { "birds/a", "birds/b", "birds/c", "cats/a", "cats/b", "dogs/a" };
-    static char stream[65536];
-    size_t used = 0, count;
     for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) mkdir(in_folder("%s", folders[i]), 0777);
-    for (unsigned i = 0; i < sizeof pictures / sizeof *pictures; i++) {
-        const char *path = in_folder("in/photos/%s.ppm", pictures[i]);
-        put_picture(path, i + 1, "");
-        const char *bytes = get_file(path, &count);
-        memcpy(stream + used, bytes, count);
-        used += count;
-    }
-    put_file(in_folder("in/stream"), stream, used);
+    for (unsigned i = 0; i < sizeof pictures / sizeof *pictures; i++)
+        put_picture(in_folder("in/photos/%s.ppm", pictures[i]), i + 1, "");
     put_text(in_folder("in/list.txt"), "photos/cats/a.ppm\t1  # a cat\nphotos/birds/c.ppm\t0\n");
     put_picture(in_folder("in/decoded/a.png"), 3, "\x89PNG\r\n\x1a\n");
     put_picture(in_folder("in/decoded/b.png"), 4, "\x89PNG\r\n\x1a\n");
@@ -362,7 +342,7 @@ static void list_tree(tree *t, const char *path, const char *name)
         if (t->count == FAULT_MOST_FILES) need("more files than room");
         found_file *file = &t->file[t->count++];
         snprintf(file->name, sizeof file->name, "%s", inner);
-        file->digest = S_ISDIR(about.st_mode) ? 1 : S_ISLNK(about.st_mode) ? 2 : digest_of(below);
+        file->digest = S_ISDIR(about.st_mode) ? 1 : digest_of(below);
         if (S_ISDIR(about.st_mode)) list_tree(t, below, inner);
     }
     closedir(inside);
@@ -389,8 +369,6 @@ static void prepare_folder(const row *r, int mode)
     mkdir(in_folder("work"), 0777);
     snprintf(words, sizeof words, "%s", mode == FAULT_FROM || !r->before ? "" : r->before);
     for (char *word; (word = strtok_r(rest, " ", &rest)) != NULL;) {
-        char *link_name = strchr(word, '>');
-        if (link_name) *link_name++ = '\0';
         if (*word == '=') {
             char *name = strtok_r(rest, " ", &rest);
             copy_file(in_folder("in/%s", word + 1), in_folder("work/%s", name));
@@ -401,7 +379,6 @@ static void prepare_folder(const row *r, int mode)
             strcpy(end, "/earlier");
         }
         put_text(in_folder("work/%s", word), "of an earlier run\n");
-        if (link_name && symlink(word, in_folder("work/%s", link_name)) != 0) need("a link");
     }
     before.count = 0;
     list_tree(&before, in_folder("work"), "");
@@ -427,7 +404,7 @@ static void run_child(const row *r, const char *more)
     int count = 1;
     snprintf(line, sizeof line, "%s %s", r->command, more);
     for (char *word; count < 127 && (word = strtok_r(rest, " ", &rest)) != NULL;) words[count++] = word;
-    int in = open(r->input ? in_folder("in/%s", r->input) : "/dev/null", O_RDONLY);
+    int in = open("/dev/null", O_RDONLY);
     int out = open(in_folder(".out"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
     int err = open(in_folder(".err"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
     if (dup2(in, 0) < 0 || dup2(out, 1) < 0 || dup2(err, 2) < 0 || chdir(in_folder("work")) != 0) _exit(126);
@@ -473,7 +450,7 @@ static int is_one_line(const char *text)
            && !strstr(text, "Success");
 }
 
-/* NAME.tmp stays where it could not be removed, or locked, so that it may be another's. */
+/* NAME.tmp stays if it could not be removed, or not be locked: it may be another process's. */
 static int temporary_may_stay(void)
 {
     return strcmp(seam->name, "unlink") == 0 || strcmp(seam->name, "fcntl") == 0
@@ -624,9 +601,8 @@ static void damage_checkpoints(const row *r)
 /* Starts ./saeclip in the folder "work"; most: the size of a file that is too large for the disk, or 0. */
 static pid_t start_program(const char *command, rlim_t most)
 {
-    char whole[4200], line[2000], *words[128] = { whole }, *rest = line;
+    char line[2000], *words[128] = { absolute_path(program()) }, *rest = line;
     int count = 1;
-    if (!realpath(program(), whole)) need("%s", program());
     snprintf(line, sizeof line, "%s", command);
     for (char *word; count < 127 && (word = strtok_r(rest, " ", &rest)) != NULL;) words[count++] = word;
     fflush(stdout);
@@ -637,9 +613,8 @@ static pid_t start_program(const char *command, rlim_t most)
     int err = open(in_folder(".err"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
     if (dup2(err, 2) < 0 || chdir(in_folder("work")) != 0) _exit(126);
     if (most && setrlimit(RLIMIT_FSIZE, &limit) != 0) _exit(126);
-    if (most) setenv("GCOV_PREFIX", folder, 1);      /* make coverage: not over counts */
     alarm(120);
-    execv(whole, words);
+    execv(words[0], words);
     _exit(127);
 }
 
@@ -792,7 +767,6 @@ const char *sc_error(void);
 #define FIRST(a, ...) (a)
 
 #define posix_memalign(p, a, n) (FAULT(FAULT_MEMORY, "posix_memalign", ENOMEM) ? ENOMEM : posix_memalign(p, a, n))
-#define realpath seam_realpath       /* saeclip.c declares it */
 #define scandir(f, l, v, b) (FAULT(FAULT_MEMORY, "scandir", ENOMEM) ? -1 : scandir(f, l, v, b))
 #define open_memstream(p, n) (FAULT(FAULT_MEMORY, "open_memstream", ENOMEM) ? NULL : open_memstream(p, n))
 #define mmap(...) (FAULT(FAULT_MEMORY, "mmap", ENOMEM) ? MAP_FAILED : seam_mapped(mmap(__VA_ARGS__)))

@@ -29,7 +29,7 @@ s zeroshot -m model pictures --limit 1 --format json > zeroshot
 train="train --acts acts --expansion 2 --steps 12 --batch 2 --warmup 4 --ghost --dead-window 0"
 s $train --arch relu --lr 2e-2 --l1 1e-2 --b-dec geomedian --log relu.csv -o relu
 s $train --arch topk --lr 4e-3 --k 6 --b-dec geomedian-images --b-dec-images 5 --log topk.csv -o topk
-cut -d , -f 1-11 relu.csv topk.csv > logs                    # column 12 is time
+cut -d , -f 1-12 relu.csv topk.csv > logs                    # column 13 is time
 s encode -s relu --acts acts --reconstruction --image-means -o codes
 s encode -s topk --acts acts --dense -o dense
 

@@ -1,9 +1,10 @@
 #!/bin/sh
-# `make report MODEL=FILE TRAIN=IMAGES VAL=IMAGES OUT=DIR`: all that the report shows. Five SAEs at a block's attention
-# and MLP (ReLU, TopK, and at the MLP ReLU with geometric bias), the table, all figures, and report.html that
-# holds them. What OUT has is not made again, and a training that was stopped goes on. The other variables
-# are the Makefile's, with the report's values. Figure 6 is of LATENTS, or of the four that are strongest on the
-# first photo of CLASS, of those that fire on half of the photos at most (where none does, of all).
+# `make report MODEL=FILE TRAIN=IMAGES VAL=IMAGES OUT=DIR`: everything in the published report that saeclip reproduces.
+# Five SAEs at a block's attention and MLP outputs (ReLU, TopK, and at the MLP ReLU with a geometric bias), the table,
+# all figures, and report.html, which holds them. What OUT already has is not made again, and a training run that was
+# stopped continues. The other variables are set by the Makefile, to the report's values. The last figure shows
+# LATENTS, or the four latents that are strongest on the first photo of CLASS, among those that fire on at most half
+# of the photos (if there are none, among all).
 set -eu
 for given in "MODEL=$MODEL" "TRAIN=$TRAIN" "VAL=$VAL" "OUT=$OUT"; do
     [ "${given#*=}" ] || { echo "make report: ${given}... is missing" >&2; exit 2; }
@@ -11,7 +12,7 @@ done
 program=$PWD/saeclip
 names='attn-relu attn-topk mlp-relu mlp-topk mlp-geometric'
 
-saeclip() {                                      # shows what it does
+saeclip() {                                      # prints the command, then runs it
     {
         printf 'saeclip'
         for word; do
@@ -21,8 +22,8 @@ saeclip() {                                      # shows what it does
     } >&2
     "$program" "$@"
 }
-plot() { (cd "$OUT" && saeclip plot "$@"); }     # whose legends have the files' names
-# from HOOK PART COMMAND...: runs it on the kept activations of a part, or on the photos themselves
+plot() { (cd "$OUT" && saeclip plot "$@"); }     # in OUT: its legends show the names of the files
+# from HOOK PART COMMAND...: runs the command on the stored activations of a part, or on its photos
 from() {
     hook=$1 part=$2 images=$TRAIN
     shift 2
@@ -41,7 +42,7 @@ train() {                                        # NAME
         --warmup "$WARMUP" --log "$log" --checkpoint "$OUT/training.ckpt" --resume -o "$sae"
     rm -f "$OUT/training.ckpt" "$OUT/training.ckpt.prev"
 }
-evaluate() {                                     # HOOK: a row an SAE, first on TRAIN, then on VAL
+evaluate() {                                     # HOOK: one row per SAE on TRAIN, then one each on VAL
     hook=$1
     set --
     for name in $names; do
@@ -69,7 +70,7 @@ rows() {                                         # 1: of TRAIN, 2: of VAL
             "$OUT/table-$hook.csv"
     done
 }
-# The first picture of CLASS in a set by `saeclip pack`: pictures, then labels of 8 bytes, behind the header.
+# The first image of CLASS in a packed set: the images, then labels of 8 bytes each, follow the header.
 unpack() {
     set -- $("$program" info "$VAL" | awk '$1 == "images" { print $3, $5, $7 }')
     begin=$(od -A n -t u1 -N 4 "$VAL" | awk '{ print 8 + $1 + 256 * ($2 + 256 * ($3 + 256 * $4)) }')
@@ -82,7 +83,7 @@ unpack() {
         dd if="$VAL" bs=1 skip=$((begin + at * $2 * $3 * 3)) count=$(($2 * $3 * 3)) 2>/dev/null; } >"$OUT/first.ppm"
     printf '%s\n' "$OUT/first.ppm"
 }
-# Where in VAL the class has its first photo: a file, or a folder whose first it is; nothing without classes.
+# The first photo of the class in VAL: a file, or a folder of which it is the first; empty without classes.
 photo() {
     case $VAL in
     *.safetensors) unpack ;;
@@ -98,12 +99,12 @@ photo() {
         printf '%s\n' "$1" ;;
     esac
 }
-# The four latents that are strongest on a photo, of those that fire on no larger share of all photos.
+# The four latents that are strongest on a photo, among those that fire on at most this share of all photos.
 strongest() {                                    # SAE PHOTO SHARE
     saeclip explain -s "$OUT/$1.safetensors" -t "$OUT/$1.train.stats" -m "$MODEL" --square "$SQUARE" --limit 1 \
         --max-frequency "$3" --format csv --quiet "$2" | sed -n 's/^\([0-9]*\),.*/\1/p' | head -n 4 | paste -s -d , -
 }
-masks() {                                        # no class, no such latent: all but this figure is there
+masks() {                                        # without the class or such latents only this figure is left out
     sae=$1 latents=$LATENTS image=''
     rm -rf "$OUT/masks-$sae" "$OUT/mask-$sae.svg"
     [ "$latents" ] || image=$(photo)
@@ -111,15 +112,15 @@ masks() {                                        # no class, no such latent: all
         [ "$latents" ] || [ ! "$image" ] || latents=$(strongest "$sae" "$image" $share)
     done
     if [ ! "$latents" ]; then
-        echo "make report: no masks of $sae: LATENTS=J,J,... is missing, and no photo of class $CLASS was found" >&2
+        echo "make report: no masks of $sae: no photo of class $CLASS was found (LATENTS=J,J,... names latents)" >&2
     elif saeclip mask -s "$OUT/$sae.safetensors" -m "$MODEL" --square "$SQUARE" "$VAL" -l "$latents" \
         --class "$CLASS" -o "$OUT/masks-$sae"; then
         (cd "$OUT/masks-$sae" && saeclip plot mask ./*.pgm -o "../mask-$sae.svg")
-    else echo "make report: no masks of $sae, for the reason above; all else is there" >&2
+    else echo "make report: no masks of $sae, for the reason above; everything else was made" >&2
     fi
 }
 html() { sed 's/&/\&amp;/g; s/</\&lt;/g; s/>/\&gt;/g'; }
-figure() {                                       # CAPTION NAME...: those that are there
+figure() {                                       # CAPTION NAME...: those of the figures that exist
     caption=$1
     shift
     for name; do
@@ -129,7 +130,7 @@ figure() {                                       # CAPTION NAME...: those that a
         echo "</figure>"
         caption=''
     done
-    [ ! "$caption" ] || echo "<p>$caption: this figure could not be made; \`make report\` said why.</p>"
+    [ ! "$caption" ] || echo "<p>$caption: this figure could not be made; see the messages of \`make report\`.</p>"
 }
 page() {
     cat <<'END'
@@ -153,7 +154,7 @@ END
     printf '<p>%s</p><div class=wide><table>\n' "$(html <"$OUT/options.txt")"
     sed -n '/^$/q; /^|---/d; /^|/{s/^| /<tr><td>/; s/ | /<td>/g; s/ |$//; p;}' "$OUT/table.md"
     echo "</table></div>"
-    [ ! "$REPORTED" ] || { echo "<h2>The report's own figures</h2><pre>"; html <"$REPORTED"; echo "</pre>"; }
+    [ ! "$REPORTED" ] || { echo "<h2>The report's own numbers</h2><pre>"; html <"$REPORTED"; echo "</pre>"; }
     figure "1. Training at the attention's output" curves-attn
     figure "2. Training at the MLP's output" curves-mlp
     figure "3. Latents: how often and how strongly they fire, training beside validation" \
@@ -186,14 +187,14 @@ for name in $names; do
 done
 for hook in attn mlp; do [ -f "$OUT/table-$hook.csv" ] || evaluate $hook; done
 {
-    echo "| data | output | activation | geometric bias | MSE | explained variance | mean activation | L0 a token |" \
+    echo "| data | output | activation | geometric bias | MSE | explained variance | mean activation | L0 per token |" \
         "L0 / latents | entropy | dead | on every image | on 1 image | on 2 images |"
     echo "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     rows 1
     rows 2
     echo
-    if [ "$REPORTED" ]; then printf 'The report'"'"'s own figures:\n\n' && cat "$REPORTED"
-    else echo "The report's own figures are not part of saeclip: REPORTED=FILE, a Markdown table, puts them here."; fi
+    if [ "$REPORTED" ]; then printf 'The report'"'"'s own numbers:\n\n' && cat "$REPORTED"
+    else echo "The report's own numbers are not part of saeclip: REPORTED=FILE, a Markdown table, adds them here."; fi
 } >"$OUT/table.md"
 
 for hook in attn mlp; do

@@ -71,8 +71,8 @@ static size_t put_tensor(FILE *header, char *line, unsigned char *data, size_t u
     return used + count * bytes;
 }
 
-/* Writes a file from lines. position: what to put under that key instead, or NULL */
-static void make_tensors(const char *path, const char *text, const char *position) {
+/* Writes a file from lines. */
+static void make_tensors(const char *path, const char *text) {
     static unsigned char data[MOST_DATA];
     static char copy[MOST_INPUT + 1];
     char *header = NULL, *rest = strcpy(copy, text);
@@ -94,7 +94,7 @@ static void make_tensors(const char *path, const char *text, const char *positio
             *equals = '\0';
             print_json(out, line + 1);
             putc(':', out);
-            print_json(out, position && strcmp(line + 1, "position") == 0 ? position : equals + 1);
+            print_json(out, equals + 1);
         }
         if (pass == 0) fputs(some ? "}," : "}", out);
     }
@@ -155,7 +155,7 @@ static void print_model(FILE *out, int naming) {
 /* What every run finds there. */
 static struct fixture { const char *name; char *bytes; size_t count; struct stat about; } fixtures[] = {
     { .name = "photos" }, { .name = "photos/a.ppm" }, { .name = "photos/b.pgm" }, { .name = "list.txt" },
-    { .name = "stream" }, { .name = "model" }, { .name = "acts" }, { .name = "sae" }, { .name = "topk" },
+    { .name = "image.ppm" }, { .name = "model" }, { .name = "acts" }, { .name = "sae" }, { .name = "topk" },
     { .name = "stats" }, { .name = "first" }, { .name = "second" },
     { .name = "set.safetensors" }, { .name = "ckpt" }, { .name = "log.csv" } };
 
@@ -249,15 +249,12 @@ static void check_prints(void) {
 static void take_streams(void) {
     if (report >= 0) return;
     report = fcntl(2, F_DUPFD_CLOEXEC, 100);
-    if (!freopen(".out", "w+", stdout) || !freopen(".err", "w+", stderr)
-        || !freopen("stream", "r", stdin)) wrong("no files for standard streams");
+    if (!freopen(".out", "w+", stdout) || !freopen(".err", "w+", stderr)) wrong("no files for standard streams");
 }
 
 static void make_fixture(const char *line) {
     if (run_here(line) != SC_OK) need("%s: %s", line, sc_error());
 }
-
-static uint64_t recipe;              /* the digest in the checkpoint */
 
 #define RESUMED "train --threads 1 --acts acts --latents 4 --batch 1 --ghost --dead-window 0 "
 
@@ -265,18 +262,16 @@ static void make_fixtures(void) {
     static char lines[MOST_INPUT];
     unsigned char photo[] = "P6\n5 4\n255\n012345678901234567890123456789012345678901234567890123456789";
     FILE *text = fmemopen(lines, sizeof lines, "w");
-    sc_safetensors file;
-    run_position at;
     make_folder();
     if (chdir(folder) != 0 || !text) need("%s", folder);
     print_model(text, TIMM);
     fclose(text);
-    make_tensors("model", lines, NULL);
+    make_tensors("model", lines);
     mkdir("photos", 0777);
     put_file("photos/a.ppm", photo, sizeof photo - 1);
+    put_file("image.ppm", photo, sizeof photo - 1);
     put_text("photos/b.pgm", "P2 3 3 9 1 2 3 4 5 6 7 8 9\n");
     put_text("list.txt", "photos/a.ppm\t0\nphotos/b.pgm\t1 # remark\n");
-    put_text("stream", "P2 3 3 9 1 2 3 4 5 6 7 8 9 P4 9 3 \1\2\3\4\5\6 P3 1 1 1 1 0 1 ");
     quiet = 1;
     make_fixture("extract --quiet -m model --layer 1 --hook mlp list.txt -o acts");
     make_fixture("train --quiet --acts acts --latents 4 --steps 2 --batch 1 -o sae");
@@ -286,11 +281,6 @@ static void make_fixtures(void) {
     make_fixture("stats --quiet -s sae --acts acts --class-counts --shard 2/2 -o second");
     make_fixture("pack --quiet list.txt --size 4 -o set.safetensors");
     make_fixture(RESUMED "--quiet --steps 2 -o out --checkpoint ckpt --log log.csv");
-    if (sc_safetensors_open(&file, "ckpt") != SC_OK
-        || sscanf(sc_metadata_find(&file, "position"), "%llx %llx %llx", &at[0], &at[1], &at[2]) != 3)
-        need("ckpt");
-    recipe = at[2];
-    sc_safetensors_close(&file);
     for (size_t i = 1; i < COUNT(fixtures); i++)
         if (!(fixtures[i].bytes = read_whole(fixtures[i].name, &fixtures[i].count)))
             need("%s", fixtures[i].name);
@@ -367,31 +357,25 @@ static void fuzz_tensors(const char *text, size_t count) {
     while (use < COUNT(uses) && (strlen(uses[use].word) != length
                                  || memcmp(uses[use].word, text, length) != 0)) use++;
     int named = use < COUNT(uses);
-    make_tensors("fuzz.safetensors", text + (named ? length : 0), NULL);
+    make_tensors("fuzz.safetensors", text + (named ? length : 0));
     run_here(uses[named ? use : 0].line);
 }
 
-/* A stream of pictures. */
+/* One image file. */
 static void fuzz_images(const char *text, size_t count) {
     const sc_preprocess preps[] = { { .size = 4 }, { .size = 3, .square = 5, .crop_hf = 1 } };
     unsigned char pixels[4 * 4 * 3];
-    picture found;
+    sc_images set;
     put_file("fuzz.ppm", text, count);
-    image_source source = { .name = "fuzz.ppm", .fd = open("fuzz.ppm", O_RDONLY) };
-    if (source.fd < 0) need("fuzz.ppm");
-    int status, pictures = 0;
-    while ((status = pnm_read(&source, &found)) == SC_OK && pictures++ < 100) {
-        if (found.width * found.height > 8 * count + 8) wrong("pixels from nowhere");
-        volatile unsigned char last = found.rgb[3 * found.width * found.height - 1];
-        (void)last;
+    if (*text != 'P') return;                /* other formats start a decoder */
+    if (sc_images_open(&set, "fuzz.ppm", 0) != SC_OK) note("%s", sc_error());
+    else {
         for (int i = 0; i < 2; i++)
-            if (preprocess(found, &preps[i], pixels) != SC_OK) note("%s", sc_error());
+            if (sc_image_load(&set, 0, &preps[i], pixels) != SC_OK) note("%s", sc_error());
+        sc_images_close(&set);
     }
-    if (status == SC_FAILED) note("%s", sc_error());
-    close(source.fd);
-    free(source.rgb);
-    if (*text == 'P') run_here("pack --threads 1 fuzz.ppm --size 3 -o out");
-    if (*text == 'P') run_here("plot mask fuzz.ppm photos/b.pgm -o out");
+    run_here("pack --threads 1 fuzz.ppm --size 3 -o out");
+    run_here("plot mask fuzz.ppm photos/b.pgm -o out");
 }
 
 static void fuzz_lists(const char *text, size_t count) {
@@ -430,7 +414,8 @@ static void fuzz_names(const char *text) {
 /* A log to go on with: a beginning of it stays, up to the step, or a header is written. */
 static void fuzz_log(const char *text, size_t count) {
     options o = { .log = "fuzz.csv" };
-    training_run run = { .o = &o, .trainer = { .step = (uint64_t)(count % 5) } };
+    sc_trainer trainer = { .step = (uint64_t)(count % 5) };
+    training_run run = { .o = &o, .trainer = &trainer };
     size_t kept;
     put_file("fuzz.csv", text, count);
     if (open_log(&run) != SC_OK) wrong("%s", sc_error());
@@ -469,41 +454,15 @@ static void fuzz_commands(const char *text, size_t count) {
         if (strchr(words[n], '/')) return;
     }
     words[n] = NULL;
-    if (n > 0 && strcmp(words[0], "bench") == 0 && (n < 2 || strcmp(words[1], "--help") != 0)) return;
-    lseek(STDIN_FILENO, 0, SEEK_SET);
     run_list_here(n, words);
     stop_signal = 0;
 }
 
-/* A position of two numbers gets the recipe's digest and the checksum that belongs there. */
+/* A checkpoint to go on from: its tensors are read before its checksum is compared. */
 static void fuzz_checkpoints(const char *text, size_t count) {
-    static trainer t;
-    run_position at = { 0, 0, recipe, 0 };
-    sc_safetensors file;
-    char position[80];
-    const char *old;
-    int words = 0;
     (void)count;
-    if (!t.sae.d_sae) {
-        if (sc_sae_init(&t.sae, 8, 4, 1) != SC_OK) need("%s", sc_error());
-        t.options = (train_options){ .lr = 1, .ghost = 1 };
-        sc_threads_start(1);
-        if (sc_instruction_set(NULL) != SC_OK || prepare_trainer(&t, 5) != SC_OK)
-            need("%s", sc_error());
-    }
-    make_tensors("fuzz.safetensors", text, NULL);
-    if (sc_safetensors_open(&file, "fuzz.safetensors") == SC_OK) {
-        if ((old = sc_metadata_find(&file, "position")) != NULL)
-            words = sscanf(old, "%16llx %16llx %16llx", &at[0], &at[1], &at[3]);
-        if (words == 2 && move_state(&t, at, &file, NULL, &at[3]) != SC_OK) words = 0;
-        sc_safetensors_close(&file);
-    }
-    snprintf(position, sizeof position, "%llx %llx %llx %llx", at[0], at[1], at[2], at[3]);
-    if (words == 2) make_tensors("fuzz.safetensors", text, position);
-    int status = run_here(RESUMED "--steps 3 -o out --checkpoint fuzz.safetensors --log log.csv "
-                          "--resume");
-    if (words == 2 && at[0] <= 3 && status != SC_OK && !strstr(sc_error(), "finite"))
-        note("%s", sc_error());
+    make_tensors("fuzz.safetensors", text);
+    run_here(RESUMED "--steps 3 -o out --checkpoint fuzz.safetensors --log log.csv --resume");
 }
 
 /* --- Seeds --- */
@@ -577,7 +536,7 @@ static void seed_images(void) {
 
 static void seed_lists(void) {
     seed_text("# pictures\nphotos/a.ppm\t0\nphotos/b.pgm\t2   # last\r\n");
-    seed_text("stream\nmodel\n\n  set.safetensors  \n");
+    seed_text("sae\nmodel\n\n  set.safetensors  \n");
     seed_text("a b#c.ppm\t16777215\n\tx\n");
 }
 
@@ -600,24 +559,24 @@ static void seed_commands(void) {
     static const char *const lines[] = {
         "", "--help", "--version", "info", "info sae", "info --help", "compare --rtol 1e-3 sae topk",
         "pack --size 4 photos -o out", "pack --square 3 --crop hf --limit 1 --skip-bad list.txt -o out",
-        "pack - -o out --size 3", "extract -m model --layer -1 --hook attn photos --tokens cls -o out",
+        "pack list.txt -o out --size 3", "extract -m model --layer -1 --hook attn photos --tokens cls -o out",
         "extract -m model --dtype f16 --tokens patches set.safetensors -o out --gelu erf --eps 1e-5 "
         "--heads 4 --mean 0,0,0 --std 1,1,1",
         "train --acts acts --latents 5 --b-dec geomedian --b-dec-images 2 --l1 1e-3 --lr 1e-2 -o out",
-        "train -m model - --order sequential --batch 1 --expansion 1 -o out --log=x.csv --seed 7",
+        "train -m model photos --order sequential --batch 1 --expansion 1 -o out --log=x.csv --seed 7",
         "train --acts acts --arch topk --k 1 --epochs 2 --batch 1 -o out --checkpoint c --resume",
         "train --acts acts --latents 4 --batch 1 --ghost --dead-window 0 --steps 3 --checkpoint ckpt "
         "--resume -o out --checkpoint-every 1",
         "train --acts acts --init sae --steps 1 -o out",
-        "encode -s topk --acts acts --dense --reconstruction --mean -o out",
+        "encode -s topk --acts acts --dense --reconstruction --image-means -o out",
         "eval -s sae -s topk --acts acts --also acts --format csv",
-        "eval -s sae -m model photos --format markdown --threads 2",
+        "eval -s sae -m model photos --format text --threads 2",
         "stats -s sae -m model list.txt --class-counts --threshold 0.1 --top 3 --top-patches 2 -o out",
         "top -s sae -t stats --mask value -m model list.txt -l 0,2 -o out",
         "mask -s sae -m model list.txt -l 1 --class 0 -o out", "mask -s topk --acts acts -l 3 -o out",
         "merge second first -o out", "stats --shard 1/1 -s topk --acts acts -o out",
         "plot curves log.csv -o out", "plot latents stats -o out", "plot mask list.txt -o out",
-        "explain -s sae -t stats -m model stream --patch 0,1 --max-frequency 0.5 -o out",
+        "explain -s sae -t stats -m model image.ppm --patch 0,1 --max-frequency 0.5 -o out",
         "atlas -s sae -t stats -m model list.txt -o out",
         "zeroshot -m model list.txt --format json --quiet", "-- info", "info -- -x" };
     for (size_t i = 0; i < COUNT(lines); i++) {
@@ -637,10 +596,9 @@ static void seed_checkpoints(void) {
     print_lines(out, "ckpt");
     fclose(out);
     seed(lines, length);
-    char *position = strstr(lines, "@position=");
-    if (!position) need("a position");
-    memset(position + strlen("@position="), ' ', strcspn(position, "\n") - strlen("@position="));
-    memcpy(position + strlen("@position="), "1 1", 3);
+    char *steps = strstr(lines, "@steps=");          /* another step than the checksum's */
+    if (!steps) need("metadata steps");
+    steps[strlen("@steps=")] ^= 1;
     seed(lines, length);
     free(lines);
 }
@@ -712,7 +670,7 @@ static void write_words(void) {
         "P2\n", "P3\n", "P4\n", "P5\n", "P6\n", "65535", "18446744073709551615", "9223372036854775808",
         "-1", "nan", "inf", "1e-5", "=nan", "=inf", "=-1", "=0", "@architecture=topk", "@k=", "@layer=",
         "@hook=mlp", "@class_names=[\"", "@file_names=[\"", "@data_digest=", "@sae_digest=", "@tokens=cls",
-        "@first_patch=", "@position=", "labels I64 ", "text_embeds F32 ", "\t", "#" };
+        "@first_patch=", "@steps=", "@next_draw=", "@checksum=", "labels I64 ", "text_embeds F32 ", "\t", "#" };
     char path[1200], name[NAME_LENGTH];
     snprintf(path, sizeof path, "%s/words", seed_folder);
     FILE *out = fopen(path, "w");
@@ -724,11 +682,12 @@ static void write_words(void) {
     for (size_t i = 0; i < COUNT(dtypes); i++) write_word(out, dtypes[i].name);
     for (size_t i = 0; i < OPTIONS; i++) {
         write_word(out, option_table[i].name);
-        if (option_table[i].kind == CHOICE)
-            for (const char *c = option_table[i].value; *c; c += strcspn(c, "|"), c += *c == '|') {
-                snprintf(name, sizeof name, "%.*s", (int)strcspn(c, "|"), c);
-                write_word(out, name);
-            }
+        const char *list = option_table[i].kind == CHOICE ? option_table[i].value : "";
+        for (size_t length; *list; list += length + (list[length] == '|')) {
+            length = strcspn(list, "|");
+            snprintf(name, sizeof name, "%.*s", (int)length, list);
+            write_word(out, name);
+        }
     }
     for (size_t i = 0; i < COUNT(command_table); i++) write_word(out, command_table[i].name);
     for (size_t i = 0; i < COUNT(fixtures); i++) write_word(out, fixtures[i].name);
@@ -778,15 +737,13 @@ int main(int argc, char **argv) {
         for (size_t i = 0; i < COUNT(targets); i++) puts(targets[i].name);
         return 0;
     }
-    char *path = argc > 2 ? realpath(argv[argc - 1], NULL) : NULL;
-    if (argc > 2 && !path && mkdir(argv[2], 0777) == 0) path = realpath(argv[2], NULL);
-    if (!path) wrong("fuzz seeds FOLDER, fuzz run TARGET FILE, or fuzz targets");
+    if (argc < 3) wrong("fuzz seeds FOLDER, fuzz run TARGET FILE, or fuzz targets");
+    char *path = absolute_path(argv[argc - 1]);
     make_fixtures();
     atexit(remove_folder);
     if (strcmp(word, "seeds") == 0) write_seeds(path);
     else run_path(find_target(argc > 3 ? argv[2] : NULL), path);
     if (report >= 0) dprintf(report, "%s: ", argv[2]);
-    free(path);
     for (size_t i = 1; i < COUNT(fixtures); i++) free(fixtures[i].bytes);
     if (runs) dprintf(report, "%zu passed, 0 failed, 0 skipped\n", runs);
     return 0;
