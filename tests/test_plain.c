@@ -119,7 +119,7 @@ static void plain_models(const char *isa, int threads)
                 wrong += !plain_same(a, b, numbers, 4);
             }
         check(wrong == 0, "%s, %d threads: %zu hook points of %s differ from Part I", isa, threads, wrong, models[i]);
-        sc_model plain;
+        sc_model plain = { .loaded = 0 };
         float *head = plain_floats(m.classes), *plain_head = plain_floats(m.classes);
         int status = sc_model_forward(&m, pixels, 1, NULL, 0, head);
         if (status == SC_OK) status = open_plain_model(&plain, &m, m.blocks, 1);
