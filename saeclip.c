@@ -1804,47 +1804,57 @@ int sc_threads_start(int threads) {
 }
 
 /* ============================================================================================
- * 8. Kernels, one set for each instruction set
+ * 8. Kernels and matrix products
  *
- * The inner loops, written once over a vector type and compiled once for each instruction set: this
- * file includes itself below with SC_ISA defined, and then only this section is read. Vector lanes
- * run over the columns of a product or over the 16 partial sums, never along a chain, so the lane
- * count changes no bit. Loops without explicit vectors are left to the compiler: they hold only
- * operations that IEEE rounds the same way in every lane.
+ * The sums of section 1 and all work along rows, in vectors. Each kernel is written once, in words
+ * such as SC_FMA, and compiled once for each instruction set: this file includes itself with SC_ISA
+ * defined, and then only the part between #ifdef SC_ISA and #else is read.
+ *
+ * The width of a vector changes no bit of a result. Its lanes hold neighbouring columns of a
+ * product, or neighbouring partial sums of a row, never successive terms of one sum; so each number
+ * is the same sum in the same order, whether 1, 4, 8 or 16 of them are computed at a time. Loops
+ * without explicit vectors are left to the compiler: they consist of operations that IEEE 754
+ * rounds in the same way in every lane.
  * ============================================================================================ */
 
 enum {
-    CHAIN_STRIDE = CHAIN + 16,       /* from row to row of a block of A, off the cache's period */
-    MAX_ROWS = 14, MAX_COLUMNS = 32, /* the largest tile of a product */
-    TILES_AT_ONCE = 8,               /* that take turns with a block of B, in the nearest cache */
-    SHARES = 16,                     /* of a product, for each thread */
+    CHAIN_STRIDE = CHAIN + 16,       /* floats between the rows of a copied block of A */
+    MAX_ROWS = 14, MAX_COLUMNS = 32, /* size of the largest tile of any instruction set */
+    TILES_AT_ONCE = 8,               /* tiles that use a block of B while it is in the cache */
+    SHARES = 16,                     /* tasks per thread into which a product is divided */
     MASK_BITS = 64
 };
 
-/* Where rows of a product go, and what is added on the way. Pointers at the rows' corner. */
+/* Where a part of a product is stored, and what is added to it first: the sum, row_bias, bias and
+ * residual are added in this order, then +0. All pointers are to the part's first row or column. */
 typedef struct {
-    float *c;                        /* [rows, columns], c_stride floats from row to row */
+    float *c;                        /* [rows, columns], rows c_stride floats apart */
     size_t c_stride;
     const float *bias;               /* [columns], or NULL */
-    const float *row_bias;           /* of each row of A, or NULL */
-    const float *residual;           /* [rows, columns] at residual_stride, or NULL; may be c */
+    const float *row_bias;           /* [rows], or NULL */
+    const float *residual;           /* [rows, columns], or NULL; may be the same as c */
     size_t residual_stride;
-    activation_kind activation;
+    activation_kind activation;      /* applied last */
 } tile_target;
 
+/* The kernels of one instruction set; shapes and formulas are given where they are defined. */
 typedef struct {
     const char *name;
-    int rows, columns;               /* of a product's tile */
+    size_t rows, columns;            /* of a tile */
+    /* matrix products: the chains of a tile, and what is added to them */
     void (*tile)(size_t rows, size_t terms, const float *a, const float *b, float *sum, int add);
-    void (*finish)(const float *tile, size_t rows, size_t columns, const tile_target *to);
+    void (*finish)(const float *sum, size_t rows, size_t columns, const tile_target *to);
+    /* dot products: of two rows, of a row with listed rows, of all rows of two matrices */
     float (*dot)(const float *a, const float *b, size_t n);
     void (*dots)(const float *a, size_t n, const float *rows, size_t stride, const uint32_t *index,
                  size_t count, float *out);
     void (*dot_table)(const float *a, size_t count, const float *b, size_t columns, size_t n,
                       float *out, size_t out_stride);
+    /* sums of rows: of one with a factor, of listed ones with a factor each */
     void (*add_scaled)(float factor, const float *x, float *sum, size_t n);
     void (*add_chain)(const float *factor, const uint32_t *index, size_t count, const float *rows,
                       float *sum, size_t n);
+    /* work on a row */
     void (*layer_norm)(const float *x, const float *weight, const float *bias, float epsilon,
                        float *out, size_t n);
     void (*softmax)(float *row, size_t n, float scale);
@@ -1852,6 +1862,7 @@ typedef struct {
     int (*find_above)(const float *row, const float *limit, size_t n, uint64_t *mask);
     void (*unit_row)(float *row, size_t n);
     void (*adam)(float *w, float *m, float *v, const float *gradient, size_t n, adam_step step);
+    /* whether this build fuses operations that are separate in the source */
     int (*contracts)(void);
 } kernel_set;
 
@@ -1859,44 +1870,72 @@ typedef struct {
 
 #ifdef SC_ISA
 
-/* One chain of each element of a tile, stored in sum or added to it. a: [rows][CHAIN_STRIDE];
- * b: [terms][COLUMNS]; sum: [rows][COLUMNS] */
+#define SC_COLUMNS (SC_VECTORS * SC_LANES)        /* columns of a tile */
+#define SC_PARTIAL_VECTORS (PARTIALS / SC_LANES)  /* vectors of 16 partial sums */
+
+/* The innermost loop of every product: one chain, up to 256 terms, of each element of a tile. The
+ * chains are in registers. A row of b, VECTORS vectors, is loaded once for all rows of a; each pair
+ * of a vector and a number of a is one multiply-add. An addition waits 4 cycles for the one before
+ * it in its chain, and the processor starts one or two per cycle: the tile has enough chains to
+ * keep it busy. `add`: the chains are added to sum, else stored there.
+ * a: [rows][CHAIN_STRIDE]; b: [terms][COLUMNS]; sum: [rows][COLUMNS] */
 SC_TARGET static SC_INLINE void KERNEL(chains)(int rows, size_t terms, const float *a,
                                                const float *b, float *sum, int add) {
     SC_V chain[SC_TILE_ROWS][SC_VECTORS];
-    SC_UNROLL for (int r = 0; r < rows; r++)
-        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) chain[r][v] = SC_SET(0.0f);
+    SC_UNROLL for (int r = 0; r < rows; r++) {
+        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
+            chain[r][v] = SC_SET(0.0f);
+    }
     SC_UNROLL_SOME for (size_t k = 0; k < terms; k++, b += SC_COLUMNS) {
         SC_V column[SC_VECTORS];
-        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) column[v] = SC_LOAD(b + v * SC_LANES);
+        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
+            column[v] = SC_LOAD(b + v * SC_LANES);
         SC_UNROLL for (int r = 0; r < rows; r++) {
             SC_V factor = SC_SET(a[r * CHAIN_STRIDE + k]);
             SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
                 chain[r][v] = SC_FMA(factor, column[v], chain[r][v]);
         }
     }
-    SC_UNROLL for (int r = 0; r < rows; r++)
-        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) {
-            float *out = sum + r * SC_COLUMNS + v * SC_LANES;
-            SC_STORE(out, add ? SC_ADD(SC_LOAD(out), chain[r][v]) : chain[r][v]);
+    SC_UNROLL for (int r = 0; r < rows; r++) {
+        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++, sum += SC_LANES) {
+            if (add) chain[r][v] = SC_ADD(SC_LOAD(sum), chain[r][v]);
+            SC_STORE(sum, chain[r][v]);
         }
+    }
 }
 
-/* The last rows of a matrix may need half a tile only. */
+/* A tile of `rows` rows, or as many as a tile has if that is less. The last rows of a matrix may
+ * fill less than half a tile: then half the work is enough. Shapes as above. */
 SC_TARGET static void KERNEL(tile)(size_t rows, size_t terms, const float *a, const float *b,
                                    float *sum, int add) {
-    if (rows > SC_TILE_ROWS / 2) KERNEL(chains)(SC_TILE_ROWS, terms, a, b, sum, add);
-    else KERNEL(chains)(SC_TILE_ROWS / 2, terms, a, b, sum, add);
+    if (rows > SC_TILE_ROWS / 2) {
+        KERNEL(chains)(SC_TILE_ROWS, terms, a, b, sum, add);
+    } else {
+        KERNEL(chains)(SC_TILE_ROWS / 2, terms, a, b, sum, add);
+    }
 }
 
-/* A row of a whole tile: c = sum + row_bias + bias + residual + 0; the latter two may be NULL. */
-SC_TARGET static SC_INLINE void KERNEL(add_row)(const float *sum, float row_bias, const float *bias,
-                                                const float *residual, float *c) {
-    SC_UNROLL for (int v = 0; v < SC_COLUMNS; v += SC_LANES) {
-        SC_V x = SC_ADD(SC_LOAD(sum + v), SC_SET(row_bias));
-        if (bias) x = SC_ADD(x, SC_LOAD(bias + v));
-        if (residual) x = SC_ADD(x, SC_LOAD(residual + v));
-        SC_STORE(c + v, SC_ADD(x, SC_SET(0.0f)));
+/* c = sum + row_bias + bias + residual + 0 for one row of a whole tile. sum, c: [COLUMNS]; bias,
+ * residual: [COLUMNS], or NULL */
+SC_TARGET static SC_INLINE void KERNEL(finish_row)(const float *sum, float row_bias,
+                                                   const float *bias, const float *residual,
+                                                   float *c) {
+    SC_UNROLL for (int j = 0; j < SC_COLUMNS; j += SC_LANES) {
+        SC_V x = SC_ADD(SC_LOAD(sum + j), SC_SET(row_bias));
+        if (bias) x = SC_ADD(x, SC_LOAD(bias + j));
+        if (residual) x = SC_ADD(x, SC_LOAD(residual + j));
+        SC_STORE(c + j, SC_ADD(x, SC_SET(0.0f)));
+    }
+}
+
+/* The same for a row that the edge of the matrix cuts off. sum, c: [columns] */
+SC_TARGET static void KERNEL(finish_edge)(const float *sum, size_t columns, float row_bias,
+                                          const float *bias, const float *residual, float *c) {
+    for (size_t j = 0; j < columns; j++) {
+        float x = sum[j] + row_bias;
+        if (bias) x += bias[j];
+        if (residual) x += residual[j];
+        c[j] = x + 0.0f;
     }
 }
 
@@ -1904,77 +1943,93 @@ SC_TARGET static SC_INLINE void KERNEL(add_row)(const float *sum, float row_bias
 SC_TARGET static void KERNEL(finish)(const float *sum, size_t rows, size_t columns,
                                      const tile_target *to) {
     for (size_t r = 0; r < rows; r++, sum += SC_COLUMNS) {
-        const float *residual = to->residual ? to->residual + r * to->residual_stride : NULL;
-        float row_bias = to->row_bias ? to->row_bias[r] : 0, *c = to->c + r * to->c_stride;
-        if (columns == SC_COLUMNS) KERNEL(add_row)(sum, row_bias, to->bias, residual, c);
-        for (size_t j = 0; columns < SC_COLUMNS && j < columns; j++) {
-            float x = sum[j] + row_bias;
-            if (to->bias) x += to->bias[j];
-            if (residual) x += residual[j];
-            c[j] = x + 0.0f;
+        float *c = to->c + r * to->c_stride;
+        float row_bias = to->row_bias ? to->row_bias[r] : 0;
+        const float *residual = NULL;
+        if (to->residual) residual = to->residual + r * to->residual_stride;
+        if (columns == SC_COLUMNS) {
+            KERNEL(finish_row)(sum, row_bias, to->bias, residual, c);
+        } else {
+            KERNEL(finish_edge)(sum, columns, row_bias, to->bias, residual, c);
         }
-        if (to->activation == QUICK_GELU)
+        if (to->activation == QUICK_GELU) {
             for (size_t j = 0; j < columns; j++) c[j] = quick_gelu(c[j]);
-        if (to->activation == ERF_GELU)
+        }
+        if (to->activation == ERF_GELU) {
             for (size_t j = 0; j < columns; j++) c[j] = gelu(c[j]);
+        }
     }
 }
 
-/* Joins 16 partial sums in vectors, which are overwritten. */
+/* Joins 16 partial sums in vectors, which are overwritten: across vectors, then within one. */
 SC_TARGET static SC_INLINE float KERNEL(join)(SC_V *partial) {
     float p[SC_LANES];
-    SC_UNROLL for (int half = PARTIALS / SC_LANES / 2; half > 0; half /= 2)
+    SC_UNROLL for (int half = SC_PARTIAL_VECTORS / 2; half > 0; half /= 2) {
         SC_UNROLL for (int v = 0; v < half; v++)
             partial[v] = SC_ADD(partial[v], partial[v + half]);
+    }
     SC_STORE(p, partial[0]);
-    return join(p, SC_LANES);
+    return join_quickly(p, SC_LANES);
 }
 
-/* sum_e a[e] b[e] by 16 partial sums. a, b: [n], n a multiple of 16 */
+/* sum_e a[e] b[e], the bits of sc_dot_plain(). a, b: [n], n a multiple of 16 */
 SC_TARGET static float KERNEL(dot)(const float *a, const float *b, size_t n) {
-    SC_V partial[PARTIALS / SC_LANES];
-    SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++) partial[v] = SC_SET(0.0f);
-    for (size_t e = 0; e < n; e += PARTIALS)
-        SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++)
-            partial[v] = SC_FMA(SC_LOAD(a + e + v * SC_LANES), SC_LOAD(b + e + v * SC_LANES),
-                                partial[v]);
+    SC_V partial[SC_PARTIAL_VECTORS];
+    SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++)
+        partial[v] = SC_SET(0.0f);
+    for (size_t e = 0; e < n; e += PARTIALS) {
+        SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++) {
+            SC_V x = SC_LOAD(a + e + v * SC_LANES);
+            SC_V y = SC_LOAD(b + e + v * SC_LANES);
+            partial[v] = SC_FMA(x, y, partial[v]);
+        }
+    }
     return KERNEL(join)(partial);
 }
 
-/* out[i] = the dot product of a with row index[i]: four at a time, so that the sums overlap.
- * a: [n]; rows: [.., stride]; index, out: [count] */
+/* out[i] = the dot product of a and row index[i]. One dot product would wait for its own additions;
+ * four at a time overlap, and share the loads of a.
+ * a: [n]; rows: [any number, stride]; index, out: [count] */
 SC_TARGET static void KERNEL(dots)(const float *a, size_t n, const float *rows, size_t stride,
                                    const uint32_t *index, size_t count, float *out) {
     enum { TOGETHER = 4 };
     size_t i = 0;
     for (; i + TOGETHER <= count; i += TOGETHER) {
-        SC_V partial[TOGETHER][PARTIALS / SC_LANES];
-        SC_UNROLL for (int r = 0; r < TOGETHER; r++)
-            SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++) partial[r][v] = SC_SET(0.0f);
-        for (size_t e = 0; e < n; e += PARTIALS)
-            SC_UNROLL for (int v = 0; v < PARTIALS / SC_LANES; v++) {
-                SC_V factor = SC_LOAD(a + e + v * SC_LANES);
-                SC_UNROLL for (int r = 0; r < TOGETHER; r++)
-                    partial[r][v] = SC_FMA(
-                        factor, SC_LOAD(rows + index[i + r] * stride + e + v * SC_LANES),
-                        partial[r][v]);
+        SC_V partial[TOGETHER][SC_PARTIAL_VECTORS];
+        SC_UNROLL for (int r = 0; r < TOGETHER; r++) {
+            SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++)
+                partial[r][v] = SC_SET(0.0f);
+        }
+        for (size_t e = 0; e < n; e += PARTIALS) {
+            SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++) {
+                SC_V x = SC_LOAD(a + e + v * SC_LANES);
+                SC_UNROLL for (int r = 0; r < TOGETHER; r++) {
+                    const float *row = rows + index[i + r] * stride;
+                    SC_V y = SC_LOAD(row + e + v * SC_LANES);
+                    partial[r][v] = SC_FMA(x, y, partial[r][v]);
+                }
             }
-        SC_UNROLL for (int r = 0; r < TOGETHER; r++) out[i + r] = KERNEL(join)(partial[r]);
+        }
+        SC_UNROLL for (int r = 0; r < TOGETHER; r++)
+            out[i + r] = KERNEL(join)(partial[r]);
     }
-    for (; i < count; i++) out[i] = KERNEL(dot)(a, rows + index[i] * stride, n);
+    for (; i < count; i++)
+        out[i] = KERNEL(dot)(a, rows + index[i] * stride, n);
 }
 
-/* out[i][j] = the dot product of a's row i with b's row j, for a few of each. a: [DOT_ROWS, n];
- * b: [DOT_COLUMNS, n]; n a multiple of 16 */
+/* out[i][j] = the dot product of a's row i and b's row j, a tile of DOT_ROWS x DOT_COLUMNS whose
+ * partial sums fill the registers. a: [DOT_ROWS, n]; b: [DOT_COLUMNS, n]; n a multiple of 16 */
 SC_TARGET static SC_INLINE void KERNEL(dot_tile)(const float *a, const float *b, size_t n,
                                                  float *out, size_t out_stride) {
-    enum { VECTORS = PARTIALS / SC_LANES };
-    SC_V partial[SC_DOT_ROWS][SC_DOT_COLUMNS][VECTORS];
-    SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++)
-        SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
-            SC_UNROLL for (int v = 0; v < VECTORS; v++) partial[i][j][v] = SC_SET(0.0f);
-    for (size_t e = 0; e < n; e += PARTIALS)
-        SC_UNROLL for (int v = 0; v < VECTORS; v++) {
+    SC_V partial[SC_DOT_ROWS][SC_DOT_COLUMNS][SC_PARTIAL_VECTORS];
+    SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++) {
+        SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++) {
+            SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++)
+                partial[i][j][v] = SC_SET(0.0f);
+        }
+    }
+    for (size_t e = 0; e < n; e += PARTIALS) {
+        SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++) {
             SC_V x[SC_DOT_COLUMNS];
             SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
                 x[j] = SC_LOAD(b + j * n + e + v * SC_LANES);
@@ -1985,36 +2040,45 @@ SC_TARGET static SC_INLINE void KERNEL(dot_tile)(const float *a, const float *b,
                     partial[i][j][v] = SC_FMA(y, x[j], partial[i][j][v]);
             }
         }
-    SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++)
+    }
+    SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++) {
         SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
             out[i * out_stride + j] = KERNEL(join)(partial[i][j]);
+    }
 }
 
-/* The same for any number of rows; some rows of b stay in the first-level cache while all of a's
- * pass. a: [count, n]; b: [columns, n]; out: [count, out_stride] */
+/* out[i][j] = the dot product of rows i of a and j of b. Some rows of b stay in the first-level
+ * cache while all rows of a pass. a: [count, n]; b: [columns, n]; out: [count, columns], rows
+ * out_stride floats apart; n a multiple of 16 */
 SC_TARGET static void KERNEL(dot_table)(const float *a, size_t count, const float *b,
                                         size_t columns, size_t n, float *out, size_t out_stride) {
-    enum { NEAR = 3 * SC_DOT_COLUMNS };
-    for (size_t near = 0; near < columns; near += NEAR)
-        for (size_t i = 0; i < count; i += SC_DOT_ROWS)
-            for (size_t j = near; j < columns && j < near + NEAR; j += SC_DOT_COLUMNS) {
-                int whole = i + SC_DOT_ROWS <= count && j + SC_DOT_COLUMNS <= columns;
-                if (whole)
-                    KERNEL(dot_tile)(a + i * n, b + j * n, n, out + i * out_stride + j, out_stride);
-                for (size_t r = i; !whole && r < count && r < i + SC_DOT_ROWS; r++)
-                    for (size_t c = j; c < columns && c < j + SC_DOT_COLUMNS; c++)
-                        out[r * out_stride + c] = KERNEL(dot)(a + r * n, b + c * n, n);
+    enum { ROWS = SC_DOT_ROWS, COLUMNS = SC_DOT_COLUMNS, NEAR = 3 * COLUMNS };
+    for (size_t near = 0; near < columns; near += NEAR) {
+        for (size_t i = 0; i < count; i += ROWS) {
+            for (size_t j = near; j < columns && j < near + NEAR; j += COLUMNS) {
+                float *to = out + i * out_stride + j;
+                if (i + ROWS <= count && j + COLUMNS <= columns) {
+                    KERNEL(dot_tile)(a + i * n, b + j * n, n, to, out_stride);
+                    continue;
+                }
+                for (size_t r = 0; r < ROWS && i + r < count; r++) {
+                    for (size_t c = 0; c < COLUMNS && j + c < columns; c++)
+                        to[r * out_stride + c] = KERNEL(dot)(a + (i + r) * n, b + (j + c) * n, n);
+                }
             }
+        }
+    }
 }
 
-/* sum = fma(factor, x, sum), one link of n chains. x, sum: [n], n a multiple of 16 */
+/* sum = fma(factor, x, sum): the next term of n chains. x, sum: [n], n a multiple of 16 */
 SC_TARGET static void KERNEL(add_scaled)(float factor, const float *x, float *sum, size_t n) {
     SC_V f = SC_SET(factor);
     for (size_t e = 0; e < n; e += SC_LANES)
         SC_STORE(sum + e, SC_FMA(f, SC_LOAD(x + e), SC_LOAD(sum + e)));
 }
 
-/* Adds a chain over the rows listed to some vectors of sum, which stay in registers on the way. */
+/* add_chain, below, for some neighbouring vectors, whose chains are in registers from the first row
+ * to the last. rows, sum: at the first of these vectors */
 SC_TARGET static SC_INLINE void KERNEL(add_strip)(int vectors, const float *factor,
                                                   const uint32_t *index, size_t count,
                                                   const float *rows, float *sum, size_t n) {
@@ -2026,11 +2090,13 @@ SC_TARGET static SC_INLINE void KERNEL(add_strip)(int vectors, const float *fact
         SC_UNROLL for (int v = 0; v < vectors; v++)
             chain[v] = SC_FMA(f, SC_LOAD(x + v * SC_LANES), chain[v]);
     }
-    SC_UNROLL for (int v = 0; v < vectors; v++)
-        SC_STORE(sum + v * SC_LANES, SC_ADD(SC_LOAD(sum + v * SC_LANES), chain[v]));
+    SC_UNROLL for (int v = 0; v < vectors; v++, sum += SC_LANES)
+        SC_STORE(sum, SC_ADD(SC_LOAD(sum), chain[v]));
 }
 
-/* sum += sum_i factor[i] rows[index[i]], one chain. rows: [.., n]; sum: [n], n a multiple of 16 */
+/* sum += sum_i factor[i] rows[index[i]], one chain: a product in which only the rows of b with a
+ * factor other than 0 are visited. factor, index: [count]; rows: [any number, n]; sum: [n], n a
+ * multiple of 16 */
 SC_TARGET static void KERNEL(add_chain)(const float *factor, const uint32_t *index, size_t count,
                                         const float *rows, float *sum, size_t n) {
     enum { WIDTH = SC_STRIP * SC_LANES };
@@ -2038,21 +2104,22 @@ SC_TARGET static void KERNEL(add_chain)(const float *factor, const uint32_t *ind
     for (; e + WIDTH <= n; e += WIDTH)
         KERNEL(add_strip)(SC_STRIP, factor, index, count, rows + e, sum + e, n);
     for (; e < n; e += PARTIALS)
-        KERNEL(add_strip)(PARTIALS / SC_LANES, factor, index, count, rows + e, sum + e, n);
+        KERNEL(add_strip)(SC_PARTIAL_VECTORS, factor, index, count, rows + e, sum + e, n);
 }
 
-/* Sum of a row by 16 partial sums. row: [n] */
+/* Sum of a row, the bits of row_sum(). row: [n] */
 SC_TARGET static float KERNEL(row_sum)(const float *row, size_t n) {
     float p[PARTIALS] = { 0 };
     size_t whole = n / PARTIALS * PARTIALS;
-    for (size_t e = 0; e < whole; e += PARTIALS)
+    for (size_t e = 0; e < whole; e += PARTIALS) {
         for (int i = 0; i < PARTIALS; i++) p[i] += row[e + i];
+    }
     for (size_t e = whole; e < n; e++) p[e - whole] += row[e];
     return join(p, PARTIALS);
 }
 
-/* out = (x - mean) / sqrt(variance + epsilon) * weight + bias (Ba, Kiros and Hinton, 2016).
- * x, weight, bias: [n]; out: [n], padded with zeros */
+/* out = (x - mean) / sqrt(variance + epsilon) * weight + bias, the bits of layer_norm_forward().
+ * x, weight, bias: [n]; out: [n], padded with zeros to a multiple of 16 */
 SC_TARGET static void KERNEL(layer_norm)(const float *x, const float *weight, const float *bias,
                                          float epsilon, float *out, size_t n) {
     float mean = KERNEL(row_sum)(x, n) / (float)n;
@@ -2060,24 +2127,29 @@ SC_TARGET static void KERNEL(layer_norm)(const float *x, const float *weight, co
     for (size_t e = n; e < padded(n); e++) out[e] = 0;
     float variance = KERNEL(dot)(out, out, padded(n)) / (float)n;
     float scale = 1.0f / sqrtf(variance + epsilon);
-    for (size_t e = 0; e < n; e++) out[e] = out[e] * scale * weight[e] + bias[e];
+    for (size_t e = 0; e < n; e++)
+        out[e] = out[e] * scale * weight[e] + bias[e];
 }
 
-/* row = exp(scale (row - max)) / sum of these. row: [n] */
+/* row = exp(scale (row - max)) / sum of these, the bits of softmax_forward(). row: [n] */
 SC_TARGET static void KERNEL(softmax)(float *row, size_t n, float scale) {
     float largest = row[0];
-    for (size_t e = 1; e < n; e++) largest = row[e] > largest ? row[e] : largest;
-    for (size_t e = 0; e < n; e++) row[e] = exp32(scale * (row[e] - largest));
+    for (size_t e = 1; e < n; e++)
+        largest = row[e] > largest ? row[e] : largest;
+    for (size_t e = 0; e < n; e++)
+        row[e] = exp32(scale * (row[e] - largest));
     float sum = KERNEL(row_sum)(row, n);
     for (size_t e = 0; e < n; e++) row[e] /= sum;
 }
 
+/* row = exp(row). row: [n] */
 SC_TARGET static void KERNEL(exponentials)(float *row, size_t n) {
     for (size_t e = 0; e < n; e++) row[e] = exp32(row[e]);
 }
 
-/* Bit e of mask says whether row[e] > limit[e]; returns whether any is. row, limit: [n], n a
- * multiple of 64 */
+/* Sets bit e of mask if row[e] > limit[e]; returns whether any bit is set. Few pre-activations of
+ * an SAE are above the limit: the caller skips 64 of them by looking at one word.
+ * row, limit: [n], n a multiple of 64; mask: [n / 64] */
 SC_TARGET static int KERNEL(find_above)(const float *row, const float *limit, size_t n,
                                         uint64_t *mask) {
     uint64_t any = 0;
@@ -2091,23 +2163,15 @@ SC_TARGET static int KERNEL(find_above)(const float *row, const float *limit, si
     return any != 0;
 }
 
-/* row /= ||row||, a row of zeros stays. row: [n], n a multiple of 16 */
+/* row = row / ||row||, the bits of unit_row(). row: [n], n a multiple of 16 */
 SC_TARGET static void KERNEL(unit_row)(float *row, size_t n) {
     float norm = sqrtf(KERNEL(dot)(row, row, n));
-    if (norm > 0)
+    if (norm > 0) {
         for (size_t e = 0; e < n; e++) row[e] /= norm;
+    }
 }
 
-/* Whether the compiler fuses a multiplication and an addition that the source does not: it may do
- * so here though not in the rest of the file, whose target may lack the instruction. */
-SC_TARGET static int KERNEL(contracts)(void) {
-    volatile float a = 1.0f + 0x1p-12f, b = -(1.0f + 0x1p-11f), one = a;
-    volatile double c = 1.0 + 0x1p-27, d = -(1.0 + 0x1p-26), two = c;
-    return a * one + b != 0 || c * two + d != 0;
-}
-
-/* m = 0.9 m + 0.1 g;  v = 0.999 v + 0.001 g^2;  w -= step_size m / (sqrt(v) root_scale + 1e-8).
- * w, m, v, gradient: [n] */
+/* One step of Adam on n weights, the bits of adam_update(). w, m, v, gradient: [n] */
 SC_TARGET static void KERNEL(adam)(float *w, float *m, float *v, const float *gradient, size_t n,
                                    adam_step step) {
     for (size_t e = 0; e < n; e++) {
@@ -2118,12 +2182,53 @@ SC_TARGET static void KERNEL(adam)(float *w, float *m, float *v, const float *gr
     }
 }
 
+/* Whether the compiler fuses a multiplication and an addition that are separate in the source. Each
+ * instruction set is tested, since only some have the fused instruction. For a = 1 + 2^-12, a * a
+ * is 1 + 2^-11 + 2^-24, which rounds to 1 + 2^-11: only a fused operation leaves a rest. */
+SC_TARGET static int KERNEL(contracts)(void) {
+    volatile float a = 1.0f + 0x1p-12f, b = -(1.0f + 0x1p-11f), one = a;
+    volatile double c = 1.0 + 0x1p-27, d = -(1.0 + 0x1p-26), two = c;
+    return a * one + b != 0 || c * two + d != 0;
+}
+
 static const kernel_set KERNEL(kernels) = {
-    TEXT_OF(SC_ISA), SC_TILE_ROWS, SC_COLUMNS, KERNEL(tile), KERNEL(finish), KERNEL(dot),
-    KERNEL(dots), KERNEL(dot_table), KERNEL(add_scaled), KERNEL(add_chain), KERNEL(layer_norm),
-    KERNEL(softmax), KERNEL(exponentials), KERNEL(find_above), KERNEL(unit_row), KERNEL(adam),
-    KERNEL(contracts)
+    .name = TEXT_OF(SC_ISA),
+    .rows = SC_TILE_ROWS,
+    .columns = SC_COLUMNS,
+    .tile = KERNEL(tile),
+    .finish = KERNEL(finish),
+    .dot = KERNEL(dot),
+    .dots = KERNEL(dots),
+    .dot_table = KERNEL(dot_table),
+    .add_scaled = KERNEL(add_scaled),
+    .add_chain = KERNEL(add_chain),
+    .layer_norm = KERNEL(layer_norm),
+    .softmax = KERNEL(softmax),
+    .exponentials = KERNEL(exponentials),
+    .find_above = KERNEL(find_above),
+    .unit_row = KERNEL(unit_row),
+    .adam = KERNEL(adam),
+    .contracts = KERNEL(contracts)
 };
+
+/* The next instruction set defines its own. */
+#undef SC_ISA
+#undef SC_TARGET
+#undef SC_V
+#undef SC_LANES
+#undef SC_TILE_ROWS
+#undef SC_VECTORS
+#undef SC_DOT_ROWS
+#undef SC_DOT_COLUMNS
+#undef SC_STRIP
+#undef SC_GROUP
+#undef SC_SET
+#undef SC_LOAD
+#undef SC_STORE
+#undef SC_ADD
+#undef SC_FMA
+#undef SC_ABOVE
+#undef SC_KEEP
 
 #else /* !SC_ISA */
 
@@ -2143,331 +2248,357 @@ static const kernel_set KERNEL(kernels) = {
 #define SC_INLINE inline
 #endif
 
-/* What the kernels are written in: each word stands for that of the instruction set at hand. */
+/* join() of section 1, in the form that GCC and clang keep in registers. */
+static inline float join_quickly(float *p, int n) {
+    for (int i = 0; n > 8 && i < 8; i++) p[i] += p[i + 8];
+    for (int i = 0; n > 4 && i < 4; i++) p[i] += p[i + 4];
+    for (int i = 0; n > 2 && i < 2; i++) p[i] += p[i + 2];
+    return n > 1 ? p[0] + p[1] : p[0];
+}
+
 #define PASTE2(a, b) a##_##b
 #define PASTE(a, b) PASTE2(a, b)
 #define TEXT_OF2(a) #a
 #define TEXT_OF(a) TEXT_OF2(a)
-#define KERNEL(name) PASTE(name, SC_ISA)
-#define SC_TARGET PASTE(TARGET, SC_ISA)
-#define SC_TILE_ROWS PASTE(TILE_ROWS, SC_ISA)    /* rows of a product's tile */
-#define SC_VECTORS PASTE(VECTORS, SC_ISA)        /* vectors side by side in a tile's row */
-#define SC_LANES PASTE(LANES, SC_ISA)            /* floats in a vector */
-#define SC_DOT_ROWS PASTE(DOT_ROWS, SC_ISA)      /* dot products at once: rows of a times */
-#define SC_DOT_COLUMNS PASTE(DOT_COLUMNS, SC_ISA) /* rows of b */
-#define SC_STRIP PASTE(STRIP, SC_ISA)            /* vectors of a sum that stay in registers */
-#define SC_GROUP PASTE(GROUP, SC_ISA)            /* floats that ABOVE compares at once */
-#define SC_COLUMNS (SC_VECTORS * SC_LANES)       /* of a product's tile */
-#define SC_V PASTE(V, SC_ISA)
-#define SC_SET PASTE(SET, SC_ISA)
-#define SC_LOAD PASTE(LOAD, SC_ISA)
-#define SC_STORE PASTE(STORE, SC_ISA)
-#define SC_ADD PASTE(ADD, SC_ISA)
-#define SC_FMA PASTE(FMA, SC_ISA)
-#define SC_ABOVE PASTE(ABOVE, SC_ISA)            /* bit i: p[i] > q[i] */
-#define SC_KEEP PASTE(KEEP, SC_ISA)              /* in a register: not to be loaded again */
+#define KERNEL(name) PASTE(name, SC_ISA)         /* the kernel's name, as in dot_avx2 */
 
-/* Plain C: a vector of one. */
-#define TILE_ROWS_scalar 4
-#define VECTORS_scalar 4
-#define LANES_scalar 1
-#define DOT_ROWS_scalar 1
-#define DOT_COLUMNS_scalar 1
-#define STRIP_scalar 16
-#define GROUP_scalar 1
-#define TARGET_scalar
-#define V_scalar float
-#define SET_scalar(x) (x)
-#define LOAD_scalar(p) (*(p))
-#define STORE_scalar(p, v) (*(p) = (v))
-#define ADD_scalar(a, b) ((a) + (b))
-#define FMA_scalar(a, b, c) fma32(a, b, c)
-#define ABOVE_scalar(p, q) (*(p) > *(q))
-#define KEEP_scalar(v) (void)(v)
+/* Plain C: vectors of one float. Here are all the words that an instruction set must define. */
 #define SC_ISA scalar
+#define SC_TARGET                                /* lets a function use the instructions */
+#define SC_V float                               /* the vector type */
+#define SC_LANES 1                               /* floats in a vector */
+#define SC_TILE_ROWS 4                           /* rows of a tile of a product */
+#define SC_VECTORS 4                             /* vectors in a row of it */
+#define SC_DOT_ROWS 1                            /* a tile of dot products: rows of a */
+#define SC_DOT_COLUMNS 1                         /* and rows of b */
+#define SC_STRIP 16                              /* vectors of a sum that are kept in registers */
+#define SC_GROUP 1                               /* floats that SC_ABOVE compares */
+#define SC_SET(x) (x)                            /* the same number in all lanes */
+#define SC_LOAD(p) (*(p))
+#define SC_STORE(p, v) (*(p) = (v))
+#define SC_ADD(a, b) ((a) + (b))
+#define SC_FMA(a, b, c) fma32(a, b, c)           /* a * b + c, rounded once */
+#define SC_ABOVE(p, q) (*(p) > *(q))             /* bit i: p[i] > q[i] */
+#define SC_KEEP(v) (void)(v)                     /* keeps v in a register */
 #include "saeclip.c"
-#undef SC_ISA
 
-/* The instruction sets that need extensions of the language: intrinsics, nowhere else. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
-#define TILE_ROWS_avx2 6
-#define VECTORS_avx2 2
-#define LANES_avx2 8
-#define DOT_ROWS_avx2 3
-#define DOT_COLUMNS_avx2 2
-#define STRIP_avx2 12
-#define GROUP_avx2 8
-#define TARGET_avx2 __attribute__((target("avx2,fma")))
-#define V_avx2 __m256
-#define SET_avx2(x) _mm256_set1_ps(x)
-#define LOAD_avx2(p) _mm256_loadu_ps(p)
-#define STORE_avx2(p, v) _mm256_storeu_ps(p, v)
-#define ADD_avx2(a, b) _mm256_add_ps(a, b)
-#define FMA_avx2(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define ABOVE_avx2(p, q)                                                                           \
-    (unsigned)_mm256_movemask_ps(                                                                  \
-        _mm256_cmp_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(q), _CMP_GT_OQ))
-#define KEEP_avx2(v) __asm__("" : "+x"(v))
+/* AVX2 has 16 registers: 12 for the chains of a tile, 2 for a row of b, 1 for a number of a. */
 #define SC_ISA avx2
+#define SC_TARGET __attribute__((target("avx2,fma")))
+#define SC_V __m256
+#define SC_LANES 8
+#define SC_TILE_ROWS 6
+#define SC_VECTORS 2
+#define SC_DOT_ROWS 3
+#define SC_DOT_COLUMNS 2
+#define SC_STRIP 12
+#define SC_GROUP 8
+#define SC_SET(x) _mm256_set1_ps(x)
+#define SC_LOAD(p) _mm256_loadu_ps(p)
+#define SC_STORE(p, v) _mm256_storeu_ps(p, v)
+#define SC_ADD(a, b) _mm256_add_ps(a, b)
+#define SC_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define SC_ABOVE(p, q)                                                                             \
+    (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(SC_LOAD(p), SC_LOAD(q), _CMP_GT_OQ))
+#define SC_KEEP(v) __asm__("" : "+x"(v))
 #include "saeclip.c"
-#undef SC_ISA
 
-#define TILE_ROWS_avx512 14
-#define VECTORS_avx512 2
-#define LANES_avx512 16
-#define DOT_ROWS_avx512 4
-#define DOT_COLUMNS_avx512 5
-#define STRIP_avx512 12
-#define GROUP_avx512 16
-#define TARGET_avx512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#define V_avx512 __m512
-#define SET_avx512(x) _mm512_set1_ps(x)
-#define LOAD_avx512(p) _mm512_loadu_ps(p)
-#define STORE_avx512(p, v) _mm512_storeu_ps(p, v)
-#define ADD_avx512(a, b) _mm512_add_ps(a, b)
-#define FMA_avx512(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define ABOVE_avx512(p, q)                                                                         \
-    (unsigned)_mm512_cmp_ps_mask(_mm512_loadu_ps(p), _mm512_loadu_ps(q), _CMP_GT_OQ)
-#define KEEP_avx512(v) __asm__("" : "+v"(v))
+/* AVX-512 has 32 registers: 28 for the chains of a tile. */
 #define SC_ISA avx512
+#define SC_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define SC_V __m512
+#define SC_LANES 16
+#define SC_TILE_ROWS 14
+#define SC_VECTORS 2
+#define SC_DOT_ROWS 4
+#define SC_DOT_COLUMNS 5
+#define SC_STRIP 12
+#define SC_GROUP 16
+#define SC_SET(x) _mm512_set1_ps(x)
+#define SC_LOAD(p) _mm512_loadu_ps(p)
+#define SC_STORE(p, v) _mm512_storeu_ps(p, v)
+#define SC_ADD(a, b) _mm512_add_ps(a, b)
+#define SC_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define SC_ABOVE(p, q) (unsigned)_mm512_cmp_ps_mask(SC_LOAD(p), SC_LOAD(q), _CMP_GT_OQ)
+#define SC_KEEP(v) __asm__("" : "+v"(v))
 #include "saeclip.c"
-#undef SC_ISA
-
-static int has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
-static int has_avx512(void) {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-           && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
 
 #elif defined(__aarch64__) && defined(__ARM_NEON)
 #include <arm_neon.h>
 
-#define TILE_ROWS_neon 8
-#define VECTORS_neon 3
-#define LANES_neon 4
-#define DOT_ROWS_neon 2
-#define DOT_COLUMNS_neon 3
-#define STRIP_neon 12
-#define GROUP_neon 1
-#define TARGET_neon
-#define V_neon float32x4_t
-#define SET_neon(x) vdupq_n_f32(x)
-#define LOAD_neon(p) vld1q_f32(p)
-#define STORE_neon(p, v) vst1q_f32(p, v)
-#define ADD_neon(a, b) vaddq_f32(a, b)
-#define FMA_neon(a, b, c) vfmaq_f32(c, a, b)
-#define ABOVE_neon(p, q) (*(p) > *(q))
-#define KEEP_neon(v) __asm__("" : "+w"(v))
+/* NEON has 32 registers: 24 for the chains of a tile. */
 #define SC_ISA neon
+#define SC_TARGET
+#define SC_V float32x4_t
+#define SC_LANES 4
+#define SC_TILE_ROWS 8
+#define SC_VECTORS 3
+#define SC_DOT_ROWS 2
+#define SC_DOT_COLUMNS 3
+#define SC_STRIP 12
+#define SC_GROUP 1
+#define SC_SET(x) vdupq_n_f32(x)
+#define SC_LOAD(p) vld1q_f32(p)
+#define SC_STORE(p, v) vst1q_f32(p, v)
+#define SC_ADD(a, b) vaddq_f32(a, b)
+#define SC_FMA(a, b, c) vfmaq_f32(c, a, b)
+#define SC_ABOVE(p, q) (*(p) > *(q))
+#define SC_KEEP(v) __asm__("" : "+w"(v))
 #include "saeclip.c"
-#undef SC_ISA
-
-static int has_neon(void) { return 1; }
 #endif
 
-static int has_plain_c(void) { return 1; }
-
-/* What this build holds, the fastest first. */
-static const struct { const kernel_set *set; int (*usable)(void); } instruction_sets[] = {
+/* What this build contains, the fastest first. */
+static const kernel_set *const kernel_sets[] = {
 #if defined(__x86_64__) && defined(__GNUC__)
-    { &kernels_avx512, has_avx512 },
-    { &kernels_avx2, has_avx2 },
+    &kernels_avx512,
+    &kernels_avx2,
 #elif defined(__aarch64__) && defined(__ARM_NEON)
-    { &kernels_neon, has_neon },
+    &kernels_neon,
 #endif
-    { &kernels_scalar, has_plain_c },
+    &kernels_scalar
 };
 
-static const kernel_set *kernels = &kernels_scalar;
+static const kernel_set *kernels = &kernels_scalar;        /* in use */
 static int kernels_chosen;
 
-/* Floats of a product's A that are kept together: 9 / 16 of a second-level cache, which has half a
- * megabyte if the system does not say. */
+/* Whether this machine has the instructions. */
+static int is_usable(const kernel_set *set) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (set == &kernels_avx2) return avx2;
+    if (set == &kernels_avx512) {
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+               && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    }
+#endif
+    return set != NULL;
+}
+
+/* Floats of A that are copied at once: 9/16 of the second-level cache, the rest is for B and C.
+ * Where the system does not tell its size, 512 KB are assumed. */
 static size_t buffer_floats = 72 << 10;
 
 static void measure_cache(void) {
 #ifdef _SC_LEVEL2_CACHE_SIZE
     long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (bytes >= 1 << 18) buffer_floats = (size_t)bytes / 16 * 9 / sizeof(float);
+    if (bytes >= 1 << 18)
+        buffer_floats = (size_t)bytes / 16 * 9 / sizeof(float);
 #endif
 }
 
 int sc_instruction_set(const char *name) {
-    size_t count = sizeof instruction_sets / sizeof *instruction_sets;
-    for (size_t i = 0; i < count; i++)
-        if ((!name || strcmp(name, instruction_sets[i].set->name) == 0)
-            && instruction_sets[i].usable()) {
-            kernels = instruction_sets[i].set;
-            kernels_chosen = 1;
-            measure_cache();
-            if (!kernels->contracts() && !kernels_scalar.contracts()) return SC_OK;
-            return fail("this build contracts a * b + c: compile with -ffp-contract=off");
-        }
-    return usage("SAECLIP_ISA=%s: this machine or build has not got it (avx512, avx2, neon, "
-                 "scalar are known)", name);
+    for (size_t i = 0; i < COUNT(kernel_sets); i++) {
+        const kernel_set *set = kernel_sets[i];
+        if ((name && strcmp(name, set->name) != 0) || !is_usable(set)) continue;
+        kernels = set;
+        kernels_chosen = 1;
+        measure_cache();
+        if (!set->contracts() && !kernels_scalar.contracts()) return SC_OK;
+        return fail("this build contracts a * b + c (expected the option -ffp-contract=off)");
+    }
+    return usage("SAECLIP_ISA=%s: not available in this machine or build (expected avx512, avx2, "
+                 "neon or scalar)", name);
 }
 
-/* The fastest kernels, where the caller has not chosen any. */
+/* Chooses the fastest kernels if the caller of the library has not chosen any. */
 static int choose_kernels(void) {
-    if (kernels_chosen) return SC_OK;
-    return sc_instruction_set(NULL);
+    return kernels_chosen ? SC_OK : sc_instruction_set(NULL);
 }
+
+static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 /* --------------------------------------------------------------------------------------------
- * Matrix products. B is packed once into panels as wide as the kernel's tile, [panels][K][columns];
- * A is copied, some tiles' rows at a time, into a buffer with fixed strides; threads share out
- * blocks of rows and panels.
+ * Matrix products, c = a b: the bits of sc_matmul_plain().
+ *
+ * A number must be used many times once it has been loaded, for a processor multiplies faster than
+ * it loads. So a product is computed in pieces that fit the registers and the caches (Goto and van
+ * de Geijn, "Anatomy of high-performance matrix multiplication", 2008); sizes are AVX-512's:
+ *
+ *                       b: panels of 32 columns           registers: a tile of c, 14 x 32
+ *                       +----+----+----+                  first-level cache: a block of b, 256 x
+ *                       |////|    |    |                      32 numbers, contiguous since b is
+ *                       |----|    |    | 256 rows             packed as [panels][K][32]
+ *                       |    |    |    |                  second-level cache: the rows of a of up
+ *       256 columns     +----+----+----+                      to 8 tiles, copied in blocks of 256
+ *       +-----+-----+   +----+----+----+                      columns
+ *       |/////|     |   |////|    |    | tile
+ *       |-----|     |   |----|    |    |
+ *       +-----+-----+   +----+----+----+
+ *          a: [M, K]       c: [M, N]
+ *
+ * For each panel and each block of 256 terms, one chain per element, the tiles take turns with the
+ * block of b. The copied rows of a are 272 floats apart: at 256 floats, a power of two, they would
+ * compete for the same few places of the cache. Panels are padded with zeros after column N, tiles
+ * after row M. Threads take different rows and panels, so no sum is divided.
  * -------------------------------------------------------------------------------------------- */
 
-typedef sc_matrix packed_matrix;     /* data: [panels][K][kernels->columns], 0 past column N */
+typedef sc_matrix packed_matrix;     /* data: [panels][K][kernels->columns] */
 
-static size_t panels_of(size_t N) {
-    return (N + (size_t)kernels->columns - 1) / (size_t)kernels->columns;
-}
+static size_t panels_of(size_t N) { return (N + kernels->columns - 1) / kernels->columns; }
 
-/* Room for a [K, N] matrix, all 0. */
+/* Allocates a [K, N] matrix of zeros. */
 static int new_packed(packed_matrix *b, size_t K, size_t N) {
     *b = (packed_matrix){ .K = K, .N = N, .panels = panels_of(N) };
-    if (K != 0 && b->panels > SIZE_MAX / sizeof(float) / (size_t)kernels->columns / K)
-        return fail("out of memory: a matrix of %zu x %zu cannot be addressed", K, N);
-    b->data = new_array(b->panels * K * (size_t)kernels->columns, sizeof *b->data);
+    b->data = new_array(b->panels * kernels->columns, K * sizeof *b->data);
     return b->data ? SC_OK : SC_FAILED;
 }
 
 /* Packs panels first .. last - 1 of the matrix whose element (k, j) is
- * w[k * k_stride + j * j_stride]. */
+ * w[k * k_stride + j * j_stride]; so a transposed matrix is packed as easily. */
 static void pack_panels(packed_matrix *b, size_t first, size_t last, const float *w,
                         size_t k_stride, size_t j_stride) {
-    size_t columns = (size_t)kernels->columns;
+    size_t columns = kernels->columns;
     for (size_t panel = first; panel < last; panel++) {
-        size_t j0 = panel * columns, width = b->N - j0 < columns ? b->N - j0 : columns;
-        float *out = b->data + panel * b->K * columns;
-        if (j_stride == 1)
+        size_t width = smaller(b->N - panel * columns, columns);
+        const float *from = w + panel * columns * j_stride;
+        float *to = b->data + panel * b->K * columns;
+        if (j_stride == 1) {
             for (size_t k = 0; k < b->K; k++)
-                memcpy(out + k * columns, w + k * k_stride + j0, width * sizeof *w);
-        else
-            for (size_t j = 0; j < width; j++)
-                for (size_t k = 0; k < b->K; k++)
-                    out[k * columns + j] = w[k * k_stride + (j0 + j) * j_stride];
+                memcpy(to + k * columns, from + k * k_stride, width * sizeof *to);
+            continue;
+        }
+        for (size_t j = 0; j < width; j++) {
+            for (size_t k = 0; k < b->K; k++)
+                to[k * columns + j] = from[k * k_stride + j * j_stride];
+        }
     }
 }
 
+/* How many chains a sum of K terms has. */
 static size_t chains_of(size_t K) { return (K + CHAIN - 1) / CHAIN; }
 
-/* How many rows of A a buffer holds: of several tiles if there is room. */
+/* Rows of A that are copied at once: those of 1 to 8 tiles, as the cache allows. */
 static size_t rows_at_once(size_t K) {
-    size_t tile = (chains_of(K) + 1) * (size_t)kernels->rows * CHAIN_STRIDE;
-    size_t tiles = buffer_floats / tile;
-    tiles = tiles < 1 ? 1 : tiles > TILES_AT_ONCE ? TILES_AT_ONCE : tiles;
-    return tiles * (size_t)kernels->rows;
+    size_t tile = (chains_of(K) + 1) * kernels->rows * CHAIN_STRIDE;
+    size_t tiles = smaller(buffer_floats / tile, TILES_AT_ONCE);
+    if (tiles == 0) tiles = 1;
+    return tiles * kernels->rows;
 }
 
-/* Floats in such a buffer, for products of this K or a smaller one. */
+/* Floats in the buffer for the copy, for products of this K or a smaller one. */
 static size_t row_buffer_size(size_t K) {
-    size_t tile = chains_of(K) * (size_t)kernels->rows * CHAIN_STRIDE;
+    size_t tile = chains_of(K) * kernels->rows * CHAIN_STRIDE;
     return tile > buffer_floats ? tile : buffer_floats;
 }
 
-/* Copies rows of A for the kernel: the first ones, or those in `index`; zeros fill the last tile.
- * a: [rows, K] at a_stride; index: [rows] or NULL; buffer: [chains][room][CHAIN_STRIDE] */
+/* Copies rows of A: the first ones, or those listed in `index`, and zeros up to a whole tile.
+ * a: [any number, K], rows a_stride floats apart; index: [rows] or NULL;
+ * buffer: [chains][room][CHAIN_STRIDE] */
 static void load_rows(float *buffer, const float *a, size_t a_stride, const size_t *index,
                       size_t rows, size_t K, size_t room) {
-    size_t tile_rows = (size_t)kernels->rows, end = (rows + tile_rows - 1) / tile_rows * tile_rows;
-    for (size_t block = 0; block < K; block += CHAIN, buffer += room * CHAIN_STRIDE) {
-        size_t terms = K - block < CHAIN ? K - block : CHAIN;
-        for (size_t r = 0; r < rows; r++)
-            memcpy(buffer + r * CHAIN_STRIDE, a + (index ? index[r] : r) * a_stride + block,
-                   terms * sizeof *a);
+    size_t end = (rows + kernels->rows - 1) / kernels->rows * kernels->rows;
+    for (size_t block = 0; block < K; block += CHAIN) {
+        size_t bytes = smaller(K - block, CHAIN) * sizeof *a;
+        for (size_t r = 0; r < rows; r++) {
+            size_t row = index ? index[r] : r;
+            memcpy(buffer + r * CHAIN_STRIDE, a + row * a_stride + block, bytes);
+        }
         for (size_t r = rows; r < end; r++)
-            memset(buffer + r * CHAIN_STRIDE, 0, terms * sizeof *a);
+            memset(buffer + r * CHAIN_STRIDE, 0, bytes);
+        buffer += room * CHAIN_STRIDE;
     }
 }
 
-/* A panel of the rows in a buffer: block after block of B, which stays in the first-level cache
- * while the tiles take their turns. */
-static void product_panel(const float *buffer, size_t rows, size_t room, const packed_matrix *b,
-                          size_t panel, const tile_target *to) {
-    size_t tile_rows = (size_t)kernels->rows, columns = (size_t)kernels->columns;
-    size_t j = panel * columns, width = b->N - j < columns ? b->N - j : columns;
-    const float *from = b->data + panel * b->K * columns;
-    float sum[TILES_AT_ONCE * MAX_ROWS * MAX_COLUMNS];
-    tile_target corner = *to;
-    for (size_t block = 0; block < b->K; block += CHAIN, buffer += room * CHAIN_STRIDE)
-        for (size_t r = 0; r < rows; r += tile_rows)
-            kernels->tile(rows - r, b->K - block < CHAIN ? b->K - block : CHAIN,
-                          buffer + r * CHAIN_STRIDE, from + block * columns, sum + r * columns,
-                          block > 0);
-    corner.c += j;
-    if (to->bias) corner.bias += j;
-    if (to->residual) corner.residual += j;
-    kernels->finish(sum, rows, width, &corner);
+/* The target of the part that begins at this row and column. */
+static tile_target part_of(const tile_target *whole, size_t row, size_t column) {
+    tile_target part = *whole;
+    part.c += row * whole->c_stride + column;
+    if (whole->bias) part.bias += column;
+    if (whole->row_bias) part.row_bias += row;
+    if (whole->residual)
+        part.residual += row * whole->residual_stride + column;
+    return part;
 }
 
-/* Rows of c = a b: one thread's share. a: [rows, K], or those rows that `index` lists; to: the
- * rows in the columns of panels first .. last - 1, its pointers at column 0 of the whole product */
+/* The product of the rows in a buffer and one panel. buffer: [chains][room][CHAIN_STRIDE]; to: of
+ * these rows, at column 0 */
+static void product_panel(const float *buffer, size_t rows, size_t room, const packed_matrix *b,
+                          size_t panel, const tile_target *to) {
+    size_t columns = kernels->columns;
+    size_t first = panel * columns;
+    const float *b_block = b->data + panel * b->K * columns;
+    float sum[TILES_AT_ONCE * MAX_ROWS * MAX_COLUMNS];
+    for (size_t block = 0; block < b->K; block += CHAIN) {
+        size_t terms = smaller(b->K - block, CHAIN);
+        for (size_t r = 0; r < rows; r += kernels->rows) {
+            kernels->tile(rows - r, terms, buffer + r * CHAIN_STRIDE, b_block, sum + r * columns,
+                          block > 0);
+        }
+        buffer += room * CHAIN_STRIDE;
+        b_block += CHAIN * columns;
+    }
+    tile_target part = part_of(to, 0, first);
+    kernels->finish(sum, rows, smaller(b->N - first, columns), &part);
+}
+
+/* Rows of a product in panels first .. last - 1, by one thread. a: [rows, K], or the rows listed in
+ * `index` (which row_bias follows); to: of these rows, at column 0; buffer: [row_buffer_size(K)] */
 static void product_rows(const float *a, size_t a_stride, const size_t *index, size_t rows,
                          const packed_matrix *b, size_t first, size_t last, const tile_target *to,
                          float *buffer) {
     size_t room = rows_at_once(b->K);
     float row_bias[TILES_AT_ONCE * MAX_ROWS];
-    tile_target corner = *to;
-    if (to->row_bias) corner.row_bias = row_bias;
     for (size_t i = 0; i < rows; i += room) {
-        size_t some = rows - i < room ? rows - i : room;
-        for (size_t r = 0; to->row_bias && r < some; r++)
-            row_bias[r] = to->row_bias[index ? index[i + r] : i + r];
-        load_rows(buffer, index ? a : a + i * a_stride, a_stride, index ? index + i : NULL, some,
-                  b->K, room);
+        size_t some = smaller(rows - i, room);
+        tile_target part = part_of(to, i, 0);
+        if (index) {
+            load_rows(buffer, a, a_stride, index + i, some, b->K, room);
+        } else {
+            load_rows(buffer, a + i * a_stride, a_stride, NULL, some, b->K, room);
+        }
+        if (index && to->row_bias) {
+            for (size_t r = 0; r < some; r++)
+                row_bias[r] = to->row_bias[index[i + r]];
+            part.row_bias = row_bias;
+        }
         for (size_t panel = first; panel < last; panel++)
-            product_panel(buffer, some, room, b, panel, &corner);
-        corner.c += some * to->c_stride;
-        if (to->residual) corner.residual += some * to->residual_stride;
+            product_panel(buffer, some, room, b, panel, &part);
     }
 }
 
+/* A product that all threads share. */
 typedef struct {
-    const float *a;                  /* [M, K], a_stride floats from row to row */
+    const float *a;                  /* [M, K], rows a_stride floats apart */
     size_t M, a_stride;
     const packed_matrix *b;          /* [K, N] */
     tile_target to;                  /* [M, N] */
-    size_t row_step, panel_step;     /* a task's share */
+    size_t row_step, panel_step;     /* rows and panels of one task */
+    size_t row_tasks;
     float *buffer;                   /* [workers][row_buffer_size(K)] */
 } product;
 
 static int product_task(void *context, size_t task) {
     const product *p = context;
-    size_t row_tasks = (p->M + p->row_step - 1) / p->row_step;
-    size_t row = task % row_tasks * p->row_step, panel = task / row_tasks * p->panel_step;
-    size_t rows = p->M - row < p->row_step ? p->M - row : p->row_step;
-    size_t last = panel + p->panel_step < p->b->panels ? panel + p->panel_step : p->b->panels;
-    tile_target to = p->to;
-    to.c += row * to.c_stride;
-    if (to.residual) to.residual += row * to.residual_stride;
-    product_rows(p->a + row * p->a_stride, p->a_stride, NULL, rows, p->b, panel, last, &to,
-                 p->buffer + worker * row_buffer_size(p->b->K));
+    size_t row = task % p->row_tasks * p->row_step;
+    size_t panel = task / p->row_tasks * p->panel_step;
+    size_t rows = smaller(p->M - row, p->row_step);
+    size_t last = smaller(panel + p->panel_step, p->b->panels);
+    tile_target part = part_of(&p->to, row, 0);
+    float *buffer = p->buffer + worker * row_buffer_size(p->b->K);
+    product_rows(p->a + row * p->a_stride, p->a_stride, NULL, rows, p->b, panel, last, &part,
+                 buffer);
     return SC_OK;
 }
 
-/* c = activation(a b + bias + residual), over all threads. A share is the rows that a buffer holds,
- * and a part of the panels if that makes too few shares for an even end. */
+/* c = activation(a b + bias + residual), on all threads. A task is as many rows as are copied at
+ * once. If that makes too few tasks to keep all threads busy until the end, panels are divided too.
+ * a: [M, K], rows a_stride floats apart */
 static int multiply(const float *a, size_t M, size_t a_stride, const packed_matrix *b,
                     tile_target to) {
-    size_t wanted = SHARES * (size_t)thread_count();
+    size_t threads = (size_t)thread_count();
     product p = { .a = a, .M = M, .a_stride = a_stride, .b = b, .to = to };
     if (M == 0 || b->N == 0) return SC_OK;
     p.row_step = rows_at_once(b->K);
-    size_t row_tasks = (M + p.row_step - 1) / p.row_step;
-    size_t panel_tasks = (wanted + row_tasks - 1) / row_tasks;
+    p.row_tasks = (M + p.row_step - 1) / p.row_step;
+    size_t panel_tasks = (SHARES * threads + p.row_tasks - 1) / p.row_tasks;
     p.panel_step = (b->panels + panel_tasks - 1) / panel_tasks;
     panel_tasks = (b->panels + p.panel_step - 1) / p.panel_step;
-    p.buffer = reserve_array((size_t)thread_count() * row_buffer_size(b->K), sizeof *p.buffer);
+    p.buffer = reserve_array(threads * row_buffer_size(b->K), sizeof *p.buffer);
     if (!p.buffer) return SC_FAILED;
-    int status = parallel_for(row_tasks * panel_tasks, product_task, &p);
+    int status = parallel_for(p.row_tasks * panel_tasks, product_task, &p);
     free(p.buffer);
     return status;
 }
@@ -2475,129 +2606,187 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
 /* ============================================================================================
  * 9. The vision transformer, fast
  *
- * The forward pass hands out what it is asked for at the hook points and stops where nothing later is
- * needed.
+ * The forward pass of section 2 for a batch of images: the tokens of all images are the rows of
+ * each product. It writes the activations at several hook points, can continue with others in
+ * their place (an SAE's reconstruction), and stops where nothing later is needed.
  * ============================================================================================ */
 
-/* What one forward pass works on. B images, T tokens, D width, H hidden; M = B T. */
+/* The values of a forward pass. B images, T tokens, D width, H hidden, p patch; M = B T.
+ * Numbers between the end of a row of normed or wide and its stride are undefined. */
 typedef struct {
     const sc_model *model;
     size_t images, rows;             /* B, M */
-    const unsigned char *pixels;     /* [B, S, S, 3] */
-    const sc_tap *taps;              /* [count] */
-    size_t count, last;              /* last: the block after which nothing is needed, */
-    int stops_at_attn;               /* and whether its MLP is not needed either */
+    const unsigned char *pixels;     /* [B, S, S, 3], 8 bits, S pixels per side */
+    const sc_tap *taps;              /* [count], the hook points */
+    size_t count;
+    size_t last;                     /* the last block that is needed, from 1 */
+    int stops_at_attn;               /* whether that block's MLP is not needed */
     float *x;                        /* [M, D], the residual stream */
-    float *normed;                   /* [M, padded D], a norm's or the attention's output */
-    float *wide;                     /* [M, max(3 D, H, 3 patch^2)], qkv, hidden or patches */
-    float *head_scratch;             /* [workers][head_scratch_size] */
-    size_t head_scratch_size, wide_stride, normed_stride;
-    memory_list memory;
+    float *normed;                   /* [M, D], a norm's output, or the attention's */
+    float *wide;                     /* [M, max(3 D, H, 3 p^2)], qkv, hidden or patches */
+    size_t normed_stride, wide_stride;
+    unsigned char *scratch;          /* [workers][scratch_bytes], for one head each */
+    size_t scratch_bytes;
     const sc_layer *norm;            /* what norm_task applies */
+    memory_list memory;
 } forward_pass;
 
-enum { ROWS_A_TASK = 32 };
+enum { ROWS_PER_TASK = 32 };
 
-/* normed = layer_norm(x), a few rows a task. */
+/* normed = layer_norm(x) for some rows. */
 static int norm_task(void *context, size_t task) {
-    forward_pass *pass = context;
-    size_t D = pass->model->width, first = task * ROWS_A_TASK;
-    for (size_t i = first; i < pass->rows && i < first + ROWS_A_TASK; i++)
-        kernels->layer_norm(pass->x + i * D, pass->norm->weight, pass->norm->bias,
-                            pass->model->epsilon, pass->normed + i * pass->normed_stride, D);
-    return SC_OK;
-}
-
-static int norm_rows(forward_pass *pass, const sc_layer *norm) {
-    pass->norm = norm;
-    return parallel_for((pass->rows + ROWS_A_TASK - 1) / ROWS_A_TASK, norm_task, pass);
-}
-
-/* Lays an image's patches out as rows of 3 patch^2 normalised pixels, channel by channel. */
-static int patch_task(void *context, size_t image) {
-    forward_pass *pass = context;
-    const sc_model *model = pass->model;
-    size_t p = model->patch, S = model->image_size;
-    const unsigned char *pixels = pass->pixels + image * S * S * 3;
-    float normal[3][256];
-    for (int c = 0; c < 3; c++)
-        for (int v = 0; v < 256; v++)
-            normal[c][v] = ((float)v / 255.0f - model->mean[c]) / model->std[c];
-    for (size_t i = 0; i < model->tokens - 1; i++) {
-        const unsigned char *corner = pixels + (i / model->grid * S + i % model->grid) * p * 3;
-        float *out = pass->wide + (image * (model->tokens - 1) + i) * pass->wide_stride;
-        for (size_t c = 0; c < 3; c++)
-            for (size_t y = 0; y < p; y++)
-                for (size_t x = 0; x < p; x++) *out++ = normal[c][corner[(y * S + x) * 3 + c]];
+    const forward_pass *pass = context;
+    const sc_layer *norm = pass->norm;
+    size_t D = pass->model->width;
+    size_t first = task * ROWS_PER_TASK;
+    size_t end = smaller(first + ROWS_PER_TASK, pass->rows);
+    for (size_t i = first; i < end; i++) {
+        kernels->layer_norm(pass->x + i * D, norm->weight, norm->bias, pass->model->epsilon,
+                            pass->normed + i * pass->normed_stride, D);
     }
     return SC_OK;
 }
 
-/* x = [class token; patches] + positions, then the pre-norm where the model has one. */
+/* normed = layer_norm(x) for all rows, on all threads. */
+static int norm_rows(forward_pass *pass, const sc_layer *norm) {
+    pass->norm = norm;
+    return parallel_for((pass->rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, norm_task, pass);
+}
+
+/* The patches of an image as rows of 3 p^2 normalised numbers, as in embed_forward(). They are
+ * stored in wide: [B (T - 1), 3 p^2]. */
+static int patch_task(void *context, size_t image) {
+    const forward_pass *pass = context;
+    const sc_model *model = pass->model;
+    size_t p = model->patch;
+    size_t S = model->image_size;
+    size_t patches = model->tokens - 1;
+    const unsigned char *pixels = pass->pixels + image * S * S * 3;
+    float normal[3][256];            /* the result for every value of a channel */
+    for (int c = 0; c < 3; c++) {
+        for (int v = 0; v < 256; v++)
+            normal[c][v] = ((float)v / 255.0f - model->mean[c]) / model->std[c];
+    }
+    for (size_t i = 0; i < patches; i++) {
+        size_t top = i / model->grid * p;
+        size_t left = i % model->grid * p;
+        const unsigned char *corner = pixels + (top * S + left) * 3;
+        float *out = pass->wide + (image * patches + i) * pass->wide_stride;
+        for (size_t c = 0; c < 3; c++) {
+            for (size_t y = 0; y < p; y++) {
+                for (size_t x = 0; x < p; x++)
+                    *out++ = normal[c][corner[(y * S + x) * 3 + c]];
+            }
+        }
+    }
+    return SC_OK;
+}
+
+/* x = [class token; patches W + bias] + positions, then the first norm if the model has one. */
 static int embed(forward_pass *pass) {
     const sc_model *model = pass->model;
-    size_t D = model->width, T = model->tokens;
+    const sc_layer *patch_layer = &model->layer[PATCHES];
     const float *class_token = model->layer[CLASS_TOKEN].weight;
     const float *positions = model->layer[POSITIONS].weight;
+    size_t D = model->width;
+    size_t T = model->tokens;
     SC_TRY(parallel_for(pass->images, patch_task, pass));
     for (size_t image = 0; image < pass->images; image++) {
         float *x = pass->x + image * T * D;
-        tile_target to = { .c = x + D, .c_stride = D, .bias = model->layer[PATCHES].bias,
+        const float *patches = pass->wide + image * (T - 1) * pass->wide_stride;
+        tile_target to = { .c = x + D, .c_stride = D, .bias = patch_layer->bias,
                            .residual = positions + D, .residual_stride = D };
-        for (size_t d = 0; d < D; d++) x[d] = class_token[d] + positions[d] + 0.0f;
-        SC_TRY(multiply(pass->wide + image * (T - 1) * pass->wide_stride, T - 1, pass->wide_stride,
-                        &model->layer[PATCHES].matrix, to));
+        for (size_t d = 0; d < D; d++)
+            x[d] = class_token[d] + positions[d] + 0.0f;
+        SC_TRY(multiply(patches, T - 1, pass->wide_stride, &patch_layer->matrix, to));
     }
     if (!model->layer[PRE].weight) return SC_OK;
     SC_TRY(norm_rows(pass, &model->layer[PRE]));
     for (size_t i = 0; i < pass->rows; i++)
-        memcpy(pass->x + i * D, pass->normed + i * pass->normed_stride, D * sizeof(float));
+        memcpy(pass->x + i * D, pass->normed + i * pass->normed_stride, D * sizeof *pass->x);
     return SC_OK;
 }
 
-/* One head of one image, some queries at a time so that their scores stay in a near cache:
- * out = softmax(q k^T / sqrt d) v. q, k, v: [T, d] within qkv [T, 3 D]; scores: [rows, padded T] */
+/* One worker's memory for one head of one image, d = D / heads. */
+typedef struct {
+    packed_matrix keys;              /* [d, T], k transposed */
+    packed_matrix values;            /* [T, d] */
+    float *scores;                   /* [rows_at_once(d), T padded], of some queries */
+    float *buffer;                   /* for product_rows */
+} head_scratch;
+
+/* Places a worker's arrays in `memory`, or only measures them if that is NULL. */
+static size_t lay_out_head(head_scratch *s, const sc_model *model, void *memory) {
+    size_t T = model->tokens;
+    size_t d = model->width / model->heads;
+    size_t longest = T > d ? T : d;
+    s->keys = (packed_matrix){ .K = d, .N = T, .panels = panels_of(T) };
+    s->values = (packed_matrix){ .K = T, .N = d, .panels = panels_of(d) };
+    const array_spec arrays[] = {
+        ARRAY(s->keys.data, s->keys.panels * kernels->columns, d),
+        ARRAY(s->values.data, s->values.panels * kernels->columns, T),
+        ARRAY(s->scores, rows_at_once(d), padded(T)),
+        ARRAY(s->buffer, row_buffer_size(longest), 1) };
+    return lay_out(arrays, COUNT(arrays), memory);
+}
+
+/* Attention of one head in one image, normed = softmax(q k^T / sqrt d) v: attention_forward() for
+ * some queries at a time, so that their scores stay in a near cache.
+ * q, k, v: [T, d], columns of qkv: [T, 3 D] */
 static int head_task(void *context, size_t task) {
-    forward_pass *pass = context;
+    const forward_pass *pass = context;
     const sc_model *model = pass->model;
-    size_t D = model->width, T = model->tokens, d = D / model->heads, stride = pass->wide_stride;
-    size_t image = task / model->heads, head = task % model->heads;
-    const float *q = pass->wide + image * T * stride + head * d, *k = q + D, *v = k + D;
-    packed_matrix keys = { .K = d, .N = T, .panels = panels_of(T) };
-    packed_matrix values = { .K = T, .N = d, .panels = panels_of(d) };
-    size_t columns = (size_t)kernels->columns;
-    keys.data = pass->head_scratch + worker * pass->head_scratch_size;
-    values.data = keys.data + keys.panels * columns * d;
-    float *scores = values.data + values.panels * columns * T;
-    float *buffer = scores + rows_at_once(d) * padded(T);
-    tile_target to_scores = { .c = scores, .c_stride = padded(T) };
+    size_t D = model->width;
+    size_t T = model->tokens;
+    size_t d = D / model->heads;
+    size_t image = task / model->heads;
+    size_t head = task % model->heads;
+    size_t stride = pass->wide_stride;
+    size_t row = padded(T);
+    const float *q = pass->wide + image * T * stride + head * d;
+    const float *k = q + D;
+    const float *v = k + D;
+    float scale = 1.0f / sqrtf((float)d);
+    head_scratch s;
+    lay_out_head(&s, model, pass->scratch + worker * pass->scratch_bytes);
+    /* all queries of the head share its keys and values, packed once */
+    tile_target to_scores = { .c = s.scores, .c_stride = row };
     tile_target to_out = { .c = pass->normed + image * T * pass->normed_stride + head * d,
                            .c_stride = pass->normed_stride };
-    pack_panels(&keys, 0, keys.panels, k, 1, stride);
-    pack_panels(&values, 0, values.panels, v, stride, 1);
+    pack_panels(&s.keys, 0, s.keys.panels, k, 1, stride);
+    pack_panels(&s.values, 0, s.values.panels, v, stride, 1);
     for (size_t first = 0; first < T; first += rows_at_once(d)) {
-        size_t rows = T - first < rows_at_once(d) ? T - first : rows_at_once(d);
-        product_rows(q + first * stride, stride, NULL, rows, &keys, 0, keys.panels, &to_scores,
-                     buffer);
+        size_t rows = smaller(T - first, rows_at_once(d));
+        product_rows(q + first * stride, stride, NULL, rows, &s.keys, 0, s.keys.panels, &to_scores,
+                     s.buffer);
+        /* how much each query attends to each token, then the values weighted by that */
         for (size_t t = 0; t < rows; t++)
-            kernels->softmax(scores + t * padded(T), T, 1.0f / sqrtf((float)d));
-        product_rows(scores, padded(T), NULL, rows, &values, 0, values.panels, &to_out, buffer);
+            kernels->softmax(s.scores + t * row, T, scale);
+        product_rows(s.scores, row, NULL, rows, &s.values, 0, s.values.panels, &to_out, s.buffer);
         to_out.c += rows * to_out.c_stride;
     }
     return SC_OK;
 }
 
-static int taps_at(const sc_tap *tap, size_t layer, sc_hook hook) {
+static int is_at(const sc_tap *tap, size_t layer, sc_hook hook) {
     return tap->layer == layer && tap->hook == hook;
 }
 
-/* Gives an output to whoever taps it, and takes back what is to stand in its place.
- * output: [M, D] at stride */
+/* Whether anything is to be done with the output at a hook point. */
+static int is_tapped(const forward_pass *pass, size_t layer, sc_hook hook) {
+    for (size_t i = 0; i < pass->count; i++)
+        if (is_at(&pass->taps[i], layer, hook)) return 1;
+    return 0;
+}
+
+/* Copies an output to the taps at this hook point. A tap that replaces it changes the copy, which
+ * is then copied back. output: [M, D], rows `stride` floats apart */
 static int tap_output(const forward_pass *pass, size_t layer, sc_hook hook, float *output,
                       size_t stride) {
     size_t bytes = pass->model->width * sizeof *output;
-    for (const sc_tap *tap = pass->taps; tap < pass->taps + pass->count; tap++) {
-        if (!taps_at(tap, layer, hook)) continue;
+    for (size_t i = 0; i < pass->count; i++) {
+        const sc_tap *tap = &pass->taps[i];
+        if (!is_at(tap, layer, hook)) continue;
         for (size_t row = 0; row < pass->rows; row++)
             memcpy(tap->out + row * tap->stride, output + row * stride, bytes);
         if (!tap->replace) continue;
@@ -2608,93 +2797,127 @@ static int tap_output(const forward_pass *pass, size_t layer, sc_hook hook, floa
     return SC_OK;
 }
 
-/* x += a W + bias, by way of normed or wide, whichever is not a, if somebody taps it. */
+/* x += a W + bias, the end of the attention or the MLP. Without a tap the product is added to x as
+ * it is computed; with one it is first stored in whichever of normed and wide is not a.
+ * a: [M, K], normed or wide */
 static int add_layer(forward_pass *pass, const float *a, const sc_layer *layer, size_t number,
                      sc_hook hook) {
-    size_t D = pass->model->width, wide = pass->wide_stride, normed = pass->normed_stride;
-    size_t a_stride = a == pass->wide ? wide : normed, stride = a == pass->wide ? normed : wide;
-    float *output = a == pass->wide ? pass->normed : pass->wide;
-    int tapped = 0;
-    for (size_t i = 0; i < pass->count; i++) tapped |= taps_at(&pass->taps[i], number, hook);
-    tile_target to = { .c = tapped ? output : pass->x, .c_stride = tapped ? stride : D,
-                       .bias = layer->bias, .residual = tapped ? NULL : pass->x,
-                       .residual_stride = D };
+    size_t D = pass->model->width;
+    size_t a_stride = pass->normed_stride;
+    size_t stride = pass->wide_stride;
+    float *output = pass->wide;
+    if (a == pass->wide) {
+        a_stride = pass->wide_stride;
+        stride = pass->normed_stride;
+        output = pass->normed;
+    }
+    if (!is_tapped(pass, number, hook)) {
+        tile_target to_x = { .c = pass->x, .c_stride = D, .bias = layer->bias,
+                             .residual = pass->x, .residual_stride = D };
+        return multiply(a, pass->rows, a_stride, &layer->matrix, to_x);
+    }
+    tile_target to = { .c = output, .c_stride = stride, .bias = layer->bias };
     SC_TRY(multiply(a, pass->rows, a_stride, &layer->matrix, to));
     SC_TRY(tap_output(pass, number, hook, output, stride));
-    for (size_t i = 0; tapped && i < pass->rows; i++)
+    for (size_t i = 0; i < pass->rows; i++) {
+        float *x = pass->x + i * D;
         for (size_t d = 0; d < D; d++)
-            pass->x[i * D + d] = output[i * stride + d] + pass->x[i * D + d] + 0.0f;
+            x[d] = output[i * stride + d] + x[d] + 0.0f;
+    }
     return SC_OK;
 }
 
-/* One block. x: [M, D] */
+/* x = x + attention(norm1(x)); x = x + mlp(norm2(x)). number: of the block, from 1 */
 static int forward_block(forward_pass *pass, size_t number) {
     const sc_model *model = pass->model;
     const sc_layer *block = &model->layer[(number - 1) * ROLES];
-    tile_target wide = { .c = pass->wide, .c_stride = pass->wide_stride, .bias = block[QKV].bias };
+    tile_target to_qkv = { .c = pass->wide, .c_stride = pass->wide_stride,
+                           .bias = block[QKV].bias };
+    tile_target to_hidden = { .c = pass->wide, .c_stride = pass->wide_stride,
+                              .bias = block[FC1].bias,
+                              .activation = (activation_kind)model->activation };
+    /* attention: normed = norm1(x); wide = qkv; normed = all heads side by side */
     SC_TRY(norm_rows(pass, &block[NORM1]));
-    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[QKV].matrix, wide));
+    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[QKV].matrix, to_qkv));
     SC_TRY(parallel_for(pass->images * model->heads, head_task, pass));
     SC_TRY(add_layer(pass, pass->normed, &block[OUT], number, SC_ATTN));
     if (number == pass->last && pass->stops_at_attn) return SC_OK;
-    wide.bias = block[FC1].bias;
-    wide.activation = (activation_kind)model->activation;
+    /* MLP: normed = norm2(x); wide = gelu(hidden) */
     SC_TRY(norm_rows(pass, &block[NORM2]));
-    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[FC1].matrix, wide));
+    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[FC1].matrix, to_hidden));
     SC_TRY(add_layer(pass, pass->wide, &block[FC2], number, SC_MLP));
     return tap_output(pass, number, SC_RESID, pass->x, model->width);
 }
 
-/* head(norm(class token)); with class prompts, the cosine with each. out: [B, outputs] or
- * [B, classes] */
+/* The cosine of an embedding with that of each class prompt, whose rows have unit length.
+ * embedding: [outputs], overwritten; out: [classes] */
+static void compare_with_prompts(const sc_model *model, float *embedding, float *out) {
+    size_t P = padded(model->outputs);
+    kernels->unit_row(embedding, P);
+    for (size_t c = 0; c < model->classes; c++)
+        out[c] = kernels->dot(embedding, model->text + c * P, P);
+}
+
+/* head(norm(class token)): a classifier's logits or, with class prompts, the cosines with them.
+ * out: [B, classes] */
 static int forward_head(forward_pass *pass, float *out) {
     const sc_model *model = pass->model;
-    const sc_layer *post = &model->layer[POST], *projection = &model->layer[HEAD];
-    size_t D = model->width, P = padded(model->outputs);
+    const sc_layer *post = &model->layer[POST];
+    const sc_layer *head = &model->layer[HEAD];
+    size_t P = padded(model->outputs);
+    tile_target to = { .c = out, .c_stride = model->outputs, .bias = head->bias };
     float *embedding = new_array(pass->images, P * sizeof *embedding);
     if (!embedding) return SC_FAILED;
-    for (size_t b = 0; b < pass->images; b++)
-        kernels->layer_norm(pass->x + b * model->tokens * D, post->weight, post->bias,
-                            model->epsilon, pass->normed + b * pass->normed_stride, D);
-    tile_target to = { .c = model->text ? embedding : out,
-                       .c_stride = model->text ? P : model->outputs, .bias = projection->bias };
-    int status = multiply(pass->normed, pass->images, pass->normed_stride, &projection->matrix, to);
-    for (size_t b = 0; b < pass->images && model->text && status == SC_OK; b++) {
-        kernels->unit_row(embedding + b * P, P);
-        for (size_t c = 0; c < model->classes; c++)
-            out[b * model->classes + c] = kernels->dot(embedding + b * P, model->text + c * P, P);
+    if (model->text) {
+        to.c = embedding;
+        to.c_stride = P;
+    }
+    for (size_t b = 0; b < pass->images; b++) {
+        const float *class_token = pass->x + b * model->tokens * model->width;
+        kernels->layer_norm(class_token, post->weight, post->bias, model->epsilon,
+                            pass->normed + b * pass->normed_stride, model->width);
+    }
+    int status = multiply(pass->normed, pass->images, pass->normed_stride, &head->matrix, to);
+    if (status == SC_OK && model->text) {
+        for (size_t b = 0; b < pass->images; b++)
+            compare_with_prompts(model, embedding + b * P, out + b * model->classes);
     }
     free(embedding);
     return status;
 }
 
+/* Allocates the arrays. */
 static int new_forward_pass(forward_pass *pass, const sc_model *model) {
-    size_t D = model->width, T = model->tokens, d = D / model->heads, longest = T > d ? T : d;
-    size_t pixels = 3 * model->patch * model->patch, columns = (size_t)kernels->columns;
-    size_t widest = 3 * D > model->hidden ? 3 * D : model->hidden;
+    size_t D = model->width;
+    size_t widest = 3 * model->patch * model->patch;
+    head_scratch s;
+    if (widest < 3 * D) widest = 3 * D;
+    if (widest < model->hidden) widest = model->hidden;
     pass->model = model;
-    pass->rows = pass->images * T;
-    pass->wide_stride = padded(widest > pixels ? widest : pixels);
+    pass->rows = pass->images * model->tokens;
     pass->normed_stride = padded(D);
-    pass->head_scratch_size = padded(panels_of(T) * columns * d + panels_of(d) * columns * T
-                                     + rows_at_once(d) * padded(T) + row_buffer_size(longest));
+    pass->wide_stride = padded(widest);
+    pass->scratch_bytes = lay_out_head(&s, model, NULL);
     const array_spec arrays[] = {
-        ARRAY(pass->x, pass->rows, D), ARRAY(pass->normed, pass->rows, pass->normed_stride),
+        ARRAY(pass->x, pass->rows, D),
+        ARRAY(pass->normed, pass->rows, pass->normed_stride),
         ARRAY(pass->wide, pass->rows, pass->wide_stride),
-        ARRAY(pass->head_scratch, (size_t)thread_count(), pass->head_scratch_size) };
+        ARRAY(pass->scratch, (size_t)thread_count(), pass->scratch_bytes) };
     return new_arrays(&pass->memory, arrays, COUNT(arrays));
 }
 
 int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
                      const sc_tap *taps, size_t count, float *head) {
-    forward_pass pass = { .images = images, .pixels = pixels, .taps = taps, .count = count,
-                          .last = head ? model->blocks : 0, .stops_at_attn = !head };
-    for (size_t i = 0; i < count; i++)
-        pass.last = taps[i].layer > pass.last ? taps[i].layer : pass.last;
-    for (size_t i = 0; i < count; i++)
-        if (taps[i].layer == pass.last && taps[i].hook != SC_ATTN) pass.stops_at_attn = 0;
+    forward_pass pass = { .images = images, .pixels = pixels, .taps = taps, .count = count };
+    if (head) pass.last = model->blocks;
+    for (size_t i = 0; i < count; i++) {
+        if (taps[i].layer > pass.last) pass.last = taps[i].layer;
+    }
     if (pass.last > model->loaded)
         return fail("%s: block %zu is not loaded", model->file.path, pass.last);
+    /* a hook point at "attn" of the last block does not need the block's MLP */
+    pass.stops_at_attn = !head && !is_tapped(&pass, pass.last, SC_MLP)
+                         && !is_tapped(&pass, pass.last, SC_RESID);
     int status = new_forward_pass(&pass, model);
     if (status == SC_OK) status = embed(&pass);
     for (size_t number = 1; number <= pass.last && status == SC_OK; number++)
@@ -8822,10 +9045,9 @@ static int describe_file(const char *path) {
 static int command_info(session *s) {
     if (s->o->operand[0]) return describe_file(s->o->operand[0]);
     printf("saeclip %s\ninstruction sets:", SC_VERSION);
-    for (size_t i = 0; i < COUNT(instruction_sets); i++) {
-        const kernel_set *set = instruction_sets[i].set;
-        if (instruction_sets[i].usable())
-            printf(" %s%s", set->name, set == kernels ? " (in use)" : "");
+    for (size_t i = 0; i < COUNT(kernel_sets); i++) {
+        const kernel_set *set = kernel_sets[i];
+        if (is_usable(set)) printf(" %s%s", set->name, set == kernels ? " (in use)" : "");
     }
     printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
     return end_of_output();

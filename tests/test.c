@@ -39,6 +39,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
 
 int main(int count, char **names)
 {
+    signal(SIGINT, SIG_DFL);                 /* a shell ignores it for what runs in the background */
     make_folder();
     quiet = 1;
     if (sc_instruction_set(given_isa()) != SC_OK || sc_threads_start(2) != SC_OK) need("%s", sc_error());

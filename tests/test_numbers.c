@@ -91,10 +91,10 @@ static void numbers_functions(void)
     check(gelu(0) == 0 && quick_gelu(0) == 0 && gelu(50) == 50 && quick_gelu(100) == 100
           && log64(1) == 0 && fabs(log64(0x1p-1060) + 1060 * 0.693147180559945309) < 1e-12,
           "a function is wrong where its value is known");
-    for (size_t i = 0; i < sizeof instruction_sets / sizeof *instruction_sets; i++)
-        if (instruction_sets[i].usable())
-            check(!instruction_sets[i].set->contracts() && FLT_EVAL_METHOD == 0,
-                  "%s contracts or widens arithmetic", instruction_sets[i].set->name);
+    for (size_t i = 0; i < COUNT(kernel_sets); i++)
+        if (is_usable(kernel_sets[i]))
+            check(!kernel_sets[i]->contracts() && FLT_EVAL_METHOD == 0,
+                  "%s contracts or widens arithmetic", kernel_sets[i]->name);
 }
 
 /* The functions' bits are part of every result: pinned, for other machines and compilers. */

@@ -221,9 +221,9 @@ static void test_plain(void)
 {
     static const int threads[] = { 1, 2, 5 };
     int tested = 0;
-    for (size_t i = 0; i < COUNT(instruction_sets); i++) {
-        const char *isa = instruction_sets[i].set->name;
-        if (!instruction_sets[i].usable() || (given_isa() && strcmp(given_isa(), isa) != 0)) continue;
+    for (size_t i = 0; i < COUNT(kernel_sets); i++) {
+        const char *isa = kernel_sets[i]->name;
+        if (!is_usable(kernel_sets[i]) || (given_isa() && strcmp(given_isa(), isa) != 0)) continue;
         if (sc_instruction_set(isa) != SC_OK) need("%s", sc_error());
         for (size_t k = 0; k < COUNT(threads); k++) {
             if (tested && threads[k] != 2) continue;     /* all numbers of threads with the first instruction set */

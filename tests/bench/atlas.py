@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""How long a browser takes to open an atlas: the load event's time, from the start of navigation to
-the list, the scatter and the first latent being there; the median of some rounds.
+"""How long a browser takes to open an atlas: from the start of navigation to the load event, when
+the list, the scatter plot and the first latent are shown; the median of some rounds.
 
     tests/bench/atlas.py                    a made-up atlas of 12,288 latents
     tests/bench/atlas.py --latents 49152
@@ -25,14 +25,14 @@ TIMER = ("<script>addEventListener('load', () => { const passed = performance.no
 
 
 def page():
-    """The lines of index.html, as saeclip.c has them."""
+    """index.html, from the table of its lines in saeclip.c."""
     source = (ROOT / "saeclip.c").read_text()
     table = source.split("const atlas_page[] = {\n")[1].split("\n};")[0]
     return "\n".join(ast.literal_eval(line.strip().rstrip(",")) for line in table.splitlines())
 
 
 def make_atlas(folder, latents):
-    """Numbers alike in size and length to real ones; pictures are not there."""
+    """Random numbers of the same size and length as real ones, without images."""
     draw = random.Random(1)
     frequency = [10 ** draw.uniform(-4, 0) for _ in range(latents)]
     numbers = {"name": "made up", "images": 100000, "part": 64, "grid": 14,
@@ -71,7 +71,7 @@ def main():
     options = parse.parse_args()
     browser = next(filter(shutil.which, BROWSERS), None)
     if not browser:
-        print("skipped: the opening of an atlas needs chromium, which is not here")
+        print("skipped: opening an atlas needs chromium, which is not installed")
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.atlas or pathlib.Path(scratch) / "atlas"

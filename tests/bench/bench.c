@@ -1,354 +1,605 @@
-/* How fast this machine is, and which share of that saeclip's kernels and pipeline reach, at ViT-B/16's
- * sizes, on random numbers. `make bench` builds and runs it, beside the peers that are installed.
+/* How fast saeclip works on this machine, at the sizes of ViT-B/16 (batches of 8 images, blocks of
+ * width 768) and of an SAE with 49,152 latents, on random numbers. `make bench` runs it and then
+ * compare.py, which sets the same figures beside those of other programs.
  *
- *     build/bench [--json] [--threads N] [LINE...]
+ *     build/bench [--json] [--threads N] [LINE ...]      without a LINE: all of them
  *
- * Floating-point operations of sparse codes: those of the active ones. Like saeclip.c, this file includes
- * itself once for each instruction set, for the kernel that measures the peak. */
-#ifdef SC_ISA
-
-/* As many chains as a product's tile has, in registers, one link of each per round. The sum is returned
- * so that the compiler cannot leave the work out; factor: below 1, so that it stays finite. */
-SC_TARGET static float KERNEL(peak)(size_t rounds, float factor) {
-    SC_V chain[SC_TILE_ROWS * SC_VECTORS], f = SC_SET(factor), one = SC_SET(1.0f);
-    float lane[SC_LANES];
-    SC_UNROLL for (int i = 0; i < SC_TILE_ROWS * SC_VECTORS; i++) chain[i] = SC_SET((float)i);
-    for (size_t round = 0; round < rounds; round++)
-        SC_UNROLL for (int i = 0; i < SC_TILE_ROWS * SC_VECTORS; i++)
-            chain[i] = SC_FMA(chain[i], f, one);
-    SC_UNROLL for (int i = 1; i < SC_TILE_ROWS * SC_VECTORS; i++)
-        chain[0] = SC_ADD(chain[0], chain[i]);
-    SC_STORE(lane, chain[0]);
-    return lane[0];
-}
-
-#else
+ * Each line is measured with one thread, then with all. A figure that does not apply is left out:
+ *   ms          time per image, or per run where there are no images: the median of three
+ *   GFLOP/s     floating-point operations per second; a multiply-add counts as two
+ *   % of peak   share of the GFLOP/s that multiply-adds in registers reach, the line "peak"
+ *   MB moved    bytes that must come from memory or go there
+ *   speedup     time with one thread over time with all
+ *   of vit-8    time over that of the vision transformer alone, the line "vit-8"
+ *   MB taken    the most memory that the process has had so far: name one line to know its own
+ *
+ * One translation unit with the program, so that it can measure parts that are static there. */
 #define SAECLIP_NO_MAIN
 #include "../../saeclip.c"
 
 #include <sys/resource.h>
 
-#define SC_ISA scalar
-#include "bench.c"
-#undef SC_ISA
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SC_ISA avx2
-#include "bench.c"
-#undef SC_ISA
-#define SC_ISA avx512
-#include "bench.c"
-#undef SC_ISA
-#elif defined(__aarch64__) && defined(__ARM_NEON)
-#define SC_ISA neon
-#include "bench.c"
-#undef SC_ISA
-#endif
-
 enum {
-    BENCH_D = 768, BENCH_T = 197, BENCH_LATENTS = 49152, PRODUCT_ROWS = 8 * BENCH_T,
-    PRODUCT_FLOATS = PRODUCT_ROWS * 4 * BENCH_D,     /* at most, of an input or output */
-    STEP_TOKENS = 12 * BENCH_T, SAE_INPUTS = STEP_TOKENS * BENCH_D,
-    READ_TASKS = 512, READ_FLOATS = 1 << 18, PEAK_TASKS = 2048, PEAK_ROUNDS = 5000
+    D = 768, HEADS_OF_VIT = 12, HIDDEN_OF_VIT = 3072, BLOCKS = 12, SIDE = 224,
+    T = 197,                         /* tokens per image: the class token and 14 x 14 patches */
+    LATENTS_OF_SAE = 49152,
+    PRODUCT_ROWS = 8 * T,            /* tokens of a batch of 8 images */
+    STEP_TOKENS = 12 * T,            /* tokens of a training step */
+    PEAK_TASKS = 2048, PEAK_ROUNDS = 5000,
+    READ_TASKS = 512, READ_FLOATS = 1 << 18
 };
 
-enum figure { SECONDS, GFLOPS, SHARE, MOVED, RATE, SPEEDUP, OF_VIT, MEMORY, FIGURES };
-/* A figure's key in JSON; its title and unit in the table. */
-static const struct { const char *key, *title; double unit; } bench_figures[FIGURES] = {
-    { "seconds", "ms", 1e-3 }, { "gflops", "GFLOP/s", 1 }, { "share", "% of peak", 0.01 },
-    { "bytes", "MB moved", 1e6 }, { "gigabytes_per_second", "GB/s", 1 },
-    { "speedup", "speedup", 1 }, { "of_vit", "of vit-8", 1 }, { "peak_memory", "MB taken", 1e6 } };
+/* --- The machine's peak: as many chains of multiply-adds as a tile has, all in registers. Each
+ * round adds a link to each chain. The result is returned so that the compiler keeps the work;
+ * a factor below 1 keeps it finite. --- */
 
-typedef struct bench {
-    const struct bench_line *line;
-    const kernel_set *set;           /* whose peak is measured, else NULL */
-    int threads, as_json, rows;      /* in all; whether JSON is wanted; printed so far */
-    double images, flops, bytes;     /* of a run; bytes: that come from and go to memory */
-    float *input;
-    feed data;                       /* pictures, a model, a hook point */
+#define DEFINE_PEAK(isa, target, vector, lanes, chains, set, fma, add, store)                      \
+    target static float peak_##isa(size_t rounds, float factor) {                                  \
+        vector chain[chains], f = set(factor), one = set(1.0f);                                    \
+        float lane[lanes];                                                                         \
+        SC_UNROLL for (int i = 0; i < chains; i++) {                                               \
+            chain[i] = set((float)i);                                                              \
+        }                                                                                          \
+        for (size_t round = 0; round < rounds; round++) {                                          \
+            SC_UNROLL for (int i = 0; i < chains; i++) {                                           \
+                chain[i] = fma(chain[i], f, one);                                                  \
+            }                                                                                      \
+        }                                                                                          \
+        SC_UNROLL for (int i = 1; i < chains; i++) {                                               \
+            chain[0] = add(chain[0], chain[i]);                                                    \
+        }                                                                                          \
+        store(lane, chain[0]);                                                                     \
+        return lane[0];                                                                            \
+    }
+
+#define SET_ONE(x) (x)
+#define ADD_ONE(a, b) ((a) + (b))
+#define STORE_ONE(p, v) (*(p) = (v))
+DEFINE_PEAK(scalar, , float, 1, 16, SET_ONE, fma32, ADD_ONE, STORE_ONE)
+#if defined(__x86_64__) && defined(__GNUC__)
+DEFINE_PEAK(avx2, __attribute__((target("avx2,fma"))), __m256, 8, 12, _mm256_set1_ps,
+            _mm256_fmadd_ps, _mm256_add_ps, _mm256_storeu_ps)
+DEFINE_PEAK(avx512, __attribute__((target("avx512f,fma"))), __m512, 16, 28, _mm512_set1_ps,
+            _mm512_fmadd_ps, _mm512_add_ps, _mm512_storeu_ps)
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#define FMA_NEON(a, b, c) vfmaq_f32(c, a, b)
+DEFINE_PEAK(neon, , float32x4_t, 4, 24, vdupq_n_f32, FMA_NEON, vaddq_f32, vst1q_f32)
+#endif
+
+typedef float peak_function(size_t rounds, float factor);
+
+static peak_function *peak_of(const kernel_set *set) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (set == &kernels_avx512) return peak_avx512;
+    if (set == &kernels_avx2) return peak_avx2;
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+    if (set == &kernels_neon) return peak_neon;
+#endif
+    return set == &kernels_scalar ? peak_scalar : NULL;
+}
+
+/* --- The lines --- */
+
+typedef struct line {
+    const char *name, *what;
+    int (*prepare)(void);
+    int (*run)(void);
+    size_t images;                   /* of a batch, 0: the time is per run */
+    size_t blocks;                   /* of the vision transformer */
+    size_t inputs, outputs;          /* of a product */
+    size_t k;                        /* TopK's k, 0: ReLU */
+    double shift;                    /* b_enc = -shift deviations of h: how many latents fire */
+} line;
+
+/* What the line at hand works on. */
+static struct {
+    const line *line;
+    const kernel_set *set;           /* whose peak is measured */
+    double flops, bytes;             /* of a run */
+    float *input;                    /* [rows, inputs] */
+    float *bias;                     /* [outputs] */
+    float *output;                   /* [rows, outputs] */
+    packed_matrix matrix;            /* [inputs, outputs] */
+    feed data;                       /* images, the model, its hook point */
     sc_sae sae;
     sc_trainer *trainer;             /* of the lines that train */
-    sae_batch batch;                 /* of the others that use the SAE */
+    sae_batch batch;                 /* of those that only encode */
     statistics stats;
-    double peak[2], vit[2];          /* GFLOP/s, vit-8's seconds; with one thread, with all */
-} bench;
+    size_t image[16];                /* of stats: */
+    int64_t label[16];
+    memory_list memory;
+} at;
 
-typedef struct bench_line {
-    const char *name, *what;
-    int (*run)(bench *b);
-    size_t inputs;                   /* floats; a product's output lies behind its input */
-    size_t images, blocks;           /* of a model, where there is one */
-    enum role role;                  /* of a product */
-    size_t k;                        /* TopK's, 0: ReLU */
-    double shift;                    /* how far below 0 b_enc lies, in deviations of h */
-} bench_line;
+static char folder[] = "/tmp/saeclip-bench-XXXXXX";
+static char model_path[sizeof folder + 20];
 
-static float peak_of(const kernel_set *set) {
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (set == &kernels_avx512) return peak_avx512(PEAK_ROUNDS, 0.5f);
-    if (set == &kernels_avx2) return peak_avx2(PEAK_ROUNDS, 0.5f);
-#elif defined(__aarch64__) && defined(__ARM_NEON)
-    if (set == &kernels_neon) return peak_neon(PEAK_ROUNDS, 0.5f);
-#endif
-    (void)set;
-    return peak_scalar(PEAK_ROUNDS, 0.5f);
-}
-
-/* count numbers from -scale to scale, which repeat after a while. out: [count] */
-static void random_floats(float *out, size_t count, float scale) {
+/* Numbers from -scale to scale, repeated after a while. out: [count] */
+static void fill(float *out, size_t count, float scale) {
     enum { PERIOD = 65521 };
-    for (size_t i = 0; i < count; i++)
-        out[i] = i < PERIOD ? scale * uniform(0, 0, i) : out[i - PERIOD];
+    for (size_t i = 0; i < count; i++) {
+        if (i < PERIOD) {
+            out[i] = scale * uniform(0, 0, i);
+        } else {
+            out[i] = out[i - PERIOD];
+        }
+    }
 }
 
-/* Weights for a model whose sizes are set, as sc_model_load() would read them from a file. */
-static int random_model(sc_model *m) {
-    const size_t sizes[] = { 1, m->width, 3 * m->width, m->hidden, m->tokens, 3 * m->patch * m->patch, 1 };
-    m->loaded = m->blocks;
-    m->layer = new_array(m->blocks, ROLES * sizeof *m->layer);
-    if (!m->layer) return SC_FAILED;
-    for (size_t i = 0; i < m->blocks * ROLES; i++) {
-        enum role role = (enum role)(i % ROLES);
-        size_t N = sizes[layers[role].rows], K = sizes[layers[role].columns];
-        sc_layer *layer = &m->layer[i];
-        if (role >= POST || (i >= ROLES && role < NORM1)) continue;
-        layer->weight = new_array(N, K * sizeof(float));
-        layer->bias = new_array(padded(N == 1 ? K : N), sizeof(float));
-        if (!layer->weight || !layer->bias) return SC_FAILED;
-        random_floats(layer->weight, N * K, sqrtf(3 / (float)K));
-        if (!layers[role].linear) continue;
-        SC_TRY(new_packed(&layer->matrix, K, N));
-        pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, 1, K);
-        free(layer->weight);
-        layer->weight = NULL;
-    }
+static int peak_task(void *context, size_t task) {
+    (void)context;
+    (void)task;
+    float sum = peak_of(at.set)(PEAK_ROUNDS, 0.5f);
+    return isfinite(sum) ? SC_OK : fail("peak: the result is not finite");
+}
+
+static int run_peak(void) {
+    at.flops = 2.0 * PEAK_TASKS * PEAK_ROUNDS * (double)(at.set->rows * at.set->columns);
+    return parallel_for(PEAK_TASKS, peak_task, NULL);
+}
+
+static int prepare_memory(void) {
+    size_t count = (size_t)READ_TASKS * READ_FLOATS;
+    SC_TRY(allocate(&at.memory, &at.input, count, sizeof *at.input));
+    fill(at.input, count, 1);
     return SC_OK;
 }
 
-/* Computes in registers, or reads a part of what caches cannot hold. */
-static int machine_task(void *context, size_t task) {
-    const bench *b = context;
-    const float *part = b->input + (b->set ? 0 : task * READ_FLOATS);
-    float sum = b->set ? peak_of(b->set) : kernels->dot(part, part, READ_FLOATS);
-    return isfinite(sum) ? SC_OK : fail("bench: a sum is not finite");
+static int read_task(void *context, size_t task) {
+    const float *part = at.input + task * READ_FLOATS;
+    (void)context;
+    float sum = kernels->dot(part, part, READ_FLOATS);
+    return isfinite(sum) ? SC_OK : fail("memory: the result is not finite");
 }
 
-static int run_machine(bench *b) {
-    if (b->set) b->flops = 2.0 * PEAK_TASKS * PEAK_ROUNDS * b->set->rows * b->set->columns;
-    else b->bytes = (double)b->line->inputs * sizeof *b->input;
-    return parallel_for(b->set ? PEAK_TASKS : READ_TASKS, machine_task, b);
+static int run_memory(void) {
+    at.bytes = 4.0 * READ_TASKS * READ_FLOATS;
+    return parallel_for(READ_TASKS, read_task, NULL);
 }
 
-static int run_product(bench *b) {
-    const sc_layer *layer = &b->data.model.layer[b->line->role];
-    size_t K = layer->matrix.K, N = layer->matrix.N;
-    b->flops = 2.0 * PRODUCT_ROWS * (double)(K * N);
-    tile_target to = { .c = b->input + PRODUCT_FLOATS, .c_stride = N, .bias = layer->bias };
-    return multiply(b->input, PRODUCT_ROWS, K, &layer->matrix, to);
+static int prepare_product(void) {
+    size_t K = at.line->inputs;
+    size_t N = at.line->outputs;
+    float *weight;
+    const array_spec arrays[] = {
+        ARRAY(at.input, PRODUCT_ROWS, K),
+        ARRAY(at.output, PRODUCT_ROWS, N),
+        ARRAY(at.bias, N, 1),
+        ARRAY(at.matrix.data, panels_of(N) * kernels->columns, K),
+        ARRAY(weight, N, K) };
+    SC_TRY(new_arrays(&at.memory, arrays, COUNT(arrays)));
+    fill(at.input, PRODUCT_ROWS * K, 1);
+    fill(at.bias, N, 1);
+    fill(weight, N * K, sqrtf(3 / (float)K));
+    at.matrix.K = K;
+    at.matrix.N = N;
+    at.matrix.panels = panels_of(N);
+    pack_panels(&at.matrix, 0, at.matrix.panels, weight, 1, K);
+    return SC_OK;
 }
 
-static int run_vit(bench *b) {
-    const feed *f = &b->data;
-    double D = BENCH_D, T = BENCH_T, blocks = (double)f->model.blocks;
-    b->images = (double)f->count;
-    b->flops = b->images * (2 * (T - 1) * D * D + blocks * T * (24 * D * D + 4 * T * D));
+static int run_product(void) {
+    size_t K = at.line->inputs;
+    size_t N = at.line->outputs;
+    tile_target to = { .c = at.output, .c_stride = N, .bias = at.bias };
+    at.flops = 2.0 * PRODUCT_ROWS * (double)K * (double)N;
+    return multiply(at.input, PRODUCT_ROWS, K, &at.matrix, to);
+}
+
+/* Writes a tensor of random numbers of variance 1 / inputs, i.e. of the last dimensions. */
+static int write_tensor(sc_writer *w, const char *name, int rank, const size_t *shape) {
+    size_t count = 1;
+    for (int d = 0; d < rank; d++) {
+        count *= shape[d];
+    }
+    float *values = new_array(count, sizeof *values);
+    if (!values) return SC_FAILED;
+    fill(values, count, sqrtf(3.0f * (float)shape[0] / (float)count));
+    int status = sc_writer_tensor(w, name, SC_F16, rank, shape);
+    if (status == SC_OK) {
+        status = sc_writer_floats(w, values, count);
+    }
+    free(values);
+    return status;
+}
+
+/* Writes a ViT-B/16 with random weights under timm's names. */
+static int write_model(sc_writer *w) {
+    static const struct { const char *name; int rank; size_t shape[4]; } once[] = {
+        { "cls_token", 3, { 1, 1, D } },
+        { "pos_embed", 3, { 1, T, D } },
+        { "patch_embed.proj.weight", 4, { D, 3, 16, 16 } } };
+    static const struct { const char *name; int rank; size_t shape[2]; } block[] = {
+        { "norm1.weight", 1, { D } }, { "norm1.bias", 1, { D } },
+        { "attn.qkv.weight", 2, { 3 * D, D } }, { "attn.qkv.bias", 1, { 3 * D } },
+        { "attn.proj.weight", 2, { D, D } }, { "attn.proj.bias", 1, { D } },
+        { "norm2.weight", 1, { D } }, { "norm2.bias", 1, { D } },
+        { "mlp.fc1.weight", 2, { HIDDEN_OF_VIT, D } }, { "mlp.fc1.bias", 1, { HIDDEN_OF_VIT } },
+        { "mlp.fc2.weight", 2, { D, HIDDEN_OF_VIT } }, { "mlp.fc2.bias", 1, { D } } };
+    static const char *const metadata[][2] = {
+        { "hidden_act", "quick_gelu" }, { "layer_norm_eps", "1e-5" },
+        { "num_attention_heads", "12" }, { "image_mean", "0.5,0.5,0.5" },
+        { "image_std", "0.5,0.5,0.5" } };
+    for (size_t i = 0; i < COUNT(metadata); i++) {
+        SC_TRY(sc_writer_metadata(w, metadata[i][0], metadata[i][1]));
+    }
+    for (size_t i = 0; i < COUNT(once); i++) {
+        SC_TRY(write_tensor(w, once[i].name, once[i].rank, once[i].shape));
+    }
+    for (size_t b = 0; b < BLOCKS; b++) {
+        for (size_t i = 0; i < COUNT(block); i++) {
+            char name[64];
+            snprintf(name, sizeof name, "blocks.%zu.%s", b, block[i].name);
+            SC_TRY(write_tensor(w, name, block[i].rank, block[i].shape));
+        }
+    }
+    return sc_writer_finish(w);
+}
+
+/* Makes the model's file, once. */
+static int make_model(void) {
+    sc_writer w;
+    if (*model_path) return SC_OK;
+    if (!mkdtemp(folder)) return fail("%s: cannot be made: %s", folder, strerror(errno));
+    sprintf(model_path, "%s/model.safetensors", folder);
+    SC_TRY(sc_writer_open(&w, model_path, 1 << 16));
+    int status = write_model(&w);
+    if (status != SC_OK) {
+        sc_writer_discard(&w);
+    }
+    return status;
+}
+
+static void remove_model(void) {
+    if (*model_path) {
+        remove(model_path);
+        remove(folder);
+    }
+}
+
+/* The model, black images, and a hook point in the last block that is used. */
+static int prepare_vit(void) {
+    feed *f = &at.data;
+    size_t images = at.line->images;
+    size_t blocks = at.line->blocks;
+    SC_TRY(make_model());
+    SC_TRY(sc_model_open(&f->model, model_path, NULL));
+    SC_TRY(sc_model_load(&f->model, blocks, 0));
+    f->T = T;
+    f->D = f->stride = D;
+    f->first_patch = 1;
+    f->count = images;
+    f->taps = 1;
+    f->tap[0] = (sc_tap){ .layer = blocks, .hook = SC_RESID, .stride = D };
+    if (blocks < BLOCKS) {
+        f->tap[0].hook = SC_MLP;
+    }
+    const array_spec arrays[] = {
+        ARRAY(f->pixels, images, SIDE * SIDE * 3),
+        ARRAY(f->image, images, 1),
+        ARRAY(f->label, images, 1),
+        ARRAY(f->tap[0].out, images * T, D) };
+    return new_arrays(&f->memory, arrays, COUNT(arrays));
+}
+
+static int run_vit(void) {
+    feed *f = &at.data;
+    double blocks = (double)at.line->blocks;
+    double tokens = (double)at.line->images * T;
+    double per_token = 2.0 * D * D + blocks * (24.0 * D * D + 4.0 * T * D);
+    at.flops = tokens * per_token;
     return sc_model_forward(&f->model, f->pixels, f->count, f->tap, 1, NULL);
 }
 
-static int run_encoder(bench *b) {
-    b->batch.reconstruct = 0;
-    b->flops = 2.0 * SAE_INPUTS * BENCH_LATENTS;
-    return run_sae(&b->batch, b->input, STEP_TOKENS);
-}
-
-/* Active codes are decoded and have df and two gradients; bytes: two matrices and their moments. */
-static int run_step(bench *b) {
-    sc_step result;
-    size_t bad;
-    SC_TRY(train_step(b->trainer, b->input, &result, &bad));
-    b->flops = 2.0 * SAE_INPUTS * (BENCH_LATENTS + 4 * result.l0);
-    b->bytes = 2 * 2 * 3 * sizeof(float) * (double)BENCH_LATENTS * BENCH_D;
+/* An SAE whose h has variance 2 D / n, since x has variance 1 and W_enc 2 / n. It stays as it is,
+ * for the learning rate is 0. */
+static int prepare_sae(void) {
+    sc_sae *sae = &at.sae;
+    double deviation = sqrt(2.0 * D / LATENTS_OF_SAE);
+    SC_TRY(sc_sae_init(sae, D, LATENTS_OF_SAE, 1));
+    sae->topk = at.line->k > 0;
+    sae->k = at.line->k;
+    for (size_t j = 0; j < LATENTS_OF_SAE; j++) {
+        sae->b_enc[j] = (float)(-at.line->shift * deviation);
+    }
+    SC_TRY(allocate(&at.memory, &at.input, STEP_TOKENS * D, sizeof *at.input));
+    fill(at.input, STEP_TOKENS * D, sqrtf(3));
     return SC_OK;
 }
 
-static int run_stats(bench *b) {
-    sae_batch *batch = &b->batch;
-    int decode = batch->reconstruct = strcmp(b->line->name, "eval") == 0;
-    SC_TRY(run_vit(b));
-    b->flops += 2 * b->images * BENCH_T * BENCH_D * (BENCH_LATENTS + (decode ? b->line->k : 0));
-    SC_TRY(run_sae(batch, b->data.tap[0].out, b->data.count * BENCH_T));
-    return count_batch(&b->stats);
+static int prepare_encoder(void) {
+    SC_TRY(prepare_sae());
+    SC_TRY(new_batch(&at.batch, &at.sae, STEP_TOKENS));
+    at.batch.reconstruct = 0;
+    return SC_OK;
 }
 
-static const bench_line bench_lines[] = {
-    { "peak", "multiply-adds in registers", run_machine, 0, 0, 0, 0, 0, 0 },
-    { "memory", "reading 512 MiB", run_machine, READ_TASKS * READ_FLOATS, 0, 0, 0, 0, 0 },
-    { "qkv", "1,576 x 768 -> 2,304", run_product, 2 * PRODUCT_FLOATS, 1, 1, QKV, 0, 0 },
-    { "out", "1,576 x 768 -> 768", run_product, 2 * PRODUCT_FLOATS, 1, 1, OUT, 0, 0 },
-    { "fc1", "1,576 x 768 -> 3,072", run_product, 2 * PRODUCT_FLOATS, 1, 1, FC1, 0, 0 },
-    { "fc2", "1,576 x 3,072 -> 768", run_product, 2 * PRODUCT_FLOATS, 1, 1, FC2, 0, 0 },
-    { "encoder", "2,364 x 768 -> 49,152", run_encoder, SAE_INPUTS, 0, 0, 0, 0, 9 },
-    { "encoder-topk", "the same, TopK 32", run_encoder, SAE_INPUTS, 0, 0, 0, 32, 0 },
-    { "vit-8", "ViT-B/16, an image of 8", run_vit, 0, 8, 12, 0, 0, 0 },
-    { "vit-1", "ViT-B/16, an image alone", run_vit, 0, 1, 12, 0, 0, 0 },
-    { "step-topk", "2,364 tokens, TopK 32", run_step, SAE_INPUTS, 0, 0, 0, 32, 0 },
-    { "step-relu", "the same, ReLU, 300 active", run_step, SAE_INPUTS, 0, 0, 0, 0, 2.505 },
-    { "step-half", "the same, ReLU, half active", run_step, SAE_INPUTS, 0, 0, 0, 0, 0 },
-    { "stats", "an image, TopK 32, block 11", run_stats, 0, 16, 11, 0, 32, 0 },
-    { "eval", "an image, TopK 32, block 11", run_stats, 0, 16, 11, 0, 32, 0 } };
-
-/* A ViT-B/16 with random weights, black pictures, and a hook point after its last block. */
-static int prepare_model(bench *b, size_t images, size_t blocks) {
-    feed *f = &b->data;
-    *f = (feed){ .T = BENCH_T, .first_patch = 1, .count = images, .memory = f->memory, .taps = 1,
-                 .tap = { { .layer = blocks, .hook = blocks == 12 ? SC_RESID : SC_MLP,
-                            .stride = BENCH_D } } };
-    f->model = (sc_model){ .width = BENCH_D, .heads = 12, .hidden = 4 * BENCH_D, .patch = 16,
-                           .grid = 14, .tokens = BENCH_T, .image_size = 224, .blocks = blocks,
-                           .activation = QUICK_GELU, .epsilon = 1e-5f, .std = { 1, 1, 1 } };
-    const array_spec arrays[] = {
-        ARRAY(f->pixels, images, 224 * 224 * 3), ARRAY(f->image, images, 1),
-        ARRAY(f->label, images, 1), ARRAY(f->tap[0].out, images * BENCH_T, BENCH_D) };
-    SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
-    return random_model(&f->model);
+static int run_encoder(void) {
+    at.flops = 2.0 * STEP_TOKENS * D * LATENTS_OF_SAE;
+    return run_sae(&at.batch, at.input, STEP_TOKENS);
 }
 
-/* Tokens of variance 1, W_enc's 2 / n: h's is 2 D / n, and stays, as the learning rate is 0. */
-static int prepare_line(bench *b) {
-    const bench_line *line = b->line;
-    sc_sae *sae = &b->sae;
-    b->images = 1;
-    b->flops = b->bytes = 0;
-    SC_TRY(allocate(&b->data.memory, &b->input, line->inputs, sizeof *b->input));
-    random_floats(b->input, line->inputs, sqrtf(3));
-    if (line->images) SC_TRY(prepare_model(b, line->images, line->blocks));
-    if (line->inputs != SAE_INPUTS && line->run != run_stats) return SC_OK;
-    SC_TRY(sc_sae_init(sae, BENCH_D, BENCH_LATENTS, 1));
-    sae->topk = line->k > 0;
-    sae->k = line->k;
-    for (size_t j = 0; j < BENCH_LATENTS; j++)
-        sae->b_enc[j] = (float)(-line->shift * sqrt(2.0 * BENCH_D / BENCH_LATENTS));
-    if (line->run == run_step) {
-        sc_train_options options = { .l1 = 8e-5, .dead_window = INT_MAX };
-        b->trainer = sc_trainer_new(sae, &options, STEP_TOKENS);
-        return b->trainer ? SC_OK : SC_FAILED;
+static int prepare_step(void) {
+    const sc_train_options settings = { .l1 = 8e-5, .dead_window = INT_MAX };
+    SC_TRY(prepare_sae());
+    at.trainer = sc_trainer_new(&at.sae, &settings, STEP_TOKENS);
+    return at.trainer ? SC_OK : SC_FAILED;
+}
+
+/* All latents are encoded; those that fire are decoded and have df and two gradients. Two matrices
+ * and their moments are read and written. */
+static int run_step(void) {
+    sc_step result;
+    SC_TRY(sc_train_step(at.trainer, at.input, &result));
+    at.flops = 2.0 * STEP_TOKENS * D * (LATENTS_OF_SAE + 4 * result.l0);
+    at.bytes = 2 * 2 * 3 * 4.0 * LATENTS_OF_SAE * D;
+    return SC_OK;
+}
+
+static int prepare_stats(void) {
+    sae_batch *batch = &at.batch;
+    SC_TRY(prepare_vit());
+    SC_TRY(prepare_sae());
+    SC_TRY(new_batch(batch, &at.sae, at.line->images * T));
+    batch->reconstruct = strcmp(at.line->name, "eval") == 0;
+    at.stats = (statistics){ .n = LATENTS_OF_SAE, .D = D, .T = T, .K = 16, .P = 64,
+                             .threshold = -1, .batch = batch, .count = at.line->images,
+                             .image = at.image, .label = at.label };
+    for (size_t i = 0; i < COUNT(at.image); i++) {
+        at.image[i] = i;
+        at.label[i] = -1;
     }
-    b->stats = (statistics){ .batch = &b->batch, .sae = sae, .data = &b->data, .K = 16,
-                             .P = 64, .threshold = -1 };
-    SC_TRY(new_statistics(&b->stats, &b->data.memory, 0));
-    return new_batch(&b->batch, sae, line->images ? line->images * BENCH_T : STEP_TOKENS);
+    return new_statistics(&at.stats, &at.memory, 0);
 }
 
-/* One line with the threads at hand: the median of three runs after one that does not count, short
- * ones repeated. many: all threads, not one, whose figures still lie in figure: [FIGURES] */
-static int measure_line(bench *b, int many, double *figure) {
-    int status = prepare_line(b);
-    double t[3] = { 0 }, start = seconds_now();
-    if (status == SC_OK) status = b->line->run(b);
+static int run_stats(void) {
+    sae_batch *batch = &at.batch;
+    size_t tokens = at.line->images * T;
+    double latents = LATENTS_OF_SAE;
+    if (batch->reconstruct) {
+        latents += (double)at.line->k;
+    }
+    size_t bad;
+    SC_TRY(run_vit());
+    SC_TRY(run_sae(batch, at.data.tap[0].out, tokens));
+    at.flops += 2.0 * (double)tokens * D * latents;
+    return count_batch(&at.stats, &bad);
+}
+
+/* peak comes first: it is what the others are measured by. */
+static const line lines[] = {
+    { .name = "peak", .what = "multiply-adds in registers", .run = run_peak },
+    { .name = "memory", .what = "reading 512 MiB", .prepare = prepare_memory, .run = run_memory },
+    { .name = "qkv", .what = "1,576 x 768 -> 2,304", .prepare = prepare_product,
+      .run = run_product, .inputs = D, .outputs = 3 * D },
+    { .name = "out", .what = "1,576 x 768 -> 768", .prepare = prepare_product,
+      .run = run_product, .inputs = D, .outputs = D },
+    { .name = "fc1", .what = "1,576 x 768 -> 3,072", .prepare = prepare_product,
+      .run = run_product, .inputs = D, .outputs = 4 * D },
+    { .name = "fc2", .what = "1,576 x 3,072 -> 768", .prepare = prepare_product,
+      .run = run_product, .inputs = 4 * D, .outputs = D },
+    { .name = "encoder", .what = "2,364 x 768 -> 49,152", .prepare = prepare_encoder,
+      .run = run_encoder, .shift = 9 },
+    { .name = "encoder-topk", .what = "the same, TopK 32", .prepare = prepare_encoder,
+      .run = run_encoder, .k = 32 },
+    { .name = "vit-8", .what = "ViT-B/16, per image, 8 at once", .prepare = prepare_vit,
+      .run = run_vit, .images = 8, .blocks = BLOCKS },
+    { .name = "vit-1", .what = "ViT-B/16, one image", .prepare = prepare_vit,
+      .run = run_vit, .images = 1, .blocks = BLOCKS },
+    { .name = "step-topk", .what = "2,364 tokens, TopK 32", .prepare = prepare_step,
+      .run = run_step, .k = 32 },
+    { .name = "step-relu", .what = "the same, ReLU, 300 active", .prepare = prepare_step,
+      .run = run_step, .shift = 2.505 },
+    { .name = "step-half", .what = "the same, ReLU, half active", .prepare = prepare_step,
+      .run = run_step },
+    { .name = "stats", .what = "per image, TopK 32, block 11", .prepare = prepare_stats,
+      .run = run_stats, .images = 16, .blocks = BLOCKS - 1, .k = 32 },
+    { .name = "eval", .what = "per image, TopK 32, block 11", .prepare = prepare_stats,
+      .run = run_stats, .images = 16, .blocks = BLOCKS - 1, .k = 32 } };
+
+/* --- Measuring and printing --- */
+
+enum figure { MILLISECONDS, GFLOPS, SHARE, MOVED, RATE, SPEEDUP, OF_VIT, TAKEN, FIGURES };
+
+/* A figure's key in JSON; its title in the table, and what it is divided by there. */
+static const struct { const char *key, *title; double unit; } figures[FIGURES] = {
+    { "seconds", "ms", 1e-3 },
+    { "gflops", "GFLOP/s", 1 },
+    { "share", "% of peak", 0.01 },
+    { "bytes", "MB moved", 1e6 },
+    { "gigabytes_per_second", "GB/s", 1 },
+    { "speedup", "speedup", 1 },
+    { "of_vit", "of vit-8", 1 },
+    { "peak_memory", "MB taken", 1e6 } };
+
+static struct {
+    int threads, as_json;
+    int rows;                        /* printed so far */
+    double peak[2];                  /* GFLOP/s with one thread, with all */
+    double vit[2];                   /* seconds per image of vit-8 */
+} bench;
+
+/* Median seconds of three runs after one that is not counted; short ones are repeated. */
+static int time_runs(double *seconds) {
+    double t[3];
+    double start = seconds_now();
+    SC_TRY(at.line->run());
     size_t repeat = (size_t)(0.3 / (seconds_now() - start + 1e-6)) + 1;
-    for (int i = 0; i < 3 && status == SC_OK; i++) {
+    for (int i = 0; i < 3; i++) {
         start = seconds_now();
-        for (size_t k = 0; k < repeat && status == SC_OK; k++) status = b->line->run(b);
+        for (size_t r = 0; r < repeat; r++) {
+            SC_TRY(at.line->run());
+        }
         t[i] = (seconds_now() - start) / (double)repeat;
     }
-    double seconds = fmax(fmin(t[0], t[1]), fmin(fmax(t[0], t[1]), t[2]));
-    figure[GFLOPS] = 1e-9 * b->flops / seconds;
-    figure[MOVED] = b->bytes;
-    figure[RATE] = 1e-9 * b->bytes / seconds;
-    seconds /= b->images;
-    if (b->set == kernels) b->peak[many] = figure[GFLOPS];
-    if (!b->set) figure[SHARE] = figure[GFLOPS] / b->peak[many];
-    if (b->line->images == 8) b->vit[many] = seconds;
-    if (b->line->run == run_stats && b->vit[many] > 0) figure[OF_VIT] = seconds / b->vit[many];
-    if (many) figure[SPEEDUP] = figure[SECONDS] / seconds;
-    figure[SECONDS] = seconds;
-#ifdef __linux__
-    struct rusage used;
-    if (getrusage(RUSAGE_SELF, &used) == 0) figure[MEMORY] = 1024.0 * (double)used.ru_maxrss;
-#endif
-    return status;
-}
-
-/* A row; a figure of 0 does not apply. */
-static void print_figures(bench *b, const double *figure) {
-    char name[32];
-    snprintf(name, sizeof name, "%s%s%s", b->line->name, b->set ? "-" : "",
-             b->set ? b->set->name : "");
-    if (!b->as_json) printf("%-13s%7d", name, thread_count());
-    else printf("%s  {\"name\": \"%s\", \"threads\": %d", b->rows++ ? ",\n" : "[\n", name,
-                thread_count());
-    for (enum figure i = 0; i < FIGURES; i++)
-        if (b->as_json && figure[i] > 0) printf(", \"%s\": %.9g", bench_figures[i].key, figure[i]);
-        else if (figure[i] > 0) printf("%10.4g", figure[i] / bench_figures[i].unit);
-        else if (!b->as_json) printf("%10s", "");
-    if (b->as_json) putchar('}');
-    else printf("  %s\n", b->line->what);
-}
-
-/* A line with one thread, then with all. Not shown is what others are measured by. */
-static int bench_line_rows(bench *b, int shown) {
-    double figure[FIGURES] = { 0 };
-    int status = SC_OK;
-    for (int many = 0; many <= (b->threads > 1) && status == SC_OK; many++) {
-        SC_TRY(sc_threads_start(many ? b->threads : 1));
-        status = measure_line(b, many, figure);
-        if (status == SC_OK && shown) print_figures(b, figure);
-        sc_trainer_free(b->trainer);
-        b->trainer = NULL;
-        free_batch(&b->batch);
-        sc_sae_close(&b->sae);
-        close_feed(&b->data);
-    }
-    return status;
-}
-
-static int run_bench(bench *b, unsigned wanted) {
-    if (!b->as_json) {
-        printf("%-13s%7s", "line", "threads");
-        for (enum figure i = 0; i < FIGURES; i++) printf("%10s", bench_figures[i].title);
-        puts("");
-    }
-    for (size_t i = 0; i < COUNT(instruction_sets); i++) {
-        b->set = instruction_sets[i].set;
-        if (instruction_sets[i].usable() && (wanted & 1 || b->set == kernels))
-            SC_TRY(bench_line_rows(b, wanted & 1));
-    }
-    b->set = NULL;
-    while (++b->line < bench_lines + COUNT(bench_lines))
-        if (wanted >> (b->line - bench_lines) & 1) SC_TRY(bench_line_rows(b, 1));
-    if (b->as_json) puts("\n]");
+    *seconds = fmax(fmin(t[0], t[1]), fmin(fmax(t[0], t[1]), t[2]));
     return SC_OK;
 }
 
-int main(int count, char **argument) {
-    bench b = { .line = bench_lines };
-    unsigned wanted = 0;
-    for (int a = 1; a < count; a++) {
-        size_t i = 0;
-        if (strcmp(argument[a], "--json") == 0) {
-            b.as_json = 1;
-            continue;
-        }
-        if (strcmp(argument[a], "--threads") == 0 && a + 1 < count) {
-            b.threads = atoi(argument[++a]);
-            continue;
-        }
-        while (i < COUNT(bench_lines) && strcmp(bench_lines[i].name, argument[a]) != 0) i++;
-        if (i == COUNT(bench_lines)) {
-            fprintf(stderr, "usage: bench [--json] [--threads N] [LINE...], LINE one of");
-            for (i = 0; i < COUNT(bench_lines); i++) fprintf(stderr, " %s", bench_lines[i].name);
-            fputs("\n", stderr);
-            return SC_USAGE;
-        }
-        wanted |= 1u << i;
+/* The figures of the line at hand. many: 1 with all threads, 0 with one thread, whose figures are
+ * in `figure` when the line is measured with all. figure: [FIGURES] */
+static int measure_line(int many, double *figure) {
+    double seconds, single = figure[MILLISECONDS];
+    if (at.line->prepare) {
+        SC_TRY(at.line->prepare());
     }
-    if (wanted == 0) wanted = ~0u;
-    int status = sc_instruction_set(getenv("SAECLIP_ISA"));
-    if (status == SC_OK) status = sc_threads_start(b.threads);
-    b.threads = thread_count();
-    if (status == SC_OK) status = run_bench(&b, wanted);
+    SC_TRY(time_runs(&seconds));
+    figure[GFLOPS] = 1e-9 * at.flops / seconds;
+    figure[MOVED] = at.bytes;
+    figure[RATE] = 1e-9 * at.bytes / seconds;
+    if (at.line->images) {
+        seconds /= (double)at.line->images;
+    }
+    if (at.set == kernels) {
+        bench.peak[many] = figure[GFLOPS];
+    }
+    if (!at.set) {
+        figure[SHARE] = figure[GFLOPS] / bench.peak[many];
+    }
+    if (strcmp(at.line->name, "vit-8") == 0) {
+        bench.vit[many] = seconds;
+    }
+    if (at.line->run == run_stats && bench.vit[many] > 0) {
+        figure[OF_VIT] = seconds / bench.vit[many];
+    }
+    if (many) {
+        figure[SPEEDUP] = single / seconds;
+    }
+    figure[MILLISECONDS] = seconds;
+#ifdef __linux__
+    struct rusage used;
+    if (getrusage(RUSAGE_SELF, &used) == 0) {
+        figure[TAKEN] = 1024.0 * (double)used.ru_maxrss;
+    }
+#endif
+    return SC_OK;
+}
+
+/* One row of the table, or one object; a figure of 0 does not apply. */
+static void print_row(const double *figure) {
+    char name[32];
+    if (at.set) {
+        snprintf(name, sizeof name, "%s-%s", at.line->name, at.set->name);
+    } else {
+        snprintf(name, sizeof name, "%s", at.line->name);
+    }
+    if (bench.as_json) {
+        printf("%s  {\"name\": \"%s\", \"threads\": %d", bench.rows++ ? ",\n" : "[\n", name,
+               thread_count());
+        for (int i = 0; i < FIGURES; i++) {
+            if (figure[i] > 0) {
+                printf(", \"%s\": %.9g", figures[i].key, figure[i]);
+            }
+        }
+        printf("}");
+        return;
+    }
+    printf("%-13s%7d", name, thread_count());
+    for (int i = 0; i < FIGURES; i++) {
+        if (figure[i] > 0) {
+            printf("%10.4g", figure[i] / figures[i].unit);
+        } else {
+            printf("%10s", "");
+        }
+    }
+    printf("  %s\n", at.line->what);
+    fflush(stdout);
+}
+
+/* Measures a line with one thread, then with all. */
+static int run_line(const line *l, const kernel_set *set, int shown) {
+    double figure[FIGURES] = { 0 };
+    for (int many = 0; many <= (bench.threads > 1); many++) {
+        SC_TRY(sc_threads_start(many ? bench.threads : 1));
+        at.line = l;
+        at.set = set;
+        int status = measure_line(many, figure);
+        if (status == SC_OK && shown) {
+            print_row(figure);
+        }
+        sc_trainer_free(at.trainer);
+        free_batch(&at.batch);
+        sc_sae_close(&at.sae);
+        close_feed(&at.data);
+        release(&at.memory);
+        memset(&at, 0, sizeof at);
+        SC_TRY(status);
+    }
+    return SC_OK;
+}
+
+static int wanted(const char *name, char **names, int count) {
+    for (int i = 0; i < count; i++) {
+        if (strcmp(names[i], name) == 0) return 1;
+    }
+    return count == 0;
+}
+
+/* names: [count], the lines to run; none: all */
+static int run_lines(char **names, int count) {
+    int peak_wanted = wanted("peak", names, count);
+    if (!bench.as_json) {
+        printf("%-13s%7s", "line", "threads");
+        for (int i = 0; i < FIGURES; i++) {
+            printf("%10s", figures[i].title);
+        }
+        puts("");
+    }
+    for (size_t i = 0; i < COUNT(kernel_sets); i++) {
+        const kernel_set *set = kernel_sets[i];
+        if (is_usable(set) && (peak_wanted || set == kernels)) {
+            SC_TRY(run_line(&lines[0], set, peak_wanted));
+        }
+    }
+    for (size_t i = 1; i < COUNT(lines); i++) {
+        if (wanted(lines[i].name, names, count)) {
+            SC_TRY(run_line(&lines[i], NULL, 1));
+        }
+    }
+    if (bench.as_json) {
+        puts("\n]");
+    }
+    return SC_OK;
+}
+
+static int check_names(char **names, int count) {
+    for (int i = 0; i < count; i++) {
+        size_t l = 0;
+        while (l < COUNT(lines) && strcmp(lines[l].name, names[i]) != 0) {
+            l++;
+        }
+        if (l == COUNT(lines)) {
+            return usage("unknown line '%s' (expected peak, vit-8, step-topk, ...)", names[i]);
+        }
+    }
+    return SC_OK;
+}
+
+static int run_bench(int argc, char **argv) {
+    int first = 1;
+    double threads = 0;
+    for (; first < argc && argv[first][0] == '-'; first++) {
+        if (strcmp(argv[first], "--json") == 0) {
+            bench.as_json = 1;
+        } else if (strcmp(argv[first], "--threads") == 0 && argv[first + 1]) {
+            SC_TRY(parse_number(argv[++first], "--threads", 1, SC_MAX_THREADS, &threads));
+        } else {
+            return usage("usage: bench [--json] [--threads N] [LINE ...]");
+        }
+    }
+    SC_TRY(check_names(argv + first, argc - first));
+    SC_TRY(sc_instruction_set(getenv("SAECLIP_ISA")));
+    SC_TRY(sc_threads_start((int)threads));
+    bench.threads = thread_count();
+    int status = run_lines(argv + first, argc - first);
     sc_threads_stop();
-    if (status != SC_OK) fprintf(stderr, "bench: %s\n", sc_error());
+    remove_model();
     return status;
 }
 
-#endif /* !SC_ISA */
+int main(int argc, char **argv) {
+    int status = run_bench(argc, argv);
+    if (status != SC_OK) {
+        fprintf(stderr, "bench: %s\n", sc_error());
+    }
+    return status;
+}

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""saeclip and its peers at the same work, in turn (A B A B ...): the ratios, with what they should be.
+"""saeclip and other programs (peers) at the same work, in turn (A B A B ...): the ratios of their speeds, and what
+they should be.
 
     tests/bench/compare.py [--rounds 3] [--threads N] [--peers DIR] [--python PYTHON] [--save FILE] [LINE ...]
 
-Run in the checkout's root after `make`. LINE: qkv out fc1 fc2 encoder vit-8 vit-1 step-topk step-relu step-half
-stats photos; none: all. PYTHON has torch (and for the products numpy); DIR/node_modules (or NODE_PATH) has
-onnxruntime-node. What is missing is said and passed over. A ratio is taken within a round, the median over rounds.
+Run it in the root of the repository after `make saeclip build/bench`. LINE: qkv out fc1 fc2 encoder vit-8 vit-1
+step-topk step-relu step-half stats photos; without one, all. PYTHON has torch (and numpy for the products);
+DIR/node_modules (or NODE_PATH) has onnxruntime-node. Programs that are missing are named and left out. A ratio is
+taken within a round; printed is the median over rounds.
 """
 import argparse
 import json
@@ -23,7 +25,7 @@ PRODUCTS = ["qkv", "out", "fc1", "fc2", "encoder"]
 VITS, STEPS = ["vit-8", "vit-1"], ["step-topk", "step-relu", "step-half"]
 LINES = PRODUCTS + VITS + STEPS + ["stats", "photos"]
 
-# (our line, what is compared, reach, aim); of shares and ratios more is better, of "least" ones less.
+# A line of bench: what it is compared with ("share": with the machine's peak), and two goals, reach and aim.
 TARGETS = {
     **{line: ("share", 0.88, 0.94) for line in PRODUCTS},
     "vit-8": ("onnx", 1.1, 1.2), "vit-1": ("onnx", 1.05, 1.15),
@@ -33,7 +35,7 @@ MEMORY, STATS, SPEEDUP = (1.3e9, 1.1e9), (1.6, 1.42), (1.85, 1.95)
 
 
 def run(command, environment, missing, what):
-    """The last line of a program's output as JSON; None, and a word once, where it does not work."""
+    """The output of a program; None if it fails, which is reported once."""
     if what in missing:
         return None
     try:
@@ -44,7 +46,7 @@ def run(command, environment, missing, what):
         return done.stdout
     if done:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-    print(f"passed over: {what}: {reason}", flush=True)
+    print(f"left out: {what}: {reason}", flush=True)
     missing.add(what)
     return None
 
@@ -65,13 +67,12 @@ class Bench:
     def __init__(self, o, folder):
         self.o, self.folder, self.missing = o, folder, set()
         self.environment = environment_for(o.threads, o.peers)
-        self.rounds = []                                    # a dict (who, line) -> row each
+        self.rounds = []                                    # per round: a dict (who, line) -> figures
 
     def saeclip(self, row, *lines):
-        output = run([self.o.bench, "--json", "--threads", str(self.o.threads), *lines], {}, set(),
-                     "saeclip")
+        output = run([self.o.bench, "--json", "--threads", str(self.o.threads), *lines], {}, set(), self.o.bench)
         if output is None:
-            sys.exit("build/bench does not work: is it built?")
+            sys.exit(f"{self.o.bench} does not work (expected: make build/bench)")
         for found in json.loads(output):
             row[("saeclip" if found["threads"] == self.o.threads else "single", found["name"])] = found
 
@@ -89,11 +90,11 @@ class Bench:
             self.peer(row, "onnx", line, ["node", str(HERE / "peer_onnx.js"), model, line, str(self.o.threads)])
 
     def photos(self, row):
-        """Decoding by pack: 64 photos of 500 x 375 as JPEG."""
+        """Decoding by pack: 64 JPEG images of 500 x 375."""
         source = pathlib.Path(self.folder) / "photos"
         if not shutil.which("cjpeg") or not shutil.which("djpeg"):
             if "photos" not in self.missing:
-                print("passed over: photos: there is no cjpeg or djpeg", flush=True)
+                print("left out: photos: cjpeg or djpeg is not installed", flush=True)
             self.missing.add("photos")
             return
         if not source.exists():
@@ -129,7 +130,7 @@ class Bench:
         self.rounds.append(row)
 
     def each(self, figure):
-        """A figure of each round that has it."""
+        """A figure from each round that has it."""
         found = []
         for row in self.rounds:
             try:
@@ -188,7 +189,7 @@ class Bench:
         for line in [l for l in LINES[:-1] + ["eval"] if threads > 1]:
             self.line(f"{line}, {threads} threads over one", self.seconds(line, "saeclip"), self.seconds(line, "single"),
                       figure("saeclip", line, "speedup"), SPEEDUP if threads == 2 else None)
-        self.line("photos decoded by djpeg, a second", self.seconds("photos", "saeclip"), "",
+        self.line("photos decoded by djpeg, per second", self.seconds("photos", "saeclip"), "",
                   [1 / v for v in figure("saeclip", "photos", "seconds")])
 
 
@@ -198,15 +199,15 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--peers", help="folder with node_modules (default: NODE_PATH as it is)")
-    parser.add_argument("--python", default="/usr/bin/python3", help="the one that has torch and numpy")
+    parser.add_argument("--python", default="/usr/bin/python3", help="one that has torch and numpy")
     parser.add_argument("--saeclip", default="./saeclip")
     parser.add_argument("--bench", default="build/bench")
-    parser.add_argument("--save", help="all that was measured, as JSON")
+    parser.add_argument("--save", help="write everything that was measured, as JSON")
     o = parser.parse_args()
     o.lines = o.lines or LINES
     for line in o.lines:
         if line not in LINES:
-            parser.error(f"'{line}' is none of {' '.join(LINES)}")
+            parser.error(f"invalid line '{line}' (expected one of {' '.join(LINES)})")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(o, folder)
         for _ in range(o.rounds):

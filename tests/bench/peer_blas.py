@@ -1,8 +1,8 @@
-"""numpy's matrix product, by whatever BLAS it has, at the shapes of build/bench.
+"""The matrix product of numpy, with the BLAS that it was built with, at the shapes of build/bench.
 
     OPENBLAS_NUM_THREADS=2 /usr/bin/python3 peer_blas.py qkv|out|fc1|fc2|encoder
 
-Prints one line of JSON: seconds and GFLOP/s (median of the runs after a first)."""
+Prints one line of JSON: seconds and GFLOP/s (median of three runs after one that is not counted)."""
 import json
 import statistics
 import sys

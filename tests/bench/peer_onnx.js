@@ -1,8 +1,8 @@
-// ONNX Runtime on the ViT that peer_torch.py exports.
+// ONNX Runtime with the ViT that peer_torch.py exports.
 //
 //     NODE_PATH=PEERS/node_modules node peer_onnx.js vit.onnx vit-8|vit-1 THREADS
 //
-// Prints one line of JSON: seconds an image (median of the runs after a first).
+// Prints one line of JSON: seconds per image (median of three runs after one that is not counted).
 'use strict';
 
 async function main() {

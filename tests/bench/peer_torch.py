@@ -1,10 +1,10 @@
-"""The same work in PyTorch, as a plain good implementation has it: a line of build/bench each.
+"""The same work in PyTorch, implemented in the usual way: one line of build/bench per run.
 
     OMP_NUM_THREADS=2 /usr/bin/python3 peer_torch.py vit-8|vit-1|step-topk|step-relu|step-half
     /usr/bin/python3 peer_torch.py export vit.onnx        writes the ViT for peer_onnx.js
 
-Prints one line of JSON: seconds an image or a step (median of the runs after a first), peak memory.
-Weights are random: no number depends on them. compare.py runs this with the right environment."""
+Prints one line of JSON: seconds per image or step (median of three runs after one that is not counted), peak
+memory. Weights are random. compare.py runs this with the right environment."""
 import json
 import resource
 import statistics
