@@ -1886,8 +1886,10 @@ SC_TARGET static SC_INLINE void KERNEL(chains)(int rows, size_t terms, const flo
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
             chain[r][v] = SC_SET(0.0f);
     }
-    SC_UNROLL_SOME for (size_t k = 0; k < terms; k++, b += SC_COLUMNS) {
+    for (size_t k = 0; k < terms; k++, b += SC_COLUMNS) {
         SC_V column[SC_VECTORS];
+        SC_UNROLL for (int v = 0; v < SC_COLUMNS; v += 16)
+            SC_PREFETCH((uintptr_t)b + (CHAIN * SC_COLUMNS + v) * sizeof *b);  /* the next block */
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
             column[v] = SC_LOAD(b + v * SC_LANES);
         SC_UNROLL for (int r = 0; r < rows; r++) {
@@ -2234,18 +2236,17 @@ static const kernel_set KERNEL(kernels) = {
 
 #if defined(__clang__)
 #define SC_UNROLL _Pragma("unroll")
-#define SC_UNROLL_SOME _Pragma("unroll 4")
 #elif defined(__GNUC__)
 #define SC_UNROLL _Pragma("GCC unroll 32")
-#define SC_UNROLL_SOME _Pragma("GCC unroll 4")
 #else
 #define SC_UNROLL
-#define SC_UNROLL_SOME
 #endif
 #if defined(__GNUC__)
 #define SC_INLINE __attribute__((always_inline)) inline
+#define SC_PREFETCH(address) __builtin_prefetch((const void *)(address), 0, 2)
 #else
 #define SC_INLINE inline
+#define SC_PREFETCH(address) ((void)0)
 #endif
 
 /* join() of section 1, in the form that GCC and clang keep in registers. */
