@@ -15,7 +15,13 @@ import types
 
 import torch
 
-TAKEN = ("torch", "torch._utils", "torch.storage", "torch.nn.parameter", "collections", "_codecs")
+# What a file may name: what tensors consist of. Anything else becomes a Record.
+TAKEN = {
+    ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("torch.nn.parameter", "Parameter"),
+    ("torch", "Size"), ("collections", "OrderedDict"), ("_codecs", "encode"),
+    *(("torch", kind + "Storage") for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char",
+                                               "Byte", "Bool")),
+    *(("torch", kind) for kind in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"))}
 
 
 class Record:
@@ -30,7 +36,7 @@ class Record:
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        return super().find_class(module, name) if module in TAKEN else Record
+        return super().find_class(module, name) if (module, name) in TAKEN else Record
 
 
 def load(path):
