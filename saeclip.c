@@ -6590,10 +6590,10 @@ typedef struct {
 } training_run;
 
 /* SIGINT and SIGTERM during training set this; a second one ends the program the usual way. */
-static volatile sig_atomic_t stop_signal;
+static atomic_int stop_signal;
 
 static void ask_to_stop(int number) {
-    stop_signal = number;
+    atomic_store(&stop_signal, number);
     signal(SIGINT, SIG_DFL);
     signal(SIGTERM, SIG_DFL);
 }
@@ -6924,7 +6924,8 @@ static int blame_step(const training_run *run, size_t token) {
 
 static int stop_training(training_run *run) {
     SC_TRY(save_checkpoint(run));
-    return fail("stopped by signal %d after step %ju; --resume goes on from %s", (int)stop_signal,
+    return fail("stopped by signal %d after step %ju; --resume goes on from %s",
+                atomic_load(&stop_signal),
                 (uintmax_t)run->trainer->step, run->checkpoint);
 }
 
@@ -6943,9 +6944,9 @@ static int train_steps(training_run *run) {
     while (t->step < run->steps) {
         sc_step result;
         size_t token = SIZE_MAX;
-        if (stop_signal) return stop_training(run);
+        if (atomic_load(&stop_signal)) return stop_training(run);
         if (next_batch(f, run->batch) != SC_OK) return keep_state(run);
-        if (stop_signal) return stop_training(run);
+        if (atomic_load(&stop_signal)) return stop_training(run);
         if (train_step(t, f->tap[0].out, &result, &token) != SC_OK) return blame_step(run, token);
         run->next_draw = f->draw[run->batch - 1] + 1;
         SC_TRY(log_step(run, &result));
