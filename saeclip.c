@@ -2956,7 +2956,6 @@ void sc_sae_close(sc_sae *sae) {
     free(sae->b_enc);
     free(sae->b_dec);
     free(sae->path);
-    free(sae->model);
     free(sae->b_dec_start);
     *sae = (sc_sae){ 0 };
 }
@@ -3880,6 +3879,7 @@ typedef struct {
     double threshold;                /* of class_counts; negative: count images */
     uint64_t images;                 /* so far */
     uint64_t data_digest, sae_digest;
+    sc_origin origin;                /* of the activations */
     size_t shard, shards;            /* which part of the data set, from 1; 1 of 1: all of it */
     char **class_name;               /* [classes], or NULL */
     latent_record *latent;           /* [n] */
@@ -6066,10 +6066,11 @@ void sc_model_close(sc_model *model) {
 
 static const char *const hook_names[] = { "attn", "mlp", "resid" };
 
-static int parse_hook(const char *text, sc_hook *hook) {
-    for (*hook = SC_ATTN; *hook <= SC_RESID; ++*hook)
-        if (strcmp(text, hook_names[*hook]) == 0) return SC_OK;
-    return usage("hook point '%s' (expected attn, mlp or resid)", text);
+/* The hook point of a name, -1 for none. */
+static int find_hook(const char *name) {
+    for (int hook = SC_ATTN; hook <= SC_RESID; hook++)
+        if (strcmp(name, hook_names[hook]) == 0) return hook;
+    return -1;
 }
 
 /* ============================================================================================
@@ -6168,24 +6169,6 @@ static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safeten
     return SC_OK;
 }
 
-static int write_sae(sc_writer *w, void *context) {
-    const sc_sae *sae = context;
-    SC_TRY(sc_writer_metadata(w, "architecture", architecture_names[sae->topk]));
-    if (sae->topk) SC_TRY(put_metadata(w, "k", "%zu", sae->k));
-    SC_TRY(put_metadata(w, "d_in", "%zu", sae->d_in));
-    SC_TRY(put_metadata(w, "d_sae", "%zu", sae->d_sae));
-    if (sae->layer) SC_TRY(put_metadata(w, "layer", "%zu", sae->layer));
-    if (sae->hook >= 0) SC_TRY(sc_writer_metadata(w, "hook", hook_names[sae->hook]));
-    if (sae->model) SC_TRY(sc_writer_metadata(w, "model", sae->model));
-    return move_tensors(sae, NULL, NULL, w, NULL);
-}
-
-int sc_sae_save(const sc_sae *sae, const char *path) {
-    sc_sae copy = *sae;
-    SC_TRY(check_k(sae));
-    return save_tensors(path, 4096, write_sae, &copy);
-}
-
 /* A whole number from 1 on in the metadata; where it is absent *value stays. */
 static int metadata_number(const sc_safetensors *file, const char *key, double most,
                            size_t *value) {
@@ -6199,20 +6182,70 @@ static int metadata_number(const sc_safetensors *file, const char *key, double m
     return SC_OK;
 }
 
-/* Where activations come from, as far as the SAE does not know it yet: SAEs and saved activations
- * say it in the same words. */
-static int read_origin(sc_sae *sae, const sc_safetensors *file) {
-    const char *hook = sc_metadata_find(file, "hook"), *model = sc_metadata_find(file, "model");
-    sc_hook found = SC_MLP;
-    if (!sae->layer) SC_TRY(metadata_number(file, "layer", 1e6, &sae->layer));
-    if (hook && sae->hook < 0) {
-        if (parse_hook(hook, &found) != SC_OK)
-            return fail("%s: metadata hook = '%s' (expected attn, mlp or resid)", file->path, hook);
-        sae->hook = (int)found;
+/* --- The origin of activations (see saeclip.h) --- */
+
+static const char *const origin_keys[SC_ORIGIN_KEYS] = {
+    "model", "layer", "hook", "tokens", "mean", "std", "gelu", "epsilon", "heads", "square", "crop"
+};
+
+/* An SAE's origin; its hook point is kept as numbers. */
+static sc_origin origin_of(const sc_sae *sae) {
+    sc_origin origin = sae->origin;
+    char *layer = origin.text[SC_LAYER], *hook = origin.text[SC_HOOK];
+    *layer = *hook = '\0';
+    if (sae->layer) snprintf(layer, sizeof *origin.text, "%zu", sae->layer);
+    if (sae->hook >= 0) strcpy(hook, hook_names[sae->hook]);
+    return origin;
+}
+
+static int put_origin(sc_writer *w, const sc_origin *origin) {
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
+        if (*origin->text[k]) SC_TRY(sc_writer_metadata(w, origin_keys[k], origin->text[k]));
+    return SC_OK;
+}
+
+static int read_origin(sc_origin *origin, const sc_safetensors *file) {
+    size_t layer;
+    *origin = (sc_origin){ 0 };
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
+        const char *text = sc_metadata_find(file, origin_keys[k]);
+        if (text && k == SC_MODEL) text = base_name(text);
+        if (text && strlen(text) >= sizeof *origin->text)
+            return fail("%s: metadata %s is too long", file->path, origin_keys[k]);
+        if (text) strcpy(origin->text[k], text);
     }
-    if (!model || sae->model) return SC_OK;
-    sae->model = copy_string(base_name(model));
-    return sae->model ? SC_OK : SC_FAILED;
+    const char *hook = origin->text[SC_HOOK], *tokens = origin->text[SC_TOKENS];
+    SC_TRY(metadata_number(file, "layer", 1e6, &layer));
+    if (*hook && find_hook(hook) < 0)
+        return fail("%s: metadata hook = '%s' (expected attn, mlp or resid)", file->path, hook);
+    if (*tokens && strcmp(tokens, "all") && strcmp(tokens, "cls") && strcmp(tokens, "patches"))
+        return fail("%s: metadata tokens = '%s' (expected all, cls or patches)", file->path, tokens);
+    return SC_OK;
+}
+
+/* The first key of which both say something else; SC_ORIGIN_KEYS: none. */
+static size_t origin_difference(const sc_origin *a, const sc_origin *b) {
+    size_t k = 0;
+    for (; k < SC_ORIGIN_KEYS; k++)
+        if (*a->text[k] && *b->text[k] && strcmp(a->text[k], b->text[k]) != 0) break;
+    return k;
+}
+
+static int write_sae(sc_writer *w, void *context) {
+    const sc_sae *sae = context;
+    SC_TRY(sc_writer_metadata(w, "architecture", architecture_names[sae->topk]));
+    if (sae->topk) SC_TRY(put_metadata(w, "k", "%zu", sae->k));
+    SC_TRY(put_metadata(w, "d_in", "%zu", sae->d_in));
+    SC_TRY(put_metadata(w, "d_sae", "%zu", sae->d_sae));
+    const sc_origin origin = origin_of(sae);
+    SC_TRY(put_origin(w, &origin));
+    return move_tensors(sae, NULL, NULL, w, NULL);
+}
+
+int sc_sae_save(const sc_sae *sae, const char *path) {
+    sc_sae copy = *sae;
+    SC_TRY(check_k(sae));
+    return save_tensors(path, 4096, write_sae, &copy);
 }
 
 /* A file with k and no architecture is a TopK SAE. */
@@ -6237,7 +6270,9 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file) {
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
     SC_TRY(move_tensors(sae, NULL, file, NULL, NULL));
     SC_TRY(read_architecture(sae, file));
-    SC_TRY(read_origin(sae, file));
+    SC_TRY(read_origin(&sae->origin, file));
+    sae->layer = (size_t)strtoul(sae->origin.text[SC_LAYER], NULL, 10);
+    sae->hook = find_hook(sae->origin.text[SC_HOOK]);
     sae->path = copy_string(file->path);
     if (!sae->path) return SC_FAILED;
     if (start) sae->b_dec_start = copy_string(start);
@@ -6285,6 +6320,8 @@ typedef struct {
     size_t T, D, stride;             /* tokens per image, width, width padded to 16 */
     size_t grid;                     /* patches per side, 0 where the tokens are not a grid */
     size_t first_patch;              /* 1 where token 0 is the class token */
+    size_t first_token;              /* of the model's tokens, the first that is kept */
+    sc_origin origin;                /* without the hook point where a model runs */
     size_t taps;
     sc_tap tap[SC_MAX_TAPS];         /* hook points; out: [room, T, stride] */
     size_t *image, *draw;            /* [room], indices in the data set and in the order */
@@ -6327,7 +6364,6 @@ static int blame_token(const feed *f, size_t token) {
 static int open_activations(feed *f, const options *o) {
     SC_TRY(sc_safetensors_open(&f->file, o->acts));
     const sc_tensor *a = f->activations = sc_tensor_find(&f->file, "activations");
-    const char *tokens = sc_metadata_find(&f->file, "tokens");
     const char *digest = sc_metadata_find(&f->file, "data_digest");
     digest64 labels = { 0 };
     if (!a || a->rank != 3 || a->count == 0)
@@ -6336,7 +6372,8 @@ static int open_activations(feed *f, const options *o) {
     f->is_file = 1;
     f->T = a->shape[1];
     f->D = a->shape[2];
-    f->first_patch = !tokens || strcmp(tokens, "patches") != 0;  /* of "cls" no token is a patch */
+    SC_TRY(read_origin(&f->origin, &f->file));
+    f->first_patch = strcmp(f->origin.text[SC_TOKENS], "patches") != 0;
     f->set.limit = SIZE_MAX;
     SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1, NULL));
     for (size_t i = 0; i < f->set.count; i++)
@@ -6349,28 +6386,102 @@ static int open_activations(feed *f, const options *o) {
     return SC_OK;
 }
 
-/* Images, to be preprocessed to side x side pixels. */
-static int open_photos(feed *f, const options *o, size_t side) {
-    f->preprocess = (sc_preprocess){ .size = (int)side, .square = (int)o->square,
-                                     .crop_hf = strcmp(o->crop, "hf") == 0 };
+/* Images, to be preprocessed to side x side pixels. square: 0 for none */
+static int open_photos(feed *f, const options *o, size_t side, size_t square, const char *crop) {
+    f->preprocess = (sc_preprocess){ .size = (int)side, .square = (int)square,
+                                     .crop_hf = strcmp(crop, "hf") == 0 };
     f->skip_bad = o->skip_bad;
     return sc_images_open(&f->set, o->operand[0], (size_t)o->limit);
 }
 
-/* Opens DATA: saved activations (--acts), or images through a model. */
-static int open_feed(feed *f, const options *o) {
-    *f = (feed){ 0 };
-    if (o->acts && !o->operand[0]) {
-        SC_TRY(open_activations(f, o));
-    } else if (o->operand[0] && o->model) {
-        SC_TRY(sc_model_open(&f->model, o->model, &o->settings));
-        f->T = f->model.tokens;
-        f->D = f->model.width;
-        f->first_patch = 1;
-        SC_TRY(open_photos(f, o, f->model.image_size));
-    } else {
-        return usage("no data (expected --acts FILE, or -m MODEL and IMAGES)");
+/* What the options say of the origin. */
+static void options_origin(const options *o, sc_origin *said) {
+    const char *text[SC_ORIGIN_KEYS] = {
+        [SC_MODEL] = o->model ? base_name(o->model) : NULL, [SC_HOOK] = o->hook,
+        [SC_TOKENS] = o->tokens, [SC_MEAN] = o->settings.mean, [SC_STD] = o->settings.std,
+        [SC_GELU] = o->settings.gelu, [SC_EPSILON] = o->settings.epsilon,
+        [SC_HEADS] = o->settings.heads, [SC_CROP] = o->crop };
+    size_t room = sizeof *said->text;
+    *said = (sc_origin){ 0 };
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
+        if (text[k]) snprintf(said->text[k], room, "%s", text[k]);
+    if (o->layer) snprintf(said->text[SC_LAYER], room, "%ld", o->layer);
+    if (o->square >= 0) snprintf(said->text[SC_SQUARE], room, "%ld", o->square);
+}
+
+/* What the SAEs say of the origin, but for the model and the hook points. They must agree where no
+ * option overrules them. */
+static int agree_on_origin(sc_origin *wanted, const sc_sae *sae, size_t saes, const sc_origin *said) {
+    *wanted = (sc_origin){ 0 };
+    for (size_t i = 0; i < saes; i++) {
+        for (size_t k = SC_TOKENS; k < SC_ORIGIN_KEYS; k++) {
+            const char *here = sae[i].origin.text[k], *before = wanted->text[k];
+            if (*here && *before && !*said->text[k] && strcmp(here, before) != 0)
+                return fail("%s: trained with %s %s (expected %s, as the SAEs before it)",
+                            sae[i].path, origin_keys[k], here, before);
+            if (*here) strcpy(wanted->text[k], here);
+        }
     }
+    return SC_OK;
+}
+
+/* Floats in as few digits as give them back. text: [256] */
+static void print_floats(char *text, const float *value, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        int digits = 1;
+        if (i > 0) *text++ = ',';
+        do sprintf(text, "%.*g", digits, (double)value[i]);
+        while (strtof(text, NULL) != value[i] && digits++ < 9);
+        text += strlen(text);
+    }
+}
+
+/* Images through a model. Its settings are those of the options, else the SAEs', else the model's
+ * own or the usual ones. */
+static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes) {
+    sc_origin said, wanted, *now = &f->origin;
+    sc_model *m = &f->model;
+    const char *from[SC_ORIGIN_KEYS];
+    size_t room = sizeof *now->text;
+    options_origin(o, &said);
+    SC_TRY(agree_on_origin(&wanted, sae, saes, &said));
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
+        from[k] = *said.text[k] ? said.text[k] : wanted.text[k];
+        if (!*from[k]) from[k] = NULL;
+    }
+    const sc_model_options settings = { .gelu = from[SC_GELU], .epsilon = from[SC_EPSILON],
+        .heads = from[SC_HEADS], .mean = from[SC_MEAN], .std = from[SC_STD] };
+    SC_TRY(sc_model_open(m, o->model, &settings));
+    f->T = m->tokens;
+    f->D = m->width;
+    f->first_patch = 1;
+    const char *tokens = from[SC_TOKENS] ? from[SC_TOKENS] : "all";
+    const char *crop = from[SC_CROP] ? from[SC_CROP] : "torchvision";
+    size_t square = from[SC_SQUARE] ? (size_t)strtoul(from[SC_SQUARE], NULL, 10) : 0;
+    if (strcmp(tokens, "cls") == 0) f->T = 1;
+    if (strcmp(tokens, "patches") == 0) {
+        f->T--;
+        f->first_token = 1;
+        f->first_patch = 0;
+    }
+    snprintf(now->text[SC_MODEL], room, "%s", base_name(o->model));
+    snprintf(now->text[SC_TOKENS], room, "%s", tokens);
+    print_floats(now->text[SC_MEAN], m->mean, 3);
+    print_floats(now->text[SC_STD], m->std, 3);
+    print_floats(now->text[SC_EPSILON], &m->epsilon, 1);
+    snprintf(now->text[SC_GELU], room, "%s", m->activation == QUICK_GELU ? "quick_gelu" : "gelu");
+    snprintf(now->text[SC_HEADS], room, "%zu", m->heads);
+    snprintf(now->text[SC_SQUARE], room, "%zu", square);
+    snprintf(now->text[SC_CROP], room, "%s", crop);
+    return open_photos(f, o, m->image_size, square, crop);
+}
+
+/* Opens DATA: saved activations (--acts), or images through a model, with the settings of SAEs. */
+static int open_feed(feed *f, const options *o, const sc_sae *sae, size_t saes) {
+    *f = (feed){ 0 };
+    if (o->acts && !o->operand[0]) SC_TRY(open_activations(f, o));
+    else if (o->operand[0] && o->model) SC_TRY(open_model(f, o, sae, saes));
+    else return usage("no data (expected --acts FILE, or -m MODEL and IMAGES)");
     f->stride = padded(f->D);
     if (f->D > SC_MAX_WIDTH || f->T > SC_MAX_TOKENS || f->T > SIZE_MAX / sizeof(float) / f->stride)
         return fail("%s: activations of %zu tokens x %zu are too large",
@@ -6401,7 +6512,7 @@ static int add_tap(feed *f, long layer, sc_hook hook, size_t *place) {
 
 /* Prepares batches of up to `room` images, in an order (NULL: first to last). */
 static int start_feed(feed *f, size_t room, draw_function *order, void *context, int with_logits) {
-    size_t S = (size_t)f->preprocess.size, deepest = 0;
+    size_t S = (size_t)f->preprocess.size, T = f->is_file ? f->T : f->model.tokens, deepest = 0;
     for (size_t i = 0; i < f->taps; i++)
         if (f->tap[i].layer > deepest) deepest = f->tap[i].layer;
     if (with_logits) deepest = f->model.blocks;
@@ -6413,7 +6524,7 @@ static int start_feed(feed *f, size_t room, draw_function *order, void *context,
         ARRAY(f->pixels, room, S * S * 3) };
     SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
     for (size_t i = 0; i < f->taps; i++) {
-        const array_spec out = ARRAY(f->tap[i].out, room, f->T * f->stride);
+        const array_spec out = ARRAY(f->tap[i].out, room, T * f->stride);
         SC_TRY(new_arrays(&f->memory, &out, 1));
     }
     if (!with_logits) return SC_OK;
@@ -6485,18 +6596,30 @@ static int check_finite(const feed *f, const float *rows, size_t count, size_t s
     return blame_token(f, bad / stride * (f->T / count));
 }
 
+/* Moves the tokens that are kept together, image by image. */
+static void keep_tokens(const feed *f, float *out) {
+    if (f->T == f->model.tokens) return;
+    for (size_t i = 0; i < f->count; i++)
+        memmove(out + i * f->T * f->stride,
+                out + (i * f->model.tokens + f->first_token) * f->stride,
+                f->T * f->stride * sizeof *out);
+}
+
 static int compute_activations(feed *f) {
-    size_t S = f->model.image_size, images;
+    size_t S = f->model.image_size, T = f->model.tokens, images;
     for (size_t first = 0; first < f->count; first += images) {
         sc_tap tap[SC_MAX_TAPS];
         float *head = f->logits ? f->logits + first * f->model.classes : NULL;
         images = f->count - first < FORWARD_IMAGES ? f->count - first : FORWARD_IMAGES;
         memcpy(tap, f->tap, sizeof tap);
-        for (size_t i = 0; i < f->taps; i++) tap[i].out += first * f->T * f->stride;
+        for (size_t i = 0; i < f->taps; i++) tap[i].out += first * T * f->stride;
         SC_TRY(sc_model_forward(&f->model, f->pixels + first * S * S * 3, images, tap, f->taps,
                                 head));
     }
-    for (size_t i = 0; i < f->taps; i++) SC_TRY(check_finite(f, f->tap[i].out, f->T, f->stride));
+    for (size_t i = 0; i < f->taps; i++) {
+        keep_tokens(f, f->tap[i].out);
+        SC_TRY(check_finite(f, f->tap[i].out, f->T, f->stride));
+    }
     return f->logits ? check_finite(f, f->logits, 1, f->model.classes) : SC_OK;
 }
 
@@ -6517,40 +6640,62 @@ static void close_feed(feed *f) {
     *f = (feed){ 0 };
 }
 
-/* Options overrule what an SAE's file says. It must agree with the activations, and is attached to
- * the tap at *place. Training takes what it does not know from saved activations; of a model it uses
- * the MLP of the last block but one. */
-static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, size_t *place) {
-    const char *layer = sc_metadata_find(&f->file, "layer");
-    const char *hook = sc_metadata_find(&f->file, "hook");
-    sc_hook kind = SC_MLP;
-    long at = o->layer;
+/* Compares what an SAE's file says of the origin with the data. Options overrule it with a remark;
+ * saved activations that contradict it are refused. */
+static int check_origin(const feed *f, const sc_sae *sae, const options *o) {
+    sc_origin said, data = f->origin, own = origin_of(sae);
+    options_origin(o, &said);
+    if (o->layer < 0 && !f->is_file)
+        snprintf(said.text[SC_LAYER], sizeof *said.text, "%ld", (long)f->model.blocks + 1 + o->layer);
+    for (size_t k = SC_LAYER; k <= SC_HOOK; k++)
+        if (*said.text[k]) strcpy(data.text[k], said.text[k]);
+    for (size_t k; (k = origin_difference(&data, &own)) < SC_ORIGIN_KEYS; *own.text[k] = '\0') {
+        if (f->is_file && !*said.text[k])
+            return fail("%s: activations of %s %s (expected %s, the SAE's)", f->file.path,
+                        origin_keys[k], data.text[k], own.text[k]);
+        note("%s: trained with %s %s; now %s", sae->path, origin_keys[k], own.text[k], data.text[k]);
+    }
+    return SC_OK;
+}
+
+/* The architecture and k of the options overrule an SAE's. */
+static int choose_architecture(sc_sae *sae, const options *o) {
     if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
     if (o->k) sae->k = (size_t)o->k;
-    if (o->hook && parse_hook(o->hook, &kind) == SC_OK) sae->hook = (int)kind;
-    if (sae->topk && o->k && sae->k > sae->d_sae)
+    if (!sae->topk || (sae->k > 0 && sae->k <= sae->d_sae)) return SC_OK;
+    if (o->k)
         return usage("--k: %zu (expected 1 to %zu, the number of latents)", sae->k, sae->d_sae);
-    if (sae->topk && (sae->k == 0 || sae->k > sae->d_sae))
-        return fail("%s: k is %zu (expected 1 to %zu: give --k)", sae->path ? sae->path : o->output,
-                    sae->k, sae->d_sae);
+    return fail("%s: k is %zu (expected 1 to %zu: give --k)", sae->path ? sae->path : o->output,
+                sae->k, sae->d_sae);
+}
+
+/* Attaches an SAE to its hook point, the tap at *place: what the options say, else the SAE, else
+ * saved activations, else in training the MLP of the last block but one. The SAE then knows the
+ * origin in force. */
+static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, size_t *place) {
+    int hook = o->hook ? find_hook(o->hook) : sae->hook;
+    long layer = o->layer ? o->layer : (long)sae->layer;
+    SC_TRY(choose_architecture(sae, o));
     if (sae->d_in != f->D)
         return fail("%s: the SAE has width %zu, the activations have %zu", sae->path, sae->d_in,
                     f->D);
-    if (layer && sae->layer && !o->layer && strtoul(layer, NULL, 10) != sae->layer)
-        return fail("%s: activations of layer %s (expected %zu, the SAE's)", f->file.path, layer,
-                    sae->layer);
-    if (hook && sae->hook >= 0 && !o->hook && strcmp(hook, hook_names[sae->hook]) != 0)
-        return fail("%s: activations of hook point %s (expected %s, the SAE's)", f->file.path,
-                    hook, hook_names[sae->hook]);
-    if (training && f->is_file) SC_TRY(read_origin(sae, &f->file));
-    else if (training && sae->hook < 0) sae->hook = SC_MLP;
-    if (!at) at = (long)sae->layer;
-    if (!at && training && !f->is_file) at = -2;
-    if (!f->is_file && (!at || sae->hook < 0))
+    SC_TRY(check_origin(f, sae, o));
+    if (f->is_file) {
+        if (o->layer < 0)
+            return usage("--layer: %ld (expected a number from 1 for saved activations)", o->layer);
+        if (!layer) layer = strtol(f->origin.text[SC_LAYER], NULL, 10);
+        if (hook < 0) hook = find_hook(f->origin.text[SC_HOOK]);
+    } else if (training) {
+        if (!layer) layer = -2;
+        if (hook < 0) hook = SC_MLP;
+    }
+    if (!f->is_file && (!layer || hook < 0))
         return usage("%s: does not name its hook point (expected --layer and --hook)", sae->path);
-    if (sae->hook >= 0) kind = (sc_hook)sae->hook;
-    SC_TRY(add_tap(f, at, kind, place));
-    if (training) sae->layer = f->tap[*place].layer;
+    SC_TRY(add_tap(f, layer, hook < 0 ? SC_MLP : (sc_hook)hook, place));
+    sae->layer = f->tap[*place].layer;
+    sae->hook = hook;
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
+        if (*f->origin.text[k]) strcpy(sae->origin.text[k], f->origin.text[k]);
     return SC_OK;
 }
 
@@ -6568,7 +6713,7 @@ static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, siz
  * ============================================================================================ */
 
 /* An option or property that decides a run's numbers, as metadata of the SAE. */
-typedef struct { const char *key; char value[200]; } recipe_row;
+typedef struct { const char *key; char value[256]; } recipe_row;
 
 enum { RECIPE_ROWS = 32 };
 
@@ -6636,26 +6781,16 @@ static void add_number(training_run *run, const char *key, double number) {
     add_text(run, key, text);
 }
 
-/* Options that the model's file decides where they are not given are left out. */
 static void write_recipe(training_run *run) {
     const options *o = run->o;
     const sc_sae *sae = &run->sae;
+    const sc_origin origin = origin_of(sae);
     add_text(run, "architecture", architecture_names[sae->topk]);
     if (sae->topk) add_number(run, "k", (double)sae->k);
     add_number(run, "d_in", (double)sae->d_in);
     add_number(run, "d_sae", (double)sae->d_sae);
-    if (sae->layer) add_number(run, "layer", (double)sae->layer);
-    if (sae->hook >= 0) add_text(run, "hook", hook_names[sae->hook]);
-    add_text(run, "model", sae->model);
-    if (!run->data.is_file) {
-        if (o->square) add_number(run, "square", (double)o->square);
-        if (strcmp(o->crop, "hf") == 0) add_text(run, "crop", "hf");
-        add_text(run, "gelu", o->settings.gelu);
-        add_text(run, "epsilon", o->settings.epsilon);
-        add_text(run, "heads", o->settings.heads);
-        add_text(run, "mean", o->settings.mean);
-        add_text(run, "std", o->settings.std);
-    }
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
+        if (*origin.text[k]) add_text(run, origin_keys[k], origin.text[k]);
     if (!sae->topk) add_number(run, "l1", o->l1);
     add_number(run, "lr", o->lr);
     add_number(run, "warmup", (double)o->warmup);
@@ -6742,17 +6877,20 @@ static int check_key(const sc_safetensors *file, const char *key, const char *ex
                 found ? found : "not given", expected ? expected : "not given");
 }
 
+/* Whether a checkpoint that says a key belongs to a run that says it too. */
+static int check_missing(const training_run *run, const sc_safetensors *file, const char *key) {
+    for (size_t i = 0; i < run->rows; i++)
+        if (strcmp(run->recipe[i].key, key) == 0) return SC_OK;
+    return check_key(file, key, NULL);
+}
+
 static int check_recipe(training_run *run, const sc_safetensors *file) {
-    static const char *const optional[] = { "k", "layer", "hook", "model", "square", "crop",
-                                            "gelu", "epsilon", "heads", "mean", "std", "l1" };
     char digest[32];
     for (size_t i = 0; i < run->rows; i++)
         SC_TRY(check_key(file, run->recipe[i].key, run->recipe[i].value));
-    for (size_t k = 0; k < COUNT(optional); k++) {
-        int here = 0;
-        for (size_t i = 0; i < run->rows; i++) here |= !strcmp(run->recipe[i].key, optional[k]);
-        if (!here) SC_TRY(check_key(file, optional[k], NULL));
-    }
+    SC_TRY(check_missing(run, file, "k"));
+    SC_TRY(check_missing(run, file, "l1"));
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) SC_TRY(check_missing(run, file, origin_keys[k]));
     snprintf(digest, sizeof digest, "%ju", (uintmax_t)run->data.set.digest);
     SC_TRY(check_key(file, "data_digest", digest));
     snprintf(digest, sizeof digest, "%ju", (uintmax_t)source_digest(run));
@@ -6858,23 +6996,21 @@ static int log_step(training_run *run, const sc_step *r) {
 
 /* --- A run --- */
 
-/* A new SAE, or one from a file. Its hook point is what the command line says, else that of the
- * SAE's file, else where the activations are from, else the MLP of the penultimate block. */
-static int choose_sae(training_run *run) {
+/* The SAE to start from; its file also says where its activations come from. Then the data. */
+static int open_run(training_run *run) {
     const options *o = run->o;
     sc_sae *sae = &run->sae;
     feed *f = &run->data;
-    size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D, place;
+    size_t place;
+    if (o->init) SC_TRY(sc_sae_open(sae, o->init));
+    SC_TRY(open_feed(f, o, sae, o->init != NULL));
+    size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D;
     if (!o->d_sae && (size_t)o->expansion > SC_MAX_LATENTS / f->D)
         return usage("--expansion: %ld x %zu inputs (expected at most %d latents)", o->expansion,
                      f->D, SC_MAX_LATENTS);
-    if (o->init) SC_TRY(sc_sae_open(sae, o->init));
-    else SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
+    if (!o->init) SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
-    SC_TRY(connect_sae(f, sae, o, 1, &place));
-    if (f->is_file || sae->model) return SC_OK;
-    sae->model = copy_string(base_name(o->model));
-    return sae->model ? SC_OK : SC_FAILED;
+    return connect_sae(f, sae, o, 1, &place);
 }
 
 /* How many steps, of which images, in which order. */
@@ -6960,8 +7096,7 @@ static int run_training(training_run *run) {
     const options *o = run->o;
     SC_TRY(try_output(o->output));
     if (run->checkpoints) SC_TRY(try_output(run->checkpoint));
-    SC_TRY(open_feed(&run->data, o));
-    SC_TRY(choose_sae(run));
+    SC_TRY(open_run(run));
     SC_TRY(plan_run(run));
     write_recipe(run);
     sc_train_options settings = { .l1 = o->l1, .lr = o->lr, .warmup = (size_t)o->warmup,
@@ -7025,7 +7160,7 @@ typedef struct {
 static int open_session(session *s) {
     for (; s->saes < s->o->saes; s->saes++)
         SC_TRY(sc_sae_open(&s->sae[s->saes], s->o->sae[s->saes]));
-    SC_TRY(open_feed(&s->data, s->o));
+    SC_TRY(open_feed(&s->data, s->o, s->sae, s->saes));
     for (size_t i = 0; i < s->saes; i++) {
         SC_TRY(connect_sae(&s->data, &s->sae[i], s->o, 0, &s->tap[i]));
         SC_TRY(new_batch(&s->batch[i], &s->sae[i], MEASURE_IMAGES * s->data.T));
@@ -7093,7 +7228,8 @@ static int start_statistics(session *s, size_t i) {
         .n = s->sae[i].d_sae, .D = f->D, .T = f->T, .K = (size_t)o->top,
         .P = (size_t)o->top_patches, .classes = f->set.classes, .first_patch = f->first_patch,
         .threshold = o->threshold, .data_digest = f->set.digest, .class_name = f->set.class_name,
-        .batch = &s->batch[i], .image = f->image, .label = f->label };
+        .origin = origin_of(&s->sae[i]), .batch = &s->batch[i], .image = f->image,
+        .label = f->label };
     if (o->class_counts && f->set.classes == 0)
         return fail("--class-counts: the data have no labels");
     return new_statistics(&s->stats[i], &s->data.memory, o->class_counts);
@@ -7174,7 +7310,7 @@ static void print_edges(char *edges) {
 static int write_statistics_metadata(sc_writer *w, const statistics *s) {
     char edges[HISTOGRAM_BINS * 20 + 32];
     SC_TRY(put_metadata(w, "images", "%ju", (uintmax_t)s->images));
-    SC_TRY(put_metadata(w, "tokens", "%ju", (uintmax_t)(s->images * s->T)));
+    SC_TRY(put_origin(w, &s->origin));
     SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->T));
     SC_TRY(put_metadata(w, "first_patch", "%zu", s->first_patch));
     SC_TRY(put_metadata(w, "data_digest", "%016jx", (uintmax_t)s->data_digest));
@@ -7249,6 +7385,7 @@ static int read_statistics_sizes(statistics *s, const sc_safetensors *file, memo
     if (class) s->classes = class->shape[0];
     if (shard && !parse_shard(shard, &s->shard, &s->shards))
         return fail("%s: shard '%.50s' (expected I/N)", file->path, shard);
+    SC_TRY(read_origin(&s->origin, file));
     if (!names) return SC_OK;
     SC_TRY(json_string_array(names, file->path, &name, &s->classes));
     int status = allocate(memory, &s->class_name, s->classes, sizeof *name);
@@ -7322,6 +7459,8 @@ static int check_shard(const char *path, const statistics *part, const char *fir
     else if (!part->class_counts != !first->class_counts) differs = "--class-counts";
     else if (part->classes != first->classes) differs = "classes";
     else if (part->shards != first->shards) differs = "number of shards";
+    size_t key = origin_difference(&part->origin, &first->origin);
+    if (!differs && key < SC_ORIGIN_KEYS) differs = origin_keys[key];
     if (!differs) return SC_OK;
     return fail("%s: differs from %s in its %s", path, first_path, differs);
 }
@@ -7546,23 +7685,22 @@ static int write_activations(sc_writer *w, void *context) {
     session *s = context;
     const options *o = s->o;
     feed *f = &s->data;
-    size_t first = strcmp(o->tokens, "patches") == 0, end = strcmp(o->tokens, "cls") ? f->T : 1;
     sc_dtype dtype = strcmp(o->dtype, "f16") ? SC_F32 : SC_F16;
     int status;
-    SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, (size_t[]){ SC_ROWS, end - first, f->D }));
+    SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, (size_t[]){ SC_ROWS, f->T, f->D }));
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     while ((status = next_encoded(s, f->set.count)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++) {
             SC_TRY(keep_label(s, f->label[i]));
-            for (size_t t = i * f->T + first; t < i * f->T + end; t++)
+            for (size_t t = i * f->T; t < (i + 1) * f->T; t++)
                 SC_TRY(sc_writer_floats(w, f->tap[0].out + t * f->stride, f->D));
         }
     }
     if (status != SC_END) return status;
-    SC_TRY(sc_writer_metadata(w, "model", base_name(o->model)));
-    SC_TRY(put_metadata(w, "layer", "%zu", f->tap[0].layer));
-    SC_TRY(sc_writer_metadata(w, "hook", hook_names[f->tap[0].hook]));
-    SC_TRY(sc_writer_metadata(w, "tokens", o->tokens));
+    sc_origin origin = f->origin;
+    snprintf(origin.text[SC_LAYER], sizeof *origin.text, "%zu", f->tap[0].layer);
+    strcpy(origin.text[SC_HOOK], hook_names[f->tap[0].hook]);
+    SC_TRY(put_origin(w, &origin));
     /* a file that lacks images of the data set is another data set */
     uint64_t digest = f->set.digest + (f->set.count - s->labels);
     SC_TRY(put_metadata(w, "data_digest", "%016jx", (uintmax_t)digest));
@@ -7571,10 +7709,9 @@ static int write_activations(sc_writer *w, void *context) {
 
 static int command_extract(session *s) {
     feed *f = &s->data;
-    sc_hook hook = SC_MLP;
+    sc_hook hook = s->o->hook ? (sc_hook)find_hook(s->o->hook) : SC_MLP;
     size_t place;
     SC_TRY(open_session(s));
-    if (s->o->hook) SC_TRY(parse_hook(s->o->hook, &hook));
     SC_TRY(add_tap(f, s->o->layer ? s->o->layer : -2, hook, &place));
     return save_tensors(s->o->output, 4096 + names_room(f->set.class_name, f->set.classes, 8),
                         write_activations, s);
@@ -7603,7 +7740,9 @@ static int write_images(sc_writer *w, void *context) {
 static int command_pack(session *s) {
     const options *o = s->o;
     feed *f = &s->data;
-    SC_TRY(open_photos(f, o, (size_t)(o->square ? o->square : o->size)));
+    size_t square = o->square > 0 ? (size_t)o->square : 0;
+    SC_TRY(open_photos(f, o, square ? square : (size_t)o->size, square,
+                       o->crop ? o->crop : "torchvision"));
     size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
     for (size_t i = 0; i < f->set.count; i++) room += 7 * strlen(f->set.image[i].name) + 4;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
@@ -7777,6 +7916,9 @@ static int start_zeroshot(session *s) {
     if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
         return fail("%s: no tensor text_embeds [classes, width of the projection]",
                     model->file.path);
+    if (s->data.T != model->tokens)
+        return fail("%s: trained on tokens %s (expected all, which the model needs to go on)",
+                    s->sae[0].path, s->data.origin.text[SC_TOKENS]);
     if (s->saes) {
         s->data.tap[0].replace = replace_by_output;
         s->data.tap[0].context = s;
@@ -7881,6 +8023,11 @@ static int open_statistics(viewer *v, const char *path) {
         return fail("%s: statistics of another data set", path);
     if (s->sae_digest != sae_digest(&v->s->sae[0]) || s->n != v->s->sae[0].d_sae)
         return fail("%s: statistics of another SAE", path);
+    const sc_origin now = origin_of(&v->s->sae[0]);
+    size_t key = origin_difference(&s->origin, &now);
+    if (key < SC_ORIGIN_KEYS)
+        return fail("%s: statistics of activations with %s %s (expected %s)", path,
+                    origin_keys[key], s->origin.text[key], now.text[key]);
     for (size_t i = 0; i < s->n * s->K && !v->any_data; i++)
         if (s->top[i].image >= (int64_t)f->set.count)
             return fail("%s: damaged: image %lld of %zu", path, (long long)s->top[i].image,
@@ -9234,13 +9381,13 @@ static const struct option_row {
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
     { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS,
       "hook point (default: the SAE's, else mlp)" },
-    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT, "tokens to write", "all" },
+    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT, "tokens to write (default: all)" },
     { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT, "number type", "f32" },
     { "--size", "S", WHOLE, AT(size), PACK, "side of the images in pixels", "224", 1, 16384 },
-    { "--square", "N", WHOLE, AT(square), IMAGES, "first resize the centre square to N x N", NULL,
-      1, 16384 },
-    { "--crop", "torchvision|hf", CHOICE, AT(crop), IMAGES, "rounding of the centre crop",
-      "torchvision" },
+    { "--square", "N", WHOLE, AT(square), IMAGES, "first resize the centre square to N x N",
+      NULL, 0, 16384 },
+    { "--crop", "torchvision|hf", CHOICE, AT(crop), IMAGES,
+      "rounding of the centre crop (default: the SAE's, else torchvision)" },
     { "--limit", "N", WHOLE, AT(limit), IMAGES, "only the first N images", NULL, 1, 2e9 },
     { "--skip-bad", NULL, FLAG, AT(skip_bad), IMAGES & ~(TOP | EXPLAIN | ATLAS),
       "name unreadable images and go on" },
@@ -9512,7 +9659,7 @@ static int check_options(const options *o, const struct command_row *command, in
 
 /* argv ends with NULL. */
 static int run_command(const struct command_row *command, char **argv) {
-    options o = { .steps = -1, .threshold = -1, .class_index = -1 };     /* -1: not given */
+    options o = { .square = -1, .steps = -1, .threshold = -1, .class_index = -1 };     /* -1: not given */
     int operands = 0, plain = 0;
     for (size_t i = 0; i < OPTIONS; i++) {
         const struct option_row *row = &option_table[i];

@@ -226,6 +226,15 @@ int sc_model_forward_plain(const sc_model *model, const unsigned char *pixels, s
 int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
                      const sc_tap *taps, size_t count, float *head);
 
+/* Where activations come from: the model's file (without its folder), the block and the hook point, the
+ * tokens kept (all, cls or patches), and the settings in force, whether an option, the model's file or
+ * the usual value gave them. Activations, SAEs and statistics keep it as metadata under these names. */
+enum {
+    SC_MODEL, SC_LAYER, SC_HOOK, SC_TOKENS, SC_MEAN, SC_STD, SC_GELU, SC_EPSILON, SC_HEADS,
+    SC_SQUARE, SC_CROP, SC_ORIGIN_KEYS
+};
+typedef struct { char text[SC_ORIGIN_KEYS][256]; } sc_origin;    /* "" where it is not known */
+
 /* --- The sparse autoencoder (Bricken et al., 2023; Gao et al., 2024; Lim et al., 2025) ---
  *
  *     h = W_enc^T (x - b_dec) + b_enc      f = relu(h), or relu of the k largest
@@ -242,7 +251,8 @@ typedef struct {
     float *b_enc;                    /* [n] */
     float *W_dec;                    /* [n, stride] */
     float *b_dec;                    /* [stride] */
-    char *path, *model, *b_dec_start;/* NULL: not known */
+    sc_origin origin;                /* of the activations it was trained on */
+    char *path, *b_dec_start;        /* NULL: not known */
 } sc_sae;
 
 int sc_sae_open(sc_sae *sae, const char *path);

@@ -13,6 +13,7 @@
 #include "test_stats.c"
 #include "test_threads.c"
 #include "test_cli.c"
+#include "test_origin.c"
 #include "test_look.c"
 #include "test_figures.c"
 #include "test_atlas.c"
@@ -29,6 +30,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "stats", test_stats },
     { "threads", test_threads },
     { "cli", test_cli },
+    { "origin", test_origin },
     { "look", test_look },
     { "figures", test_figures },
     { "atlas", test_atlas },

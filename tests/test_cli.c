@@ -633,8 +633,8 @@ static void cli_test_mismatches(void)
           "stats -s @layer3 --acts @acts -o @out" },
         { 1, "@acts: activations of layer 2 (expected 3",
           "train --init @layer3 --acts @acts -o @out" },
-        { 1, "@acts: activations of hook point mlp (expected attn", "encode -s @attn --acts @acts -o @out" },
-        { 1, "@acts: activations of hook point mlp (expected attn",
+        { 1, "@acts: activations of hook mlp (expected attn", "encode -s @attn --acts @acts -o @out" },
+        { 1, "@acts: activations of hook mlp (expected attn",
           "train --init @attn --acts @acts -o @out" },
         { 1, "layer 9 (expected 1 to 3", "eval --quiet -s @layer9 -m @model @photos" },
         { 2, "@nowhere: does not name its hook point",
@@ -689,7 +689,7 @@ static void cli_test_activations(void)
         { 1, "@names: ", "stats -s @sae --acts @names -o @out" },
         { 2, "--expansion: 65536 x 65536 inputs", "train --acts @wide --expansion 65536 -o @out" },
         { 1, "@ear: metadata hook = 'ear'", "train --acts @ear -o @out" },
-        { 1, "@ear: activations of hook point ear (expected mlp", "eval -s @sae --acts @ear" },
+        { 1, "@ear: metadata hook = 'ear' (expected attn, mlp or resid)", "eval -s @sae --acts @ear" },
         { 1, "@no-such: cannot be opened", "eval -s @sae --acts @acts --also @no-such" },
         { 0, NULL, NULL } };
     const char *activations = "activations", *labels = "labels";
