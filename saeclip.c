@@ -717,6 +717,14 @@ static void relu_forward(float *f, const float *h, size_t n) {
     }
 }
 
+/* f = h where h > threshold, else 0 (Rajamanoharan et al., 2024, section 3). SAEs of others have it;
+ * it is not trained here. threshold: [n], at least 0; h, f: [n], of one token */
+static void jumprelu_forward(float *f, const float *h, const float *threshold, size_t n) {
+    for (size_t j = 0; j < n; j++) {
+        f[j] = h[j] > threshold[j] ? h[j] : 0;
+    }
+}
+
 /* f = the k largest of h where they are positive, else 0 (Gao et al., 2024, section 2.3). The
  * largest is taken k times; of equal ones the latent with the lower index is taken first, as
  * everywhere in this file, so that the result does not depend on the order of work.
@@ -753,6 +761,7 @@ static void encode_forward(float *f, float *h, float *centred, const sc_sae *sae
     pre_activation_forward(h, sae, centred, T);
     for (size_t t = 0; t < T; t++) {
         if (sae->topk) topk_forward(f + t * n, h + t * n, n, sae->k);
+        else if (sae->threshold) jumprelu_forward(f + t * n, h + t * n, sae->threshold, n);
         else relu_forward(f + t * n, h + t * n, n);
     }
 }
@@ -2955,6 +2964,7 @@ void sc_sae_close(sc_sae *sae) {
     free(sae->W_dec);
     free(sae->b_enc);
     free(sae->b_dec);
+    free(sae->threshold);
     free(sae->path);
     free(sae->b_dec_start);
     *sae = (sc_sae){ 0 };
@@ -3129,17 +3139,18 @@ static void pre_activations(const sc_sae *sae, size_t j, const size_t *latent, s
                  panels->panels, &to, buffer);
 }
 
-/* Appends latent j's codes to a tile's, of which there are `used`; returns how many there are now.
- * h: [TILE_TOKENS] */
-static size_t append_codes(tile_codes *tile, size_t used, const float *h, const float *limit) {
+/* Appends latent j's codes, h > threshold, to a tile's, of which there are `used`; returns how many
+ * there are now. h: [TILE_TOKENS] */
+static size_t append_codes(tile_codes *tile, size_t used, const float *h, const float *limit,
+                           float threshold) {
     uint64_t mask[TILE_TOKENS / MASK_BITS];
     kernels->find_above(h, limit, TILE_TOKENS, mask);
     for (size_t first = 0; first < tile->tokens; first += MASK_BITS) {
         size_t end = first + MASK_BITS < tile->tokens ? first + MASK_BITS : tile->tokens;
         for (size_t t = first; mask[first / MASK_BITS] && t < end; t++) {
-            tile->token[used] = (uint8_t)t;                  /* stays if h > 0 */
+            tile->token[used] = (uint8_t)t;                  /* stays if h is above */
             tile->value[used] = h[t];
-            used += h[t] > 0;
+            used += h[t] > threshold;
         }
     }
     return used;
@@ -3221,7 +3232,9 @@ static void encode_tiles(const sae_batch *batch, tile_codes *tile, const tile_sc
                 if (sae->topk)
                     offer_candidates(sae, group + r, h, tile[i].tokens, s->heap + i * heap_size,
                                      limit);
-                else used[i] = append_codes(&tile[i], used[i], h, limit);
+                else
+                    used[i] = append_codes(&tile[i], used[i], h, limit,
+                                           sae->threshold ? sae->threshold[group + r] : 0);
             }
         }
     }
@@ -3502,6 +3515,11 @@ static int prepare_trainer(sc_trainer *t) {
 
 sc_trainer *sc_trainer_new(sc_sae *sae, const sc_train_options *options, size_t tokens) {
     if (check_k(sae) != SC_OK || choose_kernels() != SC_OK) return NULL;
+    if (sae->threshold) {
+        fail("%s: a JumpReLU SAE cannot be trained (expected standard or topk)",
+             sae->path ? sae->path : "the SAE");
+        return NULL;
+    }
     if (tokens == 0 || tokens > SC_MAX_BATCH_TOKENS) {
         usage("a training step of %zu tokens (expected 1 to %d)", tokens, SC_MAX_BATCH_TOKENS);
         return NULL;
@@ -4337,6 +4355,48 @@ static size_t json_sizes(json *j, size_t *sizes, size_t most) {
         j->at += digits + strspn(text + digits, json_blanks);
     }
     return n;
+}
+
+/* Hands out every scalar below a value, in order: of {"a": {"b": 1}} the key "a.b" and the text "1".
+ * key: [256], of which `used` bytes are the value's own key; a longer one is cut */
+static int json_value(json *j, char *key, size_t used, int depth,
+                      int (*take)(void *context, const char *key, const char *text), void *context) {
+    char scalar[64] = "", *text = scalar, *name;
+    const char *start = j->text + j->at, *brackets = *start == '{' ? "{}" : "[]";
+    json_expect(j, depth < 32, "less nesting");
+    if (*start == '{' || *start == '[') {
+        for (size_t i = 0; (name = json_next(j, i, brackets)) != NULL; i++) {
+            size_t length = *start == '{' ? strlen(name) : 0;
+            if (length > 254 - used) length = 254 - used;
+            size_t dot = used > 0 && used < 254 && length > 0;
+            if (dot) key[used] = '.';
+            memcpy(key + used + dot, name, length);
+            key[used + dot + length] = '\0';
+            SC_TRY(json_value(j, key, used + dot + length, depth + 1, take, context));
+        }
+        return j->failed;
+    }
+    if (*start == '"') {
+        text = json_string(j);
+    } else {
+        size_t length = strcspn(start, ",]} \t\r\n");
+        json_expect(j, length > 0 && length < sizeof scalar, "a value");
+        if (j->failed) return SC_FAILED;
+        memcpy(scalar, start, length);
+        j->at += length + strspn(start + length, json_blanks);
+    }
+    return j->failed ? SC_FAILED : take(context, key, text);
+}
+
+/* The scalars of an object. text: [length + 1], ends with a NUL and is changed; what: for errors */
+static int json_scalars(char *text, size_t length, const char *what,
+                        int (*take)(void *context, const char *key, const char *text), void *context) {
+    char key[256] = "";
+    json j = { .what = what, .text = text, .at = strspn(text, json_blanks) };
+    json_expect(&j, text[j.at] == '{', "'{'");
+    if (!j.failed) SC_TRY(json_value(&j, key, 0, 0, take, context));
+    json_expect(&j, j.at == length, "nothing after the object");
+    return j.failed;
 }
 
 /* text: a JSON array of strings, the form in which metadata hold lists of names. The strings follow
@@ -6079,7 +6139,10 @@ static int find_hook(const char *name) {
  * The tensors of an SAE, and of a training's state, in and out by one table; the metadata.
  * ============================================================================================ */
 
-static const char *const architecture_names[] = { "standard", "topk" };
+static const char *architecture_of(const sc_sae *sae) {
+    if (sae->topk) return "topk";
+    return sae->threshold ? "jumprelu" : "standard";
+}
 
 /* Opens the output and discards it: better to fail now than when the work is done. */
 static int try_output(const char *path) {
@@ -6163,10 +6226,11 @@ static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_wri
 /* An SAE's tensors, and with a trainer Adam's too. */
 static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safetensors *file,
                         sc_writer *w, digest64 *digest) {
+    const float_tensor threshold = { "threshold", sae->threshold, 1, 1, sae->d_sae, 0, 1 };
     float_tensor list[STATE_TENSORS];
     size_t count = list_tensors(sae, t, list);
     for (size_t i = 0; i < count; i++) SC_TRY(move_tensor(&list[i], file, w, digest));
-    return SC_OK;
+    return sae->threshold ? move_tensor(&threshold, file, w, digest) : SC_OK;
 }
 
 /* A whole number from 1 on in the metadata; where it is absent *value stays. */
@@ -6233,7 +6297,7 @@ static size_t origin_difference(const sc_origin *a, const sc_origin *b) {
 
 static int write_sae(sc_writer *w, void *context) {
     const sc_sae *sae = context;
-    SC_TRY(sc_writer_metadata(w, "architecture", architecture_names[sae->topk]));
+    SC_TRY(sc_writer_metadata(w, "architecture", architecture_of(sae)));
     if (sae->topk) SC_TRY(put_metadata(w, "k", "%zu", sae->k));
     SC_TRY(put_metadata(w, "d_in", "%zu", sae->d_in));
     SC_TRY(put_metadata(w, "d_sae", "%zu", sae->d_sae));
@@ -6245,31 +6309,165 @@ static int write_sae(sc_writer *w, void *context) {
 int sc_sae_save(const sc_sae *sae, const char *path) {
     sc_sae copy = *sae;
     SC_TRY(check_k(sae));
-    return save_tensors(path, 4096, write_sae, &copy);
+    return save_tensors(path, 8192, write_sae, &copy);
 }
 
-/* A file with k and no architecture is a TopK SAE. */
-static int read_architecture(sc_sae *sae, const sc_safetensors *file) {
-    const char *architecture = sc_metadata_find(file, "architecture");
-    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &sae->k));
-    sae->topk = sae->k > 0;
-    if (!architecture) return SC_OK;
-    sae->topk = strcmp(architecture, "topk") == 0;
-    if (sae->topk || strcmp(architecture, "standard") == 0) return SC_OK;
-    return fail("%s: architecture '%s' (expected standard or topk)", file->path, architecture);
+/* --- SAELens's cfg.json, beside the weights (jbloomAus/SAELens, versions 2 to 6) --- */
+
+typedef struct { const char *path; char architecture[32], activation[32]; size_t k, d_in, d_sae; } saelens;
+
+/* The keys that change what an SAE computes, and the values that mean what is computed here. */
+static const char *const saelens_rules[][2] = {
+    { "architecture", "|standard|topk|jumprelu|" }, { "activation_fn", "|relu|topk|" },
+    { "activation_fn_str", "|relu|topk|" }, { "apply_b_dec_to_input", "|true|" },
+    { "normalize_activations", "|none|false|null|" }, { "reshape_activations", "|none|null|" },
+    { "finetuning_scaling_factor", "|false|null|" },
+    { "rescale_acts_by_decoder_norm", "|false|null|" }, { "hook_head_index", "|null|" },
+    { "meta.hook_head_index", "|null|" }, { "metadata.hook_head_index", "|null|" } };
+
+static int take_saelens(void *context, const char *key, const char *value) {
+    saelens *c = context;
+    const struct { const char *key; size_t *number; } numbers[] = {
+        { "k", &c->k }, { "activation_fn_kwargs.k", &c->k }, { "d_in", &c->d_in },
+        { "d_sae", &c->d_sae } };
+    char quoted[64];
+    snprintf(quoted, sizeof quoted, "|%.60s|", value);
+    for (size_t i = 0; i < COUNT(saelens_rules); i++)
+        if (strcmp(key, saelens_rules[i][0]) == 0 && !strstr(saelens_rules[i][1], quoted))
+            return fail("%s: %s is %s (expected %.*s)", c->path, key, value,
+                        (int)strlen(saelens_rules[i][1]) - 2, saelens_rules[i][1] + 1);
+    if (strcmp(key, "architecture") == 0) snprintf(c->architecture, sizeof c->architecture, "%s", value);
+    if (strcmp(key, "activation_fn") == 0 || strcmp(key, "activation_fn_str") == 0)
+        snprintf(c->activation, sizeof c->activation, "%s", value);
+    for (size_t i = 0; i < COUNT(numbers); i++) {
+        double number;
+        if (strcmp(key, numbers[i].key) != 0 || strcmp(value, "null") == 0) continue;
+        if (parse_number(value, key, 1, 1e9, &number) != SC_OK || number != floor(number))
+            return fail("%s: %s is %s (expected a whole number from 1 on)", c->path, key, value);
+        if (*numbers[i].number && *numbers[i].number != (size_t)number)
+            return fail("%s: %s is %s (expected %zu, as the file says before)", c->path, key, value,
+                        *numbers[i].number);
+        *numbers[i].number = (size_t)number;
+    }
+    return SC_OK;
 }
 
-static int read_sae(sc_sae *sae, const sc_safetensors *file) {
+/* Reads a cfg.json; where there is none, nothing is known. */
+static int read_saelens(saelens *c) {
+    enum { MOST = 1 << 20 };
+    FILE *file = fopen(c->path, "r");
+    if (!file && errno == ENOENT) return SC_OK;
+    if (!file) return fail("%s: cannot be opened: %s", c->path, strerror(errno));
+    char *text = new_array(MOST + 1, 1);
+    size_t length = text ? fread(text, 1, MOST, file) : 0;
+    int status = text ? SC_OK : SC_FAILED;
+    if (status == SC_OK && ferror(file)) status = fail("%s: cannot be read", c->path);
+    fclose(file);
+    if (status == SC_OK && length == MOST) status = fail("%s: too long for a configuration", c->path);
+    if (status == SC_OK) status = json_scalars(text, length, c->path, take_saelens, c);
+    free(text);
+    return status;
+}
+
+/* Writes a folder's cfg.json in the form that SAELens 3 to 6 read; hook points have
+ * TransformerLens's names. */
+static int write_saelens(const sc_sae *sae, const char *path) {
+    static const char *const places[] = { "attn_out", "mlp_out", "resid_post" };
+    sc_output out;
+    SC_TRY(output_open(&out, path));
+    FILE *f = out.file;
+    fprintf(f, "{\n  \"architecture\": \"%s\",\n  \"d_in\": %zu,\n  \"d_sae\": %zu,\n", architecture_of(sae),
+            sae->d_in, sae->d_sae);
+    if (sae->topk)
+        fprintf(f, "  \"k\": %zu,\n  \"activation_fn_str\": \"topk\",\n  \"activation_fn_kwargs\": "
+                "{\"k\": %zu},\n", sae->k, sae->k);
+    else fputs("  \"activation_fn_str\": \"relu\",\n  \"activation_fn_kwargs\": {},\n", f);
+    fputs("  \"dtype\": \"float32\",\n  \"device\": \"cpu\",\n  \"apply_b_dec_to_input\": true,\n"
+          "  \"normalize_activations\": \"none\",\n  \"reshape_activations\": \"none\",\n"
+          "  \"finetuning_scaling_factor\": false,\n  \"model_name\": ", f);
+    print_json(f, *sae->origin.text[SC_MODEL] ? sae->origin.text[SC_MODEL] : "unknown");
+    if (sae->layer && sae->hook >= 0)
+        fprintf(f, ",\n  \"hook_name\": \"blocks.%zu.hook_%s\",\n  \"hook_layer\": %zu", sae->layer - 1,
+                places[sae->hook], sae->layer - 1);
+    else fputs(",\n  \"hook_name\": \"unknown\",\n  \"hook_layer\": 0", f);
+    fputs(",\n  \"hook_head_index\": null,\n  \"context_size\": 1,\n  \"prepend_bos\": false,\n"
+          "  \"dataset_path\": \"\",\n  \"dataset_trust_remote_code\": false,\n"
+          "  \"sae_lens_training_version\": null\n}\n", f);
+    return output_commit(&out);
+}
+
+/* Metadata and cfg.json must agree; one with k and no architecture is a TopK SAE, and so is SAELens's
+ * standard one with the activation function topk. */
+static int read_architecture(sc_sae *sae, const sc_safetensors *file, const saelens *config) {
+    const char *told = config->architecture, *said = sc_metadata_find(file, "architecture");
+    int threshold = sc_tensor_find(file, "threshold") != NULL;
+    size_t k = 0;
+    if (strcmp(config->activation, "topk") == 0 && strcmp(told, "jumprelu") != 0) told = "topk";
+    if (said && *told && strcmp(said, told) != 0)
+        return fail("%s: architecture is %s (expected %s, as %s says)", file->path, said, told,
+                    config->path);
+    if (!said && *told) said = told;
+    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &k));
+    if (k && config->k && k != config->k)
+        return fail("%s: k is %zu (expected %zu, as %s says)", file->path, k, config->k, config->path);
+    sae->k = k ? k : config->k;
+    if (sae->k > sae->d_sae)
+        return fail("%s: k is %zu (expected 1 to %zu, the number of latents)", config->path, sae->k,
+                    sae->d_sae);
+    sae->topk = said ? strcmp(said, "topk") == 0 : sae->k > 0 && !threshold;
+    int jumprelu = said && strcmp(said, "jumprelu") == 0;
+    if (said && !sae->topk && !jumprelu && strcmp(said, "standard") != 0)
+        return fail("%s: architecture '%s' (expected standard, topk or jumprelu)", file->path, said);
+    if (threshold && !jumprelu)
+        return fail("%s: tensor threshold without architecture jumprelu (expected that in its "
+                    "metadata or in cfg.json)", file->path);
+    if (!jumprelu) return SC_OK;
+    sae->threshold = new_array(sae->d_sae, sizeof *sae->threshold);
+    return sae->threshold ? SC_OK : SC_FAILED;
+}
+
+/* A tensor beside those of the SAE may change what it computes. Harmless are those of our checkpoints
+ * and counts of training. */
+static int check_sae_tensors(const sc_sae *sae, const sc_safetensors *file) {
+    static const sc_trainer none;
+    static const char *const harmless[] = {
+        "silent", "threshold", "sparsity", "log_sparsity", "act_freq_scores",
+        "n_forward_passes_since_fired", "num_batches_not_active" };
+    float_tensor list[STATE_TENSORS];
+    size_t count = list_tensors(sae, &none, list);
+    for (size_t t = 0; t < file->tensors; t++) {
+        const char *name = file->tensor[t].name;
+        int known = 0;
+        for (size_t i = 0; i < count; i++) known |= strcmp(name, list[i].name) == 0;
+        for (size_t i = 0; i < COUNT(harmless); i++) known |= strcmp(name, harmless[i]) == 0;
+        if (!known)
+            return fail("%s: tensor %.100s may change what the SAE computes (expected W_enc, b_enc, "
+                        "W_dec, b_dec, and threshold of a JumpReLU SAE)", file->path, name);
+    }
+    return SC_OK;
+}
+
+static int check_thresholds(const sc_sae *sae, const char *path) {
+    for (size_t j = 0; sae->threshold && j < sae->d_sae; j++)
+        if (sae->threshold[j] < 0)
+            return fail("%s: threshold[%zu] is %g (expected at least 0)", path, j,
+                        (double)sae->threshold[j]);
+    return SC_OK;
+}
+
+static int read_sae(sc_sae *sae, const sc_safetensors *file, const saelens *config) {
     const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
     const char *start = sc_metadata_find(file, "b_dec_start");
     if (!encoder || encoder->rank != 2 || encoder->count == 0)
         return fail("%s: not an SAE (expected a tensor W_enc [d_in, d_sae])", file->path);
-    if (sc_tensor_find(file, "threshold") || sc_tensor_find(file, "log_threshold"))
-        return fail("%s: a JumpReLU SAE, with tensor threshold (expected standard or topk)",
-                    file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
+    if ((config->d_in && config->d_in != sae->d_in) || (config->d_sae && config->d_sae != sae->d_sae))
+        return fail("%s: an SAE [%zu, %zu] (expected [%zu, %zu], as %s says)", file->path, sae->d_in,
+                    sae->d_sae, config->d_in, config->d_sae, config->path);
+    SC_TRY(check_sae_tensors(sae, file));
+    SC_TRY(read_architecture(sae, file, config));
     SC_TRY(move_tensors(sae, NULL, file, NULL, NULL));
-    SC_TRY(read_architecture(sae, file));
+    SC_TRY(check_thresholds(sae, file->path));
     SC_TRY(read_origin(&sae->origin, file));
     sae->layer = (size_t)strtoul(sae->origin.text[SC_LAYER], NULL, 10);
     sae->hook = find_hook(sae->origin.text[SC_HOOK]);
@@ -6279,11 +6477,22 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file) {
     return start && !sae->b_dec_start ? SC_FAILED : SC_OK;
 }
 
+static const char saelens_weights[] = "sae_weights.safetensors";
+
+/* A file, with the cfg.json beside it where there is one, or a folder of SAELens. */
 int sc_sae_open(sc_sae *sae, const char *path) {
+    char weights[MAX_PATH], folder[MAX_PATH], cfg[MAX_PATH];
+    saelens config = { .path = cfg };
     sc_safetensors file;
+    struct stat about;
+    int is_folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
     *sae = (sc_sae){ 0 };
-    SC_TRY(sc_safetensors_open(&file, path));
-    int status = read_sae(sae, &file);
+    SC_TRY(join_path(is_folder ? path : "", is_folder ? saelens_weights : path, weights));
+    snprintf(folder, sizeof folder, "%.*s", (int)(base_name(weights) - weights), weights);
+    SC_TRY(join_path(folder, "cfg.json", cfg));
+    SC_TRY(sc_safetensors_open(&file, weights));
+    int status = read_saelens(&config);
+    if (status == SC_OK) status = read_sae(sae, &file, &config);
     sc_safetensors_close(&file);
     if (status != SC_OK) sc_sae_close(sae);
     return status;
@@ -6296,6 +6505,8 @@ static uint64_t sae_digest(const sc_sae *sae) {
                                  sae->topk ? sae->k : 0 };
     for (size_t i = 0; i < COUNT(numbers); i++) digest64_number(&d, numbers[i]);
     for (size_t j = 0; j < sae->d_sae; j++) digest64_number(&d, bits_of_float(sae->b_enc[j]));
+    for (size_t j = 0; sae->threshold && j < sae->d_sae; j++)
+        digest64_number(&d, bits_of_float(sae->threshold[j]));
     for (size_t i = 0; i < sae->d_in; i++) digest64_number(&d, bits_of_float(sae->b_dec[i]));
     for (size_t j = 0; j < sae->d_sae; j++) {
         for (size_t i = 0; i < sae->d_in; i++) {
@@ -6660,7 +6871,11 @@ static int check_origin(const feed *f, const sc_sae *sae, const options *o) {
 
 /* The architecture and k of the options overrule an SAE's. */
 static int choose_architecture(sc_sae *sae, const options *o) {
-    if (o->arch) sae->topk = strcmp(o->arch, "topk") == 0;
+    if (o->arch) {
+        sae->topk = strcmp(o->arch, "topk") == 0;
+        free(sae->threshold);
+        sae->threshold = NULL;
+    }
     if (o->k) sae->k = (size_t)o->k;
     if (!sae->topk || (sae->k > 0 && sae->k <= sae->d_sae)) return SC_OK;
     if (o->k)
@@ -6730,6 +6945,7 @@ typedef struct {
     FILE *log;
     double started;
     char *checkpoint, *previous;     /* the checkpoint's name, and that of the one before */
+    const char *config;              /* cfg.json of a folder for SAELens, NULL: none */
     uint64_t saved;                  /* the step of the last checkpoint */
     int checkpoints;                 /* asked for, not only upon a signal */
 } training_run;
@@ -6785,7 +7001,7 @@ static void write_recipe(training_run *run) {
     const options *o = run->o;
     const sc_sae *sae = &run->sae;
     const sc_origin origin = origin_of(sae);
-    add_text(run, "architecture", architecture_names[sae->topk]);
+    add_text(run, "architecture", architecture_of(sae));
     if (sae->topk) add_number(run, "k", (double)sae->k);
     add_number(run, "d_in", (double)sae->d_in);
     add_number(run, "d_sae", (double)sae->d_sae);
@@ -6866,7 +7082,7 @@ static int write_checkpoint(sc_writer *w, void *context) {
 static int save_checkpoint(training_run *run) {
     if (run->saved == run->trainer->step) return SC_OK;
     run->saved = run->trainer->step;
-    return save_tensors(run->checkpoint, 4096, write_checkpoint, run);
+    return save_tensors(run->checkpoint, 8192, write_checkpoint, run);
 }
 
 /* Whether a checkpoint says the same of a key as this run; both may leave it out. */
@@ -7107,17 +7323,31 @@ static int run_training(training_run *run) {
     SC_TRY(start_run(run));
     SC_TRY(open_log(run));
     SC_TRY(train_steps(run));
-    SC_TRY(save_tensors(o->output, 4096, write_trained, run));
+    SC_TRY(save_tensors(o->output, 8192, write_trained, run));
+    if (run->config) SC_TRY(write_saelens(&run->sae, run->config));
     if (run->steps > 0 && run->steps < (uint64_t)o->warmup)
         note("all %ju steps lay within the warm-up of %ld: the learning rate never reached --lr (see "
              "--warmup, --epochs)", (uintmax_t)run->steps, o->warmup);
     return SC_OK;
 }
 
-static int train(const options *o) {
-    const char *name = o->checkpoint ? o->checkpoint : o->output;
+/* An output that ends with a slash is a folder for SAELens. */
+static int train(const options *given) {
+    options own = *given;
+    const options *o = &own;
+    char weights[MAX_PATH], config[MAX_PATH];
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
+    size_t end = strlen(o->output);
+    if (end > 0 && o->output[end - 1] == '/') {
+        SC_TRY(join_path(o->output, "cfg.json", config));
+        SC_TRY(join_path(o->output, saelens_weights, weights));
+        if (mkdir(o->output, 0777) != 0 && errno != EEXIST)
+            return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
+        run.config = config;
+        own.output = weights;
+    }
+    const char *name = o->checkpoint ? o->checkpoint : o->output;
     catch_signals();
     run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");
     if (run.checkpoint) run.previous = join_text(run.checkpoint, ".prev");
@@ -7620,7 +7850,8 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *data, t
         { "sae", "SAE", sae->path, 0 },
         { "data", "data", data, 0 },
         { "output", "CLIP output", sae->hook < 0 ? "?" : hook_names[sae->hook], 0 },
-        { "activation", "activation", sae->topk ? "TopK" : "ReLU", 0 },
+        { "activation", "activation",
+          sae->topk ? "TopK" : sae->threshold ? "JumpReLU" : "ReLU", 0 },
         { "geometric_bias", "geometric bias", bias, 0 },
         { "mse", "MSE", NULL, running_total(&s->mse) / numbers },
         { "mse_raw", "MSE raw", NULL, error / numbers },
@@ -7713,7 +7944,7 @@ static int command_extract(session *s) {
     size_t place;
     SC_TRY(open_session(s));
     SC_TRY(add_tap(f, s->o->layer ? s->o->layer : -2, hook, &place));
-    return save_tensors(s->o->output, 4096 + names_room(f->set.class_name, f->set.classes, 8),
+    return save_tensors(s->o->output, 8192 + names_room(f->set.class_name, f->set.classes, 8),
                         write_activations, s);
 }
 

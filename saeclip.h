@@ -237,7 +237,7 @@ typedef struct { char text[SC_ORIGIN_KEYS][256]; } sc_origin;    /* "" where it 
 
 /* --- The sparse autoencoder (Bricken et al., 2023; Gao et al., 2024; Lim et al., 2025) ---
  *
- *     h = W_enc^T (x - b_dec) + b_enc      f = relu(h), or relu of the k largest
+ *     h = W_enc^T (x - b_dec) + b_enc      f = relu(h), or relu of the k largest, or JumpReLU
  *     x' = W_dec^T f + b_dec
  */
 
@@ -251,6 +251,7 @@ typedef struct {
     float *b_enc;                    /* [n] */
     float *W_dec;                    /* [n, stride] */
     float *b_dec;                    /* [stride] */
+    float *threshold;                /* [n], at least 0: JumpReLU, f = h where h > threshold; else NULL */
     sc_origin origin;                /* of the activations it was trained on */
     char *path, *b_dec_start;        /* NULL: not known */
 } sc_sae;

@@ -14,6 +14,7 @@
 #include "test_threads.c"
 #include "test_cli.c"
 #include "test_origin.c"
+#include "test_saelens.c"
 #include "test_look.c"
 #include "test_figures.c"
 #include "test_atlas.c"
@@ -31,6 +32,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "threads", test_threads },
     { "cli", test_cli },
     { "origin", test_origin },
+    { "saelens", test_saelens },
     { "look", test_look },
     { "figures", test_figures },
     { "atlas", test_atlas },

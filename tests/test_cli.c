@@ -722,7 +722,7 @@ static void cli_test_late_refusals(void)
         { 1, "@scaled: tensor blocks.0.ls1.gamma has no place",
           "extract --quiet -m @scaled @photos -o @out" },
         { 1, "@mute: no tensor text_embeds [classes", "zeroshot --quiet -m @mute @photos" },
-        { 1, "@jump: a JumpReLU SAE", "eval -s @jump --acts @acts" },
+        { 1, "@jump: tensor threshold without architecture jumprelu", "eval -s @jump --acts @acts" },
         { 2, "-s: given more than 16", "eval" MANY MANY MANY MANY " -s @sae --acts @acts" },
         { 2, "@late.ckpt: a checkpoint of step 4, but this run ends at step 2", "train --acts @acts --latents 8 --steps 2 "
                                                               "--checkpoint @late.ckpt --resume -o @out" },
