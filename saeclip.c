@@ -4428,7 +4428,27 @@ static unsigned control_at(const char *text) {
     return 0;
 }
 
-/* Prints text as a JSON string; a byte that is not part of valid UTF-8 becomes U+FFFD. '<' is
+/* A byte that is not part of valid UTF-8, as files hold it: U+FFFD and its value. */
+#define INVALID_BYTE "\xef\xbf\xbd%02x"
+
+/* Adds a name and its end as print_json() writes them, so that packing keeps a data set's digest. */
+static void digest64_name(digest64 *digest, const char *name) {
+    char invalid[8];
+    while (*name) {
+        size_t length = utf8_length(name);
+        if (length == 0 && !control_at(name)) {
+            snprintf(invalid, sizeof invalid, INVALID_BYTE, (unsigned char)*name);
+            digest64_add(digest, invalid, strlen(invalid));
+        } else {
+            if (length == 0) length = 1;                     /* a control byte */
+            digest64_add(digest, name, length);
+        }
+        name += *name && length ? length : 1;
+    }
+    digest64_add(digest, "", 1);
+}
+
+/* Prints text as a JSON string; '<' is
  * escaped too: in a web page it could end the script that holds the string. */
 static void print_json(FILE *out, const char *text) {
     putc('"', out);
@@ -4437,7 +4457,7 @@ static void print_json(FILE *out, const char *text) {
         unsigned code = control_at(text);
         if (*text == '<') code = '<';
         if (code) fprintf(out, "\\u%04x", code);
-        else if (length == 0) fputs("\xef\xbf\xbd", out);
+        else if (length == 0) fprintf(out, INVALID_BYTE, (unsigned char)*text);
         else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
         else fwrite(text, 1, length, out);
         text += length ? length : 1;
@@ -5062,7 +5082,11 @@ typedef struct { size_t width, height, stride; const unsigned char *rgb; } pictu
 
 /* A file's format, told by its first bytes, and the Debian package that decodes it, if it needs
  * one. In magic, ? is any byte and _ a blank. */
-typedef struct { const char *name, *magic, *decoder, *package; size_t length; } image_format;
+typedef struct {
+    const char *name, *magic, *decoder, *package;
+    size_t length;
+    const char *option;              /* for ImageMagick */
+} image_format;
 
 /* Where an image is read from: a file or a decoder's pipe. rgb: [capacity, CHUNK, 3], pixels */
 typedef struct {
@@ -5216,32 +5240,35 @@ static int start_child(child_process *c, char **argument, int input) {
 }
 
 /* Waits for the end of a program that may still print; returns its wait status. words: [room], the
- * first line of its messages */
-static int end_child(child_process *c, char *words, size_t room) {
-    char rest[4096];
+ * first line of its messages; of a verbose program, the line that contains `wanted`, else the last */
+static int end_child(child_process *c, const char *wanted, char *words, size_t room) {
+    char rest[4096], line[256];
     int ended = 0;
     while (fread(rest, 1, sizeof rest, c->output) > 0) {}
     fclose(c->output);
     while (waitpid(c->pid, &ended, 0) < 0 && errno == EINTR) {}
     rewind(c->errors);
-    do {
-        if (!fgets(words, (int)room, c->errors)) *words = '\0';
-    } while (*words && strspn(words, " \t\r\n") == strlen(words));       /* empty lines */
-    words[strcspn(words, "\r\n")] = '\0';
-    memmove(words, words + strspn(words, " \t"), strlen(words + strspn(words, " \t")) + 1);
+    for (*words = '\0'; fgets(line, sizeof line, c->errors);) {
+        const char *text = line + strspn(line, " \t\r\n");
+        line[strcspn(text, "\r\n") + (size_t)(text - line)] = '\0';
+        if (*text && (wanted || !*words)) snprintf(words, room, "%s", text);
+        if (wanted && strstr(text, wanted)) break;
+    }
     fclose(c->errors);
     return ended;
 }
 
 static const image_format formats[] = {
-    { "PNM", "P2_", NULL, NULL, 3 }, { "PNM", "P3_", NULL, NULL, 3 },
-    { "PNM", "P5_", NULL, NULL, 3 }, { "PNM", "P6_", NULL, NULL, 3 },
-    { "JPEG", "\xff\xd8\xff", "djpeg -dct int -pnm", "libjpeg-turbo-progs", 3 },
-    { "PNG", "\x89PNG\r\n\x1a\n", "pngtopnm", "netpbm", 8 },
-    { "TIFF", "II*\0", NULL, "imagemagick", 4 }, { "TIFF", "MM\0*", NULL, "imagemagick", 4 },
-    { "GIF", "GIF8?a", NULL, "imagemagick", 6 },
-    { "BMP", "BM????\0\0\0\0", NULL, "imagemagick", 10 },
-    { "WebP", "RIFF????WEBP", NULL, "imagemagick", 12 },
+    { "PNM", "P2_", NULL, NULL, 3, "" }, { "PNM", "P3_", NULL, NULL, 3, "" },
+    { "PNM", "P5_", NULL, NULL, 3, "" }, { "PNM", "P6_", NULL, NULL, 3, "" },
+    { "JPEG", "\xff\xd8\xff", "djpeg -verbose -verbose -verbose -dct int -pnm",
+      "libjpeg-turbo-progs", 3, "" },
+    { "PNG", "\x89PNG\r\n\x1a\n", "pngtopnm", "netpbm", 8, "" },
+    { "TIFF", "II*\0", NULL, "imagemagick", 4, "" },
+    { "TIFF", "MM\0*", NULL, "imagemagick", 4, "" },
+    { "GIF", "GIF8?a", NULL, "imagemagick", 6, "-coalesce " },     /* the canvas, not the frame */
+    { "BMP", "BM????\0\0\0\0", NULL, "imagemagick", 10, "" },
+    { "WebP", "RIFF????WEBP", NULL, "imagemagick", 12, "-coalesce " },
 };
 
 /* The format of a file that begins with these bytes; NULL: not an image. */
@@ -5286,10 +5313,11 @@ static int open_image(const char *path, image_source *source) {
 }
 
 /* Runs one decoder on a file to its end. An image counts if there was no complaint; djpeg's status 2
- * stands for warnings: like Pillow we take damaged images, but not cut ones. SC_END: it failed
- * without writing a byte; MACHINE_FAILED: it could not be started, without a message where it is
- * not installed. */
+ * stands for warnings: like Pillow we take damaged images, but not cut ones. Of its warnings djpeg
+ * prints only the first, unless it is verbose. SC_END: it failed without writing a byte;
+ * MACHINE_FAILED: it could not be started, without a message where it is not installed. */
 static int run_decoder(const char *command, int file, image_source *source, picture *result) {
+    static const char cut[] = "Premature end of JPEG file";
     char text[512], words[256], *argument[sizeof text / 2 + 1] = { NULL }, *rest = NULL;
     int length = snprintf(text, sizeof text, "%s", command), count = 0;
     child_process child;
@@ -5307,10 +5335,11 @@ static int run_decoder(const char *command, int file, image_source *source, pict
         return MACHINE_FAILED;
     }
     source->file = child.output;
+    int djpeg = strstr(argument[0], "djpeg") != NULL;
     int status = pnm_read(source, result);
-    int ended = end_child(&child, words, sizeof words);
+    int ended = end_child(&child, djpeg ? cut : NULL, words, sizeof words);
     int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
-    int warned = code == 2 && strstr(argument[0], "djpeg") && !strstr(words, "Premature end of");
+    int warned = code == 2 && djpeg && !strstr(words, cut);
     if (!killed && (code == 0 || warned) && status != SC_END) return status;
     if (!killed && code == 127 && status == SC_END && !*words) return MACHINE_FAILED;
     fail("%s: %s ended with %s %d: %s", source->name, argument[0], killed ? "signal" : "status",
@@ -5318,22 +5347,79 @@ static int run_decoder(const char *command, int file, image_source *source, pict
     return status == SC_END ? SC_END : SC_FAILED;
 }
 
+/* A PNG's chunk sBIT says how many bits of its samples matter. pngtopnm then changes the samples,
+ * other programs do not: such a PNG is refused. Chunks: length, name, data, checksum; IHDR is the
+ * first, with the bit depth in byte 8 and the colour type in byte 9; sBIT stands before IDAT. */
+static int check_png(const char *path, FILE *file) {
+    unsigned char chunk[8], header[10], bits[4];
+    if (fseeko(file, 8, SEEK_SET) != 0 || fread(chunk, 1, 8, file) != 8
+        || fread(header, 1, 10, file) != 10 || fseeko(file, 8 + 8 + 13 + 4, SEEK_SET) != 0)
+        return SC_OK;                                        /* the decoder says what is wrong */
+    unsigned depth = header[9] == 3 ? 8 : header[8];         /* a palette's colours have 8 bits */
+    while (fread(chunk, 1, 8, file) == 8 && memcmp(chunk + 4, "IDAT", 4) != 0) {
+        uint32_t length = (uint32_t)chunk[0] << 24 | (uint32_t)chunk[1] << 16 | chunk[2] << 8 | chunk[3];
+        size_t samples = length < 4 ? length : 4;
+        if (memcmp(chunk + 4, "sBIT", 4) == 0) {
+            if (fread(bits, 1, samples, file) != samples) return SC_OK;
+            for (size_t i = 0; i < samples; i++)
+                if (bits[i] != depth)
+                    return fail("%s: a PNG of %u bits with sBIT %d, which decoders treat differently "
+                                "(expected none: rewrite it, as with pngcrush -rem sBIT)", path, depth,
+                                bits[i]);
+            length -= (uint32_t)samples;
+        }
+        if (fseeko(file, (off_t)length + 4, SEEK_CUR) != 0) return SC_OK;
+    }
+    return SC_OK;
+}
+
+/* Where a GIF's first frame does not cover the canvas, Pillow fills the rest with the transparent colour,
+ * else with colour 0, and ImageMagick with the background colour: refused where they differ. Header:
+ * width, height (16 bits, little-endian) from byte 6, flags 10, background 11; then the palette,
+ * extensions (0x21, label, blocks up to an empty one) and the frame (0x2c, x, y, width, height). */
+static int check_gif(const char *path, FILE *file) {
+    unsigned char header[13], block[256];
+    int transparent = 0, byte, label, size;
+    if (fseeko(file, 0, SEEK_SET) != 0 || fread(header, 1, 13, file) != 13) return SC_OK;
+    if (header[10] & 0x80 && fseeko(file, 6 << (header[10] & 7), SEEK_CUR) != 0) return SC_OK;
+    while ((byte = getc(file)) == 0x21) {
+        label = getc(file);
+        while ((size = getc(file)) > 0) {
+            if (fread(block, 1, (size_t)size, file) != (size_t)size) return SC_OK;
+            if (label == 0xf9) transparent = block[0] & 1;
+        }
+    }
+    if (byte != 0x2c || fread(block, 1, 8, file) != 8) return SC_OK;
+    int covers = memcmp(block, "\0\0\0", 4) == 0 && memcmp(block + 4, header + 6, 4) == 0;
+    if (covers || (!transparent && header[11] == 0)) return SC_OK;
+    return fail("%s: a GIF whose frame leaves a part of the canvas open, which decoders fill "
+                "differently (expected a frame of the canvas's size)", path);
+}
+
 /* Decodes an image that needs a program. The format's decoders are tried in turn: the next one if
- * one is missing, or failed without writing a byte (some djpegs refuse CMYK). */
+ * one is missing, or failed without writing a byte (some djpegs refuse CMYK). The error quotes the
+ * first one that ran. */
 static int decode_image(image_source *source, picture *result) {
     const image_format *format = source->format;
     const char *own = getenv("SAECLIP_DECODER");
-    const char *command[] = { own ? own : format->decoder,
-        "magick -[0] -alpha off -depth 8 ppm:-", "convert -[0] -alpha off -depth 8 ppm:-" };
+    char magick[64], convert[64], reason[sizeof error_text];
+    const char *command[] = { own ? own : format->decoder, magick, convert };
     int tries = own ? 1 : 3, now = MACHINE_FAILED, status = MACHINE_FAILED;
     int file = fileno(source->file);
+    snprintf(magick, sizeof magick, "magick -[0] %s-alpha off -depth 8 ppm:-", format->option);
+    snprintf(convert, sizeof convert, "convert -[0] %s-alpha off -depth 8 ppm:-", format->option);
     if (own) fail("%s: cannot start '%s' (SAECLIP_DECODER)", source->name, own);
-    else fail("%s: a program that decodes %s is missing; Debian's package %s has one",
-              source->name, format->name, format->package);
+    else if (strcmp(format->name, "PNG") == 0) SC_TRY(check_png(source->name, source->file));
+    else if (strcmp(format->name, "GIF") == 0) SC_TRY(check_gif(source->name, source->file));
+    if (!own)
+        fail("%s: a program that decodes %s is missing; Debian's package %s has one",
+             source->name, format->name, format->package);
     for (int i = 0; i < tries && (now == MACHINE_FAILED || now == SC_END); i++) {
         if (command[i]) now = run_decoder(command[i], file, source, result);
+        if (status == MACHINE_FAILED) memcpy(reason, error_text, sizeof reason);
         if (now != MACHINE_FAILED) status = now;
     }
+    memcpy(error_text, reason, sizeof reason);
     return status == SC_END ? SC_FAILED : status;
 }
 
@@ -5500,7 +5586,8 @@ static int join_path(const char *folder, const char *name, char path[MAX_PATH]) 
     return fail("%s%s%s: the path is too long", folder, slash, name);
 }
 
-static int is_visible(const struct dirent *entry) { return entry->d_name[0] != '.'; }
+/* Names of helper folders, such as .thumbs and @eaDir, are left out. */
+static int is_visible(const struct dirent *entry) { return !strchr(".@", entry->d_name[0]); }
 
 static int by_entry(const struct dirent **a, const struct dirent **b) {
     return strcmp((*a)->d_name, (*b)->d_name);
@@ -5536,61 +5623,80 @@ static int walk_folder(sc_images *set, const char *folder, int64_t label, int de
     return status;
 }
 
-/* Keeps the images among set's files that are in class folders, or with `loose` beside them; what
- * cannot be opened is kept, and reported when it is read. Returns how many files were passed over. */
-static int keep_images(sc_images *set, int loose, size_t *kept, size_t *others) {
-    char path[MAX_PATH];
-    *kept = *others = 0;
-    for (size_t i = 0; i < set->count && *kept < set->limit; i++) {
-        int status = SC_END;
-        if ((set->image[i].label < 0) == loose) {
-            SC_TRY(join_path(set->root, set->image[i].name, path));
-            status = open_image(path, NULL);
+/* Keeps the images among set's files, those that cannot be opened too, which are reported when they
+ * are read. Returns how many lie in class folders and how many beside them; says which were no images. */
+static int keep_images(sc_images *set, const char *folder, size_t in_classes[2]) {
+    char path[MAX_PATH], names[160] = "";
+    size_t kept = 0, others = 0;
+    for (size_t i = 0; i < set->count; i++) {
+        SC_TRY(join_path(set->root, set->image[i].name, path));
+        if (open_image(path, NULL) != SC_END) {
+            in_classes[set->image[i].label >= 0]++;
+            set->image[kept++] = set->image[i];
+        } else if (others++ < 3) {
+            size_t used = strlen(names);
+            snprintf(names + used, sizeof names - used, "%s%.48s", used ? ", " : "", set->image[i].name);
         }
-        if (status == SC_END) ++*others;
-        else set->image[(*kept)++] = set->image[i];
     }
+    if (kept == 0)
+        return fail("%s: no image among the %zu files of this folder (expected FOLDER/<class>/<image> "
+                    "or FOLDER/<image>)", folder, set->count);
+    if (others > 0)
+        note("%s: %zu files passed over, which are not images: %s%s", folder, others, names,
+             others > 3 ? ", ..." : "");
+    set->count = kept < set->limit ? kept : set->limit;
     return SC_OK;
 }
 
 /* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. */
 static int open_folder(sc_images *set, const char *folder) {
-    size_t kept, others;
+    size_t in_classes[2] = { 0 };
     SC_TRY(walk_folder(set, folder, -1, 0));
     if (set->count) qsort(set->image, set->count, sizeof *set->image, by_name);
-    SC_TRY(keep_images(set, 0, &kept, &others));
-    if (kept == 0) {
-        free(set->class_name);
-        set->class_name = NULL;
-        set->classes = 0;
-        SC_TRY(keep_images(set, 1, &kept, &others));
-    }
-    if (kept == 0)
-        return fail("%s: no image among the %zu files of this folder (expected "
-                    "FOLDER/<class>/<image> or FOLDER/<image>)", folder, set->count);
-    if (others > 0)
-        note("%s: %zu files passed over: not images, or beside class folders", folder, others);
-    set->count = kept;
+    SC_TRY(keep_images(set, folder, in_classes));
+    if (in_classes[0] && in_classes[1])
+        return fail("%s: %zu images in class folders and %zu beside them (expected FOLDER/<class>/"
+                    "<image> or FOLDER/<image> alone)", folder, in_classes[1], in_classes[0]);
+    if (in_classes[1]) return SC_OK;
+    free(set->class_name);
+    set->class_name = NULL;
+    set->classes = 0;
     return SC_OK;
 }
 
-/* One line "path" or "path<TAB>label"; a # begins a comment at a line's start or after a blank. */
+/* Whether a line "path 3" without a TAB names no file, but "path" does. */
+static int lacks_tab(const sc_images *set, const char *line) {
+    char path[MAX_PATH];
+    size_t end = strlen(line), digits = 0;
+    while (digits < end && isdigit((unsigned char)line[end - digits - 1])) digits++;
+    if (digits == 0 || digits == end || !is_blank(line[end - digits - 1])) return 0;
+    if (join_path(set->root, line, path) != SC_OK || access(path, F_OK) == 0) return 0;
+    end = strlen(path) - digits;
+    while (end > 0 && is_blank(path[end - 1])) path[--end] = '\0';
+    path[end] = '\0';
+    return access(path, F_OK) == 0;
+}
+
+/* One line "path" or "path<TAB>label"; a # begins a comment at the line's start or after a label. */
 static int read_line(sc_images *set, const char *list, size_t number, char *line) {
     line += strspn(line, " \t\r\n");
-    char *end = line;
-    while (*end && !(*end == '#' && (end == line || is_blank(end[-1])))) end++;
+    char *end = line + strlen(line);
     while (end > line && is_blank(end[-1])) end--;
     *end = '\0';
-    if (!*line) return SC_OK;
+    if (!*line || *line == '#') return SC_OK;
     int64_t label = -1;
     char *tab = strchr(line, '\t');
     if (tab) {
         label = (int64_t)strtoll(tab + 1, &end, 10);
         *tab = '\0';
+        size_t blanks = strspn(end, " \t");
+        if (blanks > 0 && end[blanks] == '#') end += strlen(end);        /* a comment */
         if (*end || end == tab + 1 || label < 0 || label >= SC_MAX_CLASSES)
             return fail("%s: line %zu: invalid label (expected a whole number from 0 to %d)", list,
                         number, SC_MAX_CLASSES - 1);
     }
+    if (!tab && lacks_tab(set, line))
+        return fail("%s: line %zu: a blank before the label (expected path<TAB>label)", list, number);
     if (set->count > 0 && (set->image[0].label < 0) != (label < 0))
         return fail("%s: line %zu: labels on some lines only (expected on all or none)", list,
                     number);
@@ -5604,9 +5710,12 @@ static int open_list(sc_images *set, const char *path) {
     int status = SC_OK;
     for (size_t number = 1; status == SC_OK && set->count < set->limit; number++) {
         if (!fgets(text, sizeof text, list)) break;
-        if (!strchr(text, '\n') && !feof(list))
+        int mark = number == 1 && memcmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;    /* of UTF-8 */
+        if (number == 1 && (!memcmp(text, "\xff\xfe", 2) || !memcmp(text, "\xfe\xff", 2)))
+            status = fail("%s: UTF-16 text (expected UTF-8)", path);
+        else if (!strchr(text, '\n') && !feof(list))
             status = fail("%s: line %zu: too long, or with a byte 0", path, number);
-        else status = read_line(set, path, number, text);
+        else status = read_line(set, path, number, text + mark);
     }
     if (status == SC_OK && ferror(list)) status = fail("%s: cannot be read", path);
     if (status == SC_OK && set->count == 0) status = fail("%s: a list without an image", path);
@@ -5659,9 +5768,9 @@ static uint64_t images_digest(const sc_images *set) {
     digest64_number(&digest, set->count);
     digest64_number(&digest, set->class_name ? set->classes : 0);
     for (size_t c = 0; c < set->classes && set->class_name; c++)
-        digest64_add(&digest, set->class_name[c], strlen(set->class_name[c]) + 1);
+        digest64_name(&digest, set->class_name[c]);
     for (size_t i = 0; i < set->count; i++) {
-        digest64_add(&digest, set->image[i].name, strlen(set->image[i].name) + 1);
+        digest64_name(&digest, set->image[i].name);
         digest64_number(&digest, (uint64_t)set->image[i].label);
     }
     return digest64_value(&digest);
@@ -5683,6 +5792,9 @@ int sc_images_open(sc_images *set, const char *path, size_t limit) {
         status = open_packed(set, path);
     } else {
         status = open_image(path, NULL);
+        if (status == SC_END)
+            fail("%s: not an image (expected a folder, an image, a list named *.txt or a packed set "
+                 "named *.safetensors)", path);
         if (status == SC_OK) status = add_image(set, base_name(path), -1);
     }
     if (status == SC_OK) {
@@ -9177,7 +9289,7 @@ static int write_jpeg(FILE *out, const unsigned char *pixels, size_t S) {
     if (error == ENOENT || error == EACCES) return SC_END;
     if (error) return fail("cjpeg cannot be started: %s", strerror(error));
     for (size_t n; (n = fread(bytes, 1, sizeof bytes, child.output)) > 0;) fwrite(bytes, 1, n, out);
-    int ended = end_child(&child, words, sizeof words);
+    int ended = end_child(&child, NULL, words, sizeof words);
     if (ended == 0) return SC_OK;
     if (WIFEXITED(ended) && WEXITSTATUS(ended) == 127 && !*words) return SC_END;
     return fail("cjpeg failed: %s", *words ? words : "no message");

@@ -224,12 +224,17 @@ static void images_test_folder(void)
     images_write_ppm("set/b-1/x", 2, 2, 1);
     images_write_ppm("set/.hidden/x", 2, 2, 1);
     images_write_ppm("set/b/.x", 2, 2, 1);
+    images_make_folder("set/@eaDir");
+    images_write_ppm("set/@eaDir/x", 2, 2, 1);
     check(symlink("x", images_file("set/b/link")) == 0, "a link");
+    check(images_refuses("set", "4 images in class folders and 2 beside them"), "a folder of both kinds is refused");
+    unlink(images_file("set/loose.ppm"));
+    unlink(images_file("set/Loose.ppm"));
     check(images_opens(&set, "set", 0) && set.count == 4 && set.classes == 3 &&
           images_named(&set, 0, "b-1/x", 1) && images_named(&set, 1, "b/deep/x", 0) && images_named(&set, 2, "b/link",
               0) &&
-          images_named(&set, 3, "b/x", 0) && strcmp(set.class_name[1], "b-1") == 0, "class folders win");
-    check(images_said == 1, "files outside class folders are counted in one line");
+          images_named(&set, 3, "b/x", 0) && strcmp(set.class_name[1], "b-1") == 0, "class folders");
+    check(images_said == 1, "files that are not images are named in one line");
     check(rename(images_file("set"), images_file("moved")) == 0 && images_opens(&other, "moved///", 0) &&
           other.digest == set.digest && other.digest != 0 && !strncmp(other.root, images_file("moved"), strlen(images_file("moved"))),
           "a moved folder keeps its digest");
@@ -280,7 +285,7 @@ static void images_test_list(void)
     sc_images_close(&set);
     images_write_text("list.txt", "moved/b/x\nwith #1 blank\na#b\n");
     check(images_opens(&set, "list.txt", 0) && set.count == 3 && !set.classes &&
-          images_named(&set, 1, "with", -1) && images_named(&set, 2, "a#b", -1), "an unlabelled list");
+          images_named(&set, 1, "with #1 blank", -1) && images_named(&set, 2, "a#b", -1), "an unlabelled list");
     sc_images_close(&set);
     static const struct { const char *text, *says; } bad[] = {
         { "a\t1\nb\n", "line 2: labels on some lines" }, { "a\nb\t1\n", "line 2: labels on some lines" },
@@ -288,14 +293,30 @@ static void images_test_list(void)
         { "a\t1\nb\t-1\n", "line 2: invalid label" }, { "a\t1.5\n", "line 1: invalid label" },
         { "a\t99999999999999999999\n", "line 1: invalid label" },
         { "a\t2147483647\n", "line 1: invalid label" }, { "a\t1\t2\n", "line 1: invalid label" },
-        { "# nothing\n", "without an image" }, { "",
-            "without an image" },
+        { "# nothing\n", "without an image" }, { "", "without an image" },
+        { "moved/b/x 3\n", "line 1: a blank before the label (expected path<TAB>label)" },
+        { "# c\nmoved/a/x   12\n", "line 2: a blank before the label" },
+        { "\xff\xfe" "a", "UTF-16 text (expected UTF-8)" }, { "\xfe\xff" "a", "UTF-16 text (expected UTF-8)" },
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         images_write_text("list.txt", bad[i].text);
         check(images_refuses("list.txt", bad[i].says), "bad list %zu is refused with '%s'", i,
               bad[i].says);
     }
+    images_write_text("list.txt", "\xef\xbb\xbf# c\nmoved/b/x\t3\n");
+    check(images_opens(&set, "list.txt", 0) && set.count == 1 && images_named(&set, 0, "moved/b/x", 3),
+          "a byte order mark before a comment");
+    sc_images_close(&set);
+    images_write_text("list.txt", "\xef\xbb\xbfmoved/b/x\n");
+    check(images_opens(&set, "list.txt", 0) && set.count == 1 && images_named(&set, 0, "moved/b/x", -1),
+          "a byte order mark before a path");
+    sc_images_close(&set);
+    images_write_ppm("x 3", 2, 2, 1);
+    images_write_text("list.txt", "x 3\n");
+    check(images_opens(&set, "list.txt", 0) && images_named(&set, 0, "x 3", -1), "a name that ends with a number");
+    sc_images_close(&set);
+    images_write_text("list.csv", "x 3\n");
+    check(images_refuses("list.csv", "a list named *.txt or a packed set named *.safetensors"), "another suffix");
     char *line = new_array(6000, 1);
     memset(line, 'a', 5999);
     images_write_text("list.txt", line);
@@ -360,6 +381,27 @@ static void images_test_packed(void)
     sc_images_close(&same);
     images_write_text("not.safetensors", "hello hello");
     check(images_refuses("not.safetensors", "safetensors"), "a broken packed set is refused");
+}
+
+/* Names that are not UTF-8: packing keeps the digest, and two classes stay two. */
+static void images_test_names(void)
+{
+    static const char *const classes[] = { "latin", "latin/\xe9", "latin/\xea", "latin/\xc3\xa9" };
+    char name[64];
+    sc_images set, packed;
+    for (size_t c = 0; c < COUNT(classes); c++) {
+        images_make_folder(classes[c]);
+        snprintf(name, sizeof name, "%s/\xe8\x01.ppm", classes[c]);
+        if (c > 0) images_write_ppm(name, 2, 2, 1);
+    }
+    works("pack --quiet --size 2 %s -o %s", images_file("latin"), images_file("latin.safetensors"));
+    check(images_opens(&set, "latin", 0) && images_opens(&packed, "latin.safetensors", 0)
+          && set.digest == packed.digest, "a packed set has the digest of its folder");
+    check(packed.classes == 3 && strcmp(packed.class_name[0], packed.class_name[1]) != 0
+          && strcmp(packed.class_name[1], packed.class_name[2]) != 0 && strcmp(packed.class_name[0], "\xc3\xa9") == 0,
+          "three classes");
+    sc_images_close(&packed);
+    sc_images_close(&set);
 }
 
 /* --- Decoders --- */
@@ -430,8 +472,8 @@ static void images_test_decoders(void)
     check(sc_image_load(&set, 0, &images_one, pixel) == SC_OK && pixel[0] >= 6,
           "the next decoder's turn comes if the first refuses");
     images_write_text("convert", "#!/bin/sh\necho second >&2\nexit 1\n");
-    check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "second"),
-          "the last one's words are quoted");
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "first"),
+          "the format's own decoder is quoted");
     unlink(images_file("convert"));
     check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "first"),
           "of those that are there");
@@ -440,6 +482,13 @@ static void images_test_decoders(void)
     images_write_text("djpeg", "#!/bin/sh\nprintf 'P2 1 1 255 7'\necho Premature end of JPEG file >&2\nexit 2\n");
     check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "Premature"),
           "but not of a file's end");
+    images_write_text("djpeg", "#!/bin/sh\nprintf 'P2 1 1 255 7'\n[ \"$1$2$3\" = -verbose-verbose-verbose ] || exit 0\n"
+                      "printf 'banner\\n%2000s\\nCorrupt\\nPremature end of JPEG file\\nEnd Of Image\\n' x >&2\nexit 2\n");
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED
+          && strstr(sc_error(), "djpeg ended with status 2: Premature end of JPEG file"), "even if it is not the first warning");
+    images_write_text("djpeg", "#!/bin/sh\nprintf 'banner\\n\\nNot a JPEG\\n' >&2\nexit 1\n");
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "status 1: Not a JPEG"),
+          "its last words are quoted");
     images_write_text("djpeg", "#!/bin/sh\nprintf 'P2 1 1 255 7'\necho first >&2\nexit 1\n");
     images_write_text("convert", "#!/bin/sh\nprintf 'P2 1 1 255 9'\n");
     chmod(images_file("convert"), 0755);
@@ -448,6 +497,109 @@ static void images_test_decoders(void)
     setenv("PATH", path, 1);
     free(path);
     sc_images_close(&set);
+}
+
+static void images_put32(unsigned char *at, uint32_t value)
+{
+    for (int i = 0; i < 4; i++) at[i] = (unsigned char)(value >> (24 - 8 * i));
+}
+
+/* Appends a PNG's chunk: length, name, data, CRC-32 (PNG specification, 5.3 and annex D). */
+static size_t images_png_chunk(unsigned char *png, size_t at, const char *name, const void *data, size_t size)
+{
+    uint32_t crc = 0xffffffff;
+    images_put32(png + at, (uint32_t)size);
+    memcpy(png + at + 4, name, 4);
+    memcpy(png + at + 8, data, size);
+    for (size_t i = 0; i < size + 4; i++) {
+        crc ^= png[at + 4 + i];
+        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xedb88320 : 0);
+    }
+    images_put32(png + at + 8 + size, ~crc);
+    return at + size + 12;
+}
+
+/* One black pixel as a PNG of a colour type and bit depth, with an sBIT chunk: [bits]. */
+static void images_write_png(const char *name, int type, int depth, const char *sbit, size_t bits)
+{
+    static const size_t channels[] = { 1, 0, 3, 1, 2, 0, 4 };
+    unsigned char png[256] = "\x89PNG\r\n\x1a\n", header[13] = { 0, 0, 0, 1, 0, 0, 0, 1 }, data[32] = { 0x78, 1, 1 };
+    size_t row = 1 + (channels[type] * (size_t)depth + 7) / 8, at = 8;
+    header[8] = (unsigned char)depth;
+    header[9] = (unsigned char)type;
+    data[3] = (unsigned char)row;                /* a stored block (RFC 1951): length, its complement */
+    data[5] = (unsigned char)~row;
+    data[4] = 0;
+    data[6] = 0xff;
+    images_put32(data + 7 + row, (uint32_t)row << 16 | 1);       /* Adler-32 of zeros */
+    at = images_png_chunk(png, at, "IHDR", header, 13);
+    at = images_png_chunk(png, at, "gAMA", "\0\0\xb1\x8f", 4);
+    if (bits) at = images_png_chunk(png, at, "sBIT", sbit, bits);
+    if (type == 3) at = images_png_chunk(png, at, "PLTE", "\0\0\0", 3);
+    at = images_png_chunk(png, at, "IDAT", data, 7 + row + 4);
+    at = images_png_chunk(png, at, "IEND", "", 0);
+    put_file(images_file(name), png, at);
+}
+
+/* pngtopnm changes the samples of a PNG with an sBIT chunk of fewer bits than they have. */
+static void images_test_sbit(void)
+{
+    static const struct { int type, depth; const char *sbit; size_t bits; int refused; } cases[] = {
+        { 2, 8, "", 0, 0 }, { 2, 8, "\x8\x8\x8", 3, 0 }, { 2, 8, "\x5\x6\x5", 3, 5 }, { 2, 8, "\x8\x8\x7", 3, 7 },
+        { 0, 8, "\x8", 1, 0 }, { 0, 8, "\x4", 1, 4 }, { 0, 4, "\x4", 1, 0 }, { 0, 4, "\x3", 1, 3 },
+        { 0, 16, "\x10", 1, 0 }, { 0, 16, "\xc", 1, 12 }, { 6, 8, "\x8\x8\x8\x8", 4, 0 },
+        { 6, 8, "\x8\x8\x8\x1", 4, 1 }, { 3, 8, "\x8\x8\x8", 3, 0 }, { 3, 8, "\x8\x5\x8", 3, 5 },
+        { 3, 1, "\x8\x8\x8", 3, 0 }, { 4, 8, "\x2\x8", 2, 2 } };
+    unsigned char pixel[3];
+    char words[32];
+    sc_images set;
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        images_write_png("sbit.png", cases[i].type, cases[i].depth, cases[i].sbit, cases[i].bits);
+        if (!cases[i].refused && !images_have("pngtopnm")) { skip("PNG: pngtopnm is not here"); continue; }
+        if (sc_images_open(&set, images_file("sbit.png"), 0) != SC_OK) need("%s", sc_error());
+        int status = sc_image_load(&set, 0, &images_one, pixel);
+        snprintf(words, sizeof words, "with sBIT %d,", cases[i].refused);
+        check(cases[i].refused ? status != SC_OK && strstr(sc_error(), words) != NULL : status == SC_OK && pixel[0] == 0,
+              "a PNG of type %d, depth %d, with sBIT %d", cases[i].type, cases[i].depth, cases[i].refused);
+        sc_images_close(&set);
+    }
+}
+
+/* A GIF of one red pixel at (1, 0) of a canvas of 2 x 1, with colour 0 blue. Pillow's canvas is blue and red;
+ * with a transparent colour or another background colour, ImageMagick's differs from it. */
+static void images_test_gif(void)
+{
+    static const unsigned char start[] = "GIF89a\2\0\1\0\x80\0\0\0\0\xff\xff\0\0";
+    static const unsigned char control[] = "\x21\xf9\4\1\0\0\0\0";
+    static const unsigned char frame[] = "\x2c\1\0\0\0\1\0\1\0\0\2\2\x4c\1\0;";
+    static const struct { int background, transparent, covers, right; } cases[] = {
+        { 0, 0, 0, 1 }, { 1, 0, 0, 0 }, { 0, 1, 0, 0 }, { 1, 1, 1, 1 } };
+    unsigned char gif[64], pixels[2 * 3];
+    sc_images set;
+    int decoded = images_have("convert") && system("printf 'P2 1 1 255 7' | convert - gif:- 2>/dev/null | "
+                                                   "convert - pgm:- 2>/dev/null | grep -q P5") == 0;
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        size_t size = 0;
+        memcpy(gif, start, size += sizeof start - 1);
+        gif[11] = (unsigned char)cases[i].background;
+        if (cases[i].covers) gif[6] = 1;
+        if (cases[i].transparent) memcpy(gif + size, control, sizeof control - 1);
+        if (cases[i].transparent) size += sizeof control - 1;
+        memcpy(gif + size, frame, sizeof frame - 1);
+        if (cases[i].covers) gif[size + 1] = 0;
+        size += sizeof frame - 1;
+        put_file(images_file("canvas.gif"), gif, size);
+        if (cases[i].right && !decoded) { skip("GIF: convert is not here, or decodes nothing"); continue; }
+        if (sc_images_open(&set, images_file("canvas.gif"), 0) != SC_OK) need("%s", sc_error());
+        sc_preprocess prep = { .size = 1 };      /* the centre: of 2 pixels torchvision keeps the left one */
+        int status = sc_image_load(&set, 0, &prep, pixels);
+        int blue = pixels[0] == 0 && pixels[2] == 255, red = pixels[0] == 255 && pixels[2] == 0;
+        if (cases[i].right)
+            check(status == SC_OK && (cases[i].covers ? red : blue), "GIF %zu: %d, %d %d %d", i, status, pixels[0],
+                  pixels[1], pixels[2]);
+        else check(status != SC_OK && strstr(sc_error(), "canvas"), "GIF %zu is refused", i);
+        sc_images_close(&set);
+    }
 }
 
 /* Formats by their real decoders: a grey step through each encoder. */
@@ -612,6 +764,9 @@ static void test_images(void)
     images_test_list();
     images_test_packed();
     images_test_decoders();
+    images_test_names();
+    images_test_sbit();
+    images_test_gif();
     images_test_formats();
     images_test_reader();
 }
