@@ -19,6 +19,7 @@
 #include "test_figures.c"
 #include "test_atlas.c"
 #include "test_demo.c"
+#include "test_convert.c"
 #include "test_fingerprint.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
@@ -37,6 +38,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "figures", test_figures },
     { "atlas", test_atlas },
     { "demo", test_demo },
+    { "convert", test_convert },
     { "fingerprint", test_fingerprint },
     { NULL, NULL }
 };
