@@ -4066,7 +4066,7 @@ typedef struct {
     long layer, threads, size, square, limit, k, expansion, d_sae, batch, steps, warmup;
     long b_dec_images, dead_window, checkpoint_every, top, top_patches, class_index;
     double l1, lr, epochs, threshold, max_frequency, rtol, atol, seed;
-    int quiet, skip_bad, ghost, resume, class_counts, dense, reconstruction, image_means;
+    int quiet, skip_bad, ghost, resume, class_counts, dense, reconstruction, image_means, common;
     unsigned char given[MAX_OPTIONS];        /* [i]: whether row i of the table was given */
 } options;
 
@@ -9636,11 +9636,12 @@ static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options
 }
 
 /* Metadata that differ are named, but do not count. */
-static void compare_metadata(const sc_safetensors *file) {
+static void compare_metadata(const sc_safetensors *file, const options *o) {
     for (int k = 0; k < 2; k++) {
         for (size_t i = 0; i < file[k].entries; i++) {
             const char *key = file[k].metadata[i].key, *value[2];
             for (int f = 0; f < 2; f++) value[f] = sc_metadata_find(&file[f], key);
+            if (o->common && !value[!k]) continue;
             if (value[!k] && (k == 1 || strcmp(value[0], value[1]) == 0)) continue;
             printf("metadata %s: %s and %s\n", shown(key), value[0] ? shown(value[0]) : "nothing",
                    value[1] ? shown(value[1]) : "nothing");
@@ -9654,6 +9655,7 @@ static int compare_files(const sc_safetensors *file, const options *o) {
         for (size_t i = 0; i < file[k].tensors; i++) {
             const sc_tensor *t = &file[k].tensor[i], *other = sc_tensor_find(&file[!k], t->name);
             if (other && k == 1) continue;
+            if (!other && o->common) continue;
             rows++;
             if (other) {
                 differing += compare_tensors(t, other, o);
@@ -9663,8 +9665,10 @@ static int compare_files(const sc_safetensors *file, const options *o) {
             differing++;
         }
     }
-    compare_metadata(file);
+    compare_metadata(file, o);
     SC_TRY(end_of_output());
+    if (o->common && rows == 0)
+        return fail("%s: has no tensor in common with %s", file[0].path, file[1].path);
     if (differing == 0) return SC_OK;
     return fail("%s: differs from %s in %d of %d tensors", file[0].path, file[1].path, differing,
                 rows);
@@ -9781,6 +9785,7 @@ static const struct option_row {
     { "--patch", "R,C", TEXT, AT(patch), EXPLAIN, "only this patch; row and column from 0" },
     { "--max-frequency", "F", NUMBER, AT(max_frequency), EXPLAIN,
       "leave out latents that fire on a larger share of the images", "1", 0, 1 },
+    { "--common", NULL, FLAG, AT(common), COMPARE, "only tensors and metadata that both have" },
     { "--rtol", "X", NUMBER, AT(rtol), COMPARE, "relative tolerance", "0", 0, 1e30 },
     { "--atol", "X", NUMBER, AT(atol), COMPARE, "absolute tolerance", "0", 0, 1e30 },
     { "--format", "text|csv|json", CHOICE, AT(format), EVAL | EXPLAIN | ZEROSHOT, "of the output",

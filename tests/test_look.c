@@ -391,9 +391,18 @@ static void look_compare_files(void)
                   "[3,5000],\"data_offsets\":[0,15000]}}", a, sizeof a);
     check(look_run("compare A B") == 0 && look_says("metadata m: 1 and 2") && look_says("metadata n: nothing and 3"),
           "metadata differ without harm");
+    check(look_run("compare A B --common") == 0 && look_says("metadata m: 1 and 2") && !look_says("metadata n"),
+          "--common: metadata that both files have");
     look_tensors("B", "{\"u\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}", a, 0);
     check(look_run("compare A B") == 1 && look_says("only in A") && look_says("only in B") && look_says("2 of 2 tensors"),
           "missing tensors on either side");
+    check(look_run("compare A B --common") == 1 && look_says("no tensor in common") && !look_says("only in"),
+          "--common of files without a common tensor");
+    look_tensors("B", "{\"t\":{\"dtype\":\"U8\",\"shape\":[3,5000],\"data_offsets\":[0,15000]},"
+                  "\"u\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[15000,15000]}}", b, sizeof b);
+    check(look_run("compare A B") == 1 && look_says("2 of 2 tensors") && look_run("compare A B --common") == 1
+              && look_says("1 of 1 tensors") && !look_says("only in") && look_run("compare B A --common --atol 3") == 0,
+          "--common: a tensor that only one file has does not count, a common one does");
     check(look_run("compare B B") == 0, "an empty tensor is like itself");
     check(look_run("compare A nowhere") == 1 && look_run("compare A") == 2, "compare needs two files");
     check_full_disk("compare A A");
