@@ -31,7 +31,7 @@ RACES  = -O1 -g -fsanitize=thread
 SOURCE = saeclip.c saeclip.h
 TESTS  = tests/test.c tests/check.h tests/test_*.c
 
-.PHONY: all demo report test check fuzz fuzz-seeds faults bench fingerprint portability install clean help
+.PHONY: all demo report test check fuzz fuzz-seeds faults bench verify fingerprint portability install clean help
 
 all: saeclip
 
@@ -110,6 +110,11 @@ check: build/guard_saeclip build/guard_test build/guard_synth build/races_saecli
 	SAECLIP=build/guard_saeclip SYNTH=build/guard_synth build/guard_test
 	SAECLIP=build/races_saeclip build/races_test $(RACED)
 
+# An implementation in PyTorch, right and with two bugs, is compared with saeclip (tests/verify/README.md).
+PYTHON = python3
+verify: saeclip tests/synth
+	@PYTHON="$(PYTHON)" sh tests/verify/verify.sh
+
 # Prints one line, to be compared with the one in README.md.
 fingerprint: saeclip tests/synth
 	@sh tests/fingerprint.sh
@@ -179,6 +184,7 @@ help:
 	@echo "make test         builds and runs the tests (SAECLIP_DATA=DIR: with the real photos there)"
 	@echo "make check        the tests under AddressSanitizer and UndefinedBehaviorSanitizer, and those of"
 	@echo "                  the threads under ThreadSanitizer (RACED= for all)"
+	@echo "make verify       compares a PyTorch implementation with saeclip (PYTHON=python3; two minutes at most)"
 	@echo "make fingerprint  a checksum of what saeclip computes, to compare with README.md"
 	@echo "make portability  tests and fingerprint with other compilers, flags and processors"
 	@echo "                  (TARGETS='clang-O3 s390x' for some of them)"
