@@ -7477,28 +7477,27 @@ static int train(const options *given) {
  * 20. Data sets through SAEs
  *
  * The commands that send a data set through the model and through one or several SAEs, in one
- * forward pass: stats and merge, eval, extract, pack, encode, zeroshot.
+ * forward pass: stats and merge, eval, extract, pack, encode, zeroshot. Section 5 defines what they
+ * measure; the names of the statistics are those of PatchSAE (Lim et al., 2025,
+ * tasks/compute_sae_feature_data.py).
  * ============================================================================================ */
 
-/* An activation as `encode` writes it. */
-typedef struct { int64_t row, index; float value; } code;
+enum { SPOOLS = 6 };
 
-/* What commands work on. Starts as { .o = ... } and is closed by its maker. */
+/* The state of a command. run_command() makes it and close_session() frees it. */
 typedef struct {
     options *o;
-    size_t saes, tap[SC_MAX_TAPS];   /* tap: an SAE's place among the data's hook points */
+    size_t saes;                     /* those that are open */
     sc_sae sae[SC_MAX_TAPS];
+    size_t tap[SC_MAX_TAPS];         /* each SAE's place among the data's hook points */
     feed data;
     sae_batch batch[SC_MAX_TAPS];    /* each SAE's codes of the current images */
-    statistics stats[SC_MAX_TAPS];   /* of the current data set */
-    int64_t *label;                  /* [labels], of the images so far */
-    size_t labels, label_room;
-    code *code;                      /* [code_room], of one tile */
-    size_t code_room;
-    FILE *spool[2];                  /* of codes, of x' */
+    statistics stats[SC_MAX_TAPS];   /* each SAE's, over the current data set */
+    FILE *spool[SPOOLS];             /* temporary files */
     memory_list memory;
 } session;
 
+/* Opens the SAEs and the data, and connects each SAE to its hook point. */
 static int open_session(session *s) {
     for (; s->saes < s->o->saes; s->saes++)
         SC_TRY(sc_sae_open(&s->sae[s->saes], s->o->sae[s->saes]));
@@ -7510,7 +7509,7 @@ static int open_session(session *s) {
     return SC_OK;
 }
 
-/* The data and everything found out about them; the SAEs stay open. */
+/* Closes the data and frees their statistics; the SAEs stay open. */
 static void close_data(session *s) {
     for (size_t i = 0; i < SC_MAX_TAPS; i++) free_batch(&s->batch[i]);
     close_feed(&s->data);
@@ -7519,23 +7518,21 @@ static void close_data(session *s) {
 static void close_session(session *s) {
     close_data(s);
     for (size_t i = 0; i < SC_MAX_TAPS; i++) sc_sae_close(&s->sae[i]);
-    for (int i = 0; i < 2; i++)
+    for (size_t i = 0; i < SPOOLS; i++)
         if (s->spool[i]) fclose(s->spool[i]);
-    free(s->label);
-    free(s->code);
     release(&s->memory);
 }
 
-/* The next batch of `total` images, through every SAE; SC_END after the last. */
-static int next_encoded(session *s, size_t total) {
+/* Sends the next `most` images, of `total`, through every SAE; SC_END after the last image. */
+static int next_encoded(session *s, size_t most, size_t total) {
     feed *f = &s->data;
     size_t bad;
-    SC_TRY(next_batch(f, MEASURE_IMAGES));
+    SC_TRY(next_batch(f, most));
     show_progress("image", f->used, total, f->used, "");
     if (f->count == 0) return SC_END;
     for (size_t i = 0; i < s->saes; i++) {
         const sc_tap *tap = &f->tap[s->tap[i]];
-        if (tap->replace) continue;
+        if (tap->replace) continue;                      /* the forward pass has run this SAE */
         SC_TRY(run_sae(&s->batch[i], tap->out, f->count * f->T));
         if (check_batch(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
     }
@@ -7546,12 +7543,13 @@ static int command_train(session *s) { return train(s->o); }
 
 /* Whether text is "I/N": part I, from 1, of N. */
 static int parse_shard(const char *text, size_t *shard, size_t *shards) {
-    int end = 0, read = sscanf(text, "%4zu/%4zu%n", shard, shards, &end);
+    int end = 0;
+    int read = sscanf(text, "%4zu/%4zu%n", shard, shards, &end);
     return read == 2 && !text[end] && *shard > 0 && *shard <= *shards && *shards <= MAX_OPERANDS;
 }
 
-/* Shard I of N: images from ceil((I - 1) count / N) up to, but without, ceil(I count / N). They are
- * neighbours, which are read fastest; the first shard is never empty. */
+/* Restricts the data to shard I of N: images from ceil((I - 1) count / N) up to, but without,
+ * ceil(I count / N). Consecutive images are read fastest; the first shard is never empty. */
 static int take_shard(feed *f, statistics *s, const char *shard) {
     uint64_t count = f->set.count;
     if (!parse_shard(shard, &s->shard, &s->shards))
@@ -7562,87 +7560,92 @@ static int take_shard(feed *f, statistics *s, const char *shard) {
     return SC_OK;
 }
 
-/* The statistics of SAE i over the data, still empty. */
-static int start_statistics(session *s, size_t i) {
-    const options *o = s->o;
-    const feed *f = &s->data;
-    s->stats[i] = (statistics){
-        .n = s->sae[i].d_sae, .D = f->D, .T = f->T, .K = (size_t)o->top,
-        .P = (size_t)o->top_patches, .classes = f->set.classes, .first_patch = f->first_patch,
-        .threshold = o->threshold, .data_digest = f->set.digest, .class_name = f->set.class_name,
-        .origin = origin_of(&s->sae[i]), .batch = &s->batch[i], .image = f->image,
-        .label = f->label };
-    if (o->class_counts && f->set.classes == 0)
-        return fail("--class-counts: the data have no labels");
-    return new_statistics(&s->stats[i], &s->data.memory, o->class_counts);
+/* Derives the statistics that are quotients of counts. */
+static void finish_statistics(statistics *s) {
+    size_t lost = derive_statistics(s);
+    if (lost > 0)
+        note("%zu latents have means below 2^-64, the unit of exact sums, which count as 0", lost);
 }
 
-/* One pass over a data set, or a shard of it, for all SAEs. */
+/* Fills s->stats in one pass over a data set, or over a shard of it. */
 static int measure(session *s, int reconstruct) {
     const options *o = s->o;
     feed *f = &s->data;
-    int status;
     size_t bad = 0;
+    int status;
     SC_TRY(open_session(s));
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
+    if (o->class_counts && f->set.classes == 0)
+        return fail("--class-counts: the data have no labels");
     for (size_t i = 0; i < s->saes; i++) {
         s->batch[i].reconstruct = reconstruct;
-        SC_TRY(start_statistics(s, i));
+        s->stats[i] = (statistics){
+            .n = s->sae[i].d_sae, .D = f->D, .T = f->T, .K = (size_t)o->top,
+            .P = (size_t)o->top_patches, .classes = f->set.classes,
+            .class_name = f->set.class_name, .first_patch = f->first_patch,
+            .threshold = o->threshold, .data_digest = f->set.digest,
+            .origin = origin_of(&s->sae[i]), .batch = &s->batch[i], .image = f->image,
+            .label = f->label };
+        SC_TRY(new_statistics(&s->stats[i], &f->memory, o->class_counts));
     }
-    if (o->shard) SC_TRY(take_shard(f, &s->stats[0], o->shard));
-    size_t total = o->shard ? f->set.limit - f->drawn : f->set.count;
-    while ((status = next_encoded(s, total)) == SC_OK) {
+    size_t total = f->set.count;
+    if (o->shard) {
+        SC_TRY(take_shard(f, &s->stats[0], o->shard));
+        total = f->set.limit - f->drawn;
+    }
+    while ((status = next_encoded(s, MEASURE_IMAGES, total)) == SC_OK) {
         for (size_t i = 0; i < s->saes; i++) {
             s->stats[i].count = f->count;
             if (count_batch(&s->stats[i], &bad) != SC_OK) return blame_token(f, bad);
         }
     }
-    return status == SC_END ? SC_OK : status;
+    if (status != SC_END) return status;
+    for (size_t i = 0; i < s->saes; i++) finish_statistics(&s->stats[i]);
+    return SC_OK;
 }
 
 /* --- stats and merge --- */
 
-/* A tensor of a statistics file: its elements, each of one number or of two side by side, lie `step`
- * bytes apart in memory. */
+/* A tensor of a statistics file. In memory its elements, each one number or two adjacent ones,
+ * lie `step` bytes apart. */
 typedef struct {
     const char *name;
     void *first;
     size_t step;
     sc_dtype dtype;
-    int is_list;                     /* a long list, which not every command reads */
     size_t numbers, shape[4];
 } statistics_tensor;
 
-enum { STATISTICS_TENSORS = 15 };
+enum { STATISTICS_TENSORS = 15, EDGES_ROOM = HISTOGRAM_BINS * 20 + 32 };
 
-/* The tensors, for writing and reading. tensor: [STATISTICS_TENSORS]; returns how many there are:
- * the last one is optional. */
+/* Lists the tensors, for writing and reading; returns how many there are, since the last one is
+ * optional. An exact sum is stored as its high and its low half. tensor: [STATISTICS_TENSORS] */
 static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
     latent_record *l = s->latent;
     sc_top *top = s->top, *patch = s->patch;
     int64_t *bin = s->histogram[0], *class = s->class_counts;
-    size_t n = s->n, K = s->K, P = s->P, L = sizeof *l, E = sizeof *top, I = sizeof *bin;
+    size_t n = s->n, L = sizeof *l, E = sizeof *top, I = sizeof *bin;
     const statistics_tensor all[STATISTICS_TENSORS] = {
-        { "sae_sparsity", &l->sparsity, L, SC_F32, 0, 1, { n } },
-        { "sae_mean_acts", &l->mean, L, SC_F32, 0, 1, { n } },
-        { "top_entropy", &l->entropy, L, SC_F32, 0, 1, { n } },
-        { "max_activating_image_values", &top->value, E, SC_F32, 1, 1, { n, K } },
-        { "max_activating_patch_values", &patch->value, E, SC_F32, 1, 1, { n, P } },
-        { "max_activating_image_indices", &top->image, E, SC_I64, 1, 1, { n, K } },
-        { "max_activating_image_label_indices", &top->other, E, SC_I64, 1, 1, { n, K } },
-        { "max_activating_patch_indices", &patch->image, E, SC_I64, 1, 2, { n, P, 2 } },
-        { "image_count", &l->images, L, SC_I64, 0, 1, { n } },
-        { "token_count", &l->tokens, L, SC_I64, 0, 1, { n } },
-        { "activation_sum", &l->sum, L, SC_F64, 0, 1, { n } },
-        { "mean_sum_exact", &l->means, L, SC_I64, 0, 2, { n, 2 } },   /* high, low half */
-        { "activation_sum_exact", &l->activations, L, SC_I64, 0, 2, { n, 2 } },
-        { "activation_histogram", bin, I, SC_I64, 0, 1, { HISTOGRAM_BINS } },
-        { "class_counts", class, I, SC_I64, 0, 1, { s->classes, n } } };
+        { "sae_sparsity", &l->sparsity, L, SC_F32, 1, { n } },
+        { "sae_mean_acts", &l->mean, L, SC_F32, 1, { n } },
+        { "top_entropy", &l->entropy, L, SC_F32, 1, { n } },
+        { "max_activating_image_values", &top->value, E, SC_F32, 1, { n, s->K } },
+        { "max_activating_patch_values", &patch->value, E, SC_F32, 1, { n, s->P } },
+        { "max_activating_image_indices", &top->image, E, SC_I64, 1, { n, s->K } },
+        { "max_activating_image_label_indices", &top->other, E, SC_I64, 1, { n, s->K } },
+        { "max_activating_patch_indices", &patch->image, E, SC_I64, 2, { n, s->P, 2 } },
+        { "image_count", &l->images, L, SC_I64, 1, { n } },
+        { "token_count", &l->tokens, L, SC_I64, 1, { n } },
+        { "activation_sum", &l->sum, L, SC_F64, 1, { n } },
+        { "mean_sum_exact", &l->means, L, SC_I64, 2, { n, 2 } },
+        { "activation_sum_exact", &l->activations, L, SC_I64, 2, { n, 2 } },
+        { "activation_histogram", bin, I, SC_I64, 1, { HISTOGRAM_BINS } },
+        { "class_counts", class, I, SC_I64, 1, { s->classes, n } } };
     memcpy(tensor, all, sizeof all);
     return class ? STATISTICS_TENSORS : STATISTICS_TENSORS - 1;
 }
 
-/* The edges of the histogram as metadata. edges: [HISTOGRAM_BINS * 20 + 32] */
+/* The edges of the histogram's bins as metadata. edges: [EDGES_ROOM] */
 static void print_edges(char *edges) {
     for (int i = 0; i <= HISTOGRAM_BINS; i++)
         edges += sprintf(edges, "%c%.9g", i ? ',' : '[', bin_edge(i));
@@ -7650,7 +7653,8 @@ static void print_edges(char *edges) {
 }
 
 static int write_statistics_metadata(sc_writer *w, const statistics *s) {
-    char edges[HISTOGRAM_BINS * 20 + 32];
+    char edges[EDGES_ROOM];
+    print_edges(edges);
     SC_TRY(put_metadata(w, "images", "%ju", (uintmax_t)s->images));
     SC_TRY(put_origin(w, &s->origin));
     SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->T));
@@ -7658,18 +7662,16 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
     SC_TRY(put_metadata(w, "data_digest", "%016jx", (uintmax_t)s->data_digest));
     SC_TRY(put_metadata(w, "sae_digest", "%016jx", (uintmax_t)s->sae_digest));
     if (s->shards > 1) SC_TRY(put_metadata(w, "shard", "%zu/%zu", s->shard, s->shards));
-    print_edges(edges);
     SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
     if (s->class_name) SC_TRY(write_name_list(w, "class_names", s->class_name, s->classes));
-    return s->threshold < 0 ? SC_OK : put_metadata(w, "threshold", "%.17g", s->threshold);
+    if (s->threshold >= 0) SC_TRY(put_metadata(w, "threshold", "%.17g", s->threshold));
+    return SC_OK;
 }
 
 static int write_statistics(sc_writer *w, void *context) {
-    statistics *s = context;
+    const statistics *s = context;
     statistics_tensor tensor[STATISTICS_TENSORS];
-    size_t tensors = list_statistics(s, tensor), lost = derive_statistics(s);
-    if (lost > 0)
-        note("%zu latents have means below 2^-64, the unit of exact sums, which count as 0", lost);
+    size_t tensors = list_statistics(s, tensor);
     SC_TRY(write_statistics_metadata(w, s));
     for (size_t i = 0; i < tensors; i++) {
         const statistics_tensor *t = &tensor[i];
@@ -7700,21 +7702,20 @@ static uint64_t number_in(const sc_safetensors *file, const char *key, int base)
     return text ? strtoull(text, NULL, base) : 0;
 }
 
-/* The sizes and the metadata of a statistics file. */
-static int read_statistics_sizes(statistics *s, const sc_safetensors *file, memory_list *memory) {
+/* Reads the sizes and the metadata of a statistics file. */
+static int read_statistics_sizes(statistics *s, const sc_safetensors *file) {
     const sc_tensor *top = sc_tensor_find(file, "max_activating_image_values");
     const sc_tensor *patch = sc_tensor_find(file, "max_activating_patch_values");
     const sc_tensor *class = sc_tensor_find(file, "class_counts");
     const char *threshold = sc_metadata_find(file, "threshold");
-    const char *names = sc_metadata_find(file, "class_names");
     const char *shard = sc_metadata_find(file, "shard");
     const char *edges = sc_metadata_find(file, "histogram_edges");
-    char expected[HISTOGRAM_BINS * 20 + 32], **name;
-    print_edges(expected);
-    if (!top || top->rank != 2 || top->count == 0 || !patch || patch->rank != 2 || patch->count == 0
-        || patch->shape[0] != top->shape[0] || (class && class->rank != 2)
-        || !sc_metadata_find(file, "data_digest") || !sc_metadata_find(file, "sae_digest"))
+    char expected[EDGES_ROOM];
+    if (!top || top->rank != 2 || top->count == 0 || !patch || patch->rank != 2
+        || patch->count == 0 || !sc_metadata_find(file, "data_digest")
+        || !sc_metadata_find(file, "sae_digest"))
         return fail("%s: not statistics (expected a file that stats wrote)", file->path);
+    print_edges(expected);
     if (!edges || strcmp(edges, expected) != 0)
         return fail("%s: metadata histogram_edges: not the bins that stats writes", file->path);
     *s = (statistics){ .n = top->shape[0], .K = top->shape[1], .P = patch->shape[1],
@@ -7723,13 +7724,20 @@ static int read_statistics_sizes(statistics *s, const sc_safetensors *file, memo
                        .images = number_in(file, "images", 10),
                        .data_digest = number_in(file, "data_digest", 16),
                        .sae_digest = number_in(file, "sae_digest", 16),
-                       .threshold = threshold ? atof(threshold) : -1, .shard = 1, .shards = 1 };
+                       .threshold = -1, .shard = 1, .shards = 1 };
     if (class) s->classes = class->shape[0];
+    if (threshold) s->threshold = atof(threshold);
     if (shard && !parse_shard(shard, &s->shard, &s->shards))
         return fail("%s: shard '%.50s' (expected I/N)", file->path, shard);
-    SC_TRY(read_origin(&s->origin, file));
-    if (!names) return SC_OK;
-    SC_TRY(json_string_array(names, file->path, &name, &s->classes));
+    return read_origin(&s->origin, file);
+}
+
+/* Reads the names of the classes, where there are any, into new memory. */
+static int read_class_names(statistics *s, const sc_safetensors *file, memory_list *memory) {
+    const char *list = sc_metadata_find(file, "class_names");
+    char **name;
+    if (!list) return SC_OK;
+    SC_TRY(json_string_array(list, file->path, &name, &s->classes));
     int status = allocate(memory, &s->class_name, s->classes, sizeof *name);
     for (size_t c = 0; c < s->classes && status == SC_OK; c++) {
         status = allocate(memory, &s->class_name[c], strlen(name[c]) + 1, 1);
@@ -7741,36 +7749,36 @@ static int read_statistics_sizes(statistics *s, const sc_safetensors *file, memo
 
 static int read_statistics_tensor(const sc_safetensors *file, const statistics_tensor *t) {
     const sc_tensor *from = sc_tensor_find(file, t->name);
-    size_t size = sc_dtype_size(t->dtype), bytes = t->numbers * size;
+    size_t size = sc_dtype_size(t->dtype);
     if (!from || from->dtype != t->dtype || memcmp(from->shape, t->shape, sizeof t->shape) != 0)
         return fail("%s: tensor %s is missing or does not fit the others", file->path, t->name);
-    for (size_t e = 0; e < from->count / t->numbers; e++) {
-        float finite[2];
-        char *place = (char *)t->first + e * t->step;
-        if (t->dtype == SC_F32)                          /* refuses what is not finite */
-            SC_TRY(sc_tensor_floats(file, from, e * t->numbers, t->numbers, finite));
-        copy_numbers(place, from->data + e * bytes, t->numbers, size);
+    for (size_t i = 0; i < from->count; i += t->numbers) {
+        void *place = (char *)t->first + i / t->numbers * t->step;
+        if (t->dtype == SC_F32) SC_TRY(sc_tensor_floats(file, from, i, 1, place));
+        else copy_numbers(place, from->data + i * size, t->numbers, size);
     }
     return SC_OK;
 }
 
-/* Reads statistics into new arrays; without `lists` the top images and patches stay empty. */
-static int read_statistics(statistics *s, const char *path, int lists, memory_list *memory) {
+/* Reads statistics into new arrays, which are freed with `memory`. */
+static int read_statistics(statistics *s, const char *path, memory_list *memory) {
     statistics_tensor tensor[STATISTICS_TENSORS];
     sc_safetensors file;
     SC_TRY(sc_safetensors_open(&file, path));
-    int status = read_statistics_sizes(s, &file, memory);
+    int status = read_statistics_sizes(s, &file);
+    if (status == SC_OK) status = read_class_names(s, &file, memory);
     int counts = sc_tensor_find(&file, "class_counts") != NULL;
     if (status == SC_OK) status = new_statistics(s, memory, counts);
     size_t tensors = status == SC_OK ? list_statistics(s, tensor) : 0;
     for (size_t i = 0; i < tensors && status == SC_OK; i++)
-        if (lists || !tensor[i].is_list) status = read_statistics_tensor(&file, &tensor[i]);
+        status = read_statistics_tensor(&file, &tensor[i]);
     sc_safetensors_close(&file);
     return status;
 }
 
-/* Adds a shard to `all`. */
+/* Adds a shard to `all`. Sums are exact and lists keep the largest, so the order does not matter. */
 static void add_statistics(statistics *all, const statistics *part) {
+    size_t K = all->K, P = all->P;
     all->images += part->images;
     for (size_t j = 0; j < all->n; j++) {
         latent_record *to = &all->latent[j];
@@ -7779,13 +7787,12 @@ static void add_statistics(statistics *all, const statistics *part) {
         to->tokens += from->tokens;
         exact_add(&to->means, from->means);
         exact_add(&to->activations, from->activations);
-        for (size_t k = 0; k < all->K; k++)
-            keep_largest(all->top + j * all->K, all->K, part->top[j * all->K + k]);
-        for (size_t p = 0; p < all->P; p++)
-            keep_largest(all->patch + j * all->P, all->P, part->patch[j * all->P + p]);
+        for (size_t k = 0; k < K; k++) keep_largest(all->top + j * K, K, part->top[j * K + k]);
+        for (size_t p = 0; p < P; p++) keep_largest(all->patch + j * P, P, part->patch[j * P + p]);
     }
     for (size_t b = 0; b < HISTOGRAM_BINS; b++) all->histogram[0][b] += part->histogram[0][b];
-    for (size_t i = 0; all->class_counts && i < all->classes * all->n; i++)
+    if (!all->class_counts) return;
+    for (size_t i = 0; i < all->classes * all->n; i++)
         all->class_counts[i] += part->class_counts[i];
 }
 
@@ -7793,6 +7800,7 @@ static void add_statistics(statistics *all, const statistics *part) {
 static int check_shard(const char *path, const statistics *part, const char *first_path,
                        const statistics *first) {
     const char *differs = NULL;
+    size_t key = origin_difference(&part->origin, &first->origin);
     if (part->sae_digest != first->sae_digest) differs = "SAE";
     else if (part->data_digest != first->data_digest) differs = "data set";
     else if (part->threshold != first->threshold) differs = "--threshold";
@@ -7801,8 +7809,7 @@ static int check_shard(const char *path, const statistics *part, const char *fir
     else if (!part->class_counts != !first->class_counts) differs = "--class-counts";
     else if (part->classes != first->classes) differs = "classes";
     else if (part->shards != first->shards) differs = "number of shards";
-    size_t key = origin_difference(&part->origin, &first->origin);
-    if (!differs && key < SC_ORIGIN_KEYS) differs = origin_keys[key];
+    else if (key < SC_ORIGIN_KEYS) differs = origin_keys[key];
     if (!differs) return SC_OK;
     return fail("%s: differs from %s in its %s", path, first_path, differs);
 }
@@ -7810,63 +7817,62 @@ static int check_shard(const char *path, const statistics *part, const char *fir
 /* Joins the shards of a data set, in any order, to the bytes of one run over all of it. */
 static int command_merge(session *s) {
     const char *const *path = s->o->operand;
-    unsigned char there[MAX_OPERANDS + 1] = { 0 };
+    unsigned char seen[MAX_OPERANDS + 1] = { 0 };
     statistics all, part;
     SC_TRY(try_output(s->o->output));
-    SC_TRY(read_statistics(&all, path[0], 1, &s->memory));
+    SC_TRY(read_statistics(&all, path[0], &s->memory));
     size_t shards = all.shards;
-    there[all.shard] = 1;
+    seen[all.shard] = 1;
     for (size_t i = 1; path[i]; i++) {
         memory_list memory = NULL;
-        int status = read_statistics(&part, path[i], 1, &memory);
+        int status = read_statistics(&part, path[i], &memory);
         if (status == SC_OK) status = check_shard(path[i], &part, path[0], &all);
-        if (status == SC_OK && there[part.shard]++)
+        if (status == SC_OK && seen[part.shard]++)
             status = fail("%s: shard %zu of %zu is there twice", path[i], part.shard, shards);
         if (status == SC_OK) add_statistics(&all, &part);
         release(&memory);
         SC_TRY(status);
     }
     for (size_t i = 1; i <= shards; i++)
-        if (!there[i])
+        if (!seen[i])
             return fail("%s: one of %zu shards, of which shard %zu is missing", path[0], shards, i);
     all.shards = 1;
+    finish_statistics(&all);
     return save_statistics(s, &all);
 }
 
 /* --- Tables --- */
 
-/* A cell, and the name and title of its column; text NULL: a number. A NaN is not defined: "-" in
- * text, empty in CSV, null in JSON. */
-typedef struct { const char *name, *title, *text; double number; } table_cell;
+/* A cell of a table, with its column's name in CSV and JSON and its title in text. It holds a text
+ * or, where that is NULL, a number. Text shows an undefined cell as "-"; CSV and JSON give the value
+ * that stands for it (-1 for an entropy, else 0). A table is an array of cells, [rows, columns]. */
+typedef struct {
+    const char *name, *title, *text;
+    double number;
+    int undefined;
+} table_cell;
 
 static const char *cell_text(const table_cell *cell) {
+    if (cell->undefined) return "-";
     if (cell->text) return shown(cell->text);
-    if (isnan(cell->number)) return "-";
     char *out = text_room();
     int whole = cell->number == floor(cell->number) && fabs(cell->number) < 1e9;
     snprintf(out, TEXT_ROOM, whole ? "%.0f" : "%.4g", cell->number);
     return out;
 }
 
-/* A row of titles, then the cells, in columns. cells: [rows, columns] */
-static void print_columns(const table_cell *cells, size_t columns, size_t rows) {
-    for (size_t r = 0; r <= rows; r++) {
-        for (size_t c = 0; c < columns; c++) {
-            int width = (int)strlen(cells[c].title);
-            for (size_t i = 0; i < rows; i++) {
-                int length = (int)strlen(cell_text(&cells[i * columns + c]));
-                if (length > width) width = length;
-            }
-            const char *text = cells[c].title;
-            if (r > 0) text = cell_text(&cells[(r - 1) * columns + c]);
-            printf("%s%*s", c ? "  " : "", width, text);
-        }
-        puts("");
+/* A line of titles, then one line per row. */
+static void print_rows(const table_cell *cells, size_t columns, size_t rows) {
+    for (size_t c = 0; c < columns; c++) printf("%-12s", cells[c].title);
+    for (size_t i = 0; i < rows * columns; i++) {
+        if (i % columns == 0) puts("");
+        printf("%-12s", cell_text(&cells[i]));
     }
+    puts("");
 }
 
-/* One metric per line, the table's rows side by side. */
-static void print_metrics(const table_cell *cells, size_t columns, size_t rows) {
+/* One line per column, the rows side by side. */
+static void print_columns(const table_cell *cells, size_t columns, size_t rows) {
     for (size_t c = 0; c < columns; c++) {
         printf("%-24s", cells[c].title);
         for (size_t r = 0; r < rows; r++) {
@@ -7892,32 +7898,32 @@ static void print_csv_text(const char *text) {
 
 static void print_csv(const table_cell *cells, size_t columns, size_t rows) {
     for (size_t c = 0; c < columns; c++) printf("%s%s", c ? "," : "", cells[c].name);
-    puts("");
     for (size_t i = 0; i < rows * columns; i++) {
-        if (i % columns > 0) putchar(',');
+        putchar(i % columns ? ',' : '\n');
         if (cells[i].text) print_csv_text(cells[i].text);
-        else if (!isnan(cells[i].number)) printf("%.9g", cells[i].number);
-        if (i % columns == columns - 1) puts("");
+        else printf("%.9g", cells[i].number);
     }
+    puts("");
 }
 
+/* A list of objects, one per row. */
 static void print_json_table(const table_cell *cells, size_t columns, size_t rows) {
     puts("[");
     for (size_t i = 0; i < rows * columns; i++) {
         printf("%s\"%s\": ", i % columns ? ", " : "  {", cells[i].name);
         if (cells[i].text) print_json(stdout, cells[i].text);
-        else if (isnan(cells[i].number)) printf("null");
         else printf("%.9g", cells[i].number);
-        if (i % columns == columns - 1) puts(i + 1 < rows * columns ? "}," : "}");
+        if ((i + 1) % columns == 0) puts(i + 1 < rows * columns ? "}," : "}");
     }
     puts("]");
 }
 
-/* format: text, csv or json; one row or more */
-static int print_table(const char *format, const table_cell *cells, size_t columns, size_t rows) {
+/* Prints at least one row as csv or json, or by a function as text. */
+static int print_table(const char *format, const table_cell *cells, size_t columns, size_t rows,
+                       void (*print_text)(const table_cell *cells, size_t columns, size_t rows)) {
     if (strcmp(format, "json") == 0) print_json_table(cells, columns, rows);
     else if (strcmp(format, "csv") == 0) print_csv(cells, columns, rows);
-    else print_columns(cells, columns, rows);
+    else print_text(cells, columns, rows);
     return end_of_output();
 }
 
@@ -7925,8 +7931,9 @@ static int print_table(const char *format, const table_cell *cells, size_t colum
 
 enum { EVAL_COLUMNS = 22 };
 
-/* Sums over the latents of a data set's statistics. */
-typedef struct { double means, entropy, entropies, always, on[3]; } latent_sums;  /* 0, 1, 2 images */
+/* Sums over the latents: of mean activations, of defined entropies, and numbers of latents: with an
+ * entropy, that fire on every image, that fire on 0, 1 or 2 images. */
+typedef struct { double means, entropy, entropies, always, on[3]; } latent_sums;
 
 static latent_sums sum_latents(const statistics *s) {
     latent_sums sums = { .means = 0 };
@@ -7944,48 +7951,66 @@ static latent_sums sum_latents(const statistics *s) {
     return sums;
 }
 
-/* One row of eval's table. row: [EVAL_COLUMNS] */
+/* One row of the table of eval. Sums run over all tokens, x' is the reconstruction of x:
+ *     mse                  mean of (x' - x)^2 / ||x||, PatchSAE's loss; mse_raw: of (x' - x)^2
+ *     explained_variance   1 - sum of (x' - x)^2 / sum of (x - mean token)^2; PatchSAE's, the
+ *                          uncentred one, does not subtract the mean token
+ *     mean_activation      mean of f over its active entries
+ *     mean_sae_mean_acts   mean of sae_mean_acts over the latents that fire
+ *     l0, l1               active latents and sum of f, per token
+ *     entropy_mean         mean of top_entropy over the latents where it is defined
+ * row: [EVAL_COLUMNS] */
 static void evaluate(const statistics *s, const sc_sae *sae, const char *data, table_cell *row) {
-    const char *start = sae->b_dec_start, *bias = "?";
-    double tokens = (double)(s->images * s->T), numbers = tokens * (double)s->D, n = (double)s->n;
-    double error = running_total(&s->squared_error), active = running_total(&s->l0);
-    double sum_f = running_total(&s->l1), x2 = 0, mean2 = 0;
-    latent_sums sums = sum_latents(s);
+    const char *start = sae->b_dec_start, *hook = "?", *bias = "?";
+    const char *kind = "ReLU";
+    double tokens = (double)(s->images * s->T), numbers = tokens * (double)s->D;
+    double n = (double)s->n, x2 = 0, mean2 = 0;
+    double error = running_total(&s->squared_error), mse = running_total(&s->mse);
+    double active = running_total(&s->l0), sum_f = running_total(&s->l1);
+    double mean_f = 0, mean_means = 0, explained = 0, entropy = -1;
     for (size_t d = 0; d < s->D; d++) {
         double mean = running_total(&s->x[d][0]) / tokens;
         mean2 += mean * mean;
         x2 += running_total(&s->x[d][1]);
     }
-    double variance = x2 - tokens * mean2, alive = n - sums.on[0];
+    if (sae->threshold) kind = "JumpReLU";
+    if (sae->topk) kind = "TopK";
+    double variance = x2 - tokens * mean2;
+    latent_sums sums = sum_latents(s);
+    double alive = n - sums.on[0];
+    if (variance > 0) explained = 1 - error / variance;
+    if (active > 0) mean_f = sum_f / active;
+    if (alive > 0) mean_means = sums.means / alive;
+    if (sums.entropies > 0) entropy = sums.entropy / sums.entropies;
+    if (sae->hook >= 0) hook = hook_names[sae->hook];
     if (start) bias = strstr(start, "geomedian") ? "yes" : "no";
     const table_cell cells[EVAL_COLUMNS] = {
-        { "sae", "SAE", sae->path, 0 },
-        { "data", "data", data, 0 },
-        { "output", "CLIP output", sae->hook < 0 ? "?" : hook_names[sae->hook], 0 },
-        { "activation", "activation",
-          sae->topk ? "TopK" : sae->threshold ? "JumpReLU" : "ReLU", 0 },
-        { "geometric_bias", "geometric bias", bias, 0 },
-        { "mse", "MSE", NULL, running_total(&s->mse) / numbers },
-        { "mse_raw", "MSE raw", NULL, error / numbers },
-        { "explained_variance", "explained variance", NULL,
-          variance > 0 ? 1 - error / variance : 0 },
-        { "explained_variance_uncentred", "  uncentred", NULL, 1 - error / x2 },
-        { "mean_activation", "mean activation", NULL, active > 0 ? sum_f / active : 0 },
-        { "mean_sae_mean_acts", "mean of latents' means", NULL, alive > 0 ? sums.means / alive : 0 },
-        { "l0", "L0 per token", NULL, active / tokens },
-        { "l0_fraction", "L0 / latents", NULL, active / tokens / n },
-        { "l1", "L1 per token", NULL, sum_f / tokens },
-        { "entropy_mean", "entropy", NULL, sums.entropies > 0 ? sums.entropy / sums.entropies : -1 },
-        { "entropy_sum", "entropy sum", NULL, sums.entropy },
-        { "entropy_latents", "latents with entropy", NULL, sums.entropies },
-        { "dead", "dead latents", NULL, sums.on[0] },
-        { "every_image", "on every image", NULL, sums.always },
-        { "one_image", "on 1 image", NULL, sums.on[1] },
-        { "two_images", "on 2 images", NULL, sums.on[2] },
-        { "images", "images", NULL, (double)s->images } };
+        { "sae", "SAE", sae->path, 0, 0 },
+        { "data", "data", data, 0, 0 },
+        { "output", "CLIP output", hook, 0, 0 },
+        { "activation", "activation", kind, 0, 0 },
+        { "geometric_bias", "geometric bias", bias, 0, 0 },
+        { "mse", "MSE", NULL, mse / numbers, 0 },
+        { "mse_raw", "MSE raw", NULL, error / numbers, 0 },
+        { "explained_variance", "explained variance", NULL, explained, !(variance > 0) },
+        { "explained_variance_uncentred", "  uncentred", NULL, 1 - error / x2, 0 },
+        { "mean_activation", "mean activation", NULL, mean_f, active == 0 },
+        { "mean_sae_mean_acts", "mean of latents' means", NULL, mean_means, alive == 0 },
+        { "l0", "L0 per token", NULL, active / tokens, 0 },
+        { "l0_fraction", "L0 / latents", NULL, active / tokens / n, 0 },
+        { "l1", "L1 per token", NULL, sum_f / tokens, 0 },
+        { "entropy_mean", "entropy", NULL, entropy, entropy < 0 },
+        { "entropy_sum", "entropy sum", NULL, sums.entropy, 0 },
+        { "entropy_latents", "latents with entropy", NULL, sums.entropies, 0 },
+        { "dead", "dead latents", NULL, sums.on[0], 0 },
+        { "every_image", "on every image", NULL, sums.always, 0 },
+        { "one_image", "on 1 image", NULL, sums.on[1], 0 },
+        { "two_images", "on 2 images", NULL, sums.on[2], 0 },
+        { "images", "images", NULL, (double)s->images, 0 } };
     memcpy(row, cells, sizeof cells);
 }
 
+/* One row per SAE and data set; --also names a second data set. */
 static int command_eval(session *s) {
     options *o = s->o;
     const char **data = o->acts ? &o->acts : &o->operand[0];
@@ -7995,216 +8020,184 @@ static int command_eval(session *s) {
         SC_TRY(measure(s, 1));
         for (size_t i = 0; i < s->saes; i++)
             evaluate(&s->stats[i], &s->sae[i], *data, row[rows++]);
-        if (!o->also) break;
+        if (!o->also) return print_table(o->format, row[0], EVAL_COLUMNS, rows, print_columns);
         close_data(s);
         *data = o->also;
         o->also = NULL;
     }
-    if (strcmp(o->format, "text") != 0) return print_table(o->format, row[0], EVAL_COLUMNS, rows);
-    for (size_t r = 0; r < rows; r++)
-        if (row[r][14].number < 0) row[r][14].number = NAN;      /* entropy is not defined */
-    print_metrics(row[0], EVAL_COLUMNS, rows);
-    return end_of_output();
 }
 
 /* --- extract and pack --- */
 
-static int keep_label(session *s, int64_t label) {
-    SC_TRY(grow(&s->label, &s->label_room, s->labels, sizeof *s->label));
-    s->label[s->labels++] = label;
-    return SC_OK;
+/* Writes the labels, and the names of the classes. Images that were passed over as bad have lost
+ * their names and are not in the file. */
+static int write_labels(sc_writer *w, const sc_images *set) {
+    if (set->classes == 0) return SC_OK;
+    SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, (size_t[]){ SC_ROWS }));
+    for (size_t i = 0; i < set->count; i++)
+        if (set->image[i].name) SC_TRY(sc_writer_integers(w, &set->image[i].label, 1));
+    if (!set->class_name) return SC_OK;
+    return write_name_list(w, "class_names", set->class_name, set->classes);
 }
 
-/* The labels kept, which all images have or none, and the names of the classes. */
-static int write_labels(sc_writer *w, const session *s) {
-    if (s->labels > 0 && s->label[0] < 0) return SC_OK;
-    SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &s->labels));
-    SC_TRY(sc_writer_integers(w, s->label, s->labels));
-    if (!s->data.set.class_name) return SC_OK;
-    return write_name_list(w, "class_names", s->data.set.class_name, s->data.set.classes);
-}
-
+/* activations: [images, T, D] */
 static int write_activations(sc_writer *w, void *context) {
     session *s = context;
-    const options *o = s->o;
     feed *f = &s->data;
-    sc_dtype dtype = strcmp(o->dtype, "f16") ? SC_F32 : SC_F16;
+    sc_dtype dtype = strcmp(s->o->dtype, "f16") ? SC_F32 : SC_F16;
     int status;
     SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, (size_t[]){ SC_ROWS, f->T, f->D }));
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, f->set.count)) == SC_OK) {
-        for (size_t i = 0; i < f->count; i++) {
-            SC_TRY(keep_label(s, f->label[i]));
-            for (size_t t = i * f->T; t < (i + 1) * f->T; t++)
-                SC_TRY(sc_writer_floats(w, f->tap[0].out + t * f->stride, f->D));
-        }
-    }
+    while ((status = next_encoded(s, MEASURE_IMAGES, f->set.count)) == SC_OK)
+        for (size_t t = 0; t < f->count * f->T; t++)
+            SC_TRY(sc_writer_floats(w, f->tap[0].out + t * f->stride, f->D));
     if (status != SC_END) return status;
     sc_origin origin = f->origin;
     snprintf(origin.text[SC_LAYER], sizeof *origin.text, "%zu", f->tap[0].layer);
     strcpy(origin.text[SC_HOOK], hook_names[f->tap[0].hook]);
     SC_TRY(put_origin(w, &origin));
     /* a file that lacks images of the data set is another data set */
-    uint64_t digest = f->set.digest + (f->set.count - s->labels);
+    uint64_t digest = f->set.digest + (f->set.count - f->used);
     SC_TRY(put_metadata(w, "data_digest", "%016jx", (uintmax_t)digest));
-    return write_labels(w, s);
+    return write_labels(w, &f->set);
 }
 
 static int command_extract(session *s) {
     feed *f = &s->data;
     sc_hook hook = s->o->hook ? (sc_hook)find_hook(s->o->hook) : SC_MLP;
+    long layer = s->o->layer ? s->o->layer : -2;
     size_t place;
     SC_TRY(open_session(s));
-    SC_TRY(add_tap(f, s->o->layer ? s->o->layer : -2, hook, &place));
+    SC_TRY(add_tap(f, layer, hook, &place));
     return save_tensors(s->o->output, 8192 + names_room(f->set.class_name, f->set.classes, 8),
                         write_activations, s);
 }
 
+/* images: [images, S, S, 3] */
 static int write_images(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
-    size_t S = (size_t)f->preprocess.size;
+    size_t S = (size_t)f->preprocess.size, images = 0;
     int status;
     char **name;
-    SC_TRY(allocate(&s->memory, &name, f->set.count, sizeof *name));
     SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, (size_t[]){ SC_ROWS, S, S, 3 }));
-    while ((status = next_encoded(s, f->set.count)) == SC_OK) {
+    while ((status = next_encoded(s, MEASURE_IMAGES, f->set.count)) == SC_OK)
         SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
-        for (size_t i = 0; i < f->count; i++) {
-            name[s->labels] = (char *)(uintptr_t)image_name(f, f->image[i]);
-            SC_TRY(keep_label(s, f->label[i]));
-        }
-    }
     if (status != SC_END) return status;
-    SC_TRY(write_labels(w, s));
-    return *name[0] ? write_name_list(w, "file_names", name, s->labels) : SC_OK;
+    SC_TRY(write_labels(w, &f->set));
+    SC_TRY(allocate(&s->memory, &name, f->set.count, sizeof *name));
+    for (size_t i = 0; i < f->set.count; i++)
+        if (image_name(f, i)) name[images++] = (char *)(uintptr_t)image_name(f, i);
+    return *name[0] ? write_name_list(w, "file_names", name, images) : SC_OK;
 }
 
 static int command_pack(session *s) {
     const options *o = s->o;
     feed *f = &s->data;
+    const char *crop = o->crop ? o->crop : "torchvision";
     size_t square = o->square > 0 ? (size_t)o->square : 0;
-    SC_TRY(open_photos(f, o, square ? square : (size_t)o->size, square,
-                       o->crop ? o->crop : "torchvision"));
+    SC_TRY(open_photos(f, o, square ? square : (size_t)o->size, square, crop));
     size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
-    for (size_t i = 0; i < f->set.count; i++) room += 7 * strlen(f->set.image[i].name) + 4;
+    for (size_t i = 0; i < f->set.count; i++) room += 7 * strlen(image_name(f, i)) + 4;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     return save_tensors(o->output, room, write_images, s);
 }
 
-/* --- encode: data wait in temporary files until all tensors can be written --- */
+/* --- encode ---
+ *
+ * A safetensors file has its tensors one after the other, but codes come image by image and their
+ * number is known at the end. So each tensor grows in a temporary file, a spool, and is copied. */
 
 static int spool_failed(void) {
     return fail("a temporary file cannot be written or read: %s", strerror(errno));
 }
 
-static int check_spool(FILE *spool) {
-    errno = EIO;                                         /* where an earlier write failed */
-    if (fflush(spool) == 0 && !ferror(spool)) return SC_OK;
-    return spool_failed();
+/* f_j of one token of a batch of one image, or, for token SIZE_MAX, its mean over all tokens. */
+static float activation_of(const sae_batch *b, size_t j, size_t token) {
+    double sum = 0;
+    for (size_t i = 0; i < b->tiles; i++) {
+        code_walk w = walk_codes(&b->tile[i], j);
+        while (next_code(&w))
+            if (token == SIZE_MAX || b->tile[i].first + w.token == token) sum += w.value;
+    }
+    if (token == SIZE_MAX) sum /= (double)b->T;
+    return (float)sum;
 }
 
-/* A tile's codes, sorted by token by counting, which keeps latents ascending. row: of token 0 */
-static int spool_codes(session *s, const tile_codes *tile, size_t row) {
-    size_t place[TILE_TOKENS + 1] = { 0 };                   /* of each token's next code */
-    for (size_t t = 0; t < tile->tokens; t++)
-        place[t + 1] = place[t] + (size_t)s->batch[0].active[tile->first + t];
-    size_t codes = place[tile->tokens];
-    while (s->code_room < codes)
-        SC_TRY(grow(&s->code, &s->code_room, s->code_room, sizeof *s->code));
-    for (size_t j = 0; j < s->sae[0].d_sae; j++) {
-        code_walk w = walk_codes(tile, j);
-        while (next_code(&w))
-            s->code[place[w.token]++] = (code){ (int64_t)(row + w.token), (int64_t)j, w.value };
+/* The codes of a batch of one image as a list, and what else is asked for. f: [T, n] */
+static int spool_image(session *s, float *f) {
+    const sae_batch *b = &s->batch[0];
+    FILE **spool = s->spool;
+    size_t n = b->sae->d_sae;
+    memset(f, 0, b->T * n * sizeof *f);
+    spread_batch(b, f);
+    for (size_t e = 0; e < b->T * n; e++) {
+        int64_t row = (int64_t)(s->data.used * b->T + e / n), index = (int64_t)(e % n);
+        if (!(f[e] > 0)) continue;
+        fwrite(&row, sizeof row, 1, spool[0]);
+        fwrite(&index, sizeof index, 1, spool[1]);
+        fwrite(&f[e], sizeof *f, 1, spool[2]);
     }
-    fwrite(s->code, sizeof *s->code, codes, s->spool[0]);
+    if (spool[3]) fwrite(f, sizeof *f, b->T * n, spool[3]);
+    for (size_t t = 0; t < b->T && spool[4]; t++)
+        fwrite(b->output + t * b->sae->stride, sizeof *b->output, b->sae->d_in, spool[4]);
+    for (size_t j = 0; j < n && spool[5]; j++) {
+        float mean = activation_of(b, j, SIZE_MAX);
+        fwrite(&mean, sizeof mean, 1, spool[5]);
+    }
+    errno = EIO;                                         /* where an earlier write failed */
+    for (size_t i = 0; i < SPOOLS; i++)
+        if (spool[i] && (fflush(spool[i]) != 0 || ferror(spool[i]))) return spool_failed();
     return SC_OK;
 }
 
-static int spool_batch(session *s) {
-    const sae_batch *b = &s->batch[0];
-    size_t row = s->data.used * s->data.T;
-    for (size_t i = 0; i < b->tiles; i++)
-        SC_TRY(spool_codes(s, &b->tile[i], row + b->tile[i].first));
-    for (size_t t = 0; t < b->T && b->reconstruct; t++)
-        fwrite(b->output + t * b->sae->stride, sizeof(float), b->sae->d_in, s->spool[1]);
-    SC_TRY(check_spool(s->spool[0]));
-    return check_spool(s->spool[1]);
-}
-
-/* A tensor of one member of the codes: `row`, `index` (in memory I64) or `value`. */
-static int write_member(sc_writer *w, FILE *spool, const char *name, sc_dtype dtype,
-                        size_t offset) {
-    sc_dtype kind = dtype == SC_I32 ? SC_I64 : dtype;
-    code c;
-    SC_TRY(sc_writer_tensor(w, name, dtype, 1, (size_t[]){ SC_ROWS }));
-    rewind(spool);
-    while (fread(&c, sizeof c, 1, spool) == 1)
-        SC_TRY(sc_writer_values(w, (const char *)&c + offset, 1, kind));
-    return check_spool(spool);
-}
-
-static int write_reconstruction(sc_writer *w, session *s) {
-    size_t D = s->sae[0].d_in;
-    float *row;
-    SC_TRY(allocate(&s->memory, &row, D, sizeof *row));
-    SC_TRY(sc_writer_tensor(w, "reconstruction", SC_F32, 2, (size_t[]){ SC_ROWS, D }));
-    rewind(s->spool[1]);
-    while (fread(row, sizeof *row, D, s->spool[1]) == D) SC_TRY(sc_writer_floats(w, row, D));
-    return check_spool(s->spool[1]);
-}
-
-/* The mean of f over every `group` tokens, from the codes. */
-static int write_means(sc_writer *w, session *s, const char *name, size_t group) {
-    size_t n = s->sae[0].d_sae, rows = s->data.used * s->data.T;
-    float *mean = NULL;
-    double *sum = NULL;
-    code c;
-    const array_spec arrays[] = { ARRAY(mean, n, 1), ARRAY(sum, n, 1) };
-    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
-    SC_TRY(sc_writer_tensor(w, name, SC_F32, 2, (size_t[]){ SC_ROWS, n }));
-    rewind(s->spool[0]);
-    int more = fread(&c, sizeof c, 1, s->spool[0]) == 1;
-    for (size_t end = group; end <= rows; end += group) {
-        memset(sum, 0, n * sizeof *sum);
-        while (more && (size_t)c.row < end) {
-            sum[c.index] += c.value;
-            more = fread(&c, sizeof c, 1, s->spool[0]) == 1;
-        }
-        for (size_t j = 0; j < n; j++) mean[j] = (float)(sum[j] / (double)group);
-        SC_TRY(sc_writer_floats(w, mean, n));
-    }
-    return check_spool(s->spool[0]);
-}
-
+/* Copies the spools: row [codes], index [codes], value [codes], in the order of tokens and then of
+ * latents; f [tokens, n], reconstruction [tokens, D], image_means [images, n]. */
 static int write_codes(sc_writer *w, void *context) {
     session *s = context;
-    const options *o = s->o;
-    SC_TRY(write_member(w, s->spool[0], "row", SC_I64, offsetof(code, row)));
-    SC_TRY(write_member(w, s->spool[0], "index", SC_I32, offsetof(code, index)));
-    SC_TRY(write_member(w, s->spool[0], "value", SC_F32, offsetof(code, value)));
-    if (o->dense) SC_TRY(write_means(w, s, "f", 1));
-    if (o->reconstruction) SC_TRY(write_reconstruction(w, s));
-    return o->image_means ? write_means(w, s, "image_means", s->data.T) : SC_OK;
+    size_t n = s->sae[0].d_sae, D = s->sae[0].d_in, count;
+    int64_t block[512];
+    const struct { const char *name; sc_dtype dtype, in_memory; size_t columns; } tensor[SPOOLS] = {
+        { "row", SC_I64, SC_I64, 0 }, { "index", SC_I32, SC_I64, 0 }, { "value", SC_F32, SC_F32, 0 },
+        { "f", SC_F32, SC_F32, n }, { "reconstruction", SC_F32, SC_F32, D },
+        { "image_means", SC_F32, SC_F32, n } };
+    for (size_t i = 0; i < SPOOLS; i++) {
+        FILE *spool = s->spool[i];
+        sc_dtype kind = tensor[i].in_memory;
+        size_t size = sc_dtype_size(kind), shape[] = { SC_ROWS, tensor[i].columns };
+        if (!spool) continue;
+        SC_TRY(sc_writer_tensor(w, tensor[i].name, tensor[i].dtype, i < 3 ? 1 : 2, shape));
+        rewind(spool);
+        while ((count = fread(block, size, sizeof block / size, spool)) > 0)
+            SC_TRY(sc_writer_values(w, block, count, kind));
+        if (ferror(spool)) return spool_failed();
+    }
+    return SC_OK;
 }
 
 static int command_encode(session *s) {
+    const options *o = s->o;
+    feed *f = &s->data;
+    const int wanted[SPOOLS] = { 1, 1, 1, o->dense, o->reconstruction, o->image_means };
+    float *codes;
     int status;
-    SC_TRY(try_output(s->o->output));
+    SC_TRY(try_output(o->output));
     SC_TRY(open_session(s));
-    for (int i = 0; i < 2; i++) {
-        s->spool[i] = tmpfile();
-        if (!s->spool[i]) return spool_failed();
+    for (size_t i = 0; i < SPOOLS; i++) {
+        if (wanted[i]) s->spool[i] = tmpfile();
+        if (wanted[i] && !s->spool[i]) return spool_failed();
     }
-    s->batch[0].reconstruct = s->o->reconstruction;
-    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, s->data.set.count)) == SC_OK) SC_TRY(spool_batch(s));
-    return status == SC_END ? save_tensors(s->o->output, 4096, write_codes, s) : status;
+    s->batch[0].reconstruct = o->reconstruction;
+    SC_TRY(allocate(&s->memory, &codes, f->T, s->sae[0].d_sae * sizeof *codes));
+    SC_TRY(start_feed(f, 1, NULL, NULL, 0));
+    while ((status = next_encoded(s, 1, f->set.count)) == SC_OK) SC_TRY(spool_image(s, codes));
+    if (status != SC_END) return status;
+    return save_tensors(o->output, 4096, write_codes, s);
 }
 
 /* --- zeroshot --- */
 
-/* The SAE in the loop: x' takes x's place. x: [tokens, stride] */
+/* The SAE in the loop: x' takes the place of x. x: [tokens, stride] */
 static int replace_by_output(void *context, float *x, size_t tokens) {
     session *s = context;
     size_t bad;
@@ -8214,37 +8207,31 @@ static int replace_by_output(void *context, float *x, size_t tokens) {
     return SC_OK;
 }
 
-/* The number of the class with this name, or count. */
-static size_t find_class(char **name, size_t count, const char *class) {
-    size_t c = 0;
-    while (c < count && strcmp(name[c], class) != 0) c++;
-    return c;
-}
-
-/* Labels of folders become the model's classes: by name where the model names its classes; else the
- * folders' names are the classes where all are whole numbers; else their ranks are, if there are as
- * many folders as classes. The labels of a list are the model's classes already. */
+/* Turns the labels of class folders into classes of the model: by name where the model names its
+ * classes; else the folders' names are the classes where all are whole numbers; else their ranks
+ * are, if there are as many folders as classes. The labels of a list are classes already. */
 static int match_classes(sc_images *set, const sc_model *model) {
     const char *text = sc_metadata_find(&model->file, "class_names");
-    char **name = NULL, *end;
+    char **name = NULL;
     size_t names = 0, numbers = 0;
     int status = SC_OK;
     if (!set->class_name) return SC_OK;
-    if (text) SC_TRY(json_string_array(text, model->file.path, &name, &names));
     for (size_t c = 0; c < set->classes; c++) {
-        strtoul(set->class_name[c], &end, 10);
-        numbers += isdigit((unsigned char)*set->class_name[c]) && !*end;
+        const char *class = set->class_name[c];
+        numbers += class[strspn(class, "0123456789")] == '\0';
     }
     if (!text && numbers < set->classes && set->classes != model->classes)
         return fail("%s: %zu class folders, but the model has %zu classes without names (expected "
                     "folders named by class number, or a list with path<TAB>class)",
                     set->root, set->classes, model->classes);
+    if (text) SC_TRY(json_string_array(text, model->file.path, &name, &names));
     for (size_t i = 0; i < set->count && status == SC_OK; i++) {
-        const char *class = set->class_name[set->image[i].label];
-        size_t c = (size_t)set->image[i].label;
-        if (text) c = find_class(name, names, class);
-        else if (numbers == set->classes) c = (size_t)strtoul(class, NULL, 10);
-        set->image[i].label = (int64_t)c;
+        int64_t *label = &set->image[i].label;
+        const char *class = set->class_name[*label];
+        size_t c = 0;
+        while (c < names && strcmp(name[c], class) != 0) c++;
+        if (text) *label = (int64_t)c;
+        else if (numbers == set->classes) *label = (int64_t)strtoll(class, NULL, 10);
         if (text && c == names)
             status = fail("image %zu %s: class '%s' is not among the %zu that %s names", i,
                           set->image[i].name, class, names, model->file.path);
@@ -8270,74 +8257,74 @@ static int start_zeroshot(session *s) {
     return match_classes(&s->data.set, model);
 }
 
-/* The rank of a label among the logits, from 0; of equal ones the lower class comes first. */
-static size_t rank_of(const float *logit, size_t classes, size_t label) {
-    size_t rank = 0;
+/* Sets the rank, from 0, of the label of the batch's image i among the logits; of equal logits the
+ * lower class comes first. */
+static int rank_label(const feed *f, size_t i, size_t *rank) {
+    size_t image = f->image[i], classes = f->model.classes;
+    const float *logit = f->logits + i * classes;
+    int64_t label = f->label[i];
+    if (label < 0)
+        return fail("image %zu %s: no label (expected FOLDER/<class>/<image>, or a list with "
+                    "path<TAB>class)", image, image_name(f, image));
+    if (label >= (int64_t)classes)
+        return fail("image %zu %s: label %lld, but the head has %zu classes", image,
+                    image_name(f, image), (long long)label, classes);
+    *rank = 0;
     for (size_t c = 0; c < classes; c++)
-        rank += logit[c] > logit[label] || (logit[c] == logit[label] && c < label);
-    return rank;
+        *rank += logit[c] > logit[label] || (logit[c] == logit[label] && (int64_t)c < label);
+    return SC_OK;
 }
 
 static int command_zeroshot(session *s) {
-    size_t top1 = 0, top5 = 0;
     const char *format = s->o->format;
-    const sc_model *model = &s->data.model;
-    feed *f = &s->data;
+    const feed *f = &s->data;
+    size_t top1 = 0, top5 = 0, rank = 0;
     int status;
     SC_TRY(start_zeroshot(s));
-    while ((status = next_encoded(s, f->set.count)) == SC_OK) {
+    while ((status = next_encoded(s, MEASURE_IMAGES, f->set.count)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++) {
-            size_t image = (size_t)f->image[i];
-            const char *name = image_name(f, image);
-            if (f->label[i] < 0)
-                return fail("image %zu %s: no label (expected FOLDER/<class>/<image>, or a list "
-                            "with path<TAB>class)", image, name);
-            if ((size_t)f->label[i] >= model->classes)
-                return fail("image %zu %s: label %lld, but the head has %zu classes", image, name,
-                            (long long)f->label[i], model->classes);
-            size_t rank = rank_of(f->logits + i * model->classes, model->classes,
-                                  (size_t)f->label[i]);
+            SC_TRY(rank_label(f, i, &rank));
             top1 += rank < 1;
             top5 += rank < 5;
         }
     }
     if (status != SC_END) return status;
-    double images = (double)f->used;
-    const table_cell cells[] = { { "images", "images", NULL, images },
-                                 { "top1", "top-1", NULL, (double)top1 },
-                                 { "top5", "top-5", NULL, (double)top5 } };
-    if (strcmp(format, "csv") == 0) return print_table(format, cells, COUNT(cells), 1);
-    if (strcmp(format, "json") == 0)
+    double percent = 100 / (double)f->used;
+    if (strcmp(format, "csv") == 0)
+        printf("images,top1,top5\n%zu,%zu,%zu\n", f->used, top1, top5);
+    else if (strcmp(format, "json") == 0)
         printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", f->used, top1, top5);
-    else printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", f->used, top1,
-                100.0 * (double)top1 / images, top5, 100.0 * (double)top5 / images);
+    else
+        printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", f->used, top1,
+               percent * (double)top1, top5, percent * (double)top5);
     return end_of_output();
 }
 
 /* ============================================================================================
  * 21. Looking
  *
- * What a latent responds to, as images: a sheet of the images that activate it most, and masks of
- * the patches on which it fires. Silent patches keep 30 / 255 of their brightness, rounded down, as
- * PatchSAE shows them.
+ * What a latent responds to, as images: a sheet of the images that activate it most (top), and
+ * masks of the patches on which it fires (mask); and the strongest latents of one image (explain).
+ * The other way to find out is the atlas, section 23.
  * ============================================================================================ */
 
-enum { MAX_SHOWN = 1024, SHEET_GAP = 2, SILENT = 30 };
+enum {
+    MAX_SHOWN = 1024,                /* latents in one run */
+    SHEET_GAP = 2,                   /* pixels between the images of a sheet */
+    SILENT = 30                      /* of 255: brightness of silent patches, as in PatchSAE */
+};
 
 typedef struct {
     session *s;
-    statistics stats;                /* read from the file that -t names */
-    int any_data;                    /* the statistics may be of other data */
+    statistics stats;                /* the file that -t names */
+    int any_data;                    /* whether the statistics may be of other data */
     enum { NO_MASK, VALUE_MASK, TOP_MASK } kind;
-    size_t latent[MAX_SHOWN], latents;           /* asked for */
-    int64_t *image;                  /* [images], the only ones to look at, where not NULL */
+    size_t latent[MAX_SHOWN], latents;           /* the latents to show */
+    int64_t *image;                  /* [images], the images to show, if not all */
     size_t images, patches;          /* patches: per image */
-    double *mask;                    /* [MEASURE_IMAGES, patches], one latent's on the batch */
-    double *sum;                     /* [latents, patches], of a class */
-    double *colour;                  /* [S, S, 3], the sum of a class's images */
-    unsigned char *picture;          /* room for what is drawn */
-    size_t width, height;            /* of a sheet */
-    int made;                        /* whether we made the output folder */
+    double *mask;                    /* [MEASURE_IMAGES, patches], of one latent on the batch */
+    unsigned char *picture;          /* the image that is being drawn, rows of RGB or grey */
+    int made;                        /* whether this run made the output folder */
 } viewer;
 
 /* "J[,J...]" */
@@ -8355,30 +8342,30 @@ static int parse_latents(viewer *v, const char *text) {
     }
 }
 
-/* Statistics are of one data set and one SAE. */
+/* Reads the statistics, which must be of this SAE and, but for explain, of this data set. */
 static int open_statistics(viewer *v, const char *path) {
     statistics *s = &v->stats;
-    const feed *f = &v->s->data;
-    SC_TRY(read_statistics(s, path, 1, &v->s->memory));
+    const sc_images *set = &v->s->data.set;
+    const sc_origin now = origin_of(&v->s->sae[0]);
+    SC_TRY(read_statistics(s, path, &v->s->memory));
+    size_t key = origin_difference(&s->origin, &now);
     if (s->shards > 1)
         return fail("%s: statistics of one shard (expected what merge makes of all)", path);
-    if (!v->any_data && s->data_digest != f->set.digest)
+    if (!v->any_data && s->data_digest != set->digest)
         return fail("%s: statistics of another data set", path);
     if (s->sae_digest != sae_digest(&v->s->sae[0]) || s->n != v->s->sae[0].d_sae)
         return fail("%s: statistics of another SAE", path);
-    const sc_origin now = origin_of(&v->s->sae[0]);
-    size_t key = origin_difference(&s->origin, &now);
     if (key < SC_ORIGIN_KEYS)
         return fail("%s: statistics of activations with %s %s (expected %s)", path,
                     origin_keys[key], s->origin.text[key], now.text[key]);
     for (size_t i = 0; i < s->n * s->K && !v->any_data; i++)
-        if (s->top[i].image >= (int64_t)f->set.count)
+        if (s->top[i].image >= (int64_t)set->count)
             return fail("%s: damaged: image %lld of %zu", path, (long long)s->top[i].image,
-                        f->set.count);
+                        set->count);
     return SC_OK;
 }
 
-/* The output folder, the data and, where asked for, the statistics. */
+/* Opens the SAE, the data, the statistics where they are asked for, and the output folder. */
 static int open_viewer(viewer *v, int with_stats) {
     session *s = v->s;
     const options *o = s->o;
@@ -8395,16 +8382,15 @@ static int open_viewer(viewer *v, int with_stats) {
     s->batch[0].reconstruct = 0;
     v->patches = f->grid * f->grid;
     size_t side = f->is_file ? f->grid : f->model.image_size;
-    const array_spec arrays[] = {
-        ARRAY(v->mask, MEASURE_IMAGES, v->patches), ARRAY(v->picture, side * side, 3),
-        ARRAY(v->sum, v->latents, v->patches) };
-    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
+    SC_TRY(allocate(&s->memory, &v->mask, MEASURE_IMAGES, v->patches * sizeof *v->mask));
+    SC_TRY(allocate(&s->memory, &v->picture, side * side, 3));
     if (!o->output) return SC_OK;
     v->made = mkdir(o->output, 0777) == 0;
     if (v->made || errno == EEXIST) return SC_OK;
     return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
 }
 
+/* The order of v->image. */
 static int listed_draw(void *context, size_t draw, size_t *image) {
     const viewer *v = context;
     if (draw >= v->images) return SC_END;
@@ -8412,8 +8398,8 @@ static int listed_draw(void *context, size_t draw, size_t *image) {
     return SC_OK;
 }
 
-/* v->mask of latent j: its values on the batch's patches, or 1 on those that are among its top
- * patches over the whole data set. */
+/* v->mask becomes that of latent j on the batch: f_j of each patch, or 1 for those that are among
+ * its top patches over the whole data set. */
 static void find_masks(viewer *v, size_t j) {
     const feed *f = &v->s->data;
     const sae_batch *b = &v->s->batch[0];
@@ -8422,9 +8408,10 @@ static void find_masks(viewer *v, size_t j) {
     for (size_t i = 0; i < b->tiles; i++) {
         code_walk w = walk_codes(&b->tile[i], j);
         while (next_code(&w)) {
-            size_t row = b->tile[i].first + w.token, token = row % f->T;
-            if (token < f->first_patch) continue;
-            v->mask[row / f->T * v->patches + token - f->first_patch] = w.value;
+            size_t row = b->tile[i].first + w.token;
+            size_t token = row % f->T;
+            if (token >= f->first_patch)
+                v->mask[row / f->T * v->patches + token - f->first_patch] = w.value;
         }
     }
     if (v->kind != TOP_MASK) return;
@@ -8435,7 +8422,7 @@ static void find_masks(viewer *v, size_t j) {
     }
 }
 
-/* Draws a crop into a picture with rows of `stride` bytes; silent patches are those whose mask is 0.
+/* Draws a crop into an image with rows of `stride` bytes. Patches whose mask is 0 are darkened.
  * crop: [S, S, 3]; mask: [grid, grid], or NULL for none */
 static void draw_crop(unsigned char *to, size_t stride, const unsigned char *crop, size_t S,
                       const double *mask, size_t grid) {
@@ -8451,102 +8438,109 @@ static void draw_crop(unsigned char *to, size_t stride, const unsigned char *cro
     }
 }
 
-/* v->picture as NAME.pgm (1 channel) or NAME.ppm (3) in the output folder. */
+/* Writes v->picture to NAME.pgm (1 channel) or NAME.ppm (3) in the output folder. */
 static int write_picture(const viewer *v, const char *name, size_t channels, size_t width,
                          size_t height) {
     sc_output out;
     char path[MAX_PATH], file[160];
-    snprintf(file, sizeof file, "%s.p%cm", name, channels == 3 ? 'p' : 'g');
+    int rgb = channels == 3;
+    snprintf(file, sizeof file, rgb ? "%s.ppm" : "%s.pgm", name);
     SC_TRY(join_path(v->s->o->output, file, path));
     SC_TRY(output_open(&out, path));
-    fprintf(out.file, "P%d\n%zu %zu\n255\n", channels == 3 ? 6 : 5, width, height);
+    fprintf(out.file, "P%d\n%zu %zu\n255\n", 5 + rgb, width, height);
     output_write(&out, v->picture, width * height * channels);
     return output_commit(&out);
 }
 
-/* round(255 f / largest) */
-static int write_mask(const viewer *v, const char *name, const double *mask) {
+/* Writes a mask as NAME.pgm, round(255 f / largest) per patch, and over its image as NAME.ppm.
+ * mask: [grid, grid]; crop: [S, S, 3], or NULL for saved activations, which have no image */
+static int write_mask(const viewer *v, const char *name, const double *mask,
+                      const unsigned char *crop) {
+    size_t S = v->s->data.model.image_size, grid = v->s->data.grid;
     double largest = 0;
-    memset(v->picture, 0, v->patches);
     for (size_t p = 0; p < v->patches; p++) largest = fmax(largest, mask[p]);
-    for (size_t p = 0; p < v->patches && largest > 0; p++)
+    if (largest == 0) largest = 1;
+    for (size_t p = 0; p < v->patches; p++)
         v->picture[p] = (unsigned char)floor(255 * mask[p] / largest + 0.5);
-    return write_picture(v, name, 1, v->s->data.grid, v->s->data.grid);
-}
-
-/* Latent j on the batch's image i: the mask, and the image under it where there is one. Files are
- * named after the image's index and the harmless part of its name. */
-static int show_mask(const viewer *v, size_t j, size_t i) {
-    const feed *f = &v->s->data;
-    const double *mask = v->mask + i * v->patches;
-    size_t S = f->model.image_size, image = (size_t)f->image[i];
-    char name[129];
-    snprintf(name, sizeof name, "latent_%zu_%zu_%s", j, image, base_name(image_name(f, image)));
-    for (char *c = name; *c; c++)
-        if (!isalnum((unsigned char)*c) && !strchr(".-", *c)) *c = '_';
-    SC_TRY(write_mask(v, name, mask));
-    if (f->is_file) return SC_OK;
-    draw_crop(v->picture, 3 * S, f->pixels + i * S * S * 3, S, mask, f->grid);
+    SC_TRY(write_picture(v, name, 1, grid, grid));
+    if (!crop) return SC_OK;
+    draw_crop(v->picture, 3 * S, crop, S, mask, grid);
     return write_picture(v, name, 3, S, S);
 }
 
-/* Only the images of a class, for the mean of their masks. */
-static int choose_class(viewer *v, long class) {
-    const feed *f = &v->s->data;
-    size_t images = f->set.classes ? f->set.count : 0;
-    SC_TRY(allocate(&v->s->memory, &v->image, images, sizeof *v->image));
-    for (size_t i = 0; i < images; i++)
-        if (f->set.image[i].label == class) v->image[v->images++] = (int64_t)i;
-    if (v->images > 0) return SC_OK;
-    return fail("--class %ld: no image is of this class (of %zu classes)", class, f->set.classes);
+/* The pixels of the batch's image i, NULL where the data are saved activations. */
+static const unsigned char *crop_of(const feed *f, size_t i) {
+    size_t S = f->model.image_size;
+    return f->is_file ? NULL : f->pixels + i * S * S * 3;
 }
 
-/* The latents' mean masks of a class, over the mean of its images. */
-static int show_class(viewer *v, long class) {
+/* Writes the mask of latent j, which is in v->mask, on the batch's image i. The files' name begins
+ * with the latent and the image's index; the image's own name follows, as far as it is harmless. */
+static int show_mask(const viewer *v, size_t j, size_t i) {
+    const feed *f = &v->s->data;
+    char name[129];
+    snprintf(name, sizeof name, "latent_%zu_%zu_%s", j, f->image[i],
+             base_name(image_name(f, f->image[i])));
+    for (char *c = name; *c; c++)
+        if (!isalnum((unsigned char)*c) && !strchr(".-", *c)) *c = '_';
+    return write_mask(v, name, v->mask + i * v->patches, crop_of(f, i));
+}
+
+/* Writes the latents' masks on each image. */
+static int show_image_masks(viewer *v) {
     feed *f = &v->s->data;
-    size_t S = f->model.image_size;
-    char name[96];
-    for (size_t e = 0; v->colour && e < S * S * 3; e++)
-        f->pixels[e] = (unsigned char)floor(v->colour[e] / (double)f->used + 0.5);
+    int status;
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(v->s, MEASURE_IMAGES, f->set.count)) == SC_OK) {
+        for (size_t l = 0; l < v->latents; l++) {
+            find_masks(v, v->latent[l]);
+            for (size_t i = 0; i < f->count; i++) SC_TRY(show_mask(v, v->latent[l], i));
+        }
+    }
+    return status == SC_END ? SC_OK : status;
+}
+
+/* Writes the means of the latents' masks over the images of a class, over the mean of its images. */
+static int show_class_masks(viewer *v, long class) {
+    feed *f = &v->s->data;
+    size_t pixels = f->is_file ? 0 : 3 * f->model.image_size * f->model.image_size;
+    double *sum, *colour;                        /* [latents, patches] and [S, S, 3], then means */
+    int status;
+    const array_spec arrays[] = { ARRAY(sum, v->latents, v->patches), ARRAY(colour, pixels, 1),
+                                  ARRAY(v->image, f->set.count, 1) };
+    SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
+    for (size_t i = 0; i < f->set.count; i++)
+        if (f->set.image[i].label == class) v->image[v->images++] = (int64_t)i;
+    if (v->images == 0)
+        return fail("--class %ld: no image is of this class (of %zu classes)", class,
+                    f->set.classes);
+    SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
+    while ((status = next_encoded(v->s, MEASURE_IMAGES, v->images)) == SC_OK) {
+        for (size_t l = 0; l < v->latents; l++) {
+            find_masks(v, v->latent[l]);
+            for (size_t e = 0; e < f->count * v->patches; e++)
+                sum[l * v->patches + e % v->patches] += v->mask[e];
+        }
+        for (size_t e = 0; e < f->count * pixels; e++) colour[e % pixels] += f->pixels[e];
+    }
+    if (status != SC_END) return status;
+    for (size_t e = 0; e < pixels; e++)
+        f->pixels[e] = (unsigned char)floor(colour[e] / (double)f->used + 0.5);
+    for (size_t e = 0; e < v->latents * v->patches; e++) sum[e] /= (double)f->used;
     for (size_t l = 0; l < v->latents; l++) {
-        double *mask = v->sum + l * v->patches;
+        char name[96];
         snprintf(name, sizeof name, "latent_%zu_class_%ld", v->latent[l], class);
-        for (size_t p = 0; p < v->patches; p++) mask[p] /= (double)f->used;
-        SC_TRY(write_mask(v, name, mask));
-        if (!v->colour) continue;
-        draw_crop(v->picture, 3 * S, f->pixels, S, mask, f->grid);
-        SC_TRY(write_picture(v, name, 3, S, S));
+        SC_TRY(write_mask(v, name, sum + l * v->patches, crop_of(f, 0)));
     }
     return SC_OK;
 }
 
 static int show_masks(viewer *v) {
     long class = v->s->o->class_index;
-    feed *f = &v->s->data;
-    int status;
     if (!v->s->o->mask) v->kind = VALUE_MASK;
     SC_TRY(open_viewer(v, v->kind == TOP_MASK));
-    size_t pixels = f->is_file ? 0 : 3 * f->model.image_size * f->model.image_size;
-    if (class >= 0) {
-        SC_TRY(choose_class(v, class));
-        if (pixels) SC_TRY(allocate(&v->s->memory, &v->colour, pixels, sizeof *v->colour));
-    } else {
-        v->images = f->set.count;
-    }
-    SC_TRY(start_feed(f, MEASURE_IMAGES, v->image ? listed_draw : NULL, v, 0));
-    while ((status = next_encoded(v->s, v->images)) == SC_OK) {
-        for (size_t l = 0; l < v->latents; l++) {
-            find_masks(v, v->latent[l]);
-            for (size_t i = 0; i < f->count && class < 0; i++)
-                SC_TRY(show_mask(v, v->latent[l], i));
-            for (size_t e = 0; e < f->count * v->patches && class >= 0; e++)
-                v->sum[l * v->patches + e % v->patches] += v->mask[e];
-        }
-        for (size_t e = 0; v->colour && e < f->count * pixels; e++)
-            v->colour[e % pixels] += f->pixels[e];
-    }
-    if (status != SC_END) return status;
-    return class >= 0 ? show_class(v, class) : SC_OK;
+    if (class >= 0) return show_class_masks(v, class);
+    return show_image_masks(v);
 }
 
 /* How many images latent j fires on, at most K: its top images. */
@@ -8556,49 +8550,38 @@ static size_t top_images(const statistics *s, size_t j) {
     return count;
 }
 
-/* The sheet of latent j is complete; the next one starts dark. */
-static int finish_sheet(viewer *v, size_t j) {
-    char name[64];
-    if (top_images(&v->stats, j) == 0)
-        note("latent %zu fires on no image: its sheet is empty", j);
-    snprintf(name, sizeof name, "latent_%zu", j);
-    SC_TRY(write_picture(v, name, 3, v->width, v->height));
-    memset(v->picture, 0, v->height * v->width * 3);
-    return SC_OK;
-}
-
-/* One sheet per latent: its top images row by row, the strongest first. */
+/* Writes one sheet per latent: its top images in a square, row by row, the strongest first. */
 static int show_sheets(viewer *v) {
-    size_t columns = 1, l = 0, cell = 0;
+    size_t columns = 1, total = 0;
     feed *f = &v->s->data;
-    int status = SC_END;
     SC_TRY(open_viewer(v, 1));
     size_t K = v->stats.K, S = f->model.image_size, step = S + SHEET_GAP;
-    SC_TRY(allocate(&v->s->memory, &v->image, v->latents, K * sizeof *v->image));
-    for (size_t i = 0; i < v->latents; i++) {
-        const sc_top *top = v->stats.top + v->latent[i] * K;
-        for (size_t k = 0; k < top_images(&v->stats, v->latent[i]); k++)
-            v->image[v->images++] = top[k].image;
-    }
     while (columns * columns < K) columns++;
-    v->width = columns * step - SHEET_GAP;
-    v->height = (K - 1) / columns * step + S;
-    SC_TRY(allocate(&v->s->memory, &v->picture, columns * columns * 3, step * step));
+    size_t width = columns * step - SHEET_GAP, height = (K - 1) / columns * step + S;
+    const array_spec arrays[] = { ARRAY(v->image, v->latents, K), ARRAY(v->picture, height, 3 * width) };
+    SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
+    for (size_t l = 0; l < v->latents; l++) total += top_images(&v->stats, v->latent[l]);
     f->skip_bad = 0;                             /* a cell is for one image and no other */
     SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
-    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK) {
-        for (size_t i = 0; i < f->count; i++, cell++) {
-            for (; cell == top_images(&v->stats, v->latent[l]); l++, cell = 0)
-                SC_TRY(finish_sheet(v, v->latent[l]));
-            const double *mask = v->kind ? v->mask + i * v->patches : NULL;
-            if (mask && (i == 0 || cell == 0)) find_masks(v, v->latent[l]);
-            unsigned char *corner = v->picture
-                                  + (cell / columns * v->width + cell % columns) * step * 3;
-            draw_crop(corner, v->width * 3, f->pixels + i * S * S * 3, S, mask, f->grid);
+    for (size_t l = 0; l < v->latents; l++) {
+        size_t j = v->latent[l], count = top_images(&v->stats, j), cell = 0;
+        char name[64];
+        int status;
+        memset(v->picture, 0, height * width * 3);
+        for (size_t k = 0; k < count; k++) v->image[v->images++] = v->stats.top[j * K + k].image;
+        while ((status = next_encoded(v->s, MEASURE_IMAGES, total)) == SC_OK) {
+            if (v->kind != NO_MASK) find_masks(v, j);
+            for (size_t i = 0; i < f->count; i++, cell++) {
+                const double *mask = v->kind ? v->mask + i * v->patches : NULL;
+                size_t corner = (cell / columns * width + cell % columns) * step * 3;
+                draw_crop(v->picture + corner, width * 3, crop_of(f, i), S, mask, f->grid);
+            }
         }
+        if (status != SC_END) return status;
+        if (count == 0) note("latent %zu fires on no image: its sheet is empty", j);
+        snprintf(name, sizeof name, "latent_%zu", j);
+        SC_TRY(write_picture(v, name, 3, width, height));
     }
-    if (status != SC_END) return status;
-    for (; l < v->latents; l++) SC_TRY(finish_sheet(v, v->latent[l]));
     return SC_OK;
 }
 
@@ -8607,7 +8590,8 @@ static int show_sheets(viewer *v) {
 enum { EXPLAINED = 16, EXPLAIN_COLUMNS = 5, CLASSES_SHOWN = 3 };
 
 /* The classes (other) with the largest shares (value) of the activation of latent j's top images, in
- * descending order; returns how many. largest: [room] */
+ * descending order; returns how many. Images without a label count only in the whole.
+ * largest: [room] */
 static size_t top_classes(const statistics *s, size_t j, sc_top *largest, size_t room) {
     const sc_top *top = s->top + j * s->K;
     size_t active = top_images(s, j), found = 0;
@@ -8621,19 +8605,6 @@ static size_t top_classes(const statistics *s, size_t j, sc_top *largest, size_t
     }
     while (found < room && largest[found].value > 0) found++;
     return found;
-}
-
-/* f_j of one token of the batch's only image, or its mean over all tokens (token SIZE_MAX). */
-static float activation_of(const viewer *v, size_t j, size_t token) {
-    const sae_batch *b = &v->s->batch[0];
-    double sum = 0;
-    for (size_t i = 0; i < b->tiles; i++) {
-        code_walk w = walk_codes(&b->tile[i], j);
-        while (next_code(&w))
-            if (token == SIZE_MAX || b->tile[i].first + w.token == token) sum += w.value;
-    }
-    if (token == SIZE_MAX) sum /= (double)v->s->data.T;
-    return (float)sum;
 }
 
 /* A latent's row: row [EXPLAIN_COLUMNS]; text [TEXT_ROOM], for its classes. */
@@ -8652,10 +8623,11 @@ static void explain_latent(const statistics *s, sc_top latent, table_cell *row, 
                                  name, 100 * (double)class[i].value);
     }
     const table_cell cells[EXPLAIN_COLUMNS] = {
-        { "latent", "latent", NULL, (double)j }, { "activation", "activation", NULL, latent.value },
-        { "frequency", "frequency", NULL, l->sparsity },
-        { "entropy", "entropy", NULL, l->entropy },
-        { "classes", "classes of its top images", text, 0 } };
+        { "latent", "latent", NULL, (double)j, 0 },
+        { "activation", "activation", NULL, latent.value, 0 },
+        { "frequency", "frequency", NULL, l->sparsity, 0 },
+        { "entropy", "entropy", NULL, l->entropy, l->entropy < 0 },
+        { "classes", "classes of its top images", text, 0, found == 0 } };
     memcpy(row, cells, sizeof cells);
 }
 
@@ -8672,11 +8644,11 @@ static int parse_patch(const feed *f, const char *text, size_t *token) {
     return SC_OK;
 }
 
-/* The latents that are strongest on an image, or on one of its patches. */
+/* Prints the latents that are strongest on an image, or on one of its patches. */
 static int explain(viewer *v) {
     const options *o = v->s->o;
     const feed *f = &v->s->data;
-    sc_top strongest[EXPLAINED];
+    sc_top strongest[EXPLAINED];                 /* image: the latent */
     table_cell cells[EXPLAINED][EXPLAIN_COLUMNS];
     char classes[EXPLAINED][TEXT_ROOM];
     size_t rows = 0, token;
@@ -8685,24 +8657,22 @@ static int explain(viewer *v) {
     SC_TRY(open_viewer(v, 1));
     SC_TRY(parse_patch(f, o->patch, &token));
     SC_TRY(start_feed(&v->s->data, MEASURE_IMAGES, NULL, NULL, 0));
-    SC_TRY(next_encoded(v->s, 1));
+    SC_TRY(next_encoded(v->s, MEASURE_IMAGES, 1));
     if (f->count != 1) return fail("%s: more than one image (expected one)", o->operand[0]);
     for (size_t i = 0; i < EXPLAINED; i++) strongest[i] = nothing;
     for (size_t j = 0; j < v->stats.n; j++) {
         if ((double)v->stats.latent[j].sparsity > o->max_frequency) continue;
-        float a = activation_of(v, j, token);
+        float a = activation_of(&v->s->batch[0], j, token);
         keep_largest(strongest, EXPLAINED, (sc_top){ a, (int64_t)j, 0 });
     }
     for (; rows < EXPLAINED && strongest[rows].value > 0; rows++) {
         size_t j = (size_t)strongest[rows].image;
         explain_latent(&v->stats, strongest[rows], cells[rows], classes[rows]);
-        if (cells[rows][3].number < 0 && strcmp(o->format, "text") == 0)
-            cells[rows][3].number = NAN;                 /* entropy is not defined: "-" */
         if (!o->output) continue;
         find_masks(v, j);
         SC_TRY(show_mask(v, j, 0));
     }
-    if (rows > 0) return print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows);
+    if (rows > 0) return print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows, print_rows);
     note("no latent fires there");
     if (strcmp(o->format, "json") == 0) puts("[]");
     return end_of_output();
@@ -8808,7 +8778,7 @@ static int read_log(plot_series *s) {
 static int read_latents(plot_series *s) {
     memory_list memory = NULL;
     statistics stats;
-    int status = read_statistics(&stats, s->path, 0, &memory);
+    int status = read_statistics(&stats, s->path, &memory);
     for (size_t j = 0; status == SC_OK && j < stats.n; j++) {
         const latent_record *l = &stats.latent[j];
         if (!(l->sparsity >= 0 && l->sparsity <= 1 && l->mean >= 0 && l->entropy <= 100))
@@ -8827,7 +8797,7 @@ static int read_latents(plot_series *s) {
 static int read_histogram(plot_series *s) {
     memory_list memory = NULL;
     statistics stats;
-    int status = read_statistics(&stats, s->path, 0, &memory), first = 0, last = HISTOGRAM_BINS - 1;
+    int status = read_statistics(&stats, s->path, &memory), first = 0, last = HISTOGRAM_BINS - 1;
     double total = 0;
     for (int b = 0; status == SC_OK && b <= last; b++) {
         if (stats.histogram[0][b] < 0)
@@ -8858,7 +8828,7 @@ static int read_counts(plot_series *s) {
     memory_list memory = NULL;
     statistics stats;
     size_t all = 0, few = 0, none = 0;
-    int status = read_statistics(&stats, s->path, 0, &memory);
+    int status = read_statistics(&stats, s->path, &memory);
     for (size_t j = 0; status == SC_OK && j < stats.n; j++) {
         int64_t images = stats.latent[j].images;
         if (images < 0 || (uint64_t)images > stats.images)
@@ -9333,7 +9303,7 @@ static int look_at_images(atlas *a) {
     int status = SC_END;
     f->skip_bad = 0;                             /* they were good when the statistics were made */
     SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
-    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK) {
+    while (v->images > 0 && (status = next_encoded(v->s, MEASURE_IMAGES, v->images)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++) {
             char name[64];
             snprintf(name, sizeof name, "data/%zu.jpg", f->image[i]);
