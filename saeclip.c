@@ -5240,7 +5240,7 @@ static int start_child(child_process *c, char **argument, int input) {
 }
 
 /* Waits for the end of a program that may still print; returns its wait status. words: [room], the
- * first line of its messages; of a verbose program, the line that contains `wanted`, else the last */
+ * first line of its messages; of a verbose program the line with `wanted`, else the last. */
 static int end_child(child_process *c, const char *wanted, char *words, size_t room) {
     char rest[4096], line[256];
     int ended = 0;
@@ -5312,9 +5312,9 @@ static int open_image(const char *path, image_source *source) {
     return fail("%s: cannot be opened: %s", path, strerror(errno));
 }
 
-/* Runs one decoder on a file to its end. An image counts if there was no complaint; djpeg's status 2
- * stands for warnings: like Pillow we take damaged images, but not cut ones. Of its warnings djpeg
- * prints only the first, unless it is verbose. SC_END: it failed without writing a byte;
+/* Runs one decoder on a file to its end. An image counts if there was no complaint; djpeg's status
+ * 2 stands for warnings: like Pillow we take damaged images, but not cut ones. Of its warnings
+ * djpeg prints only the first, unless it is verbose. SC_END: it failed without writing a byte;
  * MACHINE_FAILED: it could not be started, without a message where it is not installed. */
 static int run_decoder(const char *command, int file, image_source *source, picture *result) {
     static const char cut[] = "Premature end of JPEG file";
@@ -5357,15 +5357,17 @@ static int check_png(const char *path, FILE *file) {
         return SC_OK;                                        /* the decoder says what is wrong */
     unsigned depth = header[9] == 3 ? 8 : header[8];         /* a palette's colours have 8 bits */
     while (fread(chunk, 1, 8, file) == 8 && memcmp(chunk + 4, "IDAT", 4) != 0) {
-        uint32_t length = (uint32_t)chunk[0] << 24 | (uint32_t)chunk[1] << 16 | chunk[2] << 8 | chunk[3];
-        size_t samples = length < 4 ? length : 4;
+        uint32_t length = 0;
+        for (int i = 0; i < 4; i++) length = length << 8 | chunk[i];
         if (memcmp(chunk + 4, "sBIT", 4) == 0) {
+            size_t samples = length < 4 ? length : 4;
             if (fread(bits, 1, samples, file) != samples) return SC_OK;
-            for (size_t i = 0; i < samples; i++)
-                if (bits[i] != depth)
-                    return fail("%s: a PNG of %u bits with sBIT %d, which decoders treat differently "
-                                "(expected none: rewrite it, as with pngcrush -rem sBIT)", path, depth,
-                                bits[i]);
+            for (size_t i = 0; i < samples; i++) {
+                if (bits[i] == depth) continue;
+                return fail("%s: a PNG of %u bits with sBIT %d, which decoders treat differently "
+                            "(expected none: rewrite it, as with pngcrush -rem sBIT)", path, depth,
+                            bits[i]);
+            }
             length -= (uint32_t)samples;
         }
         if (fseeko(file, (off_t)length + 4, SEEK_CUR) != 0) return SC_OK;
@@ -5373,10 +5375,11 @@ static int check_png(const char *path, FILE *file) {
     return SC_OK;
 }
 
-/* Where a GIF's first frame does not cover the canvas, Pillow fills the rest with the transparent colour,
- * else with colour 0, and ImageMagick with the background colour: refused where they differ. Header:
- * width, height (16 bits, little-endian) from byte 6, flags 10, background 11; then the palette,
- * extensions (0x21, label, blocks up to an empty one) and the frame (0x2c, x, y, width, height). */
+/* Where a GIF's first frame does not cover the canvas, Pillow fills the rest with the transparent
+ * colour, else with colour 0, and ImageMagick with the background colour: refused where they
+ * differ. Header: width, height (16 bits, little-endian) from byte 6, flags 10, background 11;
+ * then the palette, extensions (0x21, label, blocks up to an empty one) and the frame (0x2c, x, y,
+ * width, height). */
 static int check_gif(const char *path, FILE *file) {
     unsigned char header[13], block[256];
     int transparent = 0, byte, label, size;
@@ -5462,8 +5465,8 @@ static resize_axis make_axis(size_t from, size_t shorter, size_t side, int crop_
     return (resize_axis){ from, 0, side, crop_start(full, side, crop_hf), scale, fmax(scale, 1) };
 }
 
-/* The weights of output pixel i: weight[x - start] for input pixels from *start on. Returns how many
- * they are. */
+/* The weights of output pixel i: weight[x - start] for input pixels from *start on. Returns how
+ * many they are. */
 static size_t resize_weights(const resize_axis *axis, size_t i, int32_t *weight, size_t *start) {
     double support = 2 * axis->stretch, step = 1 / axis->stretch;
     double centre = ((double)(axis->first + i) + 0.5) * axis->scale, total = 0;
@@ -5593,8 +5596,8 @@ static int by_entry(const struct dirent **a, const struct dirent **b) {
     return strcmp((*a)->d_name, (*b)->d_name);
 }
 
-/* Lists the files below a folder, and the classes: the folders at the top. A dangling link counts as
- * a file; one that leads up soon lies too deep. */
+/* Lists the files below a folder, and the classes: the folders at the top. A dangling link counts
+ * as a file; one that leads up soon lies too deep. */
 static int walk_folder(sc_images *set, const char *folder, int64_t label, int depth) {
     char path[MAX_PATH];
     struct stat about;
@@ -5624,7 +5627,8 @@ static int walk_folder(sc_images *set, const char *folder, int64_t label, int de
 }
 
 /* Keeps the images among set's files, those that cannot be opened too, which are reported when they
- * are read. Returns how many lie in class folders and how many beside them; says which were no images. */
+ * are read. Returns how many lie in class folders and how many beside them; says which were no
+ * images. */
 static int keep_images(sc_images *set, const char *folder, size_t in_classes[2]) {
     char path[MAX_PATH], names[160] = "";
     size_t kept = 0, others = 0;
@@ -5635,15 +5639,15 @@ static int keep_images(sc_images *set, const char *folder, size_t in_classes[2])
             set->image[kept++] = set->image[i];
         } else if (others++ < 3) {
             size_t used = strlen(names);
-            snprintf(names + used, sizeof names - used, "%s%.48s", used ? ", " : "", set->image[i].name);
+            snprintf(names + used, sizeof names - used, " %.48s", set->image[i].name);
         }
     }
     if (kept == 0)
-        return fail("%s: no image among the %zu files of this folder (expected FOLDER/<class>/<image> "
-                    "or FOLDER/<image>)", folder, set->count);
+        return fail("%s: no image among the %zu files of this folder (expected "
+                    "FOLDER/<class>/<image> or FOLDER/<image>)", folder, set->count);
     if (others > 0)
-        note("%s: %zu files passed over, which are not images: %s%s", folder, others, names,
-             others > 3 ? ", ..." : "");
+        note("%s: %zu files passed over, which are not images:%s%s", folder, others, names,
+             others > 3 ? " ..." : "");
     set->count = kept < set->limit ? kept : set->limit;
     return SC_OK;
 }
@@ -5677,7 +5681,8 @@ static int lacks_tab(const sc_images *set, const char *line) {
     return access(path, F_OK) == 0;
 }
 
-/* One line "path" or "path<TAB>label"; a # begins a comment at the line's start or after a label. */
+/* One line "path" or "path<TAB>label"; a # begins a comment at the line's start or after a label.
+ * */
 static int read_line(sc_images *set, const char *list, size_t number, char *line) {
     line += strspn(line, " \t\r\n");
     char *end = line + strlen(line);
@@ -5696,7 +5701,8 @@ static int read_line(sc_images *set, const char *list, size_t number, char *line
                         number, SC_MAX_CLASSES - 1);
     }
     if (!tab && lacks_tab(set, line))
-        return fail("%s: line %zu: a blank before the label (expected path<TAB>label)", list, number);
+        return fail("%s: line %zu: a blank before the label (expected path<TAB>label)", list,
+                    number);
     if (set->count > 0 && (set->image[0].label < 0) != (label < 0))
         return fail("%s: line %zu: labels on some lines only (expected on all or none)", list,
                     number);
@@ -5793,8 +5799,8 @@ int sc_images_open(sc_images *set, const char *path, size_t limit) {
     } else {
         status = open_image(path, NULL);
         if (status == SC_END)
-            fail("%s: not an image (expected a folder, an image, a list named *.txt or a packed set "
-                 "named *.safetensors)", path);
+            fail("%s: not an image (expected a folder, an image, a list named *.txt or a packed "
+                 "set named *.safetensors)", path);
         if (status == SC_OK) status = add_image(set, base_name(path), -1);
     }
     if (status == SC_OK) {
@@ -6022,8 +6028,8 @@ static int check_tensors(const sc_model *model) {
             || strcmp(found, "vision_model.embeddings.position_ids") == 0) continue;
         if (strncmp(found, blocks, strlen(blocks)) == 0
             && strtoul(found + strlen(blocks), NULL, 10) >= model->blocks)
-            return fail("%s: tensor %.100s, but block %zu is missing (expected blocks without a gap)",
-                        path, found, model->blocks);
+            return fail("%s: tensor %.100s, but block %zu is missing (expected blocks without a "
+                        "gap)", path, found, model->blocks);
         if (!is_known(model->naming, model->blocks, found))
             return fail("%s: tensor %.100s has no place in the transformers known here", path,
                         found);
@@ -6095,8 +6101,8 @@ static void usual_heads(size_t width, char heads[24]) {
     else strcpy(heads, "");
 }
 
-/* The settings that the shapes do not tell: from an option, else the metadata, else the usual value.
- * An invalid option is a usage error, an invalid value of the file the file's. */
+/* The settings that the shapes do not tell: from an option, else the metadata, else the usual
+ * value. An invalid option is a usage error, an invalid value of the file the file's. */
 static int read_settings(sc_model *model, const sc_model_options *given) {
     int plain = model->naming == TIMM && !find_layer(model, PRE, 0, 0);
     char heads[24], assumed[256] = "", reason[sizeof error_text];
@@ -6157,8 +6163,8 @@ static int refuse_names(const sc_safetensors *file) {
 static int check_shards(const char *path) {
     const char *of = strstr(base_name(path), "-of-");
     if (!of || strtoul(of + 4, NULL, 10) < 2 || !isdigit((unsigned char)of[-1])) return SC_OK;
-    return fail("%s: one of several shards of a model (expected all of it in one file: load it with "
-                "its library and save it with max_shard_size=\"100GB\")", path);
+    return fail("%s: one of several shards of a model (expected all of it in one file: load it "
+                "with its library and save it with max_shard_size=\"100GB\")", path);
 }
 
 int sc_model_open(sc_model *model, const char *path, const sc_model_options *given) {
@@ -6182,7 +6188,8 @@ int sc_model_load(sc_model *model, size_t blocks, int head) {
     model->loaded = blocks;
     model->layer = new_array(blocks ? blocks : 1, ROLES * sizeof *model->layer);
     if (!model->layer) return SC_FAILED;
-    for (enum role role = CLASS_TOKEN; role <= PATCHES; role++) SC_TRY(read_layer(model, role, 0, 0));
+    for (enum role role = CLASS_TOKEN; role <= PATCHES; role++)
+        SC_TRY(read_layer(model, role, 0, 0));
     if (find_layer(model, PRE, 0, 0)) SC_TRY(read_layer(model, PRE, 0, 0));
     SC_TRY(parallel_for(blocks, load_block, model));
     return head ? load_head(model) : SC_OK;
@@ -6395,7 +6402,8 @@ static int read_origin(sc_origin *origin, const sc_safetensors *file) {
     if (*hook && find_hook(hook) < 0)
         return fail("%s: metadata hook = '%s' (expected attn, mlp or resid)", file->path, hook);
     if (*tokens && strcmp(tokens, "all") && strcmp(tokens, "cls") && strcmp(tokens, "patches"))
-        return fail("%s: metadata tokens = '%s' (expected all, cls or patches)", file->path, tokens);
+        return fail("%s: metadata tokens = '%s' (expected all, cls or patches)", file->path,
+                    tokens);
     return SC_OK;
 }
 
@@ -6426,7 +6434,12 @@ int sc_sae_save(const sc_sae *sae, const char *path) {
 
 /* --- SAELens's cfg.json, beside the weights (jbloomAus/SAELens, versions 2 to 6) --- */
 
-typedef struct { const char *path; char architecture[32], activation[32]; size_t k, d_in, d_sae; } saelens;
+/* What a configuration says; "" and 0 where it does not. */
+typedef struct {
+    const char *path;
+    char architecture[32], activation[32];
+    size_t k, d_in, d_sae;
+} saelens;
 
 /* The keys that change what an SAE computes, and the values that mean what is computed here. */
 static const char *const saelens_rules[][2] = {
@@ -6439,28 +6452,29 @@ static const char *const saelens_rules[][2] = {
 
 static int take_saelens(void *context, const char *key, const char *value) {
     saelens *c = context;
-    const struct { const char *key; size_t *number; } numbers[] = {
-        { "k", &c->k }, { "activation_fn_kwargs.k", &c->k }, { "d_in", &c->d_in },
-        { "d_sae", &c->d_sae } };
+    size_t *number = NULL;
     char quoted[64];
+    double found;
     snprintf(quoted, sizeof quoted, "|%.60s|", value);
-    for (size_t i = 0; i < COUNT(saelens_rules); i++)
-        if (strcmp(key, saelens_rules[i][0]) == 0 && !strstr(saelens_rules[i][1], quoted))
-            return fail("%s: %s is %s (expected %.*s)", c->path, key, value,
-                        (int)strlen(saelens_rules[i][1]) - 2, saelens_rules[i][1] + 1);
-    if (strcmp(key, "architecture") == 0) snprintf(c->architecture, sizeof c->architecture, "%s", value);
-    if (strcmp(key, "activation_fn") == 0 || strcmp(key, "activation_fn_str") == 0)
-        snprintf(c->activation, sizeof c->activation, "%s", value);
-    for (size_t i = 0; i < COUNT(numbers); i++) {
-        double number;
-        if (strcmp(key, numbers[i].key) != 0 || strcmp(value, "null") == 0) continue;
-        if (parse_number(value, key, 1, 1e9, &number) != SC_OK || number != floor(number))
-            return fail("%s: %s is %s (expected a whole number from 1 on)", c->path, key, value);
-        if (*numbers[i].number && *numbers[i].number != (size_t)number)
-            return fail("%s: %s is %s (expected %zu, as the file says before)", c->path, key, value,
-                        *numbers[i].number);
-        *numbers[i].number = (size_t)number;
+    for (size_t i = 0; i < COUNT(saelens_rules); i++) {
+        const char *allowed = saelens_rules[i][1];
+        if (strcmp(key, saelens_rules[i][0]) != 0 || strstr(allowed, quoted)) continue;
+        return fail("%s: %s is %s (expected %.*s)", c->path, key, value, (int)strlen(allowed) - 2,
+                    allowed + 1);
     }
+    if (strcmp(key, "architecture") == 0) strcpy(c->architecture, value);
+    if (strcmp(key, "activation_fn") == 0 || strcmp(key, "activation_fn_str") == 0)
+        strcpy(c->activation, value);            /* one of the values above, so it is short */
+    if (strcmp(key, "k") == 0 || strcmp(key, "activation_fn_kwargs.k") == 0) number = &c->k;
+    if (strcmp(key, "d_in") == 0) number = &c->d_in;
+    if (strcmp(key, "d_sae") == 0) number = &c->d_sae;
+    if (!number || strcmp(value, "null") == 0) return SC_OK;
+    if (parse_number(value, key, 1, 1e9, &found) != SC_OK || found != floor(found))
+        return fail("%s: %s is %s (expected a whole number from 1 on)", c->path, key, value);
+    if (*number && *number != (size_t)found)
+        return fail("%s: %s is %s (expected %zu, as the file says before)", c->path, key, value,
+                    *number);
+    *number = (size_t)found;
     return SC_OK;
 }
 
@@ -6475,7 +6489,8 @@ static int read_saelens(saelens *c) {
     int status = text ? SC_OK : SC_FAILED;
     if (status == SC_OK && ferror(file)) status = fail("%s: cannot be read", c->path);
     fclose(file);
-    if (status == SC_OK && length == MOST) status = fail("%s: too long for a configuration", c->path);
+    if (status == SC_OK && length == MOST)
+        status = fail("%s: too long for a configuration", c->path);
     if (status == SC_OK) status = json_scalars(text, length, c->path, take_saelens, c);
     free(text);
     return status;
@@ -6485,51 +6500,56 @@ static int read_saelens(saelens *c) {
  * TransformerLens's names. */
 static int write_saelens(const sc_sae *sae, const char *path) {
     static const char *const places[] = { "attn_out", "mlp_out", "resid_post" };
+    const char *model = sae->origin.text[SC_MODEL];
     sc_output out;
     SC_TRY(output_open(&out, path));
     FILE *f = out.file;
-    fprintf(f, "{\n  \"architecture\": \"%s\",\n  \"d_in\": %zu,\n  \"d_sae\": %zu,\n", architecture_of(sae),
-            sae->d_in, sae->d_sae);
+    size_t layer = sae->layer ? sae->layer - 1 : 0;          /* SAELens counts from 0 */
+    fprintf(f, "{\n  \"architecture\": \"%s\",\n  \"d_in\": %zu,\n  \"d_sae\": %zu,\n",
+            architecture_of(sae), sae->d_in, sae->d_sae);
     if (sae->topk)
-        fprintf(f, "  \"k\": %zu,\n  \"activation_fn_str\": \"topk\",\n  \"activation_fn_kwargs\": "
-                "{\"k\": %zu},\n", sae->k, sae->k);
-    else fputs("  \"activation_fn_str\": \"relu\",\n  \"activation_fn_kwargs\": {},\n", f);
+        fprintf(f, "  \"k\": %zu,\n  \"activation_fn_str\": \"topk\",\n"
+                "  \"activation_fn_kwargs\": {\"k\": %zu},\n", sae->k, sae->k);
+    else
+        fputs("  \"activation_fn_str\": \"relu\",\n  \"activation_fn_kwargs\": {},\n", f);
     fputs("  \"dtype\": \"float32\",\n  \"device\": \"cpu\",\n  \"apply_b_dec_to_input\": true,\n"
           "  \"normalize_activations\": \"none\",\n  \"reshape_activations\": \"none\",\n"
           "  \"finetuning_scaling_factor\": false,\n  \"model_name\": ", f);
-    print_json(f, *sae->origin.text[SC_MODEL] ? sae->origin.text[SC_MODEL] : "unknown");
-    if (sae->layer && sae->hook >= 0)
-        fprintf(f, ",\n  \"hook_name\": \"blocks.%zu.hook_%s\",\n  \"hook_layer\": %zu", sae->layer - 1,
-                places[sae->hook], sae->layer - 1);
-    else fputs(",\n  \"hook_name\": \"unknown\",\n  \"hook_layer\": 0", f);
-    fputs(",\n  \"hook_head_index\": null,\n  \"context_size\": 1,\n  \"prepend_bos\": false,\n"
-          "  \"dataset_path\": \"\",\n  \"dataset_trust_remote_code\": false,\n"
-          "  \"sae_lens_training_version\": null\n}\n", f);
+    print_json(f, *model ? model : "unknown");
+    if (sae->hook >= 0)
+        fprintf(f, ",\n  \"hook_name\": \"blocks.%zu.hook_%s\"", layer, places[sae->hook]);
+    else fputs(",\n  \"hook_name\": \"unknown\"", f);
+    fprintf(f, ",\n  \"hook_layer\": %zu,\n  \"hook_head_index\": null,\n"
+            "  \"context_size\": 1,\n  \"prepend_bos\": false,\n  \"dataset_path\": \"\",\n"
+            "  \"dataset_trust_remote_code\": false,\n  \"sae_lens_training_version\": null\n}\n",
+            layer);
     return output_commit(&out);
 }
 
-/* Metadata and cfg.json must agree; one with k and no architecture is a TopK SAE, and so is SAELens's
- * standard one with the activation function topk. */
+/* Metadata and cfg.json must agree. A file with k and without architecture is a TopK SAE, and so is
+ * SAELens's standard one whose activation function is topk. */
 static int read_architecture(sc_sae *sae, const sc_safetensors *file, const saelens *config) {
-    const char *told = config->architecture, *said = sc_metadata_find(file, "architecture");
+    const char *other = config->path, *told = config->architecture;
+    const char *said = sc_metadata_find(file, "architecture");
     int threshold = sc_tensor_find(file, "threshold") != NULL;
-    size_t k = 0;
-    if (strcmp(config->activation, "topk") == 0 && strcmp(told, "jumprelu") != 0) told = "topk";
+    size_t k = config->k;
+    if (strcmp(config->activation, "topk") == 0) told = "topk";
     if (said && *told && strcmp(said, told) != 0)
         return fail("%s: architecture is %s (expected %s, as %s says)", file->path, said, told,
-                    config->path);
-    if (!said && *told) said = told;
+                    other);
     SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &k));
-    if (k && config->k && k != config->k)
-        return fail("%s: k is %zu (expected %zu, as %s says)", file->path, k, config->k, config->path);
-    sae->k = k ? k : config->k;
-    if (sae->k > sae->d_sae)
-        return fail("%s: k is %zu (expected 1 to %zu, the number of latents)", config->path, sae->k,
-                    sae->d_sae);
-    sae->topk = said ? strcmp(said, "topk") == 0 : sae->k > 0 && !threshold;
-    int jumprelu = said && strcmp(said, "jumprelu") == 0;
-    if (said && !sae->topk && !jumprelu && strcmp(said, "standard") != 0)
-        return fail("%s: architecture '%s' (expected standard, topk or jumprelu)", file->path, said);
+    if (config->k && k != config->k)
+        return fail("%s: k is %zu (expected %zu, as %s says)", file->path, k, config->k, other);
+    if (k > sae->d_sae)
+        return fail("%s: k is %zu (expected 1 to %zu, the number of latents)", other, k, sae->d_sae);
+    sae->k = k;
+    if (*told) said = told;
+    if (!said) said = k > 0 ? "topk" : "standard";
+    sae->topk = strcmp(said, "topk") == 0;
+    int jumprelu = strcmp(said, "jumprelu") == 0;
+    if (!sae->topk && !jumprelu && strcmp(said, "standard") != 0)
+        return fail("%s: architecture '%s' (expected standard, topk or jumprelu)", file->path,
+                    said);
     if (threshold && !jumprelu)
         return fail("%s: tensor threshold without architecture jumprelu (expected that in its "
                     "metadata or in cfg.json)", file->path);
@@ -6538,8 +6558,8 @@ static int read_architecture(sc_sae *sae, const sc_safetensors *file, const sael
     return sae->threshold ? SC_OK : SC_FAILED;
 }
 
-/* A tensor beside those of the SAE may change what it computes. Harmless are those of our checkpoints
- * and counts of training. */
+/* A tensor beside those of the SAE may change what it computes. Harmless are those of our
+ * checkpoints and counts of training. */
 static int check_sae_tensors(const sc_sae *sae, const sc_safetensors *file) {
     static const sc_trainer none;
     static const char *const harmless[] = {
@@ -6553,8 +6573,8 @@ static int check_sae_tensors(const sc_sae *sae, const sc_safetensors *file) {
         for (size_t i = 0; i < count; i++) known |= strcmp(name, list[i].name) == 0;
         for (size_t i = 0; i < COUNT(harmless); i++) known |= strcmp(name, harmless[i]) == 0;
         if (!known)
-            return fail("%s: tensor %.100s may change what the SAE computes (expected W_enc, b_enc, "
-                        "W_dec, b_dec, and threshold of a JumpReLU SAE)", file->path, name);
+            return fail("%s: tensor %.100s may change what the SAE computes (expected W_enc, "
+                        "b_enc, W_dec, b_dec, and threshold of a JumpReLU SAE)", file->path, name);
     }
     return SC_OK;
 }
@@ -6573,9 +6593,10 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file, const saelens *conf
     if (!encoder || encoder->rank != 2 || encoder->count == 0)
         return fail("%s: not an SAE (expected a tensor W_enc [d_in, d_sae])", file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
-    if ((config->d_in && config->d_in != sae->d_in) || (config->d_sae && config->d_sae != sae->d_sae))
-        return fail("%s: an SAE [%zu, %zu] (expected [%zu, %zu], as %s says)", file->path, sae->d_in,
-                    sae->d_sae, config->d_in, config->d_sae, config->path);
+    if ((config->d_in && config->d_in != sae->d_in)
+        || (config->d_sae && config->d_sae != sae->d_sae))
+        return fail("%s: an SAE [%zu, %zu] (expected [%zu, %zu], as %s says)", file->path,
+                    sae->d_in, sae->d_sae, config->d_in, config->d_sae, config->path);
     SC_TRY(check_sae_tensors(sae, file));
     SC_TRY(read_architecture(sae, file, config));
     SC_TRY(move_tensors(sae, NULL, file, NULL, NULL));
@@ -6734,7 +6755,8 @@ static void options_origin(const options *o, sc_origin *said) {
 
 /* What the SAEs say of the origin, but for the model and the hook points. They must agree where no
  * option overrules them. */
-static int agree_on_origin(sc_origin *wanted, const sc_sae *sae, size_t saes, const sc_origin *said) {
+static int agree_on_origin(sc_origin *wanted, const sc_sae *sae, size_t saes,
+                           const sc_origin *said) {
     *wanted = (sc_origin){ 0 };
     for (size_t i = 0; i < saes; i++) {
         for (size_t k = SC_TOKENS; k < SC_ORIGIN_KEYS; k++) {
@@ -6968,15 +6990,17 @@ static void close_feed(feed *f) {
 static int check_origin(const feed *f, const sc_sae *sae, const options *o) {
     sc_origin said, data = f->origin, own = origin_of(sae);
     options_origin(o, &said);
+    long from_end = (long)f->model.blocks + 1 + o->layer;
     if (o->layer < 0 && !f->is_file)
-        snprintf(said.text[SC_LAYER], sizeof *said.text, "%ld", (long)f->model.blocks + 1 + o->layer);
+        snprintf(said.text[SC_LAYER], sizeof *said.text, "%ld", from_end);
     for (size_t k = SC_LAYER; k <= SC_HOOK; k++)
         if (*said.text[k]) strcpy(data.text[k], said.text[k]);
     for (size_t k; (k = origin_difference(&data, &own)) < SC_ORIGIN_KEYS; *own.text[k] = '\0') {
         if (f->is_file && !*said.text[k])
             return fail("%s: activations of %s %s (expected %s, the SAE's)", f->file.path,
                         origin_keys[k], data.text[k], own.text[k]);
-        note("%s: trained with %s %s; now %s", sae->path, origin_keys[k], own.text[k], data.text[k]);
+        note("%s: trained with %s %s; now %s", sae->path, origin_keys[k], own.text[k],
+             data.text[k]);
     }
     return SC_OK;
 }
@@ -7155,8 +7179,8 @@ static uint64_t source_digest(const training_run *run) {
 
 /* --- Checkpoints: the SAE, and everything else that training goes on from --- */
 
-/* Writes the state, or reads it where there is no writer. *sum: the checksum of all of it; next_draw
- * and the step are part of it. */
+/* Writes the state, or reads it where there is no writer. *sum: the checksum of all of it;
+ * next_draw and the step are part of it. */
 static int move_state(training_run *run, uint64_t step, uint64_t next_draw,
                       const sc_safetensors *file, sc_writer *w, uint64_t *sum) {
     sc_trainer *t = run->trainer;
@@ -7438,8 +7462,8 @@ static int run_training(training_run *run) {
     SC_TRY(save_tensors(o->output, 8192, write_trained, run));
     if (run->config) SC_TRY(write_saelens(&run->sae, run->config));
     if (run->steps > 0 && run->steps < (uint64_t)o->warmup)
-        note("all %ju steps lay within the warm-up of %ld: the learning rate never reached --lr (see "
-             "--warmup, --epochs)", (uintmax_t)run->steps, o->warmup);
+        note("all %ju steps lay within the warm-up of %ld: the learning rate never reached --lr "
+             "(see --warmup, --epochs)", (uintmax_t)run->steps, o->warmup);
     return SC_OK;
 }
 
