@@ -1573,17 +1573,18 @@ int sc_metrics_plain(sc_metrics *m, const float *x, const float *reconstruction,
 /* ============================================================================================
  * 6. Errors and memory
  *
- * A function that can fail returns SC_OK, SC_FAILED or SC_USAGE (which are also the program's exit
- * statuses) and leaves one line of reason in a buffer of its thread; only main() prints it.
- * fail(...) says "FILE: what is wrong (expected ...)"; usage(...) that the caller asked for something
- * impossible.
+ * A function that can fail returns SC_OK, SC_FAILED or SC_USAGE, which are also the program's exit
+ * statuses, and leaves one line of reason in a buffer of its thread. Only main() prints it.
+ * fail("FILE: what is wrong (expected ...)") is for bad input and for a machine that fails;
+ * usage(...) is for an impossible request.
  * ============================================================================================ */
 
 static _Thread_local char error_text[1024];
 
 const char *sc_error(void) { return error_text; }
 
-/* Sets the reason and returns the status; a line that is too long, by a path, loses its middle. */
+/* Sets the reason and returns the status. A line that is too long, because of a path, loses its
+ * middle. */
 SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
     enum { HALF = sizeof error_text / 2 - 2 };
     char line[16 * sizeof error_text];
@@ -1597,17 +1598,17 @@ SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
     return status;
 }
 
-/* count x size bytes on a cache line's boundary; NULL and a reason on failure. Not zeroed, so that
- * memory that is never written is never taken. Never asks for 0 bytes, so that NULL always means
- * failure. Freed with free(). */
+/* count x size bytes, aligned to a cache line; NULL and a reason on failure. Not zeroed, so that
+ * pages that are never written take no memory. At least 1 byte is requested, so that NULL always
+ * means failure. Freed with free(). */
 static void *reserve_array(size_t count, size_t size) {
     void *memory = NULL;
-    if ((size && count > (SIZE_MAX - 64) / size)
-        || posix_memalign(&memory, 64, count && size ? count * size : 1) != 0) {
-        fail("out of memory: cannot allocate %zu x %zu bytes", count, size);
-        return NULL;
-    }
-    return memory;
+    int addressable = size == 0 || count <= (SIZE_MAX - 64) / size;
+    size_t bytes = addressable ? count * size : 0;
+    if (bytes == 0) bytes = 1;
+    if (addressable && posix_memalign(&memory, 64, bytes) == 0) return memory;
+    fail("out of memory: cannot allocate %zu x %zu bytes", count, size);
+    return NULL;
 }
 
 /* The same, zeroed. */
@@ -1616,7 +1617,7 @@ static void *new_array(size_t count, size_t size) {
     return memory ? memset(memory, 0, count * size) : NULL;
 }
 
-/* NULL and a reason on failure. */
+/* A new string; NULL and a reason on failure. */
 static char *join_text(const char *head, const char *tail) {
     char *joined = new_array(strlen(head) + strlen(tail) + 1, 1);
     return joined ? strcat(strcpy(joined, head), tail) : NULL;
@@ -1624,7 +1625,8 @@ static char *join_text(const char *head, const char *tail) {
 
 static char *copy_string(const char *text) { return join_text(text, ""); }
 
-/* Makes room for one more element in a list, which doubles; list is the address of its pointer. */
+/* Makes room for one more element; the room doubles when it is used up. list: the address of the
+ * pointer to the elements. */
 static int grow(void *list, size_t *capacity, size_t count, size_t size) {
     if (count < *capacity) return SC_OK;
     size_t larger = *capacity ? 2 * *capacity : 64;
@@ -1638,12 +1640,9 @@ static int grow(void *list, size_t *capacity, size_t count, size_t size) {
     return SC_OK;
 }
 
-/* A table of arrays: where a pointer goes, and rows x the bytes of a row. */
-
-
-/* Lays arrays out in a block, each on a cache line's boundary behind a first line for the block's
- * owner, or only measures them where `block` is NULL. Returns the bytes they take, SIZE_MAX if so
- * many cannot be addressed. */
+/* Lays arrays out in a block, each from a cache line's boundary on, after a first line for the
+ * block's owner; where `block` is NULL it only measures them. Returns the bytes they take, SIZE_MAX
+ * if so many cannot be addressed. */
 static size_t lay_out(const array_spec *array, size_t count, void *block) {
     size_t used = 64;
     for (size_t i = 0; i < count; i++) {
@@ -1656,8 +1655,8 @@ static size_t lay_out(const array_spec *array, size_t count, void *block) {
     return used;
 }
 
-/* The blocks that something owns, to be freed together: each begins with a pointer to the one
- * before. Starts as NULL. */
+/* Allocates zeroed arrays in one block that a list owns. A memory_list points to its newest block,
+ * and each block begins with a pointer to the one before it. An empty list is NULL. */
 static int new_arrays(memory_list *list, const array_spec *array, size_t count) {
     void *block = new_array(lay_out(array, count, NULL), 1);
     if (!block) return SC_FAILED;
@@ -1667,7 +1666,7 @@ static int new_arrays(memory_list *list, const array_spec *array, size_t count) 
     return SC_OK;
 }
 
-/* *pointer (the address of a typed pointer) becomes a new array on the list. */
+/* One array; pointer: the address of a typed pointer, which is set to it. */
 static int allocate(memory_list *list, void *pointer, size_t count, size_t size) {
     return new_arrays(list, &(array_spec){ pointer, count, size }, 1);
 }
@@ -1694,10 +1693,11 @@ static float float_of_bits(uint32_t bits) {
 /* The index of the first value that is not finite, or count if there is none. */
 static size_t first_not_finite(const float *values, size_t count) {
     size_t i = 0;
-    for (uint32_t most = 0; i + 64 <= count; i += 64) {      /* 64 at a time can be vectors */
+    /* 64 at a time, in vectors: an exponent of all ones carries into bit 31 */
+    for (uint32_t carry = 0; i + 64 <= count; i += 64) {
         for (size_t k = i; k < i + 64; k++)
-            most |= (bits_of_float(values[k]) & 0x7f800000) + 0x800000;
-        if (most >> 31) break;
+            carry |= (bits_of_float(values[k]) & 0x7f800000) + 0x800000;
+        if (carry >> 31) break;
     }
     while (i < count && isfinite(values[i])) i++;
     return i;
@@ -1707,10 +1707,10 @@ static size_t first_not_finite(const float *values, size_t count) {
  * 7. Threads
  *
  * parallel_for(tasks, work, context) calls work(context, task) once for every task. Tasks are handed
- * out in ascending order; which thread gets which is left to chance, and no result may depend on it:
- * a task writes only its own part of the output, and the scratch memory of its `worker`.
- * If tasks fail, the one with the lowest number is reported. All below it had been started, so it is
- * the same in every run.
+ * out in ascending order. Which thread gets which task is left to chance, and no result may depend
+ * on it: a task writes only its own part of the output and the scratch memory of its `worker`.
+ * If tasks fail, the one with the lowest number is reported. All tasks below it had been started,
+ * so it is the same one in every run.
  * ============================================================================================ */
 
 typedef int task_function(void *context, size_t task);
@@ -1724,7 +1724,7 @@ static struct {
     pthread_cond_t start, done;
     task_function *work;
     void *context;
-    size_t tasks, round;             /* round: how many parallel_for calls there were, or STOP */
+    size_t tasks, round;             /* round: the number of the parallel_for call, or STOP */
     int busy;                        /* threads that have not finished this round */
     atomic_size_t next;              /* the next task to hand out */
     size_t failed_task;
@@ -1737,6 +1737,7 @@ static struct {
 
 static int thread_count(void) { return pool.workers; }
 
+/* Takes tasks until none is left. */
 static void run_tasks(void) {
     for (size_t task; (task = atomic_fetch_add(&pool.next, 1)) < pool.tasks;) {
         int status = pool.work(pool.context, task);
@@ -1748,10 +1749,11 @@ static void run_tasks(void) {
             memcpy(pool.reason, error_text, sizeof error_text);
         }
         pthread_mutex_unlock(&pool.lock);
-        atomic_store(&pool.next, pool.tasks);
+        atomic_store(&pool.next, pool.tasks);            /* no further task is started */
     }
 }
 
+/* A thread waits for a round, helps with its tasks, and waits for the next. */
 static void *worker_main(void *argument) {
     size_t seen = 0;
     worker = (size_t)(intptr_t)argument;
@@ -1767,6 +1769,7 @@ static void *worker_main(void *argument) {
     }
 }
 
+/* Returns SC_OK, or the status and reason of the failed task with the lowest number. */
 static int parallel_for(size_t tasks, task_function *work, void *context) {
     pthread_mutex_lock(&pool.lock);
     pool.work = work;
@@ -1774,8 +1777,9 @@ static int parallel_for(size_t tasks, task_function *work, void *context) {
     pool.tasks = tasks;
     pool.status = SC_OK;
     atomic_store(&pool.next, 0);
-    pool.busy = tasks > 1 ? pool.workers - 1 : 0;
-    if (pool.busy > 0) {
+    pool.busy = 0;
+    if (tasks > 1 && pool.workers > 1) {                 /* one task needs no other thread */
+        pool.busy = pool.workers - 1;
         pool.round++;
         pthread_cond_broadcast(&pool.start);
     }
@@ -1797,14 +1801,16 @@ void sc_threads_stop(void) {
     pool.round = 0;
 }
 
+/* threads: 0 or less for one per processor. Either all of them start or none. */
 int sc_threads_start(int threads) {
     int error = 0;
     sc_threads_stop();
     if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
     if (threads > SC_MAX_THREADS) threads = SC_MAX_THREADS;
-    for (int i = 1; i < threads && !error; i++) {
-        error = pthread_create(&pool.thread[i], NULL, worker_main, (void *)(intptr_t)i);
-        if (!error) pool.workers = i + 1;
+    while (pool.workers < threads && !error) {
+        intptr_t number = pool.workers;
+        error = pthread_create(&pool.thread[number], NULL, worker_main, (void *)number);
+        if (!error) pool.workers++;
     }
     if (!error) return SC_OK;
     int started = pool.workers;
@@ -4072,9 +4078,64 @@ typedef struct {
 
 static int quiet, line_open;         /* line_open: a line of progress stands on the terminal */
 
+/* The length of the UTF-8 character at text, whose code point *code becomes; 0 if it is invalid: a
+ * stray byte, an overlong form, a surrogate or above U+10FFFF (RFC 3629). */
+static size_t utf8_length(const char *text, uint32_t *code) {
+    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+    const unsigned char *byte = (const unsigned char *)text;
+    size_t length = 0;
+    if (byte[0] < 0x80) length = 1;
+    else if (byte[0] >> 5 == 0x06) length = 2;
+    else if (byte[0] >> 4 == 0x0e) length = 3;
+    else if (byte[0] >> 3 == 0x1e) length = 4;
+    *code = byte[0];
+    if (length > 1) *code &= 0x7fu >> length;
+    for (size_t i = 1; i < length; i++) {
+        if (byte[i] >> 6 != 2) return 0;
+        *code = *code << 6 | (byte[i] & 0x3f);
+    }
+    if (*code < least[length] || *code >> 11 == 0x1b || *code > 0x10ffff) return 0;
+    return length;
+}
+
+/* Whether a terminal may obey a character: ASCII's and Latin-1's control characters, and those that
+ * end lines or reverse text. */
+static int is_control(uint32_t code) {
+    return code < ' ' || (code >= 0x7f && code < 0xa0) || (code >= 0x2028 && code <= 0x202e)
+        || (code >= 0x2066 && code <= 0x2069);
+}
+
+/* A text that is safe to show: bytes of control characters and of invalid UTF-8 become \xNN. What
+ * does not fit is replaced by "...". Every message, table, figure and log prints foreign texts
+ * through this; CSV, XML and so on escape only their own marks. out: [room] */
+static const char *printable(const char *text, char *out, size_t room) {
+    size_t used = 0;
+    while (*text) {
+        uint32_t code;
+        size_t length = utf8_length(text, &code);
+        int harmless = length > 0 && !is_control(code);
+        if (length == 0) length = 1;
+        if (used + 4 * length + sizeof "..." > room) {
+            strcpy(out + used, "...");
+            return out;
+        }
+        for (; length > 0; length--, text++)
+            used += (size_t)sprintf(out + used, harmless ? "%c" : "\\x%02x", (unsigned char)*text);
+    }
+    out[used] = '\0';
+    return out;
+}
+
 enum { TEXT_ROOM = 600 };            /* bytes of a text that is shown */
 
-static const char *printable(const char *text, char *out, size_t room);
+/* One of 8 buffers in turn, since a line may show several texts. For the main thread only. */
+static char *text_room(void) {
+    static char room[8][TEXT_ROOM];
+    static unsigned next;
+    return room[next++ % 8];
+}
+
+static const char *shown(const char *text) { return printable(text, text_room(), TEXT_ROOM); }
 
 /* Prints a line on standard error, unless --quiet was given. */
 SC_PRINTF(1, 2) static void note(const char *format, ...) {
@@ -4095,23 +4156,23 @@ static double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Progress on standard error: redrawn every 0.2 s on a terminal, else a line every 20 s. The first
- * call only takes the time. done, total: steps or images; words: what else to say */
+/* Progress on standard error: redrawn every 0.2 s on a terminal, otherwise one line every 20 s. The
+ * first call only takes the time, and a run shorter than that shows nothing. done, total: steps or
+ * images; images: how many were done; words: printed at the end of the line */
 static void show_progress(const char *what, uint64_t done, uint64_t total, uint64_t images,
                           const char *words) {
     static double first, last;
     static uint64_t begin, begin_images;
     double now = seconds_now(), passed = now - first, pause = 20;
     int terminal = isatty(STDERR_FILENO), ends = done == total;
+    if (terminal) pause = 0.2;
     if (first == 0 || done <= begin) {
         first = last = now;
         begin = done;
         begin_images = images;
         return;
     }
-    if (terminal) pause = 0.2;
-    if (quiet || (!ends && now - last < pause)) return;
-    if (ends && !terminal && passed < 20) return;        /* a short run needs no line */
+    if (quiet || passed < pause || (!ends && now - last < pause)) return;
     last = now;
     line_open = terminal && !ends;
     fputs(terminal ? "\r\033[K" : "saeclip: ", stderr);
@@ -4124,20 +4185,19 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
 
 /* Whether everything printed has reached standard output; a disk may be full. */
 static int end_of_output(void) {
-    errno = EIO;                                         /* where an earlier write failed */
+    errno = EIO;                                         /* if an earlier write failed */
     if (fflush(stdout) == 0 && !ferror(stdout)) return SC_OK;
     return fail("standard output: cannot be written: %s", strerror(errno));
 }
 
-/* The whole text as a number from least to most. */
+/* The whole text as a number from least to most. what: the option or the metadata's key */
 static int parse_number(const char *text, const char *what, double least, double most,
                         double *value) {
     char *end;
     *value = strtod(text, &end);
-    if (end == text || *end != '\0' || !(*value >= least && *value <= most))
-        return usage("%s: invalid value '%s' (expected a number from %g to %g)", what, text,
-                     least, most);
-    return SC_OK;
+    if (end > text && *end == '\0' && *value >= least && *value <= most) return SC_OK;
+    return usage("%s: invalid value '%s' (expected a number from %g to %g)", what, text, least,
+                 most);
 }
 
 /* "R,G,B" */
@@ -4162,46 +4222,40 @@ static int parse_triple(const char *text, const char *what, float *value) {
  * the header, and the tensors' data without gaps, all little-endian. The header is JSON:
  *     {"__metadata__": {"key": "value", ...},
  *      "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
- * Files may be damaged or hostile: every claim of a header is checked before it is used, and no
- * more memory is taken than the header that is really there justifies.
+ * Files may be damaged or hostile: every claim of a header is checked before it is used, and memory
+ * is taken only in proportion to the header's size in the file.
  * ============================================================================================ */
 
 /* Copies count numbers of `size` bytes between memory and file, either way. On a big-endian machine
  * byte b of a number changes places with byte b ^ (size - 1). */
-static void copy_numbers(void *to, const void *from, size_t count, size_t size) {
-    const uint16_t one = 1;
-    const unsigned char *in = from;
-    unsigned char *out = to, little;
-    memcpy(&little, &one, 1);
-    if (little && count > 0) memcpy(out, in, count * size);
-    if (little) return;
-    for (size_t i = 0; i < count * size; i++) out[i ^ (size - 1)] = in[i];
+static void copy_numbers(void *restrict to, const void *restrict from, size_t count, size_t size) {
+    const union { uint16_t number; unsigned char first; } one = { 1 };
+    const size_t swap = one.first ? 0 : size - 1;
+    unsigned char *restrict out = to;
+    const unsigned char *restrict in = from;
+    for (size_t i = 0; i < count * size; i++) out[i ^ swap] = in[i];
 }
 
-/* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 of fraction. Exact. */
+/* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 bits of fraction. Exact. */
 static float float_of_half(uint32_t half) {
     uint32_t sign = (half & 0x8000) << 16, rest = (half & 0x7fff) << 13;
-    uint32_t exponent = half & 0x7c00;
-    if (exponent == 0) {                                 /* below the normal range: fraction 2^-24 */
-        float small = float_of_bits(rest + (113u << 23)) - float_of_bits(113u << 23);
-        return float_of_bits(sign | bits_of_float(small));
-    }
-    rest += exponent == 0x7c00 ? 224u << 23 : 112u << 23;    /* infinity, NaN; all others */
-    return float_of_bits(sign | rest);
+    float value = float_of_bits(rest) * 0x1p112f;        /* float's bias is 127 = 15 + 112 */
+    if (rest >= 0x7c00 << 13) value = float_of_bits(rest | 0x7f800000);    /* infinity, NaN */
+    return float_of_bits(sign | bits_of_float(value));
 }
 
-/* Rounds to nearest, ties to even; values from 65520 on become infinity. */
+/* Rounds to nearest, ties to even. value: below 65520, where infinity begins */
 static uint16_t half_of_float(float value) {
     uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-    if (rest > 0x7f800000) rest = 0x7e00;                                 /* NaN */
-    else if (rest >= 0x47800000) rest = 0x7c00;                           /* 65536 and beyond */
-    else if (rest >= 0x38800000) rest = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
-    else rest = bits_of_float(float_of_bits(rest) + 0.5f) - bits_of_float(0.5f);
-    return (uint16_t)(sign | rest);    /* the addition just above rounds to units of 2^-24 */
+    if (rest >= 0x38800000)                              /* 2^-14, the smallest normal half */
+        rest = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
+    else                                                 /* the sum is rounded to units of 2^-24 */
+        rest = bits_of_float(float_of_bits(rest) + 0.5f) - bits_of_float(0.5f);
+    return (uint16_t)(sign | rest);
 }
 
-/* A running digest of bytes, against accidents, not against attacks: each step is one-to-one in the
- * word that it takes in, so that a change within one word always shows. Starts as { 0 }. */
+/* A digest of bytes, against accidents, not attacks. Each step is one-to-one in the word that it
+ * takes in, so that a change within one word always shows. Starts as { 0 }. */
 typedef struct { uint64_t state, length, word; } digest64;   /* word: the last length % 8 bytes */
 
 static uint64_t digest64_step(uint64_t state, uint64_t word) {
@@ -4232,14 +4286,11 @@ static uint64_t digest64_value(const digest64 *digest) {
     return digest64_step(digest64_step(state, digest->length), 0);
 }
 
-/* --- JSON (RFC 8259), strict: the parts that safetensors headers and lists of names consist of ---
+/* --- JSON (RFC 8259): what safetensors headers and lists of names consist of ---
  *
- * The text is our own copy and ends with a NUL, which no rule accepts, so no other bound is needed.
- * Strings are decoded in place: decoding never lengthens them, and the closing quote makes room for
- * a NUL. After the first error nothing more is accepted and lists end, so that callers need to look
- * for errors only at the end. */
-
-static const char json_blanks[] = " \t\n\r";
+ * The text is a copy that ends with a NUL, which no rule accepts: no other bound is needed. Strings
+ * are decoded in place, which never lengthens them; the closing quote makes room for a NUL. After
+ * the first error nothing more is accepted and lists end, so that one check at the end is enough. */
 
 /* what: whose JSON this is, for errors; at: never at a blank */
 typedef struct { const char *what; char *text; size_t at; int failed; } json;
@@ -4249,32 +4300,17 @@ static void json_expect(json *j, int met, const char *expected) {
     j->failed = fail("%s: JSON byte %zu: expected %s", j->what, j->at, expected);
 }
 
-/* Whether c comes next; it is skipped, and the blanks after it. */
-static int json_take(json *j, char c) {
-    if (j->failed || j->text[j->at] != c) return 0;
-    j->at++;
-    j->at += strspn(j->text + j->at, json_blanks);
-    return 1;
+/* Skips these bytes and the blanks after them. */
+static void json_skip(json *j, size_t bytes) {
+    j->at += bytes;
+    j->at += strspn(j->text + j->at, " \t\n\r");
 }
 
-/* The length of the UTF-8 character at text; 0 if it is a control byte, a stray byte, an overlong
- * form, a surrogate or above U+10FFFF (RFC 3629). */
-static size_t utf8_length(const char *text) {
-    static const uint32_t least[] = { 0, ' ', 0x80, 0x800, 0x10000 };
-    const unsigned char *byte = (const unsigned char *)text;
-    size_t length = 0;
-    if (byte[0] < 0x80) length = 1;
-    else if (byte[0] >> 5 == 0x06) length = 2;
-    else if (byte[0] >> 4 == 0x0e) length = 3;
-    else if (byte[0] >> 3 == 0x1e) length = 4;
-    uint32_t code = byte[0];
-    if (length > 1) code &= 0x7fu >> length;
-    for (size_t i = 1; i < length; i++) {
-        if (byte[i] >> 6 != 2) return 0;
-        code = code << 6 | (byte[i] & 0x3f);
-    }
-    if (code < least[length] || code >> 11 == 0x1b || code > 0x10ffff) return 0;
-    return length;
+/* Whether c comes next; if so it is skipped. */
+static int json_take(json *j, char c) {
+    int next = !j->failed && j->text[j->at] == c;
+    if (next) json_skip(j, 1);
+    return next;
 }
 
 /* The value of "\uXXXX" at text; 0, which no string may hold, if it is not there. */
@@ -4288,7 +4324,6 @@ static uint32_t json_unit(const char *text) {
 /* Decodes the escape at text to *to, which moves on. Returns the escape's length, 0 if invalid. */
 static size_t json_escape(const char *text, char **to) {
     static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    static const unsigned char lead[] = { 0x00, 0xc0, 0xe0, 0xf0 };
     const char *letter = text[1] ? strchr(letters, text[1]) : NULL;
     if (letter) {
         *(*to)++ = meanings[letter - letters];
@@ -4299,7 +4334,8 @@ static size_t json_escape(const char *text, char **to) {
     if (low >> 10 == 0x37) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
     if (code == 0 || code >> 11 == 0x1b) return 0;
     int more = (code >= 0x80) + (code >= 0x800) + (code >= 0x10000);     /* bytes after the first */
-    *(*to)++ = (char)(lead[more] | code >> 6 * more);
+    uint32_t lead = more ? 0xff00u >> (more + 1) : 0;                    /* more + 1 ones, a zero */
+    *(*to)++ = (char)(lead | code >> 6 * more);
     for (int i = more - 1; i >= 0; i--) *(*to)++ = (char)(0x80 | (code >> 6 * i & 0x3f));
     return more == 3 ? 12 : 6;
 }
@@ -4310,13 +4346,14 @@ static char *json_string(json *j) {
     if (!j->failed) j->at++;
     while (!j->failed && j->text[j->at] != '"') {
         const char *from = j->text + j->at;
+        uint32_t code;
         size_t length;
         if (*from == '\\') {
             length = json_escape(from, &to);
             json_expect(j, length > 0, "a valid escape");
         } else {
-            length = utf8_length(from);
-            json_expect(j, length > 0, "valid UTF-8 without control bytes");
+            length = utf8_length(from, &code);
+            json_expect(j, length > 0 && code >= ' ', "valid UTF-8 without control bytes");
             memmove(to, from, length);
             to += length;
         }
@@ -4326,15 +4363,15 @@ static char *json_string(json *j) {
     return start;
 }
 
-/* Where element `index` of a list in these brackets begins; of an object its key, after which the
- * value comes next; NULL at the list's end. */
+/* Where element `index` of a list in these brackets begins, NULL at the end. Of an object this is
+ * the key, and the value comes next. */
 static char *json_next(json *j, size_t index, const char *brackets) {
-    int object = *brackets == '{';
-    if (index == 0) json_expect(j, json_take(j, *brackets), object ? "'{'" : "'['");
+    const char *end = *brackets == '{' ? "',' or '}'" : "',' or ']'";
+    if (index == 0) json_expect(j, json_take(j, *brackets), *brackets == '{' ? "'{'" : "'['");
     if (json_take(j, brackets[1])) return NULL;
-    if (index > 0) json_expect(j, json_take(j, ','), object ? "',' or '}'" : "',' or ']'");
+    if (index > 0) json_expect(j, json_take(j, ','), end);
     char *element = j->text + j->at;
-    if (object) {
+    if (*brackets == '{') {
         element = json_string(j);
         json_expect(j, json_take(j, ':'), "':'");
     }
@@ -4348,31 +4385,29 @@ static size_t json_sizes(json *j, size_t *sizes, size_t most) {
         size_t digits = strspn(text, "0123456789");
         errno = 0;
         unsigned long long value = strtoull(text, NULL, 10);
-        json_expect(j, digits && (*text != '0' || digits == 1) && !errno && (size_t)value == value,
+        int whole = digits > 0 && (*text != '0' || digits == 1);
+        json_expect(j, whole && errno == 0 && value <= SIZE_MAX,
                     "a whole number that this machine can address");
-        json_expect(j, n < most, most == 2 ? "2 numbers" : "at most 8 numbers");
+        json_expect(j, n < most, "no more numbers");
         if (n < most) sizes[n] = (size_t)value;
-        j->at += digits + strspn(text + digits, json_blanks);
+        json_skip(j, digits);
     }
     return n;
 }
 
-/* Hands out every scalar below a value, in order: of {"a": {"b": 1}} the key "a.b" and the text "1".
- * key: [256], of which `used` bytes are the value's own key; a longer one is cut */
-static int json_value(json *j, char *key, size_t used, int depth,
-                      int (*take)(void *context, const char *key, const char *text), void *context) {
-    char scalar[64] = "", *text = scalar, *name;
+/* Called with a scalar's key, e.g. "a.b" for the 1 in {"a": {"b": 1}}, and its text. */
+typedef int scalar_function(void *context, const char *key, const char *text);
+
+/* Passes on every scalar below a value, in order. key: the value's own; a long one is cut */
+static int json_value(json *j, const char *key, int depth, scalar_function *take, void *context) {
+    char below[256], scalar[64] = "", *text = scalar, *name;
     const char *start = j->text + j->at, *brackets = *start == '{' ? "{}" : "[]";
     json_expect(j, depth < 32, "less nesting");
-    if (*start == '{' || *start == '[') {
+    if (*start == *brackets) {
         for (size_t i = 0; (name = json_next(j, i, brackets)) != NULL; i++) {
-            size_t length = *start == '{' ? strlen(name) : 0;
-            if (length > 254 - used) length = 254 - used;
-            size_t dot = used > 0 && used < 254 && length > 0;
-            if (dot) key[used] = '.';
-            memcpy(key + used + dot, name, length);
-            key[used + dot + length] = '\0';
-            SC_TRY(json_value(j, key, used + dot + length, depth + 1, take, context));
+            if (*start == '[') snprintf(below, sizeof below, "%s", key);
+            else snprintf(below, sizeof below, "%s%s%s", key, *key ? "." : "", name);
+            SC_TRY(json_value(j, below, depth + 1, take, context));
         }
         return j->failed;
     }
@@ -4383,49 +4418,36 @@ static int json_value(json *j, char *key, size_t used, int depth,
         json_expect(j, length > 0 && length < sizeof scalar, "a value");
         if (j->failed) return SC_FAILED;
         memcpy(scalar, start, length);
-        j->at += length + strspn(start + length, json_blanks);
+        json_skip(j, length);
     }
     return j->failed ? SC_FAILED : take(context, key, text);
 }
 
 /* The scalars of an object. text: [length + 1], ends with a NUL and is changed; what: for errors */
-static int json_scalars(char *text, size_t length, const char *what,
-                        int (*take)(void *context, const char *key, const char *text), void *context) {
-    char key[256] = "";
-    json j = { .what = what, .text = text, .at = strspn(text, json_blanks) };
+static int json_scalars(char *text, size_t length, const char *what, scalar_function *take,
+                        void *context) {
+    json j = { .what = what, .text = text };
+    json_skip(&j, 0);
     json_expect(&j, text[j.at] == '{', "'{'");
-    if (!j.failed) SC_TRY(json_value(&j, key, 0, 0, take, context));
+    if (!j.failed) SC_TRY(json_value(&j, "", 0, take, context));
     json_expect(&j, j.at == length, "nothing after the object");
     return j.failed;
 }
 
-/* text: a JSON array of strings, the form in which metadata hold lists of names. The strings follow
- * the pointers in one block, which free(*out) releases. */
+/* Reads a JSON array of strings, the form that lists of names have in metadata. *out: the pointers
+ * and behind them the strings, in one block that free() releases. */
 static int json_string_array(const char *text, const char *what, char ***out, size_t *count) {
     size_t length = strlen(text), most = 1;
     for (const char *c = text; *c; c++) most += *c == ',';
     char **list = new_array(most * sizeof *list + length + 1, 1);
     if (!list) return SC_FAILED;
     json j = { .what = what, .text = memcpy(list + most, text, length + 1) };
-    j.at = strspn(text, json_blanks);
+    json_skip(&j, 0);
     for (*count = 0; json_next(&j, *count, "[]"); ++*count) list[*count] = json_string(&j);
     json_expect(&j, j.at == length, "nothing after the list");
     if (j.failed) free(list);
     else *out = list;
     return j.failed;
-}
-
-/* The control character at text, 0 if there is none. Also those of Latin-1 (in UTF-8 C2 80 to C2 9F)
- * and the characters that end lines or reverse text (U+2028 to 202E, 2066 to 2069). */
-static unsigned control_at(const char *text) {
-    const unsigned char *byte = (const unsigned char *)text;
-    if (byte[0] < ' ' || byte[0] == 127) return byte[0];
-    if (byte[0] == 0xc2 && byte[1] >= 0x80 && byte[1] < 0xa0) return byte[1];
-    if (byte[0] == 0xe2 && byte[1] == 0x80 && byte[2] >= 0xa8 && byte[2] <= 0xae)
-        return 0x1f80u + byte[2];
-    if (byte[0] == 0xe2 && byte[1] == 0x81 && byte[2] >= 0xa6 && byte[2] <= 0xa9)
-        return 0x1fc0u + byte[2];
-    return 0;
 }
 
 /* A byte that is not part of valid UTF-8, as files hold it: U+FFFD and its value. */
@@ -4434,65 +4456,38 @@ static unsigned control_at(const char *text) {
 /* Adds a name and its end as print_json() writes them, so that packing keeps a data set's digest. */
 static void digest64_name(digest64 *digest, const char *name) {
     char invalid[8];
-    while (*name) {
-        size_t length = utf8_length(name);
-        if (length == 0 && !control_at(name)) {
+    uint32_t point;
+    for (size_t length; *name; name += length) {
+        length = utf8_length(name, &point);
+        if (length > 0) {
+            digest64_add(digest, name, length);
+        } else {
+            length = 1;
             snprintf(invalid, sizeof invalid, INVALID_BYTE, (unsigned char)*name);
             digest64_add(digest, invalid, strlen(invalid));
-        } else {
-            if (length == 0) length = 1;                     /* a control byte */
-            digest64_add(digest, name, length);
         }
-        name += *name && length ? length : 1;
     }
     digest64_add(digest, "", 1);
 }
 
-/* Prints text as a JSON string; '<' is
- * escaped too: in a web page it could end the script that holds the string. */
-static void print_json(FILE *out, const char *text) {
-    putc('"', out);
-    while (*text) {
-        size_t length = utf8_length(text);
-        unsigned code = control_at(text);
-        if (*text == '<') code = '<';
-        if (code) fprintf(out, "\\u%04x", code);
-        else if (length == 0) fprintf(out, INVALID_BYTE, (unsigned char)*text);
-        else if (*text == '"' || *text == '\\') fprintf(out, "\\%c", *text);
+/* Prints text as a JSON string between quotes; slash begins an escape. '<' is escaped too: in a web
+ * page it could end the script that holds the string. */
+static void print_quoted(FILE *out, const char *text, const char *slash, const char *quote) {
+    uint32_t point;
+    fputs(quote, out);
+    for (size_t length; *text; text += length) {
+        length = utf8_length(text, &point);
+        if (length == 0) fprintf(out, INVALID_BYTE, (unsigned char)*text);
+        else if (is_control(point) || point == '<') fprintf(out, "%su%04x", slash, (unsigned)point);
+        else if (point == '\\') fprintf(out, "%s%s", slash, slash);
+        else if (point == '"') fprintf(out, "%s%s", slash, quote);
         else fwrite(text, 1, length, out);
-        text += length ? length : 1;
-    }
-    putc('"', out);
-}
-
-/* A text as it may be shown: where a terminal might obey it (control characters) or it is not valid
- * UTF-8, its bytes appear as \xNN; it is cut short where it does not fit. Used by every message,
- * table, figure and log; CSV, XML and so on only escape their own marks. out: [room] */
-static const char *printable(const char *text, char *out, size_t room) {
-    size_t used = 0;
-    while (*text) {
-        size_t length = utf8_length(text);
-        int harmless = length > 0 && !control_at(text);
         if (length == 0) length = 1;
-        if (used + 4 * length + sizeof "..." > room) {
-            strcpy(out + used, "...");
-            return out;
-        }
-        for (; length > 0; length--, text++)
-            used += (size_t)sprintf(out + used, harmless ? "%c" : "\\x%02x", (unsigned char)*text);
     }
-    out[used] = '\0';
-    return out;
+    fputs(quote, out);
 }
 
-/* One of 8 buffers in turn, since a line may show several texts. For the main thread only. */
-static char *text_room(void) {
-    static char room[8][TEXT_ROOM];
-    static unsigned next;
-    return room[next++ % 8];
-}
-
-static const char *shown(const char *text) { return printable(text, text_room(), TEXT_ROOM); }
+static void print_json(FILE *out, const char *text) { print_quoted(out, text, "\\", "\""); }
 
 /* --- Reading safetensors --- */
 
@@ -4509,23 +4504,19 @@ const char *sc_dtype_name(sc_dtype dtype) { return dtypes[dtype].name; }
 
 size_t sc_dtype_size(sc_dtype dtype) { return dtypes[dtype].size; }
 
-/* Sets count and bytes from dtype and shape. A dimension of 0 must not hide that the product of the
- * others overflows: whoever reads the shape would multiply them. */
+/* Sets count and bytes from dtype and shape. Where a dimension is 0, the product of the others must
+ * not overflow either: a caller may multiply them. */
 static int measure_tensor(sc_tensor *t, const char *path) {
-    size_t size = sc_dtype_size(t->dtype), bytes = size;
-    int empty = 0;
+    size_t bytes = sc_dtype_size(t->dtype), empty = 0;
     for (int d = 0; d < t->rank; d++) {
         size_t n = t->shape[d];
-        if (n == 0) {
-            empty = 1;
-            continue;
-        }
+        if (n == 0) n = empty = 1;
         if (bytes > SIZE_MAX / n)
             return fail("%s: tensor '%.100s' is too large for this machine", path, t->name);
         bytes *= n;
     }
     t->bytes = empty ? 0 : bytes;
-    t->count = t->bytes / size;
+    t->count = t->bytes / sc_dtype_size(t->dtype);
     return SC_OK;
 }
 
@@ -4561,52 +4552,46 @@ static int read_tensor(json *j, sc_safetensors *file, const char *name) {
 }
 
 static int read_metadata(json *j, sc_safetensors *file) {
-    for (const char *key; (key = json_next(j, file->entries, "{}")) != NULL; file->entries++) {
+    json_expect(j, !file->metadata, "__metadata__ only once");
+    for (;; file->entries++) {
         SC_TRY(grow(&file->metadata, &file->entry_capacity, file->entries, sizeof(sc_entry)));
+        const char *key = json_next(j, file->entries, "{}");
+        if (!key) return j->failed;
         file->metadata[file->entries] = (sc_entry){ key, json_string(j) };
     }
-    return j->failed;
 }
 
-/* Files that are often found in place of a safetensors file, told by their first bytes. */
-static int name_other_file(const sc_safetensors *file) {
+/* Says what a file is that is not safetensors, if its first bytes tell. */
+static int refuse_file(const sc_safetensors *file, uint64_t size, uint64_t most) {
     static const struct { const char *begin, *name; } others[] = {
-        { "version https://git-lfs", "a Git LFS pointer; the file itself comes with git lfs pull" },
-        { "PK\003\004", "a PyTorch file; weights/convert.py makes a safetensors file of it" },
-        { "\x80\002", "a PyTorch pickle; weights/convert.py makes a safetensors file of it" },
-        { "<", "a web page, not the file it stands for" },
-        { "{", "JSON; an index of shards is not the model" } };
-    for (size_t i = 0; i < COUNT(others); i++)
-        if (file->size > strlen(others[i].begin)
-            && memcmp(file->map, others[i].begin, strlen(others[i].begin)) == 0)
-            return fail("%s: not a safetensors file: %s", file->path, others[i].name);
-    return SC_OK;
+        { "version https://git-lfs", "a Git LFS pointer; git lfs pull fetches the file itself" },
+        { "PK\003\004", "a PyTorch file; weights/convert.py converts it" },
+        { "\x80\002", "a PyTorch pickle; weights/convert.py converts it" },
+        { "<", "a web page" },
+        { "{", "JSON, perhaps an index of shards" } };
+    for (size_t i = 0; i < COUNT(others); i++) {
+        size_t length = strlen(others[i].begin);
+        if (file->size > length && memcmp(file->map, others[i].begin, length) == 0)
+            return fail("%s: not a safetensors file but %s", file->path, others[i].name);
+    }
+    return fail("%s: not a safetensors file: a header of %ju bytes (expected 2 to %ju)", file->path,
+                (uintmax_t)size, (uintmax_t)most);
 }
 
 static int read_header(sc_safetensors *file) {
-    uint64_t size;
-    size_t most = file->size - 8 < MAX_HEADER ? file->size - 8 : MAX_HEADER, members = 0;
+    uint64_t size, most = file->size - 8;
+    size_t members = 0;
+    if (most > MAX_HEADER) most = MAX_HEADER;
     copy_numbers(&size, file->map, 1, 8);
-    if (size < 2 || size > most) SC_TRY(name_other_file(file));
-    if (size < 2 || size > most)
-        return fail("%s: not a safetensors file: a header of %ju bytes (expected 2 to %zu)",
-                    file->path, (uintmax_t)size, most);
+    if (size < 2 || size > most) return refuse_file(file, size, most);
     file->data = file->map + 8 + size;
     file->text = new_array((size_t)size + 1, 1);
     if (!file->text) return SC_FAILED;
     memcpy(file->text, file->map + 8, (size_t)size);
     json j = { .what = file->path, .text = file->text };
-    int described = 0;
     for (const char *key; (key = json_next(&j, members, "{}")) != NULL; members++) {
-        int status;
-        if (strcmp(key, "__metadata__") == 0) {
-            json_expect(&j, !described, "__metadata__ only once");
-            described = 1;
-            status = read_metadata(&j, file);
-        } else {
-            status = read_tensor(&j, file, key);
-        }
-        if (status != SC_OK) j.failed = status;
+        if (strcmp(key, "__metadata__") == 0) SC_TRY(read_metadata(&j, file));
+        else SC_TRY(read_tensor(&j, file, key));
     }
     json_expect(&j, j.at == size, "only spaces after the header's object");
     return j.failed;
@@ -4648,39 +4633,38 @@ static int sort_by_name(const char *path, void *list, size_t count, size_t size)
     return SC_OK;
 }
 
-/* A private map: a file that is cut short while it is read ends the program. O_NONBLOCK: a named
- * pipe is refused, not waited for. */
+/* O_NONBLOCK: a named pipe is refused, not waited for. If a file is cut short while it is mapped,
+ * the program ends when it reads there. */
 static int map_file(sc_safetensors *file) {
     struct stat about;
+    void *map = MAP_FAILED;
     int fd = open(file->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0) return fail("%s: cannot be opened: %s", file->path, strerror(errno));
-    int status = SC_OK;
-    if (fstat(fd, &about) != 0 || !S_ISREG(about.st_mode) || about.st_size < 8
-        || (uintmax_t)about.st_size > SIZE_MAX) {
-        status = fail("%s: not a regular file of 8 bytes or more (expected a safetensors file)",
-                      file->path);
-    } else {
-        void *map = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (map == MAP_FAILED) {
-            status = fail("%s: cannot be mapped: %s", file->path, strerror(errno));
-        } else {
-            file->map = map;
-            file->size = (size_t)about.st_size;
-        }
-    }
+    int fits = fstat(fd, &about) == 0 && S_ISREG(about.st_mode) && about.st_size >= 8
+            && (uintmax_t)about.st_size <= SIZE_MAX;
+    if (fits) map = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    int error = errno;
     close(fd);
-    return status;
+    if (!fits)
+        return fail("%s: not a regular file of 8 bytes or more (expected a safetensors file)",
+                    file->path);
+    if (map == MAP_FAILED) return fail("%s: cannot be mapped: %s", file->path, strerror(error));
+    file->map = map;
+    file->size = (size_t)about.st_size;
+    return SC_OK;
+}
+
+static int read_safetensors(sc_safetensors *file) {
+    SC_TRY(map_file(file));
+    SC_TRY(read_header(file));
+    SC_TRY(check_positions(file));
+    SC_TRY(sort_by_name(file->path, file->tensor, file->tensors, sizeof *file->tensor));
+    return sort_by_name(file->path, file->metadata, file->entries, sizeof *file->metadata);
 }
 
 int sc_safetensors_open(sc_safetensors *file, const char *path) {
     *file = (sc_safetensors){ .path = copy_string(path) };
-    int status = file->path ? map_file(file) : SC_FAILED;
-    if (status == SC_OK) status = read_header(file);
-    if (status == SC_OK) status = check_positions(file);
-    if (status == SC_OK)
-        status = sort_by_name(path, file->tensor, file->tensors, sizeof *file->tensor);
-    if (status == SC_OK)
-        status = sort_by_name(path, file->metadata, file->entries, sizeof *file->metadata);
+    int status = file->path ? read_safetensors(file) : SC_FAILED;
     if (status != SC_OK) sc_safetensors_close(file);
     return status;
 }
@@ -4705,46 +4689,43 @@ const char *sc_metadata_find(const sc_safetensors *file, const char *key) {
     return entry ? entry->value : NULL;
 }
 
-/* Where the values asked for lie; NULL if they are not there, or not of a dtype least to most. */
-static const unsigned char *find_values(const sc_safetensors *file, const sc_tensor *t,
-                                        size_t first, size_t count, sc_dtype least, sc_dtype most) {
-    if (t->dtype < least || t->dtype > most) {
-        fail("%s: tensor '%.100s' is %s (expected %s)", file->path, t->name,
-             sc_dtype_name(t->dtype), least ? "I64, I32 or U8" : "F32, F16, BF16 or F64");
-        return NULL;
+/* Element i of a tensor, also infinities and NaN; of I64, I32 and U8 *whole is the exact value. */
+static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
+    union { uint8_t byte; uint16_t half; int32_t narrow; float single; double wide; int64_t whole; } n;
+    size_t size = sc_dtype_size(t->dtype);
+    copy_numbers(&n, t->data + i * size, 1, size);
+    switch (t->dtype) {
+    case SC_F32: return (double)n.single;
+    case SC_F16: return (double)float_of_half(n.half);
+    case SC_BF16: return (double)float_of_bits((uint32_t)n.half << 16);  /* F32's upper half */
+    case SC_F64: return n.wide;
+    case SC_I64: *whole = n.whole; break;
+    case SC_I32: *whole = n.narrow; break;
+    default: *whole = n.byte;
     }
-    if (first > t->count || count > t->count - first) {
-        fail("%s: tensor '%.100s' has %zu values (expected %zu from number %zu on)", file->path,
-             t->name, t->count, count, first);
-        return NULL;
-    }
-    return t->data + first * sc_dtype_size(t->dtype);
+    return (double)*whole;
 }
 
-static void floats_of_bytes(float *out, const unsigned char *from, size_t count, sc_dtype dtype) {
-    if (dtype == SC_F32) {
-        copy_numbers(out, from, count, 4);
-        return;
-    }
-    for (size_t i = 0; i < count; i++) {
-        uint16_t half = 0;
-        double wide = 0;
-        if (dtype == SC_F64) {
-            copy_numbers(&wide, from + 8 * i, 1, 8);
-            out[i] = (float)wide;
-            continue;
-        }
-        copy_numbers(&half, from + 2 * i, 1, 2);
-        if (dtype == SC_F16) out[i] = float_of_half(half);
-        else out[i] = float_of_bits((uint32_t)half << 16);   /* BF16: the upper half of a float */
-    }
+/* Whether a tensor is of floats (or else of integers) and has values first .. first + count - 1. */
+static int check_range(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
+                       int floats) {
+    if (t->dtype > SC_U8 || floats != (t->dtype <= SC_F64))
+        return fail("%s: tensor '%.100s' is %s (expected %s)", file->path, t->name,
+                    sc_dtype_name(t->dtype), floats ? "F32, F16, BF16 or F64" : "I64, I32 or U8");
+    if (first <= t->count && count <= t->count - first) return SC_OK;
+    return fail("%s: tensor '%.100s' has %zu values (expected %zu from number %zu on)", file->path,
+                t->name, t->count, count, first);
 }
 
 int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
                      size_t count, float *out) {
-    const unsigned char *from = find_values(file, tensor, first, count, SC_F32, SC_F64);
-    if (!from) return SC_FAILED;
-    floats_of_bytes(out, from, count, tensor->dtype);
+    int64_t whole;
+    SC_TRY(check_range(file, tensor, first, count, 1));
+    if (tensor->dtype == SC_F32) {                       /* at the speed of memory */
+        copy_numbers(out, tensor->data + 4 * first, count, 4);
+    } else {
+        for (size_t i = 0; i < count; i++) out[i] = (float)number_at(tensor, first + i, &whole);
+    }
     size_t bad = first_not_finite(out, count);
     if (bad == count) return SC_OK;
     return fail("%s: tensor '%.100s', element %zu is %g (expected a finite number)", file->path,
@@ -4753,38 +4734,30 @@ int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t
 
 int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
                        size_t count, int64_t *out) {
-    const unsigned char *from = find_values(file, tensor, first, count, SC_I64, SC_U8);
-    if (!from) return SC_FAILED;
-    if (tensor->dtype == SC_I64) {
-        copy_numbers(out, from, count, 8);
-        return SC_OK;
-    }
-    for (size_t i = 0; i < count; i++) {
-        int32_t narrow = from[i];
-        if (tensor->dtype == SC_I32) copy_numbers(&narrow, from + 4 * i, 1, 4);
-        out[i] = narrow;
-    }
+    SC_TRY(check_range(file, tensor, first, count, 0));
+    for (size_t i = 0; i < count; i++) number_at(tensor, first + i, &out[i]);
     return SC_OK;
 }
 
 /* --- Atomic output ---
  *
  * NAME is written as NAME.tmp, flushed to disk and renamed, so that NAME is always a whole file. A
- * killed process leaves NAME.tmp, which the next run overwrites; the lock keeps two processes apart.
- * What exists and is not a regular file (/dev/full, a pipe) is written as it is. */
+ * killed process leaves NAME.tmp, which the next run overwrites; a lock keeps two processes apart.
+ * A device or a pipe (/dev/full) is written directly. */
 
 static int write_failed(const char *path, int error) {
     const char *reason = strerror(error);
     if (error == EBUSY) reason = "another process is writing it";
+    if (error == ESPIPE) reason = "not a regular file";
     return fail("%s: cannot be written: %s", path, reason);
 }
 
 static int output_write(sc_output *out, const void *bytes, size_t count) {
-    if (count == 0 || fwrite(bytes, 1, count, out->file) == count) return SC_OK;
+    if (fwrite(bytes, 1, count, out->file) == count) return SC_OK;
     return write_failed(out->path, errno);
 }
 
-/* Ends the output. Removes what was written, unless it was committed. */
+/* Ends the output and removes what was written, unless it was committed. */
 static void output_discard(sc_output *out) {
     if (out->file && out->temporary) unlink(out->temporary);
     if (out->file) fclose(out->file);
@@ -4793,8 +4766,8 @@ static void output_discard(sc_output *out) {
     memset(out, 0, sizeof *out);
 }
 
-/* Locks NAME.tmp; sets errno to EBUSY where another process has it. That one may have renamed it
- * before we had the lock: then the file that we opened is its finished output. */
+/* Locks NAME.tmp; sets errno to EBUSY if another process has it. That process may have renamed the
+ * file before we got the lock: then the file that we opened is its finished output. */
 static int lock_temporary(int fd, const char *name) {
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     struct stat locked, named;
@@ -4806,26 +4779,25 @@ static int lock_temporary(int fd, const char *name) {
 
 static int output_open(sc_output *out, const char *path) {
     struct stat there;
-    int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
+    int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode), flags = O_WRONLY, ours = 0;
     *out = (sc_output){ .path = copy_string(path) };
-    if (out->path && !direct) out->temporary = join_text(path, ".tmp");
-    if (!out->path || (!direct && !out->temporary)) {
-        output_discard(out);
-        return SC_FAILED;
+    const char *name = out->path;
+    if (name && !direct) {
+        name = out->temporary = join_text(path, ".tmp");
+        flags = O_RDWR | O_CREAT | O_NOFOLLOW;
     }
-    int fd = direct ? open(path, O_WRONLY | O_CLOEXEC)
-                    : open(out->temporary, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
-    int ours = fd >= 0 && !direct && lock_temporary(fd, out->temporary);
+    int fd = name ? open(name, flags | O_CLOEXEC, 0666) : -1;
+    if (fd >= 0 && !direct) ours = lock_temporary(fd, name);
     if (fd >= 0 && (direct || (ours && ftruncate(fd, 0) == 0))) out->file = fdopen(fd, "w");
     if (out->file) return SC_OK;
-    write_failed(path, errno);
-    if (ours) unlink(out->temporary);
+    if (name) write_failed(path, errno);
+    if (ours) unlink(name);
     if (fd >= 0) close(fd);
     output_discard(out);
     return SC_FAILED;
 }
 
-/* The file that this output replaces stays under the name out->previous, if that is set. */
+/* The file that this output replaces is kept under the name out->previous, if that is set. */
 static int keep_previous(const sc_output *out) {
     if (!out->previous || access(out->path, F_OK) != 0) return SC_OK;
     unlink(out->previous);                           /* with a link, out->path is never missing */
@@ -4836,18 +4808,17 @@ static int keep_previous(const sc_output *out) {
 /* Ends the output in either case: the whole file stands under its name, or nothing changes. */
 static int output_commit(sc_output *out) {
     int status = SC_OK;
-    errno = EIO;                                         /* where an earlier write failed */
-    if (fflush(out->file) != 0 || ferror(out->file)
-        || (out->temporary && fsync(fileno(out->file)) != 0))
-        status = write_failed(out->path, errno);
+    errno = EIO;                                     /* if an earlier write failed */
+    int lost = fflush(out->file) != 0 || ferror(out->file);
+    if (!lost && out->temporary) lost = fsync(fileno(out->file)) != 0;
+    if (lost) status = write_failed(out->path, errno);
+    if (status == SC_OK && out->temporary) status = keep_previous(out);
     if (status == SC_OK && out->temporary) {
-        status = keep_previous(out);
-        if (status == SC_OK && rename(out->temporary, out->path) != 0)
-            status = write_failed(out->path, errno);
-        if (status == SC_OK) {                           /* nothing is left to remove */
-            free(out->temporary);
-            out->temporary = NULL;
-        }
+        if (rename(out->temporary, out->path) != 0) status = write_failed(out->path, errno);
+    }
+    if (status == SC_OK) {                           /* nothing is left to remove */
+        free(out->temporary);
+        out->temporary = NULL;
     }
     output_discard(out);
     return status;
@@ -4855,7 +4826,8 @@ static int output_commit(sc_output *out) {
 
 /* --- Writing safetensors ---
  *
- * The data are written as they come, after a gap that the header fills at the end; blanks pad it. */
+ * The data are written as they come, after a gap. The header's two parts grow in memory and fill the
+ * gap at the end; blanks pad it. Every entry in a part begins with a comma. */
 
 int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
     const size_t least = 1000, most = MAX_HEADER - 64;
@@ -4864,108 +4836,145 @@ int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
     if (header_room < least) header_room = least;
     if (header_room > most) header_room = most;
     w->data = (8 + header_room + 63) / 64 * 64;
-    if (fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0) return SC_OK;
-    fail("%s: cannot be written out of order: %s (expected a file)", path, strerror(errno));
+    w->metadata = open_memstream(&w->text[0], &w->length[0]);
+    if (w->metadata) w->tensors = open_memstream(&w->text[1], &w->length[1]);
+    if (w->tensors && fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0) return SC_OK;
+    write_failed(path, errno);
     sc_writer_discard(w);
     return SC_FAILED;
 }
 
 void sc_writer_discard(sc_writer *w) {
     output_discard(&w->out);
-    release(&w->texts);
-    free(w->tensor);
-    free(w->metadata);
+    if (w->metadata) fclose(w->metadata);
+    if (w->tensors) fclose(w->tensors);
+    free(w->text[0]);
+    free(w->text[1]);
+    free(w->name);
     memset(w, 0, sizeof *w);
 }
 
-static const char *keep_text(sc_writer *w, const char *text) {
-    char *copy;
-    if (allocate(&w->texts, &copy, strlen(text) + 1, 1) != SC_OK) return NULL;
-    return strcpy(copy, text);
-}
-
-/* At any time before the end; the order is kept. */
+/* At any time before the end; the order is kept. Lack of memory is reported at the end. */
 int sc_writer_metadata(sc_writer *w, const char *key, const char *value) {
-    sc_entry entry = { keep_text(w, key), keep_text(w, value) };
-    if (!entry.key || !entry.value) return SC_FAILED;
-    SC_TRY(grow(&w->metadata, &w->entry_capacity, w->entries, sizeof entry));
-    w->metadata[w->entries++] = entry;
+    putc(',', w->metadata);
+    print_json(w->metadata, key);
+    putc(':', w->metadata);
+    print_json(w->metadata, value);
     return SC_OK;
 }
 
-/* The tensor being written must be complete. */
+/* Numbers and short words as metadata. */
+SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const char *format, ...) {
+    char text[200];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    return sc_writer_metadata(w, key, text);
+}
+
+/* A list of names as metadata: a JSON array in a JSON string, so that names are escaped twice. */
+static int write_name_list(sc_writer *w, const char *key, char **name, size_t count) {
+    fprintf(w->metadata, ",\"%s\":\"[", key);
+    for (size_t i = 0; i < count; i++) {
+        if (i > 0) putc(',', w->metadata);
+        print_quoted(w->metadata, name[i], "\\\\", "\\\"");
+    }
+    fputs("]\"", w->metadata);
+    return SC_OK;
+}
+
+/* The most bytes of a header that a list of names can take: 7 for a control character. */
+static size_t names_room(char **name, size_t count, size_t more) {
+    size_t room = 0;
+    if (!name) return 0;
+    for (size_t i = 0; i < count; i++) room += 7 * strlen(name[i]) + more;
+    return room;
+}
+
+/* Ends the tensor being written, which must be complete, with its entry in the header. */
 static int end_tensor(sc_writer *w) {
-    if (w->tensors == 0) return SC_OK;
-    sc_tensor *t = &w->tensor[w->tensors - 1];
+    sc_tensor *t = &w->tensor;
+    if (!w->name) return SC_OK;
     if (w->rows_open) t->shape[0] = w->values / t->count;    /* count is that of one row so far */
     w->rows_open = 0;
     SC_TRY(measure_tensor(t, w->out.path));
-    if (w->values == t->count) return SC_OK;
-    return fail("%s: tensor '%.100s' got %zu values (expected %zu from its shape)", w->out.path,
-                t->name, w->values, t->count);
+    if (w->values != t->count)
+        return fail("%s: tensor '%.100s' got %zu values (expected %zu from its shape)", w->out.path,
+                    t->name, w->values, t->count);
+    putc(',', w->tensors);
+    print_json(w->tensors, w->name);
+    fprintf(w->tensors, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(t->dtype));
+    for (int d = 0; d < t->rank; d++) fprintf(w->tensors, "%s%zu", d ? "," : "", t->shape[d]);
+    fprintf(w->tensors, "],\"data_offsets\":[%zu,%zu]}", w->end, w->end + t->bytes);
+    w->end += t->bytes;
+    free(w->name);
+    w->name = NULL;
+    return SC_OK;
 }
 
 /* Begins the next tensor; shape[0] may be SC_ROWS. */
 int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
                      const size_t *shape) {
-    sc_tensor t = { .name = keep_text(w, name), .dtype = dtype };
-    if (!t.name) return SC_FAILED;
+    sc_tensor t = { .name = name, .dtype = dtype };
     SC_TRY(end_tensor(w));
     for (; t.rank < rank && t.rank < SC_MAX_RANK; t.rank++) t.shape[t.rank] = shape[t.rank];
-    int rows_open = rank > 0 && shape[0] == SC_ROWS;
-    if (rows_open) t.shape[0] = 1;
+    w->rows_open = rank > 0 && shape[0] == SC_ROWS;
+    if (w->rows_open) t.shape[0] = 1;
     SC_TRY(measure_tensor(&t, w->out.path));
-    if (t.rank != rank || (rows_open && t.count == 0) || strcmp(name, "__metadata__") == 0)
+    if (t.rank != rank || (w->rows_open && t.count == 0) || strcmp(name, "__metadata__") == 0)
         return fail("%s: a tensor '%.100s' of this shape is not possible", w->out.path, name);
-    SC_TRY(grow(&w->tensor, &w->tensor_capacity, w->tensors, sizeof t));
-    w->tensor[w->tensors++] = t;
+    t.name = w->name = copy_string(name);
+    w->tensor = t;
     w->values = 0;
-    w->rows_open = rows_open;
-    return SC_OK;
+    return w->name ? SC_OK : SC_FAILED;
 }
 
-/* The index of the first value that a dtype cannot hold, or count. values: of type `kind` */
-static size_t first_not_held(const void *values, size_t count, sc_dtype kind, sc_dtype dtype) {
+/* Stores values as little-endian numbers of a dtype. Returns the index of the first value that the
+ * dtype cannot hold, or count. values: of the dtype, but float for F16 and int64_t for I32 */
+static size_t store_numbers(unsigned char *to, sc_dtype dtype, const void *values, size_t count) {
     const float *f = values;
     const double *d = values;
-    const int64_t *l = values;
+    const int64_t *n = values;
     size_t i = 0;
-    if (kind == SC_F32 && dtype == SC_F32) return first_not_finite(values, count);
-    if (kind == SC_F32) while (i < count && fabsf(f[i]) < 65520) i++;           /* as F16 */
-    else if (kind == SC_F64) while (i < count && isfinite(d[i])) i++;
-    else if (dtype == SC_I32) while (i < count && l[i] >= INT32_MIN && l[i] <= INT32_MAX) i++;
-    else i = count;
+    if (dtype == SC_F16) {
+        for (; i < count && fabsf(f[i]) < 65520; i++) {
+            uint16_t half = half_of_float(f[i]);
+            copy_numbers(to + 2 * i, &half, 1, 2);
+        }
+    } else if (dtype == SC_I32) {
+        for (; i < count && n[i] >= INT32_MIN && n[i] <= INT32_MAX; i++) {
+            int32_t narrow = (int32_t)n[i];
+            copy_numbers(to + 4 * i, &narrow, 1, 4);
+        }
+    } else {
+        copy_numbers(to, values, count, sc_dtype_size(dtype));
+        if (dtype == SC_F32) return first_not_finite(f, count);
+        while (i < count && (dtype != SC_F64 || isfinite(d[i]))) i++;
+    }
     return i;
 }
 
-/* Writes values that are of type `kind` in memory: F32, also as F16; F64; I64, also as I32; U8. A
- * value that the dtype cannot hold, as infinities and NaN, fails. */
+/* kind: the type of the values in memory, F32 (also for F16), F64, I64 (also for I32) or U8. A value
+ * that the tensor's dtype cannot hold is refused, as are infinities and NaN. */
 int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind) {
     enum { BLOCK = 4096 };
     unsigned char bytes[BLOCK * 8];
-    if (w->tensors == 0) return fail("%s: values without a tensor", w->out.path);
-    const sc_tensor *t = &w->tensor[w->tensors - 1];
-    size_t size = sc_dtype_size(t->dtype), from = sc_dtype_size(kind);
-    int half = kind == SC_F32 && t->dtype == SC_F16, narrow = kind == SC_I64 && t->dtype == SC_I32;
-    if (t->dtype != kind && !half && !narrow)
-        return fail("%s: tensor '%.100s' is %s and got %s values", w->out.path, t->name,
-                    sc_dtype_name(t->dtype), sc_dtype_name(kind));
-    size_t bad = first_not_held(values, count, kind, t->dtype);
-    if (bad < count)
-        return fail("%s: tensor '%.100s', element %zu cannot be held by %s", w->out.path, t->name,
-                    w->values + bad, sc_dtype_name(t->dtype));
-    for (size_t at = 0, n; at < count; at += n, w->values += n) {
-        n = count - at < BLOCK ? count - at : BLOCK;
-        if (t->dtype == kind) copy_numbers(bytes, (const char *)values + at * from, n, size);
-        for (size_t i = 0; i < n && half; i++) {
-            uint16_t value = half_of_float(((const float *)values)[at + i]);
-            copy_numbers(bytes + 2 * i, &value, 1, 2);
-        }
-        for (size_t i = 0; i < n && narrow; i++) {
-            int32_t value = (int32_t)((const int64_t *)values)[at + i];
-            copy_numbers(bytes + 4 * i, &value, 1, 4);
-        }
-        SC_TRY(output_write(&w->out, bytes, n * size));
+    sc_dtype dtype = w->tensor.dtype, expected = dtype;
+    if (dtype == SC_F16) expected = SC_F32;
+    if (dtype == SC_I32) expected = SC_I64;
+    if (!w->name || kind != expected)
+        return fail("%s: %s values without a tensor of theirs", w->out.path, sc_dtype_name(kind));
+    for (size_t at = 0, n; at < count; at += n) {
+        n = count - at;
+        if (n > BLOCK) n = BLOCK;
+        const char *from = (const char *)values + at * sc_dtype_size(kind);
+        size_t held = store_numbers(bytes, dtype, from, n);
+        if (held < n)
+            return fail("%s: tensor '%.100s', element %zu cannot be held by %s", w->out.path,
+                        w->name, w->values + held, sc_dtype_name(dtype));
+        SC_TRY(output_write(&w->out, bytes, n * sc_dtype_size(dtype)));
+        w->values += n;
     }
     return SC_OK;
 }
@@ -4973,35 +4982,22 @@ int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype ki
 /* Writes the header into its gap. Errors of the file itself show when the output is committed. */
 static int write_header(sc_writer *w) {
     FILE *f = w->out.file;
-    uint64_t bytes, size = w->data - 8;
-    size_t begin = 0;
+    const size_t size = w->data - 8, braces = strlen("{\"__metadata__\":{}}");
+    uint64_t number = size, bytes;
+    int used;
     SC_TRY(end_tensor(w));
+    if (fflush(w->metadata) != 0 || fflush(w->tensors) != 0
+        || ferror(w->metadata) || ferror(w->tensors)) return write_failed(w->out.path, ENOMEM);
+    if (braces + w->length[0] + w->length[1] > size)
+        return fail("%s: the header needs more than %zu bytes: too many or too long names",
+                    w->out.path, size);
     if (fseeko(f, 0, SEEK_SET) != 0) return write_failed(w->out.path, errno);
-    copy_numbers(&bytes, &size, 1, 8);
+    copy_numbers(&bytes, &number, 1, 8);
     fwrite(&bytes, 8, 1, f);
-    putc('{', f);
-    for (size_t i = 0; i < w->entries; i++) {
-        fputs(i ? "," : "\"__metadata__\":{", f);
-        print_json(f, w->metadata[i].key);
-        putc(':', f);
-        print_json(f, w->metadata[i].value);
-    }
-    if (w->entries) putc('}', f);
-    for (size_t i = 0; i < w->tensors; i++) {
-        const sc_tensor *t = &w->tensor[i];
-        if (i > 0 || w->entries) putc(',', f);
-        print_json(f, t->name);
-        fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(t->dtype));
-        for (int d = 0; d < t->rank; d++) fprintf(f, "%s%zu", d ? "," : "", t->shape[d]);
-        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", begin, begin + t->bytes);
-        begin += t->bytes;
-    }
-    putc('}', f);
-    uint64_t end = (uint64_t)ftello(f);
-    if (end > w->data)
-        return fail("%s: the header needs more than %ju bytes: too many or too long names",
-                    w->out.path, (uintmax_t)size);
-    fprintf(f, "%*s", (int)(w->data - end), "");
+    const char *metadata = w->text[0], *tensors = w->text[1];
+    if (*metadata) used = fprintf(f, "{\"__metadata__\":{%s}%s}", metadata + 1, tensors);
+    else used = fprintf(f, "{%s}", tensors + (*tensors == ','));
+    fprintf(f, "%*s", (int)size - used, "");
     return SC_OK;
 }
 
@@ -5021,46 +5017,6 @@ static int save_tensors(const char *path, size_t header_room,
     int status = write(&w, context);
     if (status == SC_OK) return sc_writer_finish(&w);
     sc_writer_discard(&w);
-    return status;
-}
-
-/* Numbers and short words as metadata. */
-SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const char *format, ...) {
-    char text[200];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(text, sizeof text, format, arguments);
-    va_end(arguments);
-    return sc_writer_metadata(w, key, text);
-}
-
-/* The most bytes of a header that these names can take: their letters, escaped twice, and `more`
- * for each. */
-static size_t names_room(char **name, size_t count, size_t more) {
-    size_t room = 0;
-    if (!name) return 0;
-    for (size_t i = 0; i < count; i++) room += 7 * strlen(name[i]) + more;
-    return room;
-}
-
-/* A list of names as metadata: a JSON array in a string. */
-static int write_name_list(sc_writer *w, const char *key, char **name, size_t count) {
-    char *list = NULL;
-    size_t length = 0;
-    FILE *text = open_memstream(&list, &length);
-    if (!text) return fail("out of memory: a list of %zu names", count);
-    putc('[', text);
-    for (size_t i = 0; i < count; i++) {
-        if (i > 0) putc(',', text);
-        print_json(text, name[i]);
-    }
-    putc(']', text);
-    int lost = ferror(text);
-    lost |= fclose(text);
-    int status = SC_OK;
-    if (lost) status = fail("out of memory: a list of %zu names", count);
-    else status = sc_writer_metadata(w, key, list);
-    free(list);
     return status;
 }
 
@@ -9540,32 +9496,6 @@ static int command_info(session *s) {
 }
 
 /* --- compare --- */
-
-/* Element i, also infinities and NaN; whole numbers exactly in *whole. */
-static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
-    const unsigned char *bytes = t->data + i * sc_dtype_size(t->dtype);
-    double number = 0;
-    float single = 0;
-    int32_t narrow = 0;
-    switch (t->dtype) {
-    case SC_F64:
-        copy_numbers(&number, bytes, 1, 8);
-        return number;
-    case SC_I64:
-        copy_numbers(whole, bytes, 1, 8);
-        return (double)*whole;
-    case SC_I32:
-        copy_numbers(&narrow, bytes, 1, 4);
-        *whole = narrow;
-        return narrow;
-    case SC_U8:
-        *whole = *bytes;
-        return *bytes;
-    default:
-        floats_of_bytes(&single, bytes, 1, t->dtype);
-        return (double)single;
-    }
-}
 
 /* |a - b| of element i, infinite where it is not a number; b in *y. */
 static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, double *y) {

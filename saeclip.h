@@ -111,11 +111,13 @@ typedef struct {
 typedef struct {
     sc_output out;
     uint64_t data;                   /* where in the file the data begin */
-    sc_tensor *tensor;               /* as the header has them; the last one is being written */
-    sc_entry *metadata;
-    size_t tensors, tensor_capacity, entries, entry_capacity;
-    void *texts;                     /* memory of their names, keys and values */
-    size_t values;                   /* how many the last tensor got so far */
+    FILE *metadata, *tensors;        /* two parts of the header, in memory */
+    char *text[2];                   /* their bytes, and how many */
+    size_t length[2];
+    sc_tensor tensor;                /* the one that is being written */
+    char *name;                      /* its name; NULL: none is being written */
+    size_t end;                      /* the bytes of data of the tensors before it */
+    size_t values;                   /* how many it got so far */
     int rows_open;                   /* its first dimension is SC_ROWS */
 } sc_writer;
 

@@ -1231,12 +1231,11 @@ static void cli_test_escapes(void)
 /* Whether a text holds nothing but what a terminal shows, and lines. */
 static int cli_harmless(const char *text)
 {
+    uint32_t c;
     for (size_t length; *text; text += length) {
-        length = *text == '\n' ? 1 : utf8_length(text);
-        if (length == 0 || *text == 127 || ((unsigned char)*text == 0xc2
-                                            && (unsigned char)text[1] < 0xa0)) return 0;
-        if (length == 3 && memcmp(text, "\xe2\x80\xa8", 3) >= 0 && memcmp(text, "\xe2\x80\xae", 3) <= 0) return 0;
-        if (length == 3 && memcmp(text, "\xe2\x81\xa6", 3) >= 0 && memcmp(text, "\xe2\x81\xa9", 3) <= 0) return 0;
+        length = utf8_length(text, &c);
+        if (length == 0 || (c < ' ' && c != '\n') || (c >= 0x7f && c < 0xa0)) return 0;
+        if ((c >= 0x2028 && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069)) return 0;
     }
     return 1;
 }

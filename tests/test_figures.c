@@ -7,8 +7,9 @@ static int figures_well_formed(const char *text)
     const char *open[16];
     size_t length[16], depth = 0;
     for (const char *c = text; *c;) {
-        size_t bytes = *c == '\n' ? 1 : utf8_length(c);
-        if (bytes == 0 || strncmp(c, "\xef\xbf\xbe", 3) == 0 || strncmp(c, "\xef\xbf\xbf", 3) == 0) return 0;
+        uint32_t point;
+        size_t bytes = utf8_length(c, &point);
+        if (bytes == 0 || (point < ' ' && point != '\n') || point == 0xfffe || point == 0xffff) return 0;
         if (*c == '&' && (c[1] != '#' || !isdigit((unsigned char)c[2]) || c[2 + strspn(c + 2, "0123456789")] != ';'))
             return 0;
         if (*c == '>') return 0;

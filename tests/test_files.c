@@ -44,10 +44,10 @@ static void files_numbers(void)
         float value = float_of_half(h), expected = files_reference_half(h);
         if (expected != expected) {
             wrong += !(value != value);
-            back += (half_of_float(value) & 0x7fff) <= 0x7c00;
             continue;
         }
         wrong += bits_of_float(value) != bits_of_float(expected);
+        if (isinf(expected)) continue;               /* infinities and NaN are never written */
         back += half_of_float(value) != h;
         if ((h & 0x7fff) >= 0x7bff) continue;
         /* Half way to the next half: an exact float. To the even one; beside it to the nearer. */
@@ -60,9 +60,8 @@ static void files_numbers(void)
     check(back == 0, "half_of_float(float_of_half), all 65536 (%zu wrong)", back);
     check(ties == 0, "half_of_float, all ties and their neighbours (%zu wrong)", ties);
     static const struct { uint32_t bits, half; } edges[] = {
-        { 0x477fefff, 0x7bff }, { 0x477ff000, 0x7c00 }, { 0x477fffff, 0x7c00 }, { 0x47800000, 0x7c00 },
-        { 0x7f7fffff, 0x7c00 }, { 0xff800000, 0xfc00 }, { 0x7f800001, 0x7e00 }, { 0x00000001, 0 },
-        { 0x80000001, 0x8000 }, { 0x33000000, 0 }, { 0x33000001, 1 }, { 0x387fffff, 0x0400 },
+        { 0x477fefff, 0x7bff }, { 0xc77fefff, 0xfbff }, { 0x00000001, 0 }, { 0x80000001, 0x8000 },
+        { 0x33000000, 0 }, { 0x33000001, 1 }, { 0x387fffff, 0x0400 },
     };
     for (size_t i = 0; i < sizeof edges / sizeof *edges; i++)
         check(half_of_float(float_of_bits(edges[i].bits)) == edges[i].half, "half of %08x",
@@ -164,7 +163,8 @@ static void files_json(void)
     print_json(stream, "a\"\\\n\x01\x1f\x7f\xc2\x9b\xc2\xa0\xc3\xa9/\xff\xe2\x82z\xed\xa0\x80");
     fclose(stream);
     check(strcmp(text, "\"a\\\"\\\\\\u000a\\u0001\\u001f\\u007f\\u009b\xc2\xa0\xc3\xa9/"
-          "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbdz\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\"") == 0,
+          "\xef\xbf\xbd" "ff\xef\xbf\xbd" "e2\xef\xbf\xbd" "82z\xef\xbf\xbd" "ed\xef\xbf\xbd" "a0"
+          "\xef\xbf\xbd" "80\"") == 0,
           "print_json");
     free(text);
     /* What print_json writes, json_string reads back. */
@@ -240,11 +240,11 @@ static const struct { const char *header; size_t data; const char *error; } file
     { "{\"a\":{\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "dtype, shape and two data_offsets" },
     { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0]}}", 1, "dtype, shape and two data_offsets" },
     { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[]}}", 1, "dtype, shape and two data_offsets" },
-    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1,2]}}", 1, "expected 2 numbers" },
+    { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1,2]}}", 1, "expected no more numbers" },
     { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1],\"x\":1}}", 1, "each once" },
     { "{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 1,
       "each once" },
-    { "{" TENSOR("a", "U8", "1,1,1,1,1,1,1,1,1", "0", "1") "}", 1, "at most 8 numbers" },
+    { "{" TENSOR("a", "U8", "1,1,1,1,1,1,1,1,1", "0", "1") "}", 1, "expected no more numbers" },
     { "{" TENSOR("a", "U9", "1", "0", "1") "}", 1, "unknown dtype 'U9'" },
     { "{" TENSOR("a", "f32", "1", "0", "4") "}", 4, "unknown dtype 'f32'" },
     { "{\"a\":{\"dtype\":1,\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "a string" },
@@ -852,7 +852,7 @@ static void files_writer_errors(void)
         _exit(count == 0 ? 0 : 1);
     }
     int status;
-    check(sc_writer_open(&w, in_folder("pipe"), 0) == SC_FAILED && says(strerror(ESPIPE)) && !w.out.path,
+    check(sc_writer_open(&w, in_folder("pipe"), 0) == SC_FAILED && says("not a regular file") && !w.out.path,
           "a pipe");
     check(waitpid(child, &status, 0) == child && status == 0, "nothing went into the pipe");
 }

@@ -233,10 +233,11 @@ static void check_prints(void) {
         text[count > 0 ? count : 0] = '\0';
         for (size_t i = 0, length; count > 0 && i < (size_t)count; i += length) {
             const unsigned char *byte = (const unsigned char *)text + i;
-            length = utf8_length(text + i);
-            if (*byte == '\n' || *byte == '\t') length = 1;
+            uint32_t point;
+            length = utf8_length(text + i, &point);
             if (length == 0 && (size_t)count > sizeof text - 8) break;       /* cut by us */
-            if (length == 0 || *byte == 127 || (*byte == 0xc2 && byte[1] < 0xa0))
+            if (*byte == '\n' || *byte == '\t') continue;
+            if (length == 0 || is_control(point))
                 wrong("prints byte 0x%02x: %s", (unsigned)*byte, text);
         }
         clearerr(stream);
