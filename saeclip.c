@@ -7458,33 +7458,37 @@ static int train(const options *given) {
  *
  * The commands that send a data set through the model and through one or several SAEs, in one
  * forward pass: stats and merge, eval, extract, pack, encode, zeroshot. Section 5 defines what they
- * measure; the names of the statistics are those of PatchSAE (Lim et al., 2025,
- * tasks/compute_sae_feature_data.py).
+ * measure. Statistics have the names of PatchSAE (Lim et al., 2025):
+ * tasks/compute_sae_feature_data.py.
  * ============================================================================================ */
 
-enum { SPOOLS = 6 };
+/* The temporary files of `encode`, one per tensor. */
+enum { CODE_ROW, CODE_INDEX, CODE_VALUE, CODE_DENSE, CODE_OUTPUT, CODE_MEANS, SPOOLS };
 
-/* The state of a command. run_command() makes it and close_session() frees it. */
+/* The state of a command: run_command() makes it, close_session() frees it. */
 typedef struct {
     options *o;
-    size_t saes;                     /* those that are open */
-    sc_sae sae[SC_MAX_TAPS];
-    size_t tap[SC_MAX_TAPS];         /* each SAE's place among the data's hook points */
+    size_t saes;                     /* open SAEs */
+    sc_sae sae[SC_MAX_TAPS];         /* [saes], as all that follow */
+    size_t tap[SC_MAX_TAPS];         /* its place among the hook points of the data */
+    sae_batch batch[SC_MAX_TAPS];    /* its codes of the current images */
+    statistics stats[SC_MAX_TAPS];   /* its statistics over the current data set */
     feed data;
-    sae_batch batch[SC_MAX_TAPS];    /* each SAE's codes of the current images */
-    statistics stats[SC_MAX_TAPS];   /* each SAE's, over the current data set */
-    FILE *spool[SPOOLS];             /* temporary files */
+    FILE *spool[SPOOLS];             /* temporary files, NULL: not open */
     memory_list memory;
 } session;
 
-/* Opens the SAEs and the data, and connects each SAE to its hook point. */
+/* Opens the SAEs and the data; connects each SAE to its hook point. */
 static int open_session(session *s) {
-    for (; s->saes < s->o->saes; s->saes++)
-        SC_TRY(sc_sae_open(&s->sae[s->saes], s->o->sae[s->saes]));
-    SC_TRY(open_feed(&s->data, s->o, s->sae, s->saes));
+    const options *o = s->o;
+    feed *f = &s->data;
+    for (; s->saes < o->saes; s->saes++)
+        SC_TRY(sc_sae_open(&s->sae[s->saes], o->sae[s->saes]));
+    SC_TRY(open_feed(f, o, s->sae, s->saes));
     for (size_t i = 0; i < s->saes; i++) {
-        SC_TRY(connect_sae(&s->data, &s->sae[i], s->o, 0, &s->tap[i]));
-        SC_TRY(new_batch(&s->batch[i], &s->sae[i], MEASURE_IMAGES * s->data.T));
+        sc_sae *sae = &s->sae[i];
+        SC_TRY(connect_sae(f, sae, o, 0, &s->tap[i]));
+        SC_TRY(new_batch(&s->batch[i], sae, MEASURE_IMAGES * f->T));
     }
     return SC_OK;
 }
@@ -7503,7 +7507,8 @@ static void close_session(session *s) {
     release(&s->memory);
 }
 
-/* Sends the next `most` images, of `total`, through every SAE; SC_END after the last image. */
+/* Sends the next images, at most `most`, through every SAE; SC_END after the last image.
+ * total: how many images there will be, for the progress line */
 static int next_encoded(session *s, size_t most, size_t total) {
     feed *f = &s->data;
     size_t bad;
@@ -7512,7 +7517,7 @@ static int next_encoded(session *s, size_t most, size_t total) {
     if (f->count == 0) return SC_END;
     for (size_t i = 0; i < s->saes; i++) {
         const sc_tap *tap = &f->tap[s->tap[i]];
-        if (tap->replace) continue;                      /* the forward pass has run this SAE */
+        if (tap->replace) continue;                  /* the forward pass has run the SAE */
         SC_TRY(run_sae(&s->batch[i], tap->out, f->count * f->T));
         if (check_batch(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
     }
@@ -7528,15 +7533,16 @@ static int parse_shard(const char *text, size_t *shard, size_t *shards) {
     return read == 2 && !text[end] && *shard > 0 && *shard <= *shards && *shards <= MAX_OPERANDS;
 }
 
-/* Restricts the data to shard I of N: images from ceil((I - 1) count / N) up to, but without,
+/* The data become shard I of N: images from ceil((I - 1) count / N) up to, but without,
  * ceil(I count / N). Consecutive images are read fastest; the first shard is never empty. */
 static int take_shard(feed *f, statistics *s, const char *shard) {
     uint64_t count = f->set.count;
     if (!parse_shard(shard, &s->shard, &s->shards))
         return usage("--shard: invalid value '%s' (expected I/N, I from 1 to N, N at most %d)",
                      shard, MAX_OPERANDS);
-    f->drawn = (size_t)(((s->shard - 1) * count + s->shards - 1) / s->shards);
-    f->set.limit = (size_t)((s->shard * count + s->shards - 1) / s->shards);
+    uint64_t round_up = s->shards - 1;
+    f->drawn = (size_t)(((s->shard - 1) * count + round_up) / s->shards);
+    f->set.limit = (size_t)((s->shard * count + round_up) / s->shards);
     return SC_OK;
 }
 
@@ -7560,12 +7566,12 @@ static int measure(session *s, int reconstruct) {
     for (size_t i = 0; i < s->saes; i++) {
         s->batch[i].reconstruct = reconstruct;
         s->stats[i] = (statistics){
-            .n = s->sae[i].d_sae, .D = f->D, .T = f->T, .K = (size_t)o->top,
-            .P = (size_t)o->top_patches, .classes = f->set.classes,
-            .class_name = f->set.class_name, .first_patch = f->first_patch,
-            .threshold = o->threshold, .data_digest = f->set.digest,
-            .origin = origin_of(&s->sae[i]), .batch = &s->batch[i], .image = f->image,
-            .label = f->label };
+            .n = s->sae[i].d_sae, .D = f->D, .T = f->T,
+            .K = (size_t)o->top, .P = (size_t)o->top_patches,
+            .classes = f->set.classes, .class_name = f->set.class_name,
+            .first_patch = f->first_patch, .threshold = o->threshold,
+            .data_digest = f->set.digest, .origin = origin_of(&s->sae[i]),
+            .batch = &s->batch[i], .image = f->image, .label = f->label };
         SC_TRY(new_statistics(&s->stats[i], &f->memory, o->class_counts));
     }
     size_t total = f->set.count;
@@ -7586,23 +7592,23 @@ static int measure(session *s, int reconstruct) {
 
 /* --- stats and merge --- */
 
-/* A tensor of a statistics file. In memory its elements, each one number or two adjacent ones,
- * lie `step` bytes apart. */
+/* A tensor of a statistics file. Its elements are one number or two adjacent ones; in memory they
+ * lie `step` bytes apart, as members of a structure. */
 typedef struct {
     const char *name;
     void *first;
     size_t step;
     sc_dtype dtype;
-    size_t numbers, shape[4];
+    size_t numbers, shape[4];        /* numbers: per element */
 } statistics_tensor;
 
-enum { STATISTICS_TENSORS = 15, EDGES_ROOM = HISTOGRAM_BINS * 20 + 32 };
+enum { STATISTICS_TENSORS = 15 };
 
 /* Lists the tensors, for writing and reading; returns how many there are, since the last one is
- * optional. An exact sum is stored as its high and its low half. tensor: [STATISTICS_TENSORS] */
+ * optional. Exact sums are stored as high and low half. tensor: [STATISTICS_TENSORS] */
 static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
-    latent_record *l = s->latent;
-    sc_top *top = s->top, *patch = s->patch;
+    latent_record *l = s->latent;                            /* [n] */
+    sc_top *top = s->top, *patch = s->patch;                 /* [n, K], [n, P] */
     int64_t *bin = s->histogram[0], *class = s->class_counts;
     size_t n = s->n, L = sizeof *l, E = sizeof *top, I = sizeof *bin;
     const statistics_tensor all[STATISTICS_TENSORS] = {
@@ -7625,16 +7631,14 @@ static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
     return class ? STATISTICS_TENSORS : STATISTICS_TENSORS - 1;
 }
 
-/* The edges of the histogram's bins as metadata. edges: [EDGES_ROOM] */
-static void print_edges(char *edges) {
+static int write_statistics(sc_writer *w, void *context) {
+    const statistics *s = context;
+    statistics_tensor tensor[STATISTICS_TENSORS];
+    size_t tensors = list_statistics(s, tensor);
+    char edges[HISTOGRAM_BINS * 20 + 32], *end = edges;      /* of the histogram's bins */
     for (int i = 0; i <= HISTOGRAM_BINS; i++)
-        edges += sprintf(edges, "%c%.9g", i ? ',' : '[', bin_edge(i));
-    strcpy(edges, "]");
-}
-
-static int write_statistics_metadata(sc_writer *w, const statistics *s) {
-    char edges[EDGES_ROOM];
-    print_edges(edges);
+        end += sprintf(end, "%c%.9g", i ? ',' : '[', bin_edge(i));
+    strcpy(end, "]");
     SC_TRY(put_metadata(w, "images", "%ju", (uintmax_t)s->images));
     SC_TRY(put_origin(w, &s->origin));
     SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->T));
@@ -7645,22 +7649,15 @@ static int write_statistics_metadata(sc_writer *w, const statistics *s) {
     SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
     if (s->class_name) SC_TRY(write_name_list(w, "class_names", s->class_name, s->classes));
     if (s->threshold >= 0) SC_TRY(put_metadata(w, "threshold", "%.17g", s->threshold));
-    return SC_OK;
-}
-
-static int write_statistics(sc_writer *w, void *context) {
-    const statistics *s = context;
-    statistics_tensor tensor[STATISTICS_TENSORS];
-    size_t tensors = list_statistics(s, tensor);
-    SC_TRY(write_statistics_metadata(w, s));
     for (size_t i = 0; i < tensors; i++) {
         const statistics_tensor *t = &tensor[i];
+        const char *place = t->first;
         size_t count = 1;
         int rank = 0;
         for (; t->shape[rank] > 0; rank++) count *= t->shape[rank];
         SC_TRY(sc_writer_tensor(w, t->name, t->dtype, rank, t->shape));
-        for (size_t e = 0; e < count / t->numbers; e++)
-            SC_TRY(sc_writer_values(w, (char *)t->first + e * t->step, t->numbers, t->dtype));
+        for (; count > 0; count -= t->numbers, place += t->step)
+            SC_TRY(sc_writer_values(w, place, t->numbers, t->dtype));
     }
     return SC_OK;
 }
@@ -7677,6 +7674,7 @@ static int command_stats(session *s) {
     return save_statistics(s, &s->stats[0]);
 }
 
+/* 0 where the file does not say. */
 static uint64_t number_in(const sc_safetensors *file, const char *key, int base) {
     const char *text = sc_metadata_find(file, key);
     return text ? strtoull(text, NULL, base) : 0;
@@ -7689,22 +7687,17 @@ static int read_statistics_sizes(statistics *s, const sc_safetensors *file) {
     const sc_tensor *class = sc_tensor_find(file, "class_counts");
     const char *threshold = sc_metadata_find(file, "threshold");
     const char *shard = sc_metadata_find(file, "shard");
-    const char *edges = sc_metadata_find(file, "histogram_edges");
-    char expected[EDGES_ROOM];
-    if (!top || top->rank != 2 || top->count == 0 || !patch || patch->rank != 2
-        || patch->count == 0 || !sc_metadata_find(file, "data_digest")
+    int lists = top && top->rank == 2 && patch && patch->rank == 2;
+    if (!lists || top->count == 0 || patch->count == 0 || !sc_metadata_find(file, "data_digest")
         || !sc_metadata_find(file, "sae_digest"))
         return fail("%s: not statistics (expected a file that stats wrote)", file->path);
-    print_edges(expected);
-    if (!edges || strcmp(edges, expected) != 0)
-        return fail("%s: metadata histogram_edges: not the bins that stats writes", file->path);
     *s = (statistics){ .n = top->shape[0], .K = top->shape[1], .P = patch->shape[1],
-                       .T = (size_t)number_in(file, "tokens_per_image", 10),
-                       .first_patch = (size_t)number_in(file, "first_patch", 10),
-                       .images = number_in(file, "images", 10),
-                       .data_digest = number_in(file, "data_digest", 16),
-                       .sae_digest = number_in(file, "sae_digest", 16),
                        .threshold = -1, .shard = 1, .shards = 1 };
+    s->images = number_in(file, "images", 10);
+    s->T = (size_t)number_in(file, "tokens_per_image", 10);
+    s->first_patch = (size_t)number_in(file, "first_patch", 10);
+    s->data_digest = number_in(file, "data_digest", 16);
+    s->sae_digest = number_in(file, "sae_digest", 16);
     if (class) s->classes = class->shape[0];
     if (threshold) s->threshold = atof(threshold);
     if (shard && !parse_shard(shard, &s->shard, &s->shards))
@@ -7729,13 +7722,16 @@ static int read_class_names(statistics *s, const sc_safetensors *file, memory_li
 
 static int read_statistics_tensor(const sc_safetensors *file, const statistics_tensor *t) {
     const sc_tensor *from = sc_tensor_find(file, t->name);
+    char *place = t->first;
     size_t size = sc_dtype_size(t->dtype);
     if (!from || from->dtype != t->dtype || memcmp(from->shape, t->shape, sizeof t->shape) != 0)
         return fail("%s: tensor %s is missing or does not fit the others", file->path, t->name);
     for (size_t i = 0; i < from->count; i += t->numbers) {
-        void *place = (char *)t->first + i / t->numbers * t->step;
-        if (t->dtype == SC_F32) SC_TRY(sc_tensor_floats(file, from, i, 1, place));
-        else copy_numbers(place, from->data + i * size, t->numbers, size);
+        float finite[2];
+        if (t->dtype == SC_F32)                      /* refuses a value that is not finite */
+            SC_TRY(sc_tensor_floats(file, from, i, t->numbers, finite));
+        copy_numbers(place, from->data + i * size, t->numbers, size);
+        place += t->step;
     }
     return SC_OK;
 }
@@ -7744,36 +7740,37 @@ static int read_statistics_tensor(const sc_safetensors *file, const statistics_t
 static int read_statistics(statistics *s, const char *path, memory_list *memory) {
     statistics_tensor tensor[STATISTICS_TENSORS];
     sc_safetensors file;
+    size_t tensors = 0;
     SC_TRY(sc_safetensors_open(&file, path));
+    int counts = sc_tensor_find(&file, "class_counts") != NULL;
     int status = read_statistics_sizes(s, &file);
     if (status == SC_OK) status = read_class_names(s, &file, memory);
-    int counts = sc_tensor_find(&file, "class_counts") != NULL;
     if (status == SC_OK) status = new_statistics(s, memory, counts);
-    size_t tensors = status == SC_OK ? list_statistics(s, tensor) : 0;
+    if (status == SC_OK) tensors = list_statistics(s, tensor);
     for (size_t i = 0; i < tensors && status == SC_OK; i++)
         status = read_statistics_tensor(&file, &tensor[i]);
     sc_safetensors_close(&file);
     return status;
 }
 
-/* Adds a shard to `all`. Sums are exact and lists keep the largest, so the order does not matter. */
+/* Adds a shard to `all`. Sums are exact and lists keep the largest in one order, so that the shards
+ * may come in any order. */
 static void add_statistics(statistics *all, const statistics *part) {
-    size_t K = all->K, P = all->P;
+    size_t n = all->n, K = all->K, P = all->P;
     all->images += part->images;
-    for (size_t j = 0; j < all->n; j++) {
+    for (size_t j = 0; j < n; j++) {
         latent_record *to = &all->latent[j];
         const latent_record *from = &part->latent[j];
         to->images += from->images;
         to->tokens += from->tokens;
         exact_add(&to->means, from->means);
         exact_add(&to->activations, from->activations);
-        for (size_t k = 0; k < K; k++) keep_largest(all->top + j * K, K, part->top[j * K + k]);
-        for (size_t p = 0; p < P; p++) keep_largest(all->patch + j * P, P, part->patch[j * P + p]);
     }
+    for (size_t i = 0; i < n * K; i++) keep_largest(all->top + i - i % K, K, part->top[i]);
+    for (size_t i = 0; i < n * P; i++) keep_largest(all->patch + i - i % P, P, part->patch[i]);
     for (size_t b = 0; b < HISTOGRAM_BINS; b++) all->histogram[0][b] += part->histogram[0][b];
     if (!all->class_counts) return;
-    for (size_t i = 0; i < all->classes * all->n; i++)
-        all->class_counts[i] += part->class_counts[i];
+    for (size_t i = 0; i < all->classes * n; i++) all->class_counts[i] += part->class_counts[i];
 }
 
 /* Refuses a shard that is not of the same run as the first one. */
@@ -7794,10 +7791,10 @@ static int check_shard(const char *path, const statistics *part, const char *fir
     return fail("%s: differs from %s in its %s", path, first_path, differs);
 }
 
-/* Joins the shards of a data set, in any order, to the bytes of one run over all of it. */
+/* Joins the shards of a data set to the bytes that one run over all of it writes. */
 static int command_merge(session *s) {
     const char *const *path = s->o->operand;
-    unsigned char seen[MAX_OPERANDS + 1] = { 0 };
+    unsigned char seen[MAX_OPERANDS + 1] = { 0 };            /* [shards + 1] */
     statistics all, part;
     SC_TRY(try_output(s->o->output));
     SC_TRY(read_statistics(&all, path[0], &s->memory));
@@ -7821,11 +7818,12 @@ static int command_merge(session *s) {
     return save_statistics(s, &all);
 }
 
-/* --- Tables --- */
+/* --- Tables ---
+ *
+ * A table is an array of cells, [rows, columns]. A cell has its column's name, for CSV and JSON, and
+ * its title, for text; it holds a text or, where that is NULL, a number. Text shows an undefined cell
+ * as "-"; CSV and JSON give the number that stands for it: -1 for an entropy, else 0. */
 
-/* A cell of a table, with its column's name in CSV and JSON and its title in text. It holds a text
- * or, where that is NULL, a number. Text shows an undefined cell as "-"; CSV and JSON give the value
- * that stands for it (-1 for an entropy, else 0). A table is an array of cells, [rows, columns]. */
 typedef struct {
     const char *name, *title, *text;
     double number;
@@ -7858,7 +7856,7 @@ static void print_columns(const table_cell *cells, size_t columns, size_t rows) 
         for (size_t r = 0; r < rows; r++) {
             const char *text = cell_text(&cells[r * columns + c]);
             size_t length = strlen(text);
-            if (length > 22) text += length - 22;            /* the end of a path tells most */
+            if (length > 22) text += length - 22;    /* the end of a path says most */
             printf("  %22s", text);
         }
         puts("");
@@ -7877,7 +7875,10 @@ static void print_csv_text(const char *text) {
 }
 
 static void print_csv(const table_cell *cells, size_t columns, size_t rows) {
-    for (size_t c = 0; c < columns; c++) printf("%s%s", c ? "," : "", cells[c].name);
+    for (size_t c = 0; c < columns; c++) {
+        if (c > 0) putchar(',');
+        fputs(cells[c].name, stdout);
+    }
     for (size_t i = 0; i < rows * columns; i++) {
         putchar(i % columns ? ',' : '\n');
         if (cells[i].text) print_csv_text(cells[i].text);
@@ -7898,12 +7899,15 @@ static void print_json_table(const table_cell *cells, size_t columns, size_t row
     puts("]");
 }
 
-/* Prints at least one row as csv or json, or by a function as text. */
-static int print_table(const char *format, const table_cell *cells, size_t columns, size_t rows,
-                       void (*print_text)(const table_cell *cells, size_t columns, size_t rows)) {
-    if (strcmp(format, "json") == 0) print_json_table(cells, columns, rows);
-    else if (strcmp(format, "csv") == 0) print_csv(cells, columns, rows);
-    else print_text(cells, columns, rows);
+typedef void print_function(const table_cell *cells, size_t columns, size_t rows);
+
+/* Prints a table of at least one row; format: text, csv or json. */
+static int print_table(const char *format, print_function *print_text, const table_cell *cells,
+                       size_t columns, size_t rows) {
+    print_function *print = print_text;
+    if (strcmp(format, "json") == 0) print = print_json_table;
+    if (strcmp(format, "csv") == 0) print = print_csv;
+    print(cells, columns, rows);
     return end_of_output();
 }
 
@@ -7911,8 +7915,8 @@ static int print_table(const char *format, const table_cell *cells, size_t colum
 
 enum { EVAL_COLUMNS = 22 };
 
-/* Sums over the latents: of mean activations, of defined entropies, and numbers of latents: with an
- * entropy, that fire on every image, that fire on 0, 1 or 2 images. */
+/* Over the latents of an SAE: the sum of their mean activations, the sum of their entropies and how
+ * many have one; how many fire on every image, and on 0, 1 or 2 images. */
 typedef struct { double means, entropy, entropies, always, on[3]; } latent_sums;
 
 static latent_sums sum_latents(const statistics *s) {
@@ -7920,7 +7924,7 @@ static latent_sums sum_latents(const statistics *s) {
     for (size_t j = 0; j < s->n; j++) {
         int64_t images = s->latent[j].images;
         double e = top_entropy(s->top + j * s->K, s->K);
-        if (e >= 0) {
+        if (e >= 0) {                                        /* else it is not defined */
             sums.entropy += e;
             sums.entropies++;
         }
@@ -7931,37 +7935,43 @@ static latent_sums sum_latents(const statistics *s) {
     return sums;
 }
 
-/* One row of the table of eval. Sums run over all tokens, x' is the reconstruction of x:
- *     mse                  mean of (x' - x)^2 / ||x||, PatchSAE's loss; mse_raw: of (x' - x)^2
- *     explained_variance   1 - sum of (x' - x)^2 / sum of (x - mean token)^2; PatchSAE's, the
- *                          uncentred one, does not subtract the mean token
- *     mean_activation      mean of f over its active entries
- *     mean_sae_mean_acts   mean of sae_mean_acts over the latents that fire
- *     l0, l1               active latents and sum of f, per token
- *     entropy_mean         mean of top_entropy over the latents where it is defined
- * row: [EVAL_COLUMNS] */
-static void evaluate(const statistics *s, const sc_sae *sae, const char *data, table_cell *row) {
-    const char *start = sae->b_dec_start, *hook = "?", *bias = "?";
-    const char *kind = "ReLU";
-    double tokens = (double)(s->images * s->T), numbers = tokens * (double)s->D;
-    double n = (double)s->n, x2 = 0, mean2 = 0;
-    double error = running_total(&s->squared_error), mse = running_total(&s->mse);
-    double active = running_total(&s->l0), sum_f = running_total(&s->l1);
-    double mean_f = 0, mean_means = 0, explained = 0, entropy = -1;
+/* The metrics of sc_metrics_plain(), from sums over tokens. */
+static sc_metrics find_metrics(const statistics *s) {
+    double tokens = (double)(s->images * s->T);
+    double numbers = tokens * (double)s->D;
+    double error = running_total(&s->squared_error);
+    double active = running_total(&s->l0);
+    double sum_f = running_total(&s->l1);
+    double x2 = 0, mean2 = 0;
+    sc_metrics m = { .mse = running_total(&s->mse) / numbers, .mse_raw = error / numbers,
+                     .l0 = active / tokens, .l1 = sum_f / tokens };
     for (size_t d = 0; d < s->D; d++) {
         double mean = running_total(&s->x[d][0]) / tokens;
         mean2 += mean * mean;
         x2 += running_total(&s->x[d][1]);
     }
+    double variance = x2 - tokens * mean2;
+    if (variance > 0) m.explained_variance = 1 - error / variance;
+    m.explained_variance_uncentred = 1 - error / x2;
+    if (active > 0) m.mean_activation = sum_f / active;
+    return m;
+}
+
+/* One row of eval's table: sc_metrics, defined in saeclip.h and section 5, and
+ *     mean_sae_mean_acts   the mean of sae_mean_acts over the latents that fire
+ *     l0_fraction          l0 / n
+ *     entropy_mean         the mean of top_entropy over the latents where it is defined
+ * row: [EVAL_COLUMNS] */
+static void evaluate(const statistics *s, const sc_sae *sae, const char *data, table_cell *row) {
+    const char *start = sae->b_dec_start, *kind = "ReLU", *hook = "?", *bias = "?";
+    const sc_metrics m = find_metrics(s);
+    const latent_sums sums = sum_latents(s);
+    double alive = (double)s->n - sums.on[0];
+    double means = 0, entropy = -1;
+    if (alive > 0) means = sums.means / alive;
+    if (sums.entropies > 0) entropy = sums.entropy / sums.entropies;
     if (sae->threshold) kind = "JumpReLU";
     if (sae->topk) kind = "TopK";
-    double variance = x2 - tokens * mean2;
-    latent_sums sums = sum_latents(s);
-    double alive = n - sums.on[0];
-    if (variance > 0) explained = 1 - error / variance;
-    if (active > 0) mean_f = sum_f / active;
-    if (alive > 0) mean_means = sums.means / alive;
-    if (sums.entropies > 0) entropy = sums.entropy / sums.entropies;
     if (sae->hook >= 0) hook = hook_names[sae->hook];
     if (start) bias = strstr(start, "geomedian") ? "yes" : "no";
     const table_cell cells[EVAL_COLUMNS] = {
@@ -7970,17 +7980,17 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *data, t
         { "output", "CLIP output", hook, 0, 0 },
         { "activation", "activation", kind, 0, 0 },
         { "geometric_bias", "geometric bias", bias, 0, 0 },
-        { "mse", "MSE", NULL, mse / numbers, 0 },
-        { "mse_raw", "MSE raw", NULL, error / numbers, 0 },
-        { "explained_variance", "explained variance", NULL, explained, !(variance > 0) },
-        { "explained_variance_uncentred", "  uncentred", NULL, 1 - error / x2, 0 },
-        { "mean_activation", "mean activation", NULL, mean_f, active == 0 },
-        { "mean_sae_mean_acts", "mean of latents' means", NULL, mean_means, alive == 0 },
-        { "l0", "L0 per token", NULL, active / tokens, 0 },
-        { "l0_fraction", "L0 / latents", NULL, active / tokens / n, 0 },
-        { "l1", "L1 per token", NULL, sum_f / tokens, 0 },
+        { "mse", "MSE", NULL, m.mse, 0 },                    /* over ||x||, PatchSAE's */
+        { "mse_raw", "MSE raw", NULL, m.mse_raw, 0 },
+        { "explained_variance", "explained variance", NULL, m.explained_variance, 0 },
+        { "explained_variance_uncentred", "  uncentred", NULL, m.explained_variance_uncentred, 0 },
+        { "mean_activation", "mean activation", NULL, m.mean_activation, m.l0 == 0 },
+        { "mean_sae_mean_acts", "mean of latents' means", NULL, means, alive == 0 },
+        { "l0", "L0 per token", NULL, m.l0, 0 },
+        { "l0_fraction", "L0 / latents", NULL, m.l0 / (double)s->n, 0 },
+        { "l1", "L1 per token", NULL, m.l1, 0 },             /* without lambda */
         { "entropy_mean", "entropy", NULL, entropy, entropy < 0 },
-        { "entropy_sum", "entropy sum", NULL, sums.entropy, 0 },
+        { "entropy_sum", "entropy sum", NULL, sums.entropy, entropy < 0 },
         { "entropy_latents", "latents with entropy", NULL, sums.entropies, 0 },
         { "dead", "dead latents", NULL, sums.on[0], 0 },
         { "every_image", "on every image", NULL, sums.always, 0 },
@@ -8000,7 +8010,7 @@ static int command_eval(session *s) {
         SC_TRY(measure(s, 1));
         for (size_t i = 0; i < s->saes; i++)
             evaluate(&s->stats[i], &s->sae[i], *data, row[rows++]);
-        if (!o->also) return print_table(o->format, row[0], EVAL_COLUMNS, rows, print_columns);
+        if (!o->also) return print_table(o->format, print_columns, row[0], EVAL_COLUMNS, rows);
         close_data(s);
         *data = o->also;
         o->also = NULL;
@@ -8009,13 +8019,16 @@ static int command_eval(session *s) {
 
 /* --- extract and pack --- */
 
-/* Writes the labels, and the names of the classes. Images that were passed over as bad have lost
- * their names and are not in the file. */
+/* Writes the labels, if there are any, and the names of the classes. An image that was passed over
+ * as bad has lost its name and is not in the file. */
 static int write_labels(sc_writer *w, const sc_images *set) {
+    const size_t shape = SC_ROWS;
     if (set->classes == 0) return SC_OK;
-    SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, (size_t[]){ SC_ROWS }));
-    for (size_t i = 0; i < set->count; i++)
-        if (set->image[i].name) SC_TRY(sc_writer_integers(w, &set->image[i].label, 1));
+    SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &shape));
+    for (size_t i = 0; i < set->count; i++) {
+        const sc_image *image = &set->image[i];
+        if (image->name) SC_TRY(sc_writer_integers(w, &image->label, 1));
+    }
     if (!set->class_name) return SC_OK;
     return write_name_list(w, "class_names", set->class_name, set->classes);
 }
@@ -8024,33 +8037,34 @@ static int write_labels(sc_writer *w, const sc_images *set) {
 static int write_activations(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
+    const sc_tap *tap = &f->tap[0];
+    const size_t shape[] = { SC_ROWS, f->T, f->D };
     sc_dtype dtype = strcmp(s->o->dtype, "f16") ? SC_F32 : SC_F16;
     int status;
-    SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, (size_t[]){ SC_ROWS, f->T, f->D }));
+    SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, shape));
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     while ((status = next_encoded(s, MEASURE_IMAGES, f->set.count)) == SC_OK)
         for (size_t t = 0; t < f->count * f->T; t++)
-            SC_TRY(sc_writer_floats(w, f->tap[0].out + t * f->stride, f->D));
+            SC_TRY(sc_writer_floats(w, tap->out + t * f->stride, f->D));
     if (status != SC_END) return status;
     sc_origin origin = f->origin;
-    snprintf(origin.text[SC_LAYER], sizeof *origin.text, "%zu", f->tap[0].layer);
-    strcpy(origin.text[SC_HOOK], hook_names[f->tap[0].hook]);
+    snprintf(origin.text[SC_LAYER], sizeof *origin.text, "%zu", tap->layer);
+    strcpy(origin.text[SC_HOOK], hook_names[tap->hook]);
     SC_TRY(put_origin(w, &origin));
-    /* a file that lacks images of the data set is another data set */
-    uint64_t digest = f->set.digest + (f->set.count - f->used);
-    SC_TRY(put_metadata(w, "data_digest", "%016jx", (uintmax_t)digest));
+    uintmax_t digest = f->set.digest + (f->set.count - f->used);     /* another one if images lack */
+    SC_TRY(put_metadata(w, "data_digest", "%016jx", digest));
     return write_labels(w, &f->set);
 }
 
 static int command_extract(session *s) {
-    feed *f = &s->data;
-    sc_hook hook = s->o->hook ? (sc_hook)find_hook(s->o->hook) : SC_MLP;
+    const char *hook = s->o->hook ? s->o->hook : "mlp";
+    const sc_images *set = &s->data.set;
     long layer = s->o->layer ? s->o->layer : -2;
     size_t place;
     SC_TRY(open_session(s));
-    SC_TRY(add_tap(f, layer, hook, &place));
-    return save_tensors(s->o->output, 8192 + names_room(f->set.class_name, f->set.classes, 8),
-                        write_activations, s);
+    SC_TRY(add_tap(&s->data, layer, (sc_hook)find_hook(hook), &place));
+    size_t room = 8192 + names_room(set->class_name, set->classes, 8);
+    return save_tensors(s->o->output, room, write_activations, s);
 }
 
 /* images: [images, S, S, 3] */
@@ -8058,16 +8072,18 @@ static int write_images(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
     size_t S = (size_t)f->preprocess.size, images = 0;
-    int status;
+    const size_t shape[] = { SC_ROWS, S, S, 3 };
     char **name;
-    SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, (size_t[]){ SC_ROWS, S, S, 3 }));
-    while ((status = next_encoded(s, MEASURE_IMAGES, f->set.count)) == SC_OK)
+    int status;
+    SC_TRY(allocate(&s->memory, &name, f->set.count, sizeof *name));
+    SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, shape));
+    while ((status = next_encoded(s, MEASURE_IMAGES, f->set.count)) == SC_OK) {
+        for (size_t i = 0; i < f->count; i++)
+            name[images++] = (char *)(uintptr_t)image_name(f, f->image[i]);
         SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
+    }
     if (status != SC_END) return status;
     SC_TRY(write_labels(w, &f->set));
-    SC_TRY(allocate(&s->memory, &name, f->set.count, sizeof *name));
-    for (size_t i = 0; i < f->set.count; i++)
-        if (image_name(f, i)) name[images++] = (char *)(uintptr_t)image_name(f, i);
     return *name[0] ? write_name_list(w, "file_names", name, images) : SC_OK;
 }
 
@@ -8076,7 +8092,8 @@ static int command_pack(session *s) {
     feed *f = &s->data;
     const char *crop = o->crop ? o->crop : "torchvision";
     size_t square = o->square > 0 ? (size_t)o->square : 0;
-    SC_TRY(open_photos(f, o, square ? square : (size_t)o->size, square, crop));
+    size_t side = square ? square : (size_t)o->size;
+    SC_TRY(open_photos(f, o, side, square, crop));
     size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
     for (size_t i = 0; i < f->set.count; i++) room += 7 * strlen(image_name(f, i)) + 4;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
@@ -8085,8 +8102,8 @@ static int command_pack(session *s) {
 
 /* --- encode ---
  *
- * A safetensors file has its tensors one after the other, but codes come image by image and their
- * number is known at the end. So each tensor grows in a temporary file, a spool, and is copied. */
+ * A safetensors file has one tensor after the other, but codes come image by image, and how many
+ * they are is known at the end. So each tensor grows in a temporary file, which is then copied. */
 
 static int spool_failed(void) {
     return fail("a temporary file cannot be written or read: %s", strerror(errno));
@@ -8104,50 +8121,56 @@ static float activation_of(const sae_batch *b, size_t j, size_t token) {
     return (float)sum;
 }
 
-/* The codes of a batch of one image as a list, and what else is asked for. f: [T, n] */
+/* Writes the codes of a batch of one image, by token and then by latent, and the other tensors that
+ * are asked for. f: [T, n] */
 static int spool_image(session *s, float *f) {
     const sae_batch *b = &s->batch[0];
     FILE **spool = s->spool;
-    size_t n = b->sae->d_sae;
+    size_t n = b->sae->d_sae, D = b->sae->d_in;
+    size_t first = s->data.used * b->T;              /* the row of token 0 */
     memset(f, 0, b->T * n * sizeof *f);
     spread_batch(b, f);
     for (size_t e = 0; e < b->T * n; e++) {
-        int64_t row = (int64_t)(s->data.used * b->T + e / n), index = (int64_t)(e % n);
+        int64_t row = (int64_t)(first + e / n);
+        int64_t index = (int64_t)(e % n);
         if (!(f[e] > 0)) continue;
-        fwrite(&row, sizeof row, 1, spool[0]);
-        fwrite(&index, sizeof index, 1, spool[1]);
-        fwrite(&f[e], sizeof *f, 1, spool[2]);
+        fwrite(&row, sizeof row, 1, spool[CODE_ROW]);
+        fwrite(&index, sizeof index, 1, spool[CODE_INDEX]);
+        fwrite(&f[e], sizeof *f, 1, spool[CODE_VALUE]);
     }
-    if (spool[3]) fwrite(f, sizeof *f, b->T * n, spool[3]);
-    for (size_t t = 0; t < b->T && spool[4]; t++)
-        fwrite(b->output + t * b->sae->stride, sizeof *b->output, b->sae->d_in, spool[4]);
-    for (size_t j = 0; j < n && spool[5]; j++) {
+    if (spool[CODE_DENSE]) fwrite(f, sizeof *f, b->T * n, spool[CODE_DENSE]);
+    for (size_t t = 0; t < b->T && b->reconstruct; t++)
+        fwrite(b->output + t * b->sae->stride, sizeof(float), D, spool[CODE_OUTPUT]);
+    for (size_t j = 0; j < n && spool[CODE_MEANS]; j++) {
         float mean = activation_of(b, j, SIZE_MAX);
-        fwrite(&mean, sizeof mean, 1, spool[5]);
+        fwrite(&mean, sizeof mean, 1, spool[CODE_MEANS]);
     }
-    errno = EIO;                                         /* where an earlier write failed */
+    errno = EIO;                                     /* where an earlier write failed */
     for (size_t i = 0; i < SPOOLS; i++)
         if (spool[i] && (fflush(spool[i]) != 0 || ferror(spool[i]))) return spool_failed();
     return SC_OK;
 }
 
-/* Copies the spools: row [codes], index [codes], value [codes], in the order of tokens and then of
- * latents; f [tokens, n], reconstruction [tokens, D], image_means [images, n]. */
+/* Copies the temporary files. columns: 0 for a list, [codes]; else [tokens or images, columns] */
 static int write_codes(sc_writer *w, void *context) {
     session *s = context;
     size_t n = s->sae[0].d_sae, D = s->sae[0].d_in, count;
     int64_t block[512];
     const struct { const char *name; sc_dtype dtype, in_memory; size_t columns; } tensor[SPOOLS] = {
-        { "row", SC_I64, SC_I64, 0 }, { "index", SC_I32, SC_I64, 0 }, { "value", SC_F32, SC_F32, 0 },
-        { "f", SC_F32, SC_F32, n }, { "reconstruction", SC_F32, SC_F32, D },
+        { "row", SC_I64, SC_I64, 0 },
+        { "index", SC_I32, SC_I64, 0 },
+        { "value", SC_F32, SC_F32, 0 },
+        { "f", SC_F32, SC_F32, n },
+        { "reconstruction", SC_F32, SC_F32, D },
         { "image_means", SC_F32, SC_F32, n } };
     for (size_t i = 0; i < SPOOLS; i++) {
         FILE *spool = s->spool[i];
         sc_dtype kind = tensor[i].in_memory;
-        size_t size = sc_dtype_size(kind), shape[] = { SC_ROWS, tensor[i].columns };
+        size_t size = sc_dtype_size(kind);
+        const size_t shape[] = { SC_ROWS, tensor[i].columns };
         if (!spool) continue;
-        SC_TRY(sc_writer_tensor(w, tensor[i].name, tensor[i].dtype, i < 3 ? 1 : 2, shape));
         rewind(spool);
+        SC_TRY(sc_writer_tensor(w, tensor[i].name, tensor[i].dtype, shape[1] ? 2 : 1, shape));
         while ((count = fread(block, size, sizeof block / size, spool)) > 0)
             SC_TRY(sc_writer_values(w, block, count, kind));
         if (ferror(spool)) return spool_failed();
@@ -8164,8 +8187,9 @@ static int command_encode(session *s) {
     SC_TRY(try_output(o->output));
     SC_TRY(open_session(s));
     for (size_t i = 0; i < SPOOLS; i++) {
-        if (wanted[i]) s->spool[i] = tmpfile();
-        if (wanted[i] && !s->spool[i]) return spool_failed();
+        if (!wanted[i]) continue;
+        s->spool[i] = tmpfile();
+        if (!s->spool[i]) return spool_failed();
     }
     s->batch[0].reconstruct = o->reconstruction;
     SC_TRY(allocate(&s->memory, &codes, f->T, s->sae[0].d_sae * sizeof *codes));
@@ -8180,10 +8204,11 @@ static int command_encode(session *s) {
 /* The SAE in the loop: x' takes the place of x. x: [tokens, stride] */
 static int replace_by_output(void *context, float *x, size_t tokens) {
     session *s = context;
+    sae_batch *b = &s->batch[0];
     size_t bad;
-    SC_TRY(run_sae(&s->batch[0], x, tokens));
-    if (check_batch(&s->batch[0], &bad) != SC_OK) return blame_token(&s->data, bad);
-    memcpy(x, s->batch[0].output, tokens * s->sae[0].stride * sizeof *x);
+    SC_TRY(run_sae(b, x, tokens));
+    if (check_batch(b, &bad) != SC_OK) return blame_token(&s->data, bad);
+    memcpy(x, b->output, tokens * b->sae->stride * sizeof *x);
     return SC_OK;
 }
 
@@ -8192,13 +8217,13 @@ static int replace_by_output(void *context, float *x, size_t tokens) {
  * are, if there are as many folders as classes. The labels of a list are classes already. */
 static int match_classes(sc_images *set, const sc_model *model) {
     const char *text = sc_metadata_find(&model->file, "class_names");
-    char **name = NULL;
+    char **name = NULL;                              /* [names], of the model's classes */
     size_t names = 0, numbers = 0;
     int status = SC_OK;
     if (!set->class_name) return SC_OK;
     for (size_t c = 0; c < set->classes; c++) {
         const char *class = set->class_name[c];
-        numbers += class[strspn(class, "0123456789")] == '\0';
+        if (class[strspn(class, "0123456789")] == '\0') numbers++;
     }
     if (!text && numbers < set->classes && set->classes != model->classes)
         return fail("%s: %zu class folders, but the model has %zu classes without names (expected "
@@ -8206,52 +8231,55 @@ static int match_classes(sc_images *set, const sc_model *model) {
                     set->root, set->classes, model->classes);
     if (text) SC_TRY(json_string_array(text, model->file.path, &name, &names));
     for (size_t i = 0; i < set->count && status == SC_OK; i++) {
-        int64_t *label = &set->image[i].label;
-        const char *class = set->class_name[*label];
+        sc_image *image = &set->image[i];
+        const char *class = set->class_name[image->label];
         size_t c = 0;
         while (c < names && strcmp(name[c], class) != 0) c++;
-        if (text) *label = (int64_t)c;
-        else if (numbers == set->classes) *label = (int64_t)strtoll(class, NULL, 10);
+        if (text) image->label = (int64_t)c;
+        else if (numbers == set->classes) image->label = strtoll(class, NULL, 10);
         if (text && c == names)
             status = fail("image %zu %s: class '%s' is not among the %zu that %s names", i,
-                          set->image[i].name, class, names, model->file.path);
+                          image->name, class, names, model->file.path);
     }
     free(name);
     return status;
 }
 
 static int start_zeroshot(session *s) {
-    const sc_model *model = &s->data.model;
-    SC_TRY(open_session(s));                                 /* timm's head may be a classifier */
-    if (!sc_tensor_find(&model->file, "text_embeds") && model->naming != TIMM)
-        return fail("%s: no tensor text_embeds [classes, width of the projection]",
-                    model->file.path);
-    if (s->data.T != model->tokens)
+    feed *f = &s->data;
+    const sc_safetensors *file = &f->model.file;
+    SC_TRY(open_session(s));                         /* timm's head may be a classifier */
+    if (!sc_tensor_find(file, "text_embeds") && f->model.naming != TIMM)
+        return fail("%s: no tensor text_embeds [classes, width of the projection]", file->path);
+    if (f->T != f->model.tokens)
         return fail("%s: trained on tokens %s (expected all, which the model needs to go on)",
-                    s->sae[0].path, s->data.origin.text[SC_TOKENS]);
+                    s->sae[0].path, f->origin.text[SC_TOKENS]);
     if (s->saes) {
-        s->data.tap[0].replace = replace_by_output;
-        s->data.tap[0].context = s;
+        f->tap[0].replace = replace_by_output;
+        f->tap[0].context = s;
     }
-    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 1));
-    return match_classes(&s->data.set, model);
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 1));
+    return match_classes(&f->set, &f->model);
 }
 
-/* Sets the rank, from 0, of the label of the batch's image i among the logits; of equal logits the
+/* Finds the rank, from 0, of the label of the batch's image i among the logits; of equal logits the
  * lower class comes first. */
 static int rank_label(const feed *f, size_t i, size_t *rank) {
     size_t image = f->image[i], classes = f->model.classes;
     const float *logit = f->logits + i * classes;
+    const char *name = image_name(f, image);
     int64_t label = f->label[i];
     if (label < 0)
         return fail("image %zu %s: no label (expected FOLDER/<class>/<image>, or a list with "
-                    "path<TAB>class)", image, image_name(f, image));
+                    "path<TAB>class)", image, name);
     if (label >= (int64_t)classes)
-        return fail("image %zu %s: label %lld, but the head has %zu classes", image,
-                    image_name(f, image), (long long)label, classes);
+        return fail("image %zu %s: label %lld, but the head has %zu classes", image, name,
+                    (long long)label, classes);
     *rank = 0;
-    for (size_t c = 0; c < classes; c++)
-        *rank += logit[c] > logit[label] || (logit[c] == logit[label] && (int64_t)c < label);
+    for (size_t c = 0; c < classes; c++) {
+        int before = (int64_t)c < label;
+        if (logit[c] > logit[label] || (before && logit[c] == logit[label])) ++*rank;
+    }
     return SC_OK;
 }
 
@@ -8269,14 +8297,14 @@ static int command_zeroshot(session *s) {
         }
     }
     if (status != SC_END) return status;
-    double percent = 100 / (double)f->used;
+    double images = (double)f->used;
     if (strcmp(format, "csv") == 0)
         printf("images,top1,top5\n%zu,%zu,%zu\n", f->used, top1, top5);
     else if (strcmp(format, "json") == 0)
         printf("{\"images\": %zu, \"top1\": %zu, \"top5\": %zu}\n", f->used, top1, top5);
     else
         printf("%zu images: top-1 %zu (%.2f %%), top-5 %zu (%.2f %%)\n", f->used, top1,
-               percent * (double)top1, top5, percent * (double)top5);
+               100 * (double)top1 / images, top5, 100 * (double)top5 / images);
     return end_of_output();
 }
 
@@ -8652,7 +8680,7 @@ static int explain(viewer *v) {
         find_masks(v, j);
         SC_TRY(show_mask(v, j, 0));
     }
-    if (rows > 0) return print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows, print_rows);
+    if (rows > 0) return print_table(o->format, print_rows, cells[0], EXPLAIN_COLUMNS, rows);
     note("no latent fires there");
     if (strcmp(o->format, "json") == 0) puts("[]");
     return end_of_output();

@@ -200,11 +200,9 @@ static void figures_stats(const char *path, size_t n, const float *frequency, co
                           const int64_t *images_of, uint64_t images, const int64_t *bins)
 {
     statistics s = { .n = n, .T = 2, .K = 1, .P = 1, .first_patch = 1, .threshold = -1, .images = images };
-    statistics_tensor tensor[STATISTICS_TENSORS];
     memory_list memory = NULL;
     sc_writer w;
     int status = new_statistics(&s, &memory, 0);
-    size_t tensors = status == SC_OK ? list_statistics(&s, tensor) : 0;
     for (size_t j = 0; j < n && status == SC_OK; j++) {
         if (frequency) s.latent[j].sparsity = frequency[j];
         if (mean) s.latent[j].mean = mean[j];
@@ -213,16 +211,7 @@ static void figures_stats(const char *path, size_t n, const float *frequency, co
     }
     if (bins) memcpy(s.histogram[0], bins, sizeof s.histogram[0]);
     if (status == SC_OK) status = sc_writer_open(&w, path, 16384);
-    if (status == SC_OK) status = write_statistics_metadata(&w, &s);
-    for (size_t i = 0; i < tensors && status == SC_OK; i++) {
-        const statistics_tensor *t = &tensor[i];
-        size_t count = 1;
-        int rank = 0;
-        for (; t->shape[rank] > 0; rank++) count *= t->shape[rank];
-        status = sc_writer_tensor(&w, t->name, t->dtype, rank, t->shape);
-        for (size_t e = 0; e < count / t->numbers && status == SC_OK; e++)
-            status = sc_writer_values(&w, (char *)t->first + e * t->step, t->numbers, t->dtype);
-    }
+    if (status == SC_OK) status = write_statistics(&w, &s);
     if (status == SC_OK) status = sc_writer_finish(&w);
     release(&memory);
     if (status != SC_OK) need("%s: %s", path, sc_error());
