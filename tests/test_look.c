@@ -102,7 +102,8 @@ static void end_tensors(const char *name)
     look_tensors(name, made_header, made, made_bytes);
 }
 
-static void look_model(void)
+/* classes: of a head whose logits are 0 but for that of the class `best`; 0: no head. metadata: more of it */
+static void look_model(const char *name, size_t classes, size_t best, const char *metadata)
 {
     static const struct { const char *name, *shape; size_t count; int ones; } rest[] = {
         { "blocks.0.norm1.weight", "4", 4, 1 }, { "blocks.0.norm1.bias", "4", 4, 0 },
@@ -111,8 +112,10 @@ static void look_model(void)
         { "blocks.0.norm2.weight", "4", 4, 1 }, { "blocks.0.norm2.bias", "4", 4, 0 },
         { "blocks.0.mlp.fc1.weight", "8,4", 32, 0 }, { "blocks.0.mlp.fc1.bias", "8", 8, 0 },
         { "blocks.0.mlp.fc2.weight", "4,8", 32, 0 }, { "blocks.0.mlp.fc2.bias", "4", 4, 0 } };
-    begin_tensors("\"image_mean\":\"0,0,0\",\"image_std\":\"1,1,1\",\"hidden_act\":\"gelu\","
-                  "\"layer_norm_eps\":\"1e-6\",\"num_attention_heads\":\"1\"");
+    char text[500], shape[40];
+    snprintf(text, sizeof text, "\"image_mean\":\"0,0,0\",\"image_std\":\"1,1,1\",\"hidden_act\":\"gelu\","
+             "\"layer_norm_eps\":\"1e-6\",\"num_attention_heads\":\"1\"%s", metadata);
+    begin_tensors(text);
     set_float(add_floats("cls_token", "1,1,4", 4), 3, 1);
     add_floats("pos_embed", "1,5,4", 20);
     unsigned char *patch = add_floats("patch_embed.proj.weight", "4,3,2,2", 48);
@@ -122,7 +125,16 @@ static void look_model(void)
         unsigned char *data = add_floats(rest[i].name, rest[i].shape, rest[i].count);
         for (size_t e = 0; e < rest[i].count && rest[i].ones; e++) set_float(data, e, 1);
     }
-    end_tensors("model.safetensors");
+    if (classes > 0) {
+        unsigned char *weight = add_floats("norm.weight", "4", 4);
+        for (size_t e = 0; e < 4; e++) set_float(weight, e, 1);
+        add_floats("norm.bias", "4", 4);
+        snprintf(shape, sizeof shape, "%zu,4", classes);
+        add_floats("head.weight", shape, classes * 4);
+        snprintf(shape, sizeof shape, "%zu", classes);
+        set_float(add_floats("head.bias", shape, classes), best, 1);
+    }
+    end_tensors(name);
 }
 
 static void look_sae(const char *name, float threshold)
@@ -162,7 +174,7 @@ static void look_folder(const char *name)
 
 static void make_look_inputs(void)
 {
-    look_model();
+    look_model("model.safetensors", 0, 0, "");
     look_sae("sae.safetensors", 0.2f);
     look_sae("other.safetensors", 0.3f);
     look_folder("set");
@@ -258,6 +270,93 @@ static void look_mask(void)
     check(access("classes/latent_0_0_0.ppm.pgm", F_OK) != 0, "a class has no single masks");
     check(look_run("mask -s sae.safetensors -m model.safetensors flat --quiet -l 0 -o safe") == 0
           && is_mask("safe/latent_0_0_-__2J_.ppm.pgm", 255, 191, 64, 0), "names are made safe");
+}
+
+/* A file's name begins with the latent and the image's index, however long the image's name is. */
+static void look_long_names(void)
+{
+    char name[300], file[400], letters[201];
+    memset(letters, 'x', 200);
+    letters[200] = '\0';
+    look_folder("long");
+    for (int i = 0; i < 2; i++) {
+        snprintf(name, sizeof name, "long/%s%d.ppm", letters, i);
+        look_patches(name, red0, none);
+    }
+    check(look_run("mask -s sae.safetensors -m model.safetensors long --quiet -l 0 -o longmasks") == 0, "mask runs");
+    for (int i = 0; i < 2; i++) {
+        snprintf(file, sizeof file, "longmasks/latent_0_%d_%.117s.pgm", i, letters);
+        check(is_mask(file, 255, 191, 64, 0), "the mask of image %d, whose name is long, is not %s", i, file);
+    }
+}
+
+/* What is not defined is "-" in text: the entropy of fewer images than it needs, the classes of images without
+ * labels. In CSV it is the number that stands for it. */
+static void look_undefined(void)
+{
+    check(look_run("stats -s sae.safetensors -m model.safetensors flat -o flat.stats --quiet") == 0,
+          "statistics are made");
+#define FLAT "explain -s sae.safetensors -m model.safetensors -t flat.stats set/a/0.ppm --quiet "
+    check(look_run(FLAT) == 0 && strcmp(look_output,
+          "latent      activation  frequency   entropy     classes of its top images\n"
+          "0           0.32        1           -           -           \n") == 0,
+          "what is not defined is not -: %s", look_output);
+    check(look_run(FLAT "--format csv") == 0 && strcmp(look_output, "latent,activation,frequency,entropy,classes\n"
+          "0,0.319999993,1,-1,\"\"\n") == 0, "as CSV: %s", look_output);
+    check(look_run("eval -s sae.safetensors -m model.safetensors flat --quiet") == 0
+          && look_says("\nentropy                                        -\n"), "eval: %s", look_output);
+}
+
+/* --- zeroshot --- */
+
+#define LOOK_NAMES(list) ",\"class_names\":\"" list "\""
+
+/* Which class of the model a label is. The model knows one answer, the class `best`, and every image has another
+ * label; so top-1 counts the images of that class. Folders are in byte order: 0, 10, 2. */
+static void look_zeroshot(void)
+{
+    static const struct {
+        const char *images;
+        size_t classes, best;
+        const char *names;                           /* of the model's classes */
+        int status;
+        const char *words;
+    } cases[] = {
+        { "set", 3, 0, "", 0, "{\"images\": 3, \"top1\": 2," },          /* a, b, c: ranks; c is empty */
+        { "set", 3, 1, "", 0, "{\"images\": 3, \"top1\": 1," },
+        { "set", 4, 1, "", 1, "3 class folders, but the model has 4 classes without names" },
+        { "numbers", 12, 10, "", 0, "{\"images\": 3, \"top1\": 1," },    /* numbers: their own class */
+        { "numbers", 12, 1, "", 0, "{\"images\": 3, \"top1\": 0," },
+        { "numbers", 12, 2, "", 0, "{\"images\": 3, \"top1\": 1," },
+        { "numbers", 3, 1, "", 1, "label 10, but the head has 3 classes" },
+        { "set", 4, 3, LOOK_NAMES("[\\\"c\\\",\\\"b\\\",\\\"x\\\",\\\"a\\\"]"), 0, "{\"images\": 3, \"top1\": 2," },
+        { "set", 4, 1, LOOK_NAMES("[\\\"c\\\",\\\"b\\\",\\\"x\\\",\\\"a\\\"]"), 0, "{\"images\": 3, \"top1\": 1," },
+        { "set", 2, 1, LOOK_NAMES("[\\\"c\\\",\\\"b\\\"]"), 1, "class 'a' is not among the 2" },
+        { "numbers", 3, 0, LOOK_NAMES("[\\\"10\\\",\\\"0\\\",\\\"2\\\"]"), 0, "{\"images\": 3, \"top1\": 1," },
+        { "half", 12, 1, "", 1, "2 class folders" },                     /* 1, a: not all are numbers */
+        { "half", 2, 1, "", 0, "{\"images\": 2, \"top1\": 1," },
+        { "huge", 12, 1, "", 1, "but the head has 12 classes" },         /* 2^64 and more */
+        { "classes.txt", 12, 7, "", 0, "{\"images\": 2, \"top1\": 1," }, /* a list has the model's classes */
+        { "classes.txt", 12, 7, LOOK_NAMES("[\\\"a\\\",\\\"b\\\"]"), 0, "{\"images\": 2, \"top1\": 1," },
+        { "flat", 3, 0, "", 1, "no label" },
+    };
+    static const char *const folders[] = { "numbers", "numbers/0", "numbers/2", "numbers/10", "half", "half/1",
+                                           "half/a", "huge", "huge/99999999999999999999" };
+    static const char list[] = "set/a/0.ppm\t7\nset/b/2.ppm\t3\n";
+    for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
+        char name[80];
+        look_folder(folders[i]);
+        snprintf(name, sizeof name, "%s/image.ppm", folders[i]);
+        if (strchr(folders[i], '/')) look_patches(name, red0, none);
+    }
+    look_write("classes.txt", list, sizeof list - 1);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        look_model("head.safetensors", cases[i].classes, cases[i].best, cases[i].names);
+        int status = look_run("zeroshot -m head.safetensors %s --quiet --format json", cases[i].images);
+        check(status == cases[i].status && look_says(cases[i].words),
+              "zeroshot of %s, %zu classes%s: status %d and '%s' expected, got %d and %s", cases[i].images,
+              cases[i].classes, cases[i].names, cases[i].status, cases[i].words, status, look_output);
+    }
 }
 
 static void look_refusals(void)
@@ -414,6 +513,9 @@ static void test_look(void)
     make_look_inputs();
     look_top();
     look_mask();
+    look_long_names();
+    look_undefined();
+    look_zeroshot();
     look_refusals();
     look_info();
     look_compare();

@@ -248,6 +248,131 @@ static void stats_ties(void)
     }
 }
 
+/* --- Inputs made here: every latent is one of the inputs --- */
+
+/* Activations of N images with T tokens of width 2. x: [N, T, 2]; label: [N], or NULL for none */
+static void stats_make_acts(const char *path, const float *x, size_t N, size_t T, const int64_t *label)
+{
+    sc_writer w;
+    int status = sc_writer_open(&w, path, 0);
+    if (status == SC_OK) status = sc_writer_tensor(&w, "activations", SC_F32, 3, (size_t[]){ N, T, 2 });
+    if (status == SC_OK) status = sc_writer_floats(&w, x, N * T * 2);
+    if (status == SC_OK && label) status = sc_writer_tensor(&w, "labels", SC_I64, 1, &N);
+    if (status == SC_OK && label) status = sc_writer_integers(&w, label, N);
+    if (status == SC_OK) status = sc_writer_finish(&w);
+    if (status != SC_OK) need("%s: %s", path, sc_error());
+}
+
+/* f = relu(x) */
+static void stats_make_sae(const char *path)
+{
+    static const float one[] = { 1, 0, 0, 1 }, zero[2] = { 0 };
+    static const char *const names[] = { "W_enc", "W_dec", "b_enc", "b_dec" };
+    sc_writer w;
+    int status = sc_writer_open(&w, path, 0);
+    for (int i = 0; i < 4 && status == SC_OK; i++) {
+        status = sc_writer_tensor(&w, names[i], SC_F32, i < 2 ? 2 : 1, (size_t[]){ 2, 2 });
+        if (status == SC_OK) status = i < 2 ? sc_writer_floats(&w, one, 4) : sc_writer_floats(&w, zero, 2);
+    }
+    if (status == SC_OK) status = sc_writer_finish(&w);
+    if (status != SC_OK) need("%s: %s", path, sc_error());
+}
+
+/* The number of lines on standard error that contain a text. */
+static int stats_remarks(const char *text)
+{
+    int count = 0;
+    for (const char *at = ran.err; (at = strstr(at, text)) != NULL; at++) count++;
+    return count;
+}
+
+/* top_entropy where image 11 of 12 has no label. Latent 0 has 12 to 1 on images 0 to 11, latent 1 the reverse;
+ * labels alternate. Latent 0's top 10 all have labels: shares (12 + 10 + 8 + 6 + 4) / 75 and 35 / 75, entropy
+ * 0.6909233. Latent 1's begin with the image that has none; so do latent 0's top 12 end. */
+static void stats_labels(void)
+{
+    enum { N = 12 };
+    float x[2 * N];
+    int64_t label[N];
+    size_t count;
+    const char *sae = in_folder("unit_sae"), *acts = in_folder("labels_acts"), *out = in_folder("labels_stats");
+    for (int i = 0; i < N; i++) {
+        x[2 * i] = (float)(N - i);
+        x[2 * i + 1] = (float)(i + 1);
+        label[i] = i % 2;
+    }
+    label[N - 1] = -1;
+    stats_make_sae(sae);
+    stats_make_acts(acts, x, N, 1, label);
+    works("stats --quiet -s %s --acts %s --top 10 --class-counts -o %s", sae, acts, out);
+    const double *entropy = numbers_of(out, "top_entropy", &count);
+    check(entropy && count == 2 && fabs(entropy[0] - 0.6909233) < 1e-6, "the entropy of labelled images is %g",
+          entropy ? entropy[0] : 0);
+    check(entropy && entropy[1] == -1, "with an image without a label the entropy is %g", entropy ? entropy[1] : 0);
+    const double *classes = numbers_of(out, "class_counts", &count);
+    check(classes && count == 4 && classes[0] == 6 && classes[2] == 5, "the image without a label is of a class");
+    works("eval --quiet -s %s --acts %s --format csv", sae, acts);
+    check(csv_number(ran.out, 0, "entropy_mean") == -1 && csv_number(ran.out, 0, "entropy_latents") == 0,
+          "top 16 with an image without a label have an entropy: %s", ran.out);
+    works("eval --quiet -s %s --acts %s", sae, acts);
+    const char *line = strstr(ran.out, "\nentropy ");
+    check(line && strspn(line + 9, " ") + 9 == strcspn(line + 1, "-") + 1, "an undefined entropy is not -: %s",
+          ran.out);
+    for (size_t K = 10; K <= N; K += 2) {                    /* Part I says the same */
+        sc_top top[N], patch[1];
+        sc_latent latent[2];
+        for (size_t j = 0; j < 2; j++) sc_latent_measure_plain(&latent[j], top, K, patch, 1, x, label, N, 1, 2, j, 1);
+        check((fabsf(latent[0].top_entropy - 0.6909233f) < 1e-6f) == (K == 10) && latent[1].top_entropy == -1,
+              "by the definition, entropies of the top %zu are %g and %g", K, (double)latent[0].top_entropy,
+              (double)latent[1].top_entropy);
+    }
+    stats_make_acts(acts, x, N, 1, NULL);
+    works("stats --quiet -s %s --acts %s --top 10 -o %s", sae, acts, out);
+    entropy = numbers_of(out, "top_entropy", &count);
+    check(entropy && entropy[0] == -1 && entropy[1] == -1, "without labels there is an entropy");
+}
+
+/* PyTorch compares float32 activations with a threshold of 0.2 as float32: 0.2f, which is above 0.2, is not above
+ * it, the next float is. Two images of two tokens; classes 0 and 1. */
+static void stats_threshold(void)
+{
+    const float at = 0.2f, above = nextafterf(at, 1), below = nextafterf(at, 0);
+    const float x[] = { at, above, below, at, above, 1, at, below };
+    const int64_t label[] = { 0, 1 };
+    size_t count;
+    const char *sae = in_folder("unit_sae"), *acts = in_folder("threshold_acts"), *out = in_folder("threshold_stats");
+    stats_make_sae(sae);
+    stats_make_acts(acts, x, 2, 2, label);
+    works("stats --quiet -s %s --acts %s --class-counts --threshold 0.2 -o %s", sae, acts, out);
+    const double *counts = numbers_of(out, "class_counts", &count);
+    check(counts && count == 4 && counts[0] == 0 && counts[1] == 1 && counts[2] == 1 && counts[3] == 1,
+          "tokens above 0.2 are %g %g, %g %g", counts[0], counts[1], counts[2], counts[3]);
+}
+
+/* Exact sums end at 2^-64: a latent whose means are below has mean 0, and one remark says so. */
+static void stats_lost(void)
+{
+    const float small[] = { 1e-25f, 1, 1e-25f, 1 }, large[] = { 1e-19f, 1, 1e-19f, 1 };
+    size_t count;
+    const char *sae = in_folder("unit_sae"), *acts = in_folder("lost_acts"), *out = in_folder("lost_stats");
+    stats_make_sae(sae);
+    stats_make_acts(acts, large, 2, 1, NULL);
+    works("stats -s %s --acts %s -o %s", sae, acts, out);
+    check(stats_remarks("2^-64") == 0, "a mean of 1e-19 is lost: %s", ran.err);
+    const double *mean = numbers_of(out, "sae_mean_acts", &count);
+    check(mean && fabs(mean[0] - 1e-19) < 1e-19, "a mean of 1e-19 is %g", mean ? mean[0] : 0);
+    stats_make_acts(acts, small, 2, 1, NULL);
+    works("stats -s %s --acts %s -o %s", sae, acts, out);
+    check(stats_remarks("1 latents have means below 2^-64") == 1, "a mean that is lost has remarks: %s", ran.err);
+    mean = numbers_of(out, "sae_mean_acts", &count);
+    const double *images = numbers_of(out, "image_count", &count);
+    check(mean && images && mean[0] == 0 && images[0] == 2, "a lost mean is not 0");
+    works("merge %s -o %s", out, in_folder("lost_merged"));
+    check(stats_remarks("2^-64") == 1, "merged, a mean that is lost has remarks: %s", ran.err);
+    works("eval -s %s --acts %s", sae, acts);
+    check(stats_remarks("2^-64") == 1, "in eval, a mean that is lost has remarks: %s", ran.err);
+}
+
 static void test_stats(void)
 {
     stats_golden();
@@ -261,4 +386,7 @@ static void test_stats(void)
     stats_shard_alone();
     stats_merge_refuses();
     stats_ties();
+    stats_labels();
+    stats_threshold();
+    stats_lost();
 }
