@@ -7749,6 +7749,12 @@ static int read_statistics(statistics *s, const char *path, memory_list *memory)
     if (status == SC_OK) tensors = list_statistics(s, tensor);
     for (size_t i = 0; i < tensors && status == SC_OK; i++)
         status = read_statistics_tensor(&file, &tensor[i]);
+    for (size_t j = 0; j < s->n && status == SC_OK; j++) {
+        const latent_record *l = &s->latent[j];
+        int possible = l->images >= 0 && (uint64_t)l->images <= s->images && l->sparsity >= 0
+                       && l->sparsity <= 1 && l->mean >= 0 && l->entropy <= 100;
+        if (!possible) status = fail("%s: latent %zu: impossible statistics", path, j);
+    }
     sc_safetensors_close(&file);
     return status;
 }
@@ -8702,50 +8708,54 @@ static int command_explain(session *s) { return look(s, explain); }
 /* ============================================================================================
  * 22. Figures
  *
- * `plot` draws figures as SVG (w3.org/TR/SVG11) from files that other commands wrote. A kind of
- * figure is a row of a table: how a file becomes rows of numbers, and which columns are drawn in
- * which panels. Places come from IEEE operations and our own logarithm, so the same files give the
- * same bytes everywhere. Paper and ink follow the reader's light or dark mode.
+ * `plot` draws figures as SVG (w3.org/TR/SVG11) from files that other commands wrote. Each kind of
+ * figure reads every file into rows of numbers, then draws the rows of all files. Coordinates come
+ * from IEEE operations and the project's own logarithm, so the same files give the same bytes
+ * everywhere. Text and background follow the viewer's light or dark mode.
  * ============================================================================================ */
 
 enum {
-    MAX_SERIES = 64,
-    LINE_POINTS = 1000,                          /* of a line, at most */
-    PANEL = 300, CELL = 3, CELLS = PANEL / CELL, /* in pixels; points lie in cells */
-    COLOURS = 9, MASK_CELLS = 64
+    MAX_FILES = 64,                  /* in one figure */
+    LINE_POINTS = 1000,              /* longer series are thinned to at least this many points */
+    COLOURS = 9,                     /* of the heat map */
+    MASK_CELLS = 64                  /* side of a mask in patches, at most */
 };
 
-/* What a file holds, and what the figure says of it. row: [rows], of a kind's columns */
+/* One file. row: [rows]; the columns depend on the kind of figure */
 typedef struct {
     const char *path;
     double (*row)[4];
     size_t rows, capacity;
-    char words[160];
 } plot_series;
 
-/* low and high, numbers or their log10, lie at the pixels from and to; ticks are `step` apart. */
-typedef struct { int is_log; double low, high, from, to, step; } plot_axis;
+/* A linear axis goes from 0 to the largest value, a logarithmic one covers whole powers of ten.
+ * `low` lies at the pixel `from`, `high` at the pixel `to`, and ticks are `step` apart; on a
+ * logarithmic axis low, high and step are log10 of values. */
+typedef struct {
+    int is_log;
+    double from, to, low, high, step;
+} plot_axis;
 
 typedef struct {
     const struct plot_kind *kind;
-    plot_series series[MAX_SERIES];
-    size_t count;
+    plot_series series[MAX_FILES];
+    int count;
     FILE *out;
 } plot;
 
-/* LINEAR and LOG scales; ZERO is linear from 0; AUTO is logarithmic where values span a factor of
- * 30. In LOG and ZERO values that are not above 0 do not count. */
-typedef enum { LINEAR, LOG, ZERO, AUTO } plot_scale;
-
-/* Column 0 of the rows lies along x, column i + 1 up in panel i. */
+/* Rows come from a file directly (read) or from statistics (convert). Column 0 lies along the x axis
+ * of every panel, column i + 1 along the y axis of panel i. */
 struct plot_kind {
     const char *name;
     int (*read)(plot_series *s);
-    void (*draw)(plot *p);
-    const char *x, *y[3];
-    plot_scale x_scale, y_scale;
+    int (*convert)(plot_series *s, const statistics *stats);
+    void (*draw)(const plot *p);
+    int panels, width, height;       /* of a panel, in pixels */
+    int x_log, y_log;                /* whether the axes are logarithmic */
+    const char *x, *y[3];            /* labels of the axes */
 };
 
+/* Appends a row; columns that a kind of figure does not have are 0. */
 static int add_row(plot_series *s, double a, double b, double c, double d) {
     SC_TRY(grow(&s->row, &s->capacity, s->rows, sizeof *s->row));
     const double row[4] = { a, b, c, d };
@@ -8756,423 +8766,416 @@ static int add_row(plot_series *s, double a, double b, double c, double d) {
 /* --- Reading --- */
 
 /* Columns: step, loss, mse, l0. */
-static int read_log(plot_series *s) {
+static int read_log_rows(plot_series *s, FILE *file) {
     char line[512];
     double v[4] = { 0 };
-    FILE *file = fopen(s->path, "r");
-    if (!file) return fail("%s: cannot be opened: %s", s->path, strerror(errno));
-    int status = SC_OK;
     if (!fgets(line, sizeof line, file) || strcmp(line, log_header) != 0)
-        status = fail("%s: not a training log (expected the first line %.*s)", s->path,
-                      (int)sizeof log_header - 2, log_header);
-    for (size_t number = 2; status == SC_OK && fgets(line, sizeof line, file); number++) {
-        int end = 0;
+        return fail("%s: not a training log (expected the first line %.*s)", s->path,
+                    (int)sizeof log_header - 2, log_header);
+    while (fgets(line, sizeof line, file)) {
+        int end = 0;                                     /* stays 0 where a number is missing */
         sscanf(line, "%lf,%*f,%*f,%*f,%lf,%lf,%*f,%*f,%lf,%*f,%*f,%*f,%*f%n", &v[0], &v[1], &v[2],
                &v[3], &end);
         for (int c = 0; c < 4; c++)
             if (!(fabs(v[c]) <= 1e30)) end = 0;
-        if (end > 0 && line[end] == '\n') status = add_row(s, v[0], v[1], v[2], v[3]);
-        else status = fail("%s: line %zu: expected 13 finite numbers", s->path, number);
+        if (end == 0 || line[end] != '\n')
+            return fail("%s: line %zu: expected 13 finite numbers", s->path, s->rows + 2);
+        SC_TRY(add_row(s, v[0], v[1], v[2], v[3]));
     }
-    if (status == SC_OK && ferror(file)) status = fail("%s: cannot be read", s->path);
-    if (status == SC_OK && s->rows == 0) status = fail("%s: a log without a step", s->path);
+    if (ferror(file)) return fail("%s: cannot be read", s->path);
+    if (s->rows == 0) return fail("%s: a log without steps", s->path);
+    return SC_OK;
+}
+
+/* The log that `train --log` writes. */
+static int read_log(plot_series *s) {
+    FILE *file = fopen(s->path, "r");
+    if (!file) return fail("%s: cannot be opened: %s", s->path, strerror(errno));
+    int status = read_log_rows(s, file);
     fclose(file);
-    snprintf(s->words, sizeof s->words, "%zu steps, MSE %.4g and L0 %.4g at the end", s->rows, v[2],
-             v[3]);
     return status;
 }
 
-/* Columns: frequency, mean activation, entropy, of the latents that fire. */
-static int read_latents(plot_series *s) {
-    memory_list memory = NULL;
-    statistics stats;
-    int status = read_statistics(&stats, s->path, &memory);
-    for (size_t j = 0; status == SC_OK && j < stats.n; j++) {
-        const latent_record *l = &stats.latent[j];
-        if (!(l->sparsity >= 0 && l->sparsity <= 1 && l->mean >= 0 && l->entropy <= 100))
-            status = fail("%s: latent %zu: impossible statistics", s->path, j);
-        else if (l->sparsity > 0 && l->mean > 0)
-            status = add_row(s, l->sparsity, l->mean, l->entropy, 0);
+/* Columns: frequency, mean activation, entropy, for the latents that fire. */
+static int latent_rows(plot_series *s, const statistics *stats) {
+    for (size_t j = 0; j < stats->n; j++) {
+        const latent_record *l = &stats->latent[j];
+        if (!(l->sparsity > 0 && l->mean > 0)) continue;
+        SC_TRY(add_row(s, l->sparsity, l->mean, l->entropy, 0));
     }
-    if (status == SC_OK)
-        snprintf(s->words, sizeof s->words, "%zu latents, of which %zu never fire", stats.n,
-                 stats.n - s->rows);
-    release(&memory);
-    return status;
+    return SC_OK;
 }
 
-/* Columns: a bin's middle, its share in percent; from the first to the last bin in use. */
-static int read_histogram(plot_series *s) {
-    memory_list memory = NULL;
-    statistics stats;
-    int status = read_statistics(&stats, s->path, &memory), first = 0, last = HISTOGRAM_BINS - 1;
+/* Columns: middle of a bin, its share in percent; from the first to the last bin in use. */
+static int histogram_rows(plot_series *s, const statistics *stats) {
+    const int64_t *count = stats->histogram[0];
+    int first = 0, last = HISTOGRAM_BINS - 1;
     double total = 0;
-    for (int b = 0; status == SC_OK && b <= last; b++) {
-        if (stats.histogram[0][b] < 0)
-            status = fail("%s: activation_histogram: negative counts", s->path);
-        total += (double)stats.histogram[0][b];
+    for (int b = 0; b < HISTOGRAM_BINS; b++)
+        total += (double)count[b];
+    while (first <= last && count[first] == 0) first++;
+    while (first <= last && count[last] == 0) last--;
+    for (int b = first; b <= last; b++) {
+        double middle = sqrt(bin_edge(b) * bin_edge(b + 1));
+        double percent = 100 * (double)count[b] / total;
+        SC_TRY(add_row(s, middle, percent, 0, 0));
     }
-    if (status == SC_OK && total > 0) {
-        while (stats.histogram[0][first] == 0) first++;
-        while (stats.histogram[0][last] == 0) last--;
-        for (int b = first; b <= last && status == SC_OK; b++) {
-            double share = 100 * (double)stats.histogram[0][b] / total;
-            status = add_row(s, sqrt(bin_edge(b) * bin_edge(b + 1)), share, 0, 0);
-        }
-    }
-    snprintf(s->words, sizeof s->words, "%.0f active values", total);
-    release(&memory);
-    return status;
+    return SC_OK;
 }
 
-/* The larger second column first. */
+/* For qsort: the larger second column first. */
 static int by_images(const void *a, const void *b) {
     const double *left = a, *right = b;
     return (left[1] < right[1]) - (left[1] > right[1]);
 }
 
-/* Columns: rank, images on which the latent fires. */
-static int read_counts(plot_series *s) {
+/* Columns: rank, number of images on which the latent fires, for the latents that fire. */
+static int count_rows(plot_series *s, const statistics *stats) {
+    for (size_t j = 0; j < stats->n; j++) {
+        double images = (double)stats->latent[j].images;
+        if (images > 0) SC_TRY(add_row(s, 0, images, 0, 0));
+    }
+    if (s->rows > 0) qsort(s->row, s->rows, sizeof *s->row, by_images);
+    for (size_t r = 0; r < s->rows; r++)
+        s->row[r][0] = (double)(r + 1);
+    return SC_OK;
+}
+
+/* Column 0: the patches' values from 0 to 1, row by row. A mask is an image with one pixel per
+ * patch; grey has the same value in all channels. */
+static int read_mask(plot_series *s) {
+    image_source source = { 0 };
+    picture mask = { 0, 0, 0, NULL };
+    int status = read_picture(s->path, &source, &mask) == SC_OK ? SC_OK : SC_FAILED;
+    if (status == SC_OK && (mask.width != mask.height || mask.width > MASK_CELLS))
+        status = fail("%s: not a mask (expected a square PGM of at most %d x %d)", s->path,
+                      MASK_CELLS, MASK_CELLS);
+    size_t patches = mask.width * mask.width;
+    for (size_t i = 0; i < patches && status == SC_OK; i++)
+        status = add_row(s, mask.rgb[3 * i] / 255.0, 0, 0, 0);
+    free(source.rgb);
+    return status;
+}
+
+/* Reads a file, whatever the kind of figure. */
+static int read_series(const struct plot_kind *kind, plot_series *s) {
     memory_list memory = NULL;
     statistics stats;
-    size_t all = 0, few = 0, none = 0;
+    if (kind->read) return kind->read(s);
     int status = read_statistics(&stats, s->path, &memory);
-    for (size_t j = 0; status == SC_OK && j < stats.n; j++) {
-        int64_t images = stats.latent[j].images;
-        if (images < 0 || (uint64_t)images > stats.images)
-            status = fail("%s: latent %zu fires on %lld of %ju images", s->path, j,
-                          (long long)images, (uintmax_t)stats.images);
-        else status = add_row(s, 0, (double)images, 0, 0);
-        all += (uint64_t)images == stats.images;
-        few += images == 1 || images == 2;
-        none += images == 0;
-    }
-    if (status == SC_OK) {
-        qsort(s->row, s->rows, sizeof *s->row, by_images);
-        for (size_t r = 0; r < s->rows; r++) s->row[r][0] = (double)(r + 1);
-        snprintf(s->words, sizeof s->words, "%zu latents: %zu on all %ju images, %zu on 1 or 2, "
-                 "%zu on none", s->rows, all, (uintmax_t)stats.images, few, none);
-    }
+    if (status == SC_OK) status = kind->convert(s, &stats);
     release(&memory);
     return status;
 }
 
-/* Column 2: the patches' values. */
-static int read_mask(plot_series *s) {
-    image_source source;
-    picture mask = { 0, 0, 0, NULL };
-    if (open_image(s->path, &source) != SC_OK) return SC_FAILED;
-    int status = SC_OK;
-    if (strchr("25", source.format->magic[1])) status = pnm_read(&source, &mask);
-    if (status == SC_OK && (mask.width != mask.height || mask.width - 1 >= MASK_CELLS))
-        status = fail("%s: not a mask (expected a square PGM of at most %d x %d)", s->path,
-                      MASK_CELLS, MASK_CELLS);
-    for (size_t i = 0; status == SC_OK && i < mask.width * mask.width; i++)
-        status = add_row(s, 0, 0, mask.rgb[3 * i] / 255.0, 0);
-    fclose(source.file);
-    free(source.rgb);
-    snprintf(s->words, sizeof s->words, "%zu x %zu patches", mask.width, mask.width);
-    return status == SC_OK ? SC_OK : SC_FAILED;
-}
+/* --- Elements of SVG --- */
 
-/* --- SVG --- */
-
-static void start_plot(const plot *p, double width, double height) {
-    fprintf(p->out, "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" viewBox=\"0 0 %.0f "
-            "%.0f\" width=\"%.0f\" height=\"%.0f\">\n<title>saeclip: %s</title>\n<style>\n"
+/* The head of the file, with the style sheet and the background. Elements name their own colours,
+ * except for those that dark mode changes: text, background and grid lines (#ddd). */
+static void start_plot(const plot *p, int width, int height) {
+    fprintf(p->out,
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" viewBox=\"0 0 %d %d\" "
+            "width=\"%d\" height=\"%d\">\n<title>saeclip: %s</title>\n<style>\n"
             ".plot{font:12px system-ui,sans-serif}.plot text{fill:#222}.paper{fill:#fff}\n"
-            ".grid{fill:none;stroke:#ddd}.line{fill:none;stroke-width:1.5;stroke-linejoin:round}\n"
-            ".points{fill:none;stroke-width:%d;stroke-linecap:round}\n"
-            "@media(prefers-color-scheme:dark){.plot text{fill:#ddd}.paper{fill:#16181c}"
-            ".grid{stroke:#3b3f46}}\n</style>\n<rect class=\"paper\" width=\"100%%\" "
-            "height=\"100%%\"/>\n", width, height, width, height, p->kind->name, CELL);
+            ".plot path,.plot polyline{fill:none}.plot rect{shape-rendering:crispEdges}\n"
+            "@media(prefers-color-scheme:dark){.plot text{fill:#ddd}.paper{fill:#16181c}\n"
+            ".plot [fill=\"#ddd\"]{fill:#3b3f46}}\n"
+            "</style>\n<rect class=\"paper\" width=\"100%%\" height=\"100%%\"/>\n",
+            width, height, width, height, p->kind->name);
 }
 
-/* Text, whatever names hold; XML cannot have U+FFFE and U+FFFF. style: attributes */
-SC_PRINTF(5, 6) static void draw_text(const plot *p, double x, double y, const char *style,
-                                      const char *format, ...) {
-    char line[TEXT_ROOM];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(line, sizeof line, format, arguments);
-    va_end(arguments);
+/* Coordinates up to the matching "</g>" are relative to (x, y). */
+static void start_group(const plot *p, int x, int y) {
+    fprintf(p->out, "<g transform=\"translate(%d,%d)\">\n", x, y);
+}
+
+/* style: attributes of the element. Characters that XML reserves are escaped; U+FFFE and U+FFFF,
+ * which XML does not have, are left out. */
+static void draw_text(const plot *p, double x, double y, const char *style, const char *text) {
     fprintf(p->out, "<text x=\"%.1f\" y=\"%.1f\"%s>", x, y, style);
-    for (const char *c = shown(line); *c; c++) {
-        if (strncmp(c, "\xef\xbf", 2) == 0 && (unsigned char)c[2] > 0xbd) c += 2;
+    for (const char *c = shown(text); *c; c++) {
+        if (memcmp(c, "\xef\xbf", 2) == 0 && (c[2] & 0xfe) == 0xbe) c += 2;
         else if (strchr("&<>\"'", *c)) fprintf(p->out, "&#%d;", *c);
         else putc(*c, p->out);
     }
     fputs("</text>\n", p->out);
 }
 
-/* The end of a file's name, which tells files apart. */
-static const char *name_end(const char *name, size_t most) {
-    size_t length = strlen(name);
-    if (length > most) name += length - most;
-    while ((*name & 0xc0) == 0x80) name++;       /* within a letter */
-    return name;
-}
-
-/* viridis (Smith and van der Walt, 2015). */
-static const char *const heat_colours[COLOURS] = { "#440154", "#472c7a", "#3b518b", "#2c718e",
-    "#21908d", "#27ad81", "#5cc863", "#aadc32", "#fde725" };
-
-/* The colour of a value from 0 to 1. */
-static int heat(double t) { return (int)(t * (COLOURS - 1) + 0.5); }
-
-static void draw_rect(const plot *p, double x, double y, double side, double height,
+static void draw_rect(const plot *p, double x, double y, double width, double height,
                       const char *colour) {
     fprintf(p->out, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\"/>\n",
-            x, y, side, height, colour);
+            x, y, width, height, colour);
+}
+
+/* The last `most` bytes of a path, since files are told apart by the ends of their names. */
+static const char *path_end(const char *path, size_t most) {
+    size_t length = strlen(path);
+    if (length > most) path += length - most;
+    while ((*path & 0xc0) == 0x80) path++;               /* a UTF-8 character is not cut */
+    return path;
+}
+
+/* The colour map viridis (Smith and van der Walt, 2015), from 0 to 1; grey below 0. */
+static const char *heat(double value) {
+    static const char *const colours[COLOURS] = {
+        "#440154", "#472c7a", "#3b518b", "#2c718e", "#21908d",
+        "#27ad81", "#5cc863", "#aadc32", "#fde725" };
+    if (value < 0) return "#888";
+    return colours[(int)(value * (COLOURS - 1) + 0.5)];
+}
+
+/* Distinct on white and on black; they repeat from the ninth file on. */
+static const char *line_colour(int series) {
+    static const char *const colours[8] = { "#2f8fd8", "#e0851b", "#1fa67a", "#d4569a",
+                                            "#8b6fe8", "#c9a400", "#d5492e", "#7d8794" };
+    return colours[series % 8];
 }
 
 /* --- Axes --- */
 
-/* factor 10^exponent, as near as a double comes */
+/* factor * 10^exponent, correctly rounded */
 static double decimal(int factor, int exponent) {
     char text[24];
     snprintf(text, sizeof text, "%de%d", factor, exponent);
     return strtod(text, NULL);
 }
 
+/* A value in the units of the axis. */
 static double on_axis(const plot_axis *a, double value) {
-    return a->is_log ? log64(value) * 0.43429448190325183 : value;
+    if (a->is_log) return log64(value) * 0.43429448190325183;
+    return value;
 }
 
+/* The pixel of a value. */
 static double axis_place(const plot_axis *a, double value) {
-    return a->from + (a->to - a->from) * (on_axis(a, value) - a->low) / (a->high - a->low);
+    double share = (on_axis(a, value) - a->low) / (a->high - a->low);
+    return a->from + (a->to - a->from) * share;
 }
 
-/* An axis with room for a column of all series. */
-static plot_axis fit_axis(const plot *p, plot_scale scale, size_t column, double from, double to) {
-    static const int steps[] = { 1, 2, 5 };
-    plot_axis a = { .from = from, .to = to };
-    double low = (double)INFINITY, high = -low;
-    for (size_t i = 0; i < p->count; i++) {
-        for (size_t r = 0; r < p->series[i].rows; r++) {
-            double value = p->series[i].row[r][column];
-            if ((scale == LOG || scale == ZERO) && !(value > 0)) continue;
-            low = fmin(low, value);
+/* The axis for a column of all files; at most 8 ticks. */
+static plot_axis fit_axis(const plot *p, int column, int is_log, double from, double to) {
+    static const int factors[] = { 1, 2, 5 };
+    double low = 1e300, high = 0;
+    for (int n = 0; n < p->count; n++) {
+        const plot_series *s = &p->series[n];
+        for (size_t r = 0; r < s->rows; r++) {
+            double value = s->row[r][column];
+            if (value > 0) low = fmin(low, value);
             high = fmax(high, value);
         }
     }
-    if (low > high) low = high = 1;                      /* there are no values */
-    a.is_log = scale == LOG || (scale == AUTO && low > 0 && high / low >= 30);
-    if (scale == ZERO) low = 0;
-    a.low = on_axis(&a, low);
-    a.high = on_axis(&a, high);
-    double span = a.high - a.low, more = 0.03 * span;
-    if (scale == ZERO) more = 0;
-    else if (a.is_log) more = fmax(more, (2 - span) / 2);        /* two powers of ten, at least */
-    else if (!(span > 1e-7 * fabs(high))) more = high == 0 ? 1 : fabs(high) / 2;
-    a.low -= more;
-    a.high += more;
-    a.step = a.is_log ? 1 : 0;
-    for (int i = 0; a.step == 0 || (a.high - a.low) / a.step > 8; i++)
-        a.step = a.is_log ? a.step + 1 : decimal(steps[i % 3], i / 3 - 300);
+    if (high == 0) low = high = 1;                       /* there are no values */
+    plot_axis a = { is_log, from, to, 0, high, 0 };
+    if (is_log) {
+        a.low = floor(on_axis(&a, low) + 1e-6);          /* 0.01f is below 0.01 */
+        a.high = ceil(on_axis(&a, high) - 1e-6);
+        a.high = fmax(a.high, a.low + 1);
+        a.step = ceil((a.high - a.low) / 8);
+    }
+    for (int i = 0; a.step < a.high / 8 && !is_log; i++) /* 1e-30, 2e-30, 5e-30, 1e-29, ... */
+        a.step = decimal(factors[i % 3], i / 3 - 30);
     return a;
 }
 
-/* Grid lines, numbers and label of an axis: upright at the left of a panel whose left and right
- * sides are `at` and `across`, or below one whose lower and upper sides they are. */
-static void draw_axis(const plot *p, const plot_axis *a, int upright, double at, double across,
-                      const char *label) {
-    static const char centre[] = " text-anchor=\"middle\"", end[] = " text-anchor=\"end\"";
-    static const char turned[] = " text-anchor=\"middle\" transform=\"rotate(-90)\"";
+/* Grid lines, numbers and label of an axis: of the y axis, which stands at the left of a panel that
+ * is `size` wide, or of the x axis, which lies below a panel that is `size` high. */
+static void draw_axis(const plot *p, const plot_axis *a, int is_y, int size, const char *label) {
     double middle = (a->from + a->to) / 2;
-    for (double k = ceil(a->low / a->step); k <= floor(a->high / a->step); k++) {
-        double value = k * a->step + 0.0;
+    char number[32];
+    double first = ceil(a->low / a->step), last = a->high / a->step;
+    for (double k = first; k <= last; k++) {
+        double value = k * a->step;
         if (a->is_log) value = decimal(1, (int)value);
-        double v = axis_place(a, value);
-        if (upright) {
-            fprintf(p->out, "<path class=\"grid\" d=\"M%.1f %.1fH%.1f\"/>\n", at, v, across);
-            draw_text(p, at - 6, v + 4, end, "%.10g", value);
+        double place = axis_place(a, value);
+        snprintf(number, sizeof number, "%.10g", value);
+        if (is_y) {
+            draw_rect(p, 0, place, size, 1, "#ddd");
+            draw_text(p, -6, place + 4, " text-anchor=\"end\"", number);
         } else {
-            fprintf(p->out, "<path class=\"grid\" d=\"M%.1f %.1fV%.1f\"/>\n", v, at, across);
-            draw_text(p, v, at + 16, centre, "%.10g", value);
+            draw_rect(p, place, 0, 1, size, "#ddd");
+            draw_text(p, place, size + 16, " text-anchor=\"middle\"", number);
         }
     }
-    if (upright) draw_text(p, -middle, at - 58, turned, "%s", label);
-    else draw_text(p, middle, at + 36, centre, "%s", label);
+    if (is_y) draw_text(p, -middle, -58, " text-anchor=\"middle\" transform=\"rotate(-90)\"", label);
+    else draw_text(p, middle, size + 36, " text-anchor=\"middle\"", label);
 }
 
-/* --- Series: as lines, as points, as a map of patches --- */
-
-/* Told apart on white and on black. */
-static const char *const line_colours[] = { "#2f8fd8", "#e0851b", "#1fa67a", "#d4569a", "#8b6fe8",
-                                            "#c9a400", "#d5492e", "#7d8794" };
-
-static void start_line(const plot *p, const char *tag, size_t index) {
-    const char *dashes = index < COUNT(line_colours) ? "" : " stroke-dasharray=\"5 4\"";
-    fprintf(p->out, "<%s class=\"line\" stroke=\"%s\"%s ", tag,
-            line_colours[index % COUNT(line_colours)], dashes);
+/* Starts the group of a panel and draws its axes. */
+static void start_panel(const plot *p, int panel, int left, int top, plot_axis *x,
+                        plot_axis *y) {
+    const struct plot_kind *k = p->kind;
+    start_group(p, left, top);
+    *x = fit_axis(p, 0, k->x_log, 0, k->width);
+    *y = fit_axis(p, panel + 1, k->y_log, k->height, 0);
+    draw_axis(p, x, 0, k->height, k->x);
+    draw_axis(p, y, 1, k->width, k->y[panel]);
 }
 
-/* A column over the first as a line of at most LINE_POINTS points: of each group of rows the
- * smallest and the largest, so that no spike is lost. */
-static void draw_line(const plot *p, size_t index, size_t column, const plot_axis *x,
+/* A bar of the heat map's colours, with its axis at the left. */
+static void draw_scale(const plot *p, const plot_axis *a, int left, int top, const char *label) {
+    double height = a->from / COLOURS;
+    start_group(p, left, top);
+    draw_axis(p, a, 1, 0, label);
+    for (int i = 0; i < COLOURS; i++) {
+        double down = a->from - (i + 1) * height;
+        const char *colour = heat((double)i / (COLOURS - 1));
+        draw_rect(p, 0, down, 14, height, colour);
+    }
+    fputs("</g>\n", p->out);
+}
+
+/* --- The figures ---
+ *
+ * draw_lines: curves, activations and counts; draw_latents; draw_masks. Each of them computes the
+ * size of the figure first. */
+
+/* A column over column 0; of a long series, rows at equal distances. */
+static void draw_line(const plot *p, int series, int column, const plot_axis *x,
                       const plot_axis *y) {
-    const plot_series *s = &p->series[index];
-    size_t rows = s->rows, groups = LINE_POINTS / 2, group = 1;
-    while (y->is_log && rows > 0 && !(s->row[rows - 1][column] > 0)) rows--;     /* of counts */
-    if (rows > LINE_POINTS) group = (rows + groups - 1) / groups;
-    start_line(p, "polyline", index);
-    fputs("points=\"", p->out);
-    for (size_t first = 0; first < rows; first += group) {
-        size_t least = first, most = first;
-        for (size_t i = first; i < rows && i < first + group; i++) {
-            if (s->row[i][column] < s->row[least][column]) least = i;
-            if (s->row[i][column] > s->row[most][column]) most = i;
-        }
-        const size_t point[2] = { least < most ? least : most, least < most ? most : least };
-        for (int i = least == most && rows > 1; i < 2; i++) {    /* a single row: a dash */
-            double across = axis_place(x, s->row[point[i]][0]);
-            if (rows == 1) across += 8 * i - 4;
-            fprintf(p->out, "%.1f,%.1f ", across, axis_place(y, s->row[point[i]][column]));
-        }
+    const plot_series *s = &p->series[series];
+    const char *colour = line_colour(series);
+    size_t stride = s->rows / LINE_POINTS + (s->rows < LINE_POINTS);
+    fprintf(p->out, "<polyline stroke=\"%s\" stroke-width=\"1.5\" points=\"", colour);
+    for (size_t r = 0; r < s->rows; r += stride) {
+        double value = s->row[r][column];
+        if (y->is_log && !(value > 0)) continue;         /* has no logarithm */
+        double across = axis_place(x, s->row[r][0]);
+        double down = axis_place(y, value);
+        fprintf(p->out, "%.1f,%.1f ", across, down);
+        if (s->rows == 1)                                /* becomes a dash */
+            fprintf(p->out, "%.1f,%.1f ", across + 8, down);
     }
     fputs("\"/>\n", p->out);
 }
 
-static void draw_lines(plot *p) {
+/* Panels side by side; below them the legend, one line per file. */
+static void draw_lines(const plot *p) {
     const struct plot_kind *k = p->kind;
-    size_t panels = k->y[1] ? 3 : 1;
-    const double width = panels > 1 ? 260 : 620, step = width + 104, top = 20, bottom = 280;
-    start_plot(p, step * (double)panels, (double)(340 + 20 * p->count));
-    for (size_t i = 0; i < panels; i++) {
-        double left = 82 + step * (double)i;
-        plot_axis x = fit_axis(p, k->x_scale, 0, left, left + width);
-        plot_axis y = fit_axis(p, k->y_scale, i + 1, bottom, top);
-        draw_axis(p, &x, 0, bottom, top, k->x);
-        draw_axis(p, &y, 1, left, left + width, k->y[i]);
-        for (size_t n = 0; n < p->count; n++) draw_line(p, n, i + 1, &x, &y);
-    }
-    for (size_t n = 0; n < p->count; n++) {
-        double y = 346 + 20 * (double)n;
-        start_line(p, "path", n);
-        fprintf(p->out, "d=\"M82 %.1fh22\"/>\n", y - 4);
-        draw_text(p, 112, y, "", "%s: %s", name_end(p->series[n].path, 44), p->series[n].words);
-    }
-}
-
-/* A bar of the colours, its axis on the left. */
-static void draw_scale(const plot *p, const plot_axis *a, double x, const char *label) {
-    double height = (a->from - a->to) / COLOURS;
-    draw_axis(p, a, 1, x, x, label);
-    for (int i = 0; i < COLOURS; i++)
-        draw_rect(p, x, a->from - (i + 1) * height, 14, height, heat_colours[i]);
-}
-
-/* One point per cell in which latents lie, in the colour of the last one's entropy: 49,152 latents
- * stay a small file. One path per colour; the last is for latents whose entropy is not defined. */
-static void draw_points(const plot *p, const plot_series *s, const plot_axis *x,
-                        const plot_axis *y, double entropy) {
-    static signed char cell[CELLS + 1][CELLS + 1];               /* the colour, -1: none */
-    memset(cell, -1, sizeof cell);
-    for (size_t r = 0; r < s->rows; r++) {
-        size_t column = (size_t)((axis_place(x, s->row[r][0]) - x->from) / CELL + 0.5);
-        size_t row = (size_t)((axis_place(y, s->row[r][1]) - y->to) / CELL + 0.5);
-        double e = s->row[r][2];
-        cell[row][column] = (signed char)(e < 0 ? COLOURS : heat(e / entropy));
-    }
-    for (int colour = 0; colour <= COLOURS; colour++) {
-        const char *stroke = colour < COLOURS ? heat_colours[colour] : "#888";
-        fprintf(p->out, "<path class=\"points\" stroke=\"%s\" d=\"", stroke);
-        for (int row = 0; row <= CELLS; row++) {
-            for (int column = 0; column <= CELLS; column++)
-                if (cell[row][column] == colour)
-                    fprintf(p->out, "M%.0f %.0fh0", x->from + CELL * column, y->to + CELL * row);
-        }
-        fputs("\"/>\n", p->out);
-    }
-}
-
-/* Up to two files side by side, on the same axes. */
-static void draw_latents(plot *p) {
-    const double step = PANEL + 100, top = 60, bottom = top + PANEL, end = step * (double)p->count;
-    plot_axis entropy = fit_axis(p, ZERO, 2, bottom, top);
-    start_plot(p, end + 116, bottom + 80);
-    for (size_t i = 0; i < p->count; i++) {
-        const plot_series *s = &p->series[i];
-        double left = 82 + step * (double)i, right = left + PANEL;
-        plot_axis x = fit_axis(p, LOG, 0, left, right), y = fit_axis(p, LOG, 1, bottom, top);
-        draw_text(p, left, 22, " font-weight=\"bold\"", "%s", name_end(s->path, 44));
-        draw_text(p, left, 40, "", "%s", s->words);
-        draw_axis(p, &x, 0, bottom, top, "frequency (share of the images, log scale)");
-        draw_axis(p, &y, 1, left, right, "mean activation where it fires (log scale)");
-        draw_points(p, s, &x, &y, entropy.high);
-    }
-    draw_scale(p, &entropy, end + 72, "entropy of the top images' classes (nats)");
-    draw_text(p, 82, bottom + 66, "", "grey: entropy not defined (too few images, or no labels)");
-}
-
-/* The title of a mask: the latent's number, where the file is named latent_J_..., and the image. */
-static void draw_mask_title(const plot *p, double x, double y, const char *path) {
-    const char *name = base_name(path);
-    unsigned long latent = 0;
-    int end = 0;
-    sscanf(name, "latent_%lu_%n", &latent, &end);
-    if (end > 0) draw_text(p, x, y, " font-weight=\"bold\"", "latent %lu", latent);
-    draw_text(p, x, y + 16, "", "%s", name_end(name + end, 30));
-}
-
-static void draw_masks(plot *p) {
-    const size_t across = p->count < 4 ? p->count : 4, rows = (p->count - 1) / across + 1;
-    const double side = 200, wide = side + 24, tall = side + 56, top = 48;
-    plot_axis value = { .high = 1, .from = top + side, .to = top, .step = 0.2 };
-    start_plot(p, wide * (double)across + 120, tall * (double)rows + 16);
-    for (size_t i = 0; i < p->count; i++) {
-        const plot_series *s = &p->series[i];
-        double left = 20 + wide * (double)(i % across), y = top + (double)(i / across) * tall;
-        size_t grid = (size_t)sqrt((double)s->rows);
-        double cell = side / (double)grid;
-        draw_mask_title(p, left, y - 24, s->path);
-        fputs("<g shape-rendering=\"crispEdges\">\n", p->out);
-        for (size_t r = 0; r < s->rows; r++)
-            draw_rect(p, left + cell * (double)(r % grid), y + cell * (double)(r / grid), cell,
-                      cell, heat_colours[heat(s->row[r][2])]);
+    int step = k->width + 104, legend = k->height + 86;
+    plot_axis x, y;
+    start_plot(p, step * k->panels, legend + 20 * p->count);
+    for (int i = 0; i < k->panels; i++) {
+        start_panel(p, i, 82 + step * i, 20, &x, &y);
+        for (int n = 0; n < p->count; n++)
+            draw_line(p, n, i + 1, &x, &y);
         fputs("</g>\n", p->out);
     }
-    draw_scale(p, &value, wide * (double)across + 82, "activation (share of the largest)");
+    for (int n = 0; n < p->count; n++) {
+        int down = legend + 20 * n;
+        draw_rect(p, 82, down - 5, 22, 2, line_colour(n));
+        const char *name = path_end(p->series[n].path, 90);
+        draw_text(p, 112, down, "", name);
+    }
 }
 
-/* --- plot --- */
+/* The latents whose entropy has this colour, as one path of points. largest: of all entropies */
+static void draw_points(const plot *p, const plot_series *s, const plot_axis *x,
+                        const plot_axis *y, double largest, const char *colour) {
+    fprintf(p->out, "<path stroke=\"%s\" stroke-width=\"3\" stroke-linecap=\"round\" d=\"", colour);
+    for (size_t r = 0; r < s->rows; r++) {
+        const double *row = s->row[r];
+        if (heat(row[2] / largest) != colour) continue;
+        double across = axis_place(x, row[0]);
+        double down = axis_place(y, row[1]);
+        fprintf(p->out, "M%.0f %.0fh0", across, down);
+    }
+    fputs("\"/>\n", p->out);
+}
 
+/* One panel per file, all with the same axes. */
+static void draw_latents(const plot *p) {
+    int side = p->kind->height, step = side + 100;
+    plot_axis x, y, entropy = fit_axis(p, 2, 0, side, 0);
+    start_plot(p, step * p->count + 116, side + 120);
+    for (int n = 0; n < p->count; n++) {
+        const plot_series *s = &p->series[n];
+        start_panel(p, 0, 82 + step * n, 40, &x, &y);
+        draw_text(p, 0, -18, " font-weight=\"bold\"", path_end(s->path, 44));
+        for (int c = -1; c < COLOURS; c++) {             /* -1: entropy not defined */
+            const char *colour = heat((double)c / (COLOURS - 1));
+            draw_points(p, s, &x, &y, entropy.high, colour);
+        }
+        fputs("</g>\n", p->out);
+    }
+    draw_scale(p, &entropy, step * p->count + 72, 40, "entropy of the top images' classes (nats)");
+    draw_text(p, 82, side + 106, "", "grey: entropy not defined (too few images, or no labels)");
+}
+
+/* One mask in heat colours. Above it the latent's number, taken from the name latent_J_IMAGE.pgm
+ * that `mask` gives its files, and the end of the name. */
+static void draw_mask(const plot *p, const plot_series *s, int side) {
+    const char *name = base_name(s->path);
+    char latent[32] = "latent ";
+    int grid = (int)sqrt((double)s->rows);
+    double cell = (double)side / grid;
+    if (sscanf(name, "latent_%20[0-9]", latent + 7) == 1)
+        draw_text(p, 0, -24, " font-weight=\"bold\"", latent);
+    draw_text(p, 0, -8, "", path_end(name, 30));
+    for (int i = 0; i < grid * grid; i++) {
+        double across = cell * (i % grid);
+        double down = cell * (i / grid);
+        draw_rect(p, across, down, cell, cell, heat(s->row[i][0]));
+    }
+}
+
+/* Four masks per row. */
+static void draw_masks(const plot *p) {
+    int side = p->kind->height, columns = p->count < 4 ? p->count : 4;
+    int rows = (p->count + 3) / 4;
+    int step = side + 24, down = side + 56;
+    plot_axis value = { 0, side, 0, 0, 1, 0.2 };         /* from 0 to 1, ticks 0.2 apart */
+    start_plot(p, step * columns + 120, down * rows + 16);
+    for (int n = 0; n < p->count; n++) {
+        int left = 20 + step * (n % 4), top = 48 + down * (n / 4);
+        start_group(p, left, top);
+        draw_mask(p, &p->series[n], side);
+        fputs("</g>\n", p->out);
+    }
+    draw_scale(p, &value, step * columns + 82, 48, "activation (share of the largest)");
+}
+
+/* How each kind reads a file and draws; panels, sizes, scales and labels. */
 static const struct plot_kind plot_kinds[] = {
-    { "curves", read_log, draw_lines, "step", { "loss", "MSE", "L0 (active latents per token)" },
-      LINEAR, AUTO },
-    { "latents", read_latents, draw_latents, NULL, { NULL }, LOG, LOG },
-    { "activations", read_histogram, draw_lines, "activation of an active latent (log scale)",
-      { "active values in a bin (%)" }, LOG, ZERO },
-    { "counts", read_counts, draw_lines, "latents, the most frequent first",
-      { "images on which a latent fires (log scale)" }, LINEAR, LOG },
-    { "mask", read_mask, draw_masks, NULL, { NULL }, LINEAR, LINEAR } };
+    { "curves", read_log, NULL, draw_lines, 3, 260, 260, 0, 1, "step",
+      { "loss (log scale)", "MSE (log scale)", "L0 (active latents per token, log scale)" } },
+    { "latents", NULL, latent_rows, draw_latents, 1, 300, 300, 1, 1,
+      "frequency (share of the images, log scale)",
+      { "mean activation where it fires (log scale)" } },
+    { "activations", NULL, histogram_rows, draw_lines, 1, 620, 260, 1, 0,
+      "activation of an active latent (log scale)", { "active values in a bin (%)" } },
+    { "counts", NULL, count_rows, draw_lines, 1, 620, 260, 0, 1,
+      "latents, the most frequent first", { "images on which a latent fires (log scale)" } },
+    { "mask", read_mask, NULL, draw_masks, 1, 200, 200, 0, 0, "", { "" } } };
+
+/* path: the files, up to NULL */
+static int read_and_draw(plot *p, const char *const *path, const char *output) {
+    sc_output out;
+    for (; path[p->count]; p->count++) {
+        if (p->count == MAX_FILES) return usage("plot: more than %d files", MAX_FILES);
+        plot_series *s = &p->series[p->count];
+        s->path = path[p->count];
+        SC_TRY(read_series(p->kind, s));
+    }
+    SC_TRY(output_open(&out, output));
+    p->out = out.file;
+    p->kind->draw(p);
+    fputs("</svg>\n", p->out);
+    return output_commit(&out);
+}
 
 static int command_plot(session *s) {
     const char *const *operand = s->o->operand;
-    plot p = { .kind = plot_kinds };
-    sc_output out;
-    int status = SC_OK;
-    while (strcmp(p.kind->name, operand[0]) != 0)
-        if (++p.kind == plot_kinds + COUNT(plot_kinds))
-            return usage("plot: invalid value '%s' (expected curves, latents, activations, counts "
-                         "or mask)", operand[0]);
-    for (; operand[p.count + 1] && status == SC_OK; p.count++) {
-        if (p.count == MAX_SERIES || (p.kind->draw == draw_latents && p.count == 2)) {
-            status = usage("plot %s: too many files (expected at most %zu)", p.kind->name, p.count);
-            break;
-        }
-        p.series[p.count].path = operand[p.count + 1];
-        status = p.kind->read(&p.series[p.count]);
+    plot p = { .kind = NULL };
+    for (size_t i = 0; i < COUNT(plot_kinds); i++) {
+        const struct plot_kind *kind = &plot_kinds[i];
+        if (strcmp(kind->name, operand[0]) == 0) p.kind = kind;
     }
-    if (status == SC_OK) status = output_open(&out, s->o->output);
-    if (status == SC_OK) {
-        p.out = out.file;
-        p.kind->draw(&p);
-        fputs("</svg>\n", p.out);
-        status = output_commit(&out);
-    }
-    for (size_t i = 0; i < p.count; i++) free(p.series[i].row);
+    if (!p.kind)
+        return usage("plot: invalid value '%s' (expected curves, latents, activations, counts or "
+                     "mask)", operand[0]);
+    int status = read_and_draw(&p, operand + 1, s->o->output);
+    for (int n = 0; n < MAX_FILES; n++)
+        free(p.series[n].row);
     return status;
 }
 
