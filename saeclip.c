@@ -4124,13 +4124,6 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
     fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
 }
 
-/* Whether everything printed has reached standard output; a disk may be full. */
-static int end_of_output(void) {
-    errno = EIO;                                         /* if an earlier write failed */
-    if (fflush(stdout) == 0 && !ferror(stdout)) return SC_OK;
-    return fail("standard output: cannot be written: %s", strerror(errno));
-}
-
 /* The whole text as a number from least to most. what: the option or the metadata's key */
 static int parse_number(const char *text, const char *what, double least, double most,
                         double *value) {
@@ -4307,12 +4300,12 @@ static char *json_string(json *j) {
 /* Where element `index` of a list in these brackets begins, NULL at the end. Of an object this is
  * the key, and the value comes next. */
 static char *json_next(json *j, size_t index, const char *brackets) {
-    const char *end = *brackets == '{' ? "',' or '}'" : "',' or ']'";
-    if (index == 0) json_expect(j, json_take(j, *brackets), *brackets == '{' ? "'{'" : "'['");
+    const int object = *brackets == '{';
+    if (index == 0) json_expect(j, json_take(j, *brackets), object ? "'{'" : "'['");
     if (json_take(j, brackets[1])) return NULL;
-    if (index > 0) json_expect(j, json_take(j, ','), end);
+    if (index > 0) json_expect(j, json_take(j, ','), object ? "',' or '}'" : "',' or ']'");
     char *element = j->text + j->at;
-    if (*brackets == '{') {
+    if (object) {
         element = json_string(j);
         json_expect(j, json_take(j, ':'), "':'");
     }
@@ -4693,6 +4686,16 @@ static int write_failed(const char *path, int error) {
     return fail("%s: cannot be written: %s", path, reason);
 }
 
+/* Hands everything printed to the system; an earlier failure counts too. */
+static int flush_output(FILE *file, const char *name) {
+    errno = EIO;                                     /* for an earlier failure */
+    if (fflush(file) == 0 && !ferror(file)) return SC_OK;
+    return write_failed(name, errno);
+}
+
+/* Whether everything printed has reached standard output; a disk may be full. */
+static int end_of_output(void) { return flush_output(stdout, "standard output"); }
+
 static int output_write(sc_output *out, const void *bytes, size_t count) {
     if (fwrite(bytes, 1, count, out->file) == count) return SC_OK;
     return write_failed(out->path, errno);
@@ -4738,29 +4741,25 @@ static int output_open(sc_output *out, const char *path) {
     return SC_FAILED;
 }
 
-/* The file that this output replaces is kept under the name out->previous, if that is set. */
-static int keep_previous(const sc_output *out) {
-    if (!out->previous || access(out->path, F_OK) != 0) return SC_OK;
-    unlink(out->previous);                           /* with a link, out->path is never missing */
-    if (link(out->path, out->previous) == 0 || rename(out->path, out->previous) == 0) return SC_OK;
-    return fail("%s: cannot be kept as %s: %s", out->path, out->previous, strerror(errno));
+/* NAME.tmp becomes NAME. The file that it replaces stays as out->previous, if that is set; with a
+ * link, NAME is never missing. */
+static int rename_output(sc_output *out) {
+    if (fsync(fileno(out->file)) != 0) return write_failed(out->path, errno);
+    if (out->previous && access(out->path, F_OK) == 0) {
+        unlink(out->previous);
+        if (link(out->path, out->previous) != 0 && rename(out->path, out->previous) != 0)
+            return fail("%s: cannot be kept as %s: %s", out->path, out->previous, strerror(errno));
+    }
+    if (rename(out->temporary, out->path) != 0) return write_failed(out->path, errno);
+    free(out->temporary);
+    out->temporary = NULL;                           /* nothing is left to remove */
+    return SC_OK;
 }
 
 /* Ends the output in either case: the whole file stands under its name, or nothing changes. */
 static int output_commit(sc_output *out) {
-    int status = SC_OK;
-    errno = EIO;                                     /* if an earlier write failed */
-    int lost = fflush(out->file) != 0 || ferror(out->file);
-    if (!lost && out->temporary) lost = fsync(fileno(out->file)) != 0;
-    if (lost) status = write_failed(out->path, errno);
-    if (status == SC_OK && out->temporary) status = keep_previous(out);
-    if (status == SC_OK && out->temporary) {
-        if (rename(out->temporary, out->path) != 0) status = write_failed(out->path, errno);
-    }
-    if (status == SC_OK) {                           /* nothing is left to remove */
-        free(out->temporary);
-        out->temporary = NULL;
-    }
+    int status = flush_output(out->file, out->path);
+    if (status == SC_OK && out->temporary) status = rename_output(out);
     output_discard(out);
     return status;
 }
@@ -4927,8 +4926,8 @@ static int write_header(sc_writer *w) {
     uint64_t number = size, bytes;
     int used;
     SC_TRY(end_tensor(w));
-    if (fflush(w->metadata) != 0 || fflush(w->tensors) != 0
-        || ferror(w->metadata) || ferror(w->tensors)) return write_failed(w->out.path, ENOMEM);
+    SC_TRY(flush_output(w->metadata, w->out.path));
+    SC_TRY(flush_output(w->tensors, w->out.path));
     if (braces + w->length[0] + w->length[1] > size)
         return fail("%s: the header needs more than %zu bytes: too many or too long names",
                     w->out.path, size);
