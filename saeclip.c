@@ -7414,6 +7414,7 @@ typedef struct {
     sae_batch batch[SC_MAX_TAPS];    /* its codes of the current images */
     statistics stats[SC_MAX_TAPS];   /* its statistics over the current data set */
     feed data;
+    int one_by_one;                  /* batches are of one image */
     FILE *spool[SPOOLS];             /* temporary files, NULL: not open */
     memory_list memory;
 } session;
@@ -7447,12 +7448,12 @@ static void close_session(session *s) {
     release(&s->memory);
 }
 
-/* Sends the next images, at most `most`, through every SAE; SC_END after the last image.
- * total: how many images there will be, for the progress line */
-static int next_encoded(session *s, size_t most, size_t total) {
+/* Sends the next batch through every SAE; SC_END after the last image. total: of images, for the
+ * progress line */
+static int next_encoded(session *s, size_t total) {
     feed *f = &s->data;
     size_t bad;
-    SC_TRY(next_batch(f, most));
+    SC_TRY(next_batch(f, s->one_by_one ? 1 : MEASURE_IMAGES));
     show_progress("image", f->used, total, f->used, "");
     if (f->count == 0) return SC_END;
     for (size_t i = 0; i < s->saes; i++) {
@@ -7519,7 +7520,7 @@ static int measure(session *s, int reconstruct) {
         SC_TRY(take_shard(f, &s->stats[0], o->shard));
         total = f->set.limit - f->drawn;
     }
-    while ((status = next_encoded(s, MEASURE_IMAGES, total)) == SC_OK) {
+    while ((status = next_encoded(s, total)) == SC_OK) {
         for (size_t i = 0; i < s->saes; i++) {
             s->stats[i].count = f->count;
             if (count_batch(&s->stats[i], &bad) != SC_OK) return blame_token(f, bad);
@@ -7544,8 +7545,15 @@ typedef struct {
 
 enum { STATISTICS_TENSORS = 15 };
 
-/* Lists the tensors, for writing and reading; returns how many there are, since the last one is
- * optional. Exact sums are stored as high and low half. tensor: [STATISTICS_TENSORS] */
+/* Lists the tensors, for writing and reading; returns how many there are, since class_counts is
+ * optional. With a(i) the mean of a latent's f over the tokens of image i, the latent fires on i
+ * where a(i) > 0. sae_sparsity: the share of images on which it fires; sae_mean_acts: mean of a(i)
+ * over these, 0 if there are none (PatchSAE: NaN); max_activating_*: the K images with the largest
+ * a(i) and the P patches with the largest f, unused entries 0 and -1; top_entropy: of the labels of
+ * these images, weighted by a(i), -1 where an image lacks or has no label (PatchSAE counts unused
+ * entries); activation_histogram: of all active f; class_counts: images on which it fires, or tokens
+ * with f above --threshold. *_exact: sums of a(i) and f as 128-bit numbers, high and low half.
+ * tensor: [STATISTICS_TENSORS] */
 static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
     latent_record *l = s->latent;                            /* [n] */
     sc_top *top = s->top, *patch = s->patch;                 /* [n, K], [n, P] */
@@ -7989,7 +7997,7 @@ static int write_activations(sc_writer *w, void *context) {
     int status;
     SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, shape));
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, MEASURE_IMAGES, f->set.count)) == SC_OK)
+    while ((status = next_encoded(s, f->set.count)) == SC_OK)
         for (size_t t = 0; t < f->count * f->T; t++)
             SC_TRY(sc_writer_floats(w, tap->out + t * f->stride, f->D));
     if (status != SC_END) return status;
@@ -8023,7 +8031,7 @@ static int write_images(sc_writer *w, void *context) {
     int status;
     SC_TRY(allocate(&s->memory, &name, f->set.count, sizeof *name));
     SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, shape));
-    while ((status = next_encoded(s, MEASURE_IMAGES, f->set.count)) == SC_OK) {
+    while ((status = next_encoded(s, f->set.count)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++)
             name[images++] = (char *)(uintptr_t)image_name(f, f->image[i]);
         SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
@@ -8137,10 +8145,11 @@ static int command_encode(session *s) {
         s->spool[i] = tmpfile();
         if (!s->spool[i]) return spool_failed();
     }
+    s->one_by_one = 1;
     s->batch[0].reconstruct = o->reconstruction;
     SC_TRY(allocate(&s->memory, &codes, f->T, s->sae[0].d_sae * sizeof *codes));
     SC_TRY(start_feed(f, 1, NULL, NULL, 0));
-    while ((status = next_encoded(s, 1, f->set.count)) == SC_OK) SC_TRY(spool_image(s, codes));
+    while ((status = next_encoded(s, f->set.count)) == SC_OK) SC_TRY(spool_image(s, codes));
     if (status != SC_END) return status;
     return save_tensors(o->output, 4096, write_codes, s);
 }
@@ -8235,7 +8244,7 @@ static int command_zeroshot(session *s) {
     size_t top1 = 0, top5 = 0, rank = 0;
     int status;
     SC_TRY(start_zeroshot(s));
-    while ((status = next_encoded(s, MEASURE_IMAGES, f->set.count)) == SC_OK) {
+    while ((status = next_encoded(s, f->set.count)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++) {
             SC_TRY(rank_label(f, i, &rank));
             top1 += rank < 1;
@@ -8359,20 +8368,23 @@ static void find_masks(viewer *v, size_t j) {
     const sae_batch *b = &v->s->batch[0];
     const sc_top *patch = v->stats.patch + j * v->stats.P;
     memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
-    for (size_t i = 0; i < b->tiles; i++) {
-        code_walk w = walk_codes(&b->tile[i], j);
+    for (size_t k = 0; k < b->tiles; k++) {
+        code_walk w = walk_codes(&b->tile[k], j);
         while (next_code(&w)) {
-            size_t row = b->tile[i].first + w.token;
-            size_t token = row % f->T;
-            if (token >= f->first_patch)
-                v->mask[row / f->T * v->patches + token - f->first_patch] = w.value;
+            size_t row = b->tile[k].first + w.token;
+            size_t image = row / f->T, token = row % f->T;
+            if (token < f->first_patch) continue;            /* the class token */
+            v->mask[image * v->patches + token - f->first_patch] = w.value;
         }
     }
     if (v->kind != TOP_MASK) return;
     for (size_t p = 0; p < v->stats.P; p++) {
         uint64_t at = (uint64_t)patch[p].other - v->stats.first_patch;
-        for (size_t i = 0; i < f->count && at < v->patches; i++)
-            if ((int64_t)f->image[i] == patch[p].image) v->mask[i * v->patches + at] = 1;
+        if (at >= v->patches) continue;                      /* no patch, or no entry */
+        for (size_t i = 0; i < f->count; i++) {
+            int64_t image = (int64_t)f->image[i];
+            if (image == patch[p].image) v->mask[i * v->patches + at] = 1;
+        }
     }
 }
 
@@ -8382,11 +8394,12 @@ static void draw_crop(unsigned char *to, size_t stride, const unsigned char *cro
                       const double *mask, size_t grid) {
     for (size_t y = 0; y < S; y++) {
         for (size_t x = 0; x < S; x++) {
-            int silent = mask && !(mask[y * grid / S * grid + x * grid / S] > 0);
+            size_t patch = y * grid / S * grid + x * grid / S;
+            int silent = mask && mask[patch] == 0;
             for (size_t c = 0; c < 3; c++) {
-                int v = crop[(y * S + x) * 3 + c];
-                if (silent) v = v * SILENT / 255;
-                to[y * stride + x * 3 + c] = (unsigned char)v;
+                int value = *crop++;
+                if (silent) value = value * SILENT / 255;
+                to[y * stride + x * 3 + c] = (unsigned char)value;
             }
         }
     }
@@ -8413,9 +8426,10 @@ static int write_mask(const viewer *v, const char *name, const double *mask,
     size_t S = v->s->data.model.image_size, grid = v->s->data.grid;
     double largest = 0;
     for (size_t p = 0; p < v->patches; p++) largest = fmax(largest, mask[p]);
-    if (largest == 0) largest = 1;
-    for (size_t p = 0; p < v->patches; p++)
-        v->picture[p] = (unsigned char)floor(255 * mask[p] / largest + 0.5);
+    for (size_t p = 0; p < v->patches; p++) {
+        v->picture[p] = 0;
+        if (largest > 0) v->picture[p] = (unsigned char)floor(255 * mask[p] / largest + 0.5);
+    }
     SC_TRY(write_picture(v, name, 1, grid, grid));
     if (!crop) return SC_OK;
     draw_crop(v->picture, 3 * S, crop, S, mask, grid);
@@ -8432,11 +8446,13 @@ static const unsigned char *crop_of(const feed *f, size_t i) {
  * with the latent and the image's index; the image's own name follows, as far as it is harmless. */
 static int show_mask(const viewer *v, size_t j, size_t i) {
     const feed *f = &v->s->data;
-    char name[129];
-    snprintf(name, sizeof name, "latent_%zu_%zu_%s", j, f->image[i],
-             base_name(image_name(f, f->image[i])));
-    for (char *c = name; *c; c++)
-        if (!isalnum((unsigned char)*c) && !strchr(".-", *c)) *c = '_';
+    const char *image = base_name(image_name(f, f->image[i]));
+    char name[129];                                          /* a longer name loses its end */
+    snprintf(name, sizeof name, "latent_%zu_%zu_%s", j, f->image[i], image);
+    for (char *c = name; *c; c++) {
+        int harmless = isalnum((unsigned char)*c) || *c == '.' || *c == '-';
+        if (!harmless) *c = '_';
+    }
     return write_mask(v, name, v->mask + i * v->patches, crop_of(f, i));
 }
 
@@ -8445,7 +8461,7 @@ static int show_image_masks(viewer *v) {
     feed *f = &v->s->data;
     int status;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(v->s, MEASURE_IMAGES, f->set.count)) == SC_OK) {
+    while ((status = next_encoded(v->s, f->set.count)) == SC_OK) {
         for (size_t l = 0; l < v->latents; l++) {
             find_masks(v, v->latent[l]);
             for (size_t i = 0; i < f->count; i++) SC_TRY(show_mask(v, v->latent[l], i));
@@ -8457,34 +8473,38 @@ static int show_image_masks(viewer *v) {
 /* Writes the means of the latents' masks over the images of a class, over the mean of its images. */
 static int show_class_masks(viewer *v, long class) {
     feed *f = &v->s->data;
-    size_t pixels = f->is_file ? 0 : 3 * f->model.image_size * f->model.image_size;
-    double *sum, *colour;                        /* [latents, patches] and [S, S, 3], then means */
+    size_t S = f->model.image_size, patches = v->patches;    /* S: 0 for saved activations */
+    size_t pixels = 3 * S * S;
+    double *mask, *colour;                   /* sums, then means: [latents, patches], [S, S, 3] */
     int status;
-    const array_spec arrays[] = { ARRAY(sum, v->latents, v->patches), ARRAY(colour, pixels, 1),
+    const array_spec arrays[] = { ARRAY(mask, v->latents, patches), ARRAY(colour, pixels, 1),
                                   ARRAY(v->image, f->set.count, 1) };
     SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
-    for (size_t i = 0; i < f->set.count; i++)
-        if (f->set.image[i].label == class) v->image[v->images++] = (int64_t)i;
+    for (size_t i = 0; i < f->set.count; i++) {
+        if (f->set.image[i].label != class) continue;
+        v->image[v->images++] = (int64_t)i;
+    }
     if (v->images == 0)
         return fail("--class %ld: no image is of this class (of %zu classes)", class,
                     f->set.classes);
     SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
-    while ((status = next_encoded(v->s, MEASURE_IMAGES, v->images)) == SC_OK) {
+    while ((status = next_encoded(v->s, v->images)) == SC_OK) {
         for (size_t l = 0; l < v->latents; l++) {
+            double *sum = mask + l * patches;
             find_masks(v, v->latent[l]);
-            for (size_t e = 0; e < f->count * v->patches; e++)
-                sum[l * v->patches + e % v->patches] += v->mask[e];
+            for (size_t e = 0; e < f->count * patches; e++) sum[e % patches] += v->mask[e];
         }
         for (size_t e = 0; e < f->count * pixels; e++) colour[e % pixels] += f->pixels[e];
     }
     if (status != SC_END) return status;
+    double images = (double)f->used;
+    for (size_t e = 0; e < v->latents * patches; e++) mask[e] /= images;
     for (size_t e = 0; e < pixels; e++)
-        f->pixels[e] = (unsigned char)floor(colour[e] / (double)f->used + 0.5);
-    for (size_t e = 0; e < v->latents * v->patches; e++) sum[e] /= (double)f->used;
+        f->pixels[e] = (unsigned char)floor(colour[e] / images + 0.5);
     for (size_t l = 0; l < v->latents; l++) {
         char name[96];
         snprintf(name, sizeof name, "latent_%zu_class_%ld", v->latent[l], class);
-        SC_TRY(write_mask(v, name, sum + l * v->patches, crop_of(f, 0)));
+        SC_TRY(write_mask(v, name, mask + l * patches, crop_of(f, 0)));
     }
     return SC_OK;
 }
@@ -8504,38 +8524,49 @@ static size_t top_images(const statistics *s, size_t j) {
     return count;
 }
 
-/* Writes one sheet per latent: its top images in a square, row by row, the strongest first. */
+/* Writes the sheet of latent j: its top images in a square of `columns`, row by row, the strongest
+ * first. v->image goes on with these images; total: those of all sheets */
+static int show_sheet(viewer *v, size_t j, size_t columns, size_t total) {
+    const feed *f = &v->s->data;
+    const sc_top *top = v->stats.top + j * v->stats.K;
+    size_t S = f->model.image_size, step = S + SHEET_GAP, cell = 0;
+    size_t count = top_images(&v->stats, j);
+    size_t width = columns * step - SHEET_GAP;
+    size_t height = (v->stats.K - 1) / columns * step + S;
+    char name[64];
+    int status;
+    memset(v->picture, 0, height * width * 3);
+    for (size_t k = 0; k < count; k++) v->image[v->images++] = top[k].image;
+    while ((status = next_encoded(v->s, total)) == SC_OK) {
+        if (v->kind != NO_MASK) find_masks(v, j);
+        for (size_t i = 0; i < f->count; i++, cell++) {
+            size_t row = cell / columns, column = cell % columns;
+            unsigned char *corner = v->picture + (row * width + column) * step * 3;
+            const double *mask = NULL;
+            if (v->kind != NO_MASK) mask = v->mask + i * v->patches;
+            draw_crop(corner, width * 3, crop_of(f, i), S, mask, f->grid);
+        }
+    }
+    if (status != SC_END) return status;
+    if (count == 0) note("latent %zu fires on no image: its sheet is empty", j);
+    snprintf(name, sizeof name, "latent_%zu", j);
+    return write_picture(v, name, 3, width, height);
+}
+
 static int show_sheets(viewer *v) {
     size_t columns = 1, total = 0;
     feed *f = &v->s->data;
     SC_TRY(open_viewer(v, 1));
-    size_t K = v->stats.K, S = f->model.image_size, step = S + SHEET_GAP;
+    size_t K = v->stats.K, step = f->model.image_size + SHEET_GAP;
     while (columns * columns < K) columns++;
-    size_t width = columns * step - SHEET_GAP, height = (K - 1) / columns * step + S;
-    const array_spec arrays[] = { ARRAY(v->image, v->latents, K), ARRAY(v->picture, height, 3 * width) };
+    const array_spec arrays[] = { ARRAY(v->image, v->latents, K),
+                                  ARRAY(v->picture, columns * step, 3 * columns * step) };
     SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
     for (size_t l = 0; l < v->latents; l++) total += top_images(&v->stats, v->latent[l]);
-    f->skip_bad = 0;                             /* a cell is for one image and no other */
+    f->skip_bad = 0;                         /* a cell is for one image and no other */
     SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
-    for (size_t l = 0; l < v->latents; l++) {
-        size_t j = v->latent[l], count = top_images(&v->stats, j), cell = 0;
-        char name[64];
-        int status;
-        memset(v->picture, 0, height * width * 3);
-        for (size_t k = 0; k < count; k++) v->image[v->images++] = v->stats.top[j * K + k].image;
-        while ((status = next_encoded(v->s, MEASURE_IMAGES, total)) == SC_OK) {
-            if (v->kind != NO_MASK) find_masks(v, j);
-            for (size_t i = 0; i < f->count; i++, cell++) {
-                const double *mask = v->kind ? v->mask + i * v->patches : NULL;
-                size_t corner = (cell / columns * width + cell % columns) * step * 3;
-                draw_crop(v->picture + corner, width * 3, crop_of(f, i), S, mask, f->grid);
-            }
-        }
-        if (status != SC_END) return status;
-        if (count == 0) note("latent %zu fires on no image: its sheet is empty", j);
-        snprintf(name, sizeof name, "latent_%zu", j);
-        SC_TRY(write_picture(v, name, 3, width, height));
-    }
+    for (size_t l = 0; l < v->latents; l++)
+        SC_TRY(show_sheet(v, v->latent[l], columns, total));
     return SC_OK;
 }
 
@@ -8570,11 +8601,12 @@ static void explain_latent(const statistics *s, sc_top latent, table_cell *row, 
     strcpy(text, "");
     for (size_t i = 0; i < found; i++) {
         size_t c = (size_t)class[i].other;
+        double percent = 100 * (double)class[i].value;
         char name[100];
         if (s->class_name && c < s->classes) printable(s->class_name[c], name, sizeof name);
         else snprintf(name, sizeof name, "class %zu", c);
-        used += (size_t)snprintf(text + used, TEXT_ROOM - used, "%s%s %.0f %%", i ? ", " : "",
-                                 name, 100 * (double)class[i].value);
+        if (i > 0) used += (size_t)sprintf(text + used, ", ");
+        used += (size_t)sprintf(text + used, "%s %.0f %%", name, percent);
     }
     const table_cell cells[EXPLAIN_COLUMNS] = {
         { "latent", "latent", NULL, (double)j, 0 },
@@ -8611,7 +8643,7 @@ static int explain(viewer *v) {
     SC_TRY(open_viewer(v, 1));
     SC_TRY(parse_patch(f, o->patch, &token));
     SC_TRY(start_feed(&v->s->data, MEASURE_IMAGES, NULL, NULL, 0));
-    SC_TRY(next_encoded(v->s, MEASURE_IMAGES, 1));
+    SC_TRY(next_encoded(v->s, 1));
     if (f->count != 1) return fail("%s: more than one image (expected one)", o->operand[0]);
     for (size_t i = 0; i < EXPLAINED; i++) strongest[i] = nothing;
     for (size_t j = 0; j < v->stats.n; j++) {
@@ -9254,7 +9286,7 @@ static int look_at_images(atlas *a) {
     int status = SC_END;
     f->skip_bad = 0;                             /* they were good when the statistics were made */
     SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
-    while (v->images > 0 && (status = next_encoded(v->s, MEASURE_IMAGES, v->images)) == SC_OK) {
+    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++) {
             char name[64];
             snprintf(name, sizeof name, "data/%zu.jpg", f->image[i]);
