@@ -9154,31 +9154,31 @@ static int command_plot(session *s) {
 /* ============================================================================================
  * 23. The atlas
  *
- * A folder that a browser opens without a server. index.html is the page (section 26); data/ holds
- * what it shows: latents.js the numbers of all latents, J.js the top images of the J-th PART of
- * them, with their masks, I.jpg image I, once, however many latents show it. A page from a file may
- * not read files, but it may run scripts: each file is a call of a function of the page's.
+ * A folder that a browser opens without a server. index.html is the page (section 26). data/ holds
+ * what the page shows: latents.js, the numbers of all latents; N.js, the top images of 64 latents
+ * with their masks; I.jpg, image I, once, however many latents show it. A page that comes from a
+ * file may not read files, but it may run scripts: each .js file calls a function of the page.
  * ============================================================================================ */
 
-enum { PART = 64, BITMAP_SIDE = 128 };           /* PART: latents whose top images share a script */
+enum { PART = 64 };                  /* latents per N.js */
 
-/* An image is among a latent's top images: slot = latent K + rank. */
+/* An image is among a latent's top images: slot = latent * K + rank. */
 typedef struct { int64_t image; size_t slot; } atlas_use;
 
 typedef struct {
     viewer *v;
-    size_t n, K, P;                  /* latents, their top images, their top patches */
-    atlas_use *use;                  /* [uses], by image */
+    const statistics *stats;
+    atlas_use *use;                  /* [uses], in the order of images */
     size_t uses;
-    int no_cjpeg;                    /* found out to be missing: images are bitmaps */
-    char *digits;                    /* [patches], a mask */
-    FILE *masks;                     /* [n, K, patches], digits; where a slot has an image */
+    int no_cjpeg;                    /* cjpeg is not installed: images are bitmaps */
+    char *digits;                    /* [patches], one mask */
+    FILE *masks;                     /* [n, K, patches], all masks, in a temporary file */
 } atlas;
 
-/* Writes a file of the atlas; number: which of its kind. */
+/* Writes the contents of one of the atlas's files; number: which one of its kind. */
 typedef int write_function(atlas *a, FILE *out, size_t number);
 
-/* Writes DIR/NAME: the whole file stands there, or nothing changes. */
+/* Writes DIR/NAME: either the whole file stands there, or nothing changes. */
 static int save_file(atlas *a, const char *name, write_function *write, size_t number) {
     sc_output out;
     char path[MAX_PATH];
@@ -9190,230 +9190,236 @@ static int save_file(atlas *a, const char *name, write_function *write, size_t n
     return status;
 }
 
-static int by_use(const void *left, const void *right) {
+/* --- Images --- */
+
+/* For qsort: by image. */
+static int by_image(const void *left, const void *right) {
     const atlas_use *a = left, *b = right;
-    if (a->image != b->image) return a->image < b->image ? -1 : 1;
-    return a->slot < b->slot ? -1 : 1;
+    return (a->image > b->image) - (a->image < b->image);
 }
 
-/* Which latents show which image; v->image becomes each of the images, once, in ascending order. */
+/* Which latents show which image. v->image gets each of the images once, in ascending order. */
 static int list_uses(atlas *a) {
     viewer *v = a->v;
-    size_t slots = a->n * a->K;
+    size_t slots = a->stats->n * a->stats->K;
     const array_spec arrays[] = {
-        ARRAY(a->use, slots, 1), ARRAY(v->image, slots, 1), ARRAY(a->digits, v->patches, 1) };
+        ARRAY(a->use, slots, 1),
+        ARRAY(v->image, slots, 1),
+        ARRAY(a->digits, v->patches, 1) };
     SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
     for (size_t slot = 0; slot < slots; slot++) {
-        int64_t image = v->stats.top[slot].image;
-        if (image >= 0) a->use[a->uses++] = (atlas_use){ image, slot };
+        int64_t image = a->stats->top[slot].image;
+        if (image < 0) continue;                         /* fewer than K images */
+        a->use[a->uses++] = (atlas_use){ image, slot };
     }
-    if (a->uses > 0) qsort(a->use, a->uses, sizeof *a->use, by_use);
-    for (size_t i = 0; i < a->uses; i++)
-        if (i == 0 || a->use[i].image != a->use[i - 1].image)
-            v->image[v->images++] = a->use[i].image;
+    if (a->uses > 0) qsort(a->use, a->uses, sizeof *a->use, by_image);
+    for (size_t i = 0; i < a->uses; i++) {
+        int64_t image = a->use[i].image;
+        if (i > 0 && image == a->use[i - 1].image) continue;
+        v->image[v->images++] = image;
+    }
     return SC_OK;
 }
 
-/* A mask in 16 levels: 0 is silent, f the latent's largest activation on any patch. */
-static int keep_mask(atlas *a, size_t slot, const double *mask) {
-    size_t patches = a->v->patches;
-    double largest = a->v->stats.patch[slot / a->K * a->P].value;
-    for (size_t p = 0; p < patches; p++) {
-        int level = 0;
-        if (mask[p] > 0) level = (int)ceil(15 * fmin(mask[p] / largest, 1));
-        a->digits[p] = "0123456789abcdef"[level];
-    }
-    if (fseeko(a->masks, (off_t)(slot * patches), SEEK_SET) == 0 &&
-        fwrite(a->digits, patches, 1, a->masks) == 1) return SC_OK;
-    return spool_failed();
-}
-
-/* An image by cjpeg. SC_END: it is not installed. pixels: [S, S, 3] */
+/* An image as JPEG, by the program cjpeg; SC_END where it is not installed. pixels: [S, S, 3] */
 static int write_jpeg(FILE *out, const unsigned char *pixels, size_t S) {
-    char *argument[] = { "cjpeg", "-quality", "85", NULL }, words[256], bytes[4096];
+    char *argument[] = { "cjpeg", "-quality", "85", NULL };
+    char words[256], bytes[4096];
     child_process child;
     FILE *ppm = tmpfile();
     if (!ppm) return spool_failed();
     fprintf(ppm, "P6\n%zu %zu\n255\n", S, S);
     fwrite(pixels, 3 * S, S, ppm);
-    int error = fflush(ppm) != 0 || lseek(fileno(ppm), 0, SEEK_SET) != 0 ? errno : 0;
+    int error = fflush(ppm) != 0 || ferror(ppm) ? EIO : 0;
+    lseek(fileno(ppm), 0, SEEK_SET);                     /* cjpeg reads from the beginning */
     if (!error) error = start_child(&child, argument, fileno(ppm));
     fclose(ppm);
     if (error == ENOENT || error == EACCES) return SC_END;
     if (error) return fail("cjpeg cannot be started: %s", strerror(error));
-    for (size_t n; (n = fread(bytes, 1, sizeof bytes, child.output)) > 0;) fwrite(bytes, 1, n, out);
+    for (size_t n; (n = fread(bytes, 1, sizeof bytes, child.output)) > 0;)
+        fwrite(bytes, 1, n, out);
     int ended = end_child(&child, NULL, words, sizeof words);
     if (ended == 0) return SC_OK;
     if (WIFEXITED(ended) && WEXITSTATUS(ended) == 127 && !*words) return SC_END;
     return fail("cjpeg failed: %s", *words ? words : "no message");
 }
 
-/* A BMP of 24 bits, of at most BITMAP_SIDE pixels; rows from the bottom up, in blue, green, red. */
+/* An image as BMP: two headers, then per pixel blue, green, red, 0. With 32 bits per pixel rows need
+ * no padding; the negative height says that the top row comes first. */
 static void write_bitmap(FILE *out, const unsigned char *pixels, size_t S) {
-    size_t side = S < BITMAP_SIDE ? S : BITMAP_SIDE, row = (3 * side + 3) / 4 * 4;
-    const uint32_t fields[] = { (uint32_t)(54 + row * side), 0, 54, 40, (uint32_t)side,
-                                (uint32_t)side, 1 | 24 << 16, 0, (uint32_t)(row * side), 0, 0, 0, 0 };
+    uint32_t side = (uint32_t)S, bytes = 4 * side * side;
+    const uint32_t fields[] = {
+        54 + bytes, 0, 54,                               /* bytes of the file, of the headers */
+        40, side, 0 - side,                              /* bytes of the second header, width, height */
+        1 | 32 << 16, 0, bytes, 0, 0, 0, 0 };            /* 1 plane, 32 bits, not compressed */
     unsigned char header[sizeof fields];
-    copy_numbers(header, fields, COUNT(fields), 4);
+    copy_numbers(header, fields, COUNT(fields), 4);      /* little-endian */
     fputs("BM", out);
     fwrite(header, sizeof header, 1, out);
-    for (size_t y = side; y-- > 0;) {
-        for (size_t x = 0; x < side; x++) {
-            const unsigned char *pixel = pixels + (y * S / side * S + x * S / side) * 3;
-            for (int c = 2; c >= 0; c--) putc(pixel[c], out);
-        }
-        for (size_t i = 3 * side; i < row; i++) putc(0, out);
+    for (size_t i = 0; i < S * S; i++, pixels += 3) {
+        putc(pixels[2], out);
+        putc(pixels[1], out);
+        putc(pixels[0], out);
+        putc(0, out);
     }
 }
 
-/* Image i of the batch: a JPEG, or a bitmap under the same name; browsers look at the bytes. */
+/* Image i of the batch. A bitmap has the name of a JPEG too: browsers go by the first bytes. */
 static int write_image(atlas *a, FILE *out, size_t i) {
     const feed *f = &a->v->s->data;
     size_t S = f->model.image_size;
     const unsigned char *pixels = f->pixels + i * S * S * 3;
-    int status = a->no_cjpeg ? SC_END : write_jpeg(out, pixels, S);
+    int status = SC_END;
+    if (!a->no_cjpeg) status = write_jpeg(out, pixels, S);
     if (status != SC_END) return status;
+    if (!a->no_cjpeg) note("cjpeg is not installed: images become bitmaps, which are larger");
     a->no_cjpeg = 1;
     write_bitmap(out, pixels, S);
     return SC_OK;
 }
 
-/* One pass over the images that any latent shows: the images, and the masks of those latents. */
+/* --- Masks --- */
+
+/* Keeps a mask in 16 levels: 0 is silent, f the latent's largest activation on any patch of the
+ * whole data set, so that the masks of a latent can be compared. */
+static int keep_mask(atlas *a, size_t slot, const double *mask) {
+    const statistics *stats = a->stats;
+    size_t patches = a->v->patches, latent = slot / stats->K;
+    double largest = stats->patch[latent * stats->P].value;
+    for (size_t p = 0; p < patches; p++) {
+        int level = 0;
+        double share = fmin(mask[p] / largest, 1);
+        if (mask[p] > 0) level = (int)ceil(15 * share);
+        a->digits[p] = "0123456789abcdef"[level];
+    }
+    if (fseeko(a->masks, (off_t)(slot * patches), SEEK_SET) != 0) return spool_failed();
+    if (fwrite(a->digits, patches, 1, a->masks) != 1) return spool_failed();
+    return SC_OK;
+}
+
+/* One pass over the images that any latent shows, for the images and the masks. */
 static int look_at_images(atlas *a) {
     viewer *v = a->v;
     feed *f = &v->s->data;
+    char name[64];
     size_t at = 0;
     int status = SC_END;
-    f->skip_bad = 0;                             /* they were good when the statistics were made */
+    f->skip_bad = 0;                             /* the statistics' images are readable */
     SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
     while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++) {
-            char name[64];
             snprintf(name, sizeof name, "data/%zu.jpg", f->image[i]);
             SC_TRY(save_file(a, name, write_image, i));
             for (; at < a->uses && a->use[at].image == (int64_t)f->image[i]; at++) {
-                find_masks(v, a->use[at].slot / a->K);
-                SC_TRY(keep_mask(a, a->use[at].slot, v->mask + i * v->patches));
+                size_t slot = a->use[at].slot;
+                find_masks(v, slot / a->stats->K);
+                SC_TRY(keep_mask(a, slot, v->mask + i * v->patches));
             }
         }
     }
     return status == SC_END ? SC_OK : status;
 }
 
-/* The patches of an image that are among latent j's top patches, as a list. */
-static void write_top_patches(const atlas *a, FILE *out, size_t j, int64_t image) {
-    const char *comma = "";
-    putc('[', out);
-    for (size_t p = 0; p < a->P; p++) {
-        const sc_top *top = &a->v->stats.patch[j * a->P + p];
-        uint64_t patch = (uint64_t)top->other - a->v->stats.first_patch;
-        if (top->image != image || patch >= a->v->patches) continue;
-        fprintf(out, "%s%zu", comma, (size_t)patch);
-        comma = ",";
-    }
-    putc(']', out);
-}
+/* --- Scripts --- */
 
-/* The top images of latent j, each [image, activation, class, name, mask, top patches]. */
+/* The top images of latent j, each [image, activation, class, name, mask]. */
 static int write_latent(atlas *a, FILE *out, size_t j) {
-    const viewer *v = a->v;
-    putc('[', out);
-    for (size_t k = 0; k < top_images(&v->stats, j); k++) {
-        const sc_top *e = &v->stats.top[j * a->K + k];
-        if (fseeko(a->masks, (off_t)((j * a->K + k) * v->patches), SEEK_SET) != 0 ||
-            fread(a->digits, v->patches, 1, a->masks) != 1) return spool_failed();
-        fprintf(out, "%s[%lld,%.6g,%lld,", k ? ",\n" : "", (long long)e->image, (double)e->value,
-                (long long)e->other);
-        print_json(out, image_name(&v->s->data, (size_t)e->image));
-        fprintf(out, ",\"%.*s\",", (int)v->patches, a->digits);
-        write_top_patches(a, out, j, e->image);
-        putc(']', out);
+    size_t patches = a->v->patches;
+    for (size_t k = 0; k < top_images(a->stats, j); k++) {
+        size_t slot = j * a->stats->K + k;
+        const sc_top *top = &a->stats->top[slot];
+        if (fseeko(a->masks, (off_t)(slot * patches), SEEK_SET) != 0) return spool_failed();
+        if (fread(a->digits, patches, 1, a->masks) != 1) return spool_failed();
+        if (k > 0) fputs(",\n", out);
+        fprintf(out, "[%lld,%.6g,%lld,", (long long)top->image, (double)top->value,
+                (long long)top->other);
+        print_json(out, image_name(&a->v->s->data, (size_t)top->image));
+        fprintf(out, ",\"%.*s\"]", (int)patches, a->digits);
     }
-    putc(']', out);
     return SC_OK;
 }
 
+/* N.js: a list of top images per latent. */
 static int write_latents(atlas *a, FILE *out, size_t part) {
     fprintf(out, "atlas.part(%zu,[\n", part);
-    for (size_t j = part * PART; j < a->n && j < (part + 1) * PART; j++) {
-        if (j % PART) fputs(",\n", out);
+    size_t first = part * PART, end = first + PART;
+    if (end > a->stats->n) end = a->stats->n;
+    for (size_t j = first; j < end; j++) {
+        fputs(j > first ? ",\n[" : "[", out);
         SC_TRY(write_latent(a, out, j));
+        putc(']', out);
     }
     fputs("]);\n", out);
     return SC_OK;
 }
 
-/* The list's rows: [frequency, mean, entropy, the class with the largest share] of each latent. */
+/* latents.js. Per latent: [frequency, mean, entropy, class with the largest share]. */
 static int write_numbers(atlas *a, FILE *out, size_t ignored) {
-    const viewer *v = a->v;
-    const sc_images *set = &v->s->data.set;
+    const feed *f = &a->v->s->data;
+    const sc_images *set = &f->set;
     (void)ignored;
     fputs("atlas.open({\"name\":", out);
-    print_json(out, base_name(v->s->sae[0].path));
-    fprintf(out, ",\"images\":%zu,\"part\":%d,\"grid\":%zu,\n\"classes\":[", set->count, PART,
-            v->s->data.grid);
+    print_json(out, base_name(a->v->s->sae[0].path));
+    fprintf(out, ",\"images\":%zu,\"part\":%d,\"grid\":%zu", set->count, PART, f->grid);
+    fputs(",\n\"classes\":[", out);
     for (size_t c = 0; c < set->classes && set->class_name; c++) {
         if (c > 0) putc(',', out);
         print_json(out, set->class_name[c]);
     }
     fputs("],\n\"latents\":[", out);
-    for (size_t j = 0; j < a->n; j++) {
-        const latent_record *l = &v->stats.latent[j];
+    for (size_t j = 0; j < a->stats->n; j++) {
+        const latent_record *l = &a->stats->latent[j];
         sc_top class;
-        top_classes(&v->stats, j, &class, 1);
-        fprintf(out, "%s[%.6g,%.6g,%.6g,%lld]", j ? ",\n" : "", (double)l->sparsity,
-                (double)l->mean, (double)l->entropy, (long long)class.other);
+        top_classes(a->stats, j, &class, 1);
+        if (j > 0) fputs(",\n", out);
+        fprintf(out, "[%.6g,%.6g,%.6g,%lld]", (double)l->sparsity, (double)l->mean,
+                (double)l->entropy, (long long)class.other);
     }
     fputs("]});\n", out);
     return SC_OK;
 }
 
-static void write_page(FILE *out);               /* with its lines, at the end */
+/* --- The folder --- */
 
+static void write_page(FILE *out);           /* section 26 */
+
+/* Everything in data/. */
 static int write_data(atlas *a) {
     char name[64];
     SC_TRY(list_uses(a));
     SC_TRY(look_at_images(a));
-    for (size_t part = 0; part * PART < a->n; part++) {
+    for (size_t part = 0; part * PART < a->stats->n; part++) {
         snprintf(name, sizeof name, "data/%zu.js", part);
         SC_TRY(save_file(a, name, write_latents, part));
     }
     return save_file(a, "data/latents.js", write_numbers, 0);
 }
 
-/* The page comes last: a folder that has one is whole. It is open, and locked, from the beginning,
- * so that two processes cannot write into one folder. */
-static int write_atlas(atlas *a, const char *page) {
-    sc_output out;
-    SC_TRY(output_open(&out, page));
-    int status = SC_OK;
-    if (unlink(page) != 0 && errno != ENOENT)
-        status = fail("%s: cannot be replaced: %s", page, strerror(errno));
-    if (status == SC_OK) status = write_data(a);
-    if (status == SC_OK) {
-        write_page(out.file);
-        return output_commit(&out);
-    }
-    output_discard(&out);
-    return status;
+/* index.html itself. The page is written last: a folder that has one is complete. It is open, and
+ * locked, from the beginning, so that two processes cannot write into one folder. */
+static int write_atlas(atlas *a, FILE *out, size_t ignored) {
+    char path[MAX_PATH];
+    (void)ignored;
+    SC_TRY(join_path(a->v->s->o->output, "index.html", path));
+    if (unlink(path) != 0 && errno != ENOENT)
+        return fail("%s: cannot be replaced: %s", path, strerror(errno));
+    SC_TRY(write_data(a));
+    write_page(out);
+    return SC_OK;
 }
 
 static int show_atlas(viewer *v) {
-    char page[MAX_PATH], data[MAX_PATH];
-    atlas a = { .v = v };
+    char data[MAX_PATH];
+    atlas a = { .v = v, .stats = &v->stats };
     v->kind = VALUE_MASK;
     SC_TRY(open_viewer(v, 1));
-    SC_TRY(join_path(v->s->o->output, "index.html", page));
     SC_TRY(join_path(v->s->o->output, "data", data));
-    a.n = v->stats.n;
-    a.K = v->stats.K;
-    a.P = v->stats.P;
     a.masks = v->s->spool[0] = tmpfile();
     if (!a.masks) return spool_failed();
     if (mkdir(data, 0777) != 0 && errno != EEXIST)
         return fail("%s: the folder cannot be made: %s", data, strerror(errno));
-    int status = write_atlas(&a, page);
-    if (status != SC_OK) rmdir(data);                        /* goes only if it is empty */
+    int status = save_file(&a, "index.html", write_atlas, 0);
+    if (status != SC_OK) rmdir(data);                    /* only if it is empty */
     return status;
 }
 
@@ -9988,91 +9994,85 @@ int main(int argc, char **argv) {
 /* ============================================================================================
  * 26. The atlas's page
  *
- * index.html as `atlas` writes it, line by line.
+ * index.html, line by line: style, elements, script. It shows a list of latents, which can be sorted
+ * by column and filtered by class, a scatter plot, and the top images of one latent.
  * ============================================================================================ */
 
 static const char *const atlas_page[] = {
+    /* Style. From 801 pixels on, the list stands at the left of the images, each with its own scroll bar;
+     * narrower windows have it above them, three images per row. */
     "<!DOCTYPE html>",
-    "<html lang=\"en\">",
+    "<html lang='en'>",
     "<head>",
-    "<meta charset=\"utf-8\">",
-    "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">",
+    "<meta charset='utf-8'>",
+    "<meta name='viewport' content='width=device-width, initial-scale=1'>",
     "<title>Atlas</title>",
     "<style>",
     ":root { color-scheme: light dark; }",
     "* { box-sizing: border-box; }",
-    "body { margin: 0; font: 15px/1.4 system-ui, sans-serif; background: Canvas; color: CanvasText; }",
+    "body { margin: 0; font: 15px/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }",
     "header, section, main { padding: 10px 14px; }",
-    "header { border-bottom: 1px solid GrayText; }",
     "h1, h2 { display: inline; font-size: 19px; margin-right: 10px; }",
-    ".soft, figcaption span { color: GrayText; }",
+    ".soft { color: GrayText; }",
     "table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }",
     "th { cursor: pointer; font-weight: normal; color: LinkText; }",
     "th, td { text-align: right; padding: 2px 4px; white-space: nowrap; }",
-    "th:last-child, td:last-child { text-align: left; max-width: 120px; overflow: hidden;",
-    "    text-overflow: ellipsis; }",
+    "th:last-child, td:last-child, figcaption { text-align: left; overflow: hidden; text-overflow: ellipsis; }",
+    "th:last-child, td:last-child { width: 99%; max-width: 0; }",
     "tbody tr { cursor: pointer; }",
-    "tbody tr:hover, tr.chosen { background: Highlight; color: HighlightText; }",
-    "#filter { width: 100%; font: inherit; padding: 4px 8px; margin-bottom: 8px; }",
+    "tbody tr:hover, .chosen { background: Highlight; color: HighlightText; }",
+    "#filter { width: 100%; font: inherit; margin-bottom: 8px; }",
     "#scatter { width: 100%; height: 220px; cursor: crosshair; }",
-    "#rows { height: 40vh; overflow-y: auto; }",
-    "#masks { padding: 8px 0; }",
-    "#figures { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }",
+    "#rows { height: 180px; overflow-y: auto; }",
+    "#figures { display: grid; gap: 10px; grid-template-columns: repeat(3, 1fr); }",
     "figure { margin: 0; min-width: 0; }",
-    "figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }",
+    "figcaption { white-space: nowrap; }",
     ".image { position: relative; aspect-ratio: 1; }",
-    ".image > * { position: absolute; width: 100%; height: 100%; }",
-    ".image > canvas { image-rendering: pixelated; }",
+    ".image > * { position: absolute; width: 100%; height: 100%; image-rendering: pixelated; }",
     "@media (min-width: 801px) {",
     "    body { display: grid; grid-template: auto 1fr / 430px 1fr; height: 100vh; }",
     "    header { grid-column: 1 / 3; }",
     "    section { display: flex; flex-direction: column; min-height: 0; }",
-    "    #rows { flex: 1; height: auto; }",
-    "    main { overflow-y: auto; }",
-    "}",
-    "@media (max-width: 800px) {",
-    "    #rows { height: 180px; }",
-    "    #figures { grid-template-columns: repeat(3, 1fr); gap: 8px; }",
+    "    main, #rows { flex: 1; overflow-y: auto; }",
+    "    #figures { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }",
     "}",
     "</style>",
     "</head>",
+    /* The list of latents, and one latent with its images. */
     "<body>",
-    "<header><h1>Atlas</h1><span id=\"about\" class=\"soft\">needs JavaScript</span></header>",
+    "<header><h1>Atlas</h1><span id='about' class='soft'>needs JavaScript</span></header>",
     "<section>",
-    "<input id=\"filter\" type=\"search\" placeholder=\"class or latent\" aria-label=\"class or latent\">",
-    "<canvas id=\"scatter\" role=\"img\" aria-label=\"frequency and mean activation of the latents\"></canvas>",
-    "<div id=\"rows\"><table><thead><tr><th>latent</th>",
-    "<th title=\"share of the images on which it fires\">images</th>",
-    "<th title=\"mean activation over these images\">mean</th>",
-    "<th title=\"of the classes of its top images, in nats\">entropy</th>",
-    "<th title=\"with the largest share of its top images\">class</th></tr></thead><tbody></tbody></table>",
+    "<input id='filter' type='search' placeholder='class or latent' aria-label='class or latent'>",
+    "<canvas id='scatter' role='img' aria-label='frequency and mean activation of the latents'></canvas>",
+    "<div id='rows'><table><thead><tr><th>latent</th>",
+    "<th title='share of the images on which it fires'>images</th>",
+    "<th title='mean activation over these images'>mean</th>",
+    "<th title='of the classes of its top images, in nats'>entropy</th>",
+    "<th title='with the largest share of its top images'>class</th></tr></thead><tbody></tbody></table>",
     "</div>",
     "</section>",
     "<main>",
-    "<h2 id=\"name\"></h2><span id=\"facts\" class=\"soft\"></span>",
-    "<div id=\"masks\">",
-    "<button id=\"before\" title=\"left arrow\">&#8592;</button>",
-    "<button id=\"after\" title=\"right arrow\">&#8594;</button>",
-    "<label><input type=\"radio\" name=\"mask\" value=\"none\"> images</label>",
-    "<label><input type=\"radio\" name=\"mask\" value=\"value\" checked> where it fires</label>",
-    "<label><input type=\"radio\" name=\"mask\" value=\"top\"> top patches</label>",
-    "</div>",
-    "<p id=\"classes\"></p>",
-    "<div id=\"figures\"></div>",
+    "<h2 id='name'></h2><span id='facts' class='soft'></span>",
+    "<p><button id='before' title='left arrow'>&#8592;</button>",
+    "<button id='after' title='right arrow'>&#8594;</button>",
+    "<label><input id='masks' type='checkbox' checked> show where it fires</label></p>",
+    "<p id='classes'></p>",
+    "<div id='figures'></div>",
     "</main>",
+    /* data: what latents.js holds; a row of data.latents is [latent, frequency, mean, entropy, class].
+     * parts: the N.js read so far. order: the rows listed, by column `key`, ascending if way is 1. */
     "<script>",
     "'use strict';",
-    "const SHOWN = 500;                          // rows of the list",
     "const $ = id => document.getElementById(id);",
-    "let data, parts = {}, latent = 0, order = [], key = 3, way = 1;",
-    "",
-    "// What the scripts in data/ call: latents.js once, N.js when one of its latents is shown.",
+    "const parts = {};",
+    "let data, latent = 0, order = [], key = 3, way = 1;",
+    /* What the scripts in data/ call. */
     "const atlas = {",
     "    open(all) {",
-    "        data = all;                         // latents: [frequency, mean, entropy, class] of each",
+    "        data = all;",
     "        data.latents.forEach((row, j) => row.unshift(j));",
-    "        $('about').textContent = data.name + ': ' + data.latents.length.toLocaleString() +",
-    "            ' latents, ' + data.images.toLocaleString() + ' images';",
+    "        $('about').textContent = data.name + ': ' + data.latents.length + ' latents, ' +",
+    "            data.images + ' images';",
     "        arrange();",
     "        follow();",
     "    },",
@@ -10081,17 +10081,16 @@ static const char *const atlas_page[] = {
     "        load();",
     "    }",
     "};",
-    "",
+    /* Texts; "-" where a value is not defined. */
     "function make(tag, parent, properties) {",
     "    return parent.appendChild(Object.assign(document.createElement(tag), properties));",
     "}",
-    "",
-    "function nameOf(c) { return c < 0 ? '' : data.classes[c] ?? 'class ' + c; }",
     "function digits(x) { return x > 0 && x < 1e-3 ? x.toExponential(1) : Number(x.toPrecision(3)); }",
     "function percent(share) { return digits(100 * share) + ' %'; }",
+    "function nameOf(c) { return c < 0 ? '-' : data.classes[c] ?? 'class ' + c; }",
+    "function meanOf(row) { return row[1] === 0 ? '-' : digits(row[2]); }",
     "function entropyOf(row) { return row[3] < 0 ? '-' : row[3].toFixed(2); }",
-    "",
-    "// The latents that match the filter, sorted; silent ones and undefined values last.",
+    /* The latents that match the filter, sorted; silent ones and undefined values come last. */
     "function arrange() {",
     "    const text = $('filter').value.trim().toLowerCase();",
     "    const last = row => row[1] === 0 || row[key] < 0;",
@@ -10100,32 +10099,33 @@ static const char *const atlas_page[] = {
     "    order.sort((a, b) => last(a) - last(b) || way * (a[key] - b[key]) || a[0] - b[0]);",
     "    fill();",
     "}",
-    "",
+    /* The first 500 rows of the list. */
     "function fill() {",
     "    const body = document.querySelector('tbody');",
     "    body.replaceChildren();",
-    "    for (const row of order.slice(0, SHOWN)) {",
+    "    for (const row of order.slice(0, 500)) {",
     "        const tr = make('tr', body, { onclick: () => location.hash = 'latent=' + row[0] });",
     "        tr.className = row[0] === latent ? 'chosen' : '';",
-    "        for (const textContent of [row[0], percent(row[1]), digits(row[2]), entropyOf(row),",
+    "        for (const textContent of [row[0], percent(row[1]), meanOf(row), entropyOf(row),",
     "                                   nameOf(row[4])]) make('td', tr, { textContent });",
     "    }",
-    "    if (order.length > SHOWN)",
-    "        make('td', make('tr', body), { textContent: order.length - SHOWN + ' more', colSpan: 5 });",
+    "    if (order.length > 500)",
+    "        make('td', make('tr', body), { textContent: order.length - 500 + ' more', colSpan: 5 });",
     "    draw();",
     "}",
-    "",
-    "// Where a latent's point lies: log10 of frequency across, of mean activation up.",
+    /* Each latent that fires as [row, x, y] in pixels of the scatter plot: log10 of frequency across, log10
+     * of mean activation up. */
     "function places() {",
     "    const canvas = $('scatter'), live = order.filter(row => row[1] > 0 && row[2] > 0);",
-    "    const logs = i => live.map(row => Math.log10(row[i]));",
-    "    const range = values => [values.reduce((a, b) => Math.min(a, b), 0) - 0.1,",
-    "                             values.reduce((a, b) => Math.max(a, b), -9) + 0.1];",
-    "    const [x, y] = [logs(1), logs(2)], [x0, x1] = range(x), [y0, y1] = range(y);",
-    "    return live.map((row, i) => [row, 8 + (canvas.clientWidth - 16) * (x[i] - x0) / (x1 - x0),",
-    "                                 (canvas.clientHeight - 36) * (y1 - y[i]) / (y1 - y0) + 18]);",
+    "    const scale = (i, from, to) => {",
+    "        const logs = live.map(row => Math.log10(row[i]));",
+    "        const low = logs.reduce((a, b) => Math.min(a, b), 0) - 0.1;",
+    "        const high = logs.reduce((a, b) => Math.max(a, b), -9) + 0.1;",
+    "        return logs.map(log => from + (to - from) * (log - low) / (high - low));",
+    "    };",
+    "    const x = scale(1, 8, canvas.clientWidth - 8), y = scale(2, canvas.clientHeight - 18, 18);",
+    "    return live.map((row, i) => [row, x[i], y[i]]);",
     "}",
-    "",
     "function draw() {",
     "    const canvas = $('scatter'), g = canvas.getContext('2d');",
     "    canvas.width = canvas.clientWidth * devicePixelRatio;",
@@ -10144,87 +10144,75 @@ static const char *const atlas_page[] = {
     "        g.stroke();",
     "    }",
     "}",
-    "",
+    /* A click chooses the nearest latent within 20 pixels. */
     "$('scatter').onclick = event => {",
-    "    let best = -1, least = 20 ** 2;",
-    "    for (const [row, x, y] of places()) {",
-    "        const distance = (x - event.offsetX) ** 2 + (y - event.offsetY) ** 2;",
-    "        if (distance < least) [best, least] = [row[0], distance];",
-    "    }",
-    "    if (best >= 0) location.hash = 'latent=' + best;",
+    "    const far = ([, x, y]) => Math.hypot(x - event.offsetX, y - event.offsetY);",
+    "    const [best] = places().sort((a, b) => far(a) - far(b));",
+    "    if (best && far(best) < 20) location.hash = 'latent=' + best[0][0];",
     "};",
-    "",
-    "// One latent: the address names it.",
+    /* Shows the latent that the address names, else the first of the list. */
     "function follow() {",
-    "    const named = new URLSearchParams(location.hash.slice(1)).get('latent') ?? order[0]?.[0] ?? 0;",
+    "    const named = new URLSearchParams(location.hash.slice(1)).get('latent') ?? order[0]?.[0];",
     "    const row = data.latents[named];",
     "    if (!row) return tell('There is no latent ' + named + '.');",
     "    latent = row[0];",
     "    $('name').textContent = document.title = 'Latent ' + latent;",
     "    $('facts').textContent = row[1] === 0 ? 'fires on no image' : 'fires on ' + percent(row[1]) +",
-    "        ' of the images, mean activation ' + digits(row[2]) + ', entropy ' + entropyOf(row);",
+    "        ' of the images, mean activation ' + meanOf(row) + ', entropy ' + entropyOf(row);",
     "    fill();",
     "    load();",
     "}",
-    "",
-    "function tell(what) {",
-    "    $('classes').textContent = what;",
+    "function tell(text) {",
+    "    $('classes').textContent = text;",
     "    $('figures').replaceChildren();",
     "}",
-    "",
-    "// A page from a file may not read files, but it may have scripts.",
+    /* A page that comes from a file may not read files, but it may run scripts. */
     "function load() {",
     "    const number = Math.floor(latent / data.part), src = 'data/' + number + '.js';",
     "    if (parts[number]) return show(parts[number][latent % data.part]);",
-    "    if (Object.keys(parts).length > 16) parts = {};",
     "    make('script', document.head, { src, onerror: () => tell(src + ' cannot be read.') });",
     "}",
-    "",
+    /* The classes' shares of the activation, and the images, each [image, activation, class, name, mask]. */
     "function show(images) {",
     "    const shares = new Map(), total = images.reduce((sum, image) => sum + image[1], 0);",
     "    for (const image of images) shares.set(image[2], (shares.get(image[2]) ?? 0) + image[1]);",
     "    tell([...shares].filter(([c]) => c >= 0).sort((a, b) => b[1] - a[1]).slice(0, 6)",
     "        .map(([c, sum]) => nameOf(c) + ' ' + percent(sum / total)).join(', '));",
-    "    for (const [number, activation, label, title, values, patches] of images) {",
-    "        const figure = make('figure', $('figures')), image = make('div', figure);",
-    "        image.className = 'image';",
+    "    for (const [number, activation, label, title, mask] of images) {",
+    "        const figure = make('figure', $('figures'));",
+    "        const image = make('div', figure, { className: 'image' });",
     "        make('img', image, { src: 'data/' + number + '.jpg', alt: title, title });",
-    "        make('canvas', image, { title, width: data.grid, height: data.grid, strength: {",
-    "            none: () => 1,",
-    "            value: p => parseInt(values[p], 16) / 15,",
-    "            top: p => Number(patches.includes(p))",
-    "        } });",
-    "        make('span', make('figcaption', figure, { textContent: digits(activation) + ' ' }),",
-    "             { textContent: nameOf(label) });",
+    "        paint(make('canvas', image, { title, width: data.grid, height: data.grid }), mask);",
+    "        const caption = make('figcaption', figure, { textContent: digits(activation) + ' ' });",
+    "        make('span', caption, { className: 'soft', textContent: label < 0 ? '' : nameOf(label) });",
     "    }",
-    "    paint();",
+    "    $('masks').onchange();",
     "}",
-    "",
-    "// Dims patches: silent ones to about 30 % of their brightness, the strongest not at all.",
-    "function paint() {",
-    "    const kind = document.querySelector('[name=mask]:checked').value;",
-    "    for (const canvas of document.querySelectorAll('.image canvas')) {",
-    "        const g = canvas.getContext('2d'), pixels = g.createImageData(data.grid, data.grid);",
-    "        for (let p = 0; p < data.grid ** 2; p++) {",
-    "            const strength = canvas.strength[kind](p);",
-    "            pixels.data[4 * p + 3] = strength ? 90 * (1 - strength) : 180;",
-    "        }",
-    "        g.putImageData(pixels, 0, 0);",
-    "    }",
+    /* A veil of grey, through which the image stays visible: thick over silent patches, thin over weak
+     * ones, none where the latent is strongest. mask: per patch a digit from 0 to f. */
+    "function paint(canvas, mask) {",
+    "    const g = canvas.getContext('2d'), pixels = g.createImageData(data.grid, data.grid);",
+    "    pixels.data.fill(128);",
+    "    [...mask].forEach((digit, p) => {",
+    "        pixels.data[4 * p + 3] = digit === '0' ? 160 : 6 * (15 - parseInt(digit, 16));",
+    "    });",
+    "    g.putImageData(pixels, 0, 0);",
     "}",
-    "",
+    /* The neighbour in the list. */
     "function step(by) {",
     "    const next = order[order.findIndex(row => row[0] === latent) + by];",
     "    if (next) location.replace('#latent=' + next[0]);",
     "}",
-    "",
     "document.querySelectorAll('th').forEach((head, i) => head.onclick = () => {",
     "    way = key === i ? -way : 1;",
     "    key = i;",
     "    arrange();",
     "});",
     "$('filter').oninput = arrange;",
-    "$('masks').onchange = paint;",
+    "$('masks').onchange = () => {",
+    "    for (const canvas of document.querySelectorAll('.image canvas'))",
+    "        canvas.hidden = !$('masks').checked;",
+    "};",
     "$('before').onclick = () => step(-1);",
     "$('after').onclick = () => step(1);",
     "onkeydown = event => {",
@@ -10234,13 +10222,14 @@ static const char *const atlas_page[] = {
     "onhashchange = follow;",
     "onresize = draw;",
     "</script>",
-    "<script src=\"data/latents.js\"></script>",
+    "<script src='data/latents.js'></script>",
     "</body>",
     "</html>",
 };
 
 static void write_page(FILE *out) {
-    for (size_t i = 0; i < COUNT(atlas_page); i++) fprintf(out, "%s\n", atlas_page[i]);
+    for (size_t i = 0; i < COUNT(atlas_page); i++)
+        fprintf(out, "%s\n", atlas_page[i]);
 }
 
 #endif /* !SC_ISA */

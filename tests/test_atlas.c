@@ -86,11 +86,11 @@ static void atlas_explain_refusals(void)
 
 static void atlas_files(void)
 {
-    /* 0.8 0.6 0.2 0 in fifteenths of the largest, rounded up: 15 12 4 0; the three top patches of latent 0
-     * are 0 and 1 of the first image and 3 of the second; names as JSON that may stand in a script */
+    /* 0.8 0.6 0.2 0 in fifteenths of the largest, rounded up: 15 12 4 0; for image 1, 0.8 is the largest of both
+     * images. Names are JSON that may stand in a script. */
     static const char part[] =
-        "atlas.part(0,[\n[[0,0.32,0,\"a/0.ppm\",\"fc40\",[0,1]],\n[1,0.16,1,\"b\\u003cscript>\\u2028\357\277\275ff/'"
-        "\\\"\\\\\\u003c!--1.ppm\",\"000f\",[3]]],\n[[2,0.16,2,\"c/2.ppm\",\"0f00\",[1]]],\n[]]);\n";
+        "atlas.part(0,[\n[[0,0.32,0,\"a/0.ppm\",\"fc40\"],\n[1,0.16,1,\"b\\u003cscript>\\u2028\357\277\275ff/'"
+        "\\\"\\\\\\u003c!--1.ppm\",\"000f\"]],\n[[2,0.16,2,\"c/2.ppm\",\"0f00\"]],\n[]]);\n";
     static const char latents[] =
         "atlas.open({\"name\":\"sae.safetensors\",\"images\":3,\"part\":64,\"grid\":2,\n\"classes\":[\"a\","
         "\"b\\u003cscript>\\u2028\357\277\275ff\",\"c\"],\n\"latents\":[[0.666667,0.24,0.636514,0],\n"
@@ -102,7 +102,7 @@ static void atlas_files(void)
     check(holds(in_folder("look/atlas/data/latents.js"), latents), "the latents' numbers: %s",
           get_file(in_folder("look/atlas/data/latents.js"), NULL));
     check(!exists(in_folder("look/atlas/data/1.js")) && !exists(in_folder("look/atlas/data/3.jpg")),
-          "no file more than it takes");
+          "no other file");
     for (int i = 0; i < 3; i++) {
         const unsigned char *jpeg = (unsigned char *)get_file(in_folder("look/atlas/data/%d.jpg", i), &count);
         if (system("command -v cjpeg >/dev/null 2>&1") != 0) skip("images as JPEG: cjpeg is not here");
@@ -112,7 +112,7 @@ static void atlas_files(void)
     const char *page = get_file(in_folder("look/atlas/index.html"), &count);
     check(page && strncmp(page, "<!DOCTYPE html>\n", 16) == 0
           && strcmp(page + count - 8, "</html>\n") == 0, "the page is whole");
-    check(page && !strstr(page, "http:") && !strstr(page, "https:"), "the page asks nobody for anything");
+    check(page && !strstr(page, "http:") && !strstr(page, "https:"), "the page loads nothing from elsewhere");
     put_text(in_folder("look/atlas/data/0.js"), "old");
     check(look_run(ATLAS "-o atlas --threads 1") == 0 && holds(in_folder("look/atlas/data/0.js"), part),
           "an atlas is replaced by a new one");
@@ -142,8 +142,8 @@ static void atlas_masks(void)
     }
 }
 
-/* Without cjpeg the images are bitmaps, under the same names: 54 bytes of header, then rows from the bottom up,
- * blue first. Image 0 is 4 x 4 pixels, red where red0 says so. */
+/* Without cjpeg the images are bitmaps, under the same names: 54 bytes of header, then rows from the top down of
+ * blue, green, red, 0. Image 0 is 4 x 4 pixels, red where red0 says so. */
 static void atlas_bitmaps(void)
 {
     char *path = copy_string(getenv("PATH"));
@@ -153,11 +153,12 @@ static void atlas_bitmaps(void)
     setenv("PATH", path, 1);
     free(path);
     const unsigned char *bmp = (unsigned char *)get_file(in_folder("look/bitmaps/data/0.jpg"), &count);
-    if (!check(status == 0 && bmp && count == 54 + 4 * 12 && memcmp(bmp, "BM", 2) == 0 && bmp[18] == 4 && bmp[22] == 4,
+    if (!check(status == 0 && bmp && count == 54 + 4 * 16 && memcmp(bmp, "BM", 2) == 0 && bmp[2] == count
+               && bmp[18] == 4 && bmp[22] == 0xfc && bmp[25] == 0xff && bmp[28] == 32,
                "a bitmap of %zu bytes, status %d", count, status)) return;
-    const unsigned char *top = bmp + 54 + 3 * 12;            /* the first row of pixels: patches 0 and 1 */
-    check(top[2] == red0[0] && top[3 * 2 + 2] == red0[1], "the bitmap's first row: red %d and %d", top[2],
-          top[3 * 2 + 2]);
+    const unsigned char *top = bmp + 54;                     /* the first row of pixels: patches 0 and 1 */
+    check(top[0] == 100 && top[1] == 0 && top[2] == red0[0] && top[4 * 2 + 2] == red0[1] && top[4 * 8 + 2] == red0[2],
+          "the bitmap's first row: red %d and %d", top[2], top[4 * 2 + 2]);
 }
 
 static void atlas_refusals(void)
@@ -192,7 +193,7 @@ static void atlas_failures(void)
 
 /* --- The page in a browser --- */
 
-/* Runs in the page, behind its own scripts. say() counts; the browser prints the document at the end. */
+/* Runs in the page, after its own scripts, and sends one line per check. */
 static const char *const atlas_script[] = {
     "<script>(async () => {",
     "const results = document.createElement('pre');",
@@ -221,14 +222,17 @@ static const char *const atlas_script[] = {
     "addEventListener('error', event => say(false, 'error: ' + event.message));",
     "await wait(() => files() === 'data/0.jpg,data/1.jpg', 'the lowest entropy comes first');",
     "await wait(() => pictures().every(p => p.naturalWidth === 4), 'pictures are decoded');",
-    /* 90 (1 - level / 15) for levels 15 12 4, 180 for silence */
-    "shows('0,18,66,180 180,180,180,0', 'masks are shown as they fire');",
-    "document.querySelector('[value=top]').click();",
-    "shows('0,0,180,180 180,180,180,0', 'top patches');",
-    "document.querySelector('[value=none]').click();",
-    "shows('0,0,0,0 0,0,0,0', 'masks are off');",
-    "document.querySelector('[value=value]').click();",
-    "shows('0,18,66,180 180,180,180,0', 'masks are on again');",
+    /* 6 (15 - level) for levels 15 12 4, 160 where it is silent */
+    "shows('0,18,66,160 160,160,160,0', 'masks are shown as they fire');",
+    "const shown = () => [...document.querySelectorAll('.image canvas')].map(c => c.clientWidth > 0).join();",
+    "$('masks').click();",
+    "say(shown() === 'false,false', 'masks are off');",
+    "$('masks').click();",
+    "say(shown() === 'true,true', 'masks are on again');",
+    /* on a phone nothing scrolls sideways */
+    "say(innerWidth === 390, 'the window is ' + innerWidth + ' pixels wide');",
+    "for (const part of [document.documentElement, $('rows')])",
+    "    say(part.scrollWidth <= part.clientWidth, part.tagName + ' is ' + part.scrollWidth + ' pixels wide');",
     "const before = $('scatter').toDataURL();",
     "click(1);",
     "await wait(() => location.hash === '#latent=1' && files() === 'data/2.jpg', 'a click on a point');",
@@ -259,13 +263,19 @@ static const char *const atlas_script[] = {
     "$('filter').oninput();",
     "location.hash = 'latent=0';",
     "await wait(() => files() === 'data/0.jpg,data/1.jpg', 'the address names a latent');",
+    "say([...document.querySelectorAll('tbody tr:last-child td')].map(c => c.textContent).join(' ') === '2 0 % - - -',"
+    "    'values of a latent that never fires');",
     "say($('classes').textContent === 'a 66.7 %, b<script>\\u2028\\ufffdff 33.3 %', 'class names are only text');",
     "say(document.querySelectorAll('.image canvas')[1].title.endsWith(`'\"\\\\<!--1.ppm`), 'file names');",
     "location.hash = 'latent=3';",
     "await wait(() => $('classes').textContent === 'There is no latent 3.', 'an address beyond');",
-    "document.body.replaceChildren(results);",
-    "results.textContent += 'END\\n';",
+    "parent.postMessage(results.textContent + 'END\\n', '*');",
     "})();</script>", NULL };
+
+/* Shows the page in a frame as wide as a phone's screen, and what it reports. */
+static const char atlas_phone[] =
+    "<!DOCTYPE html><iframe src='test.html' width=390 height=844 frameborder=0></iframe><pre></pre>\n"
+    "<script>onmessage = event => { document.querySelector('pre').textContent = event.data; };</script>\n";
 
 /* Starts a browser on a page; returns what it printed, and in *err what it complained about. */
 static const char *atlas_browse(const char *browser, const char *page, const char **err)
@@ -332,7 +342,8 @@ static void atlas_browser(void)
     for (const char *const *line = atlas_script; *line; line++) fprintf(out, "%s\n", *line);
     fputs(end, out);
     fclose(out);
-    const char *log, *dom = atlas_browse(browsers[browser], in_folder("look/atlas/test.html"), &log);
+    put_text(in_folder("look/atlas/phone.html"), atlas_phone);
+    const char *log, *dom = atlas_browse(browsers[browser], in_folder("look/atlas/phone.html"), &log);
     check(dom && strstr(dom, "END\n"), "the page's test comes to its end: %s", dom ? dom : "nothing");
     check(log && !strstr(log, "CONSOLE"), "nothing on the console: %s", log ? strstr(log, "CONSOLE") : "no log");
     const char *line = dom ? strstr(dom, "<pre>") : NULL;
