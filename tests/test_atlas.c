@@ -2,11 +2,11 @@
  * f_0 is relu(R / 255 - 0.2) and f_1 the same of G; the atlas's page also in a browser that shows no
  * window, where there is one. */
 
-/* Class a: a picture on which f_0 is 0.8 0.6 0.2 0, its mean over 5 tokens 0.32; b: one with 0.16;
- * c: one on which f_1 is 0.16. Two top images a latent. */
+/* Class a: an image on which f_0 is 0.8 0.6 0.2 0, its mean over 5 tokens 0.32; b: one on which it is 0 0 0 0.4,
+ * mean 0.08; c: one on which the mean of f_1 is 0.16. Two top images per latent. */
 static void make_atlas_inputs(void)
 {
-    static const int red[4] = { 255, 0, 0, 0 }, green[4] = { 0, 255, 204, 0 };
+    static const int red[4] = { 255, 0, 0, 0 }, green[4] = { 0, 255, 204, 0 }, weak[4] = { 0, 0, 0, 153 };
     if (!exists(in_folder("look"))) {
         if (mkdir(in_folder("look"), 0777) != 0) need("look");
         make_look_inputs();
@@ -16,7 +16,7 @@ static void make_atlas_inputs(void)
     look_folder("mixed/b<script>\342\200\250\377");
     look_folder("mixed/c");
     look_patches("mixed/a/0.ppm", red0, none);
-    look_patches("mixed/b<script>\342\200\250\377/'\"\\<!--1.ppm", red1, none);
+    look_patches("mixed/b<script>\342\200\250\377/'\"\\<!--1.ppm", weak, none);
     look_patches("mixed/c/2.ppm", none, green2);
     look_patches("both.ppm", red, green);
     look_patches("dark.ppm", none, none);
@@ -30,9 +30,9 @@ static void make_atlas_inputs(void)
 
 static void atlas_explain(void)
 {
-    /* entropy: -(2/3 ln 2/3 + 1/3 ln 1/3); latent 1 has one top image of the two that it would need */
-    static const char zero[] = "\"frequency\": 0.666666687, \"entropy\": 0.636514187, \"classes\": \"a 67 %, "
-                               "b\\u003cscript>\\\\xe2\\\\x80\\\\xa8\357\277\275ff 33 %\"}";
+    /* entropy: -(0.8 ln 0.8 + 0.2 ln 0.2); latent 1 has one top image of the two that it would need */
+    static const char zero[] = "\"frequency\": 0.666666687, \"entropy\": 0.500402451, \"classes\": \"a 80 %, "
+                               "b\\u003cscript>\\\\xe2\\\\x80\\\\xa8\357\277\275ff 20 %\"}";
     static const char one[] = "\"frequency\": 0.333333343, \"entropy\": -1, \"classes\": \"c 100 %\"}";
     char wanted[500];
     check(look_run(EXPLAIN "both.ppm --format json") == 0, "explain runs");
@@ -86,14 +86,14 @@ static void atlas_explain_refusals(void)
 
 static void atlas_files(void)
 {
-    /* 0.8 0.6 0.2 0 in fifteenths of the largest, rounded up: 15 12 4 0; for image 1, 0.8 is the largest of both
-     * images. Names are JSON that may stand in a script. */
+    /* 0.8 0.6 0.2 0 in fifteenths of the largest, rounded up: 15 12 4 0. The largest is that of both
+     * images: 0.4 on image 1 becomes 8. Names are JSON that may stand in a script. */
     static const char part[] =
-        "atlas.part(0,[\n[[0,0.32,0,\"a/0.ppm\",\"fc40\"],\n[1,0.16,1,\"b\\u003cscript>\\u2028\357\277\275ff/'"
-        "\\\"\\\\\\u003c!--1.ppm\",\"000f\"]],\n[[2,0.16,2,\"c/2.ppm\",\"0f00\"]],\n[]]);\n";
+        "atlas.part(0,[\n[[0,0.32,0,\"a/0.ppm\",\"fc40\"],\n[1,0.08,1,\"b\\u003cscript>\\u2028\357\277\275ff/'"
+        "\\\"\\\\\\u003c!--1.ppm\",\"0008\"]],\n[[2,0.16,2,\"c/2.ppm\",\"0f00\"]],\n[]]);\n";
     static const char latents[] =
         "atlas.open({\"name\":\"sae.safetensors\",\"images\":3,\"part\":64,\"grid\":2,\n\"classes\":[\"a\","
-        "\"b\\u003cscript>\\u2028\357\277\275ff\",\"c\"],\n\"latents\":[[0.666667,0.24,0.636514,0],\n"
+        "\"b\\u003cscript>\\u2028\357\277\275ff\",\"c\"],\n\"latents\":[[0.666667,0.2,0.500402,0],\n"
         "[0.333333,0.16,-1,2],\n[0,0,-1,-1]]});\n";
     size_t count;
     check(look_run(ATLAS "-o atlas") == 0, "atlas runs: %s", look_output);
@@ -118,7 +118,8 @@ static void atlas_files(void)
           "an atlas is replaced by a new one");
 }
 
-/* What the masks of the sheets and files say: 255 f / largest, rounded, against 15 f / largest, up. */
+/* The same as the files of `mask`: 255 f / largest, rounded, against 15 f / largest, up; image 1 has half the
+ * latent's largest activation. */
 static void atlas_masks(void)
 {
     const char *mask, *line, *part = get_file(in_folder("look/atlas/data/0.js"), NULL);
@@ -134,7 +135,7 @@ static void atlas_masks(void)
         line = line ? strstr(line, ".ppm\",\"") + 7 : "";
         if (!check(mask != NULL, "mask %d is there", i)) continue;
         for (size_t p = 0; p < 4; p++) {
-            double share = (double)(unsigned char)mask[count - 4 + p] / 255;
+            double share = (double)(unsigned char)mask[count - 4 + p] / (i == 1 ? 510 : 255);
             double level = *line ? (double)strtol((char[]){ line[p], 0 }, NULL, 16) / 15 : -1;
             check(level > share - 0.003 && level < share + 1.0 / 15 + 0.003,
                   "image %d, patch %zu: %g in the atlas, %g in the mask", i, p, level, share);
@@ -222,8 +223,8 @@ static const char *const atlas_script[] = {
     "addEventListener('error', event => say(false, 'error: ' + event.message));",
     "await wait(() => files() === 'data/0.jpg,data/1.jpg', 'the lowest entropy comes first');",
     "await wait(() => pictures().every(p => p.naturalWidth === 4), 'pictures are decoded');",
-    /* 6 (15 - level) for levels 15 12 4, 160 where it is silent */
-    "shows('0,18,66,160 160,160,160,0', 'masks are shown as they fire');",
+    /* 6 (15 - level) for levels 15 12 4 and 8, 160 where it is silent */
+    "shows('0,18,66,160 160,160,160,42', 'masks are shown as they fire');",
     "const shown = () => [...document.querySelectorAll('.image canvas')].map(c => c.clientWidth > 0).join();",
     "$('masks').click();",
     "say(shown() === 'false,false', 'masks are off');",
@@ -265,7 +266,7 @@ static const char *const atlas_script[] = {
     "await wait(() => files() === 'data/0.jpg,data/1.jpg', 'the address names a latent');",
     "say([...document.querySelectorAll('tbody tr:last-child td')].map(c => c.textContent).join(' ') === '2 0 % - - -',"
     "    'values of a latent that never fires');",
-    "say($('classes').textContent === 'a 66.7 %, b<script>\\u2028\\ufffdff 33.3 %', 'class names are only text');",
+    "say($('classes').textContent === 'a 80 %, b<script>\\u2028\\ufffdff 20 %', 'class names are only text');",
     "say(document.querySelectorAll('.image canvas')[1].title.endsWith(`'\"\\\\<!--1.ppm`), 'file names');",
     "location.hash = 'latent=3';",
     "await wait(() => $('classes').textContent === 'There is no latent 3.', 'an address beyond');",
