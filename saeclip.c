@@ -23,7 +23,7 @@
  *  Part IV: the program
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
- *   23. The atlas                        24. Tools
+ *   23. The atlas                        24. Info and compare
  *   25. The command line                 26. The atlas's page
  *
  * Who wants the algorithm alone reads 3, 7, 9, 10 and 12; the rest is getting data in and out. */
@@ -4014,6 +4014,7 @@ typedef struct {
     long b_dec_images, dead_window, checkpoint_every, top, top_patches, class_index;
     double l1, lr, epochs, threshold, max_frequency, rtol, atol, seed;
     int quiet, skip_bad, ghost, resume, class_counts, dense, reconstruction, image_means, common;
+    int tensors;
     unsigned char given[MAX_OPTIONS];        /* [i]: whether row i of the table was given */
 } options;
 
@@ -9426,12 +9427,12 @@ static int show_atlas(viewer *v) {
 static int command_atlas(session *s) { return look(s, show_atlas); }
 
 /* ============================================================================================
- * 24. Tools
+ * 24. Info and compare
  *
  * `info` says what a file or this machine is, `compare` how far apart two files are.
  * ============================================================================================ */
 
-/* Sizes or an index, "192 x 12288" or "3, 4". */
+/* The sizes of a tensor, "192 x 12288", or an index into it, "3, 4". */
 static const char *join_sizes(const size_t *sizes, int count, const char *between) {
     char *out = strcpy(text_room(), count ? "" : "scalar");
     for (int d = 0, used = 0; d < count; d++)
@@ -9441,7 +9442,7 @@ static const char *join_sizes(const size_t *sizes, int count, const char *betwee
 
 /* --- info --- */
 
-/* A file is of the first kind whose tensor it has, with that rank; its shape says the rest. */
+/* A file is of the first kind whose tensor it has, with that rank; the text shows its shape. */
 static const struct { const char *tensor; int rank; const char *text; } file_kinds[] = {
     { "W_enc_m", 2, "checkpoint of a training: %zu latents, %zu inputs\n" },
     { "W_enc", 2, "sparse autoencoder: %zu inputs, %zu latents\n" },
@@ -9450,20 +9451,22 @@ static const struct { const char *tensor; int rank; const char *text; } file_kin
     { "images", 4, "packed images: %zu images, %zu high, %zu wide, %zu colours\n" },
     { "value", 1, "codes: %zu active values\n" } };
 
-static void describe_model(const sc_safetensors *file) {
+static void describe_model(const char *path) {
     sc_model m;
-    if (sc_model_open(&m, file->path, NULL) != SC_OK) {
+    if (sc_model_open(&m, path, NULL) != SC_OK) {
         printf("vision transformer that cannot be used: %s\n", shown(sc_error()));
         return;
     }
-    printf("vision transformer, %s's names: %zu blocks, width %zu, %zu heads, hidden %zu, images of "
-           "%zu x %zu in %zu x %zu patches of %zu x %zu, %s GELU, epsilon %g%s\n",
-           naming_names[m.naming], m.blocks, m.width, m.heads, m.hidden, m.image_size, m.image_size,
-           m.grid, m.grid, m.patch, m.patch, m.activation == QUICK_GELU ? "quick" : "exact",
-           (double)m.epsilon, find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
+    printf("vision transformer, %s's names: %zu blocks, width %zu, %zu heads, hidden %zu, "
+           "images of %zu x %zu in %zu x %zu patches of %zu x %zu, %s GELU, epsilon %g%s\n",
+           naming_names[m.naming], m.blocks, m.width, m.heads, m.hidden, m.image_size,
+           m.image_size, m.grid, m.grid, m.patch, m.patch,
+           m.activation == QUICK_GELU ? "quick" : "exact", (double)m.epsilon,
+           find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
     sc_model_close(&m);
 }
 
+/* The last line of `info`, after the file's name. */
 static void describe(const sc_safetensors *file) {
     for (size_t i = 0; i < COUNT(file_kinds); i++) {
         const sc_tensor *t = sc_tensor_find(file, file_kinds[i].tensor);
@@ -9472,14 +9475,15 @@ static void describe(const sc_safetensors *file) {
         return;
     }
     if (naming_of(file) == NAMINGS) puts("a safetensors file of an unknown kind");
-    else describe_model(file);
+    else describe_model(file->path);
 }
 
-static int describe_file(const char *path) {
+/* The tensors, on request, then the metadata, then what the file is. */
+static int describe_file(const char *path, int with_tensors) {
     sc_safetensors file;
     SC_TRY(sc_safetensors_open(&file, path));
     printf("%zu tensors in %zu bytes\n", file.tensors, file.size);
-    for (size_t i = 0; i < file.tensors; i++) {
+    for (size_t i = 0; i < file.tensors && with_tensors; i++) {
         const sc_tensor *t = &file.tensor[i];
         printf("    %-48s %-5s %-20s %12zu bytes\n", shown(t->name), sc_dtype_name(t->dtype),
                join_sizes(t->shape, t->rank, " x "), t->bytes);
@@ -9494,11 +9498,13 @@ static int describe_file(const char *path) {
 }
 
 static int command_info(session *s) {
-    if (s->o->operand[0]) return describe_file(s->o->operand[0]);
+    const char *path = s->o->operand[0];
+    if (path) return describe_file(path, s->o->tensors);
     printf("saeclip %s\ninstruction sets:", SC_VERSION);
     for (size_t i = 0; i < COUNT(kernel_sets); i++) {
         const kernel_set *set = kernel_sets[i];
-        if (is_usable(set)) printf(" %s%s", set->name, set == kernels ? " (in use)" : "");
+        if (!is_usable(set)) continue;
+        printf(" %s%s", set->name, set == kernels ? " (in use)" : "");
     }
     printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
     return end_of_output();
@@ -9506,21 +9512,22 @@ static int command_info(session *s) {
 
 /* --- compare --- */
 
-/* |a - b| of element i, infinite where it is not a number; b in *y. */
+/* |a - b| of element i, exact for integers, infinite where it is not a number; b in *y. */
 static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, double *y) {
     int64_t p = 0, q = 0;
     if (a->dtype > SC_U8 || b->dtype > SC_U8) return INFINITY;   /* types not read as numbers */
     double x = number_at(a, i, &p);
     *y = number_at(b, i, &q);
-    if (a->dtype > SC_F64 && b->dtype > SC_F64) {
-        if (p < q) return (double)((uint64_t)q - (uint64_t)p);
-        return (double)((uint64_t)p - (uint64_t)q);
+    if (a->dtype > SC_F64 && b->dtype > SC_F64) {                /* I64, I32 or U8 */
+        uint64_t apart = (uint64_t)p - (uint64_t)q;
+        return (double)(p < q ? 0 - apart : apart);
     }
     if (x == *y || (isnan(x) && isnan(*y))) return 0;
-    return isfinite(x - *y) ? fabs(x - *y) : INFINITY;
+    double apart = fabs(x - *y);
+    return isfinite(apart) ? apart : INFINITY;
 }
 
-/* at: an element's number in the tensor. */
+/* Element number `at` of a tensor as an index. */
 static const char *index_text(const sc_tensor *t, size_t at) {
     size_t index[SC_MAX_RANK] = { 0 };
     for (int d = t->rank - 1; d >= 0; d--) {
@@ -9530,34 +9537,37 @@ static const char *index_text(const sc_tensor *t, size_t at) {
     return join_sizes(index, t->rank, ", ");
 }
 
-/* The largest |a - b| and, where b is not 0, |a - b| / |b|, of two tensors of one shape. Returns
- * whether some are beyond the tolerance. */
+/* Prints the largest |a - b| and, over elements where b is not 0, the largest |a - b| / |b| of two
+ * tensors of one shape. Returns whether some elements are beyond the tolerance. */
 static int compare_numbers(const sc_tensor *a, const sc_tensor *b, const options *o) {
-    size_t size = sc_dtype_size(a->dtype), beyond = 0, at[2] = { 0 };
-    double largest[2] = { 0 };
+    size_t size = sc_dtype_size(a->dtype), beyond = 0, at = 0, share_at = 0;
     int same_type = a->dtype == b->dtype, same_bits = same_type;
+    double largest = 0, largest_share = -1;              /* -1: b is 0 everywhere */
     for (size_t i = 0; i < a->count; i++) {
         double y = 0;
         if (same_type && memcmp(a->data + i * size, b->data + i * size, size) == 0) continue;
-        double apart = distance_at(a, b, i, &y), figure[] = { apart, 0 };
         same_bits = 0;
+        double apart = distance_at(a, b, i, &y);
         if (apart == INFINITY || apart > o->atol + o->rtol * fabs(y)) beyond++;
-        if (apart == INFINITY) figure[1] = apart;
-        else if (y != 0) figure[1] = apart / fabs(y);
-        for (int k = 0; k < 2; k++) {
-            if (!(figure[k] > largest[k])) continue;
-            at[k] = i;
-            largest[k] = figure[k];
-        }
+        double share = apart == INFINITY ? apart : apart / fabs(y);
+        if (apart > largest) at = i;
+        largest = fmax(largest, apart);
+        if (y == 0 || !(share > largest_share)) continue;
+        share_at = i;
+        largest_share = share;
     }
-    if (largest[0] == 0) puts(same_bits ? "the same bits" : "equal, in other bits");
-    else printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| up to "
-                "%.9g at [%s]\n", beyond, a->count, largest[0], index_text(a, at[0]), largest[1],
-                index_text(a, at[1]));
+    if (largest == 0) {
+        puts(same_bits ? "the same bits" : "equal, in other bits");
+        return 0;
+    }
+    printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| ", beyond,
+           a->count, largest, index_text(a, at));
+    if (largest_share < 0) puts("-");
+    else printf("up to %.9g at [%s]\n", largest_share, index_text(a, share_at));
     return beyond > 0;
 }
 
-/* Prints a row. Returns whether the tensors differ. */
+/* Prints a line. Returns whether the tensors differ. */
 static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options *o) {
     printf("%-40s %s", shown(a->name), sc_dtype_name(a->dtype));
     if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
@@ -9568,43 +9578,41 @@ static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options
     return 1;
 }
 
-/* Metadata that differ are named, but do not count. */
+/* Names the keys whose values differ, which do not count as differences. */
 static void compare_metadata(const sc_safetensors *file, const options *o) {
     for (int k = 0; k < 2; k++) {
         for (size_t i = 0; i < file[k].entries; i++) {
-            const char *key = file[k].metadata[i].key, *value[2];
-            for (int f = 0; f < 2; f++) value[f] = sc_metadata_find(&file[f], key);
-            if (o->common && !value[!k]) continue;
-            if (value[!k] && (k == 1 || strcmp(value[0], value[1]) == 0)) continue;
-            printf("metadata %s: %s and %s\n", shown(key), value[0] ? shown(value[0]) : "nothing",
-                   value[1] ? shown(value[1]) : "nothing");
+            const char *key = file[k].metadata[i].key;
+            const char *a = sc_metadata_find(&file[0], key);
+            const char *b = sc_metadata_find(&file[1], key);
+            if (o->common && !(a && b)) continue;
+            if (a && b && (k == 1 || strcmp(a, b) == 0)) continue;
+            printf("metadata %s: %s and %s\n", shown(key), a ? shown(a) : "nothing",
+                   b ? shown(b) : "nothing");
         }
     }
 }
 
+/* Tensors of the first file, then those that only the second one has. */
 static int compare_files(const sc_safetensors *file, const options *o) {
-    int differing = 0, rows = 0;
-    for (int k = 0; k < 2; k++) {            /* of the second file, only what the first lacks */
+    int differing = 0, lines = 0;
+    for (int k = 0; k < 2; k++) {
         for (size_t i = 0; i < file[k].tensors; i++) {
             const sc_tensor *t = &file[k].tensor[i], *other = sc_tensor_find(&file[!k], t->name);
             if (other && k == 1) continue;
             if (!other && o->common) continue;
-            rows++;
-            if (other) {
-                differing += compare_tensors(t, other, o);
-                continue;
-            }
-            printf("%-40s only in %s\n", shown(t->name), shown(file[k].path));
-            differing++;
+            lines++;
+            if (!other) printf("%-40s only in %s\n", shown(t->name), shown(file[k].path));
+            if (!other || compare_tensors(t, other, o)) differing++;
         }
     }
     compare_metadata(file, o);
     SC_TRY(end_of_output());
-    if (o->common && rows == 0)
+    if (o->common && lines == 0)
         return fail("%s: has no tensor in common with %s", file[0].path, file[1].path);
     if (differing == 0) return SC_OK;
     return fail("%s: differs from %s in %d of %d tensors", file[0].path, file[1].path, differing,
-                rows);
+                lines);
 }
 
 static int command_compare(session *s) {
@@ -9612,7 +9620,8 @@ static int command_compare(session *s) {
     SC_TRY(sc_safetensors_open(&file[0], s->o->operand[0]));
     int status = sc_safetensors_open(&file[1], s->o->operand[1]);
     if (status == SC_OK) status = compare_files(file, s->o);
-    for (int k = 0; k < 2; k++) sc_safetensors_close(&file[k]);
+    for (int k = 0; k < 2; k++)
+        sc_safetensors_close(&file[k]);
     return status;
 }
 
@@ -9719,6 +9728,7 @@ static const struct option_row {
     { "--max-frequency", "F", NUMBER, AT(max_frequency), EXPLAIN,
       "leave out latents that fire on a larger share of the images", "1", 0, 1 },
     { "--common", NULL, FLAG, AT(common), COMPARE, "only tensors and metadata that both have" },
+    { "--tensors", NULL, FLAG, AT(tensors), INFO, "also list the tensors" },
     { "--rtol", "X", NUMBER, AT(rtol), COMPARE, "relative tolerance", "0", 0, 1e30 },
     { "--atol", "X", NUMBER, AT(atol), COMPARE, "absolute tolerance", "0", 0, 1e30 },
     { "--format", "text|csv|json", CHOICE, AT(format), EVAL | EXPLAIN | ZEROSHOT, "of the output",
