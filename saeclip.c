@@ -1,32 +1,32 @@
 /* saeclip: sparse autoencoders on a vision transformer's activations, in one C file.
  *
- * From photos to what each latent sees: a vision transformer (CLIP ViT-B/16 and its kin) runs up to
- * a hook point, a sparse autoencoder is trained on the activations of every token, and every latent
- * is measured and shown: how often it fires, how strongly, on which images, patches and classes.
- * The method is PatchSAE's (Lim et al., ICLR 2025). The sections stand in the order data flows.
- * There is no dependency, no build option that changes a result, and no order of work that could:
- * each sum's order is defined (section 3), so every machine gives the same bits.
+ * A vision transformer (CLIP ViT-B/16 and its kin) runs on images up to a hook point. A sparse
+ * autoencoder (SAE) is trained on the activations of every token there. Then each of its latents is
+ * measured and shown: how often it fires, how strongly, on which images, patches and classes. The
+ * method is PatchSAE's (Lim et al., ICLR 2025). There are no dependencies. The order of each sum is
+ * defined (section 1), so that every machine, compiler and number of threads gives the same bits.
  *
- *  Part I: the method
- *    1. Numbers
- *    2. The vision transformer            3. The sparse autoencoder
- *    4. Training                          5. Measuring
- *  Part II: the same, fast
+ *  Part I: the method                        line 81: read this; about 1550 lines
+ *    1. Numbers                           2. The vision transformer
+ *    3. The sparse autoencoder            4. Training
+ *    5. Measuring
+ *  Part II: the same, fast                   line 1630
  *    6. Errors and memory                 7. Threads
  *    8. Kernels and matrix products       9. The vision transformer, fast
  *   10. Sparse codes                     11. Training steps
  *   12. Counting
- *  Part III: data in and out
+ *  Part III: data in and out                 line 4105
  *   13. Options and messages             14. Files
- *   15. Images and data sets             16. Models' files
+ *   15. Images                           16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program
+ *  Part IV: the program                      line 7090
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
  *   25. The command line                 26. The atlas's page
  *
- * Who wants the algorithm alone reads 3, 7, 9, 10 and 12; the rest is getting data in and out. */
+ * For the algorithm alone read Part I. It needs nothing from the other parts but memory and error
+ * messages. Parts II to IV do the same work fast, read and write files, and make up the program. */
 #ifndef SC_ISA
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
@@ -82,31 +82,35 @@ char *(realpath)(const char *restrict path, char *restrict resolved);
  *
  * Everything that saeclip computes, as plain loops on one thread: no tiles, no lists of codes, no
  * packed matrices, no options, no files. These functions define the numbers. Part II computes the
- * same bits faster, and the tests hold it to them.
+ * same bits faster, and the tests compare the two bit for bit (tests/test_plain.c).
  *
  * In short. A vision transformer turns an image into T tokens (a class token and the patches) and
- * passes them through blocks of attention and MLP. At a hook point, e.g. the output of block 11's
- * MLP, each token is a vector x of D numbers. A sparse autoencoder (SAE) learns n >> D latents, of
- * which only a few are active for a token, and from which x can be rebuilt:
+ * passes them through blocks of attention and MLP. At a hook point, e.g. the output of the MLP of
+ * block 11 (of 12, counted from 1), each token is a vector x of D numbers. An SAE has n >> D
+ * latents. Only a few are active for a token, and x is rebuilt from these:
  *
  *     h  = W_enc^T (x - b_dec) + b_enc                           pre-activations, n numbers
  *     f  = relu(h)   or   relu of the k largest of h             activations (codes)
  *     x' = W_dec^T f + b_dec                                     reconstruction
  *
- * Training minimises, over tokens x,
+ * Training changes the four weights to minimise, on average over tokens,
  *
- *     loss = mean of (x' - x)^2 / ||x||  +  lambda * sum of |f|  (+ the ghost loss)
+ *     loss = mean over d of (x'[d] - x[d])^2 / ||x||  +  lambda * sum_j f[j]  (+ the ghost loss)
  *
- * and then each latent is described by the images and patches that activate it most.
+ * without the lambda term for TopK. Then each latent is described by the images and patches that
+ * activate it most.
  *
  * Where these definitions differ from what you may expect:
- *   - "mse" is divided by the token's norm ||x||, not by its square: it grows with the scale of x.
- *     PatchSAE does so; eval reports the plain mean square beside it (mse_raw).
- *   - "dead" in training is a latent silent for more than dead_window steps; in the evaluation of
- *     a data set it is a latent that fires on none of its images.
+ *   - "mse" is the mean of (x' - x)^2 / ||x||, as in PatchSAE. Divided by ||x||, not by its square,
+ *     it grows with the scale of x. The plain mean of (x' - x)^2 is mse_raw, in eval.
+ *   - "dead": in training, a latent that has been silent for more than dead_window steps; in
+ *     evaluation, one that fires on no image of the data set.
+ *   - TopK has at most k active latents per token: those of the k largest h that are positive.
+ *   - rows of W_dec have norm 1 when a step begins, but not exactly when it ends, nor in a saved
+ *     SAE. L1 is the sum of f alone, not of f times those norms.
+ *   - explained variance is about the mean token; PatchSAE's does not subtract it ("uncentred").
  *   - a latent's mean activation is over the images on which it fires, not over all images.
- *   - all tokens are trained on, the class token too.
- *   - rows of W_dec have unit norm at the start of a step, not necessarily at its end.
+ *   - the class token is trained on like the patches.
  *
  * Sources: Bricken et al., "Towards monosemanticity", 2023 (ReLU SAE); Gao et al., "Scaling and
  * evaluating sparse autoencoders", 2024 (TopK); Lim et al., "Sparse autoencoders reveal selective
@@ -114,14 +118,18 @@ char *(realpath)(const char *restrict path, char *restrict resolved);
  * file and function.
  * ******************************************************************************************** */
 
-/* From section 6, where they are explained: errors are values, memory comes in blocks that are
- * released together. */
+/* From section 6. A function that can fail returns SC_OK, or the status of fail() or usage(), which
+ * keep the message; SC_TRY() passes it on. new_arrays() allocates arrays, all zero, that release()
+ * frees together; first_not_finite() is `count` if all values are finite. */
 SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...);
 #define fail(...) set_error(SC_FAILED, __VA_ARGS__)
 #define usage(...) set_error(SC_USAGE, __VA_ARGS__)
 
 typedef void *memory_list;
-typedef struct { void *pointer; size_t rows, row_bytes; } array_spec;
+typedef struct {
+    void *pointer;
+    size_t rows, row_bytes;
+} array_spec;
 #define ARRAY(pointer, rows, columns) { &(pointer), rows, (columns) * sizeof *(pointer) }
 #define COUNT(list) (sizeof(list) / sizeof *(list))
 static void *new_array(size_t count, size_t size);
@@ -155,7 +163,8 @@ static size_t padded(size_t n) { return (n + PARTIALS - 1) / PARTIALS * PARTIALS
 
 /* a * b + c, rounded once. Without hardware support it is computed in double: the product is exact
  * there, and the sum is rounded to odd, so that rounding it again to float is correct (Boldo and
- * Melquiond, "Emulation of FMA and correctly rounded sums", 2008). */
+ * Melquiond, "Emulation of FMA and correctly rounded sums", 2008). `error` is exactly what `sum`
+ * lacks; if it is not 0 and the last bit of `sum` is even, `sum` moves one unit towards it. */
 static inline float fma32(float a, float b, float c) {
 #ifdef __FP_FAST_FMAF
     return fmaf(a, b, c);
@@ -168,7 +177,8 @@ static inline float fma32(float a, float b, float c) {
         uint64_t bits;
         memcpy(&bits, &sum, sizeof bits);
         if (!(bits & 1)) {
-            bits += (error > 0) == (sum > 0) ? 1 : (uint64_t)-1;
+            if ((error > 0) == (sum > 0)) bits++;
+            else bits--;
         }
         memcpy(&sum, &bits, sizeof sum);
     }
@@ -176,14 +186,16 @@ static inline float fma32(float a, float b, float c) {
 #endif
 }
 
-/* sum over k of a[k] b[k], the order in which every matrix product adds up its elements: blocks of
- * 256 terms, each one chain of fused multiply-adds that begins at 0; the chains are added in order.
+/* a, b: K values, a_step and b_step floats apart.
+ * sum over k of a[k] b[k], in the order in which every element of a matrix product is summed: in
+ * blocks of 256 terms, each a chain of fused multiply-adds that begins at 0; the chains are added
+ * in order. With K = 600:
+ *     ((0 + chain of terms 0 .. 255) + chain of 256 .. 511) + chain of 512 .. 599
  *
- * Why chains of 256? One long chain would round more (the error grows with its length), and the
- * fast code can keep 256 rows of a matrix in the nearest cache. Since lanes and threads never
- * divide a chain, vectors of any width give the same bits. A term with a factor 0 may be left out:
- * it changes no bit, since every value here is finite. So sparse and dense code agree.
- * a, b: K values, a_step and b_step floats apart */
+ * Why chains of 256? One long chain would round more, and the fast code can keep 256 rows of a
+ * matrix in the nearest cache. Lanes of a vector and threads compute different elements and never
+ * divide a chain, so vectors of any width give the same bits. A term with a factor 0 may be left
+ * out (all values are finite): so code that skips inactive latents gives the same bits. */
 static float chained_sum(const float *a, size_t a_step, const float *b, size_t b_step, size_t K) {
     float sum = 0;
     for (size_t block = 0; block < K; block += CHAIN) {
@@ -196,9 +208,9 @@ static float chained_sum(const float *a, size_t a_step, const float *b, size_t b
     return sum;
 }
 
-/* c = a b + bias + residual. Adding 0 at the end turns -0 into +0: whether a sum of zeros is -0 can
- * depend on terms that were left out.
- * a: [M, K]; b: [K, N]; bias: [N] and residual: [M, N], or NULL; c: [M, N] */
+/* a: [M, K]; b: [K, N]; bias: [N] and residual: [M, N], or NULL; c: [M, N].
+ * c = a b + bias + residual + 0. Adding 0 at the end turns -0 into +0: whether a sum of zeros is -0
+ * can depend on terms that were left out. Part I adds this 0 wherever a product ends. */
 void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *b,
                      const float *bias, const float *residual, float *c) {
     for (size_t i = 0; i < M; i++) {
@@ -215,7 +227,7 @@ void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *
     }
 }
 
-/* Joins n = 16, 8, 4, 2 or 1 partial sums by halves. p: [n], overwritten */
+/* p: [n], overwritten; n = 16, 8, 4, 2 or 1. Adds partial sums by halves, p[i] + p[i + n / 2]. */
 static inline float join(float *p, int n) {
     for (int half = n / 2; half > 0; half /= 2) {
         for (int i = 0; i < half; i++) {
@@ -225,8 +237,8 @@ static inline float join(float *p, int n) {
     return p[0];
 }
 
-/* sum_e a[e] b[e] along a row: element e goes to partial sum e mod 16. 16 floats fill one vector of
- * AVX-512, two of AVX2 or four of NEON; all of them add up the same 16 sums. a, b: [n] */
+/* a, b: [n]. sum_e a[e] b[e] along a row: element e goes to partial sum e mod 16. 16 floats fill
+ * one vector of AVX-512, two of AVX2 or four of NEON, so all of them compute the same 16 sums. */
 float sc_dot_plain(const float *a, const float *b, size_t n) {
     float p[PARTIALS] = { 0 };
     for (size_t e = 0; e < n; e++) {
@@ -235,7 +247,7 @@ float sc_dot_plain(const float *a, const float *b, size_t n) {
     return join(p, PARTIALS);
 }
 
-/* sum_e a[e], in the same order. a: [n] */
+/* a: [n]. sum_e a[e], in the same order. */
 static float row_sum(const float *a, size_t n) {
     float p[PARTIALS] = { 0 };
     for (size_t e = 0; e < n; e++) {
@@ -244,7 +256,7 @@ static float row_sum(const float *a, size_t n) {
     return join(p, PARTIALS);
 }
 
-/* row / ||row||; a row of zeros stays. row: [n] */
+/* row: [n]. row / ||row||; a row of zeros is left as it is. */
 static void unit_row(float *row, size_t n) {
     float norm = sqrtf(sc_dot_plain(row, row, n));
     if (norm > 0) {
@@ -254,7 +266,8 @@ static void unit_row(float *row, size_t n) {
     }
 }
 
-/* Sum over tokens in float64: blocks of 256 in order, then the blocks in order. value: [n] */
+/* value: [n]. A sum over tokens in float64: each block of 256 in order, then the blocks' sums in
+ * order. */
 static double sum_in_blocks(const double *value, size_t n) {
     double sum = 0;
     for (size_t block = 0; block < n; block += CHAIN) {
@@ -267,25 +280,28 @@ static double sum_in_blocks(const double *value, size_t n) {
     return sum;
 }
 
-/* e^x within 1 unit in the last place. x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 is split into two
- * parts, the first with 9 bits so that n times it is exact; e^r is its Taylor polynomial of degree
- * 7; 2^n is applied in two factors so that results below the normal range are rounded once. */
+/* e^x within 1 unit in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, so e^x = 2^n e^r.
+ * x is clipped to -104 .. 89 first, NaN too, which could not be converted to an integer; beyond,
+ * e^x is 0 or infinity anyway. Floats order like their bits as integers, negative ones backwards.
+ * n is rounded to an integer by adding 1.5 * 2^23. ln 2 is split into two parts, the first with 9
+ * bits, so that n times it is exact. e^r is its Taylor polynomial of degree 7. 2^n is applied in
+ * two factors, so that results below the normal range are rounded once. */
 static inline float exp32(float x) {
-    const float magic = 12582912.0f;                    /* 1.5 * 2^23: adding it rounds to */
-    uint32_t low;                                       /* an integer */
-    memcpy(&low, &x, sizeof low);                       /* The bits of floats order as integers, */
+    const float magic = 12582912.0f;
+    uint32_t low;
+    memcpy(&low, &x, sizeof low);
     if (low > 0xc2d00000u) {
-        low = 0xc2d00000u;           /* negative ones backwards: clip x to */
+        low = 0xc2d00000u;                              /* -104 */
     }
-    int32_t high = (int32_t)low;                        /* -104 .. 89, NaN too, which could not */
+    int32_t high = (int32_t)low;
     if (high > 0x42b20000) {
-        high = 0x42b20000;           /* be converted to an integer below. */
+        high = 0x42b20000;                              /* 89 */
     }
     float clipped;
     memcpy(&clipped, &high, sizeof clipped);
-    float n = (clipped * 1.44269504f + magic) - magic;
+    float n = (clipped * 1.44269504f + magic) - magic;  /* x / ln 2 */
     float r = (clipped - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 1.98412698e-4f;
+    float p = 1.98412698e-4f;                           /* 1 / 7! */
     p = p * r + 1.38888889e-3f;
     p = p * r + 8.33333333e-3f;
     p = p * r + 4.16666667e-2f;
@@ -296,7 +312,7 @@ static inline float exp32(float x) {
     int32_t half = whole >> 1;
     int32_t bits1 = (half + 127) << 23;
     int32_t bits2 = (whole - half + 127) << 23;
-    float scale1, scale2;
+    float scale1, scale2;                               /* 2^half, 2^(n - half) */
     memcpy(&scale1, &bits1, sizeof scale1);
     memcpy(&scale2, &bits2, sizeof scale2);
     return x != x ? x : p * scale1 * scale2;
@@ -305,9 +321,10 @@ static inline float exp32(float x) {
 /* x sigmoid(1.702 x): the activation of OpenAI's CLIP (Radford et al., 2021). */
 static inline float quick_gelu(float x) { return x / (1.0f + exp32(-1.702f * x)); }
 
-/* x Phi(x), Phi the normal distribution (Hendrycks and Gimpel, 2016). With z = |x| / sqrt 2 and
- * t = 1 / (1 + z / 2): erfc(z) / 2 = t exp(-z^2) P(t). P is fitted (tests/golden/fit_gelu.py) with
- * a relative error below 5e-8 for z in [0, 10], so the left tail keeps its relative precision. */
+/* x Phi(x), Phi the normal distribution (Hendrycks and Gimpel, "Gaussian error linear units",
+ * 2016). With z = |x| / sqrt 2 and t = 1 / (1 + z / 2): Phi(-|x|) = erfc(z) / 2 = t exp(-z^2) P(t).
+ * P is fitted (tests/golden/fit_gelu.py) with a relative error below 5e-8 for z in [0, 10], so the
+ * left tail keeps its relative precision. */
 static inline float gelu(float x) {
     float a = x < 0 ? -x : x;
     float t = 1.0f / (1.0f + 0.353553391f * a);
@@ -320,7 +337,7 @@ static inline float gelu(float x) {
     p = p * t + 0.12155255f;
     p = p * t + 0.141187568f;
     p = p * t + 0.141043214f;
-    float tail = t * exp32(-0.5f * a * a) * p;
+    float tail = t * exp32(-0.5f * a * a) * p;          /* Phi(-|x|) */
     return x * (x < 0 ? tail : 1.0f - tail);
 }
 
@@ -335,7 +352,7 @@ static double log64(double x) {
     }
     double s = (m - 1) / (m + 1);
     double s2 = s * s;
-    double sum = 0;
+    double sum = 0;                                     /* s^2 / 3 + s^4 / 5 + ... + s^24 / 25 */
     for (int k = 25; k >= 3; k -= 2) {
         sum = (sum + 1.0 / k) * s2;
     }
@@ -343,8 +360,8 @@ static double log64(double x) {
 }
 
 /* Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four random
- * words from a key (the seed) and a counter, whose upper half names a stream. Any number of any
- * stream can be computed directly, so threads can share the work. */
+ * words from a key (the seed) and a counter of 128 bits: the position, and the stream in its upper
+ * half. Any number of any stream can be computed directly. The constants are the paper's. */
 enum { STREAM_W_ENC = 1, STREAM_W_DEC, STREAM_ORDER };
 
 static void philox(uint64_t seed, uint64_t stream, uint64_t position, uint32_t out[4]) {
@@ -377,8 +394,8 @@ static float uniform(uint64_t seed, uint64_t stream, uint64_t index) {
     return (float)(r[index % 4] >> 8) * 0x1p-23f - 1.0f;
 }
 
-/* The order of the images in one epoch: a permutation of 0 .. n - 1 (Fisher and Yates).
- * order: [n] */
+/* order: [n]. The order of the images in one epoch: a permutation of 0 .. n - 1 (Fisher and Yates):
+ * from the last place down, each entry is exchanged with one at or before it, drawn at random. */
 static void permutation(uint64_t seed, uint64_t epoch, uint64_t *order, size_t n) {
     uint32_t r[4];
     for (size_t i = 0; i < n; i++) {
@@ -393,8 +410,8 @@ static void permutation(uint64_t seed, uint64_t epoch, uint64_t *order, size_t n
     }
 }
 
-/* Sums over images are exact, so that the shards of a data set can be merged in any order: 128 bits
- * in units of 2^-64. The part of a term below one unit is cut off. */
+/* Sums over images are exact, so that the shards of a data set can be merged in any order: integers
+ * of 128 bits in units of 2^-64. The part of a term below one unit is cut off. */
 typedef struct { uint64_t high, low; } exact_sum;
 
 static void exact_add(exact_sum *sum, exact_sum term) {
@@ -406,7 +423,7 @@ static void exact_add(exact_sum *sum, exact_sum term) {
 static void exact_add_float(exact_sum *sum, float value) {
     int exponent;
     uint64_t digits = (uint64_t)(frexp(value, &exponent) * 0x1p53);
-    int shift = exponent + 11;                          /* value 2^64 = digits 2^shift */
+    int shift = exponent + 11;                          /* value * 2^64 = digits * 2^shift */
     exact_sum term = { 0, 0 };
     if (shift >= 64) {
         term.high = digits << (shift - 64);
@@ -426,27 +443,35 @@ static double exact_value(exact_sum sum) {
 /* ============================================================================================
  * 2. The vision transformer
  *
- * Dosovitskiy et al., "An image is worth 16x16 words", 2021, as CLIP uses it (Radford et al.,
- * 2021), up to a hook point:
+ * Dosovitskiy et al., "An image is worth 16x16 words", 2021, equations 1 to 4, as CLIP uses it
+ * (Radford et al., "Learning transferable visual models from natural language supervision", 2021),
+ * up to a hook point:
  *
  *     x = [class token; patches W + bias] + positions            then a norm where CLIP has one
- *     x = x + attention(norm1(x));   x = x + mlp(norm2(x))       for each block
+ *     a = attention(norm1(x)),  x = x + a;   m = mlp(norm2(x)),  x = x + m        for each block
  *     logits = head(norm(x of the class token))
  *
- * One image. T tokens (1 + grid^2), D width, d = D / heads, H hidden. The weights are those of
- * PyTorch: a linear layer y = W x + bias has W [outputs, inputs].
+ * Blocks count from 1. The hook points of a block: "attn" is a, "mlp" is m (both before they are
+ * added), and "resid" is x at the block's end. So "mlp" of layer 11 is the output of FC2 in the
+ * 11th block, bias included, without the residual.
+ *
+ * One image. T tokens (1 + grid^2), D width, d = D / heads, H hidden, p patch size, S image size in
+ * pixels. The weights are those of PyTorch: a linear layer y = W x + bias has W [outputs, inputs].
  * ============================================================================================ */
 
 /* The layers of a model: NORM1 to FC2 exist in every block, the others once. layer[b * ROLES + r]
- * is the layer with role r of block b, from 0; those that exist once stand with block 0. */
+ * is the layer with role r of block b + 1; those that exist once stand with the first block. QKV
+ * has the projections to queries, keys and values one below the other, [3 D, D]. PRE is CLIP's norm
+ * before the first block, POST the norm before the head. */
 enum role {
     CLASS_TOKEN, POSITIONS, PATCHES, PRE, NORM1, QKV, OUT, NORM2, FC1, FC2, POST, HEAD, ROLES
 };
 
 typedef enum { NO_ACTIVATION, QUICK_GELU, ERF_GELU } activation_kind;
 
-/* out = (x - mean) / sqrt(variance + epsilon) * weight + bias for each row (Ba, Kiros and Hinton,
- * "Layer normalization", 2016; torch.nn.LayerNorm). x, out: [rows, D]; weight, bias: [D] */
+/* x, out: [rows, D]; weight, bias: [D].
+ * out = (x - mean) / sqrt(variance + epsilon) * weight + bias for each row (Ba, Kiros and Hinton,
+ * "Layer normalization", 2016; torch.nn.LayerNorm). */
 static void layer_norm_forward(float *out, const float *x, const sc_layer *norm, float epsilon,
                                size_t rows, size_t D) {
     for (size_t i = 0; i < rows; i++, x += D, out += D) {
@@ -462,8 +487,8 @@ static void layer_norm_forward(float *out, const float *x, const sc_layer *norm,
     }
 }
 
-/* out = x W^T + bias (torch.nn.Linear); the 0 as in sc_matmul_plain().
- * x: [rows, K]; W: [N, K]; bias: [N] or NULL; out: [rows, N] */
+/* x: [rows, K]; W: [N, K]; bias: [N] or NULL; out: [rows, N].
+ * out = x W^T + bias (torch.nn.Linear) */
 static void linear_forward(float *out, const float *x, const sc_layer *linear, size_t rows,
                            size_t K, size_t N) {
     for (size_t i = 0; i < rows; i++) {
@@ -479,7 +504,8 @@ static void linear_forward(float *out, const float *x, const sc_layer *linear, s
     }
 }
 
-/* row = exp(scale (row - max)) / sum of these; subtracting the largest avoids overflow. row: [n] */
+/* row: [n]. row = exp(scale * row) / the sum of these over the row. Subtracting the largest entry
+ * first changes nothing mathematically and avoids overflow. */
 static void softmax_forward(float *row, size_t n, float scale) {
     float largest = row[0];
     for (size_t e = 1; e < n; e++) {
@@ -496,16 +522,16 @@ static void softmax_forward(float *row, size_t n, float scale) {
     }
 }
 
-/* out = softmax(q k^T / sqrt d) v for each head (Vaswani et al., "Attention is all you need", 2017,
- * equation 1). qkv: [T, 3 D], the queries, keys and values of all heads side by side; out: [T, D];
- * scores: [T], of one query */
+/* qkv: [T, 3 D], the queries, keys and values of all heads side by side; out: [T, D]; scores: [T],
+ * of one query. out = softmax(q k^T / sqrt d) v for each head, which has d columns of each D
+ * (Vaswani et al., "Attention is all you need", 2017, equation 1). */
 static void attention_forward(float *out, const float *qkv, float *scores, size_t T, size_t D,
                               size_t heads) {
     size_t d = D / heads;
     size_t row = 3 * D;
     float scale = 1.0f / sqrtf((float)d);
     for (size_t head = 0; head < heads; head++) {
-        const float *q = qkv + head * d;
+        const float *q = qkv + head * d;                 /* [T, d], rows 3 D apart */
         const float *k = q + D;
         const float *v = k + D;
         for (size_t t = 0; t < T; t++) {
@@ -525,7 +551,7 @@ static void attention_forward(float *out, const float *qkv, float *scores, size_
     }
 }
 
-/* The MLP's activation function, elementwise. x: [count] */
+/* x: [count]. The activation function between the two layers of the MLP. */
 static void gelu_forward(float *x, size_t count, activation_kind kind) {
     for (size_t i = 0; i < count; i++) {
         if (kind == QUICK_GELU) {
@@ -536,16 +562,17 @@ static void gelu_forward(float *x, size_t count, activation_kind kind) {
     }
 }
 
-/* x += branch; the 0 as in sc_matmul_plain(). x, branch: [count] */
+/* x, branch: [count]. x += branch */
 static void residual_forward(float *x, const float *branch, size_t count) {
     for (size_t i = 0; i < count; i++) {
         x[i] = branch[i] + x[i] + 0.0f;
     }
 }
 
-/* The tokens of an image before the first block. A patch is a row of 3 p^2 numbers, channel by
- * channel, each ((v / 255) - mean) / std of its channel.
- * pixels: [S, S, 3], 8 bits; patch: [3 p^2], room for one; x: [T, D] */
+/* pixels: [S, S, 3], 8 bits; patch: [3 p^2], scratch; x: [T, D].
+ * The tokens of an image before the first block (Dosovitskiy et al., equation 1). Patches go from
+ * left to right, then down. A patch is a row of 3 p^2 numbers, channel by channel, each
+ * (v / 255 - mean) / std with the mean and std of its channel. */
 static void embed_forward(float *x, const sc_model *m, const unsigned char *pixels, float *patch) {
     size_t D = m->width;
     size_t p = m->patch;
@@ -581,6 +608,7 @@ typedef struct {
     float *hidden;                   /* [T, H] */
     float *scores;                   /* [T] */
     float *patch;                    /* [3 p^2], one patch's pixels */
+    float *embedding;                /* [outputs], the projected class token */
     memory_list memory;
 } vit_arrays;
 
@@ -595,14 +623,14 @@ static int new_vit_arrays(vit_arrays *a, const sc_model *m) {
         ARRAY(a->branch, T, D),
         ARRAY(a->hidden, T, m->hidden),
         ARRAY(a->scores, T, 1),
-        ARRAY(a->patch, 3 * m->patch, m->patch) };
+        ARRAY(a->patch, 3 * m->patch, m->patch),
+        ARRAY(a->embedding, m->outputs, 1) };
     a->memory = NULL;
     return new_arrays(&a->memory, arrays, COUNT(arrays));
 }
 
-/* Runs block `number`, from 1, on a->x: [T, D]. out: [T, D], the block's output at a hook point, or
- * NULL. The hook points: "attn" is the output of the attention module after its output projection
- * and "mlp" that of the MLP, both before they are added to x; "resid" is x after both. */
+/* a->x: [T, D], updated in place; out: [T, D], the values at a hook point, or NULL.
+ * Block `number`, from 1 (Dosovitskiy et al., equations 2 and 3). */
 static void block_forward(vit_arrays *a, const sc_model *m, size_t number, sc_hook hook,
                           float *out) {
     const sc_layer *w = m->layer + (number - 1) * ROLES;
@@ -635,31 +663,29 @@ static void block_forward(vit_arrays *a, const sc_model *m, size_t number, sc_ho
     }
 }
 
-/* The logits: head(norm(class token)) for a classifier; for CLIP with the class prompts' embeddings
- * (m->text, unit rows), the cosine of the projection with each. x: [T, D]; normed: [D];
- * logits: [classes] */
-static int head_forward(float *logits, const sc_model *m, const float *x, float *normed) {
+/* a->x: [T, D]; logits: [classes].
+ * head(norm(class token)) for a classifier (Dosovitskiy et al., equation 4). For CLIP with the
+ * embeddings of the class prompts (m->text, rows of norm 1), the head is the projection into the
+ * space of the texts, and a logit is the cosine of the projected image with a text. */
+static void head_forward(float *logits, vit_arrays *a, const sc_model *m) {
     size_t P = m->outputs;
-    size_t row = padded(P);
-    layer_norm_forward(normed, x, &m->layer[POST], m->epsilon, 1, m->width);
+    const sc_layer *head = &m->layer[HEAD];
+    layer_norm_forward(a->normed, a->x, &m->layer[POST], m->epsilon, 1, m->width);
     if (!m->text) {
-        linear_forward(logits, normed, &m->layer[HEAD], 1, m->width, P);
-        return SC_OK;
+        linear_forward(logits, a->normed, head, 1, m->width, P);
+        return;
     }
-    float *embedding = new_array(P, sizeof *embedding);
-    if (!embedding) return SC_FAILED;
-    linear_forward(embedding, normed, &m->layer[HEAD], 1, m->width, P);
-    unit_row(embedding, P);
+    linear_forward(a->embedding, a->normed, head, 1, m->width, P);
+    unit_row(a->embedding, P);
     for (size_t c = 0; c < m->classes; c++) {
-        logits[c] = sc_dot_plain(embedding, m->text + c * row, P);
+        logits[c] = sc_dot_plain(a->embedding, m->text + c * padded(P), P);
     }
-    free(embedding);
-    return SC_OK;
 }
 
-/* The activations of one image at a hook point, and the logits where they are asked for.
- * m: its layers hold weights as PyTorch has them; pixels: [S, S, 3]; layer: from 1;
- * out: [T, D] or NULL; logits: [classes] or NULL */
+/* m: its layers hold weights as PyTorch has them; pixels: [S, S, 3]; layer: from 1;
+ * out: [T, D] or NULL; logits: [classes] or NULL.
+ * The activations of one image at a hook point, and the logits if requested. Without logits, no
+ * block after `layer` is run. */
 static int vit_forward(const sc_model *m, const unsigned char *pixels, size_t layer, sc_hook hook,
                        float *out, float *logits) {
     size_t T = m->tokens;
@@ -672,16 +698,15 @@ static int vit_forward(const sc_model *m, const unsigned char *pixels, size_t la
         layer_norm_forward(a.normed, a.x, &m->layer[PRE], m->epsilon, T, D);
         memcpy(a.x, a.normed, T * D * sizeof *a.x);
     }
-    int status = SC_OK;
     for (size_t number = 1; number <= last; number++) {
         float *tap = number == layer ? out : NULL;
         block_forward(&a, m, number, hook, tap);
     }
     if (logits) {
-        status = head_forward(logits, m, a.x, a.normed);
+        head_forward(logits, &a, m);
     }
     release(&a.memory);
-    return status;
+    return SC_OK;
 }
 
 /* ============================================================================================
@@ -692,11 +717,13 @@ static int vit_forward(const sc_model *m, const unsigned char *pixels, size_t la
  *
  * T tokens, D inputs, n latents. In memory W_enc and W_dec are both [n, D], latent by latent:
  * row j of W_enc is the direction that latent j looks for, row j of W_dec the one that it writes.
- * Rows are `stride` floats apart, D padded to a multiple of 16 with zeros.
- * PatchSAE: src/sae_training/sparse_autoencoder.py, forward_standard().
+ * Rows are `stride` floats apart: D padded to a multiple of 16 with zeros, which stay zero in
+ * training. b_enc: [n]; b_dec: [D]. Below, dv is the gradient of the loss with respect to v.
+ * Bricken et al., 2023; Gao et al., 2024, section 2; PatchSAE:
+ * src/sae_training/sparse_autoencoder.py, forward_standard().
  * ============================================================================================ */
 
-/* h = W_enc^T (x - b_dec) + b_enc. centred: [T, D], x - b_dec; h: [T, n] */
+/* centred: [T, D], x - b_dec; h: [T, n]. h = W_enc^T (x - b_dec) + b_enc */
 static void pre_activation_forward(float *h, const sc_sae *sae, const float *centred, size_t T) {
     size_t D = sae->d_in;
     size_t n = sae->d_sae;
@@ -710,45 +737,46 @@ static void pre_activation_forward(float *h, const sc_sae *sae, const float *cen
     }
 }
 
-/* f = max(h, 0). h, f: [n], of one token */
+/* h, f: [n], of one token. f = max(h, 0) */
 static void relu_forward(float *f, const float *h, size_t n) {
     for (size_t j = 0; j < n; j++) {
         f[j] = h[j] > 0 ? h[j] : 0;
     }
 }
 
-/* f = h where h > threshold, else 0 (Rajamanoharan et al., 2024, section 3). SAEs of others have it;
- * it is not trained here. threshold: [n], at least 0; h, f: [n], of one token */
+/* threshold: [n], at least 0; h, f: [n], of one token.
+ * f = h where h > threshold, else 0 (Rajamanoharan et al., "Jumping ahead", 2024, section 3). SAEs
+ * of others have it; it is not trained here. */
 static void jumprelu_forward(float *f, const float *h, const float *threshold, size_t n) {
     for (size_t j = 0; j < n; j++) {
         f[j] = h[j] > threshold[j] ? h[j] : 0;
     }
 }
 
-/* f = the k largest of h where they are positive, else 0 (Gao et al., 2024, section 2.3). The
- * largest is taken k times; of equal ones the latent with the lower index is taken first, as
- * everywhere in this file, so that the result does not depend on the order of work.
- * h, f: [n], of one token */
+/* h, f: [n], of one token.
+ * f = h for the k largest of h, as far as they are positive, else 0 (Gao et al., 2024, section
+ * 2.3). The largest one left is taken, k times. Of equal ones the latent with the lower index is
+ * taken first: ties go to the lower index everywhere in this file, so that results do not depend
+ * on the order of work. */
 static void topk_forward(float *f, const float *h, size_t n, size_t k) {
     for (size_t j = 0; j < n; j++) {
         f[j] = 0;
     }
     for (size_t taken = 0; taken < k; taken++) {
         size_t best = n;
+        float largest = 0;
         for (size_t j = 0; j < n; j++) {
-            float least = best < n ? h[best] : 0;
-            if (f[j] == 0 && h[j] > least) {
+            if (f[j] == 0 && h[j] > largest) {           /* f[j] is not 0: taken before */
                 best = j;
+                largest = h[j];
             }
         }
-        if (best == n) {
-            return;                           /* no positive one is left */
-        }
-        f[best] = h[best];
+        if (best == n) return;                           /* no positive one is left */
+        f[best] = largest;
     }
 }
 
-/* centred = x - b_dec; h as above; f = relu(h) or TopK. x, centred: [T, D]; h, f: [T, n] */
+/* x, centred: [T, D]; h, f: [T, n]. centred = x - b_dec; h as above; f = relu(h) or TopK of h */
 static void encode_forward(float *f, float *h, float *centred, const sc_sae *sae, const float *x,
                            size_t T) {
     size_t D = sae->d_in;
@@ -759,16 +787,18 @@ static void encode_forward(float *f, float *h, float *centred, const sc_sae *sae
         }
     }
     pre_activation_forward(h, sae, centred, T);
-    for (size_t t = 0; t < T; t++) {
-        if (sae->topk) topk_forward(f + t * n, h + t * n, n, sae->k);
-        else if (sae->threshold) jumprelu_forward(f + t * n, h + t * n, sae->threshold, n);
-        else relu_forward(f + t * n, h + t * n, n);
+    for (size_t t = 0; t < T; t++, f += n, h += n) {
+        if (sae->topk) topk_forward(f, h, n, sae->k);
+        else if (sae->threshold) jumprelu_forward(f, h, sae->threshold, n);
+        else relu_forward(f, h, n);
     }
 }
 
-/* The gradients of h = W_enc^T (x - b_dec) + b_enc:
+/* centred: [T, D]; dh: [T, n]; dW_enc: [n, stride]; db_enc: [n]; term: [T], scratch.
+ * h[t][j] = W_enc[j] . (x[t] - b_dec) + b_enc[j] is linear in row j of W_enc, with the factor
+ * x[t] - b_dec, and in b_enc[j], with the factor 1. Summed over the tokens (chain rule):
  *     dW_enc[j] = sum_t dh[t][j] (x[t] - b_dec)         db_enc[j] = sum_t dh[t][j]
- * centred: [T, D]; dh: [T, n]; dW_enc: [n, stride]; db_enc: [n]; term: [T], room */
+ * For the gradient with respect to b_dec see b_dec_backward(). */
 static void encode_backward(float *dW_enc, float *db_enc, const sc_sae *sae, const float *centred,
                             const float *dh, double *term, size_t T) {
     size_t D = sae->d_in;
@@ -786,25 +816,25 @@ static void encode_backward(float *dW_enc, float *db_enc, const sc_sae *sae, con
     }
 }
 
-/* x' = W_dec^T f + b_dec. f: [T, n]; reconstruction: [T, D] */
+/* f: [T, n]; reconstruction: [T, D]. x' = W_dec^T f + b_dec, a sum of f times rows of W_dec */
 static void decode_forward(float *reconstruction, const sc_sae *sae, const float *f, size_t T) {
     size_t D = sae->d_in;
     size_t n = sae->d_sae;
     for (size_t t = 0; t < T; t++) {
         const float *f_t = f + t * n;
         for (size_t d = 0; d < D; d++) {
-            const float *column = sae->W_dec + d;
+            const float *column = sae->W_dec + d;        /* [n], `stride` floats apart */
             float sum = chained_sum(f_t, 1, column, sae->stride, n);
             reconstruction[t * D + d] = sum + sae->b_dec[d] + 0.0f;
         }
     }
 }
 
-/* The gradients of x' = W_dec^T f + b_dec, given that of x':
+/* f, dh: [T, n]; dx: [T, D], the gradient dx' of the reconstruction; dW_dec: [n, stride].
+ * x'[t] = sum_j f[t][j] W_dec[j] + b_dec is linear in W_dec and in f:
  *     dW_dec[j] = sum_t f[t][j] dx'[t]                  df[t][j] = W_dec[j] . dx'[t]
- * relu passes df on where f > 0 and stops it elsewhere, and so does TopK, since a latent that was
- * not taken has f = 0: dh = df where f > 0, else 0; only there it is computed.
- * f, dh: [T, n]; dx: [T, D], of x'; dW_dec: [n, stride] */
+ * f = h where f > 0, so dh = df there. Elsewhere f is 0 around this h, and dh = 0: where relu cuts
+ * h off, and where TopK has not taken the latent. So dh is computed only where f > 0. */
 static void decode_backward(float *dW_dec, float *dh, const sc_sae *sae, const float *f,
                             const float *dx, size_t T) {
     size_t D = sae->d_in;
@@ -825,14 +855,16 @@ static void decode_backward(float *dW_dec, float *dh, const sc_sae *sae, const f
     }
 }
 
-/* b_dec is added to x' and, in h, subtracted from x. The latter's gradient passes through W_enc:
- *     db_dec = sum_t dx'[t] - sum_t W_enc dh[t] = sum_t dx'[t] - W_enc db_enc
- * dx: [T, D], of x'; db_enc: [n]; db_dec: [D]; term: [T], room */
+/* dx: [T, D], the gradient dx' of the reconstruction; db_enc: [n]; db_dec: [D]; term: [T], scratch.
+ * b_dec is added to x', with the factor 1, and subtracted from x in h, which gives h[j] the factor
+ * -W_enc[j]. Since db_enc[j] = sum_t dh[t][j], the second part needs no sum over tokens:
+ *     db_dec = sum_t dx'[t] - sum_t sum_j dh[t][j] W_enc[j]
+ *            = sum_t dx'[t] - sum_j db_enc[j] W_enc[j] */
 static void b_dec_backward(float *db_dec, const sc_sae *sae, const float *dx, const float *db_enc,
                            double *term, size_t T) {
     size_t D = sae->d_in;
     for (size_t d = 0; d < D; d++) {
-        const float *column = sae->W_enc + d;
+        const float *column = sae->W_enc + d;            /* [n], `stride` floats apart */
         float through_h = chained_sum(db_enc, 1, column, sae->stride, sae->d_sae);
         for (size_t t = 0; t < T; t++) {
             term[t] = dx[t * D + d];
@@ -841,7 +873,7 @@ static void b_dec_backward(float *db_dec, const sc_sae *sae, const float *dx, co
     }
 }
 
-/* Refuses rows that hold infinities or NaN, which would spread. rows: [count, width] */
+/* rows: [count, width]. Refuses infinities and NaN, which would spread to every weight. */
 static int check_rows(const float *rows, size_t count, size_t width, const char *name) {
     size_t bad = first_not_finite(rows, count * width);
     if (bad == count * width) return SC_OK;
@@ -876,9 +908,9 @@ int sc_sae_decode_plain(const sc_sae *sae, const float *f, size_t tokens, float 
     return SC_OK;
 }
 
-/* How an SAE starts: W_enc uniform in +-sqrt(6 / n) (Kaiming's bound as PyTorch's kaiming_uniform_
- * computes it for a [D, n] matrix), W_dec uniform, then rows of unit norm, b_enc 0; for b_dec see
- * b_dec_start(). Row j of both: */
+/* Row j of W_enc and W_dec when training starts: W_enc uniform in +-sqrt(6 / n), the bound that
+ * PyTorch's kaiming_uniform_() computes for a [D, n] matrix; W_dec uniform, then scaled to norm 1.
+ * b_enc starts at 0; for b_dec see start_b_dec(). PatchSAE: sparse_autoencoder.py, __init__(). */
 static void initialise_latent(sc_sae *sae, size_t j, uint64_t seed) {
     float *W_enc = sae->W_enc + j * sae->stride;
     float *W_dec = sae->W_dec + j * sae->stride;
@@ -891,8 +923,8 @@ static void initialise_latent(sc_sae *sae, size_t j, uint64_t seed) {
     unit_row(W_dec, sae->d_in);
 }
 
-/* sum = the sum over points of weight * point, in float64, in blocks of 256 points.
- * points: [count, dim]; weight: [count]; part, sum: [dim] */
+/* points: [count, dim]; weight: [count]; sum: [dim]; part: [dim], scratch.
+ * sum = the sum over points of weight * point, in float64, in blocks of 256 points. */
 static void weighted_sum(double *sum, double *part, const double *weight, const float *points,
                          size_t count, size_t dim) {
     memset(sum, 0, dim * sizeof *sum);
@@ -910,7 +942,7 @@ static void weighted_sum(double *sum, double *part, const double *weight, const 
     }
 }
 
-/* The distance of a point from the centre, by 16 partial sums in float64. point, centre: [dim] */
+/* point, centre: [dim]. Their distance, by 16 partial sums in float64, which are added in order. */
 static double distance(const float *point, const double *centre, size_t dim) {
     double p[PARTIALS] = { 0 };
     double sum = 0;
@@ -924,11 +956,13 @@ static double distance(const float *point, const double *centre, size_t dim) {
     return sqrt(sum);
 }
 
-/* The geometric median, the point with the least sum of distances to all points, by Weiszfeld's
- * iteration (1937): each step is the mean weighted by 1 / distance, where distances count as at
- * least 1e-6; it begins at the mean. It stops after `steps` steps, or when a step changes no bit;
- * steps = 0 gives the mean. (PatchSAE: compute_geometric_median() of the package geom_median.)
- * points: [count, dim]; weight: [count]; median, before, part: [dim], the last two as room */
+/* points: [count, dim]; median: [dim]; weight: [count], before, part: [dim], scratch.
+ * The geometric median is the point with the least sum of distances to all points. That sum's
+ * gradient, sum_i (median - point_i) / distance_i, is 0 where the median is the mean of the points
+ * weighted by 1 / distance_i. Weiszfeld's iteration (1937) begins at the mean of the points and
+ * takes this weighted mean again and again; distances below 1e-6 count as 1e-6. It stops after
+ * `steps` steps (100 in training), or earlier when a step changes no bit of the median; steps = 0
+ * gives the mean. (PatchSAE: compute_geometric_median() of geom_median, with a tolerance.) */
 static void geometric_median(double *median, double *before, double *part, double *weight,
                              const float *points, size_t count, size_t dim, int steps) {
     for (size_t i = 0; i < count; i++) {
@@ -944,20 +978,23 @@ static void geometric_median(double *median, double *before, double *part, doubl
         memcpy(before, median, dim * sizeof *median);
         for (size_t i = 0; i < count; i++) {
             double apart = distance(points + i * dim, median, dim);
-            weight[i] = 1 / (apart > 1e-6 ? apart : 1e-6);
+            if (!(apart > 1e-6)) {
+                apart = 1e-6;
+            }
+            weight[i] = 1 / apart;
         }
     }
 }
 
-/* Where b_dec starts, from the activations x of some images: their mean (steps 0), the geometric
- * median of all tokens, or with images_as_points that of whole images, points with T D numbers,
- * and then the mean of its T tokens (PatchSAE: initialize_b_dec_with_geometric_median).
- * x: [images T, stride]; T: tokens per image */
+/* x: [images T, stride], activations of some images; T: tokens per image.
+ * Where b_dec starts: the mean token (steps 0), the geometric median of all tokens, or with
+ * images_as_points that of whole images as points of T D numbers, and then the mean over its T
+ * tokens (PatchSAE: sparse_autoencoder.py, initialize_b_dec_with_geometric_median()). */
 static int start_b_dec(sc_sae *sae, const float *x, size_t images, size_t T, int images_as_points,
                        int steps) {
-    size_t parts = images_as_points ? T : 1;
-    size_t count = images * T / parts;
-    size_t dim = parts * sae->stride;
+    size_t parts = images_as_points ? T : 1;             /* tokens in a point */
+    size_t count = images * T / parts;                   /* points */
+    size_t dim = parts * sae->stride;                    /* numbers in a point */
     double *median = NULL;
     double *before = NULL;
     double *part = NULL;
@@ -994,10 +1031,12 @@ static int start_b_dec(sc_sae *sae, const float *x, size_t images, size_t T, int
  *     loss = mse + l1 + ghost
  *     mse  = mean over t and d of (x'[t][d] - x[t][d])^2 / ||x[t]||      PatchSAE's
  *     l1   = lambda * mean over t of sum_j f[t][j]                       ReLU only; f is never < 0
- *     ghost: see ghost_forward()
+ *     ghost: see ghost_token()
  *
- * PatchSAE: src/sae_training/sae_trainer.py, _train_step(), and sparse_autoencoder.py.
- * A gradient has the name of its value with a d before it: dW_dec is d loss / d W_dec.
+ * The loss is minimised over W_enc, b_enc, W_dec and b_dec. A gradient has the name of its value
+ * with a d before it: dW_dec is d loss / d W_dec.
+ * Lim et al., 2025; PatchSAE: src/sae_training/sae_trainer.py, _train_step(), and
+ * sparse_autoencoder.py, forward_standard().
  * ============================================================================================ */
 
 /* Adam's running means of a weight's gradient and of its square, shaped as the weight. */
@@ -1026,7 +1065,7 @@ typedef struct {
     float *dW_enc, *dW_dec;          /* [n, stride] */
     float *db_enc, *db_dec;          /* [n], [D] */
     double *norm, *error;            /* [T], ||x|| and ||x' - x||^2 */
-    double *term;                    /* [max(T, D)], the terms of a sum */
+    double *term, *deviation;        /* [T], the terms of a sum; [D], of sum (x - mean)^2 */
     memory_list memory;
 } step_arrays;
 
@@ -1050,18 +1089,20 @@ static int new_step_arrays(step_arrays *s, const sc_sae *sae, size_t T) {
         ARRAY(s->db_dec, D, 1),
         ARRAY(s->norm, T, 1),
         ARRAY(s->error, T, 1),
-        ARRAY(s->term, T > D ? T : D, 1) };
+        ARRAY(s->term, T, 1),
+        ARRAY(s->deviation, D, 1) };
     s->memory = NULL;
     return new_arrays(&s->memory, arrays, COUNT(arrays));
 }
 
-/* A latent is dead, to training, if it has been silent for more than dead_window steps. */
+/* In training a latent is dead if it has fired on no token for more than dead_window steps
+ * (PatchSAE: _train_step(), ghost_grad_neuron_mask). */
 static int is_dead(const sc_trainer *t, size_t j) {
     return t->silent[j] > (int64_t)t->options.dead_window;
 }
 
-/* norm = ||x|| and error = ||x' - x||^2 of each token. x, reconstruction: [T, D]; norm, error: [T];
- * apart: [D], room */
+/* x, reconstruction: [T, D]; norm, error: [T]; apart: [D], scratch.
+ * norm = ||x|| and error = ||x' - x||^2 of each token, in float32. */
 static void token_errors(double *norm, double *error, float *apart, const float *x,
                          const float *reconstruction, size_t T, size_t D) {
     for (size_t t = 0; t < T; t++, x += D, reconstruction += D) {
@@ -1073,7 +1114,7 @@ static void token_errors(double *norm, double *error, float *apart, const float 
     }
 }
 
-/* The mean over tokens and dimensions of (x' - x)^2 / ||x||. term: [T], room */
+/* norm, error: [T]; term: [T], scratch. The mean over t and d of (x' - x)^2 / ||x|| */
 static double mse_forward(double *term, const double *norm, const double *error, size_t T,
                           size_t D) {
     for (size_t t = 0; t < T; t++) {
@@ -1082,7 +1123,9 @@ static double mse_forward(double *term, const double *norm, const double *error,
     return sum_in_blocks(term, T) / ((double)T * (double)D);
 }
 
-/* d mse / d x' = 2 (x' - x) / (||x|| T D); ||x|| does not depend on the weights. x: [T, D] */
+/* x: [T, D]; s->norm: [T]; s->dreconstruction: [T, D].
+ * mse = sum over t and d of (x' - x)^2 / (||x|| T D). ||x|| does not depend on the weights, so
+ *     d mse / d x' = 2 (x' - x) / (||x|| T D) */
 static void mse_backward(step_arrays *s, const float *x, size_t T, size_t D) {
     double scale = 1.0 / ((double)T * (double)D);
     for (size_t t = 0; t < T; t++) {
@@ -1095,23 +1138,26 @@ static void mse_backward(step_arrays *s, const float *x, size_t T, size_t D) {
     }
 }
 
-/* L1, the sum over tokens of sum_j f[t][j]; or, with `count`, the number of active latents instead,
- * which divided by T is L0. f: [T, n]; term: [T], room */
+/* f: [T, n]; term: [T], scratch. The sum over t and j of f[t][j], or with `count` the number of
+ * active f. Divided by T, these are L1 and L0. */
 static double activity_sum(double *term, const float *f, size_t T, size_t n, int count) {
     for (size_t t = 0; t < T; t++) {
         term[t] = 0;
         for (size_t j = 0; j < n; j++) {
             float value = f[t * n + j];
-            if (value > 0) {
-                term[t] += count ? 1 : (double)value;
+            if (!(value > 0)) continue;
+            if (count) {
+                value = 1;
             }
+            term[t] += value;
         }
     }
     return sum_in_blocks(term, T);
 }
 
-/* l1 = lambda * mean over tokens of sum_j f[t][j] has the gradient lambda / T with respect to each
- * f that is active. Added to dh, see decode_backward(). f, dh: [count] */
+/* f, dh: [count], count = T n.
+ * l1 = lambda / T * sum over t and j of f[t][j], so d l1 / d f[t][j] = lambda / T. It is added to
+ * dh where f > 0, as in decode_backward(). */
 static void l1_backward(float *dh, const float *f, size_t count, double lambda, size_t T) {
     float df = (float)(lambda / (double)T);
     for (size_t i = 0; i < count; i++) {
@@ -1121,12 +1167,11 @@ static void l1_backward(float *dh, const float *f, size_t count, double lambda, 
     }
 }
 
-/* 1 - sum ||x' - x||^2 / sum ||x - mean||^2: the share of the variance of these T tokens that the
- * reconstruction explains. With `centred` 0 the mean is not subtracted: PatchSAE logs that one,
- * which is closer to 1. */
+/* x: [T, D]; s->error: [T].
+ * 1 - sum ||x' - x||^2 / sum ||x - mean||^2: the share of the variance of these T tokens that the
+ * reconstruction explains. With `centred` 0 the mean is not subtracted: PatchSAE logs that one
+ * (_calculate_metrics()), which is closer to 1. */
 static double explained_variance(step_arrays *s, const float *x, size_t T, size_t D, int centred) {
-    double deviation = 0;
-    double part = 0;
     double *term = s->term;
     for (size_t d = 0; d < D; d++) {
         double mean = 0;
@@ -1139,17 +1184,17 @@ static double explained_variance(step_arrays *s, const float *x, size_t T, size_
         for (size_t t = 0; t < T; t++) {
             term[t] = (term[t] - mean) * (term[t] - mean);
         }
-        part += sum_in_blocks(term, T);
-        if ((d + 1) % CHAIN != 0 && d + 1 < D) continue;
-        deviation += part;                               /* dimensions in blocks of 256, too */
-        part = 0;
+        s->deviation[d] = sum_in_blocks(term, T);
     }
-    return deviation > 0 ? 1 - sum_in_blocks(s->error, T) / deviation : 0;
+    double deviation = sum_in_blocks(s->deviation, D);
+    if (!(deviation > 0)) return 0;
+    return 1 - sum_in_blocks(s->error, T) / deviation;
 }
 
-/* Ghost gradients revive dead latents (Jermyn and Templeton, "Ghost grads", 2024; PatchSAE): a dead
- * latent has f = 0 and gets no gradient, so exp(h), which is never 0, stands in for its activation,
- * and learns to rebuild what the living latents leave over, r = x - x':
+/* Ghost gradients revive dead latents (Jermyn and Templeton, "Ghost grads", 2024; PatchSAE:
+ * forward_standard()). A dead latent has f = 0 and so gets no gradient. Instead, exp(h), which is
+ * never 0, stands in for its activation, and a second reconstruction g from the dead latents alone
+ * learns to rebuild what the others leave over, r = x - x':
  *
  *     e = exp(h) of dead latents, 0 of others            g = W_dec^T e
  *     g <- g * ||r|| / (1e-6 + 2 ||g||)                   half as long as r
@@ -1157,31 +1202,13 @@ static double explained_variance(step_arrays *s, const float *x, size_t T, size_
  *     m <- m * ((x' - x)^2 / ||x||) / (m + 1e-6)          about as large as the mse
  *     ghost = mean of m over tokens and dimensions
  *
- * Both factors, and r, count as constants: no gradient passes through them.
- * Here e: [T, n], which is 0 so far, and ghost: [T, D], g before it is scaled. */
-static void ghost_forward(step_arrays *s, const sc_trainer *t) {
-    size_t T = t->tokens;
-    size_t D = t->sae->d_in;
-    size_t n = t->sae->d_sae;
-    for (size_t i = 0; i < T * n; i++) {
-        if (is_dead(t, i % n)) {
-            s->e[i] = exp32(s->h[i]);
-        }
-    }
-    for (size_t i = 0; i < T; i++) {
-        const float *e = s->e + i * n;
-        for (size_t d = 0; d < D; d++) {
-            const float *column = t->sae->W_dec + d;
-            float g = chained_sum(e, 1, column, t->sae->stride, n);
-            s->ghost[i * D + d] = g + 0.0f;
-        }
-    }
-}
+ * The two factors on the right, and r, count as constants: no gradient passes through them. */
 
-/* One token's sum of m over dimensions, and d ghost / d g:  with a = ||r|| / (1e-6 + 2 ||g||) and
- * b = ((x' - x)^2 / ||x||) / (m + 1e-6) constant, m = b (a g - r)^2 / ||r||, so
- * dm / dg = 2 b a (a g - r) / ||r||, divided by T D for the mean: `scale`.
- * x, reconstruction, ghost, dghost: [D], dghost may be ghost; r: [D], room */
+/* x, reconstruction, ghost, dghost: [D], where dghost may be ghost; r: [D], scratch; norm: ||x||;
+ * scale: 1 / (T D). Returns one token's sum of m over dimensions; dghost = d ghost loss / d g.
+ * With the constants a = ||r|| / (1e-6 + 2 ||g||) and b = ((x' - x)^2 / ||x||) / (m + 1e-6), where
+ * this m is the one before its factor, the loss is the mean of b (a g - r)^2 / ||r||, and
+ *     dg = 2 b a (a g - r) / ||r|| / (T D) */
 static double ghost_token(float *dghost, const float *ghost, const float *x,
                           const float *reconstruction, float *r, double norm, size_t D,
                           double scale) {
@@ -1194,7 +1221,7 @@ static double ghost_token(float *dghost, const float *ghost, const float *x,
     float norm_g = sqrtf(sc_dot_plain(ghost, ghost, D));
     float a = norm_r / (1e-6f + 2 * norm_g);
     for (size_t d = 0; d < D; d++) {
-        float apart = ghost[d] * a - r[d];
+        float apart = ghost[d] * a - r[d];               /* a g - r */
         if (norm_r == 0) {
             dghost[d] = 0;
             continue;
@@ -1207,8 +1234,39 @@ static double ghost_token(float *dghost, const float *ghost, const float *x,
     return loss;
 }
 
-/* Through g = W_dec^T e and e = exp(h) of dead latents j: e is its own derivative, so
- *     dW_dec[j] += sum_t e[t][j] dg[t]         dh[t][j] += e[t][j] (W_dec[j] . dg[t]) */
+/* x: [T, D]; s->e: [T, n], 0 before; s->ghost, s->dghost: [T, D]. Returns the ghost loss; computes
+ * e, g before it is scaled, and dg. */
+static double ghost_forward(step_arrays *s, const sc_trainer *t, const float *x) {
+    size_t T = t->tokens;
+    size_t D = t->sae->d_in;
+    size_t n = t->sae->d_sae;
+    double numbers = (double)T * (double)D;
+    float *r = s->db_dec;                                /* as scratch */
+    for (size_t i = 0; i < T; i++) {
+        float *e = s->e + i * n;                         /* [n], of token i */
+        float *g = s->ghost + i * D;                     /* [D] */
+        const float *to = s->reconstruction + i * D;     /* [D], x' */
+        for (size_t j = 0; j < n; j++) {
+            if (is_dead(t, j)) {
+                e[j] = exp32(s->h[i * n + j]);
+            }
+        }
+        for (size_t d = 0; d < D; d++) {
+            const float *column = t->sae->W_dec + d;
+            float sum = chained_sum(e, 1, column, t->sae->stride, n);
+            g[d] = sum + 0.0f;
+        }
+        double norm = s->norm[i];
+        s->term[i] = ghost_token(s->dghost + i * D, g, x + i * D, to, r, norm, D, 1 / numbers);
+    }
+    return sum_in_blocks(s->term, T) / numbers;
+}
+
+/* s->e, s->dh: [T, n]; s->dghost: [T, D]; s->dW_dec: [n, stride].
+ * g[t] = sum_j e[t][j] W_dec[j] is linear, as in decode_backward(), and e = exp(h) is its own
+ * derivative. So for dead latents j
+ *     dW_dec[j] += sum_t e[t][j] dg[t]         dh[t][j] += e[t][j] (W_dec[j] . dg[t])
+ * encode_backward() does the rest. */
 static void ghost_backward(step_arrays *s, const sc_trainer *t) {
     const sc_sae *sae = t->sae;
     size_t T = t->tokens;
@@ -1230,11 +1288,13 @@ static void ghost_backward(step_arrays *s, const sc_trainer *t) {
     }
 }
 
-/* Rows of W_dec have unit norm when a step begins, since otherwise f could shrink, and l1 with it,
- * while W_dec grows (PatchSAE: set_decoder_norm_to_unit_norm). The gradient's component along a row
- * would only change its norm, which the next step undoes; it is removed, so that it does not fill
- * Adam's moments either: dW_dec[j] -= (dW_dec[j] . W_dec[j]) W_dec[j]
- * (PatchSAE: remove_gradient_parallel_to_decoder_directions). */
+/* dW_dec, W_dec: [D], of one latent.
+ * Rows of W_dec have norm 1 when a step begins (PatchSAE: set_decoder_norm_to_unit_norm()).
+ * Otherwise f could shrink, and l1 with it, while W_dec grows and x' stays the same. The component
+ * of the gradient along a row would only change the row's norm, which the next step undoes. It is
+ * removed, so that it does not fill Adam's moments either. With ||W_dec[j]|| = 1:
+ *     dW_dec[j] -= (dW_dec[j] . W_dec[j]) W_dec[j]
+ * (PatchSAE: remove_gradient_parallel_to_decoder_directions(); Bricken et al., 2023). */
 static void project_gradient(float *dW_dec, const float *W_dec, size_t D) {
     float along = sc_dot_plain(dW_dec, W_dec, D);
     for (size_t d = 0; d < D; d++) {
@@ -1242,17 +1302,15 @@ static void project_gradient(float *dW_dec, const float *W_dec, size_t D) {
     }
 }
 
-/* The learning rate of a step, from 0: it rises linearly over `warmup` steps, 0 for none. */
+/* The learning rate of a step (from 0): lr * min(1, (step + 1) / warmup); lr without a warm-up. */
 static double learning_rate(const sc_train_options *options, uint64_t step) {
-    double warm = 1;
-    if (options->warmup > 0) {
-        warm = (double)(step + 1) / (double)options->warmup;
-    }
-    return warm < 1 ? options->lr * warm : options->lr;
+    if (step + 1 >= options->warmup) return options->lr;
+    return options->lr * ((double)(step + 1) / (double)options->warmup);
 }
 
-/* Adam's two scalars of a step (Kingma and Ba, "Adam", 2015, algorithm 1 with beta1 0.9, beta2
- * 0.999, epsilon 1e-8): step_size = lr / (1 - beta1^t), root_scale = 1 / sqrt(1 - beta2^t). */
+/* Adam's two scalars of step t (from 1; Kingma and Ba, "Adam", 2015, algorithm 1, with beta1 0.9,
+ * beta2 0.999, epsilon 1e-8). The moments start at 0; what they lack of a mean is made up by
+ *     step_size = lr / (1 - beta1^t)          root_scale = 1 / sqrt(1 - beta2^t) */
 typedef struct { float step_size, root_scale; } adam_step;
 
 static adam_step next_adam_step(sc_trainer *t, double lr) {
@@ -1262,48 +1320,36 @@ static adam_step next_adam_step(sc_trainer *t, double lr) {
                         (float)(1 / sqrt(1 - t->beta2_power)) };
 }
 
-/* m = 0.9 m + 0.1 g;  v = 0.999 v + 0.001 g^2;  w -= step_size m / (sqrt(v) root_scale + 1e-8).
- * w, dw and the moments: [count] */
+/* w, dw and the moments m, v: [count].
+ *     m = 0.9 m + 0.1 dw          v = 0.999 v + 0.001 dw^2
+ *     w -= step_size m / (sqrt(v) root_scale + 1e-8) */
 static void adam_update(float *w, adam_moments a, const float *dw, size_t count, adam_step step) {
     for (size_t i = 0; i < count; i++) {
+        float square = dw[i] * dw[i];
         a.m[i] = 0.9f * a.m[i] + 0.1f * dw[i];
-        a.v[i] = 0.999f * a.v[i] + 0.001f * (dw[i] * dw[i]);
-        w[i] -= step.step_size * (a.m[i] / (sqrtf(a.v[i]) * step.root_scale + 1e-8f));
+        a.v[i] = 0.999f * a.v[i] + 0.001f * square;
+        float root = sqrtf(a.v[i]) * step.root_scale;
+        w[i] -= step.step_size * (a.m[i] / (root + 1e-8f));
     }
 }
 
-/* The ghost loss, and dghost. x: [T, D] */
-static double ghost_loss_forward(step_arrays *s, const sc_trainer *t, const float *x) {
-    size_t T = t->tokens;
-    size_t D = t->sae->d_in;
-    double scale = 1.0 / ((double)T * (double)D);
-    float *residual = s->db_dec;                         /* as room for one token */
-    ghost_forward(s, t);
-    for (size_t i = 0; i < T; i++) {
-        const float *x_i = x + i * D;
-        const float *to = s->reconstruction + i * D;
-        const float *g = s->ghost + i * D;
-        float *dg = s->dghost + i * D;
-        s->term[i] = ghost_token(dg, g, x_i, to, residual, s->norm[i], D, scale);
-    }
-    return sum_in_blocks(s->term, T) / ((double)T * (double)D);
-}
-
-/* The losses, and the gradients of x' and g. x: [T, D] */
+/* x: [T, D]. The losses, and their gradients with respect to x' and g. */
 static int losses(sc_step *result, step_arrays *s, const sc_trainer *t, const float *x) {
     size_t T = t->tokens;
     size_t D = t->sae->d_in;
     size_t n = t->sae->d_sae;
+    /* mse, with s->db_dec as scratch */
     token_errors(s->norm, s->error, s->db_dec, x, s->reconstruction, T, D);
     result->mse = mse_forward(s->term, s->norm, s->error, T, D);
     mse_backward(s, x, T, D);
+    /* l1, and what is only reported */
     result->l0 = activity_sum(s->term, s->f, T, n, 1) / (double)T;
     if (!t->sae->topk) {
         double l1 = activity_sum(s->term, s->f, T, n, 0) / (double)T;
         result->l1 = t->options.l1 * l1;
     }
     if (t->options.ghost && result->dead > 0) {
-        result->ghost = ghost_loss_forward(s, t, x);
+        result->ghost = ghost_forward(s, t, x);
     }
     result->explained_variance = explained_variance(s, x, T, D, 1);
     result->explained_variance_uncentred = explained_variance(s, x, T, D, 0);
@@ -1312,10 +1358,11 @@ static int losses(sc_step *result, step_arrays *s, const sc_trainer *t, const fl
     return fail("the loss is not finite");
 }
 
-/* The gradients of all weights, from those of x' and g. */
+/* The gradients of all weights, from those of x' and g. ghosts: whether there is a ghost loss */
 static void gradients(step_arrays *s, const sc_trainer *t, int ghosts) {
     const sc_sae *sae = t->sae;
     size_t T = t->tokens;
+    /* through the decoder: dW_dec and dh, from each part of the loss */
     decode_backward(s->dW_dec, s->dh, sae, s->f, s->dreconstruction, T);
     if (!sae->topk) {
         l1_backward(s->dh, s->f, T * sae->d_sae, t->options.l1, T);
@@ -1323,6 +1370,7 @@ static void gradients(step_arrays *s, const sc_trainer *t, int ghosts) {
     if (ghosts) {
         ghost_backward(s, t);
     }
+    /* through the encoder, then b_dec, which is in both */
     encode_backward(s->dW_enc, s->db_enc, sae, s->centred, s->dh, s->term, T);
     b_dec_backward(s->db_dec, sae, s->dreconstruction, s->db_enc, s->term, T);
     for (size_t j = 0; j < sae->d_sae; j++) {
@@ -1331,7 +1379,7 @@ static void gradients(step_arrays *s, const sc_trainer *t, int ghosts) {
     }
 }
 
-/* Counts for each latent the steps since it fired. */
+/* f: [T, n]. Counts for each latent the steps since it fired on any token. */
 static void count_silent_steps(sc_trainer *t, const float *f) {
     size_t n = t->sae->d_sae;
     for (size_t j = 0; j < n; j++) {
@@ -1344,7 +1392,7 @@ static void count_silent_steps(sc_trainer *t, const float *f) {
     }
 }
 
-/* Training divides by ||x||, so a token of zeros is refused. x: [T, D] */
+/* x: [T, D]. The mse divides by ||x||, so a token of zeros is refused. */
 static int check_tokens(const float *x, size_t T, size_t D) {
     SC_TRY(check_rows(x, T, D, "x"));
     for (size_t t = 0; t < T; t++) {
@@ -1375,7 +1423,7 @@ static int check_biases(const sc_trainer *t) {
     return SC_OK;
 }
 
-/* Adam on all weights. s: their gradients */
+/* Adam on all weights. s: their gradients. Padding has a gradient of 0 and stays 0. */
 static int update_weights(sc_trainer *t, const step_arrays *s, adam_step step) {
     sc_sae *sae = t->sae;
     size_t n = sae->d_sae;
@@ -1389,7 +1437,7 @@ static int update_weights(sc_trainer *t, const step_arrays *s, adam_step step) {
     return check_biases(t);
 }
 
-/* One training step. x: [T, D] */
+/* x: [T, D]. One training step. */
 int sc_train_step_plain(sc_trainer *t, const float *x, sc_step *result) {
     sc_sae *sae = t->sae;
     size_t T = t->tokens;
@@ -1404,7 +1452,7 @@ int sc_train_step_plain(sc_trainer *t, const float *x, sc_step *result) {
 
     encode_forward(s.f, s.h, s.centred, sae, x, T);
     decode_forward(s.reconstruction, sae, s.f, T);
-    int status = losses(result, &s, t, x);
+    int status = losses(result, &s, t, x);               /* and dx', dg */
     if (status == SC_OK) {
         gradients(&s, t, t->options.ghost && result->dead > 0);
         count_silent_steps(t, s.f);
@@ -1419,21 +1467,27 @@ int sc_train_step_plain(sc_trainer *t, const float *x, sc_step *result) {
  * 5. Measuring
  *
  * What each latent does over a data set of N images with T tokens each, from f: [N, T, n], and how
- * well the SAE rebuilds the activations. a(i) below is a latent's mean activation over all tokens
- * of image i; it fires on the image where a(i) > 0.
- * PatchSAE: tasks/compute_sae_feature_data.py and tasks/compute_class_wise_sae_activation.py.
+ * well the SAE rebuilds the activations. For one latent j:
+ *
+ *     a(i) = mean over all T tokens of image i of f[i][t][j]     it fires on image i where a(i) > 0
+ *     frequency (sparsity)  = images on which it fires / N       0: dead on this data set
+ *     mean activation       = sum_i a(i) / images on which it fires
+ *
+ * PatchSAE: tasks/compute_sae_feature_data.py, compute_sae_statistics() and main(), and
+ * tasks/compute_class_wise_sae_activation.py.
  * ============================================================================================ */
 
 static const sc_top nothing = { 0, -1, -1 };
 
-/* Whether an entry comes before another: the larger value first, of equal ones the lower index. */
+/* Whether an entry comes before another: the larger value first, of equal ones the lower index (of
+ * the image, then of the token). */
 static int goes_before(const sc_top *a, const sc_top *b) {
     if (a->value != b->value) return a->value > b->value;
     if (a->image != b->image) return a->image < b->image;
     return a->other < b->other;
 }
 
-/* Puts an entry into a list of the largest, which keeps that order. list: [size] */
+/* list: [size], in that order. Puts an entry in its place; the last one drops out. */
 static void keep_largest(sc_top *list, size_t size, sc_top entry) {
     size_t i = size;
     while (i > 0 && goes_before(&entry, &list[i - 1])) {
@@ -1444,8 +1498,8 @@ static void keep_largest(sc_top *list, size_t size, sc_top entry) {
     list[i] = entry;
 }
 
-/* The activation of all top images that are of entry i's class, or 0 where an earlier entry is of
- * that class: so that each class counts once. top: [active] */
+/* top: [active]. The sum of activations of all top images of entry i's class, or 0 if an earlier
+ * entry has that class, so that each class counts once. */
 static double class_activation(const sc_top *top, size_t active, size_t i) {
     double sum = 0;
     for (size_t k = 0; k < active; k++) {
@@ -1456,19 +1510,19 @@ static double class_activation(const sc_top *top, size_t active, size_t i) {
     return sum;
 }
 
-/* How many classes a latent's top images mix: -sum_c p_c ln p_c, with p_c the share of class c in
- * their activation; 0 means one class, ln 16 = 2.77 sixteen. Not defined (-1) where fewer than
- * min(10, K) images are active, or one of them has no label. PatchSAE also counts the entries that
- * are not active, and adds 1e-9 within the logarithm. top: [K]; other: the label */
+/* top: [K]; other: the label. The entropy of the classes of a latent's top images, in nats:
+ * -sum_c p_c ln p_c, where p_c is the share of class c in the sum of their activations. 0: all are
+ * of one class; ln 16 = 2.77: 16 classes have equal shares. -1 (not defined): fewer than min(10, K)
+ * images are active, or one of them has no label. PatchSAE also counts entries that are not active,
+ * and adds 1e-9 within the logarithm. */
 static double top_entropy(const sc_top *top, size_t K) {
     size_t active = 0;
-    size_t needed = K < 10 ? K : 10;
     double total = 0;
     double entropy = 0;
     while (active < K && top[active].value > 0) {
         total += top[active++].value;
     }
-    if (active < needed) return -1;
+    if (active < K && active < 10) return -1;
     for (size_t i = 0; i < active; i++) {
         double share = class_activation(top, active, i) / total;
         if (top[i].other < 0) return -1;
@@ -1479,14 +1533,16 @@ static double top_entropy(const sc_top *top, size_t K) {
     return entropy > 0 ? entropy : 0;
 }
 
-/* Everything about latent j. f: [N, T, n]; label: [N], -1 for none, or NULL; tokens from
- * first_patch on are patches (1 where token 0 is the class token). top: [K], the images with the largest a(i);
- * patch: [P], the patch tokens with the largest f, other: the token. Both in descending order,
- * entries that no image fills are (0, -1, -1). */
+/* f: [N, T, n]; label: [N], -1 for none, or NULL; first_patch: the first token that is a patch, 1
+ * where token 0 is the class token. Everything about latent j, and its lists in descending order:
+ * top: [K], the images with the largest a(i), other: the label;
+ * patch: [P], the patch tokens with the largest f, other: the token.
+ * Entries that are left over are (0, -1, -1). */
 void sc_latent_measure_plain(sc_latent *l, sc_top *top, size_t K, sc_top *patch, size_t P,
                              const float *f, const int64_t *label, size_t N, size_t T, size_t n,
                              size_t j, size_t first_patch) {
-    exact_sum means = { 0, 0 }, activations = { 0, 0 };
+    exact_sum means = { 0, 0 };      /* of a(i), over images */
+    exact_sum activations = { 0, 0 };
     *l = (sc_latent){ .image_count = 0 };
     for (size_t k = 0; k < K; k++) {
         top[k] = nothing;
@@ -1506,7 +1562,7 @@ void sc_latent_measure_plain(sc_latent *l, sc_top *top, size_t K, sc_top *patch,
                 keep_largest(patch, P, (sc_top){ value, (int64_t)i, (int64_t)t });
             }
         }
-        float mean = (float)(sum / (double)T);
+        float mean = (float)(sum / (double)T);           /* a(i) */
         if (!(mean > 0)) continue;
         l->image_count++;
         exact_add_float(&means, mean);
@@ -1520,27 +1576,32 @@ void sc_latent_measure_plain(sc_latent *l, sc_top *top, size_t K, sc_top *patch,
     l->top_entropy = (float)top_entropy(top, K);
 }
 
-/* How well an SAE rebuilds the tokens of a data set, and how sparsely. The variance is that about
- * the mean token of the whole set: sum over d of (sum_t x^2 - tokens mean^2).
- * x, reconstruction: [tokens, D]; f: [tokens, n] */
+/* x, reconstruction: [tokens, D]; f: [tokens, n].
+ * How well an SAE rebuilds the tokens of a data set, and how sparsely. The variance is about the
+ * mean token of the whole set, in one pass over the tokens: since sum_t (x - mean)^2 =
+ * sum_t x^2 - tokens mean^2, it is the sum over d of that. mean_activation is over active f. */
 int sc_metrics_plain(sc_metrics *m, const float *x, const float *reconstruction, const float *f,
                      size_t tokens, size_t D, size_t n) {
     double numbers = (double)tokens * (double)D;
-    double square = 0;
-    double mean_square = 0;
+    double square = 0;               /* sum over t and d of x^2 */
+    double mean_square = 0;          /* sum over d of mean^2 */
     memory_list memory = NULL;
     double *norm = NULL;
     double *error = NULL;
     double *term = NULL;
     float *apart = NULL;
-    const array_spec arrays[] = { ARRAY(norm, tokens, 1), ARRAY(error, tokens, 1),
-                                  ARRAY(term, tokens, 1),
-                                  ARRAY(apart, D, 1) };
+    const array_spec arrays[] = {
+        ARRAY(norm, tokens, 1),
+        ARRAY(error, tokens, 1),
+        ARRAY(term, tokens, 1),
+        ARRAY(apart, D, 1) };
     SC_TRY(new_arrays(&memory, arrays, COUNT(arrays)));
     token_errors(norm, error, apart, x, reconstruction, tokens, D);
+    /* errors */
     double squared_error = sum_in_blocks(error, tokens);
     m->mse = mse_forward(term, norm, error, tokens, D);
     m->mse_raw = squared_error / numbers;
+    /* variance */
     for (size_t d = 0; d < D; d++) {
         for (size_t t = 0; t < tokens; t++) {
             term[t] = x[t * D + d];
@@ -1555,6 +1616,7 @@ int sc_metrics_plain(sc_metrics *m, const float *x, const float *reconstruction,
     double variance = square - (double)tokens * mean_square;
     m->explained_variance = variance > 0 ? 1 - squared_error / variance : 0;
     m->explained_variance_uncentred = 1 - squared_error / square;
+    /* sparsity */
     double active = activity_sum(term, f, tokens, n, 1);
     double sum = activity_sum(term, f, tokens, n, 0);
     m->l0 = active / (double)tokens;

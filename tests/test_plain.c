@@ -43,7 +43,7 @@ enum { PLAIN_STEPS = 6, PLAIN_CASES = 4 * COUNT(plain_shapes) };
 typedef struct {
     plain_shape shape;
     int topk, ghost;
-    float *x, *f, *decoded;          /* [tokens, D], [tokens, n], [tokens, D] */
+    float *x, *f, *decoded;          /* [tokens, D], [tokens, n], [tokens, D]: plain_codes() */
     sc_sae trained;
     sc_step step[PLAIN_STEPS];
 } plain_case;
@@ -98,7 +98,8 @@ static int plain_train(const plain_case *c, sc_sae *sae, unsigned fast, sc_step 
     return check(status == SC_OK, "%s: a step fails", plain_name(c));
 }
 
-/* An SAE in which each odd latent has the encoder weights of the one before: codes with ties. */
+/* An SAE in which each odd latent has the encoder weights of the one before: codes with ties. The
+ * cases of ReLU with ghosts have a threshold here, of JumpReLU. */
 static void plain_tied_sae(const plain_case *c, sc_sae *sae)
 {
     plain_sae(c, sae);
@@ -107,6 +108,9 @@ static void plain_tied_sae(const plain_case *c, sc_sae *sae)
                sae->stride * sizeof *sae->W_enc);
         sae->b_enc[j] = sae->b_enc[j - 1];
     }
+    if (c->topk || !c->ghost) return;
+    sae->threshold = plain_floats(c->shape.n);
+    for (size_t j = 0; j < c->shape.n; j++) sae->threshold[j] = 0.01f * (float)(j % 50);
 }
 
 /* All cases, by Part I. */
@@ -673,7 +677,7 @@ static void plain_equal(void)
             for (size_t c = 0; c < PLAIN_CASES; c++) {
                 plain_training(&plain_cases[c], 0x3f, how);
                 if ((c + round) % 5 == 0) plain_training(&plain_cases[c], c % 2 ? 0x15 : 0x2c, how);
-                if (!plain_cases[c].ghost) plain_codes(&plain_cases[c], how);
+                plain_codes(&plain_cases[c], how);
             }
             for (size_t m = 0; (path = plain_model_path(m)) != NULL; m++)
                 if (m % 3 == round % 3) plain_model(path, how);
@@ -683,8 +687,50 @@ static void plain_equal(void)
         need("%s", sc_error());
 }
 
+/* --- The table of contents --- */
+
+/* The number of the line that follows the line break in `head`; 0 if the text has no `head`. */
+static long plain_line_of(const char *text, const char *head)
+{
+    const char *at = strstr(text, head);
+    long line = 2;
+    if (!at) return 0;
+    for (const char *c = text; c < at; c++) line += *c == '\n';
+    return line;
+}
+
+/* The contents at the top of saeclip.c name the lines of the parts: right to within 30 lines. */
+static void plain_contents(void)
+{
+    static const char *const parts[] = { "Part I: the method", "Part II: the same, fast",
+                                         "Part III: data in and out", "Part IV: the program" };
+    long line[COUNT(parts)];
+    const char *text = get_file("saeclip.c", NULL);
+    if (!check(text != NULL, "saeclip.c cannot be read")) return;
+    for (size_t i = 0; i < COUNT(parts); i++) {
+        char head[60];
+        char contents[60];
+        snprintf(head, sizeof head, "\n * %s\n", parts[i]);
+        snprintf(contents, sizeof contents, "\n *  %s ", parts[i]);
+        const char *entry = strstr(text, contents);
+        line[i] = plain_line_of(text, head);
+        if (!check(entry && line[i] > 0, "saeclip.c's contents lack '%s'", parts[i])) return;
+        const char *named = entry + strlen(contents);
+        named += strspn(named, " ");
+        long said = strncmp(named, "line ", 5) == 0 ? strtol(named + 5, NULL, 10) : 0;
+        check(labs(said - line[i]) <= 30, "the contents name line %ld for '%s' (expected %ld)",
+              said, parts[i], line[i]);
+    }
+    const char *about = strstr(text, "read this; about ");
+    long said = about ? strtol(about + strlen("read this; about "), NULL, 10) : 0;
+    long length = line[1] - line[0];
+    check(labs(said - length) <= 30, "the contents give Part I %ld lines (expected %ld)", said,
+          length);
+}
+
 static void test_plain(void)
 {
+    plain_contents();
     plain_prepare();
     plain_write_model(in_folder("vit2"), 1);
     plain_write_model(in_folder("vit197"), 14);
