@@ -15,11 +15,11 @@
  *    8. Kernels and matrix products       9. The vision transformer, fast
  *   10. Sparse codes                     11. Training steps
  *   12. Counting
- *  Part III: data in and out                 line 4105
+ *  Part III: data in and out                 line 4055
  *   13. Options and messages             14. Files
  *   15. Images                           16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 7090
+ *  Part IV: the program                      line 7015
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -210,7 +210,7 @@ static float chained_sum(const float *a, size_t a_step, const float *b, size_t b
 
 /* a: [M, K]; b: [K, N]; bias: [N] and residual: [M, N], or NULL; c: [M, N].
  * c = a b + bias + residual + 0. Adding 0 at the end turns -0 into +0: whether a sum of zeros is -0
- * can depend on terms that were left out. Part I adds this 0 wherever a product ends. */
+ * can depend on terms that were left out. Part I adds this 0 to all products of forward passes. */
 void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *b,
                      const float *bias, const float *residual, float *c) {
     for (size_t i = 0; i < M; i++) {
@@ -712,13 +712,13 @@ static int vit_forward(const sc_model *m, const unsigned char *pixels, size_t la
 /* ============================================================================================
  * 3. The sparse autoencoder
  *
- *     h = W_enc^T (x - b_dec) + b_enc       f = relu(h), or relu of the k largest of h
+ *     h = W_enc^T (x - b_dec) + b_enc       f = relu(h), or relu of the k largest of h (TopK)
  *     x' = W_dec^T f + b_dec
  *
  * T tokens, D inputs, n latents. In memory W_enc and W_dec are both [n, D], latent by latent:
  * row j of W_enc is the direction that latent j looks for, row j of W_dec the one that it writes.
  * Rows are `stride` floats apart: D padded to a multiple of 16 with zeros, which stay zero in
- * training. b_enc: [n]; b_dec: [D]. Below, dv is the gradient of the loss with respect to v.
+ * training. b_enc: [n]; b_dec: [D]. dv stands for the gradient of the loss with respect to v.
  * Bricken et al., 2023; Gao et al., 2024, section 2; PatchSAE:
  * src/sae_training/sparse_autoencoder.py, forward_standard().
  * ============================================================================================ */
@@ -833,8 +833,8 @@ static void decode_forward(float *reconstruction, const sc_sae *sae, const float
 /* f, dh: [T, n]; dx: [T, D], the gradient dx' of the reconstruction; dW_dec: [n, stride].
  * x'[t] = sum_j f[t][j] W_dec[j] + b_dec is linear in W_dec and in f:
  *     dW_dec[j] = sum_t f[t][j] dx'[t]                  df[t][j] = W_dec[j] . dx'[t]
- * f = h where f > 0, so dh = df there. Elsewhere f is 0 around this h, and dh = 0: where relu cuts
- * h off, and where TopK has not taken the latent. So dh is computed only where f > 0. */
+ * f = h where f > 0, so dh = df there. Elsewhere f stays 0 if h changes a little, so dh = 0: relu
+ * has cut h off, or TopK has not taken the latent. So dh is computed only where f > 0. */
 static void decode_backward(float *dW_dec, float *dh, const sc_sae *sae, const float *f,
                             const float *dx, size_t T) {
     size_t D = sae->d_in;
@@ -887,6 +887,7 @@ static int check_k(const sc_sae *sae) {
     return usage("k is %zu (expected 1 to %zu, the number of latents)", sae->k, sae->d_sae);
 }
 
+/* Encoding and decoding for callers of the library: see saeclip.h. */
 int sc_sae_encode_plain(const sc_sae *sae, const float *x, size_t tokens, float *f) {
     memory_list memory = NULL;
     float *centred = NULL;
@@ -910,7 +911,8 @@ int sc_sae_decode_plain(const sc_sae *sae, const float *f, size_t tokens, float 
 
 /* Row j of W_enc and W_dec when training starts: W_enc uniform in +-sqrt(6 / n), the bound that
  * PyTorch's kaiming_uniform_() computes for a [D, n] matrix; W_dec uniform, then scaled to norm 1.
- * b_enc starts at 0; for b_dec see start_b_dec(). PatchSAE: sparse_autoencoder.py, __init__(). */
+ * The biases start at 0, or b_dec as in start_b_dec().
+ * PatchSAE: sparse_autoencoder.py, __init__(). */
 static void initialise_latent(sc_sae *sae, size_t j, uint64_t seed) {
     float *W_enc = sae->W_enc + j * sae->stride;
     float *W_dec = sae->W_dec + j * sae->stride;
@@ -1026,20 +1028,19 @@ static int start_b_dec(sc_sae *sae, const float *x, size_t images, size_t T, int
  * 4. Training
  *
  * One step on T tokens x: rows of W_dec to unit norm; encode and decode; the loss; its gradient,
- * less the part of W_dec's that lies along W_dec; Adam.
+ * less the component of dW_dec along the rows of W_dec; Adam.
  *
  *     loss = mse + l1 + ghost
  *     mse  = mean over t and d of (x'[t][d] - x[t][d])^2 / ||x[t]||      PatchSAE's
  *     l1   = lambda * mean over t of sum_j f[t][j]                       ReLU only; f is never < 0
  *     ghost: see ghost_token()
  *
- * The loss is minimised over W_enc, b_enc, W_dec and b_dec. A gradient has the name of its value
- * with a d before it: dW_dec is d loss / d W_dec.
+ * The loss is minimised over W_enc, b_enc, W_dec and b_dec. dW_dec is d loss / d W_dec, and so on.
  * Lim et al., 2025; PatchSAE: src/sae_training/sae_trainer.py, _train_step(), and
  * sparse_autoencoder.py, forward_standard().
  * ============================================================================================ */
 
-/* Adam's running means of a weight's gradient and of its square, shaped as the weight. */
+/* Adam's running means of a weight's gradient and of its square, with the weight's shape. */
 typedef struct { float *m, *v; } adam_moments;
 
 struct sc_trainer {

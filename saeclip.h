@@ -2,12 +2,13 @@
  *
  *     cc -DSAECLIP_NO_MAIN -ffp-contract=off -c saeclip.c        and link with -lm -pthread
  *
- * Functions that can fail return SC_OK, SC_FAILED (the input or the machine) or SC_USAGE (the
- * caller), and sc_error() then says why, in one line, to the thread that called. Call
- * sc_instruction_set() and sc_threads_start() once, before anything else; all other functions are
- * called from one thread, and use the pool's. Without these two the fastest kernels are chosen at
- * the first use, and one thread works. Every number they compute is the same bit for bit on
- * every machine. Shapes are written [rows, columns], row by row. The licence is at the end.
+ * Functions that can fail return SC_OK, SC_FAILED (the input or the machine is at fault) or
+ * SC_USAGE (the caller is), and sc_error() then gives the reason in one line to the thread that
+ * called. Call sc_instruction_set() and sc_threads_start() once, before anything else; call all
+ * other functions from one thread; they share the work among the pool's threads. Without these two
+ * calls the fastest kernels are chosen at the first use, and one thread works. Every number is the
+ * same bit for bit on every machine. Shapes are written [rows, columns], row by row. The licence is
+ * at the end.
  */
 #ifndef SAECLIP_H
 #define SAECLIP_H
@@ -35,11 +36,11 @@ enum {
 const char *sc_error(void);
 
 /* Chooses the kernels: "avx512", "avx2", "neon", "scalar", or NULL for the fastest the machine has.
- * Before any model or SAE is opened. SC_USAGE where the machine has it not; SC_FAILED where the
- * build contracts floating-point expressions. */
+ * Call it before any model or SAE is opened. SC_USAGE if the machine does not have it; SC_FAILED if
+ * the build contracts floating-point expressions. */
 int sc_instruction_set(const char *name);
 
-/* Starts the pool: `threads` in all, 0 for one a core. No result depends on how many. */
+/* Starts the pool: `threads` in all, 0 for one per core. No result depends on their number. */
 int sc_threads_start(int threads);
 void sc_threads_stop(void);
 
@@ -139,7 +140,7 @@ void sc_writer_discard(sc_writer *w);
 
 /* --- Images --- */
 
-/* From a picture of any size to what the model takes: [3, size, size]. Resized and cropped as
+/* From an image of any size to the model's input: [3, size, size]. Resized and cropped as
  * Pillow (bicubic, 8 bits) and torchvision do it, bit for bit. */
 typedef struct {
     int size;                        /* 1 .. 16384 */
@@ -210,7 +211,7 @@ typedef struct {
     float *text;                     /* [classes, outputs], unit rows, or NULL */
 } sc_model;
 
-/* What overrules the metadata; NULL: the metadata, else the layout's usual value. */
+/* Values that override the metadata; NULL: the metadata, else the layout's usual value. */
 typedef struct { const char *gelu, *epsilon, *heads, *mean, *std; } sc_model_options;
 
 /* Recognises a model by its tensors' names; weights are read by sc_model_load(). */
@@ -224,13 +225,13 @@ int sc_model_forward_plain(const sc_model *model, const unsigned char *pixels, s
                            sc_hook hook, float *out);
 
 /* pixels: [images, S, S, 3]; writes each tap's out; head: [images, classes] logits, or cosines with
- * the text embeddings, or NULL. Stops where nothing later is asked for. */
+ * the text embeddings, or NULL. Runs no block after the last one needed. */
 int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
                      const sc_tap *taps, size_t count, float *head);
 
-/* Where activations come from: the model's file (without its folder), the block and the hook point, the
- * tokens kept (all, cls or patches), and the settings in force, whether an option, the model's file or
- * the usual value gave them. Activations, SAEs and statistics keep it as metadata under these names. */
+/* Where activations come from: the model's file (without its folder), the block and the hook point,
+ * the tokens kept (all, cls or patches), and the settings in force, whether an option, the model's
+ * file or the usual value gave them. Activations, SAEs and statistics keep it as metadata. */
 enum {
     SC_MODEL, SC_LAYER, SC_HOOK, SC_TOKENS, SC_MEAN, SC_STD, SC_GELU, SC_EPSILON, SC_HEADS,
     SC_SQUARE, SC_CROP, SC_ORIGIN_KEYS
@@ -253,7 +254,7 @@ typedef struct {
     float *b_enc;                    /* [n] */
     float *W_dec;                    /* [n, stride] */
     float *b_dec;                    /* [stride] */
-    float *threshold;                /* [n], at least 0: JumpReLU, f = h where h > threshold; else NULL */
+    float *threshold;                /* [n], >= 0: JumpReLU, f = h where h > it; NULL: none */
     sc_origin origin;                /* of the activations it was trained on */
     char *path, *b_dec_start;        /* NULL: not known */
 } sc_sae;
@@ -294,11 +295,11 @@ typedef struct {
 
 typedef struct sc_trainer sc_trainer;
 
-/* A trainer for steps of `tokens` tokens, which trains the caller's SAE in place: it must stay where
+/* A trainer for steps of `tokens` tokens. It trains the caller's SAE in place: that must stay where
  * it is until sc_trainer_free(). NULL on failure; sc_error() says why. */
 sc_trainer *sc_trainer_new(sc_sae *sae, const sc_train_options *options, size_t tokens);
-/* One step: rows of W_dec to unit norm, forward, backward, Adam. x: [tokens, d_in], no row of zeros.
- * Fast and plain steps may be mixed. After SC_FAILED the weights are not to be used. */
+/* x: [tokens, d_in], no row of zeros. Rows of W_dec to unit norm, forward, backward, Adam.
+ * Fast and plain steps may be mixed. After SC_FAILED the weights are undefined. */
 int sc_train_step(sc_trainer *t, const float *x, sc_step *result);
 int sc_train_step_plain(sc_trainer *t, const float *x, sc_step *result);
 void sc_trainer_free(sc_trainer *t); /* NULL is allowed */
@@ -319,8 +320,8 @@ typedef struct {
                                       * where fewer than min(10, K) are active or one has no label */
 } sc_latent;
 
-/* Latent j of f: [N, T, n]. label: [N], -1 for none, or NULL; first_patch: the first token that is a
- * patch, 1 where token 0 is the class token; top: [K] and patch: [P], in descending order. */
+/* Latent j of f: [N, T, n]. label: [N], -1 for none, or NULL; first_patch: the first token that is
+ * a patch, 1 where token 0 is the class token; top: [K] and patch: [P], in descending order. */
 void sc_latent_measure_plain(sc_latent *latent, sc_top *top, size_t K, sc_top *patch, size_t P,
                              const float *f, const int64_t *label, size_t N, size_t T, size_t n,
                              size_t j, size_t first_patch);
