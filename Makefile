@@ -184,7 +184,7 @@ help:
 	@echo "make test         builds and runs the tests (SAECLIP_DATA=DIR: with the real photos there)"
 	@echo "make check        the tests under AddressSanitizer and UndefinedBehaviorSanitizer, and those of"
 	@echo "                  the threads under ThreadSanitizer (RACED= for all)"
-	@echo "make verify       compares a PyTorch implementation with saeclip (PYTHON=python3; two minutes at most)"
+	@echo "make verify       compares a PyTorch implementation with saeclip (PYTHON=python3; a minute)"
 	@echo "make fingerprint  a checksum of what saeclip computes, to compare with README.md"
 	@echo "make portability  tests and fingerprint with other compilers, flags and processors"
 	@echo "                  (TARGETS='clang-O3 s390x' for some of them)"

@@ -24,7 +24,7 @@ files=
 for layer in 1 2 3 4 5 6; do
     for hook in $hooks; do files="$files $layer-$hook"; done
 done
-files="$files start step1 trained codes"
+files="$files codes start step1 trained"
 
 # Compares the files in FOLDER with saeclip's, up to the first that differs. Sets $first: that file and the tensors that
 # differ in it, or nothing; $agreeing: how many files agree before it; in the file `rows`: what compare says of them.
@@ -33,7 +33,7 @@ compare() {                                      # FOLDER
     : >$out/rows
     for file in $files; do
         atol=1e-4
-        [ $file != step1 ] || atol=1e-6          # gradients, which are small
+        [ $file != step1 ] || atol=1e-7          # gradients, which are small
         set -- "$1" --common --rtol 1e-4 --atol $atol "$1/$file.safetensors" $s/$file.safetensors
         if ./saeclip compare "$2" "$3" "$4" "$5" "$6" "$7" "$8" >$out/row 2>$out/error; then
             # Without the places, and without the largest relative difference, that of a number near 0.
