@@ -24,7 +24,8 @@ BATCH, STEPS, LR, L1 = 8, 10, 1e-3, 1e-3                    # those of `saeclip 
 def tensors(path):
     """-> {name: float32 tensor} of the file's float tensors, metadata"""
     arrays, metadata = load(path)
-    return {name: torch.from_numpy(np.array(a, np.float32)) for name, a in arrays.items() if a.dtype.kind == "f"}, metadata
+    floats = {name: a for name, a in arrays.items() if a.dtype.kind == "f"}
+    return {name: torch.from_numpy(np.array(a, np.float32)) for name, a in floats.items()}, metadata
 
 
 # ---------------------------------------------------------------------------------- the vision transformer
@@ -42,9 +43,9 @@ def model_weights(path):
         hf, timm = f"vision_model.encoder.layers.{block}.", f"blocks.{block}."
         for e in end:
             out[timm + "attn.qkv" + e] = torch.cat([w[f"{hf}self_attn.{part}_proj{e}"] for part in "qkv"])
-            for theirs, ours in (("layer_norm1", "norm1"), ("self_attn.out_proj", "attn.proj"), ("layer_norm2", "norm2"),
-                                 ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
-                out[timm + ours + e] = w[hf + theirs + e]
+            for a, b in (("layer_norm1", "norm1"), ("self_attn.out_proj", "attn.proj"), ("layer_norm2", "norm2"),
+                         ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+                out[timm + b + e] = w[hf + a + e]
         block += 1
     return out, metadata
 
