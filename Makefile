@@ -31,7 +31,8 @@ RACES  = -O1 -g -fsanitize=thread
 SOURCE = saeclip.c saeclip.h
 TESTS  = tests/test.c tests/check.h tests/test_*.c
 
-.PHONY: all demo report test check fuzz fuzz-seeds faults bench verify fingerprint portability install clean help
+.PHONY: all demo report test check fuzz fuzz-seeds faults bench verify fingerprint portability slurm-test install \
+        clean help
 
 all: saeclip
 
@@ -123,6 +124,10 @@ fingerprint: saeclip tests/synth
 portability:
 	@sh tests/portability.sh $(TARGETS)
 
+# The job scripts of tests/slurm on a Slurm of this one machine, which the script starts (as root) and stops.
+slurm-test: saeclip tests/synth
+	@sh tests/slurm/test.sh
+
 # saeclip.c is compiled into it, with the calls that may fail replaced.
 build/guard_faults: $(SOURCE) tests/faults.c tests/check.h
 	@mkdir -p build
@@ -188,6 +193,7 @@ help:
 	@echo "make fingerprint  a checksum of what saeclip computes, to compare with README.md"
 	@echo "make portability  tests and fingerprint with other compilers, flags and processors"
 	@echo "                  (TARGETS='clang-O3 s390x' for some of them)"
+	@echo "make slurm-test   job arrays for a cluster, on a one-machine Slurm (Debian: slurm-wlm, munge; root)"
 	@echo "make faults       makes every call that may fail do so, and kills training at random times;"
 	@echo "                  thousands of runs, some minutes"
 	@echo "make fuzz         hostile input for every reader, with clang, a minute each"
