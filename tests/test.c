@@ -21,6 +21,7 @@
 #include "test_demo.c"
 #include "test_convert.c"
 #include "test_fingerprint.c"
+#include "test_readme.c"
 
 static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "numbers", test_numbers },
@@ -40,6 +41,7 @@ static const struct { const char *name; void (*test)(void); } subjects[] = {
     { "demo", test_demo },
     { "convert", test_convert },
     { "fingerprint", test_fingerprint },
+    { "readme", test_readme },
     { NULL, NULL }
 };
 
