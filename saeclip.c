@@ -1667,7 +1667,7 @@ SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
 static void *reserve_array(size_t count, size_t size) {
     void *memory = NULL;
     int addressable = size == 0 || count <= (SIZE_MAX - 64) / size;
-    size_t bytes = addressable ? count * size : 0;
+    size_t bytes = count * size;
     if (bytes == 0) bytes = 1;
     if (addressable && posix_memalign(&memory, 64, bytes) == 0) return memory;
     fail("out of memory: cannot allocate %zu x %zu bytes", count, size);
@@ -1677,13 +1677,15 @@ static void *reserve_array(size_t count, size_t size) {
 /* The same, zeroed. */
 static void *new_array(size_t count, size_t size) {
     void *memory = reserve_array(count, size);
-    return memory ? memset(memory, 0, count * size) : NULL;
+    if (memory) memset(memory, 0, count * size);
+    return memory;
 }
 
 /* A new string; NULL and a reason on failure. */
 static char *join_text(const char *head, const char *tail) {
     char *joined = new_array(strlen(head) + strlen(tail) + 1, 1);
-    return joined ? strcat(strcpy(joined, head), tail) : NULL;
+    if (!joined) return NULL;
+    return strcat(strcpy(joined, head), tail);
 }
 
 static char *copy_string(const char *text) { return join_text(text, ""); }
@@ -1703,17 +1705,17 @@ static int grow(void *list, size_t *capacity, size_t count, size_t size) {
     return SC_OK;
 }
 
-/* Lays arrays out in a block, each from a cache line's boundary on, after a first line for the
- * block's owner; where `block` is NULL it only measures them. Returns the bytes they take, SIZE_MAX
- * if so many cannot be addressed. */
+/* Sets the pointers of arrays that share a block. The block's first cache line is its owner's, and
+ * each array begins on a line of its own. If block is NULL, the arrays are only measured. Returns
+ * the bytes of the block, SIZE_MAX if so many cannot be addressed. */
 static size_t lay_out(const array_spec *array, size_t count, void *block) {
     size_t used = 64;
     for (size_t i = 0; i < count; i++) {
         void *place = block ? (unsigned char *)block + used : NULL;
         memcpy(array[i].pointer, &place, sizeof place);
-        if (array[i].row_bytes && array[i].rows > (SIZE_MAX - 63 - used) / array[i].row_bytes)
-            return SIZE_MAX;
-        used += (array[i].rows * array[i].row_bytes + 63) / 64 * 64;
+        size_t rows = array[i].rows, row_bytes = array[i].row_bytes;
+        if (row_bytes > 0 && rows > (SIZE_MAX - 63 - used) / row_bytes) return SIZE_MAX;
+        used += (rows * row_bytes + 63) / 64 * 64;
     }
     return used;
 }
@@ -1753,10 +1755,10 @@ static float float_of_bits(uint32_t bits) {
     return value;
 }
 
-/* The index of the first value that is not finite, or count if there is none. */
+/* The index of the first value that is not finite, or count. The first loop looks at 64 values at a
+ * time, in vectors: an exponent of all ones carries into bit 31. */
 static size_t first_not_finite(const float *values, size_t count) {
     size_t i = 0;
-    /* 64 at a time, in vectors: an exponent of all ones carries into bit 31 */
     for (uint32_t carry = 0; i + 64 <= count; i += 64) {
         for (size_t k = i; k < i + 64; k++)
             carry |= (bits_of_float(values[k]) & 0x7f800000) + 0x800000;
@@ -1769,9 +1771,9 @@ static size_t first_not_finite(const float *values, size_t count) {
 /* ============================================================================================
  * 7. Threads
  *
- * parallel_for(tasks, work, context) calls work(context, task) once for every task. Tasks are handed
- * out in ascending order. Which thread gets which task is left to chance, and no result may depend
- * on it: a task writes only its own part of the output and the scratch memory of its `worker`.
+ * parallel_for(tasks, work, context) calls work(context, task) once for every task. Tasks are
+ * handed out in ascending order. Which thread gets which task is left to chance, and no result may
+ * depend on it: a task writes only its part of the output and the scratch memory of its `worker`.
  * If tasks fail, the one with the lowest number is reported. All tasks below it had been started,
  * so it is the same one in every run.
  * ============================================================================================ */
@@ -4184,8 +4186,10 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
     fprintf(stderr, "%s %ju of %ju, %.1f images/s", what, (uintmax_t)done, (uintmax_t)total,
             (double)(images - begin_images) / passed);
     if (!ends)
-        fprintf(stderr, ", %.0f s left", passed / (double)(done - begin) * (double)(total - done));
-    fprintf(stderr, "%s%s", words, line_open ? "" : "\n");
+        fprintf(stderr, ", %.0f s left",
+                passed / (double)(done - begin) * (double)(total - done));
+    fputs(words, stderr);
+    if (!line_open) putc('\n', stderr);
 }
 
 /* The whole text as a number from least to most. what: the option or the metadata's key */
@@ -4226,7 +4230,8 @@ static int parse_triple(const char *text, const char *what, float *value) {
 
 /* Copies count numbers of `size` bytes between memory and file, either way. On a big-endian machine
  * byte b of a number changes places with byte b ^ (size - 1). */
-static void copy_numbers(void *restrict to, const void *restrict from, size_t count, size_t size) {
+static void copy_numbers(void *restrict to, const void *restrict from, size_t count,
+                         size_t size) {
     const union { uint16_t number; unsigned char first; } one = { 1 };
     const size_t swap = one.first ? 0 : size - 1;
     unsigned char *restrict out = to;
@@ -4236,19 +4241,24 @@ static void copy_numbers(void *restrict to, const void *restrict from, size_t co
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 bits of fraction. Exact. */
 static float float_of_half(uint32_t half) {
-    uint32_t sign = (half & 0x8000) << 16, rest = (half & 0x7fff) << 13;
+    uint32_t sign = (half & 0x8000) << 16;
+    uint32_t rest = (half & 0x7fff) << 13;
     float value = float_of_bits(rest) * 0x1p112f;        /* float's bias is 127 = 15 + 112 */
     if (rest >= 0x7c00 << 13) value = float_of_bits(rest | 0x7f800000);    /* infinity, NaN */
     return float_of_bits(sign | bits_of_float(value));
 }
 
-/* Rounds to nearest, ties to even. value: below 65520, where infinity begins */
+/* Rounds to nearest, ties to even. value: below 65520, from where on it would be infinity */
 static uint16_t half_of_float(float value) {
-    uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-    if (rest >= 0x38800000)                              /* 2^-14, the smallest normal half */
-        rest = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
-    else                                                 /* the sum is rounded to units of 2^-24 */
+    uint32_t bits = bits_of_float(value);
+    uint32_t sign = bits >> 16 & 0x8000;
+    uint32_t rest = bits & 0x7fffffff;
+    if (rest >= 0x38800000) {                            /* 2^-14, the smallest normal half */
+        uint32_t half_unit = 0xfff + (rest >> 13 & 1);
+        rest = (rest - (112u << 23) + half_unit) >> 13;
+    } else {                                             /* the sum is rounded to units of 2^-24 */
         rest = bits_of_float(float_of_bits(rest) + 0.5f) - bits_of_float(0.5f);
+    }
     return (uint16_t)(sign | rest);
 }
 
@@ -4288,11 +4298,16 @@ static uint64_t digest64_value(const digest64 *digest) {
  *
  * The text is a copy that ends with a NUL, which no rule accepts: no other bound is needed. Strings
  * are decoded in place, which never lengthens them; the closing quote makes room for a NUL. After
- * the first error nothing more is accepted and lists end, so that one check at the end is enough. */
+ * the first error nothing more is accepted and lists end, so that callers may check at the end. */
 
-/* what: whose JSON this is, for errors; at: never at a blank */
-typedef struct { const char *what; char *text; size_t at; int failed; } json;
+typedef struct {
+    const char *what;                /* whose JSON this is, for errors */
+    char *text;
+    size_t at;                       /* what comes next; never a blank */
+    int failed;                      /* the status of the first error */
+} json;
 
+/* Fails unless a condition is met. */
 static void json_expect(json *j, int met, const char *expected) {
     if (met || j->failed) return;
     j->failed = fail("%s: JSON byte %zu: expected %s", j->what, j->at, expected);
@@ -4322,22 +4337,24 @@ static uint32_t json_unit(const char *text) {
 /* Decodes the escape at text to *to, which moves on. Returns the escape's length, 0 if invalid. */
 static size_t json_escape(const char *text, char **to) {
     static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    const char *letter = text[1] ? strchr(letters, text[1]) : NULL;
-    if (letter) {
+    static const unsigned char leads[] = { 0, 0xc0, 0xe0, 0xf0 };
+    const char *letter = strchr(letters, text[1]);
+    if (text[1] && letter) {
         *(*to)++ = meanings[letter - letters];
         return 2;
     }
-    uint32_t code = json_unit(text), low = 0;
-    if (code >> 10 == 0x36) low = json_unit(text + 6);           /* of a surrogate pair */
-    if (low >> 10 == 0x37) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
-    if (code == 0 || code >> 11 == 0x1b) return 0;
-    int more = (code >= 0x80) + (code >= 0x800) + (code >= 0x10000);     /* bytes after the first */
-    uint32_t lead = more ? 0xff00u >> (more + 1) : 0;                    /* more + 1 ones, a zero */
-    *(*to)++ = (char)(lead | code >> 6 * more);
-    for (int i = more - 1; i >= 0; i--) *(*to)++ = (char)(0x80 | (code >> 6 * i & 0x3f));
+    uint32_t point = json_unit(text), low = 0;
+    if (point >> 10 == 0x36) low = json_unit(text + 6);  /* of a surrogate pair */
+    if (low >> 10 == 0x37) point = 0x10000 + ((point & 0x3ff) << 10 | (low & 0x3ff));
+    if (point == 0 || point >> 11 == 0x1b) return 0;     /* or half a pair */
+    int more = (point >= 0x80) + (point >= 0x800) + (point >= 0x10000);
+    *(*to)++ = (char)(leads[more] | point >> 6 * more);  /* UTF-8: a lead byte, 0 to 3 more */
+    for (int i = more - 1; i >= 0; i--)
+        *(*to)++ = (char)(0x80 | (point >> 6 * i & 0x3f));
     return more == 3 ? 12 : 6;
 }
 
+/* Reads and decodes a string. */
 static char *json_string(json *j) {
     char *start = j->text + j->at + 1, *to = start;
     json_expect(j, start[-1] == '"', "a string");
@@ -4365,15 +4382,17 @@ static char *json_string(json *j) {
  * the key, and the value comes next. */
 static char *json_next(json *j, size_t index, const char *brackets) {
     const int object = *brackets == '{';
-    if (index == 0) json_expect(j, json_take(j, *brackets), object ? "'{'" : "'['");
+    const char *begin = object ? "'{'" : "'['", *more = object ? "',' or '}'" : "',' or ']'";
+    if (index == 0) json_expect(j, json_take(j, brackets[0]), begin);
     if (json_take(j, brackets[1])) return NULL;
-    if (index > 0) json_expect(j, json_take(j, ','), object ? "',' or '}'" : "',' or ']'");
+    if (index > 0) json_expect(j, json_take(j, ','), more);
     char *element = j->text + j->at;
     if (object) {
         element = json_string(j);
         json_expect(j, json_take(j, ':'), "':'");
     }
-    return j->failed ? NULL : element;
+    if (j->failed) return NULL;
+    return element;
 }
 
 /* An array of at most `most` sizes; returns how many. */
@@ -4418,7 +4437,8 @@ static int json_value(json *j, const char *key, int depth, scalar_function *take
         memcpy(scalar, start, length);
         json_skip(j, length);
     }
-    return j->failed ? SC_FAILED : take(context, key, text);
+    if (j->failed) return SC_FAILED;
+    return take(context, key, text);
 }
 
 /* The scalars of an object. text: [length + 1], ends with a NUL and is changed; what: for errors */
@@ -4441,7 +4461,8 @@ static int json_string_array(const char *text, const char *what, char ***out, si
     if (!list) return SC_FAILED;
     json j = { .what = what, .text = memcpy(list + most, text, length + 1) };
     json_skip(&j, 0);
-    for (*count = 0; json_next(&j, *count, "[]"); ++*count) list[*count] = json_string(&j);
+    for (*count = 0; json_next(&j, *count, "[]"); ++*count)
+        list[*count] = json_string(&j);
     json_expect(&j, j.at == length, "nothing after the list");
     if (j.failed) free(list);
     else *out = list;
@@ -4451,7 +4472,7 @@ static int json_string_array(const char *text, const char *what, char ***out, si
 /* A byte that is not part of valid UTF-8, as files hold it: U+FFFD and its value. */
 #define INVALID_BYTE "\xef\xbf\xbd%02x"
 
-/* Adds a name and its end as print_json() writes them, so that packing keeps a data set's digest. */
+/* Adds a name and its end as print_json() writes them: packing keeps a data set's digest. */
 static void digest64_name(digest64 *digest, const char *name) {
     char invalid[8];
     uint32_t point;
@@ -4597,7 +4618,8 @@ static int read_header(sc_safetensors *file) {
 
 static int by_position(const void *a, const void *b) {
     const sc_tensor *left = a, *right = b;
-    if (left->data != right->data) return left->data < right->data ? -1 : 1;
+    if (left->data > right->data) return 1;
+    if (left->data < right->data) return -1;
     return (left->bytes > right->bytes) - (left->bytes < right->bytes);
 }
 
@@ -4684,12 +4706,20 @@ const sc_tensor *sc_tensor_find(const sc_safetensors *file, const char *name) {
 const char *sc_metadata_find(const sc_safetensors *file, const char *key) {
     if (file->entries == 0) return NULL;
     const sc_entry *entry = bsearch(&key, file->metadata, file->entries, sizeof *entry, by_name);
-    return entry ? entry->value : NULL;
+    if (!entry) return NULL;
+    return entry->value;
 }
 
 /* Element i of a tensor, also infinities and NaN; of I64, I32 and U8 *whole is the exact value. */
 static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
-    union { uint8_t byte; uint16_t half; int32_t narrow; float single; double wide; int64_t whole; } n;
+    union {
+        uint8_t byte;
+        uint16_t half;
+        int32_t narrow;
+        int64_t whole;
+        float single;
+        double wide;
+    } n;
     size_t size = sc_dtype_size(t->dtype);
     copy_numbers(&n, t->data + i * size, 1, size);
     switch (t->dtype) {
@@ -4704,12 +4734,13 @@ static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
     return (double)*whole;
 }
 
-/* Whether a tensor is of floats (or else of integers) and has values first .. first + count - 1. */
+/* Whether a tensor is of floats (else of integers) and has values first .. first + count - 1. */
 static int check_range(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
                        int floats) {
+    const char *expected = floats ? "F32, F16, BF16 or F64" : "I64, I32 or U8";
     if (t->dtype > SC_U8 || floats != (t->dtype <= SC_F64))
         return fail("%s: tensor '%.100s' is %s (expected %s)", file->path, t->name,
-                    sc_dtype_name(t->dtype), floats ? "F32, F16, BF16 or F64" : "I64, I32 or U8");
+                    sc_dtype_name(t->dtype), expected);
     if (first <= t->count && count <= t->count - first) return SC_OK;
     return fail("%s: tensor '%.100s' has %zu values (expected %zu from number %zu on)", file->path,
                 t->name, t->count, count, first);
@@ -4722,7 +4753,8 @@ int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t
     if (tensor->dtype == SC_F32) {                       /* at the speed of memory */
         copy_numbers(out, tensor->data + 4 * first, count, 4);
     } else {
-        for (size_t i = 0; i < count; i++) out[i] = (float)number_at(tensor, first + i, &whole);
+        for (size_t i = 0; i < count; i++)
+            out[i] = (float)number_at(tensor, first + i, &whole);
     }
     size_t bad = first_not_finite(out, count);
     if (bad == count) return SC_OK;
@@ -4733,7 +4765,8 @@ int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t
 int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
                        size_t count, int64_t *out) {
     SC_TRY(check_range(file, tensor, first, count, 0));
-    for (size_t i = 0; i < count; i++) number_at(tensor, first + i, &out[i]);
+    for (size_t i = 0; i < count; i++)
+        number_at(tensor, first + i, &out[i]);
     return SC_OK;
 }
 
@@ -4787,16 +4820,18 @@ static int lock_temporary(int fd, const char *name) {
 
 static int output_open(sc_output *out, const char *path) {
     struct stat there;
-    int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode), flags = O_WRONLY, ours = 0;
+    int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
+    int flags = O_WRONLY, ready = direct, fd = -1;
     *out = (sc_output){ .path = copy_string(path) };
     const char *name = out->path;
     if (name && !direct) {
         name = out->temporary = join_text(path, ".tmp");
         flags = O_RDWR | O_CREAT | O_NOFOLLOW;
     }
-    int fd = name ? open(name, flags | O_CLOEXEC, 0666) : -1;
-    if (fd >= 0 && !direct) ours = lock_temporary(fd, name);
-    if (fd >= 0 && (direct || (ours && ftruncate(fd, 0) == 0))) out->file = fdopen(fd, "w");
+    if (name) fd = open(name, flags | O_CLOEXEC, 0666);
+    int ours = fd >= 0 && !direct && lock_temporary(fd, name);
+    if (ours) ready = ftruncate(fd, 0) == 0;
+    if (fd >= 0 && ready) out->file = fdopen(fd, "w");
     if (out->file) return SC_OK;
     if (name) write_failed(path, errno);
     if (ours) unlink(name);
@@ -4830,8 +4865,8 @@ static int output_commit(sc_output *out) {
 
 /* --- Writing safetensors ---
  *
- * The data are written as they come, after a gap. The header's two parts grow in memory and fill the
- * gap at the end; blanks pad it. Every entry in a part begins with a comma. */
+ * The data are written as they come, after a gap. Two parts of the header, metadata and tensors,
+ * grow in memory and fill the gap at the end; blanks pad it. Each entry begins with a comma. */
 
 int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
     const size_t least = 1000, most = MAX_HEADER - 64;
@@ -4909,7 +4944,8 @@ static int end_tensor(sc_writer *w) {
     putc(',', w->tensors);
     print_json(w->tensors, w->name);
     fprintf(w->tensors, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(t->dtype));
-    for (int d = 0; d < t->rank; d++) fprintf(w->tensors, "%s%zu", d ? "," : "", t->shape[d]);
+    for (int d = 0; d < t->rank; d++)
+        fprintf(w->tensors, "%s%zu", d ? "," : "", t->shape[d]);
     fprintf(w->tensors, "],\"data_offsets\":[%zu,%zu]}", w->end, w->end + t->bytes);
     w->end += t->bytes;
     free(w->name);
@@ -4922,16 +4958,18 @@ int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
                      const size_t *shape) {
     sc_tensor t = { .name = name, .dtype = dtype };
     SC_TRY(end_tensor(w));
-    for (; t.rank < rank && t.rank < SC_MAX_RANK; t.rank++) t.shape[t.rank] = shape[t.rank];
+    for (; t.rank < rank && t.rank < SC_MAX_RANK; t.rank++)
+        t.shape[t.rank] = shape[t.rank];
     w->rows_open = rank > 0 && shape[0] == SC_ROWS;
     if (w->rows_open) t.shape[0] = 1;
     SC_TRY(measure_tensor(&t, w->out.path));
     if (t.rank != rank || (w->rows_open && t.count == 0) || strcmp(name, "__metadata__") == 0)
         return fail("%s: a tensor '%.100s' of this shape is not possible", w->out.path, name);
     t.name = w->name = copy_string(name);
+    if (!w->name) return SC_FAILED;
     w->tensor = t;
     w->values = 0;
-    return w->name ? SC_OK : SC_FAILED;
+    return SC_OK;
 }
 
 /* Stores values as little-endian numbers of a dtype. Returns the index of the first value that the
@@ -4959,8 +4997,8 @@ static size_t store_numbers(unsigned char *to, sc_dtype dtype, const void *value
     return i;
 }
 
-/* kind: the type of the values in memory, F32 (also for F16), F64, I64 (also for I32) or U8. A value
- * that the tensor's dtype cannot hold is refused, as are infinities and NaN. */
+/* kind: the type of the values in memory, F32 (also for F16), F64, I64 (also for I32) or U8. Values
+ * that the tensor's dtype cannot hold, infinities and NaN are refused. */
 int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind) {
     enum { BLOCK = 4096 };
     unsigned char bytes[BLOCK * 8];
