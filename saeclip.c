@@ -7516,7 +7516,6 @@ typedef struct {
     sae_batch batch[SC_MAX_TAPS];    /* its codes of the current images */
     statistics stats[SC_MAX_TAPS];   /* its statistics over the current data set */
     feed data;
-    int one_by_one;                  /* batches are of one image */
     FILE *spool[SPOOLS];             /* temporary files, NULL: not open */
     memory_list memory;
 } session;
@@ -7555,7 +7554,7 @@ static void close_session(session *s) {
 static int next_encoded(session *s, size_t total) {
     feed *f = &s->data;
     size_t bad;
-    SC_TRY(next_batch(f, s->one_by_one ? 1 : MEASURE_IMAGES));
+    SC_TRY(next_batch(f, MEASURE_IMAGES));
     show_progress("image", f->used, total, f->used, "");
     if (f->count == 0) return SC_END;
     for (size_t i = 0; i < s->saes; i++) {
@@ -8159,46 +8158,56 @@ static int command_pack(session *s) {
 /* --- encode ---
  *
  * A safetensors file has one tensor after the other, but codes come image by image, and how many
- * they are is known at the end. So each tensor grows in a temporary file, which is then copied. */
+ * there are is known at the end. So each tensor grows in a temporary file, which is then copied. */
 
 static int spool_failed(void) {
     return fail("a temporary file cannot be written or read: %s", strerror(errno));
 }
 
-/* f_j of one token of a batch of one image, or, for token SIZE_MAX, its mean over all tokens. */
-static float activation_of(const sae_batch *b, size_t j, size_t token) {
+/* The sum of f_j over the batch's tokens from `first` up to, but without, `end`. */
+static double sum_codes(const sae_batch *b, size_t j, size_t first, size_t end) {
     double sum = 0;
     for (size_t i = 0; i < b->tiles; i++) {
         code_walk w = walk_codes(&b->tile[i], j);
-        while (next_code(&w))
-            if (token == SIZE_MAX || b->tile[i].first + w.token == token) sum += w.value;
+        while (next_code(&w)) {
+            size_t token = b->tile[i].first + w.token;
+            if (token >= first && token < end) sum += w.value;
+        }
     }
-    if (token == SIZE_MAX) sum /= (double)b->T;
-    return (float)sum;
+    return sum;
 }
 
-/* Writes the codes of a batch of one image, by token and then by latent, and the other tensors that
- * are asked for. f: [T, n] */
-static int spool_image(session *s, float *f) {
-    const sae_batch *b = &s->batch[0];
-    FILE **spool = s->spool;
-    size_t n = b->sae->d_sae, D = b->sae->d_in;
-    size_t first = s->data.used * b->T;              /* the row of token 0 */
-    memset(f, 0, b->T * n * sizeof *f);
-    spread_batch(b, f);
-    for (size_t e = 0; e < b->T * n; e++) {
-        int64_t row = (int64_t)(first + e / n);
-        int64_t index = (int64_t)(e % n);
+/* Writes a tile's codes, by token and then by latent. f: [TILE_TOKENS, n] */
+static void spool_tile(const session *s, const tile_codes *tile, float *f) {
+    FILE *const *spool = s->spool;
+    size_t n = s->sae[0].d_sae, count = tile->tokens * n;
+    size_t first = s->data.used * s->data.T + tile->first;   /* the row of the tile's token 0 */
+    memset(f, 0, count * sizeof *f);
+    for (size_t j = 0; j < n; j++) {
+        code_walk w = walk_codes(tile, j);
+        while (next_code(&w)) f[w.token * n + j] = w.value;
+    }
+    for (size_t e = 0; e < count; e++) {
         if (!(f[e] > 0)) continue;
+        int64_t row = (int64_t)(first + e / n), index = (int64_t)(e % n);
         fwrite(&row, sizeof row, 1, spool[CODE_ROW]);
         fwrite(&index, sizeof index, 1, spool[CODE_INDEX]);
         fwrite(&f[e], sizeof *f, 1, spool[CODE_VALUE]);
     }
-    if (spool[CODE_DENSE]) fwrite(f, sizeof *f, b->T * n, spool[CODE_DENSE]);
+    if (spool[CODE_DENSE]) fwrite(f, sizeof *f, count, spool[CODE_DENSE]);
+}
+
+/* Writes what is asked for of a batch. f: [TILE_TOKENS, n] */
+static int spool_batch(const session *s, float *f) {
+    const sae_batch *b = &s->batch[0];
+    FILE *const *spool = s->spool;
+    size_t T = s->data.T, n = b->sae->d_sae, D = b->sae->d_in;
+    for (size_t i = 0; i < b->tiles; i++) spool_tile(s, &b->tile[i], f);
     for (size_t t = 0; t < b->T && b->reconstruct; t++)
-        fwrite(b->output + t * b->sae->stride, sizeof(float), D, spool[CODE_OUTPUT]);
-    for (size_t j = 0; j < n && spool[CODE_MEANS]; j++) {
-        float mean = activation_of(b, j, SIZE_MAX);
+        fwrite(b->output + t * b->sae->stride, sizeof *b->output, D, spool[CODE_OUTPUT]);
+    for (size_t e = 0; e < s->data.count * n && spool[CODE_MEANS]; e++) {
+        size_t first = e / n * T;                            /* token 0 of the image */
+        float mean = (float)(sum_codes(b, e % n, first, first + T) / (double)T);
         fwrite(&mean, sizeof mean, 1, spool[CODE_MEANS]);
     }
     errno = EIO;                                     /* where an earlier write failed */
@@ -8247,11 +8256,10 @@ static int command_encode(session *s) {
         s->spool[i] = tmpfile();
         if (!s->spool[i]) return spool_failed();
     }
-    s->one_by_one = 1;
     s->batch[0].reconstruct = o->reconstruction;
-    SC_TRY(allocate(&s->memory, &codes, f->T, s->sae[0].d_sae * sizeof *codes));
-    SC_TRY(start_feed(f, 1, NULL, NULL, 0));
-    while ((status = next_encoded(s, f->set.count)) == SC_OK) SC_TRY(spool_image(s, codes));
+    SC_TRY(allocate(&s->memory, &codes, TILE_TOKENS, s->sae[0].d_sae * sizeof *codes));
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(s, f->set.count)) == SC_OK) SC_TRY(spool_batch(s, codes));
     if (status != SC_END) return status;
     return save_tensors(o->output, 4096, write_codes, s);
 }
@@ -8736,6 +8744,7 @@ static int parse_patch(const feed *f, const char *text, size_t *token) {
 static int explain(viewer *v) {
     const options *o = v->s->o;
     const feed *f = &v->s->data;
+    const sae_batch *b = &v->s->batch[0];
     sc_top strongest[EXPLAINED];                 /* image: the latent */
     table_cell cells[EXPLAINED][EXPLAIN_COLUMNS];
     char classes[EXPLAINED][TEXT_ROOM];
@@ -8750,8 +8759,10 @@ static int explain(viewer *v) {
     for (size_t i = 0; i < EXPLAINED; i++) strongest[i] = nothing;
     for (size_t j = 0; j < v->stats.n; j++) {
         if ((double)v->stats.latent[j].sparsity > o->max_frequency) continue;
-        float a = activation_of(&v->s->batch[0], j, token);
-        keep_largest(strongest, EXPLAINED, (sc_top){ a, (int64_t)j, 0 });
+        double a = 0;
+        if (token < f->T) a = sum_codes(b, j, token, token + 1);
+        else a = sum_codes(b, j, 0, f->T) / (double)f->T;
+        keep_largest(strongest, EXPLAINED, (sc_top){ (float)a, (int64_t)j, 0 });
     }
     for (; rows < EXPLAINED && strongest[rows].value > 0; rows++) {
         size_t j = (size_t)strongest[rows].image;
