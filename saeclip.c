@@ -7646,14 +7646,15 @@ typedef struct {
 
 enum { STATISTICS_TENSORS = 15 };
 
-/* Lists the tensors, for writing and reading; returns how many there are, since class_counts is
- * optional. With a(i) the mean of a latent's f over the tokens of image i, the latent fires on i
- * where a(i) > 0. sae_sparsity: the share of images on which it fires; sae_mean_acts: mean of a(i)
- * over these, 0 if there are none (PatchSAE: NaN); max_activating_*: the K images with the largest
- * a(i) and the P patches with the largest f, unused entries 0 and -1; top_entropy: of the labels of
- * these images, weighted by a(i), -1 where an image lacks or has no label (PatchSAE counts unused
- * entries); activation_histogram: of all active f; class_counts: images on which it fires, or tokens
- * with f above --threshold. *_exact: sums of a(i) and f as 128-bit numbers, high and low half.
+/* Lists the tensors, for writing and reading; returns how many there are: class_counts is optional.
+ * A latent fires on image i where a(i), the mean of its f over the image's tokens, is above 0.
+ *     sae_sparsity             share of images on which it fires
+ *     sae_mean_acts            mean of a(i) over these; 0 if there are none (PatchSAE: NaN)
+ *     max_activating_image_*   the K images with the largest a(i); unused entries are 0, -1, -1
+ *     max_activating_patch_*   the P patches with the largest f: image and token
+ *     top_entropy              see top_entropy() in section 5
+ *     class_counts             images on which it fires, or tokens with f above --threshold
+ *     *_exact                  128-bit sums of a(i), of f: high and low half
  * tensor: [STATISTICS_TENSORS] */
 static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
     latent_record *l = s->latent;                            /* [n] */
@@ -7930,10 +7931,7 @@ static void print_csv_text(const char *text) {
 }
 
 static void print_csv(const table_cell *cells, size_t columns, size_t rows) {
-    for (size_t c = 0; c < columns; c++) {
-        if (c > 0) putchar(',');
-        fputs(cells[c].name, stdout);
-    }
+    for (size_t c = 0; c < columns; c++) printf("%s%s", c ? "," : "", cells[c].name);
     for (size_t i = 0; i < rows * columns; i++) {
         putchar(i % columns ? ',' : '\n');
         if (cells[i].text) print_csv_text(cells[i].text);
@@ -7944,22 +7942,20 @@ static void print_csv(const table_cell *cells, size_t columns, size_t rows) {
 
 /* A list of objects, one per row. */
 static void print_json_table(const table_cell *cells, size_t columns, size_t rows) {
-    puts("[");
     for (size_t i = 0; i < rows * columns; i++) {
-        printf("%s\"%s\": ", i % columns ? ", " : "  {", cells[i].name);
+        const char *mark = ", ";
+        if (i % columns == 0) mark = "},\n  {";
+        if (i == 0) mark = "[\n  {";
+        printf("%s\"%s\": ", mark, cells[i].name);
         if (cells[i].text) print_json(stdout, cells[i].text);
         else printf("%.9g", cells[i].number);
-        if ((i + 1) % columns == 0) puts(i + 1 < rows * columns ? "}," : "}");
     }
-    puts("]");
+    puts("}\n]");
 }
 
-typedef void print_function(const table_cell *cells, size_t columns, size_t rows);
-
 /* Prints a table of at least one row; format: text, csv or json. */
-static int print_table(const char *format, print_function *print_text, const table_cell *cells,
-                       size_t columns, size_t rows) {
-    print_function *print = print_text;
+static int print_table(const char *format, const table_cell *cells, size_t columns, size_t rows,
+                       void (*print)(const table_cell *cells, size_t columns, size_t rows)) {
     if (strcmp(format, "json") == 0) print = print_json_table;
     if (strcmp(format, "csv") == 0) print = print_csv;
     print(cells, columns, rows);
@@ -7969,26 +7965,6 @@ static int print_table(const char *format, print_function *print_text, const tab
 /* --- eval --- */
 
 enum { EVAL_COLUMNS = 22 };
-
-/* Over the latents of an SAE: the sum of their mean activations, the sum of their entropies and how
- * many have one; how many fire on every image, and on 0, 1 or 2 images. */
-typedef struct { double means, entropy, entropies, always, on[3]; } latent_sums;
-
-static latent_sums sum_latents(const statistics *s) {
-    latent_sums sums = { .means = 0 };
-    for (size_t j = 0; j < s->n; j++) {
-        int64_t images = s->latent[j].images;
-        double e = top_entropy(s->top + j * s->K, s->K);
-        if (e >= 0) {                                        /* else it is not defined */
-            sums.entropy += e;
-            sums.entropies++;
-        }
-        sums.means += mean_activation(&s->latent[j]);
-        sums.always += images == (int64_t)s->images;
-        if (images < 3) sums.on[images]++;
-    }
-    return sums;
-}
 
 /* The metrics of sc_metrics_plain(), from sums over tokens. */
 static sc_metrics find_metrics(const statistics *s) {
@@ -8020,11 +7996,21 @@ static sc_metrics find_metrics(const statistics *s) {
 static void evaluate(const statistics *s, const sc_sae *sae, const char *data, table_cell *row) {
     const char *start = sae->b_dec_start, *kind = "ReLU", *hook = "?", *bias = "?";
     const sc_metrics m = find_metrics(s);
-    const latent_sums sums = sum_latents(s);
-    double alive = (double)s->n - sums.on[0];
-    double means = 0, entropy = -1;
-    if (alive > 0) means = sums.means / alive;
-    if (sums.entropies > 0) entropy = sums.entropy / sums.entropies;
+    double n = (double)s->n, means = 0, mean = 0;
+    double entropy = -1, entropy_sum = 0, entropies = 0;     /* entropies: latents that have one */
+    double always = 0, on[3] = { 0 };                        /* latents; on 0, 1, 2 images */
+    for (size_t j = 0; j < s->n; j++) {
+        int64_t images = s->latent[j].images;
+        double e = top_entropy(s->top + j * s->K, s->K);
+        means += mean_activation(&s->latent[j]);
+        always += images == (int64_t)s->images;
+        if (images < 3) on[images]++;
+        if (e < 0) continue;
+        entropy_sum += e;
+        entropies++;
+    }
+    if (on[0] < n) mean = means / (n - on[0]);
+    if (entropies > 0) entropy = entropy_sum / entropies;
     if (sae->threshold) kind = "JumpReLU";
     if (sae->topk) kind = "TopK";
     if (sae->hook >= 0) hook = hook_names[sae->hook];
@@ -8040,17 +8026,17 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *data, t
         { "explained_variance", "explained variance", NULL, m.explained_variance, 0 },
         { "explained_variance_uncentred", "  uncentred", NULL, m.explained_variance_uncentred, 0 },
         { "mean_activation", "mean activation", NULL, m.mean_activation, m.l0 == 0 },
-        { "mean_sae_mean_acts", "mean of latents' means", NULL, means, alive == 0 },
+        { "mean_sae_mean_acts", "mean of latents' means", NULL, mean, on[0] == n },
         { "l0", "L0 per token", NULL, m.l0, 0 },
-        { "l0_fraction", "L0 / latents", NULL, m.l0 / (double)s->n, 0 },
+        { "l0_fraction", "L0 / latents", NULL, m.l0 / n, 0 },
         { "l1", "L1 per token", NULL, m.l1, 0 },             /* without lambda */
         { "entropy_mean", "entropy", NULL, entropy, entropy < 0 },
-        { "entropy_sum", "entropy sum", NULL, sums.entropy, entropy < 0 },
-        { "entropy_latents", "latents with entropy", NULL, sums.entropies, 0 },
-        { "dead", "dead latents", NULL, sums.on[0], 0 },
-        { "every_image", "on every image", NULL, sums.always, 0 },
-        { "one_image", "on 1 image", NULL, sums.on[1], 0 },
-        { "two_images", "on 2 images", NULL, sums.on[2], 0 },
+        { "entropy_sum", "entropy sum", NULL, entropy_sum, entropy < 0 },
+        { "entropy_latents", "latents with entropy", NULL, entropies, 0 },
+        { "dead", "dead latents", NULL, on[0], 0 },
+        { "every_image", "on every image", NULL, always, 0 },
+        { "one_image", "on 1 image", NULL, on[1], 0 },
+        { "two_images", "on 2 images", NULL, on[2], 0 },
         { "images", "images", NULL, (double)s->images, 0 } };
     memcpy(row, cells, sizeof cells);
 }
@@ -8065,7 +8051,7 @@ static int command_eval(session *s) {
         SC_TRY(measure(s, 1));
         for (size_t i = 0; i < s->saes; i++)
             evaluate(&s->stats[i], &s->sae[i], *data, row[rows++]);
-        if (!o->also) return print_table(o->format, print_columns, row[0], EVAL_COLUMNS, rows);
+        if (!o->also) return print_table(o->format, row[0], EVAL_COLUMNS, rows, print_columns);
         close_data(s);
         *data = o->also;
         o->also = NULL;
@@ -8771,7 +8757,7 @@ static int explain(viewer *v) {
         find_masks(v, j);
         SC_TRY(show_mask(v, j, 0));
     }
-    if (rows > 0) return print_table(o->format, print_rows, cells[0], EXPLAIN_COLUMNS, rows);
+    if (rows > 0) return print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows, print_rows);
     note("no latent fires there");
     if (strcmp(o->format, "json") == 0) puts("[]");
     return end_of_output();
