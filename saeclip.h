@@ -317,7 +317,7 @@ typedef struct {
     float sparsity;                  /* image_count / images: its frequency */
     float mean_act;                  /* mean activation, over the images on which it fires */
     float top_entropy;               /* in nats, of the labels of its top images; -1, not defined,
-                                      * where fewer than min(10, K) are active or one has no label */
+                                      * where fewer than min(10, K) fire or one has no label */
 } sc_latent;
 
 /* Latent j of f: [N, T, n]. label: [N], -1 for none, or NULL; first_patch: the first token that is
