@@ -4422,8 +4422,8 @@ static int json_value(json *j, const char *key, int depth, scalar_function *take
     json_expect(j, depth < 32, "less nesting");
     if (*start == *brackets) {
         for (size_t i = 0; (name = json_next(j, i, brackets)) != NULL; i++) {
-            if (*start == '[') snprintf(below, sizeof below, "%s", key);
-            else snprintf(below, sizeof below, "%s%s%s", key, *key ? "." : "", name);
+            if (*start == '[') snprintf(below, sizeof below, "%.250s", key);
+            else snprintf(below, sizeof below, "%.120s%s%.120s", key, *key ? "." : "", name);
             SC_TRY(json_value(j, below, depth + 1, take, context));
         }
         return j->failed;
