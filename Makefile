@@ -31,8 +31,7 @@ RACES  = -O1 -g -fsanitize=thread
 SOURCE = saeclip.c saeclip.h
 TESTS  = tests/test.c tests/check.h tests/test_*.c
 
-.PHONY: all demo report test check fuzz fuzz-seeds faults bench verify fingerprint portability slurm-test install \
-        clean help
+.PHONY: all demo report test check verify fingerprint portability slurm-test faults fuzz bench install clean help
 
 all: saeclip
 
@@ -156,13 +155,11 @@ build/fuzzer: $(FUZZED)
 	    "clang and its fuzzer runtime (Debian: clang and libclang-rt-14-dev); none is here"; exit 1; }
 	$(FUZZ_CC) $(FUZZ) -fsanitize=fuzzer -DLIBFUZZER $(CFLAGS_EXTRA) -o $@ tests/fuzz/fuzz.c $(LIBS)
 
-fuzz: build/fuzzer build/guard_fuzz
+# SECONDS=0: the seeds alone, once, with any compiler.
+fuzz: build/guard_fuzz $(if $(filter 0,$(SECONDS)),,build/fuzzer)
 	tests/fuzz/fuzz.sh $(SECONDS) $(TARGET)
 
-fuzz-seeds: build/guard_fuzz
-	tests/fuzz/fuzz.sh seeds $(TARGET)
-
-# The peers are passed over where they are not installed (README).
+# Peers that are not installed are left out (tests/bench/README.md).
 PEERS = ../peers
 ROUNDS = 3
 build/bench: $(SOURCE) tests/bench/bench.c
@@ -183,22 +180,19 @@ clean:
 	rm -rf saeclip tests/test tests/synth build out
 
 help:
-	@echo "make              builds ./saeclip (CC=compiler, CFLAGS_EXTRA=flags)"
-	@echo "make demo         the whole method, into out/ (MODEL=FILE IMAGES=DIR: on your own photos)"
-	@echo "make report       the report's SAEs, table and figures (MODEL=FILE TRAIN=IMAGES VAL=IMAGES OUT=DIR)"
-	@echo "make test         builds and runs the tests (SAECLIP_DATA=DIR: with the real photos there)"
-	@echo "make check        the tests under AddressSanitizer and UndefinedBehaviorSanitizer, and those of"
-	@echo "                  the threads under ThreadSanitizer (RACED= for all)"
-	@echo "make verify       compares a PyTorch implementation with saeclip (PYTHON=python3; a minute)"
-	@echo "make fingerprint  a checksum of what saeclip computes, to compare with README.md"
-	@echo "make portability  tests and fingerprint with other compilers, flags and processors"
-	@echo "                  (TARGETS='clang-O3 s390x' for some of them)"
-	@echo "make slurm-test   job arrays for a cluster, on a one-machine Slurm (Debian: slurm-wlm, munge; root)"
-	@echo "make faults       makes every call that may fail do so, and kills training at random times;"
-	@echo "                  thousands of runs, some minutes"
-	@echo "make fuzz         hostile input for every reader, with clang, a minute each"
-	@echo "                  (TARGET='images lists' SECONDS=900; build/found has what goes wrong)"
-	@echo "make fuzz-seeds   the same with the seeds alone, with any compiler"
-	@echo "make bench        speed on this machine, and that of its peers (PEERS=DIR, ROUNDS=3)"
-	@echo "make install      copies saeclip and saeclip.h (PREFIX=/usr/local DESTDIR=)"
+	@echo "make              builds ./saeclip (CC=COMPILER CFLAGS_EXTRA=FLAGS)"
+	@echo "make demo         the whole method, into out/ (MODEL=FILE IMAGES=DIR: yours)"
+	@echo "make report       five SAEs, table and figures; days of work, see README.md"
+	@echo "                  (MODEL=FILE TRAIN=IMAGES VAL=IMAGES OUT=DIR)"
+	@echo "make test         the tests (SAECLIP_DATA=DIR: large files too)"
+	@echo "make check        the tests under the sanitizers (RACED= for all threads' tests)"
+	@echo "make verify       compares a PyTorch implementation (PYTHON=python3)"
+	@echo "make fingerprint  a checksum of all results, to compare with README.md"
+	@echo "make portability  other compilers and processors (TARGETS='clang-O3 s390x')"
+	@echo "make slurm-test   job arrays for a cluster; needs root and Slurm"
+	@echo "make faults       every call that may fail does (FAULTS='train encode')"
+	@echo "make fuzz         hostile input, with clang (TARGET='images lists' SECONDS=900;"
+	@echo "                  SECONDS=0: the seeds alone, with any compiler)"
+	@echo "make bench        speed beside other programs (PEERS=DIR ROUNDS=3)"
+	@echo "make install      copies saeclip and saeclip.h (PREFIX=DIR DESTDIR=DIR)"
 	@echo "make clean        removes what was built"
