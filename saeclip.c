@@ -4266,6 +4266,7 @@ static uint16_t half_of_float(float value) {
  * takes in, so that a change within one word always shows. Starts as { 0 }. */
 typedef struct { uint64_t state, length, word; } digest64;   /* word: the last length % 8 bytes */
 
+/* Multiplies by an odd number (2^64 over the golden ratio); the high bits then mix into the low. */
 static uint64_t digest64_step(uint64_t state, uint64_t word) {
     state = (state ^ word) * 0x9e3779b97f4a7c15u;
     return state ^ state >> 32;
@@ -4278,7 +4279,7 @@ static void digest64_take(digest64 *digest, uint64_t number, unsigned bytes) {
     digest->length += bytes;
     if (held + bytes < 8) return;
     digest->state = digest64_step(digest->state, digest->word);
-    digest->word = held ? number >> (64 - 8 * held) : 0;
+    digest->word = held ? number >> (64 - 8 * held) : 0;     /* the bytes that did not fit */
 }
 
 static void digest64_number(digest64 *digest, uint64_t n) { digest64_take(digest, n, 8); }
@@ -4354,7 +4355,7 @@ static size_t json_escape(const char *text, char **to) {
     return more == 3 ? 12 : 6;
 }
 
-/* Reads and decodes a string. */
+/* Reads a string and decodes it: `to` follows j->at and never overtakes it. */
 static char *json_string(json *j) {
     char *start = j->text + j->at + 1, *to = start;
     json_expect(j, start[-1] == '"', "a string");
@@ -4400,9 +4401,9 @@ static size_t json_sizes(json *j, size_t *sizes, size_t most) {
     size_t n = 0;
     for (const char *text; (text = json_next(j, n, "[]")) != NULL; n++) {
         size_t digits = strspn(text, "0123456789");
-        errno = 0;
+        int whole = digits > 0 && (*text != '0' || digits == 1);     /* JSON forbids 01 */
+        errno = 0;                                                   /* set on overflow */
         unsigned long long value = strtoull(text, NULL, 10);
-        int whole = digits > 0 && (*text != '0' || digits == 1);
         json_expect(j, whole && errno == 0 && value <= SIZE_MAX,
                     "a whole number that this machine can address");
         json_expect(j, n < most, "no more numbers");
@@ -4455,7 +4456,7 @@ static int json_scalars(char *text, size_t length, const char *what, scalar_func
 /* Reads a JSON array of strings, the form that lists of names have in metadata. *out: the pointers
  * and behind them the strings, in one block that free() releases. */
 static int json_string_array(const char *text, const char *what, char ***out, size_t *count) {
-    size_t length = strlen(text), most = 1;
+    size_t length = strlen(text), most = 1;                  /* most: strings there can be */
     for (const char *c = text; *c; c++) most += *c == ',';
     char **list = new_array(most * sizeof *list + length + 1, 1);
     if (!list) return SC_FAILED;
@@ -4542,8 +4543,10 @@ static int measure_tensor(sc_tensor *t, const char *path) {
 /* {"dtype": ..., "shape": ..., "data_offsets": ...}, each once, in any order. */
 static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     const char *members = "dtype, shape and two data_offsets, each once";
-    const size_t room = (size_t)(file->map + file->size - file->data);
-    size_t at[2] = { 0 }, offsets = 0, rank = SIZE_MAX, n = 0, d = 0;
+    const size_t room = (size_t)(file->map + file->size - file->data);   /* bytes of data */
+    size_t n = 0, d = 0;                     /* members so far; the dtype's row in the table */
+    size_t at[2] = { 0 }, offsets = 0;       /* where the tensor's data begin and end */
+    size_t rank = SIZE_MAX;                  /* no shape yet; it may be [] */
     const char *dtype = NULL;
     sc_tensor t = { .name = name };
     for (const char *key; (key = json_next(j, n, "{}")) != NULL; n++) {
@@ -4562,14 +4565,15 @@ static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     t.rank = (int)rank;
     SC_TRY(measure_tensor(&t, file->path));
     if (at[0] > at[1] || at[1] > room || at[1] - at[0] != t.bytes)
-        return fail("%s: tensor '%.100s' needs %zu bytes by its dtype and shape, but lies at %zu to "
-                    "%zu of %zu", file->path, name, t.bytes, at[0], at[1], room);
+        return fail("%s: tensor '%.100s' needs %zu bytes by its dtype and shape, but lies at %zu "
+                    "to %zu of %zu", file->path, name, t.bytes, at[0], at[1], room);
     t.data = file->data + at[0];
     SC_TRY(grow(&file->tensor, &file->tensor_capacity, file->tensors, sizeof t));
     file->tensor[file->tensors++] = t;
     return SC_OK;
 }
 
+/* {"key": "value", ...} */
 static int read_metadata(json *j, sc_safetensors *file) {
     json_expect(j, !file->metadata, "__metadata__ only once");
     for (;; file->entries++) {
@@ -4597,6 +4601,7 @@ static int refuse_file(const sc_safetensors *file, uint64_t size, uint64_t most)
                 (uintmax_t)size, (uintmax_t)most);
 }
 
+/* Reads a copy of the header, in which names and values are decoded and stay. */
 static int read_header(sc_safetensors *file) {
     uint64_t size, most = file->size - 8;
     size_t members = 0;
@@ -4616,6 +4621,7 @@ static int read_header(sc_safetensors *file) {
     return j.failed;
 }
 
+/* By where the data begin; an empty tensor comes before one that begins there too. */
 static int by_position(const void *a, const void *b) {
     const sc_tensor *left = a, *right = b;
     if (left->data > right->data) return 1;
@@ -4644,6 +4650,7 @@ static int by_name(const void *a, const void *b) {
     return strcmp(*left, *right);
 }
 
+/* Sorts entries for bsearch() and refuses equal names. size: bytes of an entry */
 static int sort_by_name(const char *path, void *list, size_t count, size_t size) {
     if (count > 0) qsort(list, count, size, by_name);
     for (char *at = list; count > 1; count--, at += size) {
@@ -4776,6 +4783,7 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
  * killed process leaves NAME.tmp, which the next run overwrites; a lock keeps two processes apart.
  * A device or a pipe (/dev/full) is written directly. */
 
+/* error: an errno */
 static int write_failed(const char *path, int error) {
     const char *reason = strerror(error);
     if (error == EBUSY) reason = "another process is writing it";
@@ -4818,10 +4826,12 @@ static int lock_temporary(int fd, const char *name) {
     return ours;
 }
 
+/* O_NOFOLLOW: a link under the name NAME.tmp is refused. */
 static int output_open(sc_output *out, const char *path) {
     struct stat there;
     int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
-    int flags = O_WRONLY, ready = direct, fd = -1;
+    int flags = O_WRONLY, fd = -1;
+    int ready = direct;                      /* whether the file may be written */
     *out = (sc_output){ .path = copy_string(path) };
     const char *name = out->path;
     if (name && !direct) {
@@ -4829,7 +4839,7 @@ static int output_open(sc_output *out, const char *path) {
         flags = O_RDWR | O_CREAT | O_NOFOLLOW;
     }
     if (name) fd = open(name, flags | O_CLOEXEC, 0666);
-    int ours = fd >= 0 && !direct && lock_temporary(fd, name);
+    int ours = fd >= 0 && !direct && lock_temporary(fd, name);   /* else it is left alone */
     if (ours) ready = ftruncate(fd, 0) == 0;
     if (fd >= 0 && ready) out->file = fdopen(fd, "w");
     if (out->file) return SC_OK;
@@ -4868,13 +4878,14 @@ static int output_commit(sc_output *out) {
  * The data are written as they come, after a gap. Two parts of the header, metadata and tensors,
  * grow in memory and fill the gap at the end; blanks pad it. Each entry begins with a comma. */
 
+/* header_room: bytes to leave for the header; no file may have a header above MAX_HEADER */
 int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
     const size_t least = 1000, most = MAX_HEADER - 64;
     memset(w, 0, sizeof *w);
     SC_TRY(output_open(&w->out, path));
     if (header_room < least) header_room = least;
     if (header_room > most) header_room = most;
-    w->data = (8 + header_room + 63) / 64 * 64;
+    w->data = (8 + header_room + 63) / 64 * 64;              /* aligned to 64 bytes */
     w->metadata = open_memstream(&w->text[0], &w->length[0]);
     if (w->metadata) w->tensors = open_memstream(&w->text[1], &w->length[1]);
     if (w->tensors && fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0) return SC_OK;
@@ -5026,7 +5037,7 @@ static int write_header(sc_writer *w) {
     FILE *f = w->out.file;
     const size_t size = w->data - 8, braces = strlen("{\"__metadata__\":{}}");
     uint64_t number = size, bytes;
-    int used;
+    int used;                                /* bytes of the header before the blanks */
     SC_TRY(end_tensor(w));
     SC_TRY(flush_output(w->metadata, w->out.path));
     SC_TRY(flush_output(w->tensors, w->out.path));

@@ -107,6 +107,11 @@ static void files_digest(void)
     digest64_number(&a, 0x0807060504030201);
     digest64_add(&b, "\1\2\3\4\5\6\7\10", 8);
     check(digest64_value(&a) == digest64_value(&b), "digest64_number is little-endian");
+    digest64 c = { 0 }, d = { 0 };
+    digest64_add(&c, "abc", 3);                      /* then the number crosses a word's end */
+    digest64_number(&c, 0x0807060504030201);
+    digest64_add(&d, "abc\1\2\3\4\5\6\7\10", 11);
+    check(digest64_value(&c) == digest64_value(&d), "digest64_number after 3 bytes");
     digest64_value(&a);
     digest64_number(&a, 7);
     digest64_number(&b, 7);
@@ -366,6 +371,18 @@ static void files_bad_files(void)
         put_file(in_folder("%s", raw[i].name), bytes, raw[i].count);
         check(sc_safetensors_open(&file, in_folder("%s", raw[i].name)) == SC_FAILED && says(raw[i].error),
               "refuses file '%s'", raw[i].name);
+    }
+    static const struct { const char *bytes, *error; } others[] = {
+        { "version https://git-lfs.github.com/spec/v1\noid sha256:00", "a Git LFS pointer" },
+        { "PK\003\004 and so on, for 30 bytes", "a PyTorch file" },
+        { "\x80\002}q\001(X\006weight", "a PyTorch pickle" },
+        { "<!DOCTYPE html><html>", "a web page" },
+        { "{\"weight_map\": {}}", "JSON" },
+    };
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        put_text(in_folder("other"), others[i].bytes);
+        check(sc_safetensors_open(&file, in_folder("other")) == SC_FAILED && says("other: not a safetensors file but")
+              && says(others[i].error), "does not recognise %s", others[i].error);
     }
     /* 100,000,001 bytes of header, really there (as a hole) */
     unsigned char size[8];
@@ -744,6 +761,36 @@ static void files_writer(void)
     sc_safetensors_close(&file);
 }
 
+/* Names with all that is escaped, as a list in metadata. Invalid UTF-8 comes back as U+FFFD and its value. */
+static void files_name_list(void)
+{
+    static char *names[] = { "plain", "\"q\" \\ \\\"", "<b>\n\x1f\x7f", "\xe2\x80\xae\xc2\x9b", "", "a\xff" };
+    enum { NAMES = sizeof names / sizeof *names };
+    sc_writer w;
+    sc_safetensors file = { 0 };
+    char **list = NULL;
+    size_t count = 0;
+    check(sc_writer_open(&w, in_folder("names"), 0) == SC_OK && write_name_list(&w, "n", names, NAMES) == SC_OK
+          && write_name_list(&w, "none", NULL, 0) == SC_OK && sc_writer_finish(&w) == SC_OK, "a list of names");
+    if (!check(sc_safetensors_open(&file, in_folder("names")) == SC_OK, "a list of names is read")) return;
+    const char *text = sc_metadata_find(&file, "n"), *none = sc_metadata_find(&file, "none");
+    const char *start = "[\"plain\",\"\\\"q\\\" \\\\ \\\\\\\"\",\"\\u003cb>";
+    check(text && strncmp(text, start, strlen(start)) == 0, "a list's text");
+    check(none && strcmp(none, "[]") == 0, "an empty list");
+    if (check(text && json_string_array(text, "n", &list, &count) == SC_OK && count == NAMES, "names come back")) {
+        for (size_t i = 0; i < NAMES - 1; i++) check(strcmp(list[i], names[i]) == 0, "name %zu: %s", i, list[i]);
+        check(strcmp(list[NAMES - 1], "a\xef\xbf\xbd" "ff") == 0, "an invalid byte: %s", list[NAMES - 1]);
+    }
+    free(list);
+    sc_safetensors_close(&file);
+    char longest[51], *many[100];                    /* what takes most room: control characters */
+    memset(longest, 1, 50);
+    longest[50] = '\0';
+    for (size_t i = 0; i < 100; i++) many[i] = longest;
+    check(sc_writer_open(&w, in_folder("names"), 100 + names_room(many, 100, 8)) == SC_OK
+          && write_name_list(&w, "n", many, 100) == SC_OK && sc_writer_finish(&w) == SC_OK, "room for names");
+}
+
 static void files_writer_errors(void)
 {
     sc_writer w;
@@ -913,6 +960,7 @@ static void test_files(void)
     files_output_destinations();
     files_output_lock();
     files_writer();
+    files_name_list();
     files_writer_errors();
     files_many();
     files_memory();
