@@ -7586,7 +7586,7 @@ static int parse_shard(const char *text, size_t *shard, size_t *shards) {
     return read == 2 && !text[end] && *shard > 0 && *shard <= *shards && *shards <= MAX_OPERANDS;
 }
 
-/* The data become shard I of N: images from ceil((I - 1) count / N) up to, but without,
+/* Restricts the data to shard I of N: images from ceil((I - 1) count / N) up to, but without,
  * ceil(I count / N). Consecutive images are read fastest; the first shard is never empty. */
 static int take_shard(feed *f, statistics *s, const char *shard) {
     uint64_t count = f->set.count;
@@ -7603,7 +7603,7 @@ static int take_shard(feed *f, statistics *s, const char *shard) {
 static void finish_statistics(statistics *s) {
     size_t lost = derive_statistics(s);
     if (lost > 0)
-        note("%zu latents have means below 2^-64, the unit of exact sums, which count as 0", lost);
+        note("means below 2^-64, the unit of exact sums, count as 0 (latents: %zu)", lost);
 }
 
 /* Fills s->stats in one pass over a data set, or over a shard of it. */
@@ -7872,7 +7872,7 @@ static int command_merge(session *s) {
         int status = read_statistics(&part, path[i], &memory);
         if (status == SC_OK) status = check_shard(path[i], &part, path[0], &all);
         if (status == SC_OK && seen[part.shard]++)
-            status = fail("%s: shard %zu of %zu is there twice", path[i], part.shard, shards);
+            status = fail("%s: shard %zu of %zu is given twice", path[i], part.shard, shards);
         if (status == SC_OK) add_statistics(&all, &part);
         release(&memory);
         SC_TRY(status);
@@ -7887,9 +7887,9 @@ static int command_merge(session *s) {
 
 /* --- Tables ---
  *
- * A table is an array of cells, [rows, columns]. A cell has its column's name, for CSV and JSON, and
- * its title, for text; it holds a text or, where that is NULL, a number. Text shows an undefined cell
- * as "-"; CSV and JSON give the number that stands for it: -1 for an entropy, else 0. */
+ * A table is an array of cells, [rows, columns]. A cell has its column's name, for CSV and JSON,
+ * and its title, for text; it holds a text or, where that is NULL, a number. Text shows "-" for an
+ * undefined cell; CSV and JSON give the number that stands for it: -1 for an entropy, else 0. */
 
 typedef struct {
     const char *name, *title, *text;
@@ -8103,7 +8103,8 @@ static int write_activations(sc_writer *w, void *context) {
     snprintf(origin.text[SC_LAYER], sizeof *origin.text, "%zu", tap->layer);
     strcpy(origin.text[SC_HOOK], hook_names[tap->hook]);
     SC_TRY(put_origin(w, &origin));
-    uintmax_t digest = f->set.digest + (f->set.count - f->used);     /* another one if images lack */
+    uintmax_t missing = f->set.count - f->used;              /* they make it another data set */
+    uintmax_t digest = f->set.digest + missing;
     SC_TRY(put_metadata(w, "data_digest", "%016jx", digest));
     return write_labels(w, &f->set);
 }
@@ -8194,7 +8195,7 @@ static void spool_tile(const session *s, const tile_codes *tile, float *f) {
     if (spool[CODE_DENSE]) fwrite(f, sizeof *f, count, spool[CODE_DENSE]);
 }
 
-/* Writes what is asked for of a batch. f: [TILE_TOKENS, n] */
+/* Writes a batch's rows of every tensor. f: [TILE_TOKENS, n] */
 static int spool_batch(const session *s, float *f) {
     const sae_batch *b = &s->batch[0];
     FILE *const *spool = s->spool;
@@ -8213,7 +8214,8 @@ static int spool_batch(const session *s, float *f) {
     return SC_OK;
 }
 
-/* Copies the temporary files. columns: 0 for a list, [codes]; else [tokens or images, columns] */
+/* Writes the tensors from the temporary files. columns: 0 for a list, [codes]; else the tensor is
+ * [tokens or images, columns] */
 static int write_codes(sc_writer *w, void *context) {
     session *s = context;
     size_t n = s->sae[0].d_sae, D = s->sae[0].d_in, count;
@@ -8403,7 +8405,7 @@ static int parse_latents(viewer *v, const char *text) {
     for (char *end;; text = end + 1) {
         unsigned long long j = strtoull(text, &end, 10);
         if (!isdigit((unsigned char)*text) || (*end && *end != ',') || v->latents == MAX_SHOWN)
-            return usage("-l: invalid value at '%s' (expected latents, as in 7 or 7,11, at most %d)",
+            return usage("-l: invalid value at '%s' (expected at most %d latents, as in 7 or 7,11)",
                          text, MAX_SHOWN);
         if (j >= sae->d_sae)
             return fail("%s: no latent %llu (expected 0 to %zu)", sae->path, j, sae->d_sae - 1);
@@ -8420,7 +8422,7 @@ static int open_statistics(viewer *v, const char *path) {
     SC_TRY(read_statistics(s, path, &v->s->memory));
     size_t key = origin_difference(&s->origin, &now);
     if (s->shards > 1)
-        return fail("%s: statistics of one shard (expected what merge makes of all)", path);
+        return fail("%s: statistics of one shard (expected the output of merge)", path);
     if (!v->any_data && s->data_digest != set->digest)
         return fail("%s: statistics of another data set", path);
     if (s->sae_digest != sae_digest(&v->s->sae[0]) || s->n != v->s->sae[0].d_sae)
@@ -8577,7 +8579,7 @@ static int show_image_masks(viewer *v) {
     return status == SC_END ? SC_OK : status;
 }
 
-/* Writes the means of the latents' masks over the images of a class, over the mean of its images. */
+/* Writes the mean of each latent's masks on the images of a class, drawn over the mean image. */
 static int show_class_masks(viewer *v, long class) {
     feed *f = &v->s->data;
     size_t S = f->model.image_size, patches = v->patches;    /* S: 0 for saved activations */
@@ -8681,8 +8683,8 @@ static int show_sheets(viewer *v) {
 
 enum { EXPLAINED = 16, EXPLAIN_COLUMNS = 5, CLASSES_SHOWN = 3 };
 
-/* The classes (other) with the largest shares (value) of the activation of latent j's top images, in
- * descending order; returns how many. Images without a label count only in the whole.
+/* The classes (other) with the largest shares (value) in the activation of latent j's top images,
+ * in descending order; returns how many there are. The whole includes images without a label.
  * largest: [room] */
 static size_t top_classes(const statistics *s, size_t j, sc_top *largest, size_t room) {
     const sc_top *top = s->top + j * s->K;

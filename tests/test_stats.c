@@ -196,9 +196,9 @@ static void stats_merge_refuses(void)
     refuses(1, "in its --threshold", "merge %s %s -o %s", in_folder("a"), in_folder("b"), out);
     refuses(1, "in its --threshold", "merge %s %s -o %s", in_folder("a"), in_folder("c"), out);
     refuses(1, "one of 2 shards, of which shard 2 is missing", "merge %s -o %s", one, out);
-    refuses(1, "shard 1 of 2 is there twice", "merge %s %s -o %s", one, one, out);
+    refuses(1, "shard 1 of 2 is given twice", "merge %s %s -o %s", one, one, out);
     works(STATS_OF("stats", "exact") "-o %s", in_folder("whole"));
-    refuses(1, "shard 1 of 1 is there twice", "merge %s %s -o %s", in_folder("whole"), in_folder("whole"), out);
+    refuses(1, "shard 1 of 1 is given twice", "merge %s %s -o %s", in_folder("whole"), in_folder("whole"), out);
     refuses(1, "in its number of shards", "merge %s %s -o %s", one, in_folder("whole"), out);
     refuses(1, "not statistics", "merge " GOLDEN "acts.safetensors -o %s", out);
     /* A value that is not finite is named where it comes from. */
@@ -363,7 +363,7 @@ static void stats_lost(void)
     check(mean && fabs(mean[0] - 1e-19) < 1e-19, "a mean of 1e-19 is %g", mean ? mean[0] : 0);
     stats_make_acts(acts, small, 2, 1, NULL);
     works("stats -s %s --acts %s -o %s", sae, acts, out);
-    check(stats_remarks("1 latents have means below 2^-64") == 1, "a mean that is lost has remarks: %s", ran.err);
+    check(stats_remarks("below 2^-64, the unit of exact sums, count as 0 (latents: 1)") == 1, "a mean that is lost has remarks: %s", ran.err);
     mean = numbers_of(out, "sae_mean_acts", &count);
     const double *images = numbers_of(out, "image_count", &count);
     check(mean && images && mean[0] == 0 && images[0] == 2, "a lost mean is not 0");
