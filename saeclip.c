@@ -8801,6 +8801,7 @@ static int command_explain(session *s) { return look(s, explain); }
 enum {
     MAX_FILES = 64,                  /* in one figure */
     LINE_POINTS = 1000,              /* longer series are thinned to at least this many points */
+    CELLS = 100,                     /* of a scatter plot, per side: one point in each at most */
     COLOURS = 9,                     /* of the heat map */
     MASK_CELLS = 64                  /* side of a mask in patches, at most */
 };
@@ -8810,6 +8811,7 @@ typedef struct {
     const char *path;
     double (*row)[4];
     size_t rows, capacity;
+    char words[100];                 /* what the legend says, besides the path */
 } plot_series;
 
 /* A linear axis goes from 0 to the largest value, a logarithmic one covers whole powers of ten.
@@ -8827,8 +8829,8 @@ typedef struct {
     FILE *out;
 } plot;
 
-/* Rows come from a file directly (read) or from statistics (convert). Column 0 lies along the x axis
- * of every panel, column i + 1 along the y axis of panel i. */
+/* Rows come from a file directly (read) or from statistics (convert). Column 0 lies along the x
+ * axis of every panel, column i + 1 along the y axis of panel i. */
 struct plot_kind {
     const char *name;
     int (*read)(plot_series *s);
@@ -8907,7 +8909,7 @@ static int histogram_rows(plot_series *s, const statistics *stats) {
     return SC_OK;
 }
 
-/* For qsort: the larger second column first. */
+/* For qsort: more images first. */
 static int by_images(const void *a, const void *b) {
     const double *left = a, *right = b;
     return (left[1] < right[1]) - (left[1] > right[1]);
@@ -8915,13 +8917,19 @@ static int by_images(const void *a, const void *b) {
 
 /* Columns: rank, number of images on which the latent fires, for the latents that fire. */
 static int count_rows(plot_series *s, const statistics *stats) {
+    size_t all = 0, few = 0;
     for (size_t j = 0; j < stats->n; j++) {
         double images = (double)stats->latent[j].images;
         if (images > 0) SC_TRY(add_row(s, 0, images, 0, 0));
+        if (images == (double)stats->images) all++;
+        if (images == 1 || images == 2) few++;
     }
     if (s->rows > 0) qsort(s->row, s->rows, sizeof *s->row, by_images);
     for (size_t r = 0; r < s->rows; r++)
         s->row[r][0] = (double)(r + 1);
+    snprintf(s->words, sizeof s->words,
+             ": %zu latents fire on all images, %zu on 1 or 2, %zu on none", all, few,
+             stats->n - s->rows);
     return SC_OK;
 }
 
@@ -9017,28 +9025,23 @@ static const char *line_colour(int series) {
 
 /* --- Axes --- */
 
-/* factor * 10^exponent, correctly rounded */
-static double decimal(int factor, int exponent) {
-    char text[24];
-    snprintf(text, sizeof text, "%de%d", factor, exponent);
-    return strtod(text, NULL);
-}
-
 /* A value in the units of the axis. */
 static double on_axis(const plot_axis *a, double value) {
     if (a->is_log) return log64(value) * 0.43429448190325183;
     return value;
 }
 
-/* The pixel of a value. */
+/* The pixel of a value; `at` is in the units of the axis. */
+static double pixel_at(const plot_axis *a, double at) {
+    return a->from + (a->to - a->from) * (at - a->low) / (a->high - a->low);
+}
+
 static double axis_place(const plot_axis *a, double value) {
-    double share = (on_axis(a, value) - a->low) / (a->high - a->low);
-    return a->from + (a->to - a->from) * share;
+    return pixel_at(a, on_axis(a, value));
 }
 
 /* The axis for a column of all files; at most 8 ticks. */
 static plot_axis fit_axis(const plot *p, int column, int is_log, double from, double to) {
-    static const int factors[] = { 1, 2, 5 };
     double low = 1e300, high = 0;
     for (int n = 0; n < p->count; n++) {
         const plot_series *s = &p->series[n];
@@ -9056,8 +9059,11 @@ static plot_axis fit_axis(const plot *p, int column, int is_log, double from, do
         a.high = fmax(a.high, a.low + 1);
         a.step = ceil((a.high - a.low) / 8);
     }
-    for (int i = 0; a.step < a.high / 8 && !is_log; i++) /* 1e-30, 2e-30, 5e-30, 1e-29, ... */
-        a.step = decimal(factors[i % 3], i / 3 - 30);
+    for (double power = 1e-30; a.step < a.high / 8 && !is_log; power *= 10) {
+        a.step = power;                                  /* 1, 2 or 5 times a power of ten */
+        if (a.step < a.high / 8) a.step = 2 * power;
+        if (a.step < a.high / 8) a.step = 5 * power;
+    }
     return a;
 }
 
@@ -9066,12 +9072,12 @@ static plot_axis fit_axis(const plot *p, int column, int is_log, double from, do
 static void draw_axis(const plot *p, const plot_axis *a, int is_y, int size, const char *label) {
     double middle = (a->from + a->to) / 2;
     char number[32];
-    double first = ceil(a->low / a->step), last = a->high / a->step;
-    for (double k = first; k <= last; k++) {
-        double value = k * a->step;
-        if (a->is_log) value = decimal(1, (int)value);
-        double place = axis_place(a, value);
-        snprintf(number, sizeof number, "%.10g", value);
+    int last = (int)(a->high / a->step + 1e-9);
+    for (int k = (int)ceil(a->low / a->step); k <= last; k++) {
+        double place = pixel_at(a, k * a->step);
+        if (a->is_log) snprintf(number, sizeof number, "1e%.0f", k * a->step);
+        else snprintf(number, sizeof number, "%.10g", k * a->step);
+        snprintf(number, sizeof number, "%.10g", strtod(number, NULL));      /* 100, not 1e2 */
         if (is_y) {
             draw_rect(p, 0, place, size, 1, "#ddd");
             draw_text(p, -6, place + 4, " text-anchor=\"end\"", number);
@@ -9080,7 +9086,8 @@ static void draw_axis(const plot *p, const plot_axis *a, int is_y, int size, con
             draw_text(p, place, size + 16, " text-anchor=\"middle\"", number);
         }
     }
-    if (is_y) draw_text(p, -middle, -58, " text-anchor=\"middle\" transform=\"rotate(-90)\"", label);
+    const char *turned = " text-anchor=\"middle\" transform=\"rotate(-90)\"";
+    if (is_y) draw_text(p, -middle, -58, turned, label);
     else draw_text(p, middle, size + 36, " text-anchor=\"middle\"", label);
 }
 
@@ -9147,21 +9154,26 @@ static void draw_lines(const plot *p) {
     for (int n = 0; n < p->count; n++) {
         int down = legend + 20 * n;
         draw_rect(p, 82, down - 5, 22, 2, line_colour(n));
-        const char *name = path_end(p->series[n].path, 90);
-        draw_text(p, 112, down, "", name);
+        char line[TEXT_ROOM];
+        snprintf(line, sizeof line, "%s%s", path_end(p->series[n].path, 50), p->series[n].words);
+        draw_text(p, 112, down, "", line);
     }
 }
 
-/* The latents whose entropy has this colour, as one path of points. largest: of all entropies */
+/* The latents whose entropy has this colour, as one path. One point per cell of 3 x 3 pixels, so
+ * that 49,152 latents make a small file. largest: of all entropies */
 static void draw_points(const plot *p, const plot_series *s, const plot_axis *x,
                         const plot_axis *y, double largest, const char *colour) {
+    unsigned char taken[CELLS + 1][CELLS + 1] = { 0 };
+    double side = x->to / CELLS;
     fprintf(p->out, "<path stroke=\"%s\" stroke-width=\"3\" stroke-linecap=\"round\" d=\"", colour);
     for (size_t r = 0; r < s->rows; r++) {
         const double *row = s->row[r];
-        if (heat(row[2] / largest) != colour) continue;
-        double across = axis_place(x, row[0]);
-        double down = axis_place(y, row[1]);
-        fprintf(p->out, "M%.0f %.0fh0", across, down);
+        int column = (int)(axis_place(x, row[0]) / side + 0.5);
+        int line = (int)(axis_place(y, row[1]) / side + 0.5);
+        if (heat(row[2] / largest) != colour || taken[line][column]) continue;
+        taken[line][column] = 1;
+        fprintf(p->out, "M%.0f %.0fh0", side * column, side * line);
     }
     fputs("\"/>\n", p->out);
 }
@@ -9356,22 +9368,24 @@ static int write_jpeg(FILE *out, const unsigned char *pixels, size_t S) {
     return fail("cjpeg failed: %s", *words ? words : "no message");
 }
 
-/* An image as BMP: two headers, then per pixel blue, green, red, 0. With 32 bits per pixel rows need
- * no padding; the negative height says that the top row comes first. */
+/* An image as BMP of at most 128 x 128: two headers, then per pixel blue, green, red, 0. With 32
+ * bits per pixel rows need no padding; the negative height says that the top row comes first. */
 static void write_bitmap(FILE *out, const unsigned char *pixels, size_t S) {
-    uint32_t side = (uint32_t)S, bytes = 4 * side * side;
+    uint32_t side = S < 128 ? (uint32_t)S : 128, bytes = 4 * side * side;
     const uint32_t fields[] = {
         54 + bytes, 0, 54,                               /* bytes of the file, of the headers */
-        40, side, 0 - side,                              /* bytes of the second header, width, height */
+        40, side, 0 - side,                              /* of the second header; width, height */
         1 | 32 << 16, 0, bytes, 0, 0, 0, 0 };            /* 1 plane, 32 bits, not compressed */
     unsigned char header[sizeof fields];
     copy_numbers(header, fields, COUNT(fields), 4);      /* little-endian */
     fputs("BM", out);
     fwrite(header, sizeof header, 1, out);
-    for (size_t i = 0; i < S * S; i++, pixels += 3) {
-        putc(pixels[2], out);
-        putc(pixels[1], out);
-        putc(pixels[0], out);
+    for (size_t i = 0; i < (size_t)side * side; i++) {
+        size_t y = i / side * S / side, x = i % side * S / side;     /* nearest neighbour */
+        const unsigned char *rgb = pixels + (y * S + x) * 3;
+        putc(rgb[2], out);
+        putc(rgb[1], out);
+        putc(rgb[0], out);
         putc(0, out);
     }
 }
@@ -9434,7 +9448,20 @@ static int look_at_images(atlas *a) {
 
 /* --- Scripts --- */
 
-/* The top images of latent j, each [image, activation, class, name, mask]. */
+/* The patches of an image that are among the top patches of latent j, separated by commas. */
+static void write_top_patches(const atlas *a, FILE *out, size_t j, int64_t image) {
+    const statistics *stats = a->stats;
+    const char *comma = "";
+    for (size_t p = 0; p < stats->P; p++) {
+        const sc_top *top = &stats->patch[j * stats->P + p];
+        size_t patch = (size_t)top->other - stats->first_patch;
+        if (top->image != image || patch >= a->v->patches) continue;
+        fprintf(out, "%s%zu", comma, patch);
+        comma = ",";
+    }
+}
+
+/* The top images of latent j, each [image, activation, class, name, mask, [top patches]]. */
 static int write_latent(atlas *a, FILE *out, size_t j) {
     size_t patches = a->v->patches;
     for (size_t k = 0; k < top_images(a->stats, j); k++) {
@@ -9446,7 +9473,9 @@ static int write_latent(atlas *a, FILE *out, size_t j) {
         fprintf(out, "[%lld,%.6g,%lld,", (long long)top->image, (double)top->value,
                 (long long)top->other);
         print_json(out, image_name(&a->v->s->data, (size_t)top->image));
-        fprintf(out, ",\"%.*s\"]", (int)patches, a->digits);
+        fprintf(out, ",\"%.*s\",[", (int)patches, a->digits);
+        write_top_patches(a, out, j, top->image);
+        fputs("]]", out);
     }
     return SC_OK;
 }
@@ -9739,26 +9768,32 @@ static int command_compare(session *s) {
 /* ============================================================================================
  * 25. The command line
  *
- * One table of options, one of options that exclude or need each other, one of commands. An
- * option's row says which commands take it.
+ * One table of options, whose rows say which commands take them; one of options that exclude or
+ * need each other; one of commands. The help texts, the checks and the parser follow the tables.
  * ============================================================================================ */
 #ifndef SAECLIP_NO_MAIN
 
-enum {                               /* commands, and what several of them have in common */
+/* Commands, and sets of commands that take the same options. */
+enum {
     INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
     MASK = 256, ZEROSHOT = 512, COMPARE = 1024, MERGE = 2048, EXPLAIN = 4096, PLOT = 8192,
     ATLAS = 16384, EVERY = 32767,
-    LATENTS = TOP | MASK, LOOKS = LATENTS | EXPLAIN | ATLAS,
+    LATENTS = TOP | MASK,
+    LOOKS = LATENTS | EXPLAIN | ATLAS,           /* show latents on images */
     SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
-    DATA = TRAIN | ENCODE | EVAL | STATS, ACTS = DATA | MASK,
-    PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT, IMAGES = PHOTOS | PACK,
+    DATA = TRAIN | ENCODE | EVAL | STATS,
+    ACTS = DATA | MASK,
+    PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,  /* run a model on images */
+    IMAGES = PHOTOS | PACK,
     OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
 };
 
-/* A WHOLE number is kept as a long, a LARGE one, which may need more than 32 bits, as a double. */
+/* The type of an option's value: FLAG has none, TEXTS is a list, CHOICE one of several words. WHOLE
+ * is an integer kept as a long, LARGE one that may need more than 32 bits, kept as a double. */
 typedef enum { FLAG, TEXT, TEXTS, CHOICE, WHOLE, LARGE, NUMBER } option_kind;
 
-/* value: its name in the help, of a CHOICE its possible values; least, most: of numbers. */
+/* value: its name in the help or, of a CHOICE, the possible words; place: where it goes in options;
+ * fallback: its default; least, most: limits of a number. */
 static const struct option_row {
     const char *name, *value;
     option_kind kind;
@@ -9768,101 +9803,156 @@ static const struct option_row {
     double least, most;
 } option_table[] = {
 #define AT(field) .place = offsetof(options, field)
-    { "-m", "FILE", TEXT, AT(model), PHOTOS, "the vision transformer" },
-    { "-s", "FILE", TEXTS, AT(sae), SAES & ~(EVAL | ZEROSHOT), "the SAE" },
-    { "-s", "FILE", TEXTS, AT(sae), EVAL, "an SAE; may be repeated" },
-    { "-s", "FILE", TEXTS, AT(sae), ZEROSHOT, "an SAE, whose x' replaces x" },
-    { "-t", "FILE", TEXT, AT(stats), LOOKS, "the SAE's statistics" },
-    { "-o", "PATH", TEXT, AT(output), OUTPUT, "where to write" },
-    { "-l", "J[,J...]", TEXT, AT(latents), LATENTS, "latents" },
-    { "--acts", "FILE", TEXT, AT(acts), ACTS, "saved activations, in place of -m and IMAGES" },
-    { "--also", "DATA", TEXT, AT(also), EVAL, "a second data set of the same kind" },
+    /* Files */
+    { "-m", "FILE", TEXT, AT(model), PHOTOS,
+      "the vision transformer" },
+    { "-s", "FILE", TEXTS, AT(sae), SAES,
+      "the SAE (eval: may be repeated; zeroshot: x' replaces x)" },
+    { "-t", "FILE", TEXT, AT(stats), LOOKS,
+      "the SAE's statistics" },
+    { "-o", "PATH", TEXT, AT(output), OUTPUT,
+      "where to write" },
+    { "-l", "J[,J...]", TEXT, AT(latents), LATENTS,
+      "latents" },
+    { "--acts", "FILE", TEXT, AT(acts), ACTS,
+      "saved activations, in place of -m and IMAGES" },
+    { "--also", "DATA", TEXT, AT(also), EVAL,
+      "a second data set of the same kind" },
+    /* Hook point */
     { "--layer", "L", WHOLE, AT(layer), PHOTOS,
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
     { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS,
       "hook point (default: the SAE's, else mlp)" },
-    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT, "tokens to write (default: all)" },
-    { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT, "number type", "f32" },
-    { "--size", "S", WHOLE, AT(size), PACK, "side of the images in pixels", "224", 1, 16384 },
-    { "--square", "N", WHOLE, AT(square), IMAGES, "first resize the centre square to N x N",
-      NULL, 0, 16384 },
+    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT,
+      "tokens to write (default: all)" },
+    /* Images and preprocessing */
+    { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT,
+      "number type", "f32" },
+    { "--size", "S", WHOLE, AT(size), PACK,
+      "side of the images in pixels", "224", 1, 16384 },
+    { "--square", "N", WHOLE, AT(square), IMAGES,
+      "first resize the centre square to N x N", NULL, 0, 16384 },
     { "--crop", "torchvision|hf", CHOICE, AT(crop), IMAGES,
       "rounding of the centre crop (default: the SAE's, else torchvision)" },
-    { "--limit", "N", WHOLE, AT(limit), IMAGES, "only the first N images", NULL, 1, 2e9 },
+    { "--limit", "N", WHOLE, AT(limit), IMAGES,
+      "only the first N images", NULL, 1, 2e9 },
     { "--skip-bad", NULL, FLAG, AT(skip_bad), IMAGES & ~(TOP | EXPLAIN | ATLAS),
       "name unreadable images and go on" },
-    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS, "overrules the model's image_mean" },
-    { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS, "overrules the model's image_std" },
+    /* What the model file may not say */
+    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS,
+      "overrules the model's image_mean" },
+    { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS,
+      "overrules the model's image_std" },
     { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS,
       "overrules the model's activation function" },
-    { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS, "overrules the layer norms' epsilon" },
-    { "--heads", "N", TEXT, AT(settings.heads), PHOTOS, "overrules the number of heads" },
-    { "--arch", "relu|topk", CHOICE, AT(arch), TRAIN | SAES, "default: relu, or the file's" },
-    { "--k", "K", WHOLE, AT(k), TRAIN | SAES, "of TopK (default: 32, or the file's)", NULL, 1,
-      1e9 },
-    { "--expansion", "E", WHOLE, AT(expansion), TRAIN, "latents per input", "64", 1, 65536 },
-    { "--latents", "N", WHOLE, AT(d_sae), TRAIN, "latents", NULL, 1, SC_MAX_LATENTS },
-    { "--l1", "X", NUMBER, AT(l1), TRAIN, "weight of the L1 loss (ReLU)", "8e-5", 0, 1e9 },
-    { "--lr", "X", NUMBER, AT(lr), TRAIN, "learning rate", "4e-4", 0, 1e9 },
-    { "--warmup", "STEPS", WHOLE, AT(warmup), TRAIN, "steps over which the rate rises", "500", 0,
-      1e9 },
-    { "--batch", "IMAGES", WHOLE, AT(batch), TRAIN, "images per step", "16", 1, 1e9 },
-    { "--epochs", "E", NUMBER, AT(epochs), TRAIN, "passes over the data", "1", 0, 1e9 },
-    { "--steps", "N", WHOLE, AT(steps), TRAIN, "steps (0: the initial SAE)", NULL, 0, 2e9 },
+    { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS,
+      "overrules the layer norms' epsilon" },
+    { "--heads", "N", TEXT, AT(settings.heads), PHOTOS,
+      "overrules the number of heads" },
+    /* The SAE and its training */
+    { "--arch", "relu|topk", CHOICE, AT(arch), TRAIN | SAES,
+      "default: relu, or the file's" },
+    { "--k", "K", WHOLE, AT(k), TRAIN | SAES,
+      "of TopK (default: 32, or the file's)", NULL, 1, 1e9 },
+    { "--expansion", "E", WHOLE, AT(expansion), TRAIN,
+      "latents per input", "64", 1, 65536 },
+    { "--latents", "N", WHOLE, AT(d_sae), TRAIN,
+      "latents", NULL, 1, SC_MAX_LATENTS },
+    { "--l1", "X", NUMBER, AT(l1), TRAIN,
+      "weight of the L1 loss (ReLU)", "8e-5", 0, 1e9 },
+    { "--lr", "X", NUMBER, AT(lr), TRAIN,
+      "learning rate", "4e-4", 0, 1e9 },
+    { "--warmup", "STEPS", WHOLE, AT(warmup), TRAIN,
+      "steps over which the rate rises", "500", 0, 1e9 },
+    { "--batch", "IMAGES", WHOLE, AT(batch), TRAIN,
+      "images per step", "16", 1, 1e9 },
+    { "--epochs", "E", NUMBER, AT(epochs), TRAIN,
+      "passes over the data", "1", 0, 1e9 },
+    { "--steps", "N", WHOLE, AT(steps), TRAIN,
+      "steps (0: the initial SAE)", NULL, 0, 2e9 },
     { "--b-dec", "zeros|mean|geomedian|geomedian-images", CHOICE, AT(b_dec), TRAIN,
       "where the decoder's bias starts", "zeros" },
-    { "--b-dec-images", "M", WHOLE, AT(b_dec_images), TRAIN, "images for that (default: one step's)",
-      NULL, 1, 1e9 },
-    { "--ghost", NULL, FLAG, AT(ghost), TRAIN, "ghost gradients for dead latents" },
+    { "--b-dec-images", "M", WHOLE, AT(b_dec_images), TRAIN,
+      "images for that (default: one step's)", NULL, 1, 1e9 },
+    { "--ghost", NULL, FLAG, AT(ghost), TRAIN,
+      "ghost gradients for dead latents" },
     { "--dead-window", "STEPS", WHOLE, AT(dead_window), TRAIN,
       "silent steps after which a latent is dead", "64", 0, 1e9 },
-    { "--init", "SAE", TEXT, AT(init), TRAIN, "start from this SAE" },
-    { "--order", "shuffle|sequential", CHOICE, AT(order), TRAIN, "of the images", "shuffle" },
-    { "--log", "CSV", TEXT, AT(log), TRAIN, "one row per step" },
-    { "--checkpoint", "FILE", TEXT, AT(checkpoint), TRAIN, "state to keep (default: OUT.ckpt)" },
-    { "--checkpoint-every", "STEPS", WHOLE, AT(checkpoint_every), TRAIN, "how often", "1000", 1,
-      2e9 },
-    { "--resume", NULL, FLAG, AT(resume), TRAIN, "go on from the checkpoint" },
-    { "--seed", "N", LARGE, AT(seed), TRAIN, "of all random numbers", "42", 0, 0x1p53 - 1 },
-    { "--dense", NULL, FLAG, AT(dense), ENCODE, "also f as a matrix" },
-    { "--reconstruction", NULL, FLAG, AT(reconstruction), ENCODE, "also x'" },
-    { "--image-means", NULL, FLAG, AT(image_means), ENCODE, "also mean activations per image" },
-    { "--top", "K", WHOLE, AT(top), STATS, "top images per latent", "16", 1, 4096 },
-    { "--top-patches", "P", WHOLE, AT(top_patches), STATS, "top patches per latent", "64", 1, 4096 },
-    { "--class-counts", NULL, FLAG, AT(class_counts), STATS, "also count images per class" },
-    { "--threshold", "T", NUMBER, AT(threshold), STATS, "count tokens above T instead", NULL, 0,
-      1e30 },
-    { "--shard", "I/N", TEXT, AT(shard), STATS, "only part I, from 1, of N, for merge" },
-    { "--mask", "value|top", CHOICE, AT(mask), LATENTS, "where it fires, or its top patches" },
-    { "--class", "C", WHOLE, AT(class_index), MASK, "the mean mask of a class", NULL, 0, 1e9 },
-    { "--patch", "R,C", TEXT, AT(patch), EXPLAIN, "only this patch; row and column from 0" },
+    { "--init", "SAE", TEXT, AT(init), TRAIN,
+      "start from this SAE" },
+    { "--order", "shuffle|sequential", CHOICE, AT(order), TRAIN,
+      "of the images", "shuffle" },
+    { "--log", "CSV", TEXT, AT(log), TRAIN,
+      "one row per step" },
+    { "--checkpoint", "FILE", TEXT, AT(checkpoint), TRAIN,
+      "state to keep (default: OUT.ckpt)" },
+    { "--checkpoint-every", "STEPS", WHOLE, AT(checkpoint_every), TRAIN,
+      "how often", "1000", 1, 2e9 },
+    { "--resume", NULL, FLAG, AT(resume), TRAIN,
+      "go on from the checkpoint" },
+    { "--seed", "N", LARGE, AT(seed), TRAIN,
+      "of all random numbers", "42", 0, 0x1p53 - 1 },
+    /* encode */
+    { "--dense", NULL, FLAG, AT(dense), ENCODE,
+      "also f as a matrix" },
+    { "--reconstruction", NULL, FLAG, AT(reconstruction), ENCODE,
+      "also x'" },
+    { "--image-means", NULL, FLAG, AT(image_means), ENCODE,
+      "also mean activations per image" },
+    /* stats */
+    { "--top", "K", WHOLE, AT(top), STATS,
+      "top images per latent", "16", 1, 4096 },
+    { "--top-patches", "P", WHOLE, AT(top_patches), STATS,
+      "top patches per latent", "64", 1, 4096 },
+    { "--class-counts", NULL, FLAG, AT(class_counts), STATS,
+      "also count images per class" },
+    { "--threshold", "T", NUMBER, AT(threshold), STATS,
+      "count tokens above T instead", NULL, 0, 1e30 },
+    { "--shard", "I/N", TEXT, AT(shard), STATS,
+      "only part I, from 1, of N, for merge" },
+    /* Looking at latents */
+    { "--mask", "value|top", CHOICE, AT(mask), LATENTS,
+      "where it fires, or its top patches" },
+    { "--class", "C", WHOLE, AT(class_index), MASK,
+      "the mean mask of a class", NULL, 0, 1e9 },
+    { "--patch", "R,C", TEXT, AT(patch), EXPLAIN,
+      "only this patch; row and column from 0" },
     { "--max-frequency", "F", NUMBER, AT(max_frequency), EXPLAIN,
       "leave out latents that fire on a larger share of the images", "1", 0, 1 },
-    { "--common", NULL, FLAG, AT(common), COMPARE, "only tensors and metadata that both have" },
-    { "--tensors", NULL, FLAG, AT(tensors), INFO, "also list the tensors" },
-    { "--rtol", "X", NUMBER, AT(rtol), COMPARE, "relative tolerance", "0", 0, 1e30 },
-    { "--atol", "X", NUMBER, AT(atol), COMPARE, "absolute tolerance", "0", 0, 1e30 },
-    { "--format", "text|csv|json", CHOICE, AT(format), EVAL | EXPLAIN | ZEROSHOT, "of the output",
-      "text" },
-    { "--threads", "N", WHOLE, AT(threads), EVERY, "default: all cores", NULL, 1, SC_MAX_THREADS },
-    { "--quiet", NULL, FLAG, AT(quiet), EVERY, "no progress, no remarks" } };
+    /* Printing */
+    { "--tensors", NULL, FLAG, AT(tensors), INFO,
+      "also list the tensors" },
+    { "--common", NULL, FLAG, AT(common), COMPARE,
+      "only tensors and metadata that both have" },
+    { "--rtol", "X", NUMBER, AT(rtol), COMPARE,
+      "relative tolerance", "0", 0, 1e30 },
+    { "--atol", "X", NUMBER, AT(atol), COMPARE,
+      "absolute tolerance", "0", 0, 1e30 },
+    { "--format", "text|csv|json", CHOICE, AT(format), EVAL | EXPLAIN | ZEROSHOT,
+      "of the output", "text" },
+    /* All commands */
+    { "--threads", "N", WHOLE, AT(threads), EVERY,
+      "default: all cores", NULL, 1, SC_MAX_THREADS },
+    { "--quiet", NULL, FLAG, AT(quiet), EVERY,
+      "no progress, no remarks" } };
 
 #define OPTIONS COUNT(option_table)
 _Static_assert(COUNT(option_table) <= MAX_OPTIONS, "options.given has room for each");
 
-/* Options of which one would make the other ineffective, and options that need one of two others. */
+/* Options of which one would make the other ineffective. */
 static const char *const excluded[][2] = {
     { "--init", "--expansion" }, { "--init", "--latents" }, { "--init", "--b-dec" },
     { "--steps", "--epochs" }, { "--square", "--size" }, { "--latents", "--expansion" },
     { "--acts", "-m" }, { "--acts", "--square" }, { "--acts", "--crop" }, { "--acts", "--mean" },
     { "--acts", "--std" }, { "--acts", "--gelu" }, { "--acts", "--eps" }, { "--acts", "--heads" },
     { "--acts", "--skip-bad" } };
-static const char *const needed[][3] = {
-    { "--b-dec-images", "--b-dec", "--b-dec" }, { "--dead-window", "--ghost", "--ghost" },
-    { "--checkpoint-every", "--checkpoint", "--resume" },
-    { "--threshold", "--class-counts", "--class-counts" } };
 
-/* The options in a synopsis must be given; least, most: operands. */
+/* Options that have no effect without the other. */
+static const char *const needed[][2] = {
+    { "--b-dec-images", "--b-dec" }, { "--dead-window", "--ghost" },
+    { "--checkpoint-every", "--checkpoint" }, { "--threshold", "--class-counts" } };
+
+/* Options that a synopsis names must be given; least, most: numbers of operands. */
 static const struct command_row {
     int bit;
     const char *name, *synopsis, *help, *example;
@@ -9904,13 +9994,15 @@ static const struct command_row {
     { COMPARE, "compare", "A B", "two safetensors files, tensor by tensor",
       "--rtol 1e-5 mine.safetensors theirs.safetensors", command_compare, 2, 2 } };
 
+/* --- Help --- */
+
 static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"
          "    saeclip COMMAND [options] [IMAGES or FILE ...]\n");
     for (size_t i = 0; i < COUNT(command_table); i++)
         printf("    %-9s %s\n", command_table[i].name, command_table[i].help);
     puts("\nIMAGES: a folder (or a folder of folders, one per class), a list (.txt), a packed set\n"
-         "(.safetensors) or one image. `saeclip COMMAND --help` lists a command's options.\n"
+         "(.safetensors) or one image. `saeclip COMMAND --help` lists the options of a command.\n"
          "Environment: SAECLIP_ISA and SAECLIP_DECODER, see README.md.");
     return end_of_output();
 }
@@ -9931,17 +10023,17 @@ static int print_command_help(const struct command_row *command) {
     return end_of_output();
 }
 
-static int is_choice(const char *choices, const char *text) {
-    while (*choices) {
-        size_t n = strcspn(choices, "|");
-        if (n == strlen(text) && memcmp(choices, text, n) == 0) return 1;
-        choices += n;
-        if (*choices) choices++;
-    }
-    return 0;
+/* --- Parsing --- */
+
+/* Whether a text is one of the words in "one|another". */
+static int is_choice(const char *words, const char *text) {
+    char one[100], all[100];
+    snprintf(one, sizeof one, "|%s|", text);
+    snprintf(all, sizeof all, "|%s|", words);
+    return !strchr(text, '|') && strstr(all, one) != NULL;
 }
 
-/* Puts an option's value where it belongs; text NULL: there is none. */
+/* Stores the value of an option; text: NULL where it is missing. */
 static int set_option(options *o, const struct option_row *row, const char *text) {
     void *place = (char *)o + row->place;
     double number;
@@ -9950,17 +10042,16 @@ static int set_option(options *o, const struct option_row *row, const char *text
         return SC_OK;
     }
     if (!text || !*text) return usage("%s: no value (expected %s)", row->name, row->value);
+    if (row->kind == CHOICE && !is_choice(row->value, text))
+        return usage("%s: invalid value '%s' (expected one of %s)", row->name, text, row->value);
+    if (row->kind == TEXT || row->kind == CHOICE) {
+        *(const char **)place = text;
+        return SC_OK;
+    }
     if (row->kind == TEXTS) {
         if (o->saes == SC_MAX_TAPS)
             return usage("%s: given more than %d times", row->name, SC_MAX_TAPS);
         o->sae[o->saes++] = text;
-        return SC_OK;
-    }
-    if (row->kind == TEXT || row->kind == CHOICE) {
-        if (row->kind == CHOICE && !is_choice(row->value, text))
-            return usage("%s: invalid value '%s' (expected one of %s)", row->name, text,
-                         row->value);
-        *(const char **)place = text;
         return SC_OK;
     }
     SC_TRY(parse_number(text, row->name, row->least, row->most, &number));
@@ -9971,33 +10062,42 @@ static int set_option(options *o, const struct option_row *row, const char *text
     return SC_OK;
 }
 
+/* The option of a command with this name of `length` bytes, or NULL. */
+static const struct option_row *find_option(int command, const char *name, size_t length) {
+    for (size_t i = 0; i < OPTIONS; i++) {
+        const struct option_row *row = &option_table[i];
+        if (!(row->commands & command)) continue;
+        if (strlen(row->name) == length && strncmp(row->name, name, length) == 0) return row;
+    }
+    return NULL;
+}
+
+/* One argument that begins with "-", and its value: "-o FILE", "--lr 1" or "--lr=1". */
+static int parse_option(options *o, const struct command_row *command, char **argv, int *at) {
+    const char *name = argv[*at], *text = NULL;
+    size_t length = strlen(name);
+    if (name[1] == '-' && strchr(name, '=')) {
+        length = strcspn(name, "=");
+        text = name + length + 1;
+    }
+    const struct option_row *row = find_option(command->bit, name, length);
+    if (!row)
+        return usage("%s: unknown option %s (see saeclip %s --help)", command->name, name,
+                     command->name);
+    unsigned char *given = &o->given[row - option_table];
+    if (row->kind == FLAG && text) return usage("%s: takes no value", row->name);
+    if (*given && row->kind != TEXTS) return usage("%s: given twice", row->name);
+    *given = 1;
+    if (row->kind != FLAG && !text && argv[*at + 1]) text = argv[++*at];
+    return set_option(o, row, text);
+}
+
+/* --- Checking --- */
+
 static int was_given(const options *o, const char *name) {
     for (size_t i = 0; i < OPTIONS; i++)
         if (o->given[i] && strcmp(option_table[i].name, name) == 0) return 1;
     return 0;
-}
-
-/* One argument that begins with -, and its value. */
-static int parse_option(options *o, const struct command_row *command, char **argv, int *at) {
-    const char *name = argv[*at], *equals = name[1] == '-' ? strchr(name, '=') : NULL;
-    size_t length = equals ? (size_t)(equals - name) : strlen(name), i = 0;
-    for (; i < OPTIONS; i++) {
-        const struct option_row *row = &option_table[i];
-        int same = strlen(row->name) == length && strncmp(row->name, name, length) == 0;
-        if (same && row->commands & command->bit) break;
-    }
-    if (i == OPTIONS)
-        return usage("%s: unknown option %s (see saeclip %s --help)", command->name, name,
-                     command->name);
-    const struct option_row *row = &option_table[i];
-    if (row->kind == FLAG && equals) return usage("%s: takes no value", row->name);
-    if (o->given[i] && row->kind != TEXTS) return usage("%s: given twice", row->name);
-    o->given[i] = 1;
-    if (row->kind == FLAG) return set_option(o, row, NULL);
-    if (equals) return set_option(o, row, equals + 1);
-    if (argv[*at + 1]) ++*at;
-    else return set_option(o, row, NULL);
-    return set_option(o, row, argv[*at]);
 }
 
 /* Whether two paths name one regular file. */
@@ -10007,37 +10107,37 @@ static int same_file(const char *a, const char *b) {
     return S_ISREG(at[0].st_mode) && at[0].st_ino == at[1].st_ino && at[0].st_dev == at[1].st_dev;
 }
 
-/* Outputs of training must be different files; the log, which is appended to, not an input either. */
+/* The outputs of training must be different files. The log is appended to; so it must not be an
+ * input either, whereas other outputs may replace inputs. */
 static int check_outputs(const options *o) {
-    const char *outputs[] = { o->output, o->log, o->checkpoint };
-    const char *inputs[] = { o->model, o->acts, o->init, o->operand[0] };
-    for (size_t i = 0; i < COUNT(outputs); i++) {
-        const char *next = outputs[(i + 1) % COUNT(outputs)];
-        if (outputs[i] && next && same_file(outputs[i], next))
-            return usage("%s: given for two outputs", next);
+    const char *path[] = { o->log, o->output, o->checkpoint,
+                           o->model, o->acts, o->init, o->operand[0] };
+    for (size_t i = 0; i < 3; i++) {
+        size_t end = i == 0 ? COUNT(path) : 3;
+        for (size_t j = i + 1; j < end; j++)
+            if (path[i] && path[j] && same_file(path[i], path[j]))
+                return usage("%s: given for two files, one of them an output", path[j]);
     }
-    for (size_t i = 0; i < COUNT(inputs); i++)
-        if (o->log && inputs[i] && same_file(o->log, inputs[i]))
-            return usage("--log: %s is an input (expected another file)", o->log);
     return SC_OK;
 }
 
-/* Rules between options that depend on their values. */
+/* Rules that depend on the values of options. */
 static int check_values(const options *o, const struct command_row *command) {
     int topk = o->arch && strcmp(o->arch, "topk") == 0, train = command->bit == TRAIN;
     int top_mask = o->mask && strcmp(o->mask, "top") == 0;
     if (o->k && !topk && (train || o->arch)) return usage("--k needs --arch topk");
-    if (train && topk && was_given(o, "--l1")) return usage("--l1 and --arch topk exclude each other");
+    if (train && topk && was_given(o, "--l1"))
+        return usage("--l1 and --arch topk exclude each other");
     if (command->bit == ZEROSHOT && !o->saes && (o->layer || o->hook || o->arch || o->k))
         return usage("zeroshot: --layer, --hook, --arch and --k need an SAE (-s FILE)");
     if (top_mask && !o->stats) return usage("--mask top needs -t FILE");
     if (command->bit == MASK && o->stats && !top_mask) return usage("-t needs --mask top");
     if (was_given(o, "--layer") && o->layer == 0)
-        return usage("--layer: invalid value '0' (expected 1 for the first block, -1 for the last)");
+        return usage("--layer: invalid value '0' (expected 1 for the first, -1 for the last)");
     return SC_OK;
 }
 
-/* Which options and operands a command cannot do without, or not take together. */
+/* Whether a command has the options and operands that it needs, and none that contradict. */
 static int check_options(const options *o, const struct command_row *command, int operands) {
     const char *name = command->name;
     for (const char *c = command->synopsis; (c = strchr(c, '-')) != NULL; c++) {
@@ -10049,7 +10149,7 @@ static int check_options(const options *o, const struct command_row *command, in
         if (was_given(o, excluded[i][0]) && was_given(o, excluded[i][1]))
             return usage("%s and %s exclude each other", excluded[i][0], excluded[i][1]);
     for (size_t i = 0; i < COUNT(needed); i++)
-        if (was_given(o, needed[i][0]) && !was_given(o, needed[i][1]) && !was_given(o, needed[i][2]))
+        if (was_given(o, needed[i][0]) && !was_given(o, needed[i][1]))
             return usage("%s needs %s", needed[i][0], needed[i][1]);
     if (o->acts && operands) return usage("--acts and IMAGES exclude each other");
     if (operands < command->least || operands > command->most)
@@ -10115,13 +10215,13 @@ int main(int argc, char **argv) {
 /* ============================================================================================
  * 26. The atlas's page
  *
- * index.html, line by line: style, elements, script. It shows a list of latents, which can be sorted
- * by column and filtered by class, a scatter plot, and the top images of one latent.
+ * index.html, line by line: style, elements, script. It shows a list of latents, which can be
+ * sorted by column and filtered by class, a scatter plot, and the top images of one latent.
  * ============================================================================================ */
 
 static const char *const atlas_page[] = {
-    /* Style. From 801 pixels on, the list stands at the left of the images, each with its own scroll bar;
-     * narrower windows have it above them, three images per row. */
+    /* Style. From 801 pixels on, the list stands at the left of the images, each with its own
+     * scroll bar; narrower windows have it above them, three images per row. */
     "<!DOCTYPE html>",
     "<html lang='en'>",
     "<head>",
@@ -10138,8 +10238,8 @@ static const char *const atlas_page[] = {
     "table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }",
     "th { cursor: pointer; font-weight: normal; color: LinkText; }",
     "th, td { text-align: right; padding: 2px 4px; white-space: nowrap; }",
-    "th:last-child, td:last-child, figcaption { text-align: left; overflow: hidden; text-overflow: ellipsis; }",
-    "th:last-child, td:last-child { width: 99%; max-width: 0; }",
+    "th:last-child, td:last-child { text-align: left; width: 99%; max-width: 0; }",
+    "td:last-child, figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }",
     "tbody tr { cursor: pointer; }",
     "tbody tr:hover, .chosen { background: Highlight; color: HighlightText; }",
     "#filter { width: 100%; font: inherit; margin-bottom: 8px; }",
@@ -10147,7 +10247,6 @@ static const char *const atlas_page[] = {
     "#rows { height: 180px; overflow-y: auto; }",
     "#figures { display: grid; gap: 10px; grid-template-columns: repeat(3, 1fr); }",
     "figure { margin: 0; min-width: 0; }",
-    "figcaption { white-space: nowrap; }",
     ".image { position: relative; aspect-ratio: 1; }",
     ".image > * { position: absolute; width: 100%; height: 100%; image-rendering: pixelated; }",
     "@media (min-width: 801px) {",
@@ -10164,24 +10263,27 @@ static const char *const atlas_page[] = {
     "<header><h1>Atlas</h1><span id='about' class='soft'>needs JavaScript</span></header>",
     "<section>",
     "<input id='filter' type='search' placeholder='class or latent' aria-label='class or latent'>",
-    "<canvas id='scatter' role='img' aria-label='frequency and mean activation of the latents'></canvas>",
+    "<canvas id='scatter' role='img' aria-label='frequency and mean of the latents'></canvas>",
     "<div id='rows'><table><thead><tr><th>latent</th>",
     "<th title='share of the images on which it fires'>images</th>",
     "<th title='mean activation over these images'>mean</th>",
     "<th title='of the classes of its top images, in nats'>entropy</th>",
-    "<th title='with the largest share of its top images'>class</th></tr></thead><tbody></tbody></table>",
-    "</div>",
+    "<th title='with the largest share of its top images'>class</th>",
+    "</tr></thead><tbody></tbody></table></div>",
     "</section>",
     "<main>",
     "<h2 id='name'></h2><span id='facts' class='soft'></span>",
     "<p><button id='before' title='left arrow'>&#8592;</button>",
     "<button id='after' title='right arrow'>&#8594;</button>",
-    "<label><input id='masks' type='checkbox' checked> show where it fires</label></p>",
+    "<span id='masks'><label><input type='radio' name='mask' value='none'> images</label>",
+    "<label><input type='radio' name='mask' value='value' checked> where it fires</label>",
+    "<label><input type='radio' name='mask' value='top'> top patches</label></span></p>",
     "<p id='classes'></p>",
     "<div id='figures'></div>",
     "</main>",
-    /* data: what latents.js holds; a row of data.latents is [latent, frequency, mean, entropy, class].
-     * parts: the N.js read so far. order: the rows listed, by column `key`, ascending if way is 1. */
+    /* data: the contents of latents.js; a row of data.latents is [latent, frequency, mean,
+     * entropy, class]. parts: the N.js read so far. order: the listed rows, sorted by column `key`,
+     * ascending if `way` is 1. */
     "<script>",
     "'use strict';",
     "const $ = id => document.getElementById(id);",
@@ -10206,7 +10308,9 @@ static const char *const atlas_page[] = {
     "function make(tag, parent, properties) {",
     "    return parent.appendChild(Object.assign(document.createElement(tag), properties));",
     "}",
-    "function digits(x) { return x > 0 && x < 1e-3 ? x.toExponential(1) : Number(x.toPrecision(3)); }",
+    "function digits(x) {",
+    "    return x > 0 && x < 1e-3 ? x.toExponential(1) : Number(x.toPrecision(3));",
+    "}",
     "function percent(share) { return digits(100 * share) + ' %'; }",
     "function nameOf(c) { return c < 0 ? '-' : data.classes[c] ?? 'class ' + c; }",
     "function meanOf(row) { return row[1] === 0 ? '-' : digits(row[2]); }",
@@ -10230,12 +10334,12 @@ static const char *const atlas_page[] = {
     "        for (const textContent of [row[0], percent(row[1]), meanOf(row), entropyOf(row),",
     "                                   nameOf(row[4])]) make('td', tr, { textContent });",
     "    }",
-    "    if (order.length > 500)",
-    "        make('td', make('tr', body), { textContent: order.length - 500 + ' more', colSpan: 5 });",
+    "    const more = order.length - 500;",
+    "    if (more > 0) make('td', make('tr', body), { textContent: more + ' more', colSpan: 5 });",
     "    draw();",
     "}",
-    /* Each latent that fires as [row, x, y] in pixels of the scatter plot: log10 of frequency across, log10
-     * of mean activation up. */
+    /* Each latent that fires as [row, x, y] in pixels of the scatter plot: log10 of frequency
+     * across, log10 of mean activation up. */
     "function places() {",
     "    const canvas = $('scatter'), live = order.filter(row => row[1] > 0 && row[2] > 0);",
     "    const scale = (i, from, to) => {",
@@ -10244,7 +10348,8 @@ static const char *const atlas_page[] = {
     "        const high = logs.reduce((a, b) => Math.max(a, b), -9) + 0.1;",
     "        return logs.map(log => from + (to - from) * (log - low) / (high - low));",
     "    };",
-    "    const x = scale(1, 8, canvas.clientWidth - 8), y = scale(2, canvas.clientHeight - 18, 18);",
+    "    const x = scale(1, 8, canvas.clientWidth - 8);",
+    "    const y = scale(2, canvas.clientHeight - 18, 18);",
     "    return live.map((row, i) => [row, x[i], y[i]]);",
     "}",
     "function draw() {",
@@ -10278,8 +10383,8 @@ static const char *const atlas_page[] = {
     "    if (!row) return tell('There is no latent ' + named + '.');",
     "    latent = row[0];",
     "    $('name').textContent = document.title = 'Latent ' + latent;",
-    "    $('facts').textContent = row[1] === 0 ? 'fires on no image' : 'fires on ' + percent(row[1]) +",
-    "        ' of the images, mean activation ' + meanOf(row) + ', entropy ' + entropyOf(row);",
+    "    $('facts').textContent = 'fires on ' + percent(row[1]) + ' of the images, mean ' +",
+    "        'activation ' + meanOf(row) + ', entropy ' + entropyOf(row);",
     "    fill();",
     "    load();",
     "}",
@@ -10293,31 +10398,40 @@ static const char *const atlas_page[] = {
     "    if (parts[number]) return show(parts[number][latent % data.part]);",
     "    make('script', document.head, { src, onerror: () => tell(src + ' cannot be read.') });",
     "}",
-    /* The classes' shares of the activation, and the images, each [image, activation, class, name, mask]. */
+    /* The classes' shares of the activation, then the images. strength(p) of a canvas: how strong
+     * the latent is on patch p, from 0 to 1, in each kind of mask. */
     "function show(images) {",
     "    const shares = new Map(), total = images.reduce((sum, image) => sum + image[1], 0);",
     "    for (const image of images) shares.set(image[2], (shares.get(image[2]) ?? 0) + image[1]);",
     "    tell([...shares].filter(([c]) => c >= 0).sort((a, b) => b[1] - a[1]).slice(0, 6)",
     "        .map(([c, sum]) => nameOf(c) + ' ' + percent(sum / total)).join(', '));",
-    "    for (const [number, activation, label, title, mask] of images) {",
+    "    for (const [number, activation, label, title, mask, patches] of images) {",
     "        const figure = make('figure', $('figures'));",
     "        const image = make('div', figure, { className: 'image' });",
     "        make('img', image, { src: 'data/' + number + '.jpg', alt: title, title });",
-    "        paint(make('canvas', image, { title, width: data.grid, height: data.grid }), mask);",
-    "        const caption = make('figcaption', figure, { textContent: digits(activation) + ' ' });",
-    "        make('span', caption, { className: 'soft', textContent: label < 0 ? '' : nameOf(label) });",
+    "        make('canvas', image, { title, width: data.grid, height: data.grid, strength: {",
+    "            none: () => 1,",
+    "            value: p => parseInt(mask[p], 16) / 15,",
+    "            top: p => Number(patches.includes(p))",
+    "        } });",
+    "        const text = make('figcaption', figure, { textContent: digits(activation) + ' ' });",
+    "        make('span', text, { className: 'soft', textContent: nameOf(label) });",
     "    }",
-    "    $('masks').onchange();",
+    "    paint();",
     "}",
-    /* A veil of grey, through which the image stays visible: thick over silent patches, thin over weak
-     * ones, none where the latent is strongest. mask: per patch a digit from 0 to f. */
-    "function paint(canvas, mask) {",
-    "    const g = canvas.getContext('2d'), pixels = g.createImageData(data.grid, data.grid);",
-    "    pixels.data.fill(128);",
-    "    [...mask].forEach((digit, p) => {",
-    "        pixels.data[4 * p + 3] = digit === '0' ? 160 : 6 * (15 - parseInt(digit, 16));",
-    "    });",
-    "    g.putImageData(pixels, 0, 0);",
+    /* A veil of grey, through which the image stays visible: thick over silent patches, thin over
+     * weak ones, none where the latent is strongest. */
+    "function paint() {",
+    "    const kind = document.querySelector('[name=mask]:checked').value;",
+    "    for (const canvas of document.querySelectorAll('.image canvas')) {",
+    "        const g = canvas.getContext('2d'), pixels = g.createImageData(data.grid, data.grid);",
+    "        pixels.data.fill(128);",
+    "        for (let p = 0; p < data.grid ** 2; p++) {",
+    "            const strength = canvas.strength[kind](p);",
+    "            pixels.data[4 * p + 3] = strength ? 90 * (1 - strength) : 160;",
+    "        }",
+    "        g.putImageData(pixels, 0, 0);",
+    "    }",
     "}",
     /* The neighbour in the list. */
     "function step(by) {",
@@ -10330,10 +10444,7 @@ static const char *const atlas_page[] = {
     "    arrange();",
     "});",
     "$('filter').oninput = arrange;",
-    "$('masks').onchange = () => {",
-    "    for (const canvas of document.querySelectorAll('.image canvas'))",
-    "        canvas.hidden = !$('masks').checked;",
-    "};",
+    "$('masks').onchange = paint;",
     "$('before').onclick = () => step(-1);",
     "$('after').onclick = () => step(1);",
     "onkeydown = event => {",

@@ -87,10 +87,11 @@ static void atlas_explain_refusals(void)
 static void atlas_files(void)
 {
     /* 0.8 0.6 0.2 0 in fifteenths of the largest, rounded up: 15 12 4 0. The largest is that of both
-     * images: 0.4 on image 1 becomes 8. Names are JSON that may stand in a script. */
+     * images: 0.4 on image 1 becomes 8. The three top patches of latent 0 are 0 and 1 of image 0 and 3 of image 1.
+     * Names are JSON that may stand in a script. */
     static const char part[] =
-        "atlas.part(0,[\n[[0,0.32,0,\"a/0.ppm\",\"fc40\"],\n[1,0.08,1,\"b\\u003cscript>\\u2028\357\277\275ff/'"
-        "\\\"\\\\\\u003c!--1.ppm\",\"0008\"]],\n[[2,0.16,2,\"c/2.ppm\",\"0f00\"]],\n[]]);\n";
+        "atlas.part(0,[\n[[0,0.32,0,\"a/0.ppm\",\"fc40\",[0,1]],\n[1,0.08,1,\"b\\u003cscript>\\u2028\357\277\275ff/'"
+        "\\\"\\\\\\u003c!--1.ppm\",\"0008\",[3]]],\n[[2,0.16,2,\"c/2.ppm\",\"0f00\",[1]]],\n[]]);\n";
     static const char latents[] =
         "atlas.open({\"name\":\"sae.safetensors\",\"images\":3,\"part\":64,\"grid\":2,\n\"classes\":[\"a\","
         "\"b\\u003cscript>\\u2028\357\277\275ff\",\"c\"],\n\"latents\":[[0.666667,0.2,0.500402,0],\n"
@@ -223,13 +224,14 @@ static const char *const atlas_script[] = {
     "addEventListener('error', event => say(false, 'error: ' + event.message));",
     "await wait(() => files() === 'data/0.jpg,data/1.jpg', 'the lowest entropy comes first');",
     "await wait(() => pictures().every(p => p.naturalWidth === 4), 'pictures are decoded');",
-    /* 6 (15 - level) for levels 15 12 4 and 8, 160 where it is silent */
+    /* 90 (1 - level / 15) for levels 15 12 4 and 8, 160 where it is silent */
     "shows('0,18,66,160 160,160,160,42', 'masks are shown as they fire');",
-    "const shown = () => [...document.querySelectorAll('.image canvas')].map(c => c.clientWidth > 0).join();",
-    "$('masks').click();",
-    "say(shown() === 'false,false', 'masks are off');",
-    "$('masks').click();",
-    "say(shown() === 'true,true', 'masks are on again');",
+    "document.querySelector('[value=top]').click();",
+    "shows('0,0,160,160 160,160,160,0', 'top patches');",
+    "document.querySelector('[value=none]').click();",
+    "shows('0,0,0,0 0,0,0,0', 'masks are off');",
+    "document.querySelector('[value=value]').click();",
+    "shows('0,18,66,160 160,160,160,42', 'masks are on again');",
     /* on a phone nothing scrolls sideways */
     "say(innerWidth === 390, 'the window is ' + innerWidth + ' pixels wide');",
     "for (const part of [document.documentElement, $('rows')])",

@@ -164,7 +164,7 @@ static void figures_bad_logs(void)
     else skip("plot on a full disk: no such device can be made here");
 }
 
-/* 20 letters of 2 bytes; the last 90 bytes of the name below begin within a letter. */
+/* 20 letters of 2 bytes; the last 50 bytes of the name below begin within a letter. */
 #define FIGURES_LONG "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9" \
                      "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"
 
@@ -175,7 +175,7 @@ static void figures_names(void)
         { "<b>&\"'\n.csv", "/&#60;b&#62;&#38;&#34;&#39;\\x0a.csv<" },
         { "\x1b[31m\xff\xc2\x9b.csv", "/\\x1b[31m\\xff\\xc2\\x9b.csv<" },
         { "\xef\xbf\xbeo\xef\xbf\xbf\xef\xbf\xbd\xef\xac\x81.csv", "/o\xef\xbf\xbd\xef\xac\x81.csv<" },
-        { FIGURES_LONG FIGURES_LONG "\xc3\xa9\xc3\xa9 ab.csv", ">\xc3\xa9" FIGURES_LONG FIGURES_LONG " ab.csv<" } };
+        { FIGURES_LONG FIGURES_LONG " ab.csv", ">\xc3\xa9" FIGURES_LONG " ab.csv<" } };
     size_t count;
     char *log = read_whole(in_folder("a.csv"), &count), path[2000];
     for (size_t i = 0; i < COUNT(names); i++) {
@@ -229,7 +229,7 @@ static void figures_latents(void)
     figures_stats(one, 4, frequency, mean, entropy, NULL, 1, NULL);
     const char *svg = figures_plot("latents %s", one);
     figures_has(svg, 1, "stroke=\"#888\" stroke-width=\"3\" stroke-linecap=\"round\" d=\"M0 300h0\"");
-    figures_has(svg, 1, "stroke=\"#440154\" stroke-width=\"3\" stroke-linecap=\"round\" d=\"M200 150h0\"");
+    figures_has(svg, 1, "stroke=\"#440154\" stroke-width=\"3\" stroke-linecap=\"round\" d=\"M201 150h0\"");
     figures_has(svg, 1, "stroke=\"#fde725\" stroke-width=\"3\" stroke-linecap=\"round\" d=\"M300 0h0\"");
     figures_has(svg, 1, "one.st<");
     figures_has(svg, 1, ">entropy of the top images&#39; classes (nats)<");
@@ -237,7 +237,7 @@ static void figures_latents(void)
     const size_t times[] = { 1, 2, 2, 3, 1, 1 };             /* on both axes and the colours' */
     for (size_t i = 0; i < COUNT(texts); i++) figures_has(svg, times[i], texts[i]);
     svg = figures_plot("latents %s %s", one, one);           /* the same, 400 pixels further */
-    figures_has(svg, 2, "d=\"M200 150h0\"");
+    figures_has(svg, 2, "d=\"M201 150h0\"");
     figures_has(svg, 1, "translate(82,40)");
     figures_has(svg, 1, "translate(482,40)");
 
@@ -246,6 +246,25 @@ static void figures_latents(void)
     figures_has(svg, 0, "h0");
     figures_stats(one, 4, frequency, mean, silent, NULL, 1, NULL);
     figures_has(figures_plot("latents %s", one), 3, "h0");
+}
+
+/* 49,152 latents: at most one point per colour and cell. */
+static void figures_density(void)
+{
+    enum { N = 49152 };
+    static float frequency[N], mean[N], entropy[N];
+    size_t count;
+    for (size_t j = 0; j < N; j++) {
+        frequency[j] = exp32(-4 + 3.99f * uniform(1, 1, j));
+        mean[j] = exp32(3 * uniform(1, 2, j));
+        entropy[j] = frequency[j];
+    }
+    figures_stats(in_folder("many.st"), N, frequency, mean, entropy, NULL, 1, NULL);
+    figures_plot("latents %s %s", in_folder("many.st"), in_folder("many.st"));
+    const char *svg = get_file(in_folder("figure.svg"), &count);
+    size_t points = figures_count(svg, "h0");
+    check(points > 4000 && points <= 2 * (CELLS + 1) * (CELLS + 1) && count < 300000, "%zu points, %zu bytes", points,
+          count);
 }
 
 static void figures_bad_statistics(void)
@@ -268,11 +287,13 @@ static void figures_counts(void)
     check(strcmp(figures_points(svg, 0), "124.0,78.3 248.0,78.3 372.0,135.9 496.0,181.7 620.0,260.0 ") == 0,
           "images by latent run through %s", figures_points(svg, 0));
     check(strcmp(figures_points(svg, 1), "124.0,260.0 132.0,260.0 ") == 0, "one latent is not a dash");
-    figures_has(svg, 1, "counts.st<");
-    figures_has(svg, 1, "others.st<");
+    figures_has(svg, 1, "counts.st: 2 latents fire on all images, 2 on 1 or 2, 1 on none<");
+    figures_has(svg, 1, "others.st: 1 latents fire on all images, 1 on 1 or 2, 0 on none<");
     figures_has(svg, 1, ">images on which a latent fires (log scale)<");
     figures_stats(other, 2, NULL, NULL, NULL, silent, 9, NULL);
-    figures_has(figures_plot("counts %s", other), 1, "points=\"\"");
+    svg = figures_plot("counts %s", other);
+    figures_has(svg, 1, "others.st: 0 latents fire on all images, 0 on 1 or 2, 2 on none<");
+    figures_has(svg, 1, "points=\"\"");
 }
 
 /* 3 values in bin 160, whose middle is 2^(1/8) or 1.0905, 1 in bin 168, 4 times as large: 0.03763 and 0.63969 in
@@ -353,6 +374,7 @@ static void test_figures(void)
     figures_bad_logs();
     figures_names();
     figures_latents();
+    figures_density();
     figures_bad_statistics();
     figures_counts();
     figures_activations();
