@@ -8897,8 +8897,10 @@ static int histogram_rows(plot_series *s, const statistics *stats) {
     const int64_t *count = stats->histogram[0];
     int first = 0, last = HISTOGRAM_BINS - 1;
     double total = 0;
-    for (int b = 0; b < HISTOGRAM_BINS; b++)
+    for (int b = 0; b < HISTOGRAM_BINS; b++) {
+        if (count[b] < 0) return fail("%s: activation_histogram: negative counts", s->path);
         total += (double)count[b];
+    }
     while (first <= last && count[first] == 0) first++;
     while (first <= last && count[last] == 0) last--;
     for (int b = first; b <= last; b++) {
@@ -8924,7 +8926,8 @@ static int count_rows(plot_series *s, const statistics *stats) {
         if (images == (double)stats->images) all++;
         if (images == 1 || images == 2) few++;
     }
-    if (s->rows > 0) qsort(s->row, s->rows, sizeof *s->row, by_images);
+    if (s->rows > 0)
+        qsort(s->row, s->rows, sizeof *s->row, by_images);
     for (size_t r = 0; r < s->rows; r++)
         s->row[r][0] = (double)(r + 1);
     snprintf(s->words, sizeof s->words,
@@ -9058,11 +9061,13 @@ static plot_axis fit_axis(const plot *p, int column, int is_log, double from, do
         a.high = ceil(on_axis(&a, high) - 1e-6);
         a.high = fmax(a.high, a.low + 1);
         a.step = ceil((a.high - a.low) / 8);
+        return a;
     }
-    for (double power = 1e-30; a.step < a.high / 8 && !is_log; power *= 10) {
+    double least = a.high / 8;
+    for (double power = 1e-30; a.step < least; power *= 10) {
         a.step = power;                                  /* 1, 2 or 5 times a power of ten */
-        if (a.step < a.high / 8) a.step = 2 * power;
-        if (a.step < a.high / 8) a.step = 5 * power;
+        if (a.step < least) a.step = 2 * power;
+        if (a.step < least) a.step = 5 * power;
     }
     return a;
 }
@@ -9095,14 +9100,14 @@ static void draw_axis(const plot *p, const plot_axis *a, int is_y, int size, con
 static void start_panel(const plot *p, int panel, int left, int top, plot_axis *x,
                         plot_axis *y) {
     const struct plot_kind *k = p->kind;
-    start_group(p, left, top);
+    start_group(p, left, top);                           /* the caller ends it */
     *x = fit_axis(p, 0, k->x_log, 0, k->width);
     *y = fit_axis(p, panel + 1, k->y_log, k->height, 0);
     draw_axis(p, x, 0, k->height, k->x);
     draw_axis(p, y, 1, k->width, k->y[panel]);
 }
 
-/* A bar of the heat map's colours, with its axis at the left. */
+/* A bar of the heat map's colours, with its axis at the left. The axis ends at pixel 0. */
 static void draw_scale(const plot *p, const plot_axis *a, int left, int top, const char *label) {
     double height = a->from / COLOURS;
     start_group(p, left, top);
@@ -9154,8 +9159,9 @@ static void draw_lines(const plot *p) {
     for (int n = 0; n < p->count; n++) {
         int down = legend + 20 * n;
         draw_rect(p, 82, down - 5, 22, 2, line_colour(n));
+        const plot_series *s = &p->series[n];
         char line[TEXT_ROOM];
-        snprintf(line, sizeof line, "%s%s", path_end(p->series[n].path, 50), p->series[n].words);
+        snprintf(line, sizeof line, "%s%s", path_end(s->path, 50), s->words);
         draw_text(p, 112, down, "", line);
     }
 }
@@ -9173,7 +9179,7 @@ static void draw_points(const plot *p, const plot_series *s, const plot_axis *x,
         int line = (int)(axis_place(y, row[1]) / side + 0.5);
         if (heat(row[2] / largest) != colour || taken[line][column]) continue;
         taken[line][column] = 1;
-        fprintf(p->out, "M%.0f %.0fh0", side * column, side * line);
+        fprintf(p->out, "M%.0f %.0fh0", side * column, side * line);    /* h0: a dot */
     }
     fputs("\"/>\n", p->out);
 }
@@ -9574,9 +9580,11 @@ static int command_atlas(session *s) { return look(s, show_atlas); }
 
 /* The sizes of a tensor, "192 x 12288", or an index into it, "3, 4". */
 static const char *join_sizes(const size_t *sizes, int count, const char *between) {
-    char *out = strcpy(text_room(), count ? "" : "scalar");
-    for (int d = 0, used = 0; d < count; d++)
-        used += sprintf(out + used, "%s%zu", d ? between : "", sizes[d]);
+    char *out = strcpy(text_room(), "scalar");           /* a tensor without sizes */
+    for (int d = 0, used = 0; d < count; d++) {
+        if (d > 0) used += sprintf(out + used, "%s", between);
+        used += sprintf(out + used, "%zu", sizes[d]);
+    }
     return out;
 }
 
@@ -9591,6 +9599,7 @@ static const struct { const char *tensor; int rank; const char *text; } file_kin
     { "images", 4, "packed images: %zu images, %zu high, %zu wide, %zu colours\n" },
     { "value", 1, "codes: %zu active values\n" } };
 
+/* All sizes of a model, and the settings that its numbers depend on. */
 static void describe_model(const char *path) {
     sc_model m;
     if (sc_model_open(&m, path, NULL) != SC_OK) {
@@ -9637,14 +9646,15 @@ static int describe_file(const char *path, int with_tensors) {
     return end_of_output();
 }
 
+/* Without a file: this machine, and what of it the program uses. */
 static int command_info(session *s) {
     const char *path = s->o->operand[0];
     if (path) return describe_file(path, s->o->tensors);
     printf("saeclip %s\ninstruction sets:", SC_VERSION);
     for (size_t i = 0; i < COUNT(kernel_sets); i++) {
         const kernel_set *set = kernel_sets[i];
-        if (!is_usable(set)) continue;
-        printf(" %s%s", set->name, set == kernels ? " (in use)" : "");
+        if (is_usable(set)) printf(" %s", set->name);
+        if (set == kernels) printf(" (in use)");
     }
     printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
     return end_of_output();
@@ -9662,7 +9672,7 @@ static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, doub
         uint64_t apart = (uint64_t)p - (uint64_t)q;
         return (double)(p < q ? 0 - apart : apart);
     }
-    if (x == *y || (isnan(x) && isnan(*y))) return 0;
+    if (x == *y || (isnan(x) && isnan(*y))) return 0;            /* also of two infinities */
     double apart = fabs(x - *y);
     return isfinite(apart) ? apart : INFINITY;
 }
@@ -9689,17 +9699,17 @@ static int compare_numbers(const sc_tensor *a, const sc_tensor *b, const options
         same_bits = 0;
         double apart = distance_at(a, b, i, &y);
         if (apart == INFINITY || apart > o->atol + o->rtol * fabs(y)) beyond++;
-        double share = apart == INFINITY ? apart : apart / fabs(y);
+        double share = apart / fabs(y);
+        if (apart == INFINITY) share = apart;            /* also where y is infinite or NaN */
         if (apart > largest) at = i;
         largest = fmax(largest, apart);
         if (y == 0 || !(share > largest_share)) continue;
         share_at = i;
         largest_share = share;
     }
-    if (largest == 0) {
-        puts(same_bits ? "the same bits" : "equal, in other bits");
-        return 0;
-    }
+    if (same_bits) puts("the same bits");
+    else if (largest == 0) puts("equal, in other bits");     /* as 0 and -0, or F16 and F32 */
+    if (largest == 0) return 0;
     printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| ", beyond,
            a->count, largest, index_text(a, at));
     if (largest_share < 0) puts("-");
@@ -9727,8 +9737,9 @@ static void compare_metadata(const sc_safetensors *file, const options *o) {
             const char *b = sc_metadata_find(&file[1], key);
             if (o->common && !(a && b)) continue;
             if (a && b && (k == 1 || strcmp(a, b) == 0)) continue;
-            printf("metadata %s: %s and %s\n", shown(key), a ? shown(a) : "nothing",
-                   b ? shown(b) : "nothing");
+            if (!a) a = "nothing";
+            if (!b) b = "nothing";
+            printf("metadata %s: %s and %s\n", shown(key), shown(a), shown(b));
         }
     }
 }
@@ -10248,7 +10259,8 @@ static const char *const atlas_page[] = {
     "#figures { display: grid; gap: 10px; grid-template-columns: repeat(3, 1fr); }",
     "figure { margin: 0; min-width: 0; }",
     ".image { position: relative; aspect-ratio: 1; }",
-    ".image > * { position: absolute; width: 100%; height: 100%; image-rendering: pixelated; }",
+    ".image > * { position: absolute; width: 100%; height: 100%; }",
+    ".image > canvas { image-rendering: pixelated; }",
     "@media (min-width: 801px) {",
     "    body { display: grid; grid-template: auto 1fr / 430px 1fr; height: 100vh; }",
     "    header { grid-column: 1 / 3; }",

@@ -313,6 +313,9 @@ static void figures_activations(void)
     figures_has(svg, 1, "bins.st<");
     figures_has(svg, 1, ">70<");                             /* every 10 % */
     figures_has(svg, 1, ">active values in a bin (%)<");
+    bins[161] = -1;
+    figures_stats(path, 1, NULL, NULL, NULL, NULL, 1, bins);
+    refuses(1, "negative counts", "plot activations %s -o %s", path, in_folder("none.svg"));
 }
 
 /* 4 cells of 100 pixels, the brightest of viridis's last colour. */
