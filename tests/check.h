@@ -318,8 +318,17 @@ SC_PRINTF(3, 4) static int refuses(int status, const char *text, const char *for
                  text, ran.status, ran.err);
 }
 
-/* Whether a program on this machine really decodes a format, "JPEG" or "PNG": one pixel is decoded with
- * each program that saeclip would start. A program of that name alone is not enough. */
+/* Whether a program on this machine really decodes an image file, of those that saeclip would start: the
+ * format's own decoder, or "" for none, and ImageMagick. A program of that name may be there and do nothing. */
+static int decodes(const char *decoder, const char *path)
+{
+    char command[2000];
+    snprintf(command, sizeof command, "for decoder in %s 'magick - ppm:-' 'convert - ppm:-'; do"
+             " case $($decoder 2>/dev/null <%s | head -c 2) in P[1-6]) exit 0;; esac; done; exit 1", decoder, path);
+    return system(command) == 0;
+}
+
+/* The same for a format, "JPEG" or "PNG", with a file of one pixel. */
 static int can_decode(const char *format)
 {
 #define FF "\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"
@@ -331,14 +340,10 @@ static int can_decode(const char *format)
         "\0\0\0\0IEND\xae\x42\x60\x82";
 #undef FF
     int is_jpeg = strcmp(format, "JPEG") == 0;
-    char command[2000];
     const char *path = in_folder(".pixel");
     if (is_jpeg) put_file(path, jpeg, sizeof jpeg - 1);
     else put_file(path, png, sizeof png - 1);
-    snprintf(command, sizeof command, "for decoder in %s 'magick - ppm:-' 'convert - ppm:-'; do"
-             " case $($decoder 2>/dev/null <%s | head -c 2) in P[1-6]) exit 0;; esac; done; exit 1",
-             is_jpeg ? "djpeg" : "pngtopnm", path);
-    return system(command) == 0;
+    return decodes(is_jpeg ? "djpeg" : "pngtopnm", path);
 }
 
 /* --- Numbers --- */

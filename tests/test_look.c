@@ -29,11 +29,13 @@ SC_PRINTF(1, 2) static int look_run(const char *format, ...)
     vsnprintf(arguments, sizeof arguments, format, list);
     va_end(list);
     if (!realpath(program(), whole)) need("%s", program());
-    snprintf(line, sizeof line, "cd '%s/look' && '%s' > printed 2> said %s; s=$?; cat said >> printed;"
-             " exit $s", folder, whole, arguments);
+    snprintf(line, sizeof line, "cd '%s/look' && '%s' >printed 2>said %s", folder, whole, arguments);
     fflush(stdout);
     int status = system(line);
-    look_output[look_read("printed", (unsigned char *)look_output, sizeof look_output - 1)] = '\0';
+    unsigned char *output = (unsigned char *)look_output;
+    size_t count = look_read("printed", output, sizeof look_output - 1);
+    count += look_read("said", output + count, sizeof look_output - 1 - count);
+    look_output[count] = '\0';
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
 }
 
