@@ -8283,12 +8283,17 @@ static int match_classes(sc_images *set, const sc_model *model) {
     const char *text = sc_metadata_find(&model->file, "class_names");
     char **name = NULL;                              /* [names], of the model's classes */
     size_t names = 0, numbers = 0;
-    int status = SC_OK;
+    int status = SC_OK, zeros = 0, lengths = 0;
     if (!set->class_name) return SC_OK;
     for (size_t c = 0; c < set->classes; c++) {
         const char *class = set->class_name[c];
         if (class[strspn(class, "0123456789")] == '\0') numbers++;
+        zeros |= class[0] == '0' && class[1];
+        lengths |= strlen(class) != strlen(set->class_name[0]);
     }
+    if (!text && numbers == set->classes && zeros && lengths)        /* 1 and 01 are one class */
+        return fail("%s: class folders with and without leading zeros (expected one form)",
+                    set->root);
     if (!text && numbers < set->classes && set->classes != model->classes)
         return fail("%s: %zu class folders, but the model has %zu classes without names (expected "
                     "folders named by class number, or a list with path<TAB>class)",

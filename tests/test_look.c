@@ -338,12 +338,15 @@ static void look_zeroshot(void)
         { "half", 12, 1, "", 1, "2 class folders" },                     /* 1, a: not all are numbers */
         { "half", 2, 1, "", 0, "{\"images\": 2, \"top1\": 1," },
         { "huge", 12, 1, "", 1, "but the head has 12 classes" },         /* 2^64 and more */
+        { "zeros", 2, 1, "", 1, "with and without leading zeros" },      /* 1 and 01 are the same number */
+        { "padded", 12, 10, "", 0, "{\"images\": 2, \"top1\": 1," },     /* 01, 10 */
         { "classes.txt", 12, 7, "", 0, "{\"images\": 2, \"top1\": 1," }, /* a list has the model's classes */
         { "classes.txt", 12, 7, LOOK_NAMES("[\\\"a\\\",\\\"b\\\"]"), 0, "{\"images\": 2, \"top1\": 1," },
         { "flat", 3, 0, "", 1, "no label" },
     };
     static const char *const folders[] = { "numbers", "numbers/0", "numbers/2", "numbers/10", "half", "half/1",
-                                           "half/a", "huge", "huge/99999999999999999999" };
+                                           "half/a", "huge", "huge/99999999999999999999", "zeros", "zeros/1",
+                                           "zeros/01", "padded", "padded/01", "padded/10" };
     static const char list[] = "set/a/0.ppm\t7\nset/b/2.ppm\t3\n";
     for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
         char name[80];
