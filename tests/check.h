@@ -5,6 +5,7 @@
  *     const char *path = in_folder("a.safetensors");   in a temporary folder, removed at the end
  *     put_text(path, "text");  put_file(path, bytes, count);  get_file(path, &count);
  *     run("eval -s %s --acts %s", in_folder("s"), in_folder("a"));   starts ./saeclip, waits for it
+ *     pid_t child = start_program("...");  end_program(child);    the same in the background
  *     works("...");  refuses(2, "not a number", "...");   runs it and checks the outcome
  *     check(ran.status == 1 && strstr(ran.err, "cannot"), "...");   the outcome of the last run
  *     if (!can_decode("JPEG")) skip(...);              before a test that needs an image decoder
@@ -203,10 +204,17 @@ static const char *device(const char *name)
 /* The outcome of the last run. status: the exit status, or minus the signal that ended it. */
 static struct { int status; char *out, *err; size_t out_count, err_count; } ran;
 
-/* The conditions of the runs that follow: standard input (NULL: empty), a limit on the bytes of memory
- * (0: none; not under a sanitizer), and the seconds until the program is killed. Environment variables
- * are inherited: call setenv() and unsetenv() before. */
-static struct { const char *input; size_t memory; unsigned seconds; } with = { NULL, 0, 1200 };
+/* The conditions of the runs that follow. Environment variables are inherited: call setenv() and
+ * unsetenv() before. */
+static struct {
+    const char *input;               /* standard input; NULL: empty */
+    const char *output;              /* standard output; NULL: ran.out, "|": a pipe that is not read */
+    const char *folder;              /* the working directory; NULL: the tests' own */
+    size_t memory;                   /* limit on memory in bytes; 0: none; not under a sanitizer */
+    rlim_t file_bytes;               /* limit on the size of a file, as on a full disk; 0: none */
+    int closed;                      /* bit i: standard stream i is closed */
+    unsigned seconds;                /* until the program is killed */
+} with = { .seconds = 1200 };
 
 /* The instruction set that the tests were started with, from SAECLIP_ISA; NULL for the best one. */
 static const char *given_isa(void)
@@ -233,47 +241,65 @@ static const char *program(void)
     return name && *name ? name : "./saeclip";
 }
 
-static void become_program(char *const *arguments, const char *out, const char *err)
+static void set_limit(int resource, rlim_t most)
 {
-    int in = open(with.input ? with.input : "/dev/null", O_RDONLY);
-    int to = open(out, O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    int error = open(err, O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    if (in < 0 || to < 0 || error < 0) _exit(126);
-    if (dup2(in, 0) < 0 || dup2(to, 1) < 0 || dup2(error, 2) < 0) _exit(126);
-    for (int i = 3; i < 64; i++) close(i);
-    if (with.memory) {
-        struct rlimit limit = { with.memory, with.memory };
-        if (setrlimit(RLIMIT_AS, &limit) != 0) _exit(126);
-    }
+    struct rlimit both = { most, most };
+    if (most && setrlimit(resource, &both) != 0) _exit(126);
+}
+
+static void become_program(const char *whole, char *const *arguments)
+{
+    const char *output = with.output ? with.output : in_folder(".out");
+    int in = open(with.input ? with.input : "/dev/null", O_RDONLY), out, end[2];
+    int err = open(in_folder(".err"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    if (strcmp(output, "|") != 0) out = open(output, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    else out = pipe(end) == 0 && close(end[0]) == 0 ? end[1] : -1;
+    if (dup2(in, 0) < 0 || dup2(out, 1) < 0 || dup2(err, 2) < 0) _exit(126);
+    for (int i = 0; i < 64; i++)
+        if (i > 2 || with.closed >> i & 1) close(i);
+    set_limit(RLIMIT_AS, with.memory);
+    set_limit(RLIMIT_FSIZE, with.file_bytes);
+    if (with.folder && chdir(with.folder) != 0) _exit(126);
     alarm(with.seconds);
-    execv(program(), arguments);
+    execv(whole, arguments);
     _exit(127);
 }
 
-/* Runs the program with arguments (its own name first, NULL last); returns its status. */
-static int run_list(char *const *arguments)
+/* Starts the program with arguments (its own name first, NULL last) in the background. */
+static pid_t start_list(char *const *arguments)
 {
-    int status;
-    const char *out = in_folder(".out"), *err = in_folder(".err");
+    char whole[8400];
+    snprintf(whole, sizeof whole, "%s", absolute_path(program()));
+    remove(in_folder(".out"));
     fflush(stdout);
     pid_t child = fork();
     if (child < 0) need("fork");
-    if (child == 0) become_program(arguments, out, err);
+    if (child == 0) become_program(whole, arguments);
+    return child;
+}
+
+/* Waits for the program's end; returns its status. */
+static int end_program(pid_t child)
+{
+    int status;
     while (waitpid(child, &status, 0) < 0)
         if (errno != EINTR) need("waitpid");
     ran.status = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
     if (ran.status == 126 || ran.status == 127) need("%s could not be started", program());
     free(ran.out);
     free(ran.err);
-    ran.out = read_whole(out, &ran.out_count);
-    ran.err = read_whole(err, &ran.err_count);
-    if (!ran.out || !ran.err) need("%s", out);
+    ran.out = read_whole(in_folder(".out"), &ran.out_count);
+    ran.err = read_whole(in_folder(".err"), &ran.err_count);
+    if (!ran.out) ran.out = strdup("");
+    if (!ran.out || !ran.err) need("%s", in_folder(".err"));
     return ran.status;
 }
 
-/* Runs the program with arguments in one line, split at blanks, without its own name; a path with a
- * blank needs run_list(). Returns its status. */
-SC_PRINTF(1, 2) static int run(const char *format, ...)
+static int run_list(char *const *arguments) { return end_program(start_list(arguments)); }
+
+/* Starts the program with arguments in one line, split at blanks, without its own name; a path with a
+ * blank needs start_list(). */
+SC_PRINTF(1, 2) static pid_t start_program(const char *format, ...)
 {
     static char line[65536];
     char *arguments[256], *rest = line;
@@ -286,7 +312,18 @@ SC_PRINTF(1, 2) static int run(const char *format, ...)
     for (char *word; count < 255 && (word = strtok_r(rest, " ", &rest)) != NULL;)
         arguments[count++] = word;
     arguments[count] = NULL;
-    return run_list(arguments);
+    return start_list(arguments);
+}
+
+/* The same in the foreground. Returns the status. */
+SC_PRINTF(1, 2) static int run(const char *format, ...)
+{
+    static char line[65536];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(line, sizeof line, format, list);
+    va_end(list);
+    return end_program(start_program("%s", line));
 }
 
 /* Runs the program and checks that its status is 0. */
