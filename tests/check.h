@@ -247,6 +247,7 @@ static void set_limit(int resource, rlim_t most)
     if (most && setrlimit(resource, &both) != 0) _exit(126);
 }
 
+/* In the new process: becomes the program under the conditions of `with`. */
 static void become_program(const char *whole, char *const *arguments)
 {
     const char *output = with.output ? with.output : in_folder(".out");
@@ -271,6 +272,7 @@ static pid_t start_list(char *const *arguments)
     char whole[8400];
     snprintf(whole, sizeof whole, "%s", absolute_path(program()));
     remove(in_folder(".out"));
+    remove(in_folder(".err"));
     fflush(stdout);
     pid_t child = fork();
     if (child < 0) need("fork");
@@ -290,8 +292,9 @@ static int end_program(pid_t child)
     free(ran.err);
     ran.out = read_whole(in_folder(".out"), &ran.out_count);
     ran.err = read_whole(in_folder(".err"), &ran.err_count);
-    if (!ran.out) ran.out = strdup("");
-    if (!ran.out || !ran.err) need("%s", in_folder(".err"));
+    if (!ran.out) ran.out = strdup("");          /* written elsewhere, or killed before it was opened */
+    if (!ran.err) ran.err = strdup("");
+    if (!ran.out || !ran.err) need("memory");
     return ran.status;
 }
 

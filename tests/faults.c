@@ -1,14 +1,14 @@
 /* Faults: `make faults`, or build/guard_faults [ROW|rows|damaged|disk|kill ...] in the checkout's root.
  *
  * saeclip.c is compiled into this program with every call that may fail (memory, files, names, threads, children)
- * replaced by one that counts. Then call i of a run is made to fail, for every i, and the run is held to the
- * contract: status 1 and one line, or status 0 and the right bytes; no half-written file, no NAME.tmp, no change to
- * what was there before; no leak, and no descriptor, mapping or child left. Each row of `rows` is run in three modes:
+ * replaced by one that counts. Then call i of a run is made to fail, for every i. The run must end with status 1 and
+ * one line, or with status 0 and the right bytes, without a half-written file, a NAME.tmp, or a change to an older
+ * file, and without a leak or an open descriptor, mapping or child. Each row of `rows` is run in three modes:
  *     once     files of an earlier run exist; this one call fails
  *     from     no files exist; from this call on all calls of its kind fail, as on a full disk
  *     die      (training only) the process is killed at this call; the same command then goes on from there
- * Then checkpoints are damaged, the disk is too small for one, and training is killed 200 times at random times:
- * the run that goes on from there must end with the same bytes. */
+ * Then checkpoints are damaged, the disk is too small for one, and training is killed 200 times at random moments:
+ * the resumed run must end with the same bytes. */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -64,15 +64,15 @@ static const char *const mode_names[] = { "counting", "once", "from", "die" };
 
 enum { FAULT_MOST_LINES = 20000, FAULT_MOST_VERSIONS = 100, FAULT_MOST_SPOILED = 64 };
 
-/* Of the run at hand. Lies in shared memory: the child that runs writes it, we read it. */
+/* About the current run. In shared memory: the child, which runs, writes it, and the parent reads it. */
 static struct seam {
     int mode;
     long target, calls;              /* the call to fail, from 1; calls so far */
     int kind, line;                  /* of the call that failed; line 0: none did */
-    char name[32];                   /* what it called */
+    char name[32];                   /* the function called */
     long of_kind[FAULT_KINDS];
     int mappings, descriptors, children;
-    uint64_t version[FAULT_MOST_VERSIONS]; /* of a run without faults: the digests of what it renamed */
+    uint64_t version[FAULT_MOST_VERSIONS]; /* digests of the files that a run without faults renamed */
     int versions;
 } *seam;
 
@@ -80,8 +80,8 @@ static pthread_mutex_t seam_lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned seam_lines[FAULT_MOST_LINES];
 static FILE *seam_spoiled[FAULT_MOST_SPOILED];
 
-/* Whether this call is to fail, with errno. A line that is called very often (a header's characters) counts
- * its first 6 calls, then every 101st. */
+/* Whether this call is to fail, with errno. Of a line that is called very often, such as one that reads a
+ * header's characters, the first 6 calls count, then every 101st. */
 static int seam_hit(int kind, const char *name, int line, int error)
 {
     pthread_mutex_lock(&seam_lock);
@@ -100,7 +100,7 @@ static int seam_hit(int kind, const char *name, int line, int error)
     return fails;
 }
 
-/* A stream that failed says so until it is closed, as stdio's own do. */
+/* Whether a stream has failed: as in stdio, it stays in that state until it is closed. */
 static int seam_is_spoiled(FILE *file)
 {
     int found = 0;
@@ -110,7 +110,7 @@ static int seam_is_spoiled(FILE *file)
     return found;
 }
 
-/* The first place that holds `file` holds `as` from now on. */
+/* Replaces the first entry `file` of the list of failed streams by `as`. */
 static void seam_mark(FILE *file, FILE *as)
 {
     int i = 0;
@@ -129,7 +129,7 @@ static int seam_stream_hit(FILE *file, int kind, const char *name, int line, int
     return 1;
 }
 
-/* What was written last is lost: who does not notice is left with a file that is too short. */
+/* Loses the last byte written, so that a program that ignores the error leaves a file that is too short. */
 static void seam_lose(int descriptor)
 {
     struct stat about;
@@ -202,9 +202,9 @@ static void *seam_mapped(void *map)
  * What is run
  * ------------------------------------------------------------------------------------------------------ */
 
-/* A row runs in a folder of its own; inputs are in ../in (see make_inputs). before: files that are there in mode
- * `once`: NAME a text, NAME/ a folder with a text, =FILE NAME a copy of an input. resume: added when the command is
- * given again after a failure. says: status 0 with this text on standard output is right too. */
+/* Each row runs in an empty folder beside the inputs in ../in (see make_inputs). before: the files that exist in mode
+ * `once`: NAME a text, NAME/ a folder with a text, =FILE NAME a copy of an input. resume: appended to the command when
+ * it is repeated after a failure. says: status 0 with this text on standard output is correct too. */
 typedef struct { const char *name, *command, *before, *resume, *decoder, *says; int trains; } row;
 
 #define FAULT_RELU "train --quiet --threads 1 --acts ../in/acts --arch relu --latents 20 --batch 3 --lr 1e-2 " \
@@ -286,7 +286,7 @@ static void copy_file(const char *from, const char *to)
     put_file(to, bytes, count);
 }
 
-/* Made by the program itself, ./saeclip, before it is harmed. */
+/* Makes the inputs with ./saeclip, in which no call fails. */
 static void make_inputs(void)
 {
     static const char *const folders[] = { "in", "work", "in/photos", "in/photos/birds", "in/photos/cats",
@@ -322,7 +322,7 @@ static void make_inputs(void)
 typedef struct { char name[200]; uint64_t digest; } found_file;
 typedef struct { found_file file[FAULT_MOST_FILES]; int count; } tree;
 
-static tree before, expected, left;  /* what lies there first; what a run without a fault leaves; what this did */
+static tree before, expected, left;  /* before the run; after a run without faults; after this one */
 static struct seam reference;        /* of the run without a fault */
 static char *expected_out, *expected_log;
 
@@ -361,7 +361,7 @@ static int ends_with(const char *text, const char *end)
     return length >= n && strcmp(text + length - n, end) == 0;
 }
 
-/* The folder as the row has it before a run. */
+/* Puts the files that a row needs into its folder. */
 static void prepare_folder(const row *r, int mode)
 {
     char words[400], *rest = words, *end;
@@ -385,12 +385,12 @@ static void prepare_folder(const row *r, int mode)
 }
 
 #if defined(__SANITIZE_ADDRESS__)
-/* What is freed is not kept long: a process that is small is forked fast. */
+/* Freed memory is kept only shortly: a small process forks faster. */
 const char *__asan_default_options(void);
 const char *__asan_default_options(void) { return "quarantine_size_mb=4"; }
 
-/* The search for leaks takes longer than most runs: it is left out where not a byte more is allocated than
- * before the run. */
+/* The search for leaks takes longer than most runs. It is skipped if as many bytes are allocated after the
+ * run as before. */
 size_t __sanitizer_get_current_allocated_bytes(void);
 #define HEAP() __sanitizer_get_current_allocated_bytes()
 #else
@@ -450,15 +450,15 @@ static int is_one_line(const char *text)
            && !strstr(text, "Success");
 }
 
-/* NAME.tmp stays if it could not be removed, or not be locked: it may be another process's. */
+/* NAME.tmp may stay if it could not be removed or locked: it may belong to another process. */
 static int temporary_may_stay(void)
 {
     return strcmp(seam->name, "unlink") == 0 || strcmp(seam->name, "fcntl") == 0
            || strcmp(seam->name, "fstat") == 0 || (seam->mode == FAULT_FROM && seam->kind == FAULT_NAMES);
 }
 
-/* What a failed run may leave: files as they were, or whole ones; of the log, rows. Returns NULL or the name
- * of a file that is not so. */
+/* A failed run may leave files as they were, complete files, and the first rows of the log. Returns the name of
+ * a file for which this does not hold, or NULL. */
 static const char *spoiled_file(int killed)
 {
     for (int i = 0; i < left.count; i++) {
@@ -475,13 +475,13 @@ static const char *spoiled_file(int killed)
         if (ends_with(file->name, ".tmp") && !may_stay) return file->name;
     }
     for (int i = 0; i < before.count; i++) {
-        const char *name = before.file[i].name;      /* FILE is there while .prev is replaced */
+        const char *name = before.file[i].name;      /* FILE exists while .prev is replaced */
         if (!find_file(&left, name) && !(killed && ends_with(name, ".prev"))) return name;
     }
     return NULL;
 }
 
-/* Whether the run left what one without a fault leaves; what .prev holds depends on the runs before. */
+/* A file that differs from that of a run without faults, or NULL. The contents of .prev depend on earlier runs. */
 static const char *other_file(void)
 {
     for (int i = 0; i < expected.count; i++) {
@@ -497,7 +497,7 @@ static const char *other_file(void)
     return NULL;
 }
 
-/* Holds a run with a fault to the contract. */
+/* Checks a run in which a call failed. */
 static void judge(const row *r, int mode, long target)
 {
     const char *why = NULL, *which = "", *file;
@@ -518,7 +518,7 @@ static void judge(const row *r, int mode, long target)
           ran.err);
 }
 
-/* After a failure the same command, given again, does what it is for. */
+/* After a failure the same command, run again, ends with the right files. */
 static void judge_again(const row *r, int mode, long target)
 {
     char name[sizeof seam->name];
@@ -567,8 +567,8 @@ static void harm_row(const row *r)
  * Checkpoints: damaged ones, a full disk, kill -9 at any time
  * ------------------------------------------------------------------------------------------------------ */
 
-/* Byte after byte of a checkpoint is changed: it is refused and the one before it named, or nothing hangs on
- * that byte. Copied over it, the one before goes on to the same bytes. */
+/* Changes one byte of a checkpoint after another: either it is refused, with the name of the checkpoint before
+ * it, or the byte has no effect. Training from the checkpoint before ends with the same bytes. */
 static void damage_checkpoints(const row *r)
 {
     size_t count, refused = 0;
@@ -598,34 +598,16 @@ static void damage_checkpoints(const row *r)
     fprintf(stderr, "%-16s %zu refused\n", "damaged", refused);
 }
 
-/* Starts ./saeclip in the folder "work"; most: the size of a file that is too large for the disk, or 0. */
-static pid_t start_program(const char *command, rlim_t most)
+/* Starts ./saeclip in the folder "work". most: the size in bytes of the largest file that the disk holds; 0: any */
+static pid_t start_in_work(const char *command, rlim_t most)
 {
-    char line[2000], *words[128] = { absolute_path(program()) }, *rest = line;
-    int count = 1;
-    snprintf(line, sizeof line, "%s", command);
-    for (char *word; count < 127 && (word = strtok_r(rest, " ", &rest)) != NULL;) words[count++] = word;
-    fflush(stdout);
-    pid_t child = fork();
-    if (child < 0) need("fork");
-    if (child > 0) return child;
-    struct rlimit limit = { most, most };
-    int err = open(in_folder(".err"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    if (dup2(err, 2) < 0 || chdir(in_folder("work")) != 0) _exit(126);
-    if (most && setrlimit(RLIMIT_FSIZE, &limit) != 0) _exit(126);
-    alarm(120);
-    execv(words[0], words);
-    _exit(127);
-}
-
-static int end_program(pid_t child)
-{
-    int status;
-    while (waitpid(child, &status, 0) < 0)
-        if (errno != EINTR) need("waitpid");
-    free(ran.err);
-    ran.err = read_whole(in_folder(".err"), &ran.err_count);
-    return ran.status = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+    with.folder = in_folder("work");
+    with.file_bytes = most;
+    with.seconds = 120;
+    pid_t child = start_program("%s", command);
+    with.folder = NULL;
+    with.file_bytes = 0;
+    return child;
 }
 
 /* A log without its last column, the seconds. */
@@ -645,19 +627,19 @@ static char *log_without_times(void)
 
 #define FAULT_LONG FAULT_RELU "--steps 1500 -o out --log log.csv --checkpoint ckpt --checkpoint-every 4 "
 
-static char *whole_log;              /* of the run that is never killed, which leaves in/whole too */
+static char *whole_log;              /* the log of a run that is not killed; its SAE is in/whole */
 
 static void expect_long(void)
 {
     remove_tree(in_folder("work"));
     mkdir(in_folder("work"), 0777);
-    end_program(start_program(FAULT_LONG, 0));
+    end_program(start_in_work(FAULT_LONG, 0));
     check(ran.status == 0, "the run that is not killed: status %d, %s", ran.status, ran.err);
     copy_file(in_folder("work/out"), in_folder("in/whole"));
     whole_log = log_without_times();
 }
 
-/* Whether the folder holds what the run that was never killed left. */
+/* Checks that the files are those of the run that is not killed. */
 static void check_long(const char *what)
 {
     char *log = log_without_times();
@@ -671,7 +653,7 @@ static void check_long(const char *what)
     free(log);
 }
 
-/* kill -9 after 1 to 120 ms, again and again, until a run comes through; then from the start. */
+/* Kills training after 1 to 120 ms, resumes it and kills it again until a run ends by itself; then from the start. */
 static void kill_training(int wanted)
 {
     int kills = 0, laps = 0;
@@ -680,19 +662,19 @@ static void kill_training(int wanted)
         remove_tree(in_folder("work"));
         mkdir(in_folder("work"), 0777);
         do {
-            pid_t child = start_program(FAULT_LONG "--resume", 0);
+            pid_t child = start_in_work(FAULT_LONG "--resume", 0);
             long wait = 1 + (long)(random64() % 120);
             nanosleep(&(struct timespec){ 0, wait * 1000000 }, NULL);
             kill(child, SIGKILL);
             kills += end_program(child) == -SIGKILL;
         } while (ran.status == -SIGKILL && kills < wanted);
-        if (ran.status == -SIGKILL) end_program(start_program(FAULT_LONG "--resume", 0));
+        if (ran.status == -SIGKILL) end_program(start_in_work(FAULT_LONG "--resume", 0));
         check_long("killed at random");
     }
     printf("killed at random moments: %d times in %d runs\n", kills, laps);
 }
 
-/* The next checkpoint does not fit on the disk: the one before stays, and goes on where there is room. */
+/* The next checkpoint does not fit on the disk: the one before stays, and training resumes from it. */
 static void fill_disk(const row *r)
 {
     size_t count;
@@ -701,12 +683,12 @@ static void fill_disk(const row *r)
     mkdir(in_folder("work"), 0777);
     copy_file(in_folder("in/ckpt3"), in_folder("work/ckpt"));
     get_file(in_folder("work/ckpt"), &count);
-    end_program(start_program(r->command, (rlim_t)count - 100));
+    end_program(start_in_work(r->command, (rlim_t)count - 100));
     check(ran.status == 1 && is_one_line(ran.err) && strstr(ran.err, "ckpt: cannot be written: "),
           "a disk too small for a checkpoint: status %d, %s", ran.status, ran.err);
     check(same_files(in_folder("work/ckpt"), in_folder("in/ckpt3")) && !exists(in_folder("work/ckpt.tmp")),
           "a disk too small for a checkpoint: the one before is lost, or half of one left");
-    end_program(start_program(r->command, 0));
+    end_program(start_in_work(r->command, 0));
     check(ran.status == 0 && digest_of(in_folder("work/out")) == find_file(&expected, "out")->digest,
           "after a full disk: status %d, %s", ran.status, ran.err);
 }

@@ -1,6 +1,6 @@
-/* Bad input and the command line: what each command refuses, in which words, and that it leaves
- * nothing behind; lists, packed sets, streams; checkpoints. Inputs are made here, from the small
- * models of the golden files. In the lines below @name is a file of the tests' own folder. */
+/* Tests of bad input and of the command line: which input each command refuses, with which message,
+ * leaving no output; lists, packed sets, standard streams; training and checkpoints. The inputs are
+ * made from the golden files' small models. In command lines @NAME is a file in the tests' folder. */
 
 /* line with each @ replaced by the folder and a prefix of ours. 8 may be in use at a time. */
 SC_PRINTF(1, 2) static const char *cli(const char *line, ...)
@@ -55,14 +55,16 @@ static void cli_all(const cli_case *cases)
     for (; cases->line; cases++) cli_refuses(cases->status, cases->text, cases->line);
 }
 
-static void cli_works(const char *line) { works("%s", cli("%s", line)); }
+/* run() and works() with each @ replaced. */
+#define cli_run(...) run("%s", cli(__VA_ARGS__))
+#define cli_works(...) works("%s", cli(__VA_ARGS__))
 
 static int cli_same(const char *a, const char *b) { return same_files(cli("%s", a), cli("%s", b)); }
 
 /* --- Inputs --- */
 
-/* What cli_edit changes: a tensor left out, or given another shape (and as many of its values as
- * that takes, repeated), or a value; an entry of the metadata. */
+/* What cli_edit changes: it leaves a tensor out, gives it another shape (repeating its values as far as
+ * needed) or changes one of its values; it changes or removes an entry of the metadata. */
 typedef struct {
     const char *drop, *shape_of;
     int rank;
@@ -71,7 +73,7 @@ typedef struct {
     size_t element;
     float value;
     const char *key, *text;
-    const char *add;                 /* a tensor [1] more */
+    const char *add;                 /* the name of an additional tensor of shape [1] */
 } cli_change;
 
 static void cli_write_tensor(sc_writer *w, const sc_safetensors *file, const sc_tensor *t,
@@ -143,7 +145,7 @@ static void cli_all_damaged(const char *from, const char *to, const cli_damage *
     }
 }
 
-/* A copy with bytes written over element `element` of a tensor: what a writer would refuse. */
+/* A copy with other bits in one element of a tensor, such as those of NaN, which sc_writer refuses. */
 static void cli_poke(const char *from, const char *to, const char *tensor, size_t element,
                      uint32_t bits)
 {
@@ -159,7 +161,7 @@ static void cli_poke(const char *from, const char *to, const char *tensor, size_
     sc_safetensors_close(&file);
 }
 
-/* A copy with a text replaced by one as long, at its first place. */
+/* A copy with the first occurrence of a text replaced by one of the same length. */
 static void cli_replace(const char *from, const char *to, const char *old, const char *text)
 {
     size_t count, i = 0, length = strlen(old);
@@ -170,7 +172,7 @@ static void cli_replace(const char *from, const char *to, const char *old, const
     put_file(to, bytes, count);
 }
 
-/* A picture of width x height, different for every seed. */
+/* An image of width x height, different for every seed. */
 static void cli_picture(const char *path, unsigned seed, size_t width, size_t height)
 {
     static unsigned char bytes[64 + 3 * 64 * 64];
@@ -188,13 +190,10 @@ static const char *const cli_pictures[CLI_PICTURES] = {
 
 static const int cli_labels[CLI_PICTURES] = { 0, 0, 0, 1, 1, 2, 2 };
 
-/* A folder of three classes, a list and a stream of the same pictures, a model, activations, an SAE
- * and its statistics. */
+/* A folder with three classes, a list of the same images, a model, activations, SAEs and statistics. */
 static void cli_make_inputs(void)
 {
-    char list[4096] = "# the pictures of @photos\n\n";
-    static char stream[65536];
-    size_t count, used = 0;
+    char list[4096] = "# the images of @photos\n\n";
     mkdir(cli("@photos"), 0777);
     mkdir(cli("@photos/birds"), 0777);
     mkdir(cli("@photos/cats"), 0777);
@@ -204,12 +203,8 @@ static void cli_make_inputs(void)
         cli_picture(path, (unsigned)i + 1, (size_t)(40 + 3 * (i % 3)), (size_t)(40 + 2 * (i % 4)));
         sprintf(list + strlen(list), "cli_photos/%s\t%d%s", cli_pictures[i], cli_labels[i],
                 i == 3 ? "   # with a remark\r\n" : "\n");
-        const char *bytes = get_file(path, &count);
-        memcpy(stream + used, bytes, count);
-        used += count;
     }
     put_text(cli("@list.txt"), list);
-    put_file(cli("@stream"), stream, used);
     cli_edit(GOLDEN "clip_timm.safetensors", cli("@model"), (cli_change){ 0 });
     cli_works("extract --quiet -m @model --layer 2 --hook mlp @photos -o @acts");
     cli_works("train --quiet --acts @acts --latents 24 --steps 3 --batch 4 -o @sae");
@@ -273,7 +268,7 @@ static const cli_case cli_usage[] = {
     { 2, "-t FILE", "mask -s @sae --acts @acts -l 1 --mask top -o @out" },
     { 0, NULL, NULL } };
 
-/* Values that are not an option's: "OPTION VALUE ...", each with the rest of the line. */
+/* Invalid values: "OPTION VALUE ...", and the rest of the command line. */
 static const struct { const char *values, *line; } cli_values[] = {
     { "--lr fast 1x -1 nan inf", "train --acts @acts -o @out" },
     { "--batch 0 2.5 1e30", "train --acts @acts -o @out" },
@@ -374,7 +369,7 @@ static void cli_copy(const char *from, const char *to)
     put_file(cli("%s", to), bytes, count);
 }
 
-/* Every command's example, as printed, in a folder that has what it names. */
+/* Runs each command's example as --help prints it, in a folder with the files that it names. */
 static void cli_test_help(void)
 {
     char text[1024], place[400];
@@ -615,8 +610,8 @@ static void cli_test_mismatches(void)
     cli_works("eval -s @layer3 --layer 2 --acts @acts");      /* options overrule metadata */
     cli_works("eval -s @attn --hook mlp --acts @acts");
     cli_edit(cli("@acts"), cli("@silent"), (cli_change){ .key = "layer" });
-    cli_works("eval -s @layer3 --acts @silent");              /* activations that do not say */
-    cli_works("mask -s @sae --acts @acts -l 1,2 -o @masks");  /* no pictures, so no overlays */
+    cli_works("eval -s @layer3 --acts @silent");              /* activations without a layer */
+    cli_works("mask -s @sae --acts @acts -l 1,2 -o @masks");  /* no images, so no overlays */
     check(exists(cli("@masks/latent_2_6_.pgm")) && !exists(cli("@masks/latent_2_6_.ppm")),
           "masks of activations are missing");
 }
@@ -666,7 +661,7 @@ static void cli_test_activations(void)
     cli_all(cases);
 }
 
-/* What is seen only once the files at hand have been read. */
+/* Errors that are found only after the files have been read. */
 static void cli_test_late_refusals(void)
 {
 #define MANY " -s @sae -s @sae -s @sae -s @sae"
@@ -698,7 +693,7 @@ static void cli_test_late_refusals(void)
     cli_all(cases);
 }
 
-/* --- Pictures --- */
+/* --- Images --- */
 
 static void cli_test_pictures(void)
 {
@@ -801,11 +796,11 @@ static void cli_test_decoders(void)
     cli_works("extract --quiet -m @model @shot.jpg -o @decoded");
     cli_works("extract --quiet -m @model @photos/cats/a.ppm -o @direct");
     unsetenv("SAECLIP_DECODER");
-    run("%s", cli("compare @decoded @direct"));
+    cli_run("compare @decoded @direct");
     check(strstr(ran.out, "the same bits") != NULL, "a decoder's pixels give another result");
 }
 
-/* --- Lists, streams, sets --- */
+/* --- Lists, folders, packed sets --- */
 
 static void cli_test_lists(void)
 {
@@ -840,7 +835,7 @@ static void cli_test_lists(void)
     cli_refuses(1, "image 0 cli_photos/birds/a.ppm", "zeroshot --quiet -m @model @bad.txt");
 }
 
-/* The activations of a file of `extract`, as bytes; what else is in it (names) may differ. */
+/* Whether two files hold the same activations, bit for bit; their metadata may differ. */
 static int cli_same_activations(const char *a, const char *b)
 {
     sc_safetensors one, two;
@@ -854,7 +849,7 @@ static int cli_same_activations(const char *a, const char *b)
     return same;
 }
 
-/* One data set, five ways to hand it over. */
+/* One data set given in five ways. */
 static void cli_test_sources(void)
 {
     cli_works("extract --quiet -m @model --layer 2 --hook mlp @photos/ -o @again");
@@ -928,7 +923,7 @@ static void cli_test_skipping(void)
           cli_images_in("@again"));
     cli_works("extract --quiet -m @model --limit 99 --skip-bad @photos -o @again");
     check(cli_images_in("@again") == 7, "--limit 99 takes %zu of 7", cli_images_in("@again"));
-    put_text(cli("@photos/birds/A.ppm"), "P6\n2 2\n255\n123");   /* the only image of the first shard */
+    put_text(cli("@photos/birds/A.ppm"), "P6\n2 2\n255\n123");   /* the first shard's only image */
     cli_works("stats --quiet --skip-bad -s @sae -m @model @photos -o @again");
     char shards[1000] = "";
     for (int i = 9; i > 0; i--) {
@@ -976,7 +971,7 @@ static void cli_test_outputs(void)
         snprintf(line, sizeof line, lines[i], "@out");       /* a disk that fills up */
         snprintf(text, sizeof text, i == 3 ? "a temporary file cannot" : "@out: cannot");
         with.file_bytes = 600;
-        run("%s", cli("%s", line));
+        cli_run("%s", line);
         with.file_bytes = 0;
         check(cli_said(1, cli("%s be written", text)), "%s, disk full: %d %s", line, ran.status,
               ran.err);
@@ -1004,21 +999,21 @@ static void cli_test_outputs(void)
                     "train --acts @acts --latents 8 --steps 1 --log /dev/full -o @out");
 }
 
-/* What stood under the name stays if a run fails; what a killed run left is used again. */
+/* A run that fails keeps an older file of the output's name. A .tmp that a killed run left is reused. */
 static void cli_test_keeping(void)
 {
     put_text(cli("@kept"), "what was there before");
-    run("%s", cli("train --acts @zero --latents 8 --batch 7 --steps 3 -o @kept"));
+    cli_run("train --acts @zero --latents 8 --batch 7 --steps 3 -o @kept");
     check(ran.status == 1, "a token of 0 is taken");
-    run("%s", cli("extract --quiet -m @loud --layer 3 @photos -o @kept"));
+    cli_run("extract --quiet -m @loud --layer 3 @photos -o @kept");
     check(ran.status == 1, "infinite activations are written");
     with.file_bytes = 600;
-    run("%s", cli("stats -s @sae --acts @acts -o @kept"));
+    cli_run("stats -s @sae --acts @acts -o @kept");
     with.file_bytes = 0;
     check(ran.status == 1 && holds(cli("@kept"), "what was there before"),
           "an older file is not kept");
     check(!exists(cli("@kept.tmp")), "a failed run leaves @kept.tmp");
-    static char stale[300000];                   /* more than the run that comes writes */
+    static char stale[300000];                   /* more than the next run writes */
     memset(stale, 'x', sizeof stale);
     put_file(cli("@kept.tmp"), stale, sizeof stale);
     cli_works("extract --quiet -m @model --layer 2 --hook mlp @photos -o @kept");
@@ -1029,7 +1024,7 @@ static void cli_test_keeping(void)
     int fd = open(cli("@kept.tmp"), O_RDWR | O_CREAT, 0600);
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     if (fd < 0 || fcntl(fd, F_SETLK, &lock) != 0) need("a lock");
-    run("%s", cli("stats -s @topk --acts @acts -o @kept"));
+    cli_run("stats -s @topk --acts @acts -o @kept");
     check(cli_said(1, cli("@kept: cannot be written: another process is writing it")),
           "two write one file: %d %s", ran.status, ran.err);
     check(exists(cli("@kept.tmp")) && cli_same("@kept", "@stats"), "another's .tmp is taken away");
@@ -1037,7 +1032,7 @@ static void cli_test_keeping(void)
     remove(cli("@kept.tmp"));
 }
 
-/* Standard output full or closed, standard input and standard error closed. */
+/* Standard output full or closed; standard input and standard error closed. */
 static void cli_test_streams(void)
 {
     static const char *const lines[] = {
@@ -1048,25 +1043,25 @@ static void cli_test_streams(void)
     for (size_t i = 0; i < COUNT(lines); i++) {
         with.output = "/dev/full";
         if (exists(with.output)) {
-            run("%s", cli("%s", lines[i]));
+            cli_run("%s", lines[i]);
             check(cli_said(1, "standard output: cannot be written: No space left"),
                   "%s, output full: %d %s", lines[i], ran.status, ran.err);
         }
         with.output = "|";
-        run("%s", cli("%s", lines[i]));
+        cli_run("%s", lines[i]);
         check(ran.status == -SIGPIPE && ran.err_count == 0, "%s, nobody reads: %d %s", lines[i], ran.status,
               ran.err);
         with.output = NULL;
         with.closed = 1 << 1;
-        run("%s", cli("%s", lines[i]));
+        cli_run("%s", lines[i]);
         check(cli_said(1, "standard output: cannot be written"), "%s, output closed: %d %s",
               lines[i], ran.status, ran.err);
         with.closed = 0;
     }
     with.closed = 7;             /* what is opened must not become stream 0, 1 or 2 */
-    run("%s", cli("stats -s @sae --acts @acts -o @again"));
+    cli_run("stats -s @sae --acts @acts -o @again");
     check(ran.status == 0 && cli_same("@again", "@stats"), "closed streams: status %d", ran.status);
-    run("%s", cli("extract -m @model --layer 2 --hook mlp @photos -o @again"));
+    cli_run("extract -m @model --layer 2 --hook mlp @photos -o @again");
     check(ran.status == 0 && cli_same("@again", "@acts"), "closed streams: status %d", ran.status);
     with.closed = 0;
 }
@@ -1091,7 +1086,7 @@ static void cli_test_memory(void)
     cli_refuses(1, "out of memory",
                 "train --acts @acts --latents 8 --batch 1000000 --steps 1 -o @out --threads 2");
     cli_refuses(1, "out of memory", "pack @photos --size 16000 -o @out --threads 2");
-    put_text(cli("@huge.ppm"), "P6\n16000 16000\n255\n");      /* no image's fault */
+    put_text(cli("@huge.ppm"), "P6\n16000 16000\n255\n");      /* not a fault of the image */
     if (truncate(cli("@huge.ppm"), 19 + 3 * 16000 * 16000) != 0) need("a sparse file");
     put_text(cli("@bad.txt"), "cli_huge.ppm\ncli_photos/birds/a.ppm\n");
     cli_refuses(1, "out of memory", "pack --skip-bad @bad.txt -o @out --threads 2");
@@ -1100,7 +1095,7 @@ static void cli_test_memory(void)
 #endif
 }
 
-/* What files claim costs nothing: a header in ten lines, of a petabyte; pictures without pixels. */
+/* Headers that promise a petabyte, and images without pixels, are refused without allocating much. */
 static void cli_test_claims(void)
 {
     static const char claim[] =
@@ -1175,7 +1170,7 @@ static void cli_test_escapes(void)
         "eval -s @od\033[31md --acts @acts --format json", "info @od\033[31md",
         "compare @od\033[31md @acts" };
     for (size_t i = 0; i < COUNT(lines); i++) {
-        run("%s", cli("%s", lines[i]));
+        cli_run("%s", lines[i]);
         check(ran.status == (i == 5), "%s: status %d, %s", lines[i], ran.status, ran.err);
         check(!strchr(ran.out, '\033') && !strchr(ran.err, '\033'), "line %zu prints an escape", i);
     }
@@ -1194,14 +1189,14 @@ static void cli_test_long_names(void)
           ran.status, ran.err);
 }
 
-/* Names that are harmful somewhere: markup, quotes, formulas, options, shell commands, paths. */
+/* Names that do harm where they are not escaped: markup, quotes, formulas, options, commands, paths. */
 static const char *const cli_odd_names[] = {
     "a\"b',c.ppm", "<script src=x>", "&lt;|pipe|`tick`[x](y)*", "-rf", "--help",
     "$(touch pwned);touch pwned|touch pwned", "`touch pwned`", "..", "new\nline\r\n# list",
     "\033[2J\033]0;title\007\302\2331m\177", "\xff\xfe\2331m latin", "=1+1,@x", "%s%n%d\\n", "\t\tx",
     "a\xe2\x80\xaegpj.exe\xe2\x80\xac", "\xe2\x81\xa6left\xe2\x81\xa9 \xe2\x80\xa7\xe2\x80\xaf\xe2\x81\xa5" };
 
-/* The table of one SAE under an odd path: terminal, CSV, JSON, Markdown. path: in the folder */
+/* The table of one SAE under an odd name, as text, CSV and JSON. */
 static void cli_table_of(const char *name)
 {
     static char path[600];
@@ -1242,7 +1237,7 @@ static void cli_table_of(const char *name)
     remove(path);
 }
 
-/* What a spreadsheet would take for a formula is text in CSV, and itself elsewhere; "-" is none. */
+/* Names that a spreadsheet would take for a formula are marked as text in CSV; "-" alone is not one. */
 static void cli_test_formulas(void)
 {
     static const char *const names[] = { "=1+1", "+1", "-1", "@x", "a=1", "-" };
@@ -1266,8 +1261,8 @@ static void cli_test_formulas(void)
     with.folder = NULL;
 }
 
-/* Odd names as classes and images of a folder: packed, the set's names are the same again, as far as
- * they are UTF-8; what is made of them on disk stays in the folder that was named. */
+/* Odd names of classes and images: a packed set keeps them, except those that are not UTF-8, and files
+ * named after them are written into the output folder. */
 static void cli_test_names(void)
 {
     char place[400], odd[600];
@@ -1286,7 +1281,7 @@ static void cli_test_names(void)
     }
     snprintf(place, sizeof place, "%s", cli("@oddnames"));
     with.folder = place;
-    run("%s", cli("pack . -o ../cli_oddnames.safetensors --size 16"));
+    cli_run("pack . -o ../cli_oddnames.safetensors --size 16");
     check(ran.status == 0 && cli_harmless(ran.err), "odd names are not packed: %s", ran.err);
     if (sc_images_open(&folder_set, place, 0) != SC_OK
         || sc_images_open(&packed_set, cli("@oddnames.safetensors"), 0) != SC_OK) need("%s", sc_error());
@@ -1298,9 +1293,9 @@ static void cli_test_names(void)
     check(same == images - 1, "%zu of %zu names are the same again; one is no UTF-8", same, images);
     sc_images_close(&folder_set);
     sc_images_close(&packed_set);
-    run("%s", cli("info ../cli_oddnames.safetensors"));
+    cli_run("info ../cli_oddnames.safetensors");
     check(ran.status == 0 && cli_harmless(ran.out), "info shows odd names: %s", ran.out);
-    run("%s", cli("mask --quiet -s @sae -m @model . -l 0 -o ../cli_out"));
+    cli_run("mask --quiet -s @sae -m @model . -l 0 -o ../cli_out");
     check(ran.status == 0, "masks of odd names: %s", ran.err);
     DIR *out = opendir(cli("@out"));
     for (images = 0; out && (entry = readdir(out)) != NULL;) {
@@ -1386,7 +1381,7 @@ static void cli_test_steps(void)
     check(strstr(cli_log("@log"), "\n2,40,680,") != NULL, "batches beyond one epoch are not full");
 }
 
-/* Without a step that changes anything, the mse of a batch of one tells which image it is. */
+/* With a learning rate of 0 and batches of one image, the MSE identifies the image. */
 static void cli_test_epochs(void)
 {
     static const char *const variants[] = { "--init @zero8 --order sequential", "--init @zero8",
@@ -1394,8 +1389,8 @@ static void cli_test_epochs(void)
     char image[3][2 * CLI_PICTURES][24] = { { "" } };
     cli_works("train --acts @acts --latents 8 --steps 1 --lr 0 -o @zero8");
     for (int v = 0; v < 3; v++) {
-        works("%s", cli("train --acts @acts --lr 0 --batch 1 --epochs 2 -o @again --log @log %s",
-                        variants[v]));
+        cli_works("train --acts @acts --lr 0 --batch 1 --epochs 2 -o @again --log @log %s",
+                  variants[v]);
         const char *row = cli_log("@log");
         for (int i = 0; i < 2 * CLI_PICTURES && (row = strchr(row, '\n')) != NULL; i++) {
             const char *mse = ++row;
@@ -1424,9 +1419,9 @@ static void cli_test_resume(void)
 {
     char line[1200];
     const char *recipe = cli_recipe;
-    works("%s", cli("%s--steps 30 -o @whole_sae --log @whole.csv", recipe));
-    works("%s", cli("%s--steps 12 -o @part --log @part.csv --checkpoint @ckpt --checkpoint-every 5",
-                   recipe));
+    cli_works("%s--steps 30 -o @whole_sae --log @whole.csv", recipe);
+    cli_works("%s--steps 12 -o @part --log @part.csv --checkpoint @ckpt --checkpoint-every 5",
+              recipe);
     check(exists(cli("@ckpt")) && exists(cli("@ckpt.prev")),
           "there is no checkpoint, or none before");
     works("info %s", cli("@ckpt"));
@@ -1434,21 +1429,21 @@ static void cli_test_resume(void)
           "info does not know the checkpoint of step 12: %s", ran.out);
     cli_copy("@ckpt", "@ckpt12");
     cli_copy("@ckpt.prev", "@ckpt10");
-    works("%s", cli("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume --threads 1",
-                   recipe));
+    cli_works("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume --threads 1",
+              recipe);
     check(cli_same("@part", "@whole_sae"), "a resumed run ends with another SAE");
     check(strcmp(cli_log("@part.csv"), cli_log("@whole.csv")) == 0, "a resumed run's log differs");
     if (symlink(cli("@ckpt12"), cli("@led")) != 0) need("a link");
     cli_copy("@ckpt12", "@was12");
-    works("%s", cli("%s--steps 13 -o @part --checkpoint @led --resume", recipe));
+    cli_works("%s--steps 13 -o @part --checkpoint @led --resume", recipe);
     check(cli_same("@led.prev", "@was12") && !cli_same("@led", "@was12"),
           "a checkpoint that a link leads to is lost");
     cli_copy("@was12", "@ckpt12");
     cli_copy("@ckpt10", "@ckpt");                /* as if killed after step 12, the log ahead */
-    works("%s", cli("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume", recipe));
+    cli_works("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume", recipe);
     check(cli_same("@part", "@whole_sae"), "a second resumed run ends with another SAE");
     check(strcmp(cli_log("@part.csv"), cli_log("@whole.csv")) == 0, "a log is not cut back");
-    works("%s", cli("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume", recipe));
+    cli_works("%s--steps 30 -o @part --log @part.csv --checkpoint @ckpt --resume", recipe);
     check(cli_same("@part", "@whole_sae"), "a finished run, resumed, ends with another SAE");
     check(strcmp(cli_log("@part.csv"), cli_log("@whole.csv")) == 0, "and with another log");
     static const char *const others[] = {
@@ -1466,14 +1461,14 @@ static void cli_test_resume(void)
         cli_refuses(1, "@ckpt12: a checkpoint of another run", line);
     }
     snprintf(line, sizeof line, "%s--steps 30 -o @out --checkpoint @fresh --resume", recipe);
-    works("%s", cli("%s", line));
+    cli_works("%s", line);
     check(cli_same("@out", "@whole_sae")
           && strstr(ran.err, cli("@fresh: no checkpoint yet")),
           "--resume without a checkpoint: %s", ran.err);
     remove(cli("@out"));
 }
 
-/* Options and data of a run from photos. */
+/* Options and data that a resumed run from images may not change. */
 static void cli_test_resume_photos(void)
 {
     static const char recipe[] =
@@ -1486,18 +1481,18 @@ static void cli_test_resume_photos(void)
         "-m @model @photos --crop hf" };
     char line[1000];
     cli_copy("@model", "@other");
-    works("%s", cli("%s-m @model @photos --steps 20 -o @whole_sae", recipe));
-    works("%s", cli("%s-m @model @photos --steps 8 -o @part --checkpoint @pc", recipe));
+    cli_works("%s-m @model @photos --steps 20 -o @whole_sae", recipe);
+    cli_works("%s-m @model @photos --steps 8 -o @part --checkpoint @pc", recipe);
     cli_copy("@pc", "@pc8");
-    works("%s", cli("%s-m @model @photos --steps 20 -o @part --checkpoint @pc --resume", recipe));
+    cli_works("%s-m @model @photos --steps 20 -o @part --checkpoint @pc --resume", recipe);
     check(cli_same("@part", "@whole_sae"), "a run from photos, resumed, ends with another SAE");
     for (size_t i = 0; i < COUNT(others); i++) {
         snprintf(line, sizeof line, "%s%s --steps 20 -o @out --checkpoint @pc8 --resume", recipe,
                  others[i]);
         cli_refuses(1, "@pc8: a checkpoint of another run", line);
     }
-    works("%s", cli("train --quiet --acts @acts --latents 8 --batch 2 --steps 1 -o @part "
-                    "--checkpoint @ac"));
+    cli_works("train --quiet --acts @acts --latents 8 --batch 2 --steps 1 -o @part "
+              "--checkpoint @ac");
     cli_copy("@acts", "@kept_acts");
     cli_poke(cli("@kept_acts"), cli("@acts"), "activations", 0, 0x3f000000);
     cli_refuses(1, "@ac: a checkpoint of another run",
@@ -1549,20 +1544,20 @@ static void cli_test_damage(void)
     check(strstr(ran.err, cli("@hurt: cannot be opened")) != NULL, "no checkpoint: %s", ran.err);
 }
 
-/* A checkpoint that cannot be finished, for want of room, takes neither the last one nor the one before
- * along; a batch that cannot be had ends training with a checkpoint. */
+/* Where the disk is too small for a checkpoint, the last one and the one before stay. An image that
+ * cannot be read ends training with a checkpoint. */
 static void cli_test_kept_checkpoints(void)
 {
     static const char recipe[] = "train --quiet --acts @acts --latents 64 --batch 2 --checkpoint @kept.ckpt "
                                  "--checkpoint-every 1 -o @kept_sae ";
     struct stat about, before;
-    works("%s", cli("%s--steps 4", recipe));
+    cli_works("%s--steps 4", recipe);
     cli_copy("@kept.ckpt", "@kept4");
     cli_copy("@kept.ckpt.prev", "@kept3");
     if (stat(cli("@kept.ckpt"), &about) != 0) need("@kept.ckpt");
     for (rlim_t less = 1; less < 20000; less += 3000) {
         with.file_bytes = (rlim_t)about.st_size - less;
-        run("%s", cli("%s--steps 6 --resume", recipe));
+        cli_run("%s--steps 6 --resume", recipe);
         with.file_bytes = 0;
         check(cli_said(1, cli("@kept.ckpt: cannot be written: File too large")), "no room: %d, %s",
               ran.status, ran.err);
@@ -1580,14 +1575,14 @@ static void cli_test_kept_checkpoints(void)
     check(cli_same("@gone.ckpt", "@two.ckpt"), "not that of step 2");
 }
 
-/* A signal in the middle: the log is a pipe that this test empties, so training cannot run away. */
+/* A signal during training. The log is a pipe that this test reads, so that training does not end first. */
 static void cli_test_signals(void)
 {
     static const char recipe[] = "train --acts @acts --latents 8 --batch 1 --lr 1e-2 --quiet "
                                  "--steps 3000 ";
     const int signals[] = { SIGTERM, SIGINT };
     char line[200];
-    works("%s", cli("%s-o @whole_sae", recipe));
+    cli_works("%s-o @whole_sae", recipe);
     if (mkfifo(cli("@fifo"), 0600) != 0) need("a pipe");
     for (int i = 0; i < 2; i++) {
         pid_t child = start_program("%s", cli("%s-o @stopped --log @fifo%s", recipe,
@@ -1619,7 +1614,7 @@ static void cli_test_signals(void)
     }
 }
 
-/* A second signal ends training at once. The log is a full pipe, in which training gets stuck. */
+/* A second signal ends training at once. The log is a full pipe, where training waits. */
 static void cli_test_impatience(void)
 {
     int log = open(cli("@fifo"), O_RDWR | O_NONBLOCK), status, tries = 0;
@@ -1637,8 +1632,8 @@ static void cli_test_impatience(void)
           ran.err);
 }
 
-/* Weights so far off after step 1 that the squared gradient of step 2 is beyond a float's range: step
- * and latent are named, and the checkpoint of the step before is what it would have been. */
+/* Weights so large after step 1 that the squared gradient of step 2 overflows: the error names the step
+ * and the latent, and the checkpoint is that of step 1. */
 static void cli_test_overflow(void)
 {
     const size_t acts[] = { 4, 3, 16 }, enc[] = { 16, 8 }, dec[] = { 8, 16 };
@@ -1661,7 +1656,7 @@ static void cli_test_overflow(void)
                                  "--l1 0 --checkpoint-every 1 -o @out --steps ";
     char line[400];
     snprintf(line, sizeof line, "%s1 --checkpoint @first", recipe);
-    cli_works(line);
+    cli_works("%s", line);
     remove(cli("@out"));
     snprintf(line, sizeof line, "%s6 --checkpoint @last --log @overflow.csv", recipe);
     cli_refuses(1, "step 2: latent ", line);
@@ -1672,7 +1667,7 @@ static void cli_test_overflow(void)
           "the step that failed is logged");
 }
 
-/* Two runs that write one log: the second one is told so, and does no harm. */
+/* Two runs with one log: the second is refused, and the log stays as it is. */
 static void cli_test_shared_log(void)
 {
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
