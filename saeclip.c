@@ -10,16 +10,16 @@
  *    1. Numbers                           2. The vision transformer
  *    3. The sparse autoencoder            4. Training
  *    5. Measuring
- *  Part II: the same, fast                   line 1630
+ *  Part II: the same, fast                   line 1631
  *    6. Errors and memory                 7. Threads
  *    8. Kernels and matrix products       9. The vision transformer, fast
  *   10. Sparse codes                     11. Training steps
  *   12. Counting
- *  Part III: data in and out                 line 4055
+ *  Part III: data in and out                 line 4056
  *   13. Options and messages             14. Files
  *   15. Images                           16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 7015
+ *  Part IV: the program                      line 7063
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare

@@ -404,7 +404,7 @@ static double *numbers_of(const char *path, const char *name, size_t *count)
         out = kept[turn] = malloc((t->count + 1) * sizeof *out);
         for (size_t i = 0; i < t->count; i++) {
             float value;
-            int64_t whole;
+            int64_t whole = 0;
             uint64_t bits = 0;
             if (t->dtype == SC_F64) {
                 for (int b = 0; b < 8; b++) bits |= (uint64_t)t->data[8 * i + (size_t)b] << 8 * b;
