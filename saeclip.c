@@ -4373,7 +4373,7 @@ static char *json_string(json *j) {
             memmove(to, from, length);
             to += length;
         }
-        j->at += length;
+        if (!j->failed) j->at += length;             /* never beyond the NUL */
     }
     if (json_take(j, '"')) *to = '\0';
     return start;
