@@ -54,7 +54,6 @@ static void saelens_test_written(void)
     works("%s", cli("train --quiet --acts @acts --latents 24 --arch topk --k 5 --steps 3 --batch 4 -o @folder/"));
     char *text = get_file(cli("@folder/cfg.json"), &length);
     check(text && strcmp(text, expected) == 0, "cfg.json: %s", text ? text : "missing");
-    free(text);
     check(cli_same("@folder/sae_weights.safetensors", "@topk"), "the weights are those of train -o FILE");
     if (sc_safetensors_open(&file, cli("@folder/sae_weights.safetensors")) != SC_OK) need("%s", sc_error());
     check(file.tensors == 4, "%zu tensors", file.tensors);
@@ -72,7 +71,6 @@ static void saelens_test_written(void)
     text = get_file(cli("@standard/cfg.json"), &length);
     check(text && strstr(text, "\"architecture\": \"standard\"") && strstr(text, "\"activation_fn_str\": \"relu\"")
           && !strstr(text, "\"k\""), "cfg.json of a ReLU SAE: %s", text ? text : "missing");
-    free(text);
     works("%s", cli("train --quiet --init @standard --acts @acts --steps 1 --batch 4 -o @again"));
 }
 
