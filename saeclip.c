@@ -1901,8 +1901,8 @@ enum {
     CHAIN_STRIDE = CHAIN + 16,       /* floats between the rows of a copied block of A */
     MAX_ROWS = 14, MAX_COLUMNS = 32, /* size of the largest tile of any instruction set */
     TILES_AT_ONCE = 8,               /* tiles that use a block of B while it is in the cache */
-    COLUMNS_AT_ONCE = 768,           /* columns that use a copied block of A */
-    SHARES = 8                       /* tasks per thread into which a product is divided */
+    SHARES = 16,                     /* tasks per thread into which a product is divided */
+    MASK_BITS = 64
 };
 
 /* Where a part of a product is stored, and what is added to it first: the sum, row_bias, bias and
@@ -1915,23 +1915,21 @@ typedef struct {
     const float *residual;           /* [rows, columns], or NULL; may be the same as c */
     size_t residual_stride;
     activation_kind activation;      /* applied last */
-    int one_chain;                   /* whether a sum is one chain, however many terms it has */
 } tile_target;
-
-/* What becomes of the numbers in sum when a tile's next block of terms is computed. */
-typedef enum { NEW_SUM, ADD_CHAIN, EXTEND_CHAIN } sum_mode;
 
 /* The kernels of one instruction set; shapes and formulas are given where they are defined. */
 typedef struct {
     const char *name;
     size_t rows, columns;            /* of a tile */
     /* matrix products: the chains of a tile, and what is added to them */
-    void (*tile)(size_t terms, const float *a, const float *b, float *sum, sum_mode mode);
-    void (*finish)(float *sum, size_t rows, size_t columns, const tile_target *to);
-    /* dot products: of two rows, of a row with listed rows */
+    void (*tile)(size_t rows, size_t terms, const float *a, const float *b, float *sum, int add);
+    void (*finish)(const float *sum, size_t rows, size_t columns, const tile_target *to);
+    /* dot products: of two rows, of a row with listed rows, of all rows of two matrices */
     float (*dot)(const float *a, const float *b, size_t n);
     void (*dots)(const float *a, size_t n, const float *rows, size_t stride, const uint32_t *index,
                  size_t count, float *out);
+    void (*dot_table)(const float *a, size_t count, const float *b, size_t columns, size_t n,
+                      float *out, size_t out_stride);
     /* sums of rows: of one with a factor, of listed ones with a factor each */
     void (*add_scaled)(float factor, const float *x, float *sum, size_t n);
     void (*add_chain)(const float *factor, const uint32_t *index, size_t count, const float *rows,
@@ -1941,7 +1939,7 @@ typedef struct {
                        float *out, size_t n);
     void (*softmax)(float *row, size_t n, float scale);
     void (*exponentials)(float *row, size_t n);
-    size_t (*find_above)(const float *row, const float *limit, size_t n, uint32_t *index);
+    int (*find_above)(const float *row, const float *limit, size_t n, uint64_t *mask);
     void (*unit_row)(float *row, size_t n);
     void (*adam)(float *w, float *m, float *v, const float *gradient, size_t n, adam_step step);
     /* whether this build fuses operations that are separate in the source */
@@ -1959,15 +1957,14 @@ typedef struct {
  * chains are in registers. A row of b, VECTORS vectors, is loaded once for all rows of a; each pair
  * of a vector and a number of a is one multiply-add. An addition waits 4 cycles for the one before
  * it in its chain, and the processor starts one or two per cycle: the tile has enough chains to
- * keep it busy. a: [TILE_ROWS][CHAIN_STRIDE]; b: [terms][COLUMNS]; sum: [TILE_ROWS][COLUMNS] */
-SC_TARGET static void KERNEL(tile)(size_t terms, const float *a, const float *b, float *sum,
-                                   sum_mode mode) {
+ * keep it busy. `add`: the chains are added to sum, else stored there.
+ * a: [rows][CHAIN_STRIDE]; b: [terms][COLUMNS]; sum: [rows][COLUMNS] */
+SC_TARGET static SC_INLINE void KERNEL(chains)(int rows, size_t terms, const float *a,
+                                               const float *b, float *sum, int add) {
     SC_V chain[SC_TILE_ROWS][SC_VECTORS];
-    SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++) {
-        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) {
+    SC_UNROLL for (int r = 0; r < rows; r++) {
+        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
             chain[r][v] = SC_SET(0.0f);
-            if (mode == EXTEND_CHAIN) chain[r][v] = SC_LOAD(sum + r * SC_COLUMNS + v * SC_LANES);
-        }
     }
     for (size_t k = 0; k < terms; k++, b += SC_COLUMNS) {
         SC_V column[SC_VECTORS];
@@ -1975,53 +1972,74 @@ SC_TARGET static void KERNEL(tile)(size_t terms, const float *a, const float *b,
             SC_PREFETCH((uintptr_t)b + (CHAIN * SC_COLUMNS + v) * sizeof *b);  /* the next block */
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
             column[v] = SC_LOAD(b + v * SC_LANES);
-        SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++) {
+        SC_UNROLL for (int r = 0; r < rows; r++) {
             SC_V factor = SC_SET(a[r * CHAIN_STRIDE + k]);
             SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
                 chain[r][v] = SC_FMA(factor, column[v], chain[r][v]);
         }
     }
-    SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++) {
+    SC_UNROLL for (int r = 0; r < rows; r++) {
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++, sum += SC_LANES) {
-            if (mode == ADD_CHAIN) chain[r][v] = SC_ADD(SC_LOAD(sum), chain[r][v]);
+            if (add) chain[r][v] = SC_ADD(SC_LOAD(sum), chain[r][v]);
             SC_STORE(sum, chain[r][v]);
         }
     }
 }
 
-/* x = x + row_bias + bias + residual + 0 for a row of a tile, which has room for no other number
- * than x, so that the compiler may use vectors. x: [columns]; bias, residual: [columns], or NULL */
-SC_TARGET static SC_INLINE void KERNEL(finish_row)(float *restrict x, size_t columns,
-                                                   float row_bias, const float *bias,
-                                                   const float *residual) {
-    for (size_t j = 0; j < columns; j++) {
-        float sum = x[j] + row_bias;
-        if (bias) sum += bias[j];
-        if (residual) sum += residual[j];
-        x[j] = sum + 0.0f;
+/* A tile of `rows` rows, or as many as a tile has if that is less. The last rows of a matrix may
+ * fill less than half a tile: then half the work is enough. Shapes as above. */
+SC_TARGET static void KERNEL(tile)(size_t rows, size_t terms, const float *a, const float *b,
+                                   float *sum, int add) {
+    if (rows > SC_TILE_ROWS / 2) {
+        KERNEL(chains)(SC_TILE_ROWS, terms, a, b, sum, add);
+    } else {
+        KERNEL(chains)(SC_TILE_ROWS / 2, terms, a, b, sum, add);
     }
 }
 
-/* c = activation(sum + row_bias + bias + residual + 0). sum: [rows][COLUMNS], overwritten; only
- * `columns` of them are stored */
-SC_TARGET static void KERNEL(finish)(float *sum, size_t rows, size_t columns,
+/* c = sum + row_bias + bias + residual + 0 for one row of a whole tile. sum, c: [COLUMNS]; bias,
+ * residual: [COLUMNS], or NULL */
+SC_TARGET static SC_INLINE void KERNEL(finish_row)(const float *sum, float row_bias,
+                                                   const float *bias, const float *residual,
+                                                   float *c) {
+    SC_UNROLL for (int j = 0; j < SC_COLUMNS; j += SC_LANES) {
+        SC_V x = SC_ADD(SC_LOAD(sum + j), SC_SET(row_bias));
+        if (bias) x = SC_ADD(x, SC_LOAD(bias + j));
+        if (residual) x = SC_ADD(x, SC_LOAD(residual + j));
+        SC_STORE(c + j, SC_ADD(x, SC_SET(0.0f)));
+    }
+}
+
+/* The same for a row that the edge of the matrix cuts off. sum, c: [columns] */
+SC_TARGET static void KERNEL(finish_edge)(const float *sum, size_t columns, float row_bias,
+                                          const float *bias, const float *residual, float *c) {
+    for (size_t j = 0; j < columns; j++) {
+        float x = sum[j] + row_bias;
+        if (bias) x += bias[j];
+        if (residual) x += residual[j];
+        c[j] = x + 0.0f;
+    }
+}
+
+/* c = activation(sum + row_bias + bias + residual + 0). sum: [rows][COLUMNS] */
+SC_TARGET static void KERNEL(finish)(const float *sum, size_t rows, size_t columns,
                                      const tile_target *to) {
     for (size_t r = 0; r < rows; r++, sum += SC_COLUMNS) {
+        float *c = to->c + r * to->c_stride;
         float row_bias = to->row_bias ? to->row_bias[r] : 0;
         const float *residual = NULL;
         if (to->residual) residual = to->residual + r * to->residual_stride;
-        if (columns == SC_COLUMNS) {             /* a number that the compiler knows */
-            KERNEL(finish_row)(sum, SC_COLUMNS, row_bias, to->bias, residual);
+        if (columns == SC_COLUMNS) {
+            KERNEL(finish_row)(sum, row_bias, to->bias, residual, c);
         } else {
-            KERNEL(finish_row)(sum, columns, row_bias, to->bias, residual);
+            KERNEL(finish_edge)(sum, columns, row_bias, to->bias, residual, c);
         }
         if (to->activation == QUICK_GELU) {
-            for (int j = 0; j < SC_COLUMNS; j++) sum[j] = quick_gelu(sum[j]);
+            for (size_t j = 0; j < columns; j++) c[j] = quick_gelu(c[j]);
         }
         if (to->activation == ERF_GELU) {
-            for (int j = 0; j < SC_COLUMNS; j++) sum[j] = gelu(sum[j]);
+            for (size_t j = 0; j < columns; j++) c[j] = gelu(c[j]);
         }
-        memcpy(to->c + r * to->c_stride, sum, columns * sizeof *sum);
     }
 }
 
@@ -2079,6 +2097,59 @@ SC_TARGET static void KERNEL(dots)(const float *a, size_t n, const float *rows, 
     }
     for (; i < count; i++)
         out[i] = KERNEL(dot)(a, rows + index[i] * stride, n);
+}
+
+/* out[i][j] = the dot product of a's row i and b's row j, a tile of DOT_ROWS x DOT_COLUMNS whose
+ * partial sums fill the registers. a: [DOT_ROWS, n]; b: [DOT_COLUMNS, n]; n a multiple of 16 */
+SC_TARGET static SC_INLINE void KERNEL(dot_tile)(const float *a, const float *b, size_t n,
+                                                 float *out, size_t out_stride) {
+    SC_V partial[SC_DOT_ROWS][SC_DOT_COLUMNS][SC_PARTIAL_VECTORS];
+    SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++) {
+        SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++) {
+            SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++)
+                partial[i][j][v] = SC_SET(0.0f);
+        }
+    }
+    for (size_t e = 0; e < n; e += PARTIALS) {
+        SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++) {
+            SC_V x[SC_DOT_COLUMNS];
+            SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
+                x[j] = SC_LOAD(b + j * n + e + v * SC_LANES);
+            SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++) {
+                SC_V y = SC_LOAD(a + i * n + e + v * SC_LANES);
+                SC_KEEP(y);
+                SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
+                    partial[i][j][v] = SC_FMA(y, x[j], partial[i][j][v]);
+            }
+        }
+    }
+    SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++) {
+        SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
+            out[i * out_stride + j] = KERNEL(join)(partial[i][j]);
+    }
+}
+
+/* out[i][j] = the dot product of rows i of a and j of b. Some rows of b stay in the first-level
+ * cache while all rows of a pass. a: [count, n]; b: [columns, n]; out: [count, columns], rows
+ * out_stride floats apart; n a multiple of 16 */
+SC_TARGET static void KERNEL(dot_table)(const float *a, size_t count, const float *b,
+                                        size_t columns, size_t n, float *out, size_t out_stride) {
+    enum { ROWS = SC_DOT_ROWS, COLUMNS = SC_DOT_COLUMNS, NEAR = 3 * COLUMNS };
+    for (size_t near = 0; near < columns; near += NEAR) {
+        for (size_t i = 0; i < count; i += ROWS) {
+            for (size_t j = near; j < columns && j < near + NEAR; j += COLUMNS) {
+                float *to = out + i * out_stride + j;
+                if (i + ROWS <= count && j + COLUMNS <= columns) {
+                    KERNEL(dot_tile)(a + i * n, b + j * n, n, to, out_stride);
+                    continue;
+                }
+                for (size_t r = 0; r < ROWS && i + r < count; r++) {
+                    for (size_t c = 0; c < COLUMNS && j + c < columns; c++)
+                        to[r * out_stride + c] = KERNEL(dot)(a + (i + r) * n, b + (j + c) * n, n);
+                }
+            }
+        }
+    }
 }
 
 /* sum = fma(factor, x, sum): the next term of n chains. x, sum: [n], n a multiple of 16 */
@@ -2142,47 +2213,36 @@ SC_TARGET static void KERNEL(layer_norm)(const float *x, const float *weight, co
         out[e] = out[e] * scale * weight[e] + bias[e];
 }
 
+/* row = exp(scale (row - max)) / sum of these, the bits of softmax_forward(). row: [n] */
+SC_TARGET static void KERNEL(softmax)(float *row, size_t n, float scale) {
+    float largest = row[0];
+    for (size_t e = 1; e < n; e++)
+        largest = row[e] > largest ? row[e] : largest;
+    for (size_t e = 0; e < n; e++)
+        row[e] = exp32(scale * (row[e] - largest));
+    float sum = KERNEL(row_sum)(row, n);
+    for (size_t e = 0; e < n; e++) row[e] /= sum;
+}
+
 /* row = exp(row). row: [n] */
 SC_TARGET static void KERNEL(exponentials)(float *row, size_t n) {
     for (size_t e = 0; e < n; e++) row[e] = exp32(row[e]);
 }
 
-/* row = exp(scale (row - max)) / sum of these, the bits of softmax_forward(). The maximum is that
- * of 16 interleaved ones, which can be vectors. row: [n] */
-SC_TARGET static void KERNEL(softmax)(float *row, size_t n, float scale) {
-    float most[PARTIALS];
-    for (int i = 0; i < PARTIALS; i++) most[i] = row[0];
-    size_t whole = n / PARTIALS * PARTIALS;
-    for (size_t e = 0; e < whole; e += PARTIALS) {
-        for (int i = 0; i < PARTIALS; i++)
-            most[i] = row[e + i] > most[i] ? row[e + i] : most[i];
+/* Sets bit e of mask if row[e] > limit[e]; returns whether any bit is set. Few pre-activations of
+ * an SAE are above the limit: the caller skips 64 of them by looking at one word.
+ * row, limit: [n], n a multiple of 64; mask: [n / 64] */
+SC_TARGET static int KERNEL(find_above)(const float *row, const float *limit, size_t n,
+                                        uint64_t *mask) {
+    uint64_t any = 0;
+    for (size_t e = 0; e < n; e += MASK_BITS) {
+        uint64_t bits = 0;
+        for (int i = 0; i < MASK_BITS; i += SC_GROUP)
+            bits |= (uint64_t)SC_ABOVE(row + e + i, limit + e + i) << i;
+        mask[e / MASK_BITS] = bits;
+        any |= bits;
     }
-    float largest = most[0];
-    for (int i = 1; i < PARTIALS; i++)
-        largest = most[i] > largest ? most[i] : largest;
-    for (size_t e = whole; e < n; e++)
-        largest = row[e] > largest ? row[e] : largest;
-    for (size_t e = 0; e < n; e++) row[e] = scale * (row[e] - largest);
-    KERNEL(exponentials)(row, n);
-    float sum = KERNEL(row_sum)(row, n);
-    for (size_t e = 0; e < n; e++) row[e] /= sum;
-}
-
-/* Lists in index the places where row[e] > limit[e]; returns how many there are. In an SAE they are
- * few, so a group of places is looked at one by one only if there is one among them.
- * row, limit: [n], n a multiple of 16; index: [n] */
-SC_TARGET static size_t KERNEL(find_above)(const float *row, const float *limit, size_t n,
-                                           uint32_t *index) {
-    size_t count = 0;
-    for (size_t e = 0; e < n; e += SC_GROUP) {
-        unsigned above = SC_ABOVE(row + e, limit + e);
-        if (!above) continue;
-        for (size_t i = 0; i < SC_GROUP; i++) {
-            index[count] = (uint32_t)(e + i);
-            count += above >> i & 1;             /* otherwise the next one takes this place */
-        }
-    }
-    return count;
+    return any != 0;
 }
 
 /* row = row / ||row||, the bits of unit_row(). row: [n], n a multiple of 16 */
@@ -2221,6 +2281,7 @@ static const kernel_set KERNEL(kernels) = {
     .finish = KERNEL(finish),
     .dot = KERNEL(dot),
     .dots = KERNEL(dots),
+    .dot_table = KERNEL(dot_table),
     .add_scaled = KERNEL(add_scaled),
     .add_chain = KERNEL(add_chain),
     .layer_norm = KERNEL(layer_norm),
@@ -2239,6 +2300,8 @@ static const kernel_set KERNEL(kernels) = {
 #undef SC_LANES
 #undef SC_TILE_ROWS
 #undef SC_VECTORS
+#undef SC_DOT_ROWS
+#undef SC_DOT_COLUMNS
 #undef SC_STRIP
 #undef SC_GROUP
 #undef SC_SET
@@ -2247,6 +2310,7 @@ static const kernel_set KERNEL(kernels) = {
 #undef SC_ADD
 #undef SC_FMA
 #undef SC_ABOVE
+#undef SC_KEEP
 
 #else /* !SC_ISA */
 
@@ -2286,6 +2350,8 @@ static inline float join_quickly(float *p, int n) {
 #define SC_LANES 1                               /* floats in a vector */
 #define SC_TILE_ROWS 4                           /* rows of a tile of a product */
 #define SC_VECTORS 4                             /* vectors in a row of it */
+#define SC_DOT_ROWS 1                            /* a tile of dot products: rows of a */
+#define SC_DOT_COLUMNS 1                         /* and rows of b */
 #define SC_STRIP 16                              /* vectors of a sum that are kept in registers */
 #define SC_GROUP 1                               /* floats that SC_ABOVE compares */
 #define SC_SET(x) (x)                            /* the same number in all lanes */
@@ -2294,6 +2360,7 @@ static inline float join_quickly(float *p, int n) {
 #define SC_ADD(a, b) ((a) + (b))
 #define SC_FMA(a, b, c) fma32(a, b, c)           /* a * b + c, rounded once */
 #define SC_ABOVE(p, q) (*(p) > *(q))             /* bit i: p[i] > q[i] */
+#define SC_KEEP(v) (void)(v)                     /* keeps v in a register */
 #include "saeclip.c"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -2306,6 +2373,8 @@ static inline float join_quickly(float *p, int n) {
 #define SC_LANES 8
 #define SC_TILE_ROWS 6
 #define SC_VECTORS 2
+#define SC_DOT_ROWS 3
+#define SC_DOT_COLUMNS 2
 #define SC_STRIP 12
 #define SC_GROUP 8
 #define SC_SET(x) _mm256_set1_ps(x)
@@ -2315,6 +2384,7 @@ static inline float join_quickly(float *p, int n) {
 #define SC_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define SC_ABOVE(p, q)                                                                             \
     (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(SC_LOAD(p), SC_LOAD(q), _CMP_GT_OQ))
+#define SC_KEEP(v) __asm__("" : "+x"(v))
 #include "saeclip.c"
 
 /* AVX-512 has 32 registers: 28 for the chains of a tile. */
@@ -2324,6 +2394,8 @@ static inline float join_quickly(float *p, int n) {
 #define SC_LANES 16
 #define SC_TILE_ROWS 14
 #define SC_VECTORS 2
+#define SC_DOT_ROWS 4
+#define SC_DOT_COLUMNS 5
 #define SC_STRIP 12
 #define SC_GROUP 16
 #define SC_SET(x) _mm512_set1_ps(x)
@@ -2332,6 +2404,7 @@ static inline float join_quickly(float *p, int n) {
 #define SC_ADD(a, b) _mm512_add_ps(a, b)
 #define SC_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define SC_ABOVE(p, q) (unsigned)_mm512_cmp_ps_mask(SC_LOAD(p), SC_LOAD(q), _CMP_GT_OQ)
+#define SC_KEEP(v) __asm__("" : "+v"(v))
 #include "saeclip.c"
 
 #elif defined(__aarch64__) && defined(__ARM_NEON)
@@ -2344,6 +2417,8 @@ static inline float join_quickly(float *p, int n) {
 #define SC_LANES 4
 #define SC_TILE_ROWS 8
 #define SC_VECTORS 3
+#define SC_DOT_ROWS 2
+#define SC_DOT_COLUMNS 3
 #define SC_STRIP 12
 #define SC_GROUP 1
 #define SC_SET(x) vdupq_n_f32(x)
@@ -2352,6 +2427,7 @@ static inline float join_quickly(float *p, int n) {
 #define SC_ADD(a, b) vaddq_f32(a, b)
 #define SC_FMA(a, b, c) vfmaq_f32(c, a, b)
 #define SC_ABOVE(p, q) (*(p) > *(q))
+#define SC_KEEP(v) __asm__("" : "+w"(v))
 #include "saeclip.c"
 #endif
 
@@ -2382,12 +2458,25 @@ static int is_usable(const kernel_set *set) {
     return set != NULL;
 }
 
+/* Floats of A that are copied at once: 9/16 of the second-level cache, the rest is for B and C.
+ * Where the system does not tell its size, 512 KB are assumed. */
+static size_t buffer_floats = 72 << 10;
+
+static void measure_cache(void) {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (bytes >= 1 << 18)
+        buffer_floats = (size_t)bytes / 16 * 9 / sizeof(float);
+#endif
+}
+
 int sc_instruction_set(const char *name) {
     for (size_t i = 0; i < COUNT(kernel_sets); i++) {
         const kernel_set *set = kernel_sets[i];
         if ((name && strcmp(name, set->name) != 0) || !is_usable(set)) continue;
         kernels = set;
         kernels_chosen = 1;
+        measure_cache();
         if (!set->contracts() && !kernels_scalar.contracts()) return SC_OK;
         return fail("this build contracts a * b + c (expected the option -ffp-contract=off)");
     }
@@ -2413,19 +2502,18 @@ static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
  *                       +----+----+----+                  first-level cache: a block of b, 256 x
  *                       |////|    |    |                      32 numbers, contiguous since b is
  *                       |----|    |    | 256 rows             packed as [panels][K][32]
- *                       |    |    |    |                  second-level cache: a block of a, 112 x
- *       256 columns     +----+----+----+                      256 numbers, copied, and the sums
- *       +-----+-----+   +----+----+----+                      of 112 x 768 elements of c
+ *                       |    |    |    |                  second-level cache: the rows of a of up
+ *       256 columns     +----+----+----+                      to 8 tiles, copied in blocks of 256
+ *       +-----+-----+   +----+----+----+                      columns
  *       |/////|     |   |////|    |    | tile
  *       |-----|     |   |----|    |    |
  *       +-----+-----+   +----+----+----+
  *          a: [M, K]       c: [M, N]
  *
- * For each block of 256 terms, one chain per element, the rows of a are copied; for each panel, the
- * 8 tiles take turns with the block of b. After the last block a tile is finished at once. The
- * copied rows are 272 floats apart: at 256 floats, a power of two, they would compete for the same
- * few places of the cache. Panels are padded with zeros after column N; the rows of a tile after
- * row M are computed and not stored. Threads take different rows and panels, so no sum is divided.
+ * For each panel and each block of 256 terms, one chain per element, the tiles take turns with the
+ * block of b. The copied rows of a are 272 floats apart: at 256 floats, a power of two, they would
+ * compete for the same few places of the cache. Panels are padded with zeros after column N, tiles
+ * after row M. Threads take different rows and panels, so no sum is divided.
  * -------------------------------------------------------------------------------------------- */
 
 typedef sc_matrix packed_matrix;     /* data: [panels][K][kernels->columns] */
@@ -2463,12 +2551,37 @@ static void pack_panels(packed_matrix *b, size_t first, size_t last, const float
 /* How many chains a sum of K terms has. */
 static size_t chains_of(size_t K) { return (K + CHAIN - 1) / CHAIN; }
 
-/* Rows of A that are copied at once. */
-static size_t rows_at_once(void) { return TILES_AT_ONCE * kernels->rows; }
+/* Rows of A that are copied at once: those of 1 to 8 tiles, as the cache allows. */
+static size_t rows_at_once(size_t K) {
+    size_t tile = (chains_of(K) + 1) * kernels->rows * CHAIN_STRIDE;
+    size_t tiles = smaller(buffer_floats / tile, TILES_AT_ONCE);
+    if (tiles == 0) tiles = 1;
+    return tiles * kernels->rows;
+}
 
-/* Each thread's copied block of A, and the sums of its part of C, panel by panel. */
-static _Thread_local float a_block[TILES_AT_ONCE * MAX_ROWS * CHAIN_STRIDE];
-static _Thread_local float part_sums[TILES_AT_ONCE * MAX_ROWS * COLUMNS_AT_ONCE];
+/* Floats in the buffer for the copy, for products of this K or a smaller one. */
+static size_t row_buffer_size(size_t K) {
+    size_t tile = chains_of(K) * kernels->rows * CHAIN_STRIDE;
+    return tile > buffer_floats ? tile : buffer_floats;
+}
+
+/* Copies rows of A: the first ones, or those listed in `index`, and zeros up to a whole tile.
+ * a: [any number, K], rows a_stride floats apart; index: [rows] or NULL;
+ * buffer: [chains][room][CHAIN_STRIDE] */
+static void load_rows(float *buffer, const float *a, size_t a_stride, const size_t *index,
+                      size_t rows, size_t K, size_t room) {
+    size_t end = (rows + kernels->rows - 1) / kernels->rows * kernels->rows;
+    for (size_t block = 0; block < K; block += CHAIN) {
+        size_t bytes = smaller(K - block, CHAIN) * sizeof *a;
+        for (size_t r = 0; r < rows; r++) {
+            size_t row = index ? index[r] : r;
+            memcpy(buffer + r * CHAIN_STRIDE, a + row * a_stride + block, bytes);
+        }
+        for (size_t r = rows; r < end; r++)
+            memset(buffer + r * CHAIN_STRIDE, 0, bytes);
+        buffer += room * CHAIN_STRIDE;
+    }
+}
 
 /* The target of the part that begins at this row and column. */
 static tile_target part_of(const tile_target *whole, size_t row, size_t column) {
@@ -2481,46 +2594,49 @@ static tile_target part_of(const tile_target *whole, size_t row, size_t column) 
     return part;
 }
 
-/* The product of some rows and panels first .. last - 1, as many as there is room for.
- * a: [rows, K], rows a_stride floats apart; to: of these rows, at column 0 */
-static void product_part(const float *a, size_t a_stride, size_t rows, const packed_matrix *b,
-                         size_t first, size_t last, const tile_target *to) {
+/* The product of the rows in a buffer and one panel. buffer: [chains][room][CHAIN_STRIDE]; to: of
+ * these rows, at column 0 */
+static void product_panel(const float *buffer, size_t rows, size_t room, const packed_matrix *b,
+                          size_t panel, const tile_target *to) {
     size_t columns = kernels->columns;
+    size_t first = panel * columns;
+    const float *b_block = b->data + panel * b->K * columns;
+    float sum[TILES_AT_ONCE * MAX_ROWS * MAX_COLUMNS];
     for (size_t block = 0; block < b->K; block += CHAIN) {
         size_t terms = smaller(b->K - block, CHAIN);
-        float *sum = part_sums;
-        sum_mode mode = to->one_chain ? EXTEND_CHAIN : ADD_CHAIN;
-        if (block == 0) mode = NEW_SUM;
-        for (size_t r = 0; r < rows; r++)
-            memcpy(a_block + r * CHAIN_STRIDE, a + r * a_stride + block, terms * sizeof *a);
-        for (size_t panel = first; panel < last; panel++) {
-            const float *b_block = b->data + (panel * b->K + block) * columns;
-            for (size_t r = 0; r < rows; r += kernels->rows) {
-                kernels->tile(terms, a_block + r * CHAIN_STRIDE, b_block, sum, mode);
-                if (block + CHAIN >= b->K) {
-                    tile_target tile = part_of(to, r, panel * columns);
-                    size_t height = smaller(rows - r, kernels->rows);
-                    size_t width = smaller(b->N - panel * columns, columns);
-                    kernels->finish(sum, height, width, &tile);
-                }
-                sum += kernels->rows * columns;
-            }
+        for (size_t r = 0; r < rows; r += kernels->rows) {
+            kernels->tile(rows - r, terms, buffer + r * CHAIN_STRIDE, b_block, sum + r * columns,
+                          block > 0);
         }
+        buffer += room * CHAIN_STRIDE;
+        b_block += CHAIN * columns;
     }
+    tile_target part = part_of(to, 0, first);
+    kernels->finish(sum, rows, smaller(b->N - first, columns), &part);
 }
 
-/* Rows of a product in panels first .. last - 1, by one thread. Shapes as above, for any number of
- * rows and panels. */
-static void product_rows(const float *a, size_t a_stride, size_t rows, const packed_matrix *b,
-                         size_t first, size_t last, const tile_target *to) {
-    size_t panels = COLUMNS_AT_ONCE / kernels->columns;
-    for (size_t i = 0; i < rows; i += rows_at_once()) {
-        size_t some = smaller(rows - i, rows_at_once());
+/* Rows of a product in panels first .. last - 1, by one thread. a: [rows, K], or the rows listed in
+ * `index` (which row_bias follows); to: of these rows, at column 0; buffer: [row_buffer_size(K)] */
+static void product_rows(const float *a, size_t a_stride, const size_t *index, size_t rows,
+                         const packed_matrix *b, size_t first, size_t last, const tile_target *to,
+                         float *buffer) {
+    size_t room = rows_at_once(b->K);
+    float row_bias[TILES_AT_ONCE * MAX_ROWS];
+    for (size_t i = 0; i < rows; i += room) {
+        size_t some = smaller(rows - i, room);
         tile_target part = part_of(to, i, 0);
-        for (size_t panel = first; panel < last; panel += panels) {
-            size_t end = smaller(panel + panels, last);
-            product_part(a + i * a_stride, a_stride, some, b, panel, end, &part);
+        if (index) {
+            load_rows(buffer, a, a_stride, index + i, some, b->K, room);
+        } else {
+            load_rows(buffer, a + i * a_stride, a_stride, NULL, some, b->K, room);
         }
+        if (index && to->row_bias) {
+            for (size_t r = 0; r < some; r++)
+                row_bias[r] = to->row_bias[index[i + r]];
+            part.row_bias = row_bias;
+        }
+        for (size_t panel = first; panel < last; panel++)
+            product_panel(buffer, some, room, b, panel, &part);
     }
 }
 
@@ -2530,33 +2646,42 @@ typedef struct {
     size_t M, a_stride;
     const packed_matrix *b;          /* [K, N] */
     tile_target to;                  /* [M, N] */
-    size_t panel_step;               /* panels of one task */
+    size_t row_step, panel_step;     /* rows and panels of one task */
     size_t row_tasks;
+    float *buffer;                   /* [workers][row_buffer_size(K)] */
 } product;
 
 static int product_task(void *context, size_t task) {
     const product *p = context;
-    size_t row = task % p->row_tasks * rows_at_once();
+    size_t row = task % p->row_tasks * p->row_step;
     size_t panel = task / p->row_tasks * p->panel_step;
-    size_t rows = smaller(p->M - row, rows_at_once());
+    size_t rows = smaller(p->M - row, p->row_step);
     size_t last = smaller(panel + p->panel_step, p->b->panels);
     tile_target part = part_of(&p->to, row, 0);
-    product_rows(p->a + row * p->a_stride, p->a_stride, rows, p->b, panel, last, &part);
+    float *buffer = p->buffer + worker * row_buffer_size(p->b->K);
+    product_rows(p->a + row * p->a_stride, p->a_stride, NULL, rows, p->b, panel, last, &part,
+                 buffer);
     return SC_OK;
 }
 
-/* c = activation(a b + bias + residual), on all threads: the bits of sc_matmul_plain(). A task is as
- * many rows as are copied at once. If that makes too few tasks to keep all threads busy until the
- * end, panels are divided too. a: [M, K], rows a_stride floats apart */
+/* c = activation(a b + bias + residual), on all threads. A task is as many rows as are copied at
+ * once. If that makes too few tasks to keep all threads busy until the end, panels are divided too.
+ * a: [M, K], rows a_stride floats apart */
 static int multiply(const float *a, size_t M, size_t a_stride, const packed_matrix *b,
                     tile_target to) {
+    size_t threads = (size_t)thread_count();
     product p = { .a = a, .M = M, .a_stride = a_stride, .b = b, .to = to };
     if (M == 0 || b->N == 0) return SC_OK;
-    p.row_tasks = (M + rows_at_once() - 1) / rows_at_once();
-    size_t panel_tasks = (SHARES * (size_t)thread_count() + p.row_tasks - 1) / p.row_tasks;
+    p.row_step = rows_at_once(b->K);
+    p.row_tasks = (M + p.row_step - 1) / p.row_step;
+    size_t panel_tasks = (SHARES * threads + p.row_tasks - 1) / p.row_tasks;
     p.panel_step = (b->panels + panel_tasks - 1) / panel_tasks;
     panel_tasks = (b->panels + p.panel_step - 1) / p.panel_step;
-    return parallel_for(p.row_tasks * panel_tasks, product_task, &p);
+    p.buffer = reserve_array(threads * row_buffer_size(b->K), sizeof *p.buffer);
+    if (!p.buffer) return SC_FAILED;
+    int status = parallel_for(p.row_tasks * panel_tasks, product_task, &p);
+    free(p.buffer);
+    return status;
 }
 
 /* ============================================================================================
@@ -2566,13 +2691,6 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
  * each product. It writes the activations at several hook points, can continue with others in
  * their place (an SAE's reconstruction), and stops where nothing later is needed.
  * ============================================================================================ */
-
-/* One worker's memory for one head of one image, d = D / heads. */
-typedef struct {
-    packed_matrix keys;              /* [d, T], k transposed */
-    packed_matrix values;            /* [T, d] */
-    float *scores;                   /* [rows_at_once(), T padded], of some queries */
-} head_scratch;
 
 /* The values of a forward pass. B images, T tokens, D width, H hidden, p patch; M = B T.
  * Numbers between the end of a row of normed or wide and its stride are undefined. */
@@ -2588,7 +2706,8 @@ typedef struct {
     float *normed;                   /* [M, D], a norm's output, or the attention's */
     float *wide;                     /* [M, max(3 D, H, 3 p^2)], qkv, hidden or patches */
     size_t normed_stride, wide_stride;
-    head_scratch *scratch;           /* [workers] */
+    unsigned char *scratch;          /* [workers][scratch_bytes], for one head each */
+    size_t scratch_bytes;
     const sc_layer *norm;            /* what norm_task applies */
     memory_list memory;
 } forward_pass;
@@ -2669,16 +2788,27 @@ static int embed(forward_pass *pass) {
     return SC_OK;
 }
 
-static int new_head_scratch(head_scratch *s, const sc_model *model, memory_list *memory) {
+/* One worker's memory for one head of one image, d = D / heads. */
+typedef struct {
+    packed_matrix keys;              /* [d, T], k transposed */
+    packed_matrix values;            /* [T, d] */
+    float *scores;                   /* [rows_at_once(d), T padded], of some queries */
+    float *buffer;                   /* for product_rows */
+} head_scratch;
+
+/* Places a worker's arrays in `memory`, or only measures them if that is NULL. */
+static size_t lay_out_head(head_scratch *s, const sc_model *model, void *memory) {
     size_t T = model->tokens;
     size_t d = model->width / model->heads;
+    size_t longest = T > d ? T : d;
     s->keys = (packed_matrix){ .K = d, .N = T, .panels = panels_of(T) };
     s->values = (packed_matrix){ .K = T, .N = d, .panels = panels_of(d) };
     const array_spec arrays[] = {
         ARRAY(s->keys.data, s->keys.panels * kernels->columns, d),
         ARRAY(s->values.data, s->values.panels * kernels->columns, T),
-        ARRAY(s->scores, rows_at_once(), padded(T)) };
-    return new_arrays(memory, arrays, COUNT(arrays));
+        ARRAY(s->scores, rows_at_once(d), padded(T)),
+        ARRAY(s->buffer, row_buffer_size(longest), 1) };
+    return lay_out(arrays, COUNT(arrays), memory);
 }
 
 /* Attention of one head in one image, normed = softmax(q k^T / sqrt d) v: attention_forward() for
@@ -2698,20 +2828,22 @@ static int head_task(void *context, size_t task) {
     const float *k = q + D;
     const float *v = k + D;
     float scale = 1.0f / sqrtf((float)d);
-    head_scratch *s = &pass->scratch[worker];
-    tile_target to_scores = { .c = s->scores, .c_stride = row };
+    head_scratch s;
+    lay_out_head(&s, model, pass->scratch + worker * pass->scratch_bytes);
+    /* all queries of the head share its keys and values, packed once */
+    tile_target to_scores = { .c = s.scores, .c_stride = row };
     tile_target to_out = { .c = pass->normed + image * T * pass->normed_stride + head * d,
                            .c_stride = pass->normed_stride };
-    /* all queries of the head share its keys and values, packed once */
-    pack_panels(&s->keys, 0, s->keys.panels, k, 1, stride);
-    pack_panels(&s->values, 0, s->values.panels, v, stride, 1);
-    for (size_t first = 0; first < T; first += rows_at_once()) {
-        size_t rows = smaller(T - first, rows_at_once());
-        product_rows(q + first * stride, stride, rows, &s->keys, 0, s->keys.panels, &to_scores);
+    pack_panels(&s.keys, 0, s.keys.panels, k, 1, stride);
+    pack_panels(&s.values, 0, s.values.panels, v, stride, 1);
+    for (size_t first = 0; first < T; first += rows_at_once(d)) {
+        size_t rows = smaller(T - first, rows_at_once(d));
+        product_rows(q + first * stride, stride, NULL, rows, &s.keys, 0, s.keys.panels, &to_scores,
+                     s.buffer);
         /* how much each query attends to each token, then the values weighted by that */
         for (size_t t = 0; t < rows; t++)
-            kernels->softmax(s->scores + t * row, T, scale);
-        product_rows(s->scores, row, rows, &s->values, 0, s->values.panels, &to_out);
+            kernels->softmax(s.scores + t * row, T, scale);
+        product_rows(s.scores, row, NULL, rows, &s.values, 0, s.values.panels, &to_out, s.buffer);
         to_out.c += rows * to_out.c_stride;
     }
     return SC_OK;
@@ -2837,24 +2969,22 @@ static int forward_head(forward_pass *pass, float *out) {
 
 /* Allocates the arrays. */
 static int new_forward_pass(forward_pass *pass, const sc_model *model) {
-    size_t workers = (size_t)thread_count();
     size_t D = model->width;
     size_t widest = 3 * model->patch * model->patch;
+    head_scratch s;
     if (widest < 3 * D) widest = 3 * D;
     if (widest < model->hidden) widest = model->hidden;
     pass->model = model;
     pass->rows = pass->images * model->tokens;
     pass->normed_stride = padded(D);
     pass->wide_stride = padded(widest);
+    pass->scratch_bytes = lay_out_head(&s, model, NULL);
     const array_spec arrays[] = {
         ARRAY(pass->x, pass->rows, D),
         ARRAY(pass->normed, pass->rows, pass->normed_stride),
         ARRAY(pass->wide, pass->rows, pass->wide_stride),
-        ARRAY(pass->scratch, workers, 1) };
-    SC_TRY(new_arrays(&pass->memory, arrays, COUNT(arrays)));
-    for (size_t w = 0; w < workers; w++)
-        SC_TRY(new_head_scratch(&pass->scratch[w], model, &pass->memory));
-    return SC_OK;
+        ARRAY(pass->scratch, (size_t)thread_count(), pass->scratch_bytes) };
+    return new_arrays(&pass->memory, arrays, COUNT(arrays));
 }
 
 int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
@@ -2879,15 +3009,15 @@ int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t 
 }
 
 /* ============================================================================================
- * 10. Sparse codes
+ * 10. The sparse autoencoder
  *
- * Section 3 for a batch of tokens. Instead of a matrix f: [T, n], which would be mostly zeros, it
- * keeps codes: for each latent the tokens on which it fires, and its activations there.
+ *     h = W_enc^T (x - b_dec) + b_enc       f = relu(h), or relu of the k largest of h
+ *     x' = W_dec^T f + b_dec                 (Bricken et al., 2023; Gao et al., 2024)
  *
- * The batch is cut into tiles of up to 1,024 tokens, each the task of one thread. Some rows of
- * W_enc at a time are multiplied with all tokens of the tile, and the products become codes while
- * they are in the cache; then the codes are decoded.
+ * Weights lie latent by latent. A batch's tokens are cut into tiles of at most 256; a tile's
+ * pre-activations become sparse codes while in cache, so there is no tokens x latents matrix.
  * ============================================================================================ */
+
 
 static int new_sae(sc_sae *sae, size_t d_in, size_t d_sae) {
     *sae = (sc_sae){ .d_in = d_in, .d_sae = d_sae, .stride = padded(d_in), .hook = -1 };
@@ -2913,7 +3043,7 @@ void sc_sae_close(sc_sae *sae) {
 
 typedef struct { sc_sae *sae; uint64_t seed; } initialisation;
 
-static int initialise_task(void *context, size_t j) {
+static int initial_row(void *context, size_t j) {
     const initialisation *start = context;
     initialise_latent(start->sae, j, start->seed);
     return SC_OK;
@@ -2922,25 +3052,29 @@ static int initialise_task(void *context, size_t j) {
 int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed) {
     initialisation start = { sae, seed };
     int status = new_sae(sae, d_in, d_sae);
-    if (status == SC_OK) status = parallel_for(d_sae, initialise_task, &start);
+    if (status == SC_OK) status = parallel_for(d_sae, initial_row, &start);
     if (status != SC_OK) sc_sae_close(sae);
     return status;
 }
 
+/* --------------------------------------------------------------------------------------------
+ * Sparse codes: latent by latent, the tokens of a tile where it fires, and its activations there.
+ * -------------------------------------------------------------------------------------------- */
+
 enum {
-    TILE_TOKENS = 1024,              /* the most tokens in a tile */
-    DENSE_SHARE = 8                  /* codes are treated as a matrix if more than 1/8 of it is used */
+    TILE_TOKENS = 256,               /* a token of a tile is a byte */
+    TILES_A_TASK = 4                 /* at most */
 };
 
-/* The codes of a tile. */
 typedef struct {
     size_t first, tokens;            /* where the tile begins in the batch, how long it is */
     size_t *start;                   /* [n + 1], where latent j's codes begin */
-    uint16_t *token;                 /* [start[n]], within the tile, ascending for each latent */
-    float *value;                    /* [start[n]], the activations */
+    uint8_t *token;                  /* [start[n]], ascending within a latent */
+    float *value;                    /* [start[n]] */
 } tile_codes;
 
-/* Visits the codes of a latent in a tile: the tokens in order, each with its activation. */
+/* Visits the tokens where a latent of a tile fires, in order: token is within the tile, value its
+ * activation. */
 typedef struct { const tile_codes *tile; size_t next, end, token; float value; } code_walk;
 
 static code_walk walk_codes(const tile_codes *tile, size_t j) {
@@ -2954,146 +3088,155 @@ static inline int next_code(code_walk *w) {
     return 1;
 }
 
-/* One worker's memory for a tile. */
-typedef struct {
-    float *h;                        /* [rows_at_once(), TILE_TOKENS], pre-activations */
-    uint32_t *index;                 /* [TILE_TOKENS], from find_above() */
-    float *limit;                    /* [TILE_TOKENS], above which h can be active */
-    uint64_t *heap;                  /* [TILE_TOKENS, k], see offer_candidates() */
-    float *dense;                    /* [TILE_TOKENS, CHAIN], the codes of 256 latents as a matrix */
-    packed_matrix weights;           /* [CHAIN, D], the rows of W_dec of 256 latents */
-    float *apart;                    /* [stride], x' - x of a token */
-} tile_scratch;
-
-/* A batch of T tokens on its way through the SAE. Rows of D numbers are `stride` floats apart. */
+/* A batch of T tokens on its way through the SAE. D is padded to `stride` in every array. */
 typedef struct {
     const sc_sae *sae;
-    size_t T, room;                  /* tokens, and how many there is room for */
+    size_t T, room;                  /* tokens, tokens there is room for */
     int reconstruct;                 /* whether x' is wanted */
     const float *x;                  /* [T, D], the caller's */
     float *centred;                  /* [T, D], x - b_dec */
-    packed_matrix panels;            /* [D, T], the same as columns */
-    float *output;                   /* [T, D], x'; in training later its gradient */
+    packed_matrix panels;            /* the same as columns, [D, T] */
+    float *output;                   /* [T, D], x', later its gradient */
     double *norm;                    /* [T], ||x|| */
     double *squared_error;           /* [T], ||x' - x||^2 */
     double *sum_f;                   /* [T], sum of f */
-    double *active;                  /* [T], how many latents fire */
+    double *active;                  /* [T], latents that fire */
     tile_codes *tile;                /* [tiles] */
-    size_t tiles;
-    size_t *start;                   /* [tiles, n + 1], the tiles' start */
-    uint16_t *token;                 /* of all tiles, and */
-    float *value;                    /* the values: as many as there can be */
-    tile_scratch *scratch;           /* [workers] */
+    size_t tiles, tiles_a_task, tile_room;
+    unsigned char *scratch;          /* [workers][scratch_bytes] */
+    size_t scratch_bytes;
     memory_list memory;
 } sae_batch;
 
-static int new_tile_scratch(tile_scratch *s, const sc_sae *sae, memory_list *memory) {
+/* What a worker needs for a tile; the arrays lie in the batch's scratch. */
+typedef struct {
+    float *h;                        /* [rows_at_once(D)][TILE_TOKENS] */
+    float *buffer;                   /* for load_rows */
+    float *dense;                    /* [TILE_TOKENS][CHAIN], a block's codes in full */
+    packed_matrix weights;           /* [CHAIN, D], a block of W_dec */
+    float *sum;                      /* [stride] */
+    uint64_t *heap;                  /* [TILES_A_TASK][TILE_TOKENS][k], TopK's best so far */
+    float *limit;                    /* [TILES_A_TASK][TILE_TOKENS], what a candidate must exceed */
+} tile_scratch;
+
+/* Lays a worker's arrays out in `memory`, or only measures them where that is NULL. */
+static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory) {
+    size_t deepest = sae->d_in > CHAIN ? sae->d_in : CHAIN, columns = (size_t)kernels->columns;
     s->weights = (packed_matrix){ .K = CHAIN, .N = sae->d_in, .panels = panels_of(sae->d_in) };
     const array_spec arrays[] = {
-        ARRAY(s->h, rows_at_once(), TILE_TOKENS),
-        ARRAY(s->index, TILE_TOKENS, 1),
-        ARRAY(s->limit, TILE_TOKENS, 1),
-        ARRAY(s->heap, sae->topk ? sae->k : 0, TILE_TOKENS),
-        ARRAY(s->dense, TILE_TOKENS, CHAIN),
-        ARRAY(s->weights.data, s->weights.panels * kernels->columns, CHAIN),
-        ARRAY(s->apart, sae->stride, 1) };
-    return new_arrays(memory, arrays, COUNT(arrays));
+        ARRAY(s->h, rows_at_once(sae->d_in), TILE_TOKENS),
+        ARRAY(s->buffer, row_buffer_size(deepest), 1),
+        ARRAY(s->dense, TILE_TOKENS, CHAIN), ARRAY(s->sum, sae->stride, 1),
+        ARRAY(s->weights.data, s->weights.panels * columns, CHAIN),
+        ARRAY(s->heap, sae->topk ? sae->k : 0, TILES_A_TASK * TILE_TOKENS),
+        ARRAY(s->limit, TILES_A_TASK, TILE_TOKENS) };
+    return lay_out(arrays, COUNT(arrays), memory);
+}
+
+static tile_scratch worker_scratch(const sae_batch *batch) {
+    tile_scratch s;
+    lay_out_scratch(&s, batch->sae, batch->scratch + worker * batch->scratch_bytes);
+    return s;
 }
 
 static void free_batch(sae_batch *batch) {
-    free(batch->token);
-    free(batch->value);
+    for (size_t i = 0; batch->tile && i < batch->tile_room; i++) {
+        free(batch->tile[i].value);
+        free(batch->tile[i].token);
+    }
     release(&batch->memory);
     *batch = (sae_batch){ 0 };
 }
 
-/* How many tiles T tokens are cut into: the same number for each thread. */
-static size_t tiles_of(size_t T) {
-    size_t threads = (size_t)thread_count();
-    size_t panels = panels_of(T);
-    size_t room = threads * (TILE_TOKENS / kernels->columns);
-    return smaller(panels, threads * ((panels + room - 1) / room));
-}
-
-/* The most codes that a token can have. */
-static size_t most_codes(const sc_sae *sae) { return sae->topk ? sae->k : sae->d_sae; }
-
-/* Allocates a batch of up to `room` tokens. The codes' room is not zeroed, so that only as much of
- * it as is used is taken from the system. */
-static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
-    size_t workers = (size_t)thread_count();
-    *batch = (sae_batch){ .sae = sae, .room = room, .reconstruct = 1 };
-    batch->panels.K = sae->d_in;
-    const array_spec arrays[] = {
-        ARRAY(batch->centred, room, sae->stride),
-        ARRAY(batch->output, room, sae->stride),
-        ARRAY(batch->panels.data, panels_of(room) * kernels->columns, sae->d_in),
-        ARRAY(batch->norm, room, 1),
-        ARRAY(batch->squared_error, room, 1),
-        ARRAY(batch->sum_f, room, 1),
-        ARRAY(batch->active, room, 1),
-        ARRAY(batch->tile, tiles_of(room), 1),
-        ARRAY(batch->start, tiles_of(room), sae->d_sae + 1),
-        ARRAY(batch->scratch, workers, 1) };
-    SC_TRY(new_arrays(&batch->memory, arrays, COUNT(arrays)));
-    for (size_t w = 0; w < workers; w++)
-        SC_TRY(new_tile_scratch(&batch->scratch[w], sae, &batch->memory));
-    batch->token = reserve_array(room, most_codes(sae) * sizeof *batch->token);
-    batch->value = reserve_array(room, most_codes(sae) * sizeof *batch->value);
-    return batch->token && batch->value ? SC_OK : SC_FAILED;
-}
-
-/* Cuts the batch into tiles of about the same length, of whole panels. */
-static void cut_tiles(sae_batch *batch) {
-    size_t panels = batch->panels.panels;
-    size_t codes = most_codes(batch->sae);
-    for (size_t i = 0; i < batch->tiles; i++) {
-        size_t first = i * panels / batch->tiles * kernels->columns;
-        size_t end = (i + 1) * panels / batch->tiles * kernels->columns;
-        batch->tile[i] = (tile_codes){ .first = first,
-                                       .tokens = smaller(end, batch->T) - first,
-                                       .start = batch->start + i * (batch->sae->d_sae + 1),
-                                       .token = batch->token + first * codes,
-                                       .value = batch->value + first * codes };
+/* Cuts T tokens into tiles of about the same length: as many tasks for each thread, each of as many
+ * tiles. */
+static void cut_tiles(sae_batch *batch, size_t T) {
+    size_t columns = (size_t)kernels->columns, panels = panels_of(T), most = TILE_TOKENS / columns;
+    size_t share = (size_t)thread_count() * TILES_A_TASK * most;
+    size_t tasks = (size_t)thread_count() * ((panels + share - 1) / share);
+    if (tasks > panels) tasks = panels;
+    batch->tiles_a_task = ((panels + tasks - 1) / tasks + most - 1) / most;
+    batch->tiles = tasks * batch->tiles_a_task;
+    for (size_t i = 0; batch->tile && i < batch->tiles; i++) {
+        size_t first = i * panels / batch->tiles * columns;
+        size_t end = (i + 1) * panels / batch->tiles * columns;
+        batch->tile[i].first = first;
+        batch->tile[i].tokens = (end < T ? end : T) - first;
     }
 }
 
-/* The tokens of a tile as columns, [D, tokens]. */
+/* Room for batches of up to `room` tokens. */
+static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
+    tile_scratch s;
+    size_t n = sae->d_sae, columns = panels_of(room) * (size_t)kernels->columns, *starts = NULL;
+    *batch = (sae_batch){ .sae = sae, .room = room, .reconstruct = 1,
+                          .scratch_bytes = lay_out_scratch(&s, sae, NULL) };
+    batch->panels.K = sae->d_in;
+    cut_tiles(batch, room);
+    size_t tiles = batch->tile_room = batch->tiles;
+    const array_spec arrays[] = {
+        ARRAY(batch->centred, room, sae->stride), ARRAY(batch->output, room, sae->stride),
+        ARRAY(batch->panels.data, columns, sae->d_in), ARRAY(batch->norm, room, 1),
+        ARRAY(batch->squared_error, room, 1), ARRAY(batch->sum_f, room, 1),
+        ARRAY(batch->active, room, 1), ARRAY(batch->tile, tiles, 1), ARRAY(starts, n + 1, tiles),
+        ARRAY(batch->scratch, (size_t)thread_count(), batch->scratch_bytes) };
+    SC_TRY(new_arrays(&batch->memory, arrays, COUNT(arrays)));
+    for (size_t i = 0; i < tiles; i++) {                     /* codes: as many as there can be */
+        size_t most = sae->topk ? sae->k : n;
+        batch->tile[i].start = starts + i * (n + 1);
+        batch->tile[i].token = reserve_array(most, TILE_TOKENS * sizeof(uint8_t));
+        batch->tile[i].value = reserve_array(most, TILE_TOKENS * sizeof(float));
+        if (!batch->tile[i].token || !batch->tile[i].value) return SC_FAILED;
+    }
+    return SC_OK;
+}
+
+/* The panels of a tile's tokens. */
 static packed_matrix tile_panels(const sae_batch *batch, const tile_codes *tile) {
     packed_matrix panels = batch->panels;
     panels.data += tile->first * panels.K;
     panels.panels = panels_of(tile->tokens);
-    panels.N = panels.panels * kernels->columns;
+    panels.N = panels.panels * (size_t)kernels->columns;
     return panels;
 }
 
-/* h = W_enc^T (x - b_dec) + b_enc of latents j .. j + count - 1: pre_activation_forward() with one
- * row per latent. panels: tokens as columns; h: [count, tokens], rows h_stride floats apart, where
- * entries past the last token are undefined */
-static void pre_activations(const sc_sae *sae, size_t j, size_t count, const packed_matrix *panels,
-                            float *h, size_t h_stride) {
+/* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of latents j .. j + count - 1 on panels of tokens, or of
+ * those that `latent` lists (j 0). latent: [count] or NULL; rows of h are h_stride long, and what
+ * lies past the last token is not meant for anyone. */
+static void pre_activations(const sc_sae *sae, size_t j, const size_t *latent, size_t count,
+                            const packed_matrix *panels, float *h, size_t h_stride, float *buffer) {
     tile_target to = { .c = h, .c_stride = h_stride, .row_bias = sae->b_enc + j };
-    const float *W_enc = sae->W_enc + j * sae->stride;
-    product_rows(W_enc, sae->stride, count, panels, 0, panels->panels, &to);
+    product_rows(sae->W_enc + j * sae->stride, sae->stride, latent, count, panels, 0,
+                 panels->panels, &to, buffer);
 }
 
-/* relu_forward() or jumprelu_forward() of latent j: appends its codes to those of the tile.
- * h: [TILE_TOKENS]; used: how many codes the tile has. Returns how many it has then. */
-static size_t append_codes(const sc_sae *sae, tile_codes *tile, size_t j, const float *h,
-                           size_t used, const tile_scratch *s) {
-    float threshold = sae->threshold ? sae->threshold[j] : 0;
-    size_t found = kernels->find_above(h, s->limit, TILE_TOKENS, s->index);
-    for (size_t i = 0; i < found; i++) {
-        size_t t = s->index[i];
-        tile->token[used] = (uint16_t)t;
-        tile->value[used] = h[t];
-        used += h[t] > threshold;            /* otherwise the next one takes this place */
+/* Appends latent j's codes, h > threshold, to a tile's, of which there are `used`; returns how many
+ * there are now. h: [TILE_TOKENS] */
+static size_t append_codes(tile_codes *tile, size_t used, const float *h, const float *limit,
+                           float threshold) {
+    uint64_t mask[TILE_TOKENS / MASK_BITS];
+    kernels->find_above(h, limit, TILE_TOKENS, mask);
+    for (size_t first = 0; first < tile->tokens; first += MASK_BITS) {
+        size_t end = first + MASK_BITS < tile->tokens ? first + MASK_BITS : tile->tokens;
+        for (size_t t = first; mask[first / MASK_BITS] && t < end; t++) {
+            tile->token[used] = (uint8_t)t;                  /* stays if h is above */
+            tile->value[used] = h[t];
+            used += h[t] > threshold;
+        }
     }
     return used;
 }
 
-/* Replaces the least number of a heap, its first, by a larger one. In a heap no number is larger
- * than its children, those at 2 i + 1 and 2 i + 2. heap: [k] */
+/* TopK: a token's k best are a heap of numbers that sort: positive floats order as their bits do,
+ * and of equal ones the lower latent is the larger number; 0 is nobody. */
+static uint64_t candidate_of(float h, size_t latent) {
+    return (uint64_t)bits_of_float(h) << 32 | (uint32_t)~(uint32_t)latent;
+}
+
+static float candidate_value(uint64_t c) { return float_of_bits((uint32_t)(c >> 32)); }
+static size_t candidate_latent(uint64_t c) { return (uint32_t)~(uint32_t)c; }
+
+/* Replaces the least number of a heap, its first, by a larger one. heap: [k] */
 static void replace_least(uint64_t *heap, size_t k, uint64_t number) {
     size_t place = 0;
     for (size_t child = 1; child < k; child = 2 * place + 1) {
@@ -3105,177 +3248,184 @@ static void replace_least(uint64_t *heap, size_t k, uint64_t number) {
     heap[place] = number;
 }
 
-/* topk_forward(), which takes the latents in order and keeps the k best of each token in a heap. A
- * candidate is the number h 2^32 + (2^32 - 1 - j), with the bits of h, which order as integers
- * since h > 0; so of equal ones the lower latent is the better one. 0: no candidate yet. Latent j's
- * candidates are those above the least of the k, the token's limit. h: [TILE_TOKENS] */
-static void offer_candidates(const sc_sae *sae, size_t j, const float *h, const tile_scratch *s) {
-    size_t found = kernels->find_above(h, s->limit, TILE_TOKENS, s->index);
-    for (size_t i = 0; i < found; i++) {
-        size_t t = s->index[i];
-        uint64_t *heap = s->heap + t * sae->k;
-        uint64_t candidate = (uint64_t)bits_of_float(h[t]) << 32 | (UINT32_MAX - j);
-        replace_least(heap, sae->k, candidate);
-        s->limit[t] = float_of_bits((uint32_t)(heap[0] >> 32));
+/* Takes latent j's pre-activations into the heaps of its tile's tokens. h, limit: [TILE_TOKENS];
+ * heap: [TILE_TOKENS][k] */
+static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t tokens,
+                             uint64_t *heap, float *limit) {
+    uint64_t mask[TILE_TOKENS / MASK_BITS];
+    if (!kernels->find_above(h, limit, TILE_TOKENS, mask)) return;
+    for (size_t t = 0; t < tokens; t++) {
+        uint64_t bits = mask[t / MASK_BITS] >> t % MASK_BITS;
+        if (bits == 0) t |= MASK_BITS - 1;                   /* on to the mask's next word */
+        if (!(bits & 1)) continue;
+        replace_least(heap + t * sae->k, sae->k, candidate_of(h[t], j));
+        limit[t] = candidate_value(heap[t * sae->k]);
     }
 }
 
-static size_t candidate_latent(uint64_t candidate) { return UINT32_MAX - (uint32_t)candidate; }
-
-/* The k best of each token become the tile's codes, sorted by latent: count, add up, place.
- * heap: [TILE_TOKENS, k] */
+/* The k best of each token become the tile's codes, ordered by counting. heap: [TILE_TOKENS][k] */
 static void select_codes(const sc_sae *sae, tile_codes *tile, const uint64_t *heap) {
-    size_t n = sae->d_sae;
-    size_t *start = tile->start;
+    size_t n = sae->d_sae, k = sae->k, *start = tile->start;
     memset(start, 0, (n + 1) * sizeof *start);
-    for (size_t i = 0; i < tile->tokens * sae->k; i++)
+    for (size_t i = 0; i < tile->tokens * k; i++)
         if (heap[i]) start[candidate_latent(heap[i]) + 1]++;
-    for (size_t j = 0; j < n; j++)
-        start[j + 1] += start[j];
-    for (size_t i = 0; i < tile->tokens * sae->k; i++) {
+    for (size_t j = 0; j < n; j++) start[j + 1] += start[j];
+    for (size_t i = 0; i < tile->tokens * k; i++) {          /* moves each start to its end, */
         if (!heap[i]) continue;
-        size_t place = start[candidate_latent(heap[i])]++;
-        tile->token[place] = (uint16_t)(i / sae->k);
-        tile->value[place] = float_of_bits((uint32_t)(heap[i] >> 32));
+        size_t at = start[candidate_latent(heap[i])]++;
+        tile->token[at] = (uint8_t)(i / k);
+        tile->value[at] = candidate_value(heap[i]);
     }
-    /* each start has moved to its end, which is where the next one starts */
-    memmove(start + 1, start, n * sizeof *start);
+    memmove(start + 1, start, n * sizeof *start);            /* which is where the next begins */
     start[0] = 0;
 }
 
-/* The codes of a tile: encode_forward(). */
-static void encode_tile(sae_batch *batch, tile_codes *tile, const tile_scratch *s) {
+/* f of a task's tiles, all latents; rows of W_enc are loaded once for all of them. */
+static void encode_tiles(const sae_batch *batch, tile_codes *tile, const tile_scratch *s) {
     const sc_sae *sae = batch->sae;
-    size_t stride = sae->stride;
-    size_t rows = rows_at_once();
-    size_t first_panel = tile->first / kernels->columns;
-    size_t used = 0;
-    packed_matrix panels = tile_panels(batch, tile);
-    for (size_t t = tile->first; t < tile->first + tile->tokens; t++) {
-        for (size_t d = 0; d < stride; d++)
-            batch->centred[t * stride + d] = batch->x[t * stride + d] - sae->b_dec[d];
-    }
-    pack_panels(&batch->panels, first_panel, first_panel + panels.panels, batch->centred, 1,
-                stride);
-    for (size_t t = 0; t < TILE_TOKENS; t++)
-        s->limit[t] = t < tile->tokens ? 0 : INFINITY;
-    if (sae->topk) memset(s->heap, 0, tile->tokens * sae->k * sizeof *s->heap);
-    for (size_t j = 0; j < sae->d_sae; j++) {
-        if (j % rows == 0) {
-            size_t count = smaller(sae->d_sae - j, rows);
-            pre_activations(sae, j, count, &panels, s->h, TILE_TOKENS);
+    size_t D = sae->d_in, rows = rows_at_once(D), tiles = batch->tiles_a_task;
+    size_t heap_size = sae->topk ? TILE_TOKENS * sae->k : 0, used[TILES_A_TASK] = { 0 };
+    tile_target to = { .c = s->h, .c_stride = TILE_TOKENS };
+    memset(s->heap, 0, tiles * heap_size * sizeof *s->heap);
+    memset(s->limit, 0, tiles * TILE_TOKENS * sizeof *s->limit);
+    for (size_t group = 0; group < sae->d_sae; group += rows) {
+        size_t count = sae->d_sae - group < rows ? sae->d_sae - group : rows;
+        load_rows(s->buffer, sae->W_enc + group * sae->stride, sae->stride, NULL, count, D, rows);
+        to.row_bias = sae->b_enc + group;
+        for (size_t i = 0; i < tiles; i++) {
+            packed_matrix panels = tile_panels(batch, &tile[i]);
+            float *limit = s->limit + i * TILE_TOKENS;
+            for (size_t panel = 0; panel < panels.panels; panel++)
+                product_panel(s->buffer, count, rows, &panels, panel, &to);
+            for (size_t r = 0; r < count; r++) {
+                const float *h = s->h + r * TILE_TOKENS;
+                tile[i].start[group + r] = used[i];
+                if (sae->topk)
+                    offer_candidates(sae, group + r, h, tile[i].tokens, s->heap + i * heap_size,
+                                     limit);
+                else
+                    used[i] = append_codes(&tile[i], used[i], h, limit,
+                                           sae->threshold ? sae->threshold[group + r] : 0);
+            }
         }
-        const float *h = s->h + j % rows * TILE_TOKENS;
-        tile->start[j] = used;
-        if (sae->topk) {
-            offer_candidates(sae, j, h, s);
-        } else {
-            used = append_codes(sae, tile, j, h, used, s);
-        }
     }
-    tile->start[sae->d_sae] = used;
-    if (sae->topk) select_codes(sae, tile, s->heap);
+    for (size_t i = 0; i < tiles; i++) {
+        tile[i].start[sae->d_sae] = used[i];
+        if (sae->topk) select_codes(sae, &tile[i], s->heap + i * heap_size);
+    }
 }
 
-/* out += f W_dec for latents block .. block + latents - 1, at most 256, so one chain of each sum.
- * f: s->dense; out: [tokens, stride] */
-static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t latents, float *out,
-                         tile_scratch *s) {
+/* --------------------------------------------------------------------------------------------
+ * Decoding: x' = W_dec^T f + b_dec, in blocks of 256 latents, each a chain. A block with few codes
+ * adds up their rows; one with many is multiplied out in full. Both are the same chains.
+ * -------------------------------------------------------------------------------------------- */
+
+enum { DENSE_SHARE = 8 };            /* in full where more than one code in 8 is active */
+
+/* out[t] += token t's chain over the block's latents that fire. The codes are first sorted by
+ * token, by counting, which keeps their order. out: [tokens, stride] */
+static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t block, size_t latents,
+                          float *out) {
+    size_t place[TILE_TOKENS + 1] = { 0 }, stride = sae->stride;
+    float value[TILE_TOKENS * CHAIN / DENSE_SHARE];
+    uint32_t latent[TILE_TOKENS * CHAIN / DENSE_SHARE];
+    for (size_t i = tile->start[block]; i < tile->start[block + latents]; i++)
+        place[tile->token[i] + 1]++;
+    for (size_t t = 0; t < tile->tokens; t++) place[t + 1] += place[t];
+    for (size_t j = 0; j < latents; j++)
+        for (code_walk w = walk_codes(tile, block + j); next_code(&w); place[w.token]++) {
+            value[place[w.token]] = w.value;
+            latent[place[w.token]] = (uint32_t)j;
+        }
+    for (size_t t = 0, i = 0; t < tile->tokens; i = place[t++])  /* places are now tokens' ends */
+        kernels->add_chain(value + i, latent + i, place[t] - i, sae->W_dec + block * stride,
+                           out + t * stride, stride);
+}
+
+/* The same as a product over all the block's latents. */
+static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t latents,
+                         float *out, tile_scratch *s) {
     tile_target to = { .c = out, .c_stride = sae->stride,
                        .residual = out, .residual_stride = sae->stride };
-    const float *W_dec = sae->W_dec + block * sae->stride;
     s->weights.K = latents;
-    pack_panels(&s->weights, 0, s->weights.panels, W_dec, sae->stride, 1);
-    product_rows(s->dense, CHAIN, tokens, &s->weights, 0, s->weights.panels, &to);
+    pack_panels(&s->weights, 0, s->weights.panels, sae->W_dec + block * sae->stride, sae->stride,
+                1);
+    product_rows(s->dense, CHAIN, NULL, tokens, &s->weights, 0, s->weights.panels, &to, s->buffer);
 }
 
-/* The same, visiting only the rows of W_dec with f > 0. */
-static void decode_sparse(const sc_sae *sae, size_t tokens, size_t block, float *out,
-                          const tile_scratch *s) {
-    static const float zero[CHAIN];
-    const float *W_dec = sae->W_dec + block * sae->stride;
-    float value[CHAIN];
-    for (size_t t = 0; t < tokens; t++) {
-        const float *f = s->dense + t * CHAIN;
-        size_t count = kernels->find_above(f, zero, CHAIN, s->index);
-        if (count == 0) continue;
-        for (size_t i = 0; i < count; i++)
-            value[i] = f[s->index[i]];
-        kernels->add_chain(value, s->index, count, W_dec, out + t * sae->stride, sae->stride);
-    }
-}
-
-/* x' of a tile: decode_forward(), 256 latents at a time. */
 static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
     const sc_sae *sae = batch->sae;
     float *out = batch->output + tile->first * sae->stride;
     memset(out, 0, tile->tokens * sae->stride * sizeof *out);
     for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
-        size_t latents = smaller(sae->d_sae - block, CHAIN);
-        size_t codes = tile->start[block + latents] - tile->start[block];
-        memset(s->dense, 0, tile->tokens * CHAIN * sizeof *s->dense);
-        for (size_t i = 0; i < latents; i++) {
-            code_walk w = walk_codes(tile, block + i);
-            while (next_code(&w)) s->dense[w.token * CHAIN + i] = w.value;
+        size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
+        size_t active = tile->start[block + latents] - tile->start[block];
+        if (active * DENSE_SHARE <= tile->tokens * latents) {
+            decode_sparse(sae, tile, block, latents, out);
+            continue;
         }
-        if (codes * DENSE_SHARE > tile->tokens * latents) {
-            decode_dense(sae, tile->tokens, block, latents, out, s);
-        } else {
-            decode_sparse(sae, tile->tokens, block, out, s);
-        }
+        memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
+        for (size_t i = 0; i < latents; i++)
+            for (code_walk w = walk_codes(tile, block + i); next_code(&w);)
+                s->dense[w.token * CHAIN + i] = w.value;
+        decode_dense(sae, tile->tokens, block, latents, out, s);
     }
-    for (size_t t = 0; t < tile->tokens; t++) {
+    for (size_t t = 0; t < tile->tokens; t++)
         for (size_t d = 0; d < sae->d_in; d++)
             out[t * sae->stride + d] = out[t * sae->stride + d] + sae->b_dec[d] + 0.0f;
-    }
 }
 
-/* The figures of each token that losses and statistics are made of: token_errors(), and the terms
- * of activity_sum(). */
-static void measure_tile(const sae_batch *batch, const tile_codes *tile, const tile_scratch *s) {
+/* What the losses need of each token. */
+static void measure_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
     size_t stride = batch->sae->stride;
     for (size_t t = tile->first; t < tile->first + tile->tokens; t++) {
-        const float *x = batch->x + t * stride;
-        const float *output = batch->output + t * stride;
-        for (size_t d = 0; d < stride; d++)
-            s->apart[d] = output[d] - x[d];
+        const float *x = batch->x + t * stride, *output = batch->output + t * stride;
+        for (size_t d = 0; d < stride; d++) s->sum[d] = output[d] - x[d];
         batch->norm[t] = sqrtf(kernels->dot(x, x, stride));
-        batch->squared_error[t] = 0;
-        if (batch->reconstruct)
-            batch->squared_error[t] = kernels->dot(s->apart, s->apart, stride);
-        batch->sum_f[t] = 0;
-        batch->active[t] = 0;
+        batch->squared_error[t] = batch->reconstruct ? kernels->dot(s->sum, s->sum, stride) : 0;
+        batch->sum_f[t] = batch->active[t] = 0;
     }
-    for (size_t j = 0; j < batch->sae->d_sae; j++) {
-        code_walk w = walk_codes(tile, j);
-        while (next_code(&w)) {
+    for (size_t j = 0; j < batch->sae->d_sae; j++)
+        for (code_walk w = walk_codes(tile, j); next_code(&w);) {
             batch->sum_f[tile->first + w.token] += w.value;
             batch->active[tile->first + w.token]++;
         }
-    }
 }
 
-static int tile_task(void *context, size_t i) {
+static int centre_task(void *context, size_t panel) {
     sae_batch *batch = context;
-    tile_codes *tile = &batch->tile[i];
-    tile_scratch *s = &batch->scratch[worker];
-    encode_tile(batch, tile, s);
-    if (batch->reconstruct) decode_tile(batch, tile, s);
-    measure_tile(batch, tile, s);
+    const sc_sae *sae = batch->sae;
+    size_t columns = (size_t)kernels->columns, stride = sae->stride;
+    for (size_t t = panel * columns; t < batch->T && t < (panel + 1) * columns; t++)
+        for (size_t d = 0; d < stride; d++)
+            batch->centred[t * stride + d] = batch->x[t * stride + d] - sae->b_dec[d];
+    pack_panels(&batch->panels, panel, panel + 1, batch->centred, 1, stride);
     return SC_OK;
 }
 
-/* Encodes and decodes T tokens, from 1 to batch->room. x: [T, stride], padded with zeros */
+static int tile_task(void *context, size_t task) {
+    sae_batch *batch = context;
+    tile_codes *tile = &batch->tile[task * batch->tiles_a_task];
+    tile_scratch s = worker_scratch(batch);
+    encode_tiles(batch, tile, &s);
+    for (size_t i = 0; i < batch->tiles_a_task; i++) {
+        if (batch->reconstruct) decode_tile(batch, &tile[i], &s);
+        measure_tile(batch, &tile[i], &s);
+    }
+    return SC_OK;
+}
+
+/* Encodes and decodes T tokens, at least 1. x: [T, stride] */
 static int run_sae(sae_batch *batch, const float *x, size_t T) {
     batch->x = x;
     batch->T = batch->panels.N = T;
     batch->panels.panels = panels_of(T);
-    batch->tiles = tiles_of(T);
-    cut_tiles(batch);
-    return parallel_for(batch->tiles, tile_task, batch);
+    cut_tiles(batch, T);
+    SC_TRY(parallel_for(batch->panels.panels, centre_task, batch));
+    return parallel_for(batch->tiles / batch->tiles_a_task, tile_task, batch);
 }
 
-/* Copies rows and pads them with zeros. to: [rows, stride]; from: [rows, width] */
+/* to: [rows, stride], padded with zeros; from: [rows, width] */
 static const float *pad_rows(float *to, const float *from, size_t rows, size_t width,
                              size_t stride) {
     for (size_t i = 0; i < rows; i++) {
@@ -3285,21 +3435,22 @@ static const float *pad_rows(float *to, const float *from, size_t rows, size_t w
     return to;
 }
 
-/* Writes the codes of a batch into a matrix of zeros. f: [batch->T, n] */
+/* The codes of a batch as a matrix. f: [batch->T, n], 0 so far */
 static void spread_batch(const sae_batch *batch, float *f) {
     size_t n = batch->sae->d_sae;
     for (size_t i = 0; i < batch->tiles; i++) {
         const tile_codes *tile = &batch->tile[i];
         for (size_t j = 0; j < n; j++) {
-            code_walk w = walk_codes(tile, j);
-            while (next_code(&w)) f[(tile->first + w.token) * n + j] = w.value;
+            for (code_walk w = walk_codes(tile, j); next_code(&w);)
+                f[(tile->first + w.token) * n + j] = w.value;
         }
     }
 }
 
-/* The bits of sc_sae_encode_plain(), 2,048 tokens at a time. */
+/* sc_sae_encode_plain(), some tokens at a time. */
 int sc_sae_encode(const sc_sae *sae, const float *x, size_t tokens, float *f) {
-    size_t room = smaller(tokens, 2048);
+    enum { TOGETHER = 2048 };
+    size_t room = tokens < TOGETHER ? tokens : TOGETHER;
     sae_batch batch = { 0 };
     SC_TRY(check_k(sae));
     SC_TRY(check_rows(x, tokens, sae->d_in, "x"));
@@ -3310,7 +3461,7 @@ int sc_sae_encode(const sc_sae *sae, const float *x, size_t tokens, float *f) {
     int status = rows ? new_batch(&batch, sae, room) : SC_FAILED;
     batch.reconstruct = 0;
     for (size_t first = 0; first < tokens && status == SC_OK; first += room) {
-        size_t some = smaller(tokens - first, room);
+        size_t some = tokens - first < room ? tokens - first : room;
         pad_rows(rows, x + first * sae->d_in, some, sae->d_in, sae->stride);
         status = run_sae(&batch, rows, some);
         if (status == SC_OK) spread_batch(&batch, f + first * sae->d_sae);
@@ -3320,14 +3471,14 @@ int sc_sae_encode(const sc_sae *sae, const float *x, size_t tokens, float *f) {
     return status;
 }
 
-/* The bits of sc_sae_decode_plain(), as one matrix product. */
+/* sc_sae_decode_plain() as one matrix product. */
 int sc_sae_decode(const sc_sae *sae, const float *f, size_t tokens, float *reconstruction) {
-    size_t n = sae->d_sae;
-    tile_target to = { .c = reconstruction, .c_stride = sae->d_in, .bias = sae->b_dec };
+    size_t n = sae->d_sae, D = sae->d_in;
+    tile_target to = { .c = reconstruction, .c_stride = D, .bias = sae->b_dec };
     packed_matrix W_dec = { 0 };
     SC_TRY(check_rows(f, tokens, n, "f"));
     SC_TRY(choose_kernels());
-    SC_TRY(new_packed(&W_dec, n, sae->d_in));
+    SC_TRY(new_packed(&W_dec, n, D));
     pack_panels(&W_dec, 0, W_dec.panels, sae->W_dec, sae->stride, 1);
     int status = multiply(f, tokens, n, &W_dec, to);
     free(W_dec.data);
@@ -3337,119 +3488,100 @@ int sc_sae_decode(const sc_sae *sae, const float *f, size_t tokens, float *recon
 /* ============================================================================================
  * 11. Training steps
  *
- * sc_train_step_plain() from sparse codes; section 4 has the formulas. A step on T tokens:
- *   rows of W_dec to unit norm                                unit_task(), 256 latents
- *   encode and decode                                         run_sae(), section 10
- *   losses; x' becomes its gradient, g that of the ghost loss output_gradient_task(), a tile
- *   gradients of W_dec, W_enc and b_enc, projection, Adam     update_task(), 256 latents
- *   gradient of b_dec, Adam                                   b_dec_task(), 16 dimensions
- *
- * A latent's gradients are sums over the tokens where it fires, usually few. If they are many, the
- * sums are computed as products over all tokens instead: a factor 0 changes no bit.
+ * sc_train_step() gives the bits of sc_train_step_plain(), see section 4 for the formulas, but with
+ * sparse codes, in tiles of tokens and groups of latents:
+ *   rows of W_dec to unit norm                                unit_task
+ *   encode and decode, tile by tile                           run_sae (section 10)
+ *   losses; dx' in the place of x'; the ghost loss and dg     output_gradient_task
+ *   for each group of latents, whose rows stay in cache: dW_dec, dW_enc and db_enc, from the codes
+ *   where they are few, else as products; projection; Adam    update_task
+ *   db_dec and Adam                                           b_dec_task
  * ============================================================================================ */
 
-enum { TABLE_PANELS = 8 };           /* panels of a table of dot products, see dot_table() */
-
-/* One worker's memory for the gradients of R = rows_at_once() latents or fewer. Tp: T padded to
- * whole panels. */
-typedef struct {
-    uint32_t *token;                 /* [T], where a latent fires */
-    float *code_f, *code_dh;         /* [T], its f and dh there */
-    float *f, *dh, *e;               /* [R, Tp], on all tokens; e = exp(h) of dead latents, else 0 */
-    double *term;                    /* [T], the terms of a sum */
-    float *rows;                     /* [R, stride], rows of W_dec in another order */
-    float *table;                    /* [5, R, TABLE_PANELS panels], partial sums of dot products */
-    float *dW_enc, *dW_dec;          /* [R, stride] */
-} update_scratch;
-
-/* The arrays of fast steps. The matrices for products: x - b_dec, the gradient dx' of x', and the
- * gradient dg of g; once with tokens as rows, once as columns in 16 parts, see dot_table(). */
+/* The workspace of fast steps. T: tokens in a step; stride: D padded to 16 */
 typedef struct fast_trainer {
     sc_trainer *state;
-    sc_sae *sae;                     /* the state's */
+    sc_sae *sae;                             /* the state's */
     sae_batch batch;
-    float *x;                        /* [T, stride], for a caller whose rows are not padded */
-    int ghosts;                      /* whether this step has dead latents to revive */
-    float *ghost;                    /* [T, stride], g, later dg */
-    packed_matrix x_rows, dx_rows, dg_rows;              /* [T, D] */
-    packed_matrix dx_part[PARTIALS], dg_part[PARTIALS];  /* [stride / 16, T] */
-    double *token_loss;              /* [T], the terms of a loss */
-    double *deviation, *square;      /* [stride], sums over tokens of (x - mean)^2 and x^2 */
-    float *db_enc;                   /* [n] */
-    float *W_enc_db;                 /* [blocks of 256 latents, stride], chains of W_enc db_enc */
+    float *x;                                /* [T, stride], for a caller whose rows are not padded */
     adam_step adam;
-    update_scratch *scratch;         /* [workers] */
+    int ghosts;                              /* whether this step has dead latents to revive */
+    float *ghost;                            /* [T, stride], g = W_dec^T exp(h), later its gradient */
+    double *token_loss;                      /* [T], a token's part of a loss */
+    packed_matrix x_rows, g_rows, ghost_rows;/* [T, D]: centred, dx' and dg for products */
+    float *db_enc;                           /* [n] */
+    float *W_enc_db;                         /* [chains of n][stride], chains of W_enc db_enc */
+    double *deviation, *square;              /* [stride], sum over tokens of (x - mean)^2, of x^2 */
+    unsigned char *scratch;                  /* [workers][scratch_bytes] */
+    size_t scratch_bytes;
+    memory_list memory;
 } fast_trainer;
 
-static int new_update_scratch(const fast_trainer *t, update_scratch *s, memory_list *memory) {
-    size_t T = t->batch.room;
-    size_t Tp = panels_of(T) * kernels->columns;
-    size_t R = rows_at_once();
-    size_t stride = t->sae->stride;
+/* One worker's memory for a group of latents in the backward pass. R: rows_at_once(T); Tp: T padded
+ * to whole panels. */
+typedef struct {
+    float *f, *dh, *e;                       /* [R, Tp], e = exp(h) of dead latents */
+    uint32_t *token;                         /* [T], where a latent fires */
+    float *code_f, *code_dh;                 /* [T], its f and dh there */
+    float *dW_enc, *dW_dec, *extra;          /* [R, stride] */
+    float *buffer;                           /* for load_rows */
+} backward_scratch;
+
+static size_t padded_tokens(const fast_trainer *t) { return padded(t->batch.room) + MAX_COLUMNS; }
+
+static size_t lay_out_backward(backward_scratch *s, const fast_trainer *t, void *memory) {
+    size_t R = rows_at_once(t->batch.room), T = padded_tokens(t), stride = t->sae->stride;
+    size_t deepest = T > stride ? T : stride;        /* of a product: over tokens, or W_enc^T x */
     const array_spec arrays[] = {
-        ARRAY(s->token, T, 1),
-        ARRAY(s->code_f, T, 1),
-        ARRAY(s->code_dh, T, 1),
-        ARRAY(s->f, R, Tp),
-        ARRAY(s->dh, R, Tp),
-        ARRAY(s->e, R, t->state->options.ghost ? Tp : 0),
-        ARRAY(s->term, T, 1),
-        ARRAY(s->rows, R, stride),
-        ARRAY(s->table, 5 * R, TABLE_PANELS * kernels->columns),
-        ARRAY(s->dW_enc, R, stride),
-        ARRAY(s->dW_dec, R, stride) };
-    return new_arrays(memory, arrays, COUNT(arrays));
+        ARRAY(s->f, T, R), ARRAY(s->dh, T, R), ARRAY(s->e, t->state->options.ghost ? T : 0, R),
+        ARRAY(s->token, T, 1), ARRAY(s->code_f, T, 1), ARRAY(s->code_dh, T, 1),
+        ARRAY(s->dW_enc, R, stride), ARRAY(s->dW_dec, R, stride), ARRAY(s->extra, R, stride),
+        ARRAY(s->buffer, row_buffer_size(deepest), 1) };
+    return lay_out(arrays, COUNT(arrays), memory);
 }
 
-/* Allocates the 16 parts of a [D, T] matrix. */
-static int new_parts(packed_matrix *part, size_t stride, size_t T, memory_list *memory) {
-    for (size_t r = 0; r < PARTIALS; r++) {
-        packed_matrix *p = &part[r];
-        *p = (packed_matrix){ .K = stride / PARTIALS, .N = T, .panels = panels_of(T) };
-        SC_TRY(allocate(memory, &p->data, p->panels * kernels->columns, p->K * sizeof *p->data));
-    }
-    return SC_OK;
-}
-
-static int prepare_trainer(sc_trainer *trainer) {
-    size_t n = trainer->sae->d_sae;
-    size_t D = trainer->sae->d_in;
-    size_t stride = trainer->sae->stride;
-    size_t T = trainer->tokens;
-    size_t ghosts = trainer->options.ghost ? T : 0;
-    size_t workers = (size_t)thread_count();
-    memory_list *memory = &trainer->memory;
-    SC_TRY(allocate(memory, &trainer->fast, 1, sizeof *trainer->fast));
-    fast_trainer *t = trainer->fast;
-    t->state = trainer;
-    t->sae = trainer->sae;
-    t->x_rows = (packed_matrix){ .K = T, .N = D, .panels = panels_of(D) };
-    t->dx_rows = t->dg_rows = t->x_rows;
-    size_t columns = t->x_rows.panels * kernels->columns;
-    const array_spec arrays[] = {
-        ARRAY(trainer->silent, n, 1),
-        ARRAY(trainer->W_enc.m, n, stride), ARRAY(trainer->W_enc.v, n, stride),
-        ARRAY(trainer->W_dec.m, n, stride), ARRAY(trainer->W_dec.v, n, stride),
-        ARRAY(trainer->b_enc.m, padded(n), 1), ARRAY(trainer->b_enc.v, padded(n), 1),
-        ARRAY(trainer->b_dec.m, stride, 1), ARRAY(trainer->b_dec.v, stride, 1),
-        ARRAY(t->x, D == stride ? 0 : T, stride),
-        ARRAY(t->ghost, ghosts, stride),
-        ARRAY(t->x_rows.data, T, columns),
-        ARRAY(t->dx_rows.data, T, columns),
-        ARRAY(t->dg_rows.data, ghosts, columns),
-        ARRAY(t->token_loss, T, 1),
-        ARRAY(t->deviation, stride, 1),
-        ARRAY(t->square, stride, 1),
-        ARRAY(t->db_enc, padded(n), 1),
-        ARRAY(t->W_enc_db, chains_of(n), stride),
-        ARRAY(t->scratch, workers, 1) };
-    SC_TRY(new_arrays(memory, arrays, COUNT(arrays)));
-    SC_TRY(new_parts(t->dx_part, stride, T, memory));
-    if (ghosts) SC_TRY(new_parts(t->dg_part, stride, T, memory));
+static int prepare_fast_trainer(fast_trainer *t, size_t T) {
+    size_t n = t->sae->d_sae, D = t->sae->d_in, stride = t->sae->stride, N = padded(n);
+    size_t ghosts = 0, columns = panels_of(D) * (size_t)kernels->columns;
+    backward_scratch s;
+    if (t->state->options.ghost) ghosts = T;
     SC_TRY(new_batch(&t->batch, t->sae, T));
-    for (size_t w = 0; w < workers; w++)
-        SC_TRY(new_update_scratch(t, &t->scratch[w], memory));
-    return SC_OK;
+    t->scratch_bytes = lay_out_backward(&s, t, NULL);
+    t->x_rows = (packed_matrix){ .K = T, .N = D, .panels = panels_of(D) };
+    t->g_rows = t->ghost_rows = t->x_rows;
+    const array_spec arrays[] = {
+        ARRAY(t->x, D == stride ? 0 : T, stride), ARRAY(t->x_rows.data, T, columns),
+        ARRAY(t->g_rows.data, T, columns), ARRAY(t->ghost_rows.data, ghosts, columns),
+        ARRAY(t->ghost, ghosts, stride), ARRAY(t->token_loss, T, 1),
+        ARRAY(t->deviation, stride, 1), ARRAY(t->square, stride, 1), ARRAY(t->db_enc, N, 1),
+        ARRAY(t->W_enc_db, chains_of(n), stride),
+        ARRAY(t->scratch, (size_t)thread_count(), t->scratch_bytes) };
+    return new_arrays(&t->memory, arrays, COUNT(arrays));
+}
+
+void sc_trainer_free(sc_trainer *t) {
+    if (!t) return;
+    if (t->fast) {
+        free_batch(&t->fast->batch);
+        release(&t->fast->memory);
+        free(t->fast);
+    }
+    release(&t->memory);
+    free(t);
+}
+
+static int prepare_trainer(sc_trainer *t) {
+    size_t n = t->sae->d_sae, stride = t->sae->stride, N = padded(n);
+    const array_spec arrays[] = {
+        ARRAY(t->silent, n, 1), ARRAY(t->W_enc.m, n, stride), ARRAY(t->W_enc.v, n, stride),
+        ARRAY(t->W_dec.m, n, stride), ARRAY(t->W_dec.v, n, stride), ARRAY(t->b_enc.m, N, 1),
+        ARRAY(t->b_enc.v, N, 1), ARRAY(t->b_dec.m, stride, 1), ARRAY(t->b_dec.v, stride, 1) };
+    SC_TRY(new_arrays(&t->memory, arrays, COUNT(arrays)));
+    t->fast = new_array(1, sizeof *t->fast);
+    if (!t->fast) return SC_FAILED;
+    t->fast->state = t;
+    t->fast->sae = t->sae;
+    return prepare_fast_trainer(t->fast, t->tokens);
 }
 
 sc_trainer *sc_trainer_new(sc_sae *sae, const sc_train_options *options, size_t tokens) {
@@ -3472,81 +3604,56 @@ sc_trainer *sc_trainer_new(sc_sae *sae, const sc_train_options *options, size_t 
     return NULL;
 }
 
-void sc_trainer_free(sc_trainer *t) {
-    if (!t) return;
-    if (t->fast) free_batch(&t->fast->batch);
-    release(&t->memory);
-    free(t);
-}
-
 static int unit_task(void *context, size_t block) {
     const sc_sae *sae = context;
-    size_t end = smaller(sae->d_sae, (block + 1) * CHAIN);
-    for (size_t j = block * CHAIN; j < end; j++)
+    for (size_t j = block * CHAIN; j < sae->d_sae && j < (block + 1) * CHAIN; j++)
         kernels->unit_row(sae->W_dec + j * sae->stride, sae->stride);
     return SC_OK;
 }
 
-static size_t count_dead(const sc_trainer *t, size_t first, size_t end) {
-    size_t dead = 0;
-    for (size_t j = first; j < end; j++)
-        dead += (size_t)is_dead(t, j);
-    return dead;
-}
-
-/* g = W_dec^T exp(h) over the dead latents, for a tile: ghost_forward(), 256 latents at a time. */
+/* W_dec^T exp(h) over the dead latents, for a tile. */
 static void ghost_decode(fast_trainer *t, const tile_codes *tile, tile_scratch *s) {
     const sc_sae *sae = t->sae;
+    size_t rows = rows_at_once(sae->d_in);
     packed_matrix panels = tile_panels(&t->batch, tile);
     float *out = t->ghost + tile->first * sae->stride;
     memset(out, 0, tile->tokens * sae->stride * sizeof *out);
     for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
-        size_t end = smaller(block + CHAIN, sae->d_sae);
-        if (count_dead(t->state, block, end) == 0) continue;
-        memset(s->dense, 0, tile->tokens * CHAIN * sizeof *s->dense);
-        for (size_t j = block; j < end; j++) {
-            size_t row = (j - block) % rows_at_once();
-            float *h = s->h + row * TILE_TOKENS;
-            if (row == 0) {
-                size_t count = smaller(end - j, rows_at_once());
-                pre_activations(sae, j, count, &panels, s->h, TILE_TOKENS);
-            }
-            if (!is_dead(t->state, j)) continue;
+        size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
+        size_t dead[CHAIN], count = 0;
+        for (size_t j = block; j < block + latents; j++)
+            if (is_dead(t->state, j)) dead[count++] = j;
+        if (count == 0) continue;
+        memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
+        for (size_t i = 0; i < count; i++) {
+            float *h = s->h + i % rows * TILE_TOKENS;
+            if (i % rows == 0)
+                pre_activations(sae, 0, dead + i, count - i < rows ? count - i : rows, &panels,
+                                s->h, TILE_TOKENS, s->buffer);
             kernels->exponentials(h, tile->tokens);
-            for (size_t i = 0; i < tile->tokens; i++)
-                s->dense[i * CHAIN + j - block] = h[i];
+            for (size_t k = 0; k < tile->tokens; k++) s->dense[k * CHAIN + dead[i] - block] = h[k];
         }
-        decode_dense(sae, tile->tokens, block, end - block, out, s);
+        decode_dense(sae, tile->tokens, block, latents, out, s);
     }
 }
 
-/* mse_backward() and ghost_token() for a tile: x' becomes dx', and g becomes dg. */
+/* Ghost loss of a tile, then its x' becomes the gradient with respect to x'. */
 static int output_gradient_task(void *context, size_t task) {
     fast_trainer *t = context;
     const sc_sae *sae = t->sae;
     sae_batch *batch = &t->batch;
     const tile_codes *tile = &batch->tile[task];
-    tile_scratch *s = &batch->scratch[worker];
-    size_t stride = sae->stride;
-    size_t panel = tile->first / kernels->columns;
-    size_t end = panel + panels_of(tile->tokens);
+    tile_scratch s = worker_scratch(batch);
     double scale = 1.0 / ((double)batch->T * (double)sae->d_in);
-    if (t->ghosts) ghost_decode(t, tile, s);
+    if (t->ghosts) ghost_decode(t, tile, &s);
     for (size_t i = tile->first; i < tile->first + tile->tokens; i++) {
-        const float *x = batch->x + i * stride;
-        float *output = batch->output + i * stride;
-        float *g = t->ghost + i * stride;
+        const float *x = batch->x + i * sae->stride;
+        float *output = batch->output + i * sae->stride;
         float factor = (float)(2 * scale / batch->norm[i]);
-        t->token_loss[i] = 0;
-        if (t->ghosts)
-            t->token_loss[i] = ghost_token(g, g, x, output, s->apart, batch->norm[i], sae->d_in,
-                                           scale);
-        for (size_t d = 0; d < stride; d++)
-            output[d] = (output[d] - x[d]) * factor;
-    }
-    for (size_t r = 0; r < PARTIALS; r++) {
-        pack_panels(&t->dx_part[r], panel, end, batch->output + r, PARTIALS, stride);
-        if (t->ghosts) pack_panels(&t->dg_part[r], panel, end, t->ghost + r, PARTIALS, stride);
+        t->token_loss[i] = !t->ghosts ? 0
+            : ghost_token(t->ghost + i * sae->stride, t->ghost + i * sae->stride, x, output, s.sum,
+                          batch->norm[i], sae->d_in, scale);
+        for (size_t d = 0; d < sae->stride; d++) output[d] = (output[d] - x[d]) * factor;
     }
     return SC_OK;
 }
@@ -3555,12 +3662,11 @@ static int pack_rows_task(void *context, size_t panel) {
     fast_trainer *t = context;
     size_t stride = t->sae->stride;
     pack_panels(&t->x_rows, panel, panel + 1, t->batch.centred, stride, 1);
-    pack_panels(&t->dx_rows, panel, panel + 1, t->batch.output, stride, 1);
-    if (t->ghosts) pack_panels(&t->dg_rows, panel, panel + 1, t->ghost, stride, 1);
+    pack_panels(&t->g_rows, panel, panel + 1, t->batch.output, stride, 1);
+    if (t->ghosts) pack_panels(&t->ghost_rows, panel, panel + 1, t->ghost, stride, 1);
     return SC_OK;
 }
 
-/* On how many tokens latent j fires. */
 static size_t count_codes(const sae_batch *batch, size_t j) {
     size_t count = 0;
     for (size_t i = 0; i < batch->tiles; i++)
@@ -3568,196 +3674,157 @@ static size_t count_codes(const sae_batch *batch, size_t j) {
     return count;
 }
 
-/* The codes of latent j over the whole batch, in s->token and s->code_f; returns how many. */
-static size_t gather_codes(const sae_batch *batch, size_t j, update_scratch *s) {
-    size_t count = 0;
-    for (size_t i = 0; i < batch->tiles; i++) {
-        code_walk w = walk_codes(&batch->tile[i], j);
-        while (next_code(&w)) {
-            s->token[count] = (uint32_t)(batch->tile[i].first + w.token);
-            s->code_f[count++] = w.value;
-        }
+/* sum over tokens of dh in float64, in blocks of 256. dh: [count], of the tokens listed, or all */
+static double sum_by_blocks(const uint32_t *token, const float *dh, size_t count) {
+    double sum = 0;
+    for (size_t i = 0; i < count;) {
+        size_t end = ((token ? token[i] : i) / CHAIN + 1) * CHAIN;
+        double part = 0;
+        for (; i < count && (token ? token[i] : i) < end; i++) part += dh[i];
+        sum += part;
     }
+    return sum;
+}
+
+/* Of the L1 loss with respect to any f above 0. */
+static float l1_gradient(const fast_trainer *t) {
+    return t->sae->topk ? 0 : (float)(t->state->options.l1 / (double)t->batch.T);
+}
+
+/* Where latent j fires: the tokens in order, f and dh there. Returns how many they are. */
+static size_t gather_codes(const fast_trainer *t, size_t j, backward_scratch *s) {
+    const sae_batch *batch = &t->batch;
+    const sc_sae *sae = t->sae;
+    float l1 = l1_gradient(t);
+    size_t count = 0;
+    for (size_t i = 0; i < batch->tiles; i++)
+        for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w); count++) {
+            s->token[count] = (uint32_t)(batch->tile[i].first + w.token);
+            s->code_f[count] = w.value;
+        }
+    kernels->dots(sae->W_dec + j * sae->stride, sae->stride, batch->output, sae->stride, s->token,
+                  count, s->code_dh);
+    for (size_t i = 0; i < count; i++) s->code_dh[i] += l1;
     return count;
 }
 
-/* decode_backward(), l1_backward() and encode_backward() of latent j from the tokens where it fires:
- * one chain for every 256 tokens. l1: d l1 / d f where f > 0; dW_dec, dW_enc: [stride] */
-static float sparse_gradients(const fast_trainer *t, size_t j, float l1, float *dW_dec,
-                              float *dW_enc, update_scratch *s) {
-    const sae_batch *batch = &t->batch;
+/* Gradients of latents j .. j + count - 1 from where they fire: a chain for every 256 tokens. */
+static void sparse_gradients(fast_trainer *t, size_t j, size_t count, backward_scratch *s) {
     size_t stride = t->sae->stride;
-    size_t count = gather_codes(batch, j, s);
-    double db_enc = 0;
-    kernels->dots(t->sae->W_dec + j * stride, stride, batch->output, stride, s->token, count,
-                  s->code_dh);
-    memset(dW_dec, 0, stride * sizeof *dW_dec);
-    memset(dW_enc, 0, stride * sizeof *dW_enc);
-    for (size_t first = 0, next; first < count; first = next) {
-        const uint32_t *token = s->token + first;
-        size_t end = (*token / CHAIN + 1) * CHAIN;
-        double part = 0;
-        for (next = first; next < count && s->token[next] < end; next++) {
-            s->code_dh[next] += l1;
-            part += s->code_dh[next];
-        }
-        kernels->add_chain(s->code_f + first, token, next - first, batch->output, dW_dec, stride);
-        kernels->add_chain(s->code_dh + first, token, next - first, batch->centred, dW_enc,
-                           stride);
-        db_enc += part;
-    }
-    return (float)db_enc;
-}
-
-/* The dot products of s->rows with the columns of 16 parts, as far as they are made of partial sums
- * r, r + step, r + 2 step, ..., which are added in the order of join(). Partial sum r adds up the
- * elements e with e mod 16 = r in one chain: it is an element of the product of part r.
- * table: [count, part->N], followed by room for more of them */
-static void join_parts(const packed_matrix *part, size_t r, size_t step, size_t count, float *table,
-                       update_scratch *s) {
-    size_t size = count * part->N;
-    size_t K = part->K;
-    if (step == PARTIALS) {
-        tile_target to = { .c = table, .c_stride = part->N, .one_chain = 1 };
-        product_rows(s->rows + r * K, PARTIALS * K, count, &part[r], 0, part->panels, &to);
-        return;
-    }
-    join_parts(part, r, 2 * step, count, table, s);
-    join_parts(part, r + step, 2 * step, count, table + size, s);
-    kernels->add_scaled(1, table + size, table, size);
-}
-
-/* out[i][t] = sc_dot_plain() of row i of W_dec with token t's column, for all tokens. Dot products
- * one by one would be bound by loads; here they are matrix products.
- * W_dec: [count, stride]; part: [16], a [stride, T] matrix; out: [count, Tp] */
-static void dot_table(const float *W_dec, size_t count, const packed_matrix *part, float *out,
-                      update_scratch *s) {
-    size_t K = part->K;
-    size_t Tp = part->panels * kernels->columns;
-    for (size_t i = 0; i < count * PARTIALS; i++) {
-        const float *from = W_dec + i / PARTIALS * PARTIALS * K + i % PARTIALS;
-        for (size_t k = 0; k < K; k++)
-            s->rows[i * K + k] = from[k * PARTIALS];
-    }
-    for (size_t panel = 0; panel < part->panels; panel += TABLE_PANELS) {
-        packed_matrix some[PARTIALS];
-        size_t panels = smaller(part->panels - panel, TABLE_PANELS);
-        size_t first = panel * kernels->columns;
-        for (size_t r = 0; r < PARTIALS; r++)
-            some[r] = (packed_matrix){ .K = K, .N = panels * kernels->columns, .panels = panels,
-                                       .data = part[r].data + first * K };
-        join_parts(some, 0, 1, count, s->table, s);
-        for (size_t i = 0; i < count; i++)
-            memcpy(out + i * Tp + first, s->table + i * some->N, some->N * sizeof *out);
-    }
-}
-
-/* ghost_backward() of latents j .. j + count - 1: adds to s->dW_dec and s->dh. s->f is overwritten
- * with de. */
-static void ghost_gradients(const fast_trainer *t, size_t j, size_t count, update_scratch *s) {
-    const sae_batch *batch = &t->batch;
-    size_t stride = t->sae->stride;
-    size_t Tp = t->dg_part->panels * kernels->columns;
-    tile_target to_dec = { .c = s->dW_dec, .c_stride = stride,
-                           .residual = s->dW_dec, .residual_stride = stride };
-    pre_activations(t->sae, j, count, &batch->panels, s->e, Tp);
-    dot_table(t->sae->W_dec + j * stride, count, t->dg_part, s->f, s);
+    memset(s->dW_dec, 0, count * stride * sizeof *s->dW_dec);
+    memset(s->dW_enc, 0, count * stride * sizeof *s->dW_enc);
     for (size_t i = 0; i < count; i++) {
-        float *e = s->e + i * Tp;
-        if (!is_dead(t->state, j + i)) {
-            memset(e, 0, batch->T * sizeof *e);
-            continue;
+        size_t codes = gather_codes(t, j + i, s);
+        for (size_t k = 0, next; k < codes; k = next) {
+            size_t end = (s->token[k] / CHAIN + 1) * CHAIN;
+            for (next = k; next < codes && s->token[next] < end;) next++;
+            kernels->add_chain(s->code_f + k, s->token + k, next - k, t->batch.output,
+                               s->dW_dec + i * stride, stride);
+            kernels->add_chain(s->code_dh + k, s->token + k, next - k, t->batch.centred,
+                               s->dW_enc + i * stride, stride);
         }
-        kernels->exponentials(e, batch->T);
-        for (size_t k = 0; k < batch->T; k++)
-            s->dh[i * Tp + k] += e[k] * s->f[i * Tp + k];
+        t->db_enc[j + i] = (float)sum_by_blocks(s->token, s->code_dh, codes);
     }
-    product_rows(s->e, Tp, count, &t->dg_rows, 0, t->dg_rows.panels, &to_dec);
 }
 
-/* The gradients of latents j .. j + count - 1 as products over all tokens, into s->dW_dec, s->dW_enc
- * and t->db_enc. ghosts: whether some of them are dead */
-static void dense_gradients(fast_trainer *t, size_t j, size_t count, float l1, int ghosts,
-                            update_scratch *s) {
+/* What the ghost loss adds to dW_dec, and to dh of the dead among latents j .. j + count - 1; f is
+ * overwritten. */
+static void ghost_gradients(const fast_trainer *t, size_t j, size_t count, backward_scratch *s) {
     const sae_batch *batch = &t->batch;
-    size_t T = batch->T;
-    size_t Tp = t->dx_part->panels * kernels->columns;
-    size_t stride = t->sae->stride;
+    size_t row = padded_tokens(t), stride = t->sae->stride;
+    tile_target to = { .c = s->extra, .c_stride = stride };
+    pre_activations(t->sae, j, NULL, count, &batch->panels, s->e, row, s->buffer);
+    kernels->dot_table(t->sae->W_dec + j * stride, count, t->ghost, batch->T, stride, s->f, row);
+    for (size_t i = 0; i < count; i++) {
+        float *e = s->e + i * row;
+        if (is_dead(t->state, j + i)) kernels->exponentials(e, batch->T);
+        else memset(e, 0, batch->T * sizeof *e);
+        for (size_t k = 0; is_dead(t->state, j + i) && k < batch->T; k++)
+            s->dh[i * row + k] += e[k] * s->f[i * row + k];
+    }
+    product_rows(s->e, row, NULL, count, &t->ghost_rows, 0, t->ghost_rows.panels, &to, s->buffer);
+    for (size_t e = 0; e < count * stride; e++) s->dW_dec[e] += s->extra[e];
+}
+
+/* f and dh of latent j over all tokens: dh, which holds df, keeps it where the latent fires.
+ * f, dh: [T] */
+static void spread_codes(const fast_trainer *t, size_t j, float *f, float *dh) {
+    const sae_batch *batch = &t->batch;
+    float l1 = l1_gradient(t);
+    size_t at = 0;
+    for (size_t i = 0; i < batch->tiles; i++)
+        for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w); at++) {
+            for (; at < batch->tile[i].first + w.token; at++) f[at] = dh[at] = 0;
+            f[at] = w.value;
+            dh[at] += l1;
+        }
+    for (; at < batch->T; at++) f[at] = dh[at] = 0;
+}
+
+/* The same gradients as products over all tokens; also where dead latents take part. */
+static void dense_gradients(fast_trainer *t, size_t j, size_t count, int ghosts, backward_scratch *s) {
+    size_t row = padded_tokens(t), stride = t->sae->stride;
     tile_target to_dec = { .c = s->dW_dec, .c_stride = stride };
     tile_target to_enc = { .c = s->dW_enc, .c_stride = stride };
-    dot_table(t->sae->W_dec + j * stride, count, t->dx_part, s->dh, s);
-    for (size_t i = 0; i < count; i++) {
-        float *f = s->f + i * Tp;
-        float *dh = s->dh + i * Tp;
-        size_t codes = gather_codes(batch, j + i, s);
-        memset(f, 0, T * sizeof *f);
-        for (size_t c = 0; c < codes; c++)
-            f[s->token[c]] = s->code_f[c];
-        for (size_t k = 0; k < T; k++)
-            dh[k] = f[k] > 0 ? dh[k] + l1 : 0;
-    }
-    product_rows(s->f, Tp, count, &t->dx_rows, 0, t->dx_rows.panels, &to_dec);
+    kernels->dot_table(t->sae->W_dec + j * stride, count, t->batch.output, t->batch.T, stride, s->dh,
+                       row);
+    for (size_t i = 0; i < count; i++) spread_codes(t, j + i, s->f + i * row, s->dh + i * row);
+    product_rows(s->f, row, NULL, count, &t->g_rows, 0, t->g_rows.panels, &to_dec, s->buffer);
     if (ghosts) ghost_gradients(t, j, count, s);
-    product_rows(s->dh, Tp, count, &t->x_rows, 0, t->x_rows.panels, &to_enc);
-    for (size_t i = 0; i < count; i++) {
-        for (size_t k = 0; k < T; k++)
-            s->term[k] = s->dh[i * Tp + k];
-        t->db_enc[j + i] = (float)sum_in_blocks(s->term, T);
-    }
+    product_rows(s->dh, row, NULL, count, &t->x_rows, 0, t->x_rows.panels, &to_enc, s->buffer);
+    for (size_t i = 0; i < count; i++)
+        t->db_enc[j + i] = (float)sum_by_blocks(NULL, s->dh + i * row, t->batch.T);
 }
 
-/* Gradients and Adam of latents j .. j + count - 1. W_enc_db: [stride], the chain of their block */
+/* Gradients and Adam for a group of latents. */
 static int update_latents(fast_trainer *t, size_t j, size_t count, float *W_enc_db,
-                          update_scratch *s) {
-    sc_trainer *state = t->state;
-    size_t stride = t->sae->stride;
-    size_t codes = 0;
-    float l1 = 0;
-    int ghosts = t->ghosts && count_dead(state, j, j + count) > 0;
-    if (!t->sae->topk) l1 = (float)(state->options.l1 / (double)t->batch.T);
-    for (size_t i = 0; i < count; i++)
-        codes += count_codes(&t->batch, j + i);
-    int dense = ghosts || codes * DENSE_SHARE > count * t->batch.T;
-    if (dense) dense_gradients(t, j, count, l1, ghosts, s);
+                          backward_scratch *s) {
+    const sc_sae *sae = t->sae;
+    const adam_moments m_dec = t->state->W_dec, m_enc = t->state->W_enc;
+    size_t stride = sae->stride, terms = 0;
+    int ghosts = 0;
+    for (size_t i = 0; i < count; i++) {
+        terms += count_codes(&t->batch, j + i);
+        ghosts |= t->ghosts && is_dead(t->state, j + i);
+    }
+    if (ghosts || terms * DENSE_SHARE > count * t->batch.T) dense_gradients(t, j, count, ghosts, s);
+    else sparse_gradients(t, j, count, s);
     for (size_t i = 0; i < count; i++) {
         size_t row = (j + i) * stride;
-        float *W_dec = t->sae->W_dec + row;
-        float *W_enc = t->sae->W_enc + row;
-        float *dW_dec = s->dW_dec + i * stride;
-        float *dW_enc = s->dW_enc + i * stride;
-        if (!dense) t->db_enc[j + i] = sparse_gradients(t, j + i, l1, dW_dec, dW_enc, s);
+        float *W_dec = sae->W_dec + row, *dW_dec = s->dW_dec + i * stride;
+        float *W_enc = sae->W_enc + row, *dW_enc = s->dW_enc + i * stride;
         kernels->add_scaled(-kernels->dot(dW_dec, W_dec, stride), W_dec, dW_dec, stride);
         kernels->add_scaled(t->db_enc[j + i], W_enc, W_enc_db, stride);
-        kernels->adam(W_dec, state->W_dec.m + row, state->W_dec.v + row, dW_dec, stride, t->adam);
-        kernels->adam(W_enc, state->W_enc.m + row, state->W_enc.v + row, dW_enc, stride, t->adam);
-        state->silent[j + i]++;
-        if (count_codes(&t->batch, j + i) > 0) state->silent[j + i] = 0;
-        SC_TRY(check_latent(state, j + i));
+        kernels->adam(W_dec, m_dec.m + row, m_dec.v + row, dW_dec, stride, t->adam);
+        kernels->adam(W_enc, m_enc.m + row, m_enc.v + row, dW_enc, stride, t->adam);
+        t->state->silent[j + i]++;
+        if (count_codes(&t->batch, j + i) > 0) t->state->silent[j + i] = 0;
+        SC_TRY(check_latent(t->state, j + i));
     }
     return SC_OK;
 }
 
 static int update_task(void *context, size_t block) {
     fast_trainer *t = context;
-    size_t end = smaller((block + 1) * CHAIN, t->sae->d_sae);
+    size_t rows = rows_at_once(t->batch.room), end = (block + 1) * CHAIN;
     float *W_enc_db = t->W_enc_db + block * t->sae->stride;
+    backward_scratch s;
+    lay_out_backward(&s, t, t->scratch + worker * t->scratch_bytes);
     memset(W_enc_db, 0, t->sae->stride * sizeof *W_enc_db);
-    for (size_t j = block * CHAIN; j < end; j += rows_at_once()) {
-        size_t count = smaller(end - j, rows_at_once());
-        SC_TRY(update_latents(t, j, count, W_enc_db, &t->scratch[worker]));
-    }
+    if (end > t->sae->d_sae) end = t->sae->d_sae;
+    for (size_t j = block * CHAIN; j < end; j += rows)
+        SC_TRY(update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s));
     return SC_OK;
 }
 
-/* Sums over T rows of 16 dimensions, in float64, in blocks of 256 rows: of x, or of
- * (x - centre)^2 if there is a centre. x: [T, stride]; centre, sum: [16] */
+/* Sums over T rows of 16 dimensions, in float64, in blocks of 256 rows: of x, or where there is a
+ * centre of (x - centre)^2. x: [T, stride]; centre, sum: [16] */
 static void column_sums(const float *x, size_t T, size_t stride, const double *centre,
                         double *sum) {
     memset(sum, 0, PARTIALS * sizeof *sum);
     for (size_t block = 0; block < T; block += CHAIN) {
         double part[PARTIALS] = { 0 };
-        size_t end = smaller(block + CHAIN, T);
-        for (size_t t = block; t < end; t++) {
+        for (size_t t = block; t < T && t < block + CHAIN; t++) {
             for (int d = 0; d < PARTIALS; d++) {
                 double value = x[t * stride + d];
                 if (centre) value = (value - centre[d]) * (value - centre[d]);
@@ -3768,44 +3835,35 @@ static void column_sums(const float *x, size_t T, size_t stride, const double *c
     }
 }
 
-/* b_dec_backward() and Adam of 16 dimensions. */
+/* b_dec's gradient, the sum over tokens of x' gradient less W_enc db_enc: 16 dimensions a task. */
 static int b_dec_task(void *context, size_t task) {
     fast_trainer *t = context;
-    adam_moments moments = t->state->b_dec;
-    size_t stride = t->sae->stride;
-    size_t first = task * PARTIALS;
+    size_t stride = t->sae->stride, first = task * PARTIALS;
     double sum[PARTIALS];
-    float gradient[PARTIALS];
-    float through_h[PARTIALS] = { 0 };
+    float gradient[PARTIALS], along[PARTIALS] = { 0 };
     column_sums(t->batch.output + first, t->batch.T, stride, NULL, sum);
-    for (size_t block = 0; block < chains_of(t->sae->d_sae); block++) {
-        for (int d = 0; d < PARTIALS; d++)
-            through_h[d] += t->W_enc_db[block * stride + first + d];
-    }
-    for (int d = 0; d < PARTIALS; d++)
-        gradient[d] = (float)sum[d] - through_h[d];
-    kernels->adam(t->sae->b_dec + first, moments.m + first, moments.v + first, gradient, PARTIALS,
+    for (size_t block = 0; block < chains_of(t->sae->d_sae); block++)
+        for (int d = 0; d < PARTIALS; d++) along[d] += t->W_enc_db[block * stride + first + d];
+    for (int d = 0; d < PARTIALS; d++) gradient[d] = (float)sum[d] - along[d];
+    kernels->adam(t->sae->b_dec + first, t->state->b_dec.m + first, t->state->b_dec.v + first, gradient, PARTIALS,
                   t->adam);
     return SC_OK;
 }
 
-/* What explained_variance() adds up, for 16 dimensions. */
+/* The sums over tokens of (x - mean)^2 and of x^2, 16 dimensions per task. */
 static int variance_task(void *context, size_t task) {
     fast_trainer *t = context;
-    size_t T = t->batch.T;
-    size_t stride = t->sae->stride;
-    size_t first = task * PARTIALS;
-    const float *x = t->batch.x + first;
+    const float *x = t->batch.x + task * PARTIALS;
     const double zero[PARTIALS] = { 0 };
     double mean[PARTIALS];
-    column_sums(x, T, stride, NULL, mean);
-    for (int d = 0; d < PARTIALS; d++) mean[d] /= (double)T;
-    column_sums(x, T, stride, mean, t->deviation + first);
-    column_sums(x, T, stride, zero, t->square + first);
+    column_sums(x, t->batch.T, t->sae->stride, NULL, mean);
+    for (int d = 0; d < PARTIALS; d++) mean[d] /= (double)t->batch.T;
+    column_sums(x, t->batch.T, t->sae->stride, mean, t->deviation + task * PARTIALS);
+    column_sums(x, t->batch.T, t->sae->stride, zero, t->square + task * PARTIALS);
     return SC_OK;
 }
 
-/* Refuses a batch whose figures are not finite; *bad: the token at fault, or SIZE_MAX. */
+/* Refuses what is not finite, naming the token (of the batch) where there is one. */
 static int check_batch(const sae_batch *batch, size_t *bad) {
     for (size_t t = 0; t < batch->T; t++) {
         *bad = t;
@@ -3818,23 +3876,23 @@ static int check_batch(const sae_batch *batch, size_t *bad) {
     return SC_OK;
 }
 
-/* The figures of a step, and the gradients of x' and g: losses(). */
 static int measure_losses(fast_trainer *t, sc_step *result, size_t *bad) {
     const sae_batch *batch = &t->batch;
-    size_t T = batch->T;
-    size_t D = t->sae->d_in;
-    double numbers = (double)T * (double)D;
+    size_t T = batch->T, D = t->sae->d_in;
+    double tokens = (double)T, numbers = tokens * (double)D;
     SC_TRY(check_batch(batch, bad));
     SC_TRY(parallel_for(t->sae->stride / PARTIALS, variance_task, t));
     double error = sum_in_blocks(batch->squared_error, T);
-    double deviation = sum_in_blocks(t->deviation, D);
-    double square = sum_in_blocks(t->square, D);
+    double deviation = sum_in_blocks(t->deviation, D), square = sum_in_blocks(t->square, D);
     if (deviation > 0) result->explained_variance = 1 - error / deviation;
     if (square > 0) result->explained_variance_uncentred = 1 - error / square;
-    result->mse = mse_forward(t->token_loss, batch->norm, batch->squared_error, T, D);
-    result->l0 = sum_in_blocks(batch->active, T) / (double)T;
-    if (!t->sae->topk)
-        result->l1 = t->state->options.l1 * (sum_in_blocks(batch->sum_f, T) / (double)T);
+    for (size_t i = 0; i < T; i++) t->token_loss[i] = batch->squared_error[i] / batch->norm[i];
+    result->mse = sum_in_blocks(t->token_loss, T) / numbers;
+    result->l0 = sum_in_blocks(batch->active, T) / tokens;
+    if (!t->sae->topk) {
+        double l1 = sum_in_blocks(batch->sum_f, T) / tokens;
+        result->l1 = t->state->options.l1 * l1;
+    }
     SC_TRY(parallel_for(batch->tiles, output_gradient_task, t));
     result->ghost = sum_in_blocks(t->token_loss, T) / numbers;
     result->loss = result->mse + result->l1 + result->ghost;
@@ -3846,24 +3904,24 @@ static int measure_losses(fast_trainer *t, sc_step *result, size_t *bad) {
 static int train_step(sc_trainer *state, const float *x, sc_step *result, size_t *bad) {
     fast_trainer *t = state->fast;
     sc_sae *sae = t->sae;
-    size_t n = sae->d_sae;
+    size_t n = sae->d_sae, T = state->tokens, blocks = chains_of(n);
     *bad = SIZE_MAX;
-    *result = (sc_step){ .lr = learning_rate(&state->options, state->step),
-                         .dead = count_dead(state, 0, n) };
+    *result = (sc_step){ .lr = learning_rate(&state->options, state->step) };
+    for (size_t j = 0; j < n; j++) result->dead += (size_t)is_dead(state, j);
     t->ghosts = state->options.ghost && result->dead > 0;
-    SC_TRY(parallel_for(chains_of(n), unit_task, sae));
-    SC_TRY(run_sae(&t->batch, x, state->tokens));
+    SC_TRY(parallel_for(blocks, unit_task, sae));
+    SC_TRY(run_sae(&t->batch, x, T));
     SC_TRY(measure_losses(t, result, bad));
     t->adam = next_adam_step(state, result->lr);
+    t->x_rows.K = t->g_rows.K = t->ghost_rows.K = T;
     SC_TRY(parallel_for(t->x_rows.panels, pack_rows_task, t));
-    SC_TRY(parallel_for(chains_of(n), update_task, t));
+    SC_TRY(parallel_for(blocks, update_task, t));
     SC_TRY(parallel_for(sae->stride / PARTIALS, b_dec_task, t));
     kernels->adam(sae->b_enc, state->b_enc.m, state->b_enc.v, t->db_enc, padded(n), t->adam);
     state->step++;
     return check_biases(state);
 }
 
-/* The bits of sc_train_step_plain(). */
 int sc_train_step(sc_trainer *t, const float *x, sc_step *result) {
     const sc_sae *sae = t->sae;
     size_t bad;
@@ -3871,6 +3929,7 @@ int sc_train_step(sc_trainer *t, const float *x, sc_step *result) {
     if (sae->stride != sae->d_in) x = pad_rows(t->fast->x, x, t->tokens, sae->d_in, sae->stride);
     return train_step(t, x, result, &bad);
 }
+
 
 /* ============================================================================================
  * 12. Counting
