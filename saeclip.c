@@ -15,11 +15,11 @@
  *    8. Kernels and matrix products       9. The vision transformer, fast
  *   10. Sparse codes                     11. Training steps
  *   12. Counting
- *  Part III: data in and out                 line 4056
+ *  Part III: data in and out                 line 4115
  *   13. Options and messages             14. Files
  *   15. Images                           16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 7063
+ *  Part IV: the program                      line 7122
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -2213,20 +2213,30 @@ SC_TARGET static void KERNEL(layer_norm)(const float *x, const float *weight, co
         out[e] = out[e] * scale * weight[e] + bias[e];
 }
 
-/* row = exp(scale (row - max)) / sum of these, the bits of softmax_forward(). row: [n] */
-SC_TARGET static void KERNEL(softmax)(float *row, size_t n, float scale) {
-    float largest = row[0];
-    for (size_t e = 1; e < n; e++)
-        largest = row[e] > largest ? row[e] : largest;
-    for (size_t e = 0; e < n; e++)
-        row[e] = exp32(scale * (row[e] - largest));
-    float sum = KERNEL(row_sum)(row, n);
-    for (size_t e = 0; e < n; e++) row[e] /= sum;
-}
-
 /* row = exp(row). row: [n] */
 SC_TARGET static void KERNEL(exponentials)(float *row, size_t n) {
     for (size_t e = 0; e < n; e++) row[e] = exp32(row[e]);
+}
+
+/* row = exp(scale (row - max)) / sum of these, the bits of softmax_forward(). The maximum is that
+ * of 16 interleaved ones, which can be vectors. row: [n] */
+SC_TARGET static void KERNEL(softmax)(float *row, size_t n, float scale) {
+    float most[PARTIALS];
+    for (int i = 0; i < PARTIALS; i++) most[i] = row[0];
+    size_t whole = n / PARTIALS * PARTIALS;
+    for (size_t e = 0; e < whole; e += PARTIALS) {
+        for (int i = 0; i < PARTIALS; i++)
+            most[i] = row[e + i] > most[i] ? row[e + i] : most[i];
+    }
+    float largest = most[0];
+    for (int i = 1; i < PARTIALS; i++)
+        largest = most[i] > largest ? most[i] : largest;
+    for (size_t e = whole; e < n; e++)
+        largest = row[e] > largest ? row[e] : largest;
+    for (size_t e = 0; e < n; e++) row[e] = scale * (row[e] - largest);
+    KERNEL(exponentials)(row, n);
+    float sum = KERNEL(row_sum)(row, n);
+    for (size_t e = 0; e < n; e++) row[e] /= sum;
 }
 
 /* Sets bit e of mask if row[e] > limit[e]; returns whether any bit is set. Few pre-activations of
