@@ -18,6 +18,14 @@
 #ifndef CHECK_H
 #define CHECK_H
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED
+#endif
+#endif
+
 #include <sys/resource.h>
 
 #define GOLDEN "tests/golden/"

@@ -1066,17 +1066,9 @@ static void cli_test_streams(void)
     with.closed = 0;
 }
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define CLI_SANITIZED
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define CLI_SANITIZED
-#endif
-#endif
-
 static void cli_test_memory(void)
 {
-#ifdef CLI_SANITIZED
+#ifdef SANITIZED
     skip("memory cannot be limited under a sanitizer");
 #else
     with.memory = (size_t)400 << 20;
@@ -1114,7 +1106,7 @@ static void cli_test_claims(void)
           "top -s @sae -t @claim -m @model @photos -l 1 -o @out --quiet --threads 2" },
         { "blocks.0.norm1.weight", "F64", "2305843009213693952", "18446744073709551615", "too large",
           "info @claim" } };
-#ifndef CLI_SANITIZED
+#ifndef SANITIZED
     with.memory = (size_t)100 << 20;
 #endif
     for (size_t i = 0; i < COUNT(claims); i++) {
