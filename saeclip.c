@@ -15,11 +15,11 @@
  *    8. Kernels and matrix products       9. The vision transformer, fast
  *   10. Sparse codes                     11. Training steps
  *   12. Counting
- *  Part III: data in and out                 line 4143
+ *  Part III: data in and out                 line 4156
  *   13. Options and messages             14. Files
- *   15. Images                           16. Models' files
+ *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 7153
+ *  Part IV: the program                      line 7177
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -3090,19 +3090,19 @@ int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed) {
  * -------------------------------------------------------------------------------------------- */
 
 enum {
-    TILE_TOKENS = 256,               /* a token of a tile is a byte */
-    TILES_A_TASK = 4                 /* at most */
+    TILE_TOKENS = 256,               /* so that a token of a tile fits in a byte */
+    TILES_A_TASK = 4                 /* the most tiles in a task */
 };
 
 typedef struct {
-    size_t first, tokens;            /* where the tile begins in the batch, how long it is */
+    size_t first, tokens;            /* the first token in the batch, and their number */
     size_t *start;                   /* [n + 1], where latent j's codes begin */
     uint8_t *token;                  /* [start[n]], ascending within a latent */
     float *value;                    /* [start[n]] */
 } tile_codes;
 
-/* Visits the tokens where a latent of a tile fires, in order: token is within the tile, value its
- * activation. */
+/* Visits the codes of a latent in a tile: the tokens where it fires, in order. token: within the
+ * tile; value: the activation there */
 typedef struct { const tile_codes *tile; size_t next, end, token; float value; } code_walk;
 
 static code_walk walk_codes(const tile_codes *tile, size_t j) {
@@ -3119,7 +3119,7 @@ static inline int next_code(code_walk *w) {
 /* A batch of T tokens on its way through the SAE. D is padded to `stride` in every array. */
 typedef struct {
     const sc_sae *sae;
-    size_t T, room;                  /* tokens, tokens there is room for */
+    size_t T, room;                  /* tokens, and for how many there is room */
     int reconstruct;                 /* whether x' is wanted */
     const float *x;                  /* [T, D], the caller's */
     float *centred;                  /* [T, D], x - b_dec */
@@ -3136,18 +3136,18 @@ typedef struct {
     memory_list memory;
 } sae_batch;
 
-/* What a worker needs for a tile; the arrays lie in the batch's scratch. */
+/* One worker's memory for a tile, in the batch's scratch. */
 typedef struct {
     float *h;                        /* [rows_at_once(D)][TILE_TOKENS] */
     float *buffer;                   /* for load_rows */
-    float *dense;                    /* [TILE_TOKENS][CHAIN], a block's codes in full */
-    packed_matrix weights;           /* [CHAIN, D], a block of W_dec */
+    float *dense;                    /* [TILE_TOKENS][CHAIN], codes as a matrix */
+    packed_matrix weights;           /* [CHAIN, D], the rows of W_dec of 256 latents */
     float *sum;                      /* [stride] */
-    uint64_t *heap;                  /* [TILES_A_TASK][TILE_TOKENS][k], TopK's best so far */
+    uint64_t *heap;                  /* [TILES_A_TASK][TILE_TOKENS][k], see offer_candidates() */
     float *limit;                    /* [TILES_A_TASK][TILE_TOKENS], what a candidate must exceed */
 } tile_scratch;
 
-/* Lays a worker's arrays out in `memory`, or only measures them where that is NULL. */
+/* Places a worker's arrays in `memory`, or only measures them if that is NULL. */
 static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory) {
     size_t deepest = sae->d_in > CHAIN ? sae->d_in : CHAIN, columns = (size_t)kernels->columns;
     s->weights = (packed_matrix){ .K = CHAIN, .N = sae->d_in, .panels = panels_of(sae->d_in) };
@@ -3176,8 +3176,8 @@ static void free_batch(sae_batch *batch) {
     *batch = (sae_batch){ 0 };
 }
 
-/* Cuts T tokens into tiles of about the same length: as many tasks for each thread, each of as many
- * tiles. */
+/* Cuts T tokens into tiles of about the same length. Each thread gets the same number of tasks,
+ * each task the same number of tiles. */
 static void cut_tiles(sae_batch *batch, size_t T) {
     size_t columns = (size_t)kernels->columns, panels = panels_of(T), most = TILE_TOKENS / columns;
     size_t share = (size_t)thread_count() * TILES_A_TASK * most;
@@ -3193,7 +3193,7 @@ static void cut_tiles(sae_batch *batch, size_t T) {
     }
 }
 
-/* Room for batches of up to `room` tokens. */
+/* Allocates a batch of up to `room` tokens. */
 static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
     tile_scratch s;
     size_t n = sae->d_sae, columns = panels_of(room) * (size_t)kernels->columns, *starts = NULL;
@@ -3209,7 +3209,7 @@ static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
         ARRAY(batch->active, room, 1), ARRAY(batch->tile, tiles, 1), ARRAY(starts, n + 1, tiles),
         ARRAY(batch->scratch, (size_t)thread_count(), batch->scratch_bytes) };
     SC_TRY(new_arrays(&batch->memory, arrays, COUNT(arrays)));
-    for (size_t i = 0; i < tiles; i++) {                     /* codes: as many as there can be */
+    for (size_t i = 0; i < tiles; i++) {         /* room for all codes that there can be */
         size_t most = sae->topk ? sae->k : n;
         batch->tile[i].start = starts + i * (n + 1);
         batch->tile[i].token = reserve_array(most, TILE_TOKENS * sizeof(uint8_t));
@@ -3228,9 +3228,10 @@ static packed_matrix tile_panels(const sae_batch *batch, const tile_codes *tile)
     return panels;
 }
 
-/* h[i][t] = (W_enc^T (x - b_dec) + b_enc) of latents j .. j + count - 1 on panels of tokens, or of
- * those that `latent` lists (j 0). latent: [count] or NULL; rows of h are h_stride long, and what
- * lies past the last token is not meant for anyone. */
+/* pre_activation_forward() with one row per latent: h = W_enc^T (x - b_dec) + b_enc of latents j
+ * .. j + count - 1, or of those listed in `latent` (then j is 0). latent: [count] or NULL;
+ * panels: tokens as columns; h: [count, tokens], rows h_stride floats apart, whose entries past
+ * the last token are undefined */
 static void pre_activations(const sc_sae *sae, size_t j, const size_t *latent, size_t count,
                             const packed_matrix *panels, float *h, size_t h_stride, float *buffer) {
     tile_target to = { .c = h, .c_stride = h_stride, .row_bias = sae->b_enc + j };
@@ -3238,8 +3239,8 @@ static void pre_activations(const sc_sae *sae, size_t j, const size_t *latent, s
                  panels->panels, &to, buffer);
 }
 
-/* Appends latent j's codes, h > threshold, to a tile's, of which there are `used`; returns how many
- * there are now. h: [TILE_TOKENS] */
+/* relu_forward() or jumprelu_forward() of latent j: appends its codes, h > threshold, to the
+ * `used` codes of the tile; returns their new number. h: [TILE_TOKENS] */
 static size_t append_codes(tile_codes *tile, size_t used, const float *h, const float *limit,
                            float threshold) {
     uint64_t mask[TILE_TOKENS / MASK_BITS];
@@ -3247,7 +3248,7 @@ static size_t append_codes(tile_codes *tile, size_t used, const float *h, const 
     for (size_t first = 0; first < tile->tokens; first += MASK_BITS) {
         size_t end = first + MASK_BITS < tile->tokens ? first + MASK_BITS : tile->tokens;
         for (size_t t = first; mask[first / MASK_BITS] && t < end; t++) {
-            tile->token[used] = (uint8_t)t;                  /* stays if h is above */
+            tile->token[used] = (uint8_t)t;      /* else the next one takes this place */
             tile->value[used] = h[t];
             used += h[t] > threshold;
         }
@@ -3255,8 +3256,9 @@ static size_t append_codes(tile_codes *tile, size_t used, const float *h, const 
     return used;
 }
 
-/* TopK: a token's k best are a heap of numbers that sort: positive floats order as their bits do,
- * and of equal ones the lower latent is the larger number; 0 is nobody. */
+/* topk_forward() with a heap of the k best candidates per token. A candidate is the number h
+ * 2^32 + (2^32 - 1 - latent), with the bits of h: positive floats are ordered as their bits are,
+ * and of two equal ones the lower latent is the larger number. 0 is an empty place. */
 static uint64_t candidate_of(float h, size_t latent) {
     return (uint64_t)bits_of_float(h) << 32 | (uint32_t)~(uint32_t)latent;
 }
@@ -3264,7 +3266,8 @@ static uint64_t candidate_of(float h, size_t latent) {
 static float candidate_value(uint64_t c) { return float_of_bits((uint32_t)(c >> 32)); }
 static size_t candidate_latent(uint64_t c) { return (uint32_t)~(uint32_t)c; }
 
-/* Replaces the least number of a heap, its first, by a larger one. heap: [k] */
+/* Replaces the least number of a heap, its first, by a larger one. In a heap no number is larger
+ * than its children, those at 2 i + 1 and 2 i + 2. heap: [k] */
 static void replace_least(uint64_t *heap, size_t k, uint64_t number) {
     size_t place = 0;
     for (size_t child = 1; child < k; child = 2 * place + 1) {
@@ -3276,39 +3279,41 @@ static void replace_least(uint64_t *heap, size_t k, uint64_t number) {
     heap[place] = number;
 }
 
-/* Takes latent j's pre-activations into the heaps of its tile's tokens. h, limit: [TILE_TOKENS];
- * heap: [TILE_TOKENS][k] */
+/* Offers the pre-activations of latent j to the heaps of a tile's tokens. limit: the least of
+ * the k best of each token, above which h is a candidate. h, limit: [TILE_TOKENS]; heap:
+ * [TILE_TOKENS][k] */
 static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t tokens,
                              uint64_t *heap, float *limit) {
     uint64_t mask[TILE_TOKENS / MASK_BITS];
     if (!kernels->find_above(h, limit, TILE_TOKENS, mask)) return;
     for (size_t t = 0; t < tokens; t++) {
         uint64_t bits = mask[t / MASK_BITS] >> t % MASK_BITS;
-        if (bits == 0) t |= MASK_BITS - 1;                   /* on to the mask's next word */
+        if (bits == 0) t |= MASK_BITS - 1;     /* no candidate in this word */
         if (!(bits & 1)) continue;
         replace_least(heap + t * sae->k, sae->k, candidate_of(h[t], j));
         limit[t] = candidate_value(heap[t * sae->k]);
     }
 }
 
-/* The k best of each token become the tile's codes, ordered by counting. heap: [TILE_TOKENS][k] */
+/* Makes the k best of each token the codes of the tile, sorted by latent: count, add up, place.
+ * heap: [TILE_TOKENS][k] */
 static void select_codes(const sc_sae *sae, tile_codes *tile, const uint64_t *heap) {
     size_t n = sae->d_sae, k = sae->k, *start = tile->start;
     memset(start, 0, (n + 1) * sizeof *start);
     for (size_t i = 0; i < tile->tokens * k; i++)
         if (heap[i]) start[candidate_latent(heap[i]) + 1]++;
     for (size_t j = 0; j < n; j++) start[j + 1] += start[j];
-    for (size_t i = 0; i < tile->tokens * k; i++) {          /* moves each start to its end, */
+    for (size_t i = 0; i < tile->tokens * k; i++) {    /* each start moves to its end, */
         if (!heap[i]) continue;
         size_t at = start[candidate_latent(heap[i])]++;
         tile->token[at] = (uint8_t)(i / k);
         tile->value[at] = candidate_value(heap[i]);
     }
-    memmove(start + 1, start, n * sizeof *start);            /* which is where the next begins */
+    memmove(start + 1, start, n * sizeof *start);            /* where the next latent starts */
     start[0] = 0;
 }
 
-/* f of a task's tiles, all latents; rows of W_enc are loaded once for all of them. */
+/* encode_forward() for the tiles of a task. Rows of W_enc are loaded once for all of them. */
 static void encode_tiles(const sae_batch *batch, tile_codes *tile, const tile_scratch *s) {
     const sc_sae *sae = batch->sae;
     size_t D = sae->d_in, rows = rows_at_once(D), tiles = batch->tiles_a_task;
@@ -3348,10 +3353,11 @@ static void encode_tiles(const sae_batch *batch, tile_codes *tile, const tile_sc
  * adds up their rows; one with many is multiplied out in full. Both are the same chains.
  * -------------------------------------------------------------------------------------------- */
 
-enum { DENSE_SHARE = 8 };            /* in full where more than one code in 8 is active */
+enum { DENSE_SHARE = 8 };            /* as a matrix if more than 1/8 of the codes are active */
 
-/* out[t] += token t's chain over the block's latents that fire. The codes are first sorted by
- * token, by counting, which keeps their order. out: [tokens, stride] */
+/* Adds one chain of decode_forward(), over a block of latents, visiting only those that fire.
+ * The codes are first sorted by token, by counting, which keeps the order of latents. out:
+ * [tokens, stride] */
 static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t block, size_t latents,
                           float *out) {
     size_t place[TILE_TOKENS + 1] = { 0 }, stride = sae->stride;
@@ -3365,12 +3371,12 @@ static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t bloc
             value[place[w.token]] = w.value;
             latent[place[w.token]] = (uint32_t)j;
         }
-    for (size_t t = 0, i = 0; t < tile->tokens; i = place[t++])  /* places are now tokens' ends */
+    for (size_t t = 0, i = 0; t < tile->tokens; i = place[t++]) /* places are the ends */
         kernels->add_chain(value + i, latent + i, place[t] - i, sae->W_dec + block * stride,
                            out + t * stride, stride);
 }
 
-/* The same as a product over all the block's latents. */
+/* The same chain as a product over all latents of the block. */
 static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t latents,
                          float *out, tile_scratch *s) {
     tile_target to = { .c = out, .c_stride = sae->stride,
@@ -3403,7 +3409,7 @@ static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scr
             out[t * sae->stride + d] = out[t * sae->stride + d] + sae->b_dec[d] + 0.0f;
 }
 
-/* What the losses need of each token. */
+/* Computes what losses and metrics need of each token: norms, errors, activity. */
 static void measure_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
     size_t stride = batch->sae->stride;
     for (size_t t = tile->first; t < tile->first + tile->tokens; t++) {
@@ -3443,7 +3449,8 @@ static int tile_task(void *context, size_t task) {
     return SC_OK;
 }
 
-/* Encodes and decodes T tokens, at least 1. x: [T, stride] */
+/* Encodes and decodes T tokens, at least 1, as sc_sae_encode_plain() and sc_sae_decode_plain()
+ * do. x: [T, stride] */
 static int run_sae(sae_batch *batch, const float *x, size_t T) {
     batch->x = x;
     batch->T = batch->panels.N = T;
@@ -3453,7 +3460,7 @@ static int run_sae(sae_batch *batch, const float *x, size_t T) {
     return parallel_for(batch->tiles / batch->tiles_a_task, tile_task, batch);
 }
 
-/* to: [rows, stride], padded with zeros; from: [rows, width] */
+/* Copies rows and pads them with zeros. to: [rows, stride]; from: [rows, width] */
 static const float *pad_rows(float *to, const float *from, size_t rows, size_t width,
                              size_t stride) {
     for (size_t i = 0; i < rows; i++) {
@@ -3463,7 +3470,7 @@ static const float *pad_rows(float *to, const float *from, size_t rows, size_t w
     return to;
 }
 
-/* The codes of a batch as a matrix. f: [batch->T, n], 0 so far */
+/* Writes the codes of a batch into a matrix of zeros. f: [batch->T, n] */
 static void spread_batch(const sae_batch *batch, float *f) {
     size_t n = batch->sae->d_sae;
     for (size_t i = 0; i < batch->tiles; i++) {
@@ -3475,7 +3482,7 @@ static void spread_batch(const sae_batch *batch, float *f) {
     }
 }
 
-/* sc_sae_encode_plain(), some tokens at a time. */
+/* The bits of sc_sae_encode_plain(), some tokens at a time. */
 int sc_sae_encode(const sc_sae *sae, const float *x, size_t tokens, float *f) {
     enum { TOGETHER = 2048 };
     size_t room = tokens < TOGETHER ? tokens : TOGETHER;
@@ -3499,7 +3506,7 @@ int sc_sae_encode(const sc_sae *sae, const float *x, size_t tokens, float *f) {
     return status;
 }
 
-/* sc_sae_decode_plain() as one matrix product. */
+/* The bits of sc_sae_decode_plain(), as one matrix product. */
 int sc_sae_decode(const sc_sae *sae, const float *f, size_t tokens, float *reconstruction) {
     size_t n = sae->d_sae, D = sae->d_in;
     tile_target to = { .c = reconstruction, .c_stride = D, .bias = sae->b_dec };
@@ -3531,10 +3538,10 @@ typedef struct fast_trainer {
     sc_trainer *state;
     sc_sae *sae;                             /* the state's */
     sae_batch batch;
-    float *x;                                /* [T, stride], for a caller whose rows are not padded */
+    float *x;                                /* [T, stride], a caller's rows, padded */
     adam_step adam;
-    int ghosts;                              /* whether this step has dead latents to revive */
-    float *ghost;                            /* [T, stride], g = W_dec^T exp(h), later its gradient */
+    int ghosts;                              /* whether latents are dead, with --ghost */
+    float *ghost;                            /* [T, stride], g, later its gradient */
     double *token_loss;                      /* [T], a token's part of a loss */
     packed_matrix x_rows, g_rows, ghost_rows;/* [T, D]: centred, dx' and dg for products */
     float *db_enc;                           /* [n] */
@@ -3639,7 +3646,7 @@ static int unit_task(void *context, size_t block) {
     return SC_OK;
 }
 
-/* W_dec^T exp(h) over the dead latents, for a tile. */
+/* ghost_forward() for a tile: g = W_dec^T exp(h) over the dead latents. */
 static void ghost_decode(fast_trainer *t, const tile_codes *tile, tile_scratch *s) {
     const sc_sae *sae = t->sae;
     size_t rows = rows_at_once(sae->d_in);
@@ -3665,7 +3672,8 @@ static void ghost_decode(fast_trainer *t, const tile_codes *tile, tile_scratch *
     }
 }
 
-/* Ghost loss of a tile, then its x' becomes the gradient with respect to x'. */
+/* The losses of a tile's tokens and their gradients: x' becomes dx', and g becomes dg
+ * (mse_backward() and the ghost loss of section 4). */
 static int output_gradient_task(void *context, size_t task) {
     fast_trainer *t = context;
     const sc_sae *sae = t->sae;
@@ -3714,12 +3722,12 @@ static double sum_by_blocks(const uint32_t *token, const float *dh, size_t count
     return sum;
 }
 
-/* Of the L1 loss with respect to any f above 0. */
+/* The gradient of the L1 loss with respect to any f above 0. */
 static float l1_gradient(const fast_trainer *t) {
     return t->sae->topk ? 0 : (float)(t->state->options.l1 / (double)t->batch.T);
 }
 
-/* Where latent j fires: the tokens in order, f and dh there. Returns how many they are. */
+/* Collects the tokens where latent j fires, in order, with f and dh there; returns their number. */
 static size_t gather_codes(const fast_trainer *t, size_t j, backward_scratch *s) {
     const sae_batch *batch = &t->batch;
     const sc_sae *sae = t->sae;
@@ -3736,7 +3744,8 @@ static size_t gather_codes(const fast_trainer *t, size_t j, backward_scratch *s)
     return count;
 }
 
-/* Gradients of latents j .. j + count - 1 from where they fire: a chain for every 256 tokens. */
+/* decode_backward() and encode_backward() of latents j .. j + count - 1 from the tokens where
+ * they fire: one chain for every 256 tokens of the batch. */
 static void sparse_gradients(fast_trainer *t, size_t j, size_t count, backward_scratch *s) {
     size_t stride = t->sae->stride;
     memset(s->dW_dec, 0, count * stride * sizeof *s->dW_dec);
@@ -3755,7 +3764,7 @@ static void sparse_gradients(fast_trainer *t, size_t j, size_t count, backward_s
     }
 }
 
-/* What the ghost loss adds to dW_dec, and to dh of the dead among latents j .. j + count - 1; f is
+/* ghost_backward() for the dead among latents j .. j + count - 1: adds to dW_dec and dh. f is
  * overwritten. */
 static void ghost_gradients(const fast_trainer *t, size_t j, size_t count, backward_scratch *s) {
     const sae_batch *batch = &t->batch;
@@ -3774,8 +3783,8 @@ static void ghost_gradients(const fast_trainer *t, size_t j, size_t count, backw
     for (size_t e = 0; e < count * stride; e++) s->dW_dec[e] += s->extra[e];
 }
 
-/* f and dh of latent j over all tokens: dh, which holds df, keeps it where the latent fires.
- * f, dh: [T] */
+/* Writes f and dh of latent j for all tokens: dh, which holds df, keeps it where the latent
+ * fires and becomes 0 elsewhere. f, dh: [T] */
 static void spread_codes(const fast_trainer *t, size_t j, float *f, float *dh) {
     const sae_batch *batch = &t->batch;
     float l1 = l1_gradient(t);
@@ -3789,13 +3798,15 @@ static void spread_codes(const fast_trainer *t, size_t j, float *f, float *dh) {
     for (; at < batch->T; at++) f[at] = dh[at] = 0;
 }
 
-/* The same gradients as products over all tokens; also where dead latents take part. */
-static void dense_gradients(fast_trainer *t, size_t j, size_t count, int ghosts, backward_scratch *s) {
+/* The same gradients as products over all tokens, used where many codes are active or dead
+ * latents take part. A factor 0 changes no bit. */
+static void dense_gradients(fast_trainer *t, size_t j, size_t count, int ghosts,
+                            backward_scratch *s) {
     size_t row = padded_tokens(t), stride = t->sae->stride;
     tile_target to_dec = { .c = s->dW_dec, .c_stride = stride };
     tile_target to_enc = { .c = s->dW_enc, .c_stride = stride };
-    kernels->dot_table(t->sae->W_dec + j * stride, count, t->batch.output, t->batch.T, stride, s->dh,
-                       row);
+    kernels->dot_table(t->sae->W_dec + j * stride, count, t->batch.output, t->batch.T, stride,
+                       s->dh, row);
     for (size_t i = 0; i < count; i++) spread_codes(t, j + i, s->f + i * row, s->dh + i * row);
     product_rows(s->f, row, NULL, count, &t->g_rows, 0, t->g_rows.panels, &to_dec, s->buffer);
     if (ghosts) ghost_gradients(t, j, count, s);
@@ -3804,7 +3815,7 @@ static void dense_gradients(fast_trainer *t, size_t j, size_t count, int ghosts,
         t->db_enc[j + i] = (float)sum_by_blocks(NULL, s->dh + i * row, t->batch.T);
 }
 
-/* Gradients and Adam for a group of latents. */
+/* The gradients, projection and Adam for a group of latents. */
 static int update_latents(fast_trainer *t, size_t j, size_t count, float *W_enc_db,
                           backward_scratch *s) {
     const sc_sae *sae = t->sae;
@@ -3845,8 +3856,8 @@ static int update_task(void *context, size_t block) {
     return SC_OK;
 }
 
-/* Sums over T rows of 16 dimensions, in float64, in blocks of 256 rows: of x, or where there is a
- * centre of (x - centre)^2. x: [T, stride]; centre, sum: [16] */
+/* Sums over T rows of 16 dimensions, in float64, in blocks of 256 rows: of x, or of (x -
+ * centre)^2 if there is a centre. x: [T, stride]; centre, sum: [16] */
 static void column_sums(const float *x, size_t T, size_t stride, const double *centre,
                         double *sum) {
     memset(sum, 0, PARTIALS * sizeof *sum);
@@ -3863,7 +3874,8 @@ static void column_sums(const float *x, size_t T, size_t stride, const double *c
     }
 }
 
-/* b_dec's gradient, the sum over tokens of x' gradient less W_enc db_enc: 16 dimensions a task. */
+/* b_dec_backward() and Adam for 16 dimensions per task: the sum over tokens of dx', minus W_enc
+ * db_enc. */
 static int b_dec_task(void *context, size_t task) {
     fast_trainer *t = context;
     size_t stride = t->sae->stride, first = task * PARTIALS;
@@ -3873,8 +3885,8 @@ static int b_dec_task(void *context, size_t task) {
     for (size_t block = 0; block < chains_of(t->sae->d_sae); block++)
         for (int d = 0; d < PARTIALS; d++) along[d] += t->W_enc_db[block * stride + first + d];
     for (int d = 0; d < PARTIALS; d++) gradient[d] = (float)sum[d] - along[d];
-    kernels->adam(t->sae->b_dec + first, t->state->b_dec.m + first, t->state->b_dec.v + first, gradient, PARTIALS,
-                  t->adam);
+    kernels->adam(t->sae->b_dec + first, t->state->b_dec.m + first,
+                  t->state->b_dec.v + first, gradient, PARTIALS, t->adam);
     return SC_OK;
 }
 
@@ -3891,7 +3903,7 @@ static int variance_task(void *context, size_t task) {
     return SC_OK;
 }
 
-/* Refuses what is not finite, naming the token (of the batch) where there is one. */
+/* Refuses a batch with figures that are not finite. *bad: the token at fault, or SIZE_MAX */
 static int check_batch(const sae_batch *batch, size_t *bad) {
     for (size_t t = 0; t < batch->T; t++) {
         *bad = t;
@@ -3990,10 +4002,11 @@ typedef struct {
     double sum;                      /* activations, rounded */
 } latent_record;
 
-/* What is measured over a data set, or a shard of it. n latents of width D, T tokens per image */
+/* What is measured over a data set or a shard of it, for n latents of width D and T tokens per
+ * image. */
 typedef struct {
     size_t n, D, T, K, P, classes, first_patch;
-    double threshold;                /* of class_counts; negative: count images */
+    double threshold;                /* of class_counts; if negative, images are counted */
     uint64_t images;                 /* so far */
     uint64_t data_digest, sae_digest;
     sc_origin origin;                /* of the activations */
@@ -4096,7 +4109,7 @@ static int sum_x_task(void *context, size_t d) {
     return SC_OK;
 }
 
-/* Counts the current batch. *bad: the token at fault where activations are too large for exact sums,
+/* Counts the current batch. *bad: the token whose activations are too large for exact sums,
  * which end at 2^63. */
 static int count_batch(statistics *s, size_t *bad) {
     const sae_batch *b = s->batch;
@@ -4118,8 +4131,8 @@ static double mean_activation(const latent_record *l) {
     return l->images ? exact_value(l->means) / (double)l->images : 0;
 }
 
-/* Derives the rest from the counts; joins the workers' histograms. Returns how many latents have a
- * mean below the unit of the exact sums, 2^-64, so that it is 0 although they fire. */
+/* Derives the rest from the counts and joins the workers' histograms. Returns the number of
+ * latents whose mean is below 2^-64, the unit of exact sums, so that it is 0 although they fire. */
 static size_t derive_statistics(statistics *s) {
     size_t lost = 0;
     for (size_t j = 0; j < s->n; j++) {
@@ -5161,14 +5174,14 @@ static int save_tensors(const char *path, size_t header_room,
 }
 
 /* ============================================================================================
- * 15. Images
+ * 15. Images and data sets
  *
  * From a file's bytes to the pixels that a model sees, in the order of the data: PNM images, other
  * formats through a decoder program, Pillow's resize, data sets.
  * ============================================================================================ */
 
-/* Beside SC_OK and SC_FAILED. MACHINE_FAILED: the image is not at fault, so --skip-bad does not
- * apply. */
+/* Further results beside SC_OK and SC_FAILED. MACHINE_FAILED: the machine failed, not the image,
+ * so --skip-bad does not apply. */
 enum { SC_END = -1, MACHINE_FAILED = -2 };
 enum { MAX_PATH = 4096, MAX_DEPTH = 16, CHUNK = 1024, WEIGHT_BITS = 22 };
 #define MAX_PIXELS ((size_t)1 << 28)           /* of one image: 16,384 x 16,384 */
@@ -5176,15 +5189,15 @@ enum { MAX_PATH = 4096, MAX_DEPTH = 16, CHUNK = 1024, WEIGHT_BITS = 22 };
 /* rgb: [height, width, 3], 8 bits, `stride` bytes from row to row */
 typedef struct { size_t width, height, stride; const unsigned char *rgb; } picture;
 
-/* A file's format, told by its first bytes, and the Debian package that decodes it, if it needs
- * one. In magic, ? is any byte and _ a blank. */
+/* A file format, recognised by its first bytes (magic: ? is any byte, _ a blank), and the Debian
+ * package that decodes it, or NULL for what is decoded here. */
 typedef struct {
     const char *name, *magic, *decoder, *package;
     size_t length;
     const char *option;              /* for ImageMagick */
 } image_format;
 
-/* Where an image is read from: a file or a decoder's pipe. rgb: [capacity, CHUNK, 3], pixels */
+/* The source of an image: a file or the pipe of a decoder. rgb: [capacity, CHUNK, 3], its pixels */
 typedef struct {
     const char *name;
     const image_format *format;
@@ -5199,7 +5212,7 @@ typedef struct { int kind, byte; size_t maxval, width, height, channels; } pnm_h
 
 static int is_blank(int byte) { return byte == ' ' || (byte >= '\t' && byte <= '\r'); }
 
-/* The next byte of a text part; a comment reads as the newline that ends it. */
+/* The next byte of the header or of text samples. A comment is read as the newline that ends it. */
 static int text_byte(FILE *file) {
     int byte = getc(file);
     if (byte != '#') return byte;
@@ -5212,7 +5225,7 @@ static int source_ended(const image_source *source, const char *before) {
     return fail("%s: cannot be read: %s", source->name, strerror(errno));
 }
 
-/* One number and the single blank after it. */
+/* Reads one number and the single blank after it. */
 static int pnm_number(const image_source *source, const char *what, size_t largest,
                       size_t *value) {
     int byte = text_byte(source->file);
@@ -5227,7 +5240,8 @@ static int pnm_number(const image_source *source, const char *what, size_t large
     return fail("%s: byte 0x%02x (expected a PNM %s)", source->name, (unsigned)byte, what);
 }
 
-/* Sample `index`: text, a bit (1 is black; a row begins with a new byte), or one or two bytes. */
+/* Reads sample `index`: text, a bit (1 is black; each row begins with a new byte), or one or two
+ * bytes, the high byte first. */
 static int pnm_sample(const image_source *source, pnm_header *header, size_t index,
                       size_t *value) {
     if (header->kind <= 3) return pnm_number(source, "last sample", header->maxval, value);
@@ -5241,22 +5255,22 @@ static int pnm_sample(const image_source *source, pnm_header *header, size_t ind
     return fail("%s: a sample of %zu above maxval %zu", source->name, *value, header->maxval);
 }
 
-/* round-half-even(255 v / maxval); the quotient is never rounded to a half that it is not. */
+/* round-half-even(255 v / maxval). The double quotient is a half only where the exact one is. */
 static unsigned char to_8_bits(size_t v, size_t maxval) {
     if (maxval == 255) return (unsigned char)v;
     return (unsigned char)rint(255.0 * (double)v / (double)maxval);
 }
 
-/* The pixels of an image into source->rgb, which grows as they come: a header alone, whatever it
- * claims, costs nothing. */
+/* Reads the pixels into source->rgb, which grows as they arrive, so that a header with a wrong
+ * size does not allocate memory. */
 static int pnm_pixels(image_source *source, pnm_header *h) {
     size_t pixels = h->width * h->height;
     for (size_t i = 0; i < pixels; i++) {
         if (grow(&source->rgb, &source->capacity, i / CHUNK, 3 * CHUNK) != SC_OK)
             return MACHINE_FAILED;
         unsigned char *rgb = source->rgb + 3 * i;
-        if (h->kind == 6 && h->maxval == 255) {          /* by far the most usual */
-            size_t many = pixels - i < CHUNK ? pixels - i : CHUNK;
+        if (h->kind == 6 && h->maxval == 255) {          /* the usual case, read in blocks */
+            size_t many = smaller(pixels - i, CHUNK);
             if (fread(rgb, 3, many, source->file) != many)
                 return source_ended(source, "last sample");
             i += many - 1;
@@ -5294,13 +5308,14 @@ static int pnm_read(image_source *source, picture *result) {
 
 /* --- Other programs: decoders, and the encoder of the atlas's images --- */
 
-/* output: what the program prints, through a pipe; errors: a temporary file with its messages */
+/* output: a pipe from its standard output; errors: a temporary file with its standard error */
 typedef struct { pid_t pid; FILE *output, *errors; } child_process;
 
-/* Starts a program from PATH, never through a shell, with `input` as its standard input. Returns 0
- * or an errno value. posix_spawn, since fork would copy the page tables of all weights. Its own
- * process group: Ctrl-C, upon which training saves its state, must not look like a bad image. The
- * lock: no other child may inherit a pipe that is not yet FD_CLOEXEC. */
+/* Starts a program found in PATH, never through a shell, with `input` as its standard input.
+ * Returns 0 or an errno value. posix_spawn() is used because fork() would copy the page tables
+ * of all weights. The program has its own process group, so that Ctrl-C, at which training saves
+ * its state, does not end it and look like a bad image. The lock keeps another child from
+ * inheriting a pipe before it is FD_CLOEXEC. */
 static int start_child(child_process *c, char **argument, int input) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     posix_spawn_file_actions_t files;
@@ -5335,8 +5350,9 @@ static int start_child(child_process *c, char **argument, int input) {
     return error;
 }
 
-/* Waits for the end of a program that may still print; returns its wait status. words: [room], the
- * first line of its messages; of a verbose program the line with `wanted`, else the last. */
+/* Reads the rest of a program's output and waits for its end; returns its wait status. words:
+ * [room], the first line of its messages; for a verbose program (wanted not NULL) the line that
+ * contains `wanted`, else the last line. */
 static int end_child(child_process *c, const char *wanted, char *words, size_t room) {
     char rest[4096], line[256];
     int ended = 0;
@@ -5367,7 +5383,7 @@ static const image_format formats[] = {
     { "WebP", "RIFF????WEBP", NULL, "imagemagick", 12, "-coalesce " },
 };
 
-/* The format of a file that begins with these bytes; NULL: not an image. */
+/* The format of a file that begins with these bytes; NULL if it is not an image. */
 static const image_format *format_of(const char *start, size_t size) {
     for (size_t f = 0; f < COUNT(formats); f++) {
         const char *magic = formats[f].magic;
@@ -5382,8 +5398,8 @@ static const image_format *format_of(const char *start, size_t size) {
     return NULL;
 }
 
-/* Opens an image at its first byte, or only looks at it (source NULL). SC_END: not an image.
- * O_NONBLOCK: a named pipe is refused, not waited for. */
+/* Opens an image; with source NULL only checks what it is. Returns SC_END if it is not an image.
+ * With O_NONBLOCK a named pipe is refused instead of waited for. */
 static int open_image(const char *path, image_source *source) {
     char start[16];
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
@@ -5408,10 +5424,11 @@ static int open_image(const char *path, image_source *source) {
     return fail("%s: cannot be opened: %s", path, strerror(errno));
 }
 
-/* Runs one decoder on a file to its end. An image counts if there was no complaint; djpeg's status
- * 2 stands for warnings: like Pillow we take damaged images, but not cut ones. Of its warnings
- * djpeg prints only the first, unless it is verbose. SC_END: it failed without writing a byte;
- * MACHINE_FAILED: it could not be started, without a message where it is not installed. */
+/* Runs one decoder on a file. The image is accepted if the decoder ends with status 0. djpeg
+ * ends with 2 after warnings: as in Pillow, a damaged image is accepted, but not one that ends
+ * early. djpeg prints only its first warning unless it is verbose. Returns SC_END if the decoder
+ * failed without writing a byte, and MACHINE_FAILED if it could not be started; then there is no
+ * message if it is not installed. */
 static int run_decoder(const char *command, int file, image_source *source, picture *result) {
     static const char cut[] = "Premature end of JPEG file";
     char text[512], words[256], *argument[sizeof text / 2 + 1] = { NULL }, *rest = NULL;
@@ -5443,14 +5460,15 @@ static int run_decoder(const char *command, int file, image_source *source, pict
     return status == SC_END ? SC_END : SC_FAILED;
 }
 
-/* A PNG's chunk sBIT says how many bits of its samples matter. pngtopnm then changes the samples,
- * other programs do not: such a PNG is refused. Chunks: length, name, data, checksum; IHDR is the
- * first, with the bit depth in byte 8 and the colour type in byte 9; sBIT stands before IDAT. */
+/* The chunk sBIT of a PNG gives the number of significant bits of its samples. pngtopnm rescales
+ * the samples by it, other decoders do not, so a PNG with fewer significant bits than the bit
+ * depth is refused. A chunk has a length, a name, data and a checksum. The first one is IHDR,
+ * with the bit depth in byte 8 and the colour type in byte 9; sBIT comes before IDAT. */
 static int check_png(const char *path, FILE *file) {
     unsigned char chunk[8], header[10], bits[4];
     if (fseeko(file, 8, SEEK_SET) != 0 || fread(chunk, 1, 8, file) != 8
         || fread(header, 1, 10, file) != 10 || fseeko(file, 8 + 8 + 13 + 4, SEEK_SET) != 0)
-        return SC_OK;                                        /* the decoder says what is wrong */
+        return SC_OK;                                        /* the decoder reports the error */
     unsigned depth = header[9] == 3 ? 8 : header[8];         /* a palette's colours have 8 bits */
     while (fread(chunk, 1, 8, file) == 8 && memcmp(chunk + 4, "IDAT", 4) != 0) {
         uint32_t length = 0;
@@ -5471,10 +5489,11 @@ static int check_png(const char *path, FILE *file) {
     return SC_OK;
 }
 
-/* Where a GIF's first frame does not cover the canvas, Pillow fills the rest with the transparent
- * colour, else with colour 0, and ImageMagick with the background colour: refused where they
- * differ. Header: width, height (16 bits, little-endian) from byte 6, flags 10, background 11;
- * then the palette, extensions (0x21, label, blocks up to an empty one) and the frame (0x2c, x, y,
+/* If the first frame of a GIF does not cover the canvas, Pillow fills the rest with the
+ * transparent colour, or else with colour 0, and ImageMagick with the background colour. A GIF
+ * for which these differ is refused. The header has the width and height (16 bits,
+ * little-endian) from byte 6, flags in byte 10 and the background in byte 11; then follow the
+ * palette, extensions (0x21, a label, blocks up to an empty one) and the frame (0x2c, x, y,
  * width, height). */
 static int check_gif(const char *path, FILE *file) {
     unsigned char header[13], block[256];
@@ -5495,9 +5514,9 @@ static int check_gif(const char *path, FILE *file) {
                 "differently (expected a frame of the canvas's size)", path);
 }
 
-/* Decodes an image that needs a program. The format's decoders are tried in turn: the next one if
- * one is missing, or failed without writing a byte (some djpegs refuse CMYK). The error quotes the
- * first one that ran. */
+/* Decodes an image with a program. The decoders of its format are tried in turn: the next one if
+ * one is missing or failed without writing a byte (some builds of djpeg refuse CMYK). The error
+ * quotes the first one that ran. */
 static int decode_image(image_source *source, picture *result) {
     const image_format *format = source->format;
     const char *own = getenv("SAECLIP_DECODER");
@@ -5536,8 +5555,8 @@ static int read_picture(const char *path, image_source *source, picture *result)
 /* --- Pillow's resize (src/libImaging/Resample.c): bicubic, a = -0.5, stretched by the scale when
  * shrinking, weights of 22 bits, rows first, 8 bits in between; only what the crop keeps --- */
 
-/* `from` pixels become from / scale, of which `count` from `first` on are kept; the first `skipped`
- * pixels are not there, since none of those kept needs them. */
+/* `from` pixels become from / scale pixels, of which `count` from `first` on are kept. The input
+ * lacks its first `skipped` pixels, which none of these need. */
 typedef struct { size_t from, skipped, count; uint64_t first; double scale, stretch; } resize_axis;
 
 /* Where the crop to `keep` of `from` pixels begins: torchvision rounds half to even. */
@@ -5561,8 +5580,8 @@ static resize_axis make_axis(size_t from, size_t shorter, size_t side, int crop_
     return (resize_axis){ from, 0, side, crop_start(full, side, crop_hf), scale, fmax(scale, 1) };
 }
 
-/* The weights of output pixel i: weight[x - start] for input pixels from *start on. Returns how
- * many they are. */
+/* The weights of output pixel i: weight[x - start] for input pixels x from *start on. Returns
+ * their number. */
 static size_t resize_weights(const resize_axis *axis, size_t i, int32_t *weight, size_t *start) {
     double support = 2 * axis->stretch, step = 1 / axis->stretch;
     double centre = ((double)(axis->first + i) + 0.5) * axis->scale, total = 0;
@@ -5584,7 +5603,7 @@ static unsigned char clip_to_8_bits(int32_t sum) {
     return (unsigned char)(sum >> WEIGHT_BITS > 255 ? 255 : sum >> WEIGHT_BITS);
 }
 
-/* Resamples the rows of `in` and transposes the image, so that the same again does its columns.
+/* Resamples the rows of `in` and transposes the image; a second call then resamples its columns.
  * out: [axis.count, in.height, 3] */
 static int resample(const resize_axis *axis, const picture *in, unsigned char *out) {
     int32_t *weight = new_array((size_t)ceil(2 * axis->stretch) * 2 + 1, sizeof *weight);
@@ -5604,14 +5623,14 @@ static int resample(const resize_axis *axis, const picture *in, unsigned char *o
     return SC_OK;
 }
 
-/* The shorter side becomes `side`, the centre is kept: pixels [side, side, 3]. */
+/* Resizes the shorter side to `side` and crops the centre. pixels: [side, side, 3] */
 static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsigned char *pixels) {
-    size_t shorter = from->width < from->height ? from->width : from->height;
+    size_t shorter = smaller(from->width, from->height);
     resize_axis across = make_axis(from->width, shorter, side, crop_hf);
     resize_axis down = make_axis(from->height, shorter, side, crop_hf);
     double top = (double)down.first * down.scale - 2 * down.stretch;
     double end = (double)(down.first + side) * down.scale + 2 * down.stretch + 1;
-    if (top > 0) down.skipped = (size_t)top;   /* a tall image has many rows that do not matter */
+    if (top > 0) down.skipped = (size_t)top;   /* rows of a tall image that are not needed */
     size_t count = (size_t)fmin(end, (double)from->height) - down.skipped;
     picture rows = { from->width, count, from->stride, from->rgb + down.skipped * from->stride };
     unsigned char *turned = new_array(count, 3 * side);
@@ -5623,11 +5642,11 @@ static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsign
     return status;
 }
 
-/* An image of any size to the model's: pixels [size, size, 3]. */
+/* Resizes and crops an image of any size to the size of the model. pixels: [size, size, 3] */
 static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pixels) {
     size_t square = (size_t)prep->square, size = (size_t)prep->size;
     if (square == 0) return resize_and_crop(&from, size, prep->crop_hf, pixels);
-    size_t side = from.width < from.height ? from.width : from.height;
+    size_t side = smaller(from.width, from.height);
     from.rgb += crop_start(from.height, side, prep->crop_hf) * from.stride;
     from.rgb += crop_start(from.width, side, prep->crop_hf) * 3;
     from.width = from.height = side;
@@ -5642,7 +5661,7 @@ static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pi
 
 /* --- Data sets --- */
 
-/* Names lie packed in blocks: an image costs its name and 16 bytes. */
+/* Stores a name in blocks that many names share: an image takes 16 bytes and its name. */
 static char *keep_name(sc_images *set, const char *name) {
     size_t bytes = strlen(name) + 1, block = bytes > 1 << 16 ? bytes : 1 << 16;
     if (set->room < bytes) {
@@ -5675,7 +5694,7 @@ static const char *base_name(const char *path) {
     return slash ? slash + 1 : path;
 }
 
-/* folder may end with a slash, or be "" where names are the current folder's. */
+/* folder: may end with a slash; "" is the current folder */
 static int join_path(const char *folder, const char *name, char path[MAX_PATH]) {
     size_t end = strlen(folder);
     const char *slash = end > 0 && folder[end - 1] != '/' ? "/" : "";
@@ -5692,8 +5711,8 @@ static int by_entry(const struct dirent **a, const struct dirent **b) {
     return strcmp((*a)->d_name, (*b)->d_name);
 }
 
-/* Lists the files below a folder, and the classes: the folders at the top. A dangling link counts
- * as a file; one that leads up soon lies too deep. */
+/* Lists all files below a folder, and as classes the folders at the top. A dangling link counts
+ * as a file; a link to a folder above it ends at MAX_DEPTH. */
 static int walk_folder(sc_images *set, const char *folder, int64_t label, int depth) {
     char path[MAX_PATH];
     struct stat about;
@@ -5722,9 +5741,9 @@ static int walk_folder(sc_images *set, const char *folder, int64_t label, int de
     return status;
 }
 
-/* Keeps the images among set's files, those that cannot be opened too, which are reported when they
- * are read. Returns how many lie in class folders and how many beside them; says which were no
- * images. */
+/* Keeps the files that are images, and those that cannot be opened, which are reported when they
+ * are read. in_classes[1] counts the images in class folders, in_classes[0] the others. A remark
+ * names the first files that are not images. */
 static int keep_images(sc_images *set, const char *folder, size_t in_classes[2]) {
     char path[MAX_PATH], names[160] = "";
     size_t kept = 0, others = 0;
@@ -5744,7 +5763,7 @@ static int keep_images(sc_images *set, const char *folder, size_t in_classes[2])
     if (others > 0)
         note("%s: %zu files passed over, which are not images:%s%s", folder, others, names,
              others > 3 ? " ..." : "");
-    set->count = kept < set->limit ? kept : set->limit;
+    set->count = smaller(kept, set->limit);
     return SC_OK;
 }
 
@@ -5764,7 +5783,7 @@ static int open_folder(sc_images *set, const char *folder) {
     return SC_OK;
 }
 
-/* Whether a line "path 3" without a TAB names no file, but "path" does. */
+/* Whether a line "path 3" without a TAB is not the name of a file, but "path" is. */
 static int lacks_tab(const sc_images *set, const char *line) {
     char path[MAX_PATH];
     size_t end = strlen(line), digits = 0;
@@ -5777,8 +5796,8 @@ static int lacks_tab(const sc_images *set, const char *line) {
     return access(path, F_OK) == 0;
 }
 
-/* One line "path" or "path<TAB>label"; a # begins a comment at the line's start or after a label.
- * */
+/* Reads one line "path" or "path<TAB>label". A # begins a comment at the start of a line or
+ * after a label. */
 static int read_line(sc_images *set, const char *list, size_t number, char *line) {
     line += strspn(line, " \t\r\n");
     char *end = line + strlen(line);
@@ -5825,8 +5844,8 @@ static int open_list(sc_images *set, const char *path) {
     return status;
 }
 
-/* Adds the images of a file, which may say their labels (I64 [count], from `least` on) and then, in
- * its metadata, the names of the classes. name: [count], or NULL */
+/* Adds the images of a file that may hold labels (I64 [count], at least `least`) and, in its
+ * metadata, the class names. name: [count], or NULL */
 static int add_images(sc_images *set, const sc_safetensors *file, size_t count, int64_t least,
                       char **name) {
     const sc_tensor *labels = sc_tensor_find(file, "labels");
@@ -5846,7 +5865,7 @@ static int add_images(sc_images *set, const sc_safetensors *file, size_t count, 
     return SC_OK;
 }
 
-/* images U8 [N, H, W, 3], labels and names. */
+/* A packed set: images U8 [N, H, W, 3], labels and names. */
 static int open_packed(sc_images *set, const char *path) {
     SC_TRY(sc_safetensors_open(&set->packed, path));
     const sc_tensor *images = sc_tensor_find(&set->packed, "images");
@@ -5864,7 +5883,8 @@ static int open_packed(sc_images *set, const char *path) {
     return status;
 }
 
-/* The digest is of N, classes, labels, and names below the root: moving or packing keeps it. */
+/* A digest of N, the classes, the labels and the names below the root. Moving or packing a data
+ * set does not change it. */
 static uint64_t images_digest(const sc_images *set) {
     digest64 digest = { 0 };
     digest64_number(&digest, set->count);
@@ -5916,7 +5936,7 @@ void sc_images_close(sc_images *set) {
     *set = (sc_images){ 0 };
 }
 
-/* pixels: [S, S, 3] of image `index` */
+/* Reads and preprocesses image `index`. pixels: [S, S, 3] */
 static int load_image(const sc_images *set, size_t index, const sc_preprocess *prep,
                       unsigned char *pixels) {
     image_source source = { 0 };
@@ -5960,9 +5980,9 @@ static const char *const block_begins[] = { "encoder.layers.", "transformer.resb
 
 enum size { ONE, WIDTH, WIDTH3, HIDDEN, TOKENS, PIXELS, OUTPUTS };
 
-/* The names of a layer's tensors under the three namings (* stands for weight or bias, # for the
- * block, ? for q, k or v, and ~ for the beginning of a naming's names), the weight's shape in the
- * file, and whether it is a matrix to multiply by. */
+/* The names of each layer's tensors in the three namings (* stands for weight or bias, # for the
+ * block, ? for q, k or v, ~ for the prefix of the naming), the shape of the weight in the file,
+ * and whether it is the matrix of a product. */
 static const struct {
     const char *name[NAMINGS];
     enum size rows, columns;
@@ -5985,7 +6005,7 @@ static const struct {
 
 enum { NAME_LENGTH = 128 };
 
-/* Spells a tensor's name out. name: [NAME_LENGTH] */
+/* Writes out the name of a tensor. name: [NAME_LENGTH] */
 static void spell_name(char *name, int naming, enum role role, size_t block, int bias, char part) {
     size_t used = 0;
     *name = '\0';
@@ -6005,8 +6025,9 @@ static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t
     return sc_tensor_find(&model->file, name);
 }
 
-/* Reads a layer's weight or bias of rows x columns numbers (leading dimensions of 1 do not count),
- * or says what is missing or misshapen. Hugging Face has q, k and v apart. */
+/* Reads a layer's weight or bias of rows x columns numbers; leading dimensions of 1 are ignored.
+ * A tensor that is missing or has another shape is an error. Hugging Face stores q, k and v
+ * separately. */
 static int read_layer_tensor(const sc_model *model, enum role role, size_t block, int bias,
                              size_t rows, size_t columns, float *out) {
     char name[NAME_LENGTH];
@@ -6030,8 +6051,8 @@ static int read_layer_tensor(const sc_model *model, enum role role, size_t block
     return SC_OK;
 }
 
-/* Reads a layer. A linear layer's weight is [N, K] in the file, as PyTorch has it (OpenAI's
- * projection [K, N]), and is packed, except for Part I. */
+/* Reads a layer. The weight of a linear layer is [N, K] in the file, as in PyTorch (OpenAI's
+ * projection is [K, N]). It is packed for the products, except for Part I. */
 static int read_layer(const sc_model *model, enum role role, size_t block, int plain) {
     const size_t sizes[] = { 1, model->width, 3 * model->width, model->hidden, model->tokens,
                              3 * model->patch * model->patch, model->outputs };
@@ -6069,8 +6090,9 @@ static int load_block(void *context, size_t block) {
     return SC_OK;
 }
 
-/* The final norm, the projection or classifier, and the class prompts' embeddings text_embeds
- * [C, P], whose rows are brought to unit length: images' embeddings are compared with them. */
+/* Reads the final norm, the projection or classifier, and text_embeds [C, P], the embeddings of
+ * the class prompts, with which those of images are compared; their rows are scaled to unit
+ * length. */
 static int load_head(sc_model *model) {
     const sc_tensor *head = find_layer(model, HEAD, 0, 0);
     const sc_tensor *text = sc_tensor_find(&model->file, "text_embeds");
@@ -6111,9 +6133,9 @@ static int is_known(int naming, size_t blocks, const char *found) {
     return 0;
 }
 
-/* Every tensor of the vision tower must have a place: blocks without a gap, no LayerScale, register
- * tokens, norms of q and k, and so on. A text tower, our text_embeds and the position numbers that
- * Hugging Face saves are not the vision tower's. */
+/* Every tensor of the vision tower must be known: blocks are numbered without a gap, and there
+ * is no LayerScale, no register tokens, no norms of q and k, and so on. Not part of the vision
+ * tower are a text tower, text_embeds, and the position numbers that Hugging Face saves. */
 static int check_tensors(const sc_model *model) {
     char blocks[NAME_LENGTH];
     const char *path = model->file.path, *tower = name_begins[model->naming];
@@ -6133,7 +6155,7 @@ static int check_tensors(const sc_model *model) {
     return SC_OK;
 }
 
-/* Sizes from shapes. */
+/* Takes all sizes from the shapes of tensors. */
 static int measure_model(sc_model *model) {
     const char *path = model->file.path;
     const sc_tensor *patch = find_layer(model, PATCHES, 0, 0), *fc1 = find_layer(model, FC1, 0, 0);
@@ -6162,7 +6184,7 @@ static int measure_model(sc_model *model) {
 
 enum setting { GELU, EPSILON, HEADS, MEAN, STD, SETTINGS };
 
-/* Takes a setting from its text; what: its name in errors. */
+/* Sets a setting from its text. what: its name in errors */
 static int apply_setting(sc_model *model, enum setting setting, const char *what,
                          const char *text) {
     float *triple = setting == MEAN ? model->mean : model->std;
@@ -6197,8 +6219,9 @@ static void usual_heads(size_t width, char heads[24]) {
     else strcpy(heads, "");
 }
 
-/* The settings that the shapes do not tell: from an option, else the metadata, else the usual
- * value. An invalid option is a usage error, an invalid value of the file the file's. */
+/* The settings that shapes do not show come from an option, else from the metadata, else from
+ * the usual value. An invalid option is a usage error, an invalid value in the file is an error
+ * of the file. */
 static int read_settings(sc_model *model, const sc_model_options *given) {
     int plain = model->naming == TIMM && !find_layer(model, PRE, 0, 0);
     char heads[24], assumed[256] = "", reason[sizeof error_text];
@@ -6229,7 +6252,7 @@ static int read_settings(sc_model *model, const sc_model_options *given) {
     return SC_OK;
 }
 
-/* Which naming a file's tensors have, NAMINGS for none. */
+/* The naming of a file's tensors, NAMINGS if it has none of them. */
 static int naming_of(const sc_safetensors *file) {
     char name[NAME_LENGTH];
     for (int naming = 0; naming < NAMINGS; naming++) {
@@ -6239,7 +6262,7 @@ static int naming_of(const sc_safetensors *file) {
     return NAMINGS;
 }
 
-/* Says why a file is not a model: one of several shards, or names behind a prefix. */
+/* Reports that a file is not a model: a prefix stands before its names, or they are unknown. */
 static int refuse_names(const sc_safetensors *file) {
     static const char *const begins[] = { "module.", "model.", "visual.trunk.", "trunk." };
     for (size_t t = 0; t < file->tensors; t++) {
@@ -6303,8 +6326,8 @@ static void free_layers(sc_model *model) {
     model->layer = NULL;
 }
 
-/* A model for Part I: the same, but its layers hold the weights as PyTorch has them, those of the
- * first `blocks` blocks and of the head if asked. Closed by free_layers(). */
+/* Makes a copy of a model for Part I, whose layers hold the weights as PyTorch has them: of the
+ * first `blocks` blocks, and of the head if asked. It is closed by free_layers(). */
 static int open_plain_model(sc_model *plain, const sc_model *model, size_t blocks, int head) {
     int status = SC_OK;
     *plain = *model;
@@ -6344,7 +6367,7 @@ void sc_model_close(sc_model *model) {
 
 static const char *const hook_names[] = { "attn", "mlp", "resid" };
 
-/* The hook point of a name, -1 for none. */
+/* The hook point with this name, -1 if there is none. */
 static int find_hook(const char *name) {
     for (int hook = SC_ATTN; hook <= SC_RESID; hook++)
         if (strcmp(name, hook_names[hook]) == 0) return hook;
@@ -6362,7 +6385,7 @@ static const char *architecture_of(const sc_sae *sae) {
     return sae->threshold ? "jumprelu" : "standard";
 }
 
-/* Opens the output and discards it: better to fail now than when the work is done. */
+/* Opens the output and discards it, so that a wrong path fails before the work is done. */
 static int try_output(const char *path) {
     sc_writer w;
     SC_TRY(sc_writer_open(&w, path, 0));
@@ -6370,8 +6393,8 @@ static int try_output(const char *path) {
     return SC_OK;
 }
 
-/* A tensor by its shape in files (a vector, of rank 1, has one row) and by the place of its element
- * [r, c] in memory: values[r * down + c * across]. */
+/* A tensor, with its shape in files (a vector of rank 1 has one row). Its element [r, c] is at
+ * values[r * down + c * across] in memory. */
 typedef struct {
     const char *name;
     float *values;
@@ -6381,8 +6404,8 @@ typedef struct {
 
 enum { SAE_TENSORS = 4, STATE_TENSORS = 12 };
 
-/* The tensors of an SAE and, where there is a trainer, of Adam: list [STATE_TENSORS]. W_enc is
- * [D, n] in files and latent by latent in memory. Returns how many they are. */
+/* Lists the tensors of an SAE and, with a trainer, of Adam; returns their number. W_enc is [D,
+ * n] in files and [n, D] in memory. list: [STATE_TENSORS] */
 static size_t list_tensors(const sc_sae *sae, const sc_trainer *t, float_tensor *list) {
     static const sc_trainer none;
     size_t n = sae->d_sae, D = sae->d_in, row = sae->stride;
@@ -6399,7 +6422,7 @@ static size_t list_tensors(const sc_sae *sae, const sc_trainer *t, float_tensor 
     return with_adam ? STATE_TENSORS : SAE_TENSORS;
 }
 
-/* Copies some rows of a tensor between memory and `rows`: [height, columns], as in the file. */
+/* Copies rows of a tensor between memory and `rows`. rows: [height, columns], as in the file */
 static void copy_rows(const float_tensor *t, size_t first, size_t height, float *rows, int out) {
     for (size_t c = 0; c < t->columns; c++) {
         for (size_t i = 0; i < height; i++) {
@@ -6411,8 +6434,8 @@ static void copy_rows(const float_tensor *t, size_t first, size_t height, float 
     }
 }
 
-/* Writes a tensor or, where there is no writer, reads it from a file, some rows at a time. Adds it
- * to a digest, if there is one. */
+/* Writes a tensor or, if there is no writer, reads it from a file, some rows at a time. Adds it
+ * to a digest if there is one. */
 static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
                        digest64 *digest) {
     enum { ROWS = 16 };
@@ -6426,7 +6449,7 @@ static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_wri
     float *some = new_array(t->columns, ROWS * sizeof *some);
     int status = some ? SC_OK : SC_FAILED;
     for (size_t r = 0; r < t->rows && status == SC_OK; r += ROWS) {
-        size_t height = t->rows - r < ROWS ? t->rows - r : ROWS, count = height * t->columns;
+        size_t height = smaller(t->rows - r, ROWS), count = height * t->columns;
         if (w) {
             copy_rows(t, r, height, some, 1);
             status = sc_writer_floats(w, some, count);
@@ -6441,7 +6464,7 @@ static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_wri
     return status;
 }
 
-/* An SAE's tensors, and with a trainer Adam's too. */
+/* Writes or reads the tensors of an SAE and, with a trainer, of Adam. */
 static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safetensors *file,
                         sc_writer *w, digest64 *digest) {
     const float_tensor threshold = { "threshold", sae->threshold, 1, 1, sae->d_sae, 0, 1 };
@@ -6451,7 +6474,7 @@ static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safeten
     return sae->threshold ? move_tensor(&threshold, file, w, digest) : SC_OK;
 }
 
-/* A whole number from 1 on in the metadata; where it is absent *value stays. */
+/* Reads a whole number of at least 1 from the metadata. If it is missing, *value is unchanged. */
 static int metadata_number(const sc_safetensors *file, const char *key, double most,
                            size_t *value) {
     const char *text = sc_metadata_find(file, key);
@@ -6470,7 +6493,7 @@ static const char *const origin_keys[SC_ORIGIN_KEYS] = {
     "model", "layer", "hook", "tokens", "mean", "std", "gelu", "epsilon", "heads", "square", "crop"
 };
 
-/* An SAE's origin; its hook point is kept as numbers. */
+/* The origin of an SAE, whose hook point is kept as numbers. */
 static sc_origin origin_of(const sc_sae *sae) {
     sc_origin origin = sae->origin;
     char *layer = origin.text[SC_LAYER], *hook = origin.text[SC_HOOK];
@@ -6506,7 +6529,7 @@ static int read_origin(sc_origin *origin, const sc_safetensors *file) {
     return SC_OK;
 }
 
-/* The first key of which both say something else; SC_ORIGIN_KEYS: none. */
+/* The first key with two different values, SC_ORIGIN_KEYS if there is none. */
 static size_t origin_difference(const sc_origin *a, const sc_origin *b) {
     size_t k = 0;
     for (; k < SC_ORIGIN_KEYS; k++)
@@ -6533,14 +6556,14 @@ int sc_sae_save(const sc_sae *sae, const char *path) {
 
 /* --- SAELens's cfg.json, beside the weights (jbloomAus/SAELens, versions 2 to 6) --- */
 
-/* What a configuration says; "" and 0 where it does not. */
+/* The values of a configuration; "" and 0 if they are missing. */
 typedef struct {
     const char *path;
     char architecture[32], activation[32];
     size_t k, d_in, d_sae;
 } saelens;
 
-/* The keys that change what an SAE computes, and the values that mean what is computed here. */
+/* The keys that change what an SAE computes, and their values for what is computed here. */
 static const char *const saelens_rules[][2] = {
     { "architecture", "|standard|topk|jumprelu|" }, { "activation_fn", "|relu|topk|" },
     { "activation_fn_str", "|relu|topk|" }, { "apply_b_dec_to_input", "|true|" },
@@ -6563,7 +6586,7 @@ static int take_saelens(void *context, const char *key, const char *value) {
     }
     if (strcmp(key, "architecture") == 0) strcpy(c->architecture, value);
     if (strcmp(key, "activation_fn") == 0 || strcmp(key, "activation_fn_str") == 0)
-        strcpy(c->activation, value);            /* one of the values above, so it is short */
+        strcpy(c->activation, value);            /* one of the values above, which fit */
     if (strcmp(key, "k") == 0 || strcmp(key, "activation_fn_kwargs.k") == 0) number = &c->k;
     if (strcmp(key, "d_in") == 0) number = &c->d_in;
     if (strcmp(key, "d_sae") == 0) number = &c->d_sae;
@@ -6577,7 +6600,7 @@ static int take_saelens(void *context, const char *key, const char *value) {
     return SC_OK;
 }
 
-/* Reads a cfg.json; where there is none, nothing is known. */
+/* Reads a cfg.json if there is one. */
 static int read_saelens(saelens *c) {
     enum { MOST = 1 << 20 };
     FILE *file = fopen(c->path, "r");
@@ -6595,8 +6618,8 @@ static int read_saelens(saelens *c) {
     return status;
 }
 
-/* Writes a folder's cfg.json in the form that SAELens 3 to 6 read; hook points have
- * TransformerLens's names. */
+/* Writes the cfg.json of a folder in the form that SAELens 3 to 6 read. Hook points have the
+ * names of TransformerLens. */
 static int write_saelens(const sc_sae *sae, const char *path) {
     static const char *const places[] = { "attn_out", "mlp_out", "resid_post" };
     const char *model = sae->origin.text[SC_MODEL];
@@ -6640,7 +6663,8 @@ static int read_architecture(sc_sae *sae, const sc_safetensors *file, const sael
     if (config->k && k != config->k)
         return fail("%s: k is %zu (expected %zu, as %s says)", file->path, k, config->k, other);
     if (k > sae->d_sae)
-        return fail("%s: k is %zu (expected 1 to %zu, the number of latents)", other, k, sae->d_sae);
+        return fail("%s: k is %zu (expected 1 to %zu, the number of latents)", other, k,
+                    sae->d_sae);
     sae->k = k;
     if (*told) said = told;
     if (!said) said = k > 0 ? "topk" : "standard";
@@ -6657,8 +6681,8 @@ static int read_architecture(sc_sae *sae, const sc_safetensors *file, const sael
     return sae->threshold ? SC_OK : SC_FAILED;
 }
 
-/* A tensor beside those of the SAE may change what it computes. Harmless are those of our
- * checkpoints and counts of training. */
+/* Refuses tensors beside those of the SAE, which may change what it computes. Harmless are the
+ * tensors of checkpoints and counters of training. */
 static int check_sae_tensors(const sc_sae *sae, const sc_safetensors *file) {
     static const sc_trainer none;
     static const char *const harmless[] = {
@@ -6711,7 +6735,7 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file, const saelens *conf
 
 static const char saelens_weights[] = "sae_weights.safetensors";
 
-/* A file, with the cfg.json beside it where there is one, or a folder of SAELens. */
+/* Opens a file, with the cfg.json beside it if there is one, or a folder of SAELens. */
 int sc_sae_open(sc_sae *sae, const char *path) {
     char weights[MAX_PATH], folder[MAX_PATH], cfg[MAX_PATH];
     saelens config = { .path = cfg };
@@ -6730,7 +6754,7 @@ int sc_sae_open(sc_sae *sae, const char *path) {
     return status;
 }
 
-/* A digest of what an SAE computes, so that statistics are not taken for another SAE's. */
+/* A digest of the SAE's weights and settings, by which statistics of another SAE are refused. */
 static uint64_t sae_digest(const sc_sae *sae) {
     digest64 d = { 0 };
     const uint64_t numbers[] = { sae->d_in, sae->d_sae, (uint64_t)sae->topk,
@@ -6790,10 +6814,10 @@ enum {
     MEASURE_IMAGES = 16              /* images in a batch, except in training */
 };
 
-/* What messages and tables call an image. */
+/* The name of an image in messages and tables. */
 static const char *image_name(const feed *f, size_t image) { return f->set.image[image].name; }
 
-/* Adds to an error the image and token at fault; token: in the current batch. */
+/* Adds the image and the token to an error. token: in the current batch */
 static int blame_token(const feed *f, size_t token) {
     char reason[sizeof error_text];
     size_t image = f->image[token / f->T];
@@ -6803,7 +6827,7 @@ static int blame_token(const feed *f, size_t token) {
                 reason);
 }
 
-/* A file that does not name its data set gets the digest of its labels. */
+/* Opens saved activations. A file without the digest of its data set gets that of its labels. */
 static int open_activations(feed *f, const options *o) {
     SC_TRY(sc_safetensors_open(&f->file, o->acts));
     const sc_tensor *a = f->activations = sc_tensor_find(&f->file, "activations");
@@ -6824,12 +6848,12 @@ static int open_activations(feed *f, const options *o) {
     f->set.digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : digest64_value(&labels);
     if (o->limit && (size_t)o->limit < f->set.count) {
         f->set.count = (size_t)o->limit;
-        f->set.digest = digest64_step(f->set.digest, f->set.count);  /* not the whole data set */
+        f->set.digest = digest64_step(f->set.digest, f->set.count);  /* another data set */
     }
     return SC_OK;
 }
 
-/* Images, to be preprocessed to side x side pixels. square: 0 for none */
+/* Opens images, to be preprocessed to side x side pixels. square: 0 for none */
 static int open_photos(feed *f, const options *o, size_t side, size_t square, const char *crop) {
     f->preprocess = (sc_preprocess){ .size = (int)side, .square = (int)square,
                                      .crop_hf = strcmp(crop, "hf") == 0 };
@@ -6837,7 +6861,7 @@ static int open_photos(feed *f, const options *o, size_t side, size_t square, co
     return sc_images_open(&f->set, o->operand[0], (size_t)o->limit);
 }
 
-/* What the options say of the origin. */
+/* The origin as far as options give it. */
 static void options_origin(const options *o, sc_origin *said) {
     const char *text[SC_ORIGIN_KEYS] = {
         [SC_MODEL] = o->model ? base_name(o->model) : NULL, [SC_HOOK] = o->hook,
@@ -6852,8 +6876,8 @@ static void options_origin(const options *o, sc_origin *said) {
     if (o->square >= 0) snprintf(said->text[SC_SQUARE], room, "%ld", o->square);
 }
 
-/* What the SAEs say of the origin, but for the model and the hook points. They must agree where no
- * option overrules them. */
+/* The origin as far as the SAEs give it, without the model and the hook points. They must agree,
+ * except in what an option overrules. */
 static int agree_on_origin(sc_origin *wanted, const sc_sae *sae, size_t saes,
                            const sc_origin *said) {
     *wanted = (sc_origin){ 0 };
@@ -6869,7 +6893,7 @@ static int agree_on_origin(sc_origin *wanted, const sc_sae *sae, size_t saes,
     return SC_OK;
 }
 
-/* Floats in as few digits as give them back. text: [256] */
+/* Prints floats with the fewest digits that give the same floats again. text: [256] */
 static void print_floats(char *text, const float *value, size_t count) {
     for (size_t i = 0; i < count; i++) {
         int digits = 1;
@@ -6880,18 +6904,19 @@ static void print_floats(char *text, const float *value, size_t count) {
     }
 }
 
-/* Images through a model. Its settings are those of the options, else the SAEs', else the model's
- * own or the usual ones. */
+/* Opens images and a model. Settings come from the options, else from the SAEs, else from the
+ * model's file, else they are the usual ones. */
 static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes) {
     sc_origin said, wanted, *now = &f->origin;
     sc_model *m = &f->model;
-    const char *from[SC_ORIGIN_KEYS];
+    const char *from[SC_ORIGIN_KEYS] = {
+        [SC_TOKENS] = "all", [SC_SQUARE] = "0", [SC_CROP] = "torchvision" };
     size_t room = sizeof *now->text;
     options_origin(o, &said);
     SC_TRY(agree_on_origin(&wanted, sae, saes, &said));
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
-        from[k] = *said.text[k] ? said.text[k] : wanted.text[k];
-        if (!*from[k]) from[k] = NULL;
+        if (*wanted.text[k]) from[k] = wanted.text[k];
+        if (*said.text[k]) from[k] = said.text[k];
     }
     const sc_model_options settings = { .gelu = from[SC_GELU], .epsilon = from[SC_EPSILON],
         .heads = from[SC_HEADS], .mean = from[SC_MEAN], .std = from[SC_STD] };
@@ -6899,9 +6924,8 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
     f->T = m->tokens;
     f->D = m->width;
     f->first_patch = 1;
-    const char *tokens = from[SC_TOKENS] ? from[SC_TOKENS] : "all";
-    const char *crop = from[SC_CROP] ? from[SC_CROP] : "torchvision";
-    size_t square = from[SC_SQUARE] ? (size_t)strtoul(from[SC_SQUARE], NULL, 10) : 0;
+    const char *tokens = from[SC_TOKENS], *crop = from[SC_CROP];
+    size_t square = (size_t)strtoul(from[SC_SQUARE], NULL, 10);
     if (strcmp(tokens, "cls") == 0) f->T = 1;
     if (strcmp(tokens, "patches") == 0) {
         f->T--;
@@ -6936,8 +6960,8 @@ static int open_feed(feed *f, const options *o, const sc_sae *sae, size_t saes) 
     return SC_OK;
 }
 
-/* Asks for a hook point; layer -1 is the last. *place: its place among the taps. Saved activations
- * have one hook point, wherever it is (layer 0: not known). */
+/* Adds a hook point; layer -1 is the last. *place: its index among the taps. Saved activations
+ * have a single hook point (layer 0: not known). */
 static int add_tap(feed *f, long layer, sc_hook hook, size_t *place) {
     long blocks = (long)f->model.blocks;
     if (!f->is_file && (layer == 0 || layer > blocks || -layer > blocks))
@@ -6950,7 +6974,7 @@ static int add_tap(feed *f, long layer, sc_hook hook, size_t *place) {
         const sc_tap *there = &f->tap[*place];
         if (f->is_file || (there->layer == tap.layer && there->hook == hook)) return SC_OK;
     }
-    f->tap[f->taps++] = tap;                     /* there are no more SAEs than room for taps */
+    f->tap[f->taps++] = tap;                     /* there is room for one tap per SAE */
     return SC_OK;
 }
 
@@ -6990,10 +7014,10 @@ static int load_task(void *context, size_t task) {
     return SC_OK;
 }
 
-/* Chooses the next images for the free slots of a batch; returns the end of those that are filled.
- * Images that were passed over as bad have lost their names. */
+/* Chooses the next images for the free slots of a batch; returns the end of the slots used.
+ * Images that were skipped as bad have no name any more. */
 static size_t draw_images(feed *f, size_t want) {
-    size_t last = f->set.count < f->set.limit ? f->set.count : f->set.limit, end = f->count;
+    size_t last = smaller(f->set.count, f->set.limit), end = f->count;
     for (size_t draw = f->drawn; end < want; draw++) {
         size_t image = draw;
         if (f->order && f->order(f->order_context, draw, &image) == SC_END) break;
@@ -7005,8 +7029,8 @@ static size_t draw_images(feed *f, size_t want) {
     return end;
 }
 
-/* Fills the batch with `want` images, fewer only at the end; all threads decode at once. With
- * skip_bad a bad image is named and passed over from then on; where all are bad we fail, since the
+/* Fills the batch with `want` images, or fewer at the end; all threads decode at once. With
+ * skip_bad a bad image is named once and then skipped. If all are bad this fails, since the
  * order may be endless. */
 static int load_images(feed *f, size_t want) {
     while (f->count < want) {
@@ -7018,7 +7042,7 @@ static int load_images(feed *f, size_t want) {
             f->count = end;
             continue;
         }
-        size_t slot = f->count + pool.failed_task;       /* all before it are loaded */
+        size_t slot = f->count + pool.failed_task;       /* all images before it are loaded */
         f->drawn = f->draw[slot];
         f->count = slot;
         if (status != SC_FAILED || !f->skip_bad) return SC_FAILED;
@@ -7040,7 +7064,7 @@ static int check_finite(const feed *f, const float *rows, size_t count, size_t s
     return blame_token(f, bad / stride * (f->T / count));
 }
 
-/* Moves the tokens that are kept together, image by image. */
+/* Moves the kept tokens of all images together. */
 static void keep_tokens(const feed *f, float *out) {
     if (f->T == f->model.tokens) return;
     for (size_t i = 0; i < f->count; i++)
@@ -7054,7 +7078,7 @@ static int compute_activations(feed *f) {
     for (size_t first = 0; first < f->count; first += images) {
         sc_tap tap[SC_MAX_TAPS];
         float *head = f->logits ? f->logits + first * f->model.classes : NULL;
-        images = f->count - first < FORWARD_IMAGES ? f->count - first : FORWARD_IMAGES;
+        images = smaller(f->count - first, FORWARD_IMAGES);
         memcpy(tap, f->tap, sizeof tap);
         for (size_t i = 0; i < f->taps; i++) tap[i].out += first * T * f->stride;
         SC_TRY(sc_model_forward(&f->model, f->pixels + first * S * S * 3, images, tap, f->taps,
@@ -7067,7 +7091,7 @@ static int compute_activations(feed *f) {
     return f->logits ? check_finite(f, f->logits, 1, f->model.classes) : SC_OK;
 }
 
-/* The next batch: f->count images, 0 at the end. */
+/* Reads the next batch: f->count images, 0 at the end. */
 static int next_batch(feed *f, size_t want) {
     f->used += f->count;
     f->count = 0;
@@ -7084,8 +7108,8 @@ static void close_feed(feed *f) {
     *f = (feed){ 0 };
 }
 
-/* Compares what an SAE's file says of the origin with the data. Options overrule it with a remark;
- * saved activations that contradict it are refused. */
+/* Compares the origin in an SAE's file with that of the data. An option overrules it with a
+ * remark; saved activations that differ are refused. */
 static int check_origin(const feed *f, const sc_sae *sae, const options *o) {
     sc_origin said, data = f->origin, own = origin_of(sae);
     options_origin(o, &said);
@@ -7104,7 +7128,7 @@ static int check_origin(const feed *f, const sc_sae *sae, const options *o) {
     return SC_OK;
 }
 
-/* The architecture and k of the options overrule an SAE's. */
+/* Options overrule the architecture and k of an SAE. */
 static int choose_architecture(sc_sae *sae, const options *o) {
     if (o->arch) {
         sae->topk = strcmp(o->arch, "topk") == 0;
@@ -7119,9 +7143,9 @@ static int choose_architecture(sc_sae *sae, const options *o) {
                 sae->k, sae->d_sae);
 }
 
-/* Attaches an SAE to its hook point, the tap at *place: what the options say, else the SAE, else
- * saved activations, else in training the MLP of the last block but one. The SAE then knows the
- * origin in force. */
+/* Connects an SAE to its hook point, the tap at *place. The hook point is that of the options,
+ * else of the SAE, else of the saved activations, else, in training, the MLP of the last block
+ * but one. The SAE then has the origin in force. */
 static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, size_t *place) {
     int hook = o->hook ? find_hook(o->hook) : sae->hook;
     long layer = o->layer ? o->layer : (long)sae->layer;
@@ -7152,17 +7176,17 @@ static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, siz
 /* ********************************************************************************************
  * Part IV: the program
  *
- * Training runs, statistics, tables, pictures, figures, the atlas, the command line.
+ * Training runs, statistics, tables, sheets, figures, the atlas, the command line.
  * ******************************************************************************************** */
 
 /* ============================================================================================
  * 19. Training runs
  *
- * Step after step over a data set: the order of the images, the log, checkpoints, signals. A run
- * that was stopped goes on from its checkpoint to the same bytes.
+ * Training steps over a data set: the order of the images, the log, checkpoints, signals. A run
+ * that was stopped continues from its checkpoint to the same bytes.
  * ============================================================================================ */
 
-/* An option or property that decides a run's numbers, as metadata of the SAE. */
+/* A setting that determines the numbers of a run, as metadata of the SAE. */
 typedef struct { const char *key; char value[256]; } recipe_row;
 
 enum { RECIPE_ROWS = 32 };
@@ -7182,10 +7206,10 @@ typedef struct {
     char *checkpoint, *previous;     /* the checkpoint's name, and that of the one before */
     const char *config;              /* cfg.json of a folder for SAELens, NULL: none */
     uint64_t saved;                  /* the step of the last checkpoint */
-    int checkpoints;                 /* asked for, not only upon a signal */
+    int checkpoints;                 /* requested, not only after a signal */
 } training_run;
 
-/* SIGINT and SIGTERM during training set this; a second one ends the program the usual way. */
+/* Set by SIGINT and SIGTERM during training. A second signal ends the program at once. */
 static atomic_int stop_signal;
 
 static void ask_to_stop(int number) {
@@ -7194,7 +7218,7 @@ static void ask_to_stop(int number) {
     signal(SIGTERM, SIG_DFL);
 }
 
-/* A signal that is ignored, as by nohup, stays ignored. */
+/* A signal that is ignored, as under nohup, stays ignored. */
 static void catch_signals(void) {
     static const int signals[] = { SIGINT, SIGTERM };
     struct sigaction ask = { .sa_handler = ask_to_stop, .sa_flags = SA_RESTART }, before;
@@ -7278,8 +7302,8 @@ static uint64_t source_digest(const training_run *run) {
 
 /* --- Checkpoints: the SAE, and everything else that training goes on from --- */
 
-/* Writes the state, or reads it where there is no writer. *sum: the checksum of all of it;
- * next_draw and the step are part of it. */
+/* Writes the state or, if there is no writer, reads it. *sum: a checksum over all tensors, the
+ * step and next_draw. */
 static int move_state(training_run *run, uint64_t step, uint64_t next_draw,
                       const sc_safetensors *file, sc_writer *w, uint64_t *sum) {
     sc_trainer *t = run->trainer;
@@ -7320,7 +7344,7 @@ static int save_checkpoint(training_run *run) {
     return save_tensors(run->checkpoint, 8192, write_checkpoint, run);
 }
 
-/* Whether a checkpoint says the same of a key as this run; both may leave it out. */
+/* Checks that a key has the same value in a checkpoint and in this run, or is missing in both. */
 static int check_key(const sc_safetensors *file, const char *key, const char *expected) {
     const char *found = sc_metadata_find(file, key);
     if (found ? expected && strcmp(found, expected) == 0 : !expected) return SC_OK;
@@ -7328,7 +7352,7 @@ static int check_key(const sc_safetensors *file, const char *key, const char *ex
                 found ? found : "not given", expected ? expected : "not given");
 }
 
-/* Whether a checkpoint that says a key belongs to a run that says it too. */
+/* Refuses a checkpoint with a key that this run does not have. */
 static int check_missing(const training_run *run, const sc_safetensors *file, const char *key) {
     for (size_t i = 0; i < run->rows; i++)
         if (strcmp(run->recipe[i].key, key) == 0) return SC_OK;
@@ -7372,7 +7396,8 @@ static int read_checkpoint(training_run *run, const sc_safetensors *file) {
     return SC_OK;
 }
 
-/* Goes on from a checkpoint if there is one; the error that refuses it names the one before. */
+/* Continues from a checkpoint if there is one. The error that refuses a damaged one names the
+ * checkpoint before it. */
 static int resume_training(training_run *run) {
     char reason[sizeof error_text];
     sc_safetensors file;
@@ -7396,7 +7421,7 @@ static int resume_training(training_run *run) {
 static const char log_header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "explained_variance_uncentred,dead,seconds\n";
 
-/* Where the row of the last step that a resumed run does not repeat ends. */
+/* The end of the last row that a resumed run does not write again. */
 static off_t end_of_log(FILE *log, uint64_t step) {
     char line[512];
     off_t end = 0;
@@ -7407,7 +7432,8 @@ static off_t end_of_log(FILE *log, uint64_t step) {
     return end;
 }
 
-/* Opens and locks the log; that of a resumed run is cut back to the step it goes on from. */
+/* Opens and locks the log. The log of a resumed run is cut back to the step at which it
+ * continues. */
 static int open_log(training_run *run) {
     const char *path = run->o->log;
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
@@ -7447,7 +7473,7 @@ static int log_step(training_run *run, const sc_step *r) {
 
 /* --- A run --- */
 
-/* The SAE to start from; its file also says where its activations come from. Then the data. */
+/* Opens the SAE to start from, whose file may also give the origin, and then the data. */
 static int open_run(training_run *run) {
     const options *o = run->o;
     sc_sae *sae = &run->sae;
@@ -7464,7 +7490,7 @@ static int open_run(training_run *run) {
     return connect_sae(f, sae, o, 1, &place);
 }
 
-/* How many steps, of which images, in which order. */
+/* Determines the number of steps, the batch and the order of the images. */
 static int plan_run(training_run *run) {
     const options *o = run->o;
     const feed *f = &run->data;
@@ -7478,8 +7504,8 @@ static int plan_run(training_run *run) {
     return allocate(&run->data.memory, &run->order, f->set.count, sizeof *run->order);
 }
 
-/* Begins to hand out batches. Where b_dec starts from images, they are read first; training then
- * begins with them too. */
+/* Prepares the batches. If b_dec starts from images, they are read first, and training begins
+ * with the same images. */
 static int start_run(training_run *run) {
     const options *o = run->o;
     feed *f = &run->data;
@@ -7500,7 +7526,7 @@ static int start_run(training_run *run) {
     return SC_OK;
 }
 
-/* An error names the step, and the image and token where there is one. */
+/* Adds the step to an error, and the image and token if there is one. */
 static int blame_step(const training_run *run, size_t token) {
     char reason[sizeof error_text];
     if (token != SIZE_MAX) blame_token(&run->data, token);
@@ -7516,7 +7542,7 @@ static int stop_training(training_run *run) {
                 (uintmax_t)run->trainer->step, run->checkpoint);
 }
 
-/* No batch could be read: what was trained so far is kept, and the reason reported. */
+/* A batch could not be read: saves a checkpoint and reports the reason. */
 static int keep_state(training_run *run) {
     char reason[sizeof error_text];
     memcpy(reason, error_text, sizeof reason);
@@ -7566,7 +7592,7 @@ static int run_training(training_run *run) {
     return SC_OK;
 }
 
-/* An output that ends with a slash is a folder for SAELens. */
+/* Trains an SAE. An output that ends with a slash is a folder for SAELens. */
 static int train(const options *given) {
     options own = *given;
     const options *o = &own;
@@ -10267,7 +10293,7 @@ static int check_options(const options *o, const struct command_row *command, in
 
 /* argv ends with NULL. */
 static int run_command(const struct command_row *command, char **argv) {
-    options o = { .square = -1, .steps = -1, .threshold = -1, .class_index = -1 };     /* -1: not given */
+    options o = { .square = -1, .steps = -1, .threshold = -1, .class_index = -1 };   /* not given */
     int operands = 0, plain = 0;
     for (size_t i = 0; i < OPTIONS; i++) {
         const struct option_row *row = &option_table[i];
