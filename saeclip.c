@@ -19,7 +19,7 @@
  *   13. Options and messages             14. Files
  *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 7177
+ *  Part IV: the program                      line 7221
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -4292,6 +4292,14 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
     if (!line_open) putc('\n', stderr);
 }
 
+/* Whether a text is one of the words in "one|another". */
+static int is_choice(const char *words, const char *text) {
+    char one[100], all[100];
+    snprintf(one, sizeof one, "|%s|", text);
+    snprintf(all, sizeof all, "|%s|", words);
+    return !strchr(text, '|') && strstr(all, one) != NULL;
+}
+
 /* The whole text as a number from least to most. what: the option or the metadata's key */
 static int parse_number(const char *text, const char *what, double least, double most,
                         double *value) {
@@ -5645,7 +5653,8 @@ static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsign
 /* Resizes and crops an image of any size to the size of the model. pixels: [size, size, 3] */
 static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pixels) {
     size_t square = (size_t)prep->square, size = (size_t)prep->size;
-    if (square == 0) return resize_and_crop(&from, size, prep->crop_hf, pixels);
+    int is_square = from.width == square && from.height == square;   /* as in a packed set */
+    if (square == 0 || is_square) return resize_and_crop(&from, size, prep->crop_hf, pixels);
     size_t side = smaller(from.width, from.height);
     from.rgb += crop_start(from.height, side, prep->crop_hf) * from.stride;
     from.rgb += crop_start(from.width, side, prep->crop_hf) * 3;
@@ -6509,23 +6518,38 @@ static int put_origin(sc_writer *w, const sc_origin *origin) {
     return SC_OK;
 }
 
+/* Refuses a value that a key of the origin cannot have. */
+static int check_origin_value(const char *path, size_t key, const char *text) {
+    static const char *const words[SC_ORIGIN_KEYS] = {
+        [SC_HOOK] = "attn|mlp|resid", [SC_TOKENS] = "all|cls|patches",
+        [SC_GELU] = "quick_gelu|gelu", [SC_CROP] = "torchvision|hf" };
+    static const double most[SC_ORIGIN_KEYS] = {             /* of numbers */
+        [SC_LAYER] = 1e6, [SC_EPSILON] = 1, [SC_HEADS] = 1e6, [SC_SQUARE] = 16384 };
+    double least = key == SC_LAYER || key == SC_HEADS, number = 0;
+    const char *name = origin_keys[key];
+    float triple[3];
+    if (words[key] && !is_choice(words[key], text))
+        return fail("%s: metadata %s = '%s' (expected %s)", path, name, text, words[key]);
+    if ((key == SC_MEAN || key == SC_STD) && parse_triple(text, name, triple) != SC_OK)
+        return fail("%s: metadata %s = '%s' (expected three numbers)", path, name, text);
+    if (most[key] == 0) return SC_OK;
+    int is_number = parse_number(text, name, least, most[key], &number) == SC_OK;
+    if (is_number && (key == SC_EPSILON || number == floor(number))) return SC_OK;
+    return fail("%s: metadata %s = '%s' (expected a number from %g to %g)", path, name, text,
+                least, most[key]);
+}
+
 static int read_origin(sc_origin *origin, const sc_safetensors *file) {
-    size_t layer;
     *origin = (sc_origin){ 0 };
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
         const char *text = sc_metadata_find(file, origin_keys[k]);
-        if (text && k == SC_MODEL) text = base_name(text);
-        if (text && strlen(text) >= sizeof *origin->text)
+        if (!text) continue;
+        if (k == SC_MODEL) text = base_name(text);
+        if (strlen(text) >= sizeof *origin->text)
             return fail("%s: metadata %s is too long", file->path, origin_keys[k]);
-        if (text) strcpy(origin->text[k], text);
+        SC_TRY(check_origin_value(file->path, k, text));
+        strcpy(origin->text[k], text);
     }
-    const char *hook = origin->text[SC_HOOK], *tokens = origin->text[SC_TOKENS];
-    SC_TRY(metadata_number(file, "layer", 1e6, &layer));
-    if (*hook && find_hook(hook) < 0)
-        return fail("%s: metadata hook = '%s' (expected attn, mlp or resid)", file->path, hook);
-    if (*tokens && strcmp(tokens, "all") && strcmp(tokens, "cls") && strcmp(tokens, "patches"))
-        return fail("%s: metadata tokens = '%s' (expected all, cls or patches)", file->path,
-                    tokens);
     return SC_OK;
 }
 
@@ -6565,24 +6589,21 @@ typedef struct {
 
 /* The keys that change what an SAE computes, and their values for what is computed here. */
 static const char *const saelens_rules[][2] = {
-    { "architecture", "|standard|topk|jumprelu|" }, { "activation_fn", "|relu|topk|" },
-    { "activation_fn_str", "|relu|topk|" }, { "apply_b_dec_to_input", "|true|" },
-    { "normalize_activations", "|none|false|null|" }, { "reshape_activations", "|none|null|" },
-    { "finetuning_scaling_factor", "|false|null|" },
-    { "rescale_acts_by_decoder_norm", "|false|null|" }, { "hook_head_index", "|null|" },
-    { "meta.hook_head_index", "|null|" }, { "metadata.hook_head_index", "|null|" } };
+    { "architecture", "standard|topk|jumprelu" }, { "activation_fn", "relu|topk" },
+    { "activation_fn_str", "relu|topk" }, { "apply_b_dec_to_input", "true" },
+    { "normalize_activations", "none|false|null" }, { "reshape_activations", "none|null" },
+    { "finetuning_scaling_factor", "false|null" },
+    { "rescale_acts_by_decoder_norm", "false|null" }, { "hook_head_index", "null" },
+    { "meta.hook_head_index", "null" }, { "metadata.hook_head_index", "null" } };
 
 static int take_saelens(void *context, const char *key, const char *value) {
     saelens *c = context;
     size_t *number = NULL;
-    char quoted[64];
     double found;
-    snprintf(quoted, sizeof quoted, "|%.60s|", value);
     for (size_t i = 0; i < COUNT(saelens_rules); i++) {
         const char *allowed = saelens_rules[i][1];
-        if (strcmp(key, saelens_rules[i][0]) != 0 || strstr(allowed, quoted)) continue;
-        return fail("%s: %s is %s (expected %.*s)", c->path, key, value, (int)strlen(allowed) - 2,
-                    allowed + 1);
+        if (strcmp(key, saelens_rules[i][0]) == 0 && !is_choice(allowed, value))
+            return fail("%s: %s is %s (expected %s)", c->path, key, value, allowed);
     }
     if (strcmp(key, "architecture") == 0) strcpy(c->architecture, value);
     if (strcmp(key, "activation_fn") == 0 || strcmp(key, "activation_fn_str") == 0)
@@ -6853,10 +6874,13 @@ static int open_activations(feed *f, const options *o) {
     return SC_OK;
 }
 
-/* Opens images, to be preprocessed to side x side pixels. square: 0 for none */
-static int open_photos(feed *f, const options *o, size_t side, size_t square, const char *crop) {
+/* side: of the model's images; square: 0 for none; crop: "torchvision" or "hf" */
+static void set_preprocessing(feed *f, size_t side, size_t square, const char *crop) {
     f->preprocess = (sc_preprocess){ .size = (int)side, .square = (int)square,
                                      .crop_hf = strcmp(crop, "hf") == 0 };
+}
+
+static int open_photos(feed *f, const options *o) {
     f->skip_bad = o->skip_bad;
     return sc_images_open(&f->set, o->operand[0], (size_t)o->limit);
 }
@@ -6904,13 +6928,27 @@ static void print_floats(char *text, const float *value, size_t count) {
     }
 }
 
+/* A packed set that was resized to a square says so, and how it was cropped. This must agree with the
+ * SAEs, unless an option overrules it. */
+static int use_packed_square(const feed *f, const sc_origin *said, const char **from) {
+    for (size_t k = SC_SQUARE; k <= SC_CROP; k++) {
+        const char *packed = sc_metadata_find(&f->set.packed, origin_keys[k]);
+        if (!packed || *said->text[k]) continue;
+        SC_TRY(check_origin_value(f->set.packed.path, k, packed));
+        if (from[k] && strcmp(packed, from[k]) != 0)
+            return fail("%s: packed with %s %s (expected %s, as the SAE)", f->set.packed.path,
+                        origin_keys[k], packed, from[k]);
+        from[k] = packed;
+    }
+    return SC_OK;
+}
+
 /* Opens images and a model. Settings come from the options, else from the SAEs, else from the
  * model's file, else they are the usual ones. */
 static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes) {
     sc_origin said, wanted, *now = &f->origin;
     sc_model *m = &f->model;
-    const char *from[SC_ORIGIN_KEYS] = {
-        [SC_TOKENS] = "all", [SC_SQUARE] = "0", [SC_CROP] = "torchvision" };
+    const char *from[SC_ORIGIN_KEYS] = { NULL };
     size_t room = sizeof *now->text;
     options_origin(o, &said);
     SC_TRY(agree_on_origin(&wanted, sae, saes, &said));
@@ -6918,6 +6956,11 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
         if (*wanted.text[k]) from[k] = wanted.text[k];
         if (*said.text[k]) from[k] = said.text[k];
     }
+    SC_TRY(open_photos(f, o));
+    SC_TRY(use_packed_square(f, &said, from));
+    if (!from[SC_TOKENS]) from[SC_TOKENS] = "all";
+    if (!from[SC_SQUARE]) from[SC_SQUARE] = "0";
+    if (!from[SC_CROP]) from[SC_CROP] = "torchvision";
     const sc_model_options settings = { .gelu = from[SC_GELU], .epsilon = from[SC_EPSILON],
         .heads = from[SC_HEADS], .mean = from[SC_MEAN], .std = from[SC_STD] };
     SC_TRY(sc_model_open(m, o->model, &settings));
@@ -6941,7 +6984,8 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
     snprintf(now->text[SC_HEADS], room, "%zu", m->heads);
     snprintf(now->text[SC_SQUARE], room, "%zu", square);
     snprintf(now->text[SC_CROP], room, "%s", crop);
-    return open_photos(f, o, m->image_size, square, crop);
+    set_preprocessing(f, m->image_size, square, crop);
+    return SC_OK;
 }
 
 /* Opens DATA: saved activations (--acts), or images through a model, with the settings of SAEs. */
@@ -8253,6 +8297,10 @@ static int write_images(sc_writer *w, void *context) {
     }
     if (status != SC_END) return status;
     SC_TRY(write_labels(w, &f->set));
+    if (s->o->square > 0) {
+        SC_TRY(put_metadata(w, "square", "%ld", s->o->square));
+        SC_TRY(sc_writer_metadata(w, "crop", s->o->crop ? s->o->crop : "torchvision"));
+    }
     return *name[0] ? write_name_list(w, "file_names", name, images) : SC_OK;
 }
 
@@ -8262,7 +8310,8 @@ static int command_pack(session *s) {
     const char *crop = o->crop ? o->crop : "torchvision";
     size_t square = o->square > 0 ? (size_t)o->square : 0;
     size_t side = square ? square : (size_t)o->size;
-    SC_TRY(open_photos(f, o, side, square, crop));
+    SC_TRY(open_photos(f, o));
+    set_preprocessing(f, side, square, crop);
     size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
     for (size_t i = 0; i < f->set.count; i++) room += 7 * strlen(image_name(f, i)) + 4;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
@@ -10156,14 +10205,6 @@ static int print_command_help(const struct command_row *command) {
 }
 
 /* --- Parsing --- */
-
-/* Whether a text is one of the words in "one|another". */
-static int is_choice(const char *words, const char *text) {
-    char one[100], all[100];
-    snprintf(one, sizeof one, "|%s|", text);
-    snprintf(all, sizeof all, "|%s|", words);
-    return !strchr(text, '|') && strstr(all, one) != NULL;
-}
 
 /* Stores the value of an option; text: NULL where it is missing. */
 static int set_option(options *o, const struct option_row *row, const char *text) {

@@ -636,7 +636,7 @@ static void cli_test_activations(void)
         { 1, "@names: ", "stats -s @sae --acts @names -o @out" },
         { 2, "--expansion: 65536 x 65536 inputs", "train --acts @wide --expansion 65536 -o @out" },
         { 1, "@ear: metadata hook = 'ear'", "train --acts @ear -o @out" },
-        { 1, "@ear: metadata hook = 'ear' (expected attn, mlp or resid)", "eval -s @sae --acts @ear" },
+        { 1, "@ear: metadata hook = 'ear' (expected attn|mlp|resid)", "eval -s @sae --acts @ear" },
         { 1, "@no-such: cannot be opened", "eval -s @sae --acts @acts --also @no-such" },
         { 0, NULL, NULL } };
     const char *activations = "activations", *labels = "labels";

@@ -91,6 +91,22 @@ static void origin_test_contradictions(void)
     refuses(1, "differs from", "%s", cli("merge @odd_stats @other_stats -o @out"));
 }
 
+/* Values that a key cannot have. */
+static void origin_test_values(void)
+{
+    static const char *const bad[SC_ORIGIN_KEYS] = { NULL, "-1", "MLP", "some", "1,2", "a,b,c", "relu", "2", "0.5", "20000",
+                                                     "left" };
+    char words[100];
+    for (size_t k = 1; k < SC_ORIGIN_KEYS; k++) {
+        cli_edit(cli("@odd"), cli("@bad_value"), (cli_change){ .key = origin_keys[k], .text = bad[k] });
+        snprintf(words, sizeof words, "cli_bad_value: metadata %s = '%s' (expected", origin_keys[k], bad[k]);
+        refuses(1, words, "%s", cli("eval -s @bad_value -m @model @photos"));
+    }
+    works("%s", cli("pack --quiet --square 30 @photos -o @bad.safetensors"));
+    cli_edit(cli("@bad.safetensors"), cli("@worse.safetensors"), (cli_change){ .key = "square", .text = "99999999" });
+    refuses(1, "metadata square = '99999999' (expected", "%s", cli("extract -m @model @worse.safetensors -o @out"));
+}
+
 /* SAEs of class tokens and of patches see the same tokens through the model. */
 static void origin_test_tokens(void)
 {
@@ -119,11 +135,27 @@ static void origin_test_several(void)
     check(strstr(ran.err, "cli_small: trained with square 20; now 30\n") != NULL, "a remark: %s", ran.err);
 }
 
+/* A packed square is part of the origin: photos are resized in the same way. */
+static void origin_test_packed(void)
+{
+    works("%s", cli("pack --quiet --square 30 @photos -o @square.safetensors"));
+    works("%s", cli("train --quiet -m @model @square.safetensors --latents 24 --steps 2 --batch 4 -o @squared"));
+    works("%s", cli("train --quiet -m @model --square 30 @photos --latents 24 --steps 2 --batch 4 -o @same"));
+    check(cli_same("@squared", "@same"), "a packed set and --square give the same SAE");
+    check(origin_same("-s @squared -m @model @photos", "-s @squared -m @model @square.safetensors"),
+          "photos are resized as the set was");
+    works("%s", cli("train --quiet -m @model @photos --latents 24 --steps 2 --batch 4 -o @plain"));
+    refuses(1, "packed with square 30 (expected 0, as the SAE)", "%s", cli("eval -s @plain -m @model @square.safetensors"));
+    works("%s", cli("eval --quiet -s @plain --square 0 -m @model @square.safetensors"));
+}
+
 static void test_origin(void)
 {
     cli_make_inputs();
     origin_test_settings();
     origin_test_contradictions();
+    origin_test_values();
     origin_test_tokens();
     origin_test_several();
+    origin_test_packed();
 }
