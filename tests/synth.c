@@ -557,7 +557,7 @@ static void print_scores(world *w, const size_t *latent, const double *area) {
         overlaps += v < SHAPES + COLOURS && shared > 0.5;
     }
     printf("Of %d shapes and colours %d have an area over 0.95 and %d an overlap over 0.5 on "
-           "unseen pictures.\n", SHAPES + COLOURS, areas, overlaps);
+           "unseen images.\n", SHAPES + COLOURS, areas, overlaps);
 }
 
 static int command_score(const options *o) {
