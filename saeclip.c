@@ -8645,7 +8645,6 @@ static int listed_draw(void *context, size_t draw, size_t *image) {
 static void find_masks(viewer *v, size_t j) {
     const feed *f = &v->s->data;
     const sae_batch *b = &v->s->batch[0];
-    const sc_top *patch = v->stats.patch + j * v->stats.P;
     memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
     for (size_t k = 0; k < b->tiles; k++) {
         code_walk w = walk_codes(&b->tile[k], j);
@@ -8658,11 +8657,12 @@ static void find_masks(viewer *v, size_t j) {
     }
     if (v->kind != TOP_MASK) return;
     for (size_t p = 0; p < v->stats.P; p++) {
-        uint64_t at = (uint64_t)patch[p].other - v->stats.first_patch;
+        const sc_top *patch = &v->stats.patch[j * v->stats.P + p];
+        uint64_t at = (uint64_t)patch->other - v->stats.first_patch;
         if (at >= v->patches) continue;                      /* no patch, or no entry */
         for (size_t i = 0; i < f->count; i++) {
             int64_t image = (int64_t)f->image[i];
-            if (image == patch[p].image) v->mask[i * v->patches + at] = 1;
+            if (image == patch->image) v->mask[i * v->patches + at] = 1;
         }
     }
 }

@@ -81,8 +81,8 @@ static void saelens_test_topk(void)
         "{\"architecture\": \"topk\", \"k\": 5, \"d_in\": 32, \"d_sae\": 24}",
         "{\"architecture\": \"standard\", \"activation_fn_str\": \"topk\", \"activation_fn_kwargs\": {\"k\": 5}}",
         "{\"activation_fn\": \"topk\", \"activation_fn_kwargs\": {\"k\": 5}, \"normalize_activations\": false}",
-        " {\n\"meta\": {\"hook_name\": \"x\", \"hook_head_index\": null, \"list\": [1, [2.5e-3], {}]}, \"k\": 5,\n"
-        "\"\\u0061rchitecture\": \"topk\", \"apply_b_dec_to_input\": true, \"x\": NaN}\n" };
+        (" {\n\"meta\": {\"hook_name\": \"x\", \"hook_head_index\": null, \"list\": [1, [2.5e-3], {}]}, \"k\": 5,\n"
+        "\"\\u0061rchitecture\": \"topk\", \"apply_b_dec_to_input\": true, \"x\": NaN}\n") };
     size_t count, found;
     saelens_make("{}", NULL, 0);
     float *expected = saelens_codes("-s @lens --arch topk --k 5", &count);
