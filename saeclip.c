@@ -4295,7 +4295,7 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, uint6
 /* Whether a text is one of the words in "one|another". */
 static int is_choice(const char *words, const char *text) {
     char one[100], all[100];
-    snprintf(one, sizeof one, "|%s|", text);
+    snprintf(one, sizeof one, "|%.90s|", text);
     snprintf(all, sizeof all, "|%s|", words);
     return !strchr(text, '|') && strstr(all, one) != NULL;
 }
@@ -6928,8 +6928,8 @@ static void print_floats(char *text, const float *value, size_t count) {
     }
 }
 
-/* A packed set that was resized to a square says so, and how it was cropped. This must agree with the
- * SAEs, unless an option overrules it. */
+/* A packed set that was resized to a square says so, and how it was cropped. This must agree with
+ * the SAEs, unless an option overrules it. */
 static int use_packed_square(const feed *f, const sc_origin *said, const char **from) {
     for (size_t k = SC_SQUARE; k <= SC_CROP; k++) {
         const char *packed = sc_metadata_find(&f->set.packed, origin_keys[k]);
