@@ -19,7 +19,7 @@
  *   13. Options and messages             14. Files
  *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 7221
+ *  Part IV: the program                      line 7223
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -5203,6 +5203,7 @@ typedef struct {
     const char *name, *magic, *decoder, *package;
     size_t length;
     const char *option;              /* for ImageMagick */
+    int (*check)(const char *path, FILE *file);      /* refuses what decoders treat differently */
 } image_format;
 
 /* The source of an image: a file or the pipe of a decoder. rgb: [capacity, CHUNK, 3], its pixels */
@@ -5378,17 +5379,73 @@ static int end_child(child_process *c, const char *wanted, char *words, size_t r
     return ended;
 }
 
+/* The chunk sBIT of a PNG gives the number of significant bits of its samples. pngtopnm rescales
+ * the samples by it, other decoders do not, so a PNG with fewer significant bits than the bit
+ * depth is refused. A chunk has a length, a name, data and a checksum. The first one is IHDR,
+ * with the bit depth in byte 8 and the colour type in byte 9; sBIT comes before IDAT. */
+static int check_png(const char *path, FILE *file) {
+    unsigned char chunk[8], header[10], bits[4];
+    if (fseeko(file, 8, SEEK_SET) != 0 || fread(chunk, 1, 8, file) != 8
+        || fread(header, 1, 10, file) != 10 || fseeko(file, 8 + 8 + 13 + 4, SEEK_SET) != 0)
+        return SC_OK;                                        /* the decoder reports the error */
+    unsigned depth = header[9] == 3 ? 8 : header[8];         /* a palette's colours have 8 bits */
+    while (fread(chunk, 1, 8, file) == 8 && memcmp(chunk + 4, "IDAT", 4) != 0) {
+        uint32_t length = 0;
+        for (int i = 0; i < 4; i++) length = length << 8 | chunk[i];
+        if (memcmp(chunk + 4, "sBIT", 4) == 0) {
+            size_t samples = length < 4 ? length : 4;
+            if (fread(bits, 1, samples, file) != samples) return SC_OK;
+            for (size_t i = 0; i < samples; i++) {
+                if (bits[i] == depth) continue;
+                return fail("%s: a PNG of %u bits with sBIT %d, which decoders treat differently "
+                            "(expected none: rewrite it, as with pngcrush -rem sBIT)", path, depth,
+                            bits[i]);
+            }
+            length -= (uint32_t)samples;
+        }
+        if (fseeko(file, (off_t)length + 4, SEEK_CUR) != 0) return SC_OK;
+    }
+    return SC_OK;
+}
+
+/* If the first frame of a GIF does not cover the canvas, Pillow fills the rest with the
+ * transparent colour, or else with colour 0, and ImageMagick with the background colour. A GIF
+ * for which these differ is refused. The header has the width and height (16 bits,
+ * little-endian) from byte 6, flags in byte 10 and the background in byte 11; then follow the
+ * palette, extensions (0x21, a label, blocks up to an empty one) and the frame (0x2c, x, y,
+ * width, height). */
+static int check_gif(const char *path, FILE *file) {
+    unsigned char header[13], block[256];
+    int transparent = 0, byte, label, size;
+    if (fseeko(file, 0, SEEK_SET) != 0 || fread(header, 1, 13, file) != 13) return SC_OK;
+    if (header[10] & 0x80 && fseeko(file, 6 << (header[10] & 7), SEEK_CUR) != 0) return SC_OK;
+    while ((byte = getc(file)) == 0x21) {
+        label = getc(file);
+        while ((size = getc(file)) > 0) {
+            if (fread(block, 1, (size_t)size, file) != (size_t)size) return SC_OK;
+            if (label == 0xf9) transparent = block[0] & 1;
+        }
+    }
+    if (byte != 0x2c || fread(block, 1, 8, file) != 8) return SC_OK;
+    int covers = memcmp(block, "\0\0\0", 4) == 0 && memcmp(block + 4, header + 6, 4) == 0;
+    if (covers || (!transparent && header[11] == 0)) return SC_OK;
+    return fail("%s: a GIF whose frame leaves a part of the canvas open, which decoders fill "
+                "differently (expected a frame of the canvas's size)", path);
+}
+
 static const image_format formats[] = {
-    { "PNM", "P2_", NULL, NULL, 3, "" }, { "PNM", "P3_", NULL, NULL, 3, "" },
-    { "PNM", "P5_", NULL, NULL, 3, "" }, { "PNM", "P6_", NULL, NULL, 3, "" },
+    { "PNM", "P2_", NULL, NULL, 3, "", NULL },
+    { "PNM", "P3_", NULL, NULL, 3, "", NULL },
+    { "PNM", "P5_", NULL, NULL, 3, "", NULL },
+    { "PNM", "P6_", NULL, NULL, 3, "", NULL },
     { "JPEG", "\xff\xd8\xff", "djpeg -verbose -verbose -verbose -dct int -pnm",
-      "libjpeg-turbo-progs", 3, "" },
-    { "PNG", "\x89PNG\r\n\x1a\n", "pngtopnm", "netpbm", 8, "" },
-    { "TIFF", "II*\0", NULL, "imagemagick", 4, "" },
-    { "TIFF", "MM\0*", NULL, "imagemagick", 4, "" },
-    { "GIF", "GIF8?a", NULL, "imagemagick", 6, "-coalesce " },     /* the canvas, not the frame */
-    { "BMP", "BM????\0\0\0\0", NULL, "imagemagick", 10, "" },
-    { "WebP", "RIFF????WEBP", NULL, "imagemagick", 12, "-coalesce " },
+      "libjpeg-turbo-progs", 3, "", NULL },
+    { "PNG", "\x89PNG\r\n\x1a\n", "pngtopnm", "netpbm", 8, "", check_png },
+    { "TIFF", "II*\0", NULL, "imagemagick", 4, "", NULL },
+    { "TIFF", "MM\0*", NULL, "imagemagick", 4, "", NULL },
+    { "GIF", "GIF8?a", NULL, "imagemagick", 6, "-coalesce ", check_gif },  /* the canvas */
+    { "BMP", "BM????\0\0\0\0", NULL, "imagemagick", 10, "", NULL },
+    { "WebP", "RIFF????WEBP", NULL, "imagemagick", 12, "-coalesce ", NULL },
 };
 
 /* The format of a file that begins with these bytes; NULL if it is not an image. */
@@ -5468,60 +5525,6 @@ static int run_decoder(const char *command, int file, image_source *source, pict
     return status == SC_END ? SC_END : SC_FAILED;
 }
 
-/* The chunk sBIT of a PNG gives the number of significant bits of its samples. pngtopnm rescales
- * the samples by it, other decoders do not, so a PNG with fewer significant bits than the bit
- * depth is refused. A chunk has a length, a name, data and a checksum. The first one is IHDR,
- * with the bit depth in byte 8 and the colour type in byte 9; sBIT comes before IDAT. */
-static int check_png(const char *path, FILE *file) {
-    unsigned char chunk[8], header[10], bits[4];
-    if (fseeko(file, 8, SEEK_SET) != 0 || fread(chunk, 1, 8, file) != 8
-        || fread(header, 1, 10, file) != 10 || fseeko(file, 8 + 8 + 13 + 4, SEEK_SET) != 0)
-        return SC_OK;                                        /* the decoder reports the error */
-    unsigned depth = header[9] == 3 ? 8 : header[8];         /* a palette's colours have 8 bits */
-    while (fread(chunk, 1, 8, file) == 8 && memcmp(chunk + 4, "IDAT", 4) != 0) {
-        uint32_t length = 0;
-        for (int i = 0; i < 4; i++) length = length << 8 | chunk[i];
-        if (memcmp(chunk + 4, "sBIT", 4) == 0) {
-            size_t samples = length < 4 ? length : 4;
-            if (fread(bits, 1, samples, file) != samples) return SC_OK;
-            for (size_t i = 0; i < samples; i++) {
-                if (bits[i] == depth) continue;
-                return fail("%s: a PNG of %u bits with sBIT %d, which decoders treat differently "
-                            "(expected none: rewrite it, as with pngcrush -rem sBIT)", path, depth,
-                            bits[i]);
-            }
-            length -= (uint32_t)samples;
-        }
-        if (fseeko(file, (off_t)length + 4, SEEK_CUR) != 0) return SC_OK;
-    }
-    return SC_OK;
-}
-
-/* If the first frame of a GIF does not cover the canvas, Pillow fills the rest with the
- * transparent colour, or else with colour 0, and ImageMagick with the background colour. A GIF
- * for which these differ is refused. The header has the width and height (16 bits,
- * little-endian) from byte 6, flags in byte 10 and the background in byte 11; then follow the
- * palette, extensions (0x21, a label, blocks up to an empty one) and the frame (0x2c, x, y,
- * width, height). */
-static int check_gif(const char *path, FILE *file) {
-    unsigned char header[13], block[256];
-    int transparent = 0, byte, label, size;
-    if (fseeko(file, 0, SEEK_SET) != 0 || fread(header, 1, 13, file) != 13) return SC_OK;
-    if (header[10] & 0x80 && fseeko(file, 6 << (header[10] & 7), SEEK_CUR) != 0) return SC_OK;
-    while ((byte = getc(file)) == 0x21) {
-        label = getc(file);
-        while ((size = getc(file)) > 0) {
-            if (fread(block, 1, (size_t)size, file) != (size_t)size) return SC_OK;
-            if (label == 0xf9) transparent = block[0] & 1;
-        }
-    }
-    if (byte != 0x2c || fread(block, 1, 8, file) != 8) return SC_OK;
-    int covers = memcmp(block, "\0\0\0", 4) == 0 && memcmp(block + 4, header + 6, 4) == 0;
-    if (covers || (!transparent && header[11] == 0)) return SC_OK;
-    return fail("%s: a GIF whose frame leaves a part of the canvas open, which decoders fill "
-                "differently (expected a frame of the canvas's size)", path);
-}
-
 /* Decodes an image with a program. The decoders of its format are tried in turn: the next one if
  * one is missing or failed without writing a byte (some builds of djpeg refuse CMYK). The error
  * quotes the first one that ran. */
@@ -5534,10 +5537,9 @@ static int decode_image(image_source *source, picture *result) {
     int file = fileno(source->file);
     snprintf(magick, sizeof magick, "magick -[0] %s-alpha off -depth 8 ppm:-", format->option);
     snprintf(convert, sizeof convert, "convert -[0] %s-alpha off -depth 8 ppm:-", format->option);
+    if (!own && format->check) SC_TRY(format->check(source->name, source->file));
     if (own) fail("%s: cannot start '%s' (SAECLIP_DECODER)", source->name, own);
-    else if (strcmp(format->name, "PNG") == 0) SC_TRY(check_png(source->name, source->file));
-    else if (strcmp(format->name, "GIF") == 0) SC_TRY(check_gif(source->name, source->file));
-    if (!own)
+    else
         fail("%s: a program that decodes %s is missing; Debian's package %s has one",
              source->name, format->name, format->package);
     for (int i = 0; i < tries && (now == MACHINE_FAILED || now == SC_END); i++) {
@@ -10006,9 +10008,9 @@ static const struct option_row {
       "hook point (default: the SAE's, else mlp)" },
     { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT,
       "tokens to write (default: all)" },
-    /* Images and preprocessing */
     { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT,
       "number type", "f32" },
+    /* Images and preprocessing */
     { "--size", "S", WHOLE, AT(size), PACK,
       "side of the images in pixels", "224", 1, 16384 },
     { "--square", "N", WHOLE, AT(square), IMAGES,
