@@ -107,14 +107,38 @@ static void origin_test_values(void)
     refuses(1, "metadata square = '99999999' (expected", "%s", cli("extract -m @model @worse.safetensors -o @out"));
 }
 
+/* Whether saved activations are tokens first .. of those in @all_acts. */
+static int origin_tokens_are(const char *name, size_t first)
+{
+    sc_safetensors all, some;
+    float a[32], b[32];
+    size_t wrong = 0;
+    if (sc_safetensors_open(&all, cli("@all_acts")) != SC_OK || sc_safetensors_open(&some, cli("%s", name)) != SC_OK)
+        need("%s", sc_error());
+    const sc_tensor *x = sc_tensor_find(&all, "activations"), *y = sc_tensor_find(&some, "activations");
+    size_t T = y->shape[1];
+    for (size_t i = 0; i < y->shape[0] * T; i++) {
+        size_t row = i / T * x->shape[1] + first + i % T;
+        if (sc_tensor_floats(&all, x, row * 32, 32, a) != SC_OK || sc_tensor_floats(&some, y, i * 32, 32, b) != SC_OK)
+            need("%s", sc_error());
+        wrong += memcmp(a, b, sizeof a) != 0;
+    }
+    sc_safetensors_close(&all);
+    sc_safetensors_close(&some);
+    return wrong == 0;
+}
+
 /* SAEs of class tokens and of patches see the same tokens through the model. */
 static void origin_test_tokens(void)
 {
     const char *const kinds[] = { "cls", "patches" };
+    works("%s", cli("extract --quiet -m @model --layer 2 @photos -o @all_acts"));
     for (size_t k = 0; k < COUNT(kinds); k++) {
         char a[200], b[200];
         works("%s", cli("extract --quiet -m @model --layer 2 --tokens %s @photos -o @%s_acts", kinds[k], kinds[k]));
         works("%s", cli("train --quiet --acts @%s_acts --latents 24 --steps 2 --batch 4 -o @%s", kinds[k], kinds[k]));
+        snprintf(a, sizeof a, "@%s_acts", kinds[k]);
+        check(origin_tokens_are(a, k), "the %s of all tokens", kinds[k]);
         snprintf(a, sizeof a, "-s @%s --acts @%s_acts", kinds[k], kinds[k]);
         snprintf(b, sizeof b, "-s @%s -m @model @photos", kinds[k]);
         check(origin_same(a, b), "%s through the model and from saved activations", kinds[k]);
