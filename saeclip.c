@@ -23,7 +23,7 @@
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
- *   25. The command line                 26. The atlas's page
+ *   25. The command line
  *
  * For the algorithm alone read Part I. It needs nothing from the other parts but memory and error
  * messages. Parts II to IV do the same work fast, read and write files, and make up the program. */
@@ -9456,100 +9456,196 @@ static int command_plot(session *s) {
 /* ============================================================================================
  * 23. The atlas
  *
- * A folder that a browser opens without a server. index.html is the page (section 26). data/ holds
- * what the page shows: latents.js, the numbers of all latents; N.js, the top images of 64 latents
- * with their masks; I.jpg, image I, once, however many latents show it. A page that comes from a
- * file may not read files, but it may run scripts: each .js file calls a function of the page.
+ * A folder that a browser opens without a server. index.html is the page with the
+ * numbers of all latents. data/N.js: the top images of 64 latents, with their masks. data/I.jpg:
+ * image I, once, however many latents show it. A page that comes from a file may not read files,
+ * but it may run scripts: N.js sets a variable of the page.
  * ============================================================================================ */
+
+/* index.html, after the numbers, line by line: style, elements, script. It shows a list of latents,
+ * which can be sorted by column and filtered by class, and the top images of one latent. */
+static const char *const atlas_page[] = {
+    "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+    "<title>Atlas</title>",
+    "<style>",
+    ":root { color-scheme: light dark; }",
+    "body { margin: 14px auto; max-width: 1200px; padding: 0 14px; overflow-wrap: anywhere; }",
+    "body, input { font: 15px/1.4 system-ui, sans-serif; }",
+    "h1 { font-size: 17px; }",
+    "table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }",
+    "th { font-weight: normal; color: LinkText; }",
+    "th, td { padding: 2px 4px; text-align: right; white-space: nowrap; cursor: pointer; }",
+    "th:last-child, td:last-child { text-align: left; width: 99%; max-width: 0; }",
+    "td:last-child, figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }",
+    "tr:hover td, .chosen { background: Highlight; color: HighlightText; }",
+    "#filter { width: 100%; box-sizing: border-box; }",
+    "#rows { height: 30vh; margin: 10px 0; overflow-y: auto; }",
+    /* three images per row on a phone, at most eight */
+    "#figures { display: grid; gap: 10px; margin-top: 10px;",
+    "    grid-template-columns: repeat(auto-fill, minmax(max(100px, 11%), 1fr)); }",
+    "figure { margin: 0; min-width: 0; }",
+    ".image { position: relative; aspect-ratio: 1; }",
+    ".image > * { position: absolute; width: 100%; height: 100%; }",
+    ".image > canvas { image-rendering: pixelated; }",
+    "#masked:not(:checked) ~ #figures canvas { display: none; }",
+    "</style>",
+    /* The list of latents, then one latent with its images. */
+    "<body>",
+    "<h1>needs JavaScript</h1>",
+    "<input id='filter' type='search' placeholder='class or latent'>",
+    "<div id='rows'><table><thead><tr><th>latent</th>",
+    "<th title='share of the images on which it fires'>images</th>",
+    "<th title='mean activation over these images'>mean</th>",
+    "<th title='of the classes of its top images, in nats'>entropy</th>",
+    "<th title='with the largest share of its top images'>class</th>",
+    "</tr></thead><tbody></tbody></table></div>",
+    "<p id='facts'></p>",
+    "<button id='before'>&#8592; previous</button> <button id='after'>next &#8594;</button>",
+    "<input id='masked' type='checkbox' checked><label for='masked'>where it fires</label>",
+    "<div id='figures'></div>",
+    /* data: see write_index(). parts: the N.js read so far, one list of images per latent. order:
+     * the listed rows of data.latents, sorted by column `key`, ascending if `way` is 1. */
+    "<script>",
+    "'use strict';",
+    "const $ = id => document.getElementById(id);",
+    "const parts = {};",
+    "let latent = 0, order = [], key = 3, way = 1;",
+    "function make(tag, parent, properties) {",
+    "    return parent.appendChild(Object.assign(document.createElement(tag), properties));",
+    "}",
+    /* The texts of a row; "-" where a value is not defined. */
+    "function digits(x) {",
+    "    return x > 0 && x < 1e-3 ? x.toExponential(1) : Number(x.toPrecision(3));",
+    "}",
+    "function nameOf(label) { return label < 0 ? '-' : data.classes[label] ?? 'class ' + label; }",
+    "function texts([j, frequency, mean, entropy, label]) {",
+    "    return [j, digits(100 * frequency) + ' %', frequency > 0 ? digits(mean) : '-',",
+    "        entropy < 0 ? '-' : digits(entropy), nameOf(label)];",
+    "}",
+    /* The latents that match the filter, sorted; undefined values come last. */
+    "function arrange() {",
+    "    const wanted = $('filter').value.trim().toLowerCase();",
+    "    const last = row => row[1] === 0 || row[key] < 0;",
+    "    order = data.latents.filter(row => wanted === '' || String(row[0]) === wanted ||",
+    "                                       nameOf(row[4]).toLowerCase().includes(wanted));",
+    "    order.sort((a, b) => last(a) - last(b) || way * (a[key] - b[key]) || a[0] - b[0]);",
+    "    list();",
+    "}",
+    /* The first 500 rows of the list. */
+    "function list() {",
+    "    const body = document.querySelector('tbody');",
+    "    body.replaceChildren();",
+    "    for (const row of order.slice(0, 500)) {",
+    "        const tr = make('tr', body, { onclick: () => location.hash = 'latent=' + row[0] });",
+    "        tr.className = row[0] === latent ? 'chosen' : '';",
+    "        for (const textContent of texts(row)) make('td', tr, { textContent });",
+    "    }",
+    "    const more = order.length - 500;",
+    "    if (more > 0) make('td', make('tr', body), { textContent: more + ' more', colSpan: 5 });",
+    "}",
+    /* Shows the latent that the address names, else the first of the list. */
+    "function follow() {",
+    "    const row = location.hash ? data.latents[location.hash.slice(8)] : order[0];",
+    "    if (!row) return tell('There is no such latent.');",
+    "    const [j, frequency, mean, entropy] = texts(row);",
+    "    latent = j;",
+    "    document.title = 'Latent ' + j;",
+    "    tell(document.title + ' fires on ' + frequency + ' of the images, mean activation ' +",
+    "        mean + ', entropy ' + entropy);",
+    "    list();",
+    "    const number = Math.floor(j / data.part), src = 'data/' + number + '.js';",
+    "    const onerror = () => tell(src + ' cannot be read.');",
+    "    if (parts[number]) show();",
+    "    else make('script', document.head, { src, onload: show, onerror });",
+    "}",
+    "function tell(text) {",
+    "    $('facts').textContent = text;",
+    "    $('figures').replaceChildren();",
+    "}",
+    /* The images of the latent, each under a veil of grey, through which it stays visible: thick
+     * over silent patches, thin over weak ones, none where the latent is strongest. */
+    "function show() {",
+    "    const images = parts[Math.floor(latent / data.part)]?.[latent % data.part] ?? [];",
+    "    $('figures').replaceChildren();",
+    "    for (const [number, activation, label, title, mask] of images) {",
+    "        const figure = make('figure', $('figures'), { title });",
+    "        const image = make('div', figure, { className: 'image' });",
+    "        make('img', image, { src: 'data/' + number + '.jpg', alt: title });",
+    "        const veil = make('canvas', image, { width: data.grid, height: data.grid });",
+    "        const g = veil.getContext('2d');",
+    "        g.fillStyle = 'gray';",
+    "        for (let p = 0; p < mask.length; p++) {",
+    "            const level = parseInt(mask[p], 16);",
+    "            g.globalAlpha = level ? 0.35 * (1 - level / 15) : 0.65;",
+    "            g.fillRect(p % data.grid, Math.floor(p / data.grid), 1, 1);",
+    "        }",
+    "        const textContent = digits(activation) + ' ' + nameOf(label);",
+    "        make('figcaption', figure, { textContent });",
+    "    }",
+    "}",
+    /* The neighbour in the list. */
+    "function step(by) {",
+    "    const next = order[order.findIndex(row => row[0] === latent) + by];",
+    "    if (next) location.replace('#latent=' + next[0]);",
+    "}",
+    "document.querySelectorAll('th').forEach((head, column) => head.onclick = () => {",
+    "    way = key === column ? -way : 1;",
+    "    key = column;",
+    "    arrange();",
+    "});",
+    "$('filter').oninput = arrange;",
+    "$('before').onclick = () => step(-1);",
+    "$('after').onclick = () => step(1);",
+    "onhashchange = follow;",
+    "document.querySelector('h1').textContent = data.name + ': ' + data.latents.length +",
+    "    ' latents, ' + data.images + ' images';",
+    "arrange();",
+    "follow();",
+    "</script>",
+    "</body>",
+    "</html>"
+};
 
 enum { PART = 64 };                  /* latents per N.js */
 
-/* An image is among a latent's top images: slot = latent * K + rank. */
-typedef struct { int64_t image; size_t slot; } atlas_use;
-
-typedef struct {
-    viewer *v;
-    const statistics *stats;
-    atlas_use *use;                  /* [uses], in the order of images */
-    size_t uses;
-    int no_cjpeg;                    /* cjpeg is not installed: images are bitmaps */
-    char *digits;                    /* [patches], one mask */
-    FILE *masks;                     /* [n, K, patches], all masks, in a temporary file */
-} atlas;
-
-/* Writes the contents of one of the atlas's files; number: which one of its kind. */
-typedef int write_function(atlas *a, FILE *out, size_t number);
-
-/* Writes DIR/NAME: either the whole file stands there, or nothing changes. */
-static int save_file(atlas *a, const char *name, write_function *write, size_t number) {
-    sc_output out;
-    char path[MAX_PATH];
-    SC_TRY(join_path(a->v->s->o->output, name, path));
-    SC_TRY(output_open(&out, path));
-    int status = write(a, out.file, number);
-    if (status == SC_OK) return output_commit(&out);
-    output_discard(&out);
-    return status;
+/* Opens data/NUMBER.SUFFIX for writing. */
+static int open_part(sc_output *out, const viewer *v, size_t number, const char *suffix) {
+    const char *folder = v->s->o->output;
+    char name[64], path[MAX_PATH];
+    SC_TRY(join_path(folder, "data", path));
+    mkdir(path, 0777);                                   /* output_open() reports a failure */
+    snprintf(name, sizeof name, "data/%zu.%s", number, suffix);
+    SC_TRY(join_path(folder, name, path));
+    return output_open(out, path);
 }
 
-/* --- Images --- */
-
-/* For qsort: by image. */
-static int by_image(const void *left, const void *right) {
-    const atlas_use *a = left, *b = right;
-    return (a->image > b->image) - (a->image < b->image);
-}
-
-/* Which latents show which image. v->image gets each of the images once, in ascending order. */
-static int list_uses(atlas *a) {
-    viewer *v = a->v;
-    size_t slots = a->stats->n * a->stats->K;
-    const array_spec arrays[] = {
-        ARRAY(a->use, slots, 1),
-        ARRAY(v->image, slots, 1),
-        ARRAY(a->digits, v->patches, 1) };
-    SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
-    for (size_t slot = 0; slot < slots; slot++) {
-        int64_t image = a->stats->top[slot].image;
-        if (image < 0) continue;                         /* fewer than K images */
-        a->use[a->uses++] = (atlas_use){ image, slot };
-    }
-    if (a->uses > 0) qsort(a->use, a->uses, sizeof *a->use, by_image);
-    for (size_t i = 0; i < a->uses; i++) {
-        int64_t image = a->use[i].image;
-        if (i > 0 && image == a->use[i - 1].image) continue;
-        v->image[v->images++] = image;
-    }
-    return SC_OK;
-}
-
-/* An image as JPEG, by the program cjpeg; SC_END where it is not installed. pixels: [S, S, 3] */
-static int write_jpeg(FILE *out, const unsigned char *pixels, size_t S) {
-    char *argument[] = { "cjpeg", "-quality", "85", NULL };
-    char words[256], bytes[4096];
+/* An image as JPEG, by the program cjpeg, which writes the open file itself; SC_END if it is not
+ * installed. pixels: [S, S, 3] */
+static int write_jpeg(const sc_output *out, const unsigned char *pixels, size_t S) {
+    char *argument[] = { "cjpeg", "-quality", "85", "-outfile", out->temporary, NULL };
+    char words[256];
     child_process child;
     FILE *ppm = tmpfile();
-    if (!ppm) return spool_failed();
+    if (!ppm) return fail("a temporary file cannot be made: %s", strerror(errno));
     fprintf(ppm, "P6\n%zu %zu\n255\n", S, S);
     fwrite(pixels, 3 * S, S, ppm);
-    int error = fflush(ppm) != 0 || ferror(ppm) ? EIO : 0;
-    lseek(fileno(ppm), 0, SEEK_SET);                     /* cjpeg reads from the beginning */
-    if (!error) error = start_child(&child, argument, fileno(ppm));
+    fflush(ppm);                                         /* cjpeg refuses an image cut short */
+    lseek(fileno(ppm), 0, SEEK_SET);
+    int error = start_child(&child, argument, fileno(ppm));
     fclose(ppm);
     if (error == ENOENT || error == EACCES) return SC_END;
     if (error) return fail("cjpeg cannot be started: %s", strerror(error));
-    for (size_t n; (n = fread(bytes, 1, sizeof bytes, child.output)) > 0;)
-        fwrite(bytes, 1, n, out);
     int ended = end_child(&child, NULL, words, sizeof words);
     if (ended == 0) return SC_OK;
-    if (WIFEXITED(ended) && WEXITSTATUS(ended) == 127 && !*words) return SC_END;
-    return fail("cjpeg failed: %s", *words ? words : "no message");
+    if (WIFEXITED(ended) && WEXITSTATUS(ended) == 127) return SC_END;
+    return fail("%s: cjpeg failed: %s", out->path, words);
 }
 
 /* An image as BMP of at most 128 x 128: two headers, then per pixel blue, green, red, 0. With 32
  * bits per pixel rows need no padding; the negative height says that the top row comes first. */
 static void write_bitmap(FILE *out, const unsigned char *pixels, size_t S) {
-    uint32_t side = S < 128 ? (uint32_t)S : 128, bytes = 4 * side * side;
+    uint32_t side = S < 128 ? (uint32_t)S : 128;
+    uint32_t bytes = 4 * side * side;
     const uint32_t fields[] = {
         54 + bytes, 0, 54,                               /* bytes of the file, of the headers */
         40, side, 0 - side,                              /* of the second header; width, height */
@@ -9559,186 +9655,154 @@ static void write_bitmap(FILE *out, const unsigned char *pixels, size_t S) {
     fputs("BM", out);
     fwrite(header, sizeof header, 1, out);
     for (size_t i = 0; i < (size_t)side * side; i++) {
-        size_t y = i / side * S / side, x = i % side * S / side;     /* nearest neighbour */
+        size_t y = i / side * S / side;                  /* nearest neighbour */
+        size_t x = i % side * S / side;
         const unsigned char *rgb = pixels + (y * S + x) * 3;
-        putc(rgb[2], out);
-        putc(rgb[1], out);
-        putc(rgb[0], out);
-        putc(0, out);
+        const unsigned char pixel[] = { rgb[2], rgb[1], rgb[0], 0 };
+        fwrite(pixel, sizeof pixel, 1, out);
     }
 }
 
 /* Image i of the batch. A bitmap has the name of a JPEG too: browsers go by the first bytes. */
-static int write_image(atlas *a, FILE *out, size_t i) {
-    const feed *f = &a->v->s->data;
+static int write_image(const viewer *v, size_t i) {
+    const feed *f = &v->s->data;
+    const unsigned char *pixels = crop_of(f, i);
     size_t S = f->model.image_size;
-    const unsigned char *pixels = f->pixels + i * S * S * 3;
-    int status = SC_END;
-    if (!a->no_cjpeg) status = write_jpeg(out, pixels, S);
-    if (status != SC_END) return status;
-    if (!a->no_cjpeg) note("cjpeg is not installed: images become bitmaps, which are larger");
-    a->no_cjpeg = 1;
-    write_bitmap(out, pixels, S);
-    return SC_OK;
-}
-
-/* --- Masks --- */
-
-/* Keeps a mask in 16 levels: 0 is silent, f the latent's largest activation on any patch of the
- * whole data set, so that the masks of a latent can be compared. */
-static int keep_mask(atlas *a, size_t slot, const double *mask) {
-    const statistics *stats = a->stats;
-    size_t patches = a->v->patches, latent = slot / stats->K;
-    double largest = stats->patch[latent * stats->P].value;
-    for (size_t p = 0; p < patches; p++) {
-        int level = 0;
-        double share = fmin(mask[p] / largest, 1);
-        if (mask[p] > 0) level = (int)ceil(15 * share);
-        a->digits[p] = "0123456789abcdef"[level];
+    sc_output out;
+    SC_TRY(open_part(&out, v, f->image[i], "jpg"));
+    int status = write_jpeg(&out, pixels, S);
+    if (status == SC_END) {
+        if (f->used + i == 0) note("cjpeg is not installed: images are bitmaps, which are larger");
+        write_bitmap(out.file, pixels, S);
+        status = SC_OK;
     }
-    if (fseeko(a->masks, (off_t)(slot * patches), SEEK_SET) != 0) return spool_failed();
-    if (fwrite(a->digits, patches, 1, a->masks) != 1) return spool_failed();
-    return SC_OK;
+    if (status == SC_OK) return output_commit(&out);
+    output_discard(&out);
+    return status;
 }
 
-/* One pass over the images that any latent shows, for the images and the masks. */
-static int look_at_images(atlas *a) {
-    viewer *v = a->v;
-    feed *f = &v->s->data;
-    char name[64];
-    size_t at = 0;
-    int status = SC_END;
-    f->skip_bad = 0;                             /* the statistics' images are readable */
-    SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
-    while (v->images > 0 && (status = next_encoded(v->s, v->images)) == SC_OK) {
-        for (size_t i = 0; i < f->count; i++) {
-            snprintf(name, sizeof name, "data/%zu.jpg", f->image[i]);
-            SC_TRY(save_file(a, name, write_image, i));
-            for (; at < a->uses && a->use[at].image == (int64_t)f->image[i]; at++) {
-                size_t slot = a->use[at].slot;
-                find_masks(v, slot / a->stats->K);
-                SC_TRY(keep_mask(a, slot, v->mask + i * v->patches));
-            }
+/* masks: [n, K, patches]. Keeps the masks of the batch's images, for all latents that show them.
+ * A digit per patch, from 0, silent, to f (15), the latent's largest activation on any patch of the
+ * whole data set: so the masks of a latent can be compared. */
+static void keep_masks(viewer *v, char *masks) {
+    const feed *f = &v->s->data;
+    const statistics *stats = &v->stats;
+    int64_t first = (int64_t)f->image[0];                /* images come in ascending order */
+    int64_t last = (int64_t)f->image[f->count - 1];
+    size_t found = SIZE_MAX;                             /* the latent whose masks are in v->mask */
+    for (size_t slot = 0; slot < stats->n * stats->K; slot++) {
+        int64_t image = stats->top[slot].image;
+        if (image < first || image > last) continue;
+        size_t j = slot / stats->K;
+        size_t i = 0;
+        if (j != found) find_masks(v, j);
+        found = j;
+        while ((int64_t)f->image[i] != image) i++;
+        double largest = stats->patch[j * stats->P].value;
+        for (size_t p = 0; p < v->patches; p++) {
+            double value = v->mask[i * v->patches + p];
+            int level = 0;
+            if (value > 0) level = (int)ceil(15 * fmin(value / largest, 1));
+            masks[slot * v->patches + p] = "0123456789abcdef"[level];
         }
     }
-    return status == SC_END ? SC_OK : status;
 }
 
-/* --- Scripts --- */
-
-/* The patches of an image that are among the top patches of latent j, separated by commas. */
-static void write_top_patches(const atlas *a, FILE *out, size_t j, int64_t image) {
-    const statistics *stats = a->stats;
-    const char *comma = "";
-    for (size_t p = 0; p < stats->P; p++) {
-        const sc_top *top = &stats->patch[j * stats->P + p];
-        size_t patch = (size_t)top->other - stats->first_patch;
-        if (top->image != image || patch >= a->v->patches) continue;
-        fprintf(out, "%s%zu", comma, patch);
-        comma = ",";
+/* N.js: per latent its top images, each [image, activation, class, name, mask]. JavaScript allows a
+ * comma after the last element of a list. */
+static int write_top_images(const viewer *v, const char *masks, size_t part) {
+    const statistics *stats = &v->stats;
+    sc_output out;
+    SC_TRY(open_part(&out, v, part, "js"));
+    fprintf(out.file, "parts[%zu] = [\n", part);
+    for (size_t j = part * PART; j < (part + 1) * PART && j < stats->n; j++) {
+        putc('[', out.file);
+        for (size_t k = 0; k < top_images(stats, j); k++) {
+            size_t slot = j * stats->K + k;
+            const sc_top *top = &stats->top[slot];
+            fprintf(out.file, "[%lld,%.6g,%lld,", (long long)top->image, (double)top->value,
+                    (long long)top->other);
+            print_json(out.file, image_name(&v->s->data, (size_t)top->image));
+            fprintf(out.file, ",\"%.*s\"],\n", (int)v->patches, masks + slot * v->patches);
+        }
+        fputs("],\n", out.file);
     }
+    fputs("];\n", out.file);
+    return output_commit(&out);
 }
 
-/* The top images of latent j, each [image, activation, class, name, mask, [top patches]]. */
-static int write_latent(atlas *a, FILE *out, size_t j) {
-    size_t patches = a->v->patches;
-    for (size_t k = 0; k < top_images(a->stats, j); k++) {
-        size_t slot = j * a->stats->K + k;
-        const sc_top *top = &a->stats->top[slot];
-        if (fseeko(a->masks, (off_t)(slot * patches), SEEK_SET) != 0) return spool_failed();
-        if (fread(a->digits, patches, 1, a->masks) != 1) return spool_failed();
-        if (k > 0) fputs(",\n", out);
-        fprintf(out, "[%lld,%.6g,%lld,", (long long)top->image, (double)top->value,
-                (long long)top->other);
-        print_json(out, image_name(&a->v->s->data, (size_t)top->image));
-        fprintf(out, ",\"%.*s\",[", (int)patches, a->digits);
-        write_top_patches(a, out, j, top->image);
-        fputs("]]", out);
+/* Everything in data/. index: the path of index.html */
+static int write_data(viewer *v, const char *index) {
+    feed *f = &v->s->data;
+    size_t slots = v->stats.n * v->stats.K;
+    char *masks = NULL;
+    int status;
+    const array_spec arrays[] = {
+        ARRAY(v->image, f->set.count, 1),
+        ARRAY(masks, slots, v->patches) };
+    SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
+    /* the page of an earlier atlas goes first */
+    if (unlink(index) != 0 && errno != ENOENT) return write_failed(index, errno);
+    /* v->image: first 1 for each image that a latent shows, then these images, in order */
+    for (size_t slot = 0; slot < slots; slot++) {
+        int64_t image = v->stats.top[slot].image;
+        if (image >= 0) v->image[image] = 1;             /* -1: fewer than K images */
     }
+    for (size_t i = 0; i < f->set.count; i++)
+        if (v->image[i]) v->image[v->images++] = (int64_t)i;
+    /* one pass over them, for the images and the masks */
+    SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
+    while ((status = next_encoded(v->s, v->images)) == SC_OK) {
+        for (size_t i = 0; i < f->count; i++) SC_TRY(write_image(v, i));
+        keep_masks(v, masks);
+    }
+    if (status != SC_END) return status;
+    for (size_t part = 0; part * PART < v->stats.n; part++)
+        SC_TRY(write_top_images(v, masks, part));
     return SC_OK;
 }
 
-/* N.js: a list of top images per latent. */
-static int write_latents(atlas *a, FILE *out, size_t part) {
-    fprintf(out, "atlas.part(%zu,[\n", part);
-    size_t first = part * PART, end = first + PART;
-    if (end > a->stats->n) end = a->stats->n;
-    for (size_t j = first; j < end; j++) {
-        fputs(j > first ? ",\n[" : "[", out);
-        SC_TRY(write_latent(a, out, j));
-        putc(']', out);
-    }
-    fputs("]);\n", out);
-    return SC_OK;
-}
-
-/* latents.js. Per latent: [frequency, mean, entropy, class with the largest share]. */
-static int write_numbers(atlas *a, FILE *out, size_t ignored) {
-    const feed *f = &a->v->s->data;
-    const sc_images *set = &f->set;
-    (void)ignored;
-    fputs("atlas.open({\"name\":", out);
-    print_json(out, base_name(a->v->s->sae[0].path));
-    fprintf(out, ",\"images\":%zu,\"part\":%d,\"grid\":%zu", set->count, PART, f->grid);
-    fputs(",\n\"classes\":[", out);
+/* The numbers, then the rest of the page. Per latent: [latent, frequency, mean, entropy, class with
+ * the largest share]. */
+static void write_index(const viewer *v, FILE *out) {
+    const statistics *stats = &v->stats;
+    const sc_images *set = &v->s->data.set;
+    fputs("<!DOCTYPE html>\n<html lang='en'>\n<meta charset='utf-8'>\n"
+          "<script>\nconst data = { name: ", out);
+    print_json(out, base_name(v->s->sae[0].path));
+    fprintf(out, ", images: %zu, part: %d, grid: %zu,\nclasses: [\n", set->count, PART,
+            v->s->data.grid);
     for (size_t c = 0; c < set->classes && set->class_name; c++) {
-        if (c > 0) putc(',', out);
         print_json(out, set->class_name[c]);
+        fputs(",\n", out);
     }
-    fputs("],\n\"latents\":[", out);
-    for (size_t j = 0; j < a->stats->n; j++) {
-        const latent_record *l = &a->stats->latent[j];
+    fputs("], latents: [\n", out);
+    for (size_t j = 0; j < stats->n; j++) {
+        const latent_record *l = &stats->latent[j];
         sc_top class;
-        top_classes(a->stats, j, &class, 1);
-        if (j > 0) fputs(",\n", out);
-        fprintf(out, "[%.6g,%.6g,%.6g,%lld]", (double)l->sparsity, (double)l->mean,
+        top_classes(stats, j, &class, 1);
+        fprintf(out, "[%zu,%.6g,%.6g,%.6g,%lld],\n", j, (double)l->sparsity, (double)l->mean,
                 (double)l->entropy, (long long)class.other);
     }
-    fputs("]});\n", out);
-    return SC_OK;
+    fputs("] };\n</script>\n", out);
+    for (size_t i = 0; i < COUNT(atlas_page); i++) fprintf(out, "%s\n", atlas_page[i]);
 }
 
-/* --- The folder --- */
-
-static void write_page(FILE *out);           /* section 26 */
-
-/* Everything in data/. */
-static int write_data(atlas *a) {
-    char name[64];
-    SC_TRY(list_uses(a));
-    SC_TRY(look_at_images(a));
-    for (size_t part = 0; part * PART < a->stats->n; part++) {
-        snprintf(name, sizeof name, "data/%zu.js", part);
-        SC_TRY(save_file(a, name, write_latents, part));
-    }
-    return save_file(a, "data/latents.js", write_numbers, 0);
-}
-
-/* index.html itself. The page is written last: a folder that has one is complete. It is open, and
- * locked, from the beginning, so that two processes cannot write into one folder. */
-static int write_atlas(atlas *a, FILE *out, size_t ignored) {
-    char path[MAX_PATH];
-    (void)ignored;
-    SC_TRY(join_path(a->v->s->o->output, "index.html", path));
-    if (unlink(path) != 0 && errno != ENOENT)
-        return fail("%s: cannot be replaced: %s", path, strerror(errno));
-    SC_TRY(write_data(a));
-    write_page(out);
-    return SC_OK;
-}
-
+/* index.html is written last: a folder that has one is complete. It is open, and locked, from the
+ * beginning, so that two processes cannot write into one folder. */
 static int show_atlas(viewer *v) {
-    char data[MAX_PATH];
-    atlas a = { .v = v, .stats = &v->stats };
+    char index[MAX_PATH];
+    sc_output out;
     v->kind = VALUE_MASK;
     SC_TRY(open_viewer(v, 1));
-    SC_TRY(join_path(v->s->o->output, "data", data));
-    a.masks = v->s->spool[0] = tmpfile();
-    if (!a.masks) return spool_failed();
-    if (mkdir(data, 0777) != 0 && errno != EEXIST)
-        return fail("%s: the folder cannot be made: %s", data, strerror(errno));
-    int status = save_file(&a, "index.html", write_atlas, 0);
-    if (status != SC_OK) rmdir(data);                    /* only if it is empty */
+    SC_TRY(join_path(v->s->o->output, "index.html", index));
+    SC_TRY(output_open(&out, index));
+    int status = write_data(v, index);
+    if (status == SC_OK) {
+        write_index(v, out.file);
+        return output_commit(&out);
+    }
+    output_discard(&out);
     return status;
 }
 
@@ -10386,258 +10450,5 @@ int main(int argc, char **argv) {
     return status;
 }
 #endif /* !SAECLIP_NO_MAIN */
-
-/* ============================================================================================
- * 26. The atlas's page
- *
- * index.html, line by line: style, elements, script. It shows a list of latents, which can be
- * sorted by column and filtered by class, a scatter plot, and the top images of one latent.
- * ============================================================================================ */
-
-static const char *const atlas_page[] = {
-    /* Style. From 801 pixels on, the list stands at the left of the images, each with its own
-     * scroll bar; narrower windows have it above them, three images per row. */
-    "<!DOCTYPE html>",
-    "<html lang='en'>",
-    "<head>",
-    "<meta charset='utf-8'>",
-    "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-    "<title>Atlas</title>",
-    "<style>",
-    ":root { color-scheme: light dark; }",
-    "* { box-sizing: border-box; }",
-    "body { margin: 0; font: 15px/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }",
-    "header, section, main { padding: 10px 14px; }",
-    "h1, h2 { display: inline; font-size: 19px; margin-right: 10px; }",
-    ".soft { color: GrayText; }",
-    "table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }",
-    "th { cursor: pointer; font-weight: normal; color: LinkText; }",
-    "th, td { text-align: right; padding: 2px 4px; white-space: nowrap; }",
-    "th:last-child, td:last-child { text-align: left; width: 99%; max-width: 0; }",
-    "td:last-child, figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }",
-    "tbody tr { cursor: pointer; }",
-    "tbody tr:hover, .chosen { background: Highlight; color: HighlightText; }",
-    "#filter { width: 100%; font: inherit; margin-bottom: 8px; }",
-    "#scatter { width: 100%; height: 220px; cursor: crosshair; }",
-    "#rows { height: 180px; overflow-y: auto; }",
-    "#figures { display: grid; gap: 10px; grid-template-columns: repeat(3, 1fr); }",
-    "figure { margin: 0; min-width: 0; }",
-    ".image { position: relative; aspect-ratio: 1; }",
-    ".image > * { position: absolute; width: 100%; height: 100%; }",
-    ".image > canvas { image-rendering: pixelated; }",
-    "@media (min-width: 801px) {",
-    "    body { display: grid; grid-template: auto 1fr / 430px 1fr; height: 100vh; }",
-    "    header { grid-column: 1 / 3; }",
-    "    section { display: flex; flex-direction: column; min-height: 0; }",
-    "    main, #rows { flex: 1; overflow-y: auto; }",
-    "    #figures { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }",
-    "}",
-    "</style>",
-    "</head>",
-    /* The list of latents, and one latent with its images. */
-    "<body>",
-    "<header><h1>Atlas</h1><span id='about' class='soft'>needs JavaScript</span></header>",
-    "<section>",
-    "<input id='filter' type='search' placeholder='class or latent' aria-label='class or latent'>",
-    "<canvas id='scatter' role='img' aria-label='frequency and mean of the latents'></canvas>",
-    "<div id='rows'><table><thead><tr><th>latent</th>",
-    "<th title='share of the images on which it fires'>images</th>",
-    "<th title='mean activation over these images'>mean</th>",
-    "<th title='of the classes of its top images, in nats'>entropy</th>",
-    "<th title='with the largest share of its top images'>class</th>",
-    "</tr></thead><tbody></tbody></table></div>",
-    "</section>",
-    "<main>",
-    "<h2 id='name'></h2><span id='facts' class='soft'></span>",
-    "<p><button id='before' title='left arrow'>&#8592;</button>",
-    "<button id='after' title='right arrow'>&#8594;</button>",
-    "<span id='masks'><label><input type='radio' name='mask' value='none'> images</label>",
-    "<label><input type='radio' name='mask' value='value' checked> where it fires</label>",
-    "<label><input type='radio' name='mask' value='top'> top patches</label></span></p>",
-    "<p id='classes'></p>",
-    "<div id='figures'></div>",
-    "</main>",
-    /* data: the contents of latents.js; a row of data.latents is [latent, frequency, mean,
-     * entropy, class]. parts: the N.js read so far. order: the listed rows, sorted by column `key`,
-     * ascending if `way` is 1. */
-    "<script>",
-    "'use strict';",
-    "const $ = id => document.getElementById(id);",
-    "const parts = {};",
-    "let data, latent = 0, order = [], key = 3, way = 1;",
-    /* What the scripts in data/ call. */
-    "const atlas = {",
-    "    open(all) {",
-    "        data = all;",
-    "        data.latents.forEach((row, j) => row.unshift(j));",
-    "        $('about').textContent = data.name + ': ' + data.latents.length + ' latents, ' +",
-    "            data.images + ' images';",
-    "        arrange();",
-    "        follow();",
-    "    },",
-    "    part(number, latents) {",
-    "        parts[number] = latents;",
-    "        load();",
-    "    }",
-    "};",
-    /* Texts; "-" where a value is not defined. */
-    "function make(tag, parent, properties) {",
-    "    return parent.appendChild(Object.assign(document.createElement(tag), properties));",
-    "}",
-    "function digits(x) {",
-    "    return x > 0 && x < 1e-3 ? x.toExponential(1) : Number(x.toPrecision(3));",
-    "}",
-    "function percent(share) { return digits(100 * share) + ' %'; }",
-    "function nameOf(c) { return c < 0 ? '-' : data.classes[c] ?? 'class ' + c; }",
-    "function meanOf(row) { return row[1] === 0 ? '-' : digits(row[2]); }",
-    "function entropyOf(row) { return row[3] < 0 ? '-' : row[3].toFixed(2); }",
-    /* The latents that match the filter, sorted; silent ones and undefined values come last. */
-    "function arrange() {",
-    "    const text = $('filter').value.trim().toLowerCase();",
-    "    const last = row => row[1] === 0 || row[key] < 0;",
-    "    order = data.latents.filter(row => text === '' || String(row[0]) === text ||",
-    "                                       nameOf(row[4]).toLowerCase().includes(text));",
-    "    order.sort((a, b) => last(a) - last(b) || way * (a[key] - b[key]) || a[0] - b[0]);",
-    "    fill();",
-    "}",
-    /* The first 500 rows of the list. */
-    "function fill() {",
-    "    const body = document.querySelector('tbody');",
-    "    body.replaceChildren();",
-    "    for (const row of order.slice(0, 500)) {",
-    "        const tr = make('tr', body, { onclick: () => location.hash = 'latent=' + row[0] });",
-    "        tr.className = row[0] === latent ? 'chosen' : '';",
-    "        for (const textContent of [row[0], percent(row[1]), meanOf(row), entropyOf(row),",
-    "                                   nameOf(row[4])]) make('td', tr, { textContent });",
-    "    }",
-    "    const more = order.length - 500;",
-    "    if (more > 0) make('td', make('tr', body), { textContent: more + ' more', colSpan: 5 });",
-    "    draw();",
-    "}",
-    /* Each latent that fires as [row, x, y] in pixels of the scatter plot: log10 of frequency
-     * across, log10 of mean activation up. */
-    "function places() {",
-    "    const canvas = $('scatter'), live = order.filter(row => row[1] > 0 && row[2] > 0);",
-    "    const scale = (i, from, to) => {",
-    "        const logs = live.map(row => Math.log10(row[i]));",
-    "        const low = logs.reduce((a, b) => Math.min(a, b), 0) - 0.1;",
-    "        const high = logs.reduce((a, b) => Math.max(a, b), -9) + 0.1;",
-    "        return logs.map(log => from + (to - from) * (log - low) / (high - low));",
-    "    };",
-    "    const x = scale(1, 8, canvas.clientWidth - 8);",
-    "    const y = scale(2, canvas.clientHeight - 18, 18);",
-    "    return live.map((row, i) => [row, x[i], y[i]]);",
-    "}",
-    "function draw() {",
-    "    const canvas = $('scatter'), g = canvas.getContext('2d');",
-    "    canvas.width = canvas.clientWidth * devicePixelRatio;",
-    "    canvas.height = canvas.clientHeight * devicePixelRatio;",
-    "    g.scale(devicePixelRatio, devicePixelRatio);",
-    "    g.fillStyle = g.strokeStyle = getComputedStyle(document.body).color;",
-    "    g.font = '12px system-ui, sans-serif';",
-    "    g.fillText('mean activation (log) \\u2191', 0, 11);",
-    "    g.fillText('share of images (log) \\u2192  colour: entropy', 0, canvas.clientHeight - 3);",
-    "    for (const [row, x, y] of places()) {",
-    "        g.fillStyle = row[3] < 0 ? '#888' : 'hsl(' + (215 + 70 * row[3]) + ' 75% 55%)';",
-    "        g.fillRect(x - 1.5, y - 1.5, 3, 3);",
-    "        if (row[0] !== latent) continue;",
-    "        g.beginPath();",
-    "        g.arc(x, y, 7, 0, 7);",
-    "        g.stroke();",
-    "    }",
-    "}",
-    /* A click chooses the nearest latent within 20 pixels. */
-    "$('scatter').onclick = event => {",
-    "    const far = ([, x, y]) => Math.hypot(x - event.offsetX, y - event.offsetY);",
-    "    const [best] = places().sort((a, b) => far(a) - far(b));",
-    "    if (best && far(best) < 20) location.hash = 'latent=' + best[0][0];",
-    "};",
-    /* Shows the latent that the address names, else the first of the list. */
-    "function follow() {",
-    "    const named = new URLSearchParams(location.hash.slice(1)).get('latent') ?? order[0]?.[0];",
-    "    const row = data.latents[named];",
-    "    if (!row) return tell('There is no latent ' + named + '.');",
-    "    latent = row[0];",
-    "    $('name').textContent = document.title = 'Latent ' + latent;",
-    "    $('facts').textContent = 'fires on ' + percent(row[1]) + ' of the images, mean ' +",
-    "        'activation ' + meanOf(row) + ', entropy ' + entropyOf(row);",
-    "    fill();",
-    "    load();",
-    "}",
-    "function tell(text) {",
-    "    $('classes').textContent = text;",
-    "    $('figures').replaceChildren();",
-    "}",
-    /* A page that comes from a file may not read files, but it may run scripts. */
-    "function load() {",
-    "    const number = Math.floor(latent / data.part), src = 'data/' + number + '.js';",
-    "    if (parts[number]) return show(parts[number][latent % data.part]);",
-    "    make('script', document.head, { src, onerror: () => tell(src + ' cannot be read.') });",
-    "}",
-    /* The classes' shares of the activation, then the images. strength(p) of a canvas: how strong
-     * the latent is on patch p, from 0 to 1, in each kind of mask. */
-    "function show(images) {",
-    "    const shares = new Map(), total = images.reduce((sum, image) => sum + image[1], 0);",
-    "    for (const image of images) shares.set(image[2], (shares.get(image[2]) ?? 0) + image[1]);",
-    "    tell([...shares].filter(([c]) => c >= 0).sort((a, b) => b[1] - a[1]).slice(0, 6)",
-    "        .map(([c, sum]) => nameOf(c) + ' ' + percent(sum / total)).join(', '));",
-    "    for (const [number, activation, label, title, mask, patches] of images) {",
-    "        const figure = make('figure', $('figures'));",
-    "        const image = make('div', figure, { className: 'image' });",
-    "        make('img', image, { src: 'data/' + number + '.jpg', alt: title, title });",
-    "        make('canvas', image, { title, width: data.grid, height: data.grid, strength: {",
-    "            none: () => 1,",
-    "            value: p => parseInt(mask[p], 16) / 15,",
-    "            top: p => Number(patches.includes(p))",
-    "        } });",
-    "        const text = make('figcaption', figure, { textContent: digits(activation) + ' ' });",
-    "        make('span', text, { className: 'soft', textContent: nameOf(label) });",
-    "    }",
-    "    paint();",
-    "}",
-    /* A veil of grey, through which the image stays visible: thick over silent patches, thin over
-     * weak ones, none where the latent is strongest. */
-    "function paint() {",
-    "    const kind = document.querySelector('[name=mask]:checked').value;",
-    "    for (const canvas of document.querySelectorAll('.image canvas')) {",
-    "        const g = canvas.getContext('2d'), pixels = g.createImageData(data.grid, data.grid);",
-    "        pixels.data.fill(128);",
-    "        for (let p = 0; p < data.grid ** 2; p++) {",
-    "            const strength = canvas.strength[kind](p);",
-    "            pixels.data[4 * p + 3] = strength ? 90 * (1 - strength) : 160;",
-    "        }",
-    "        g.putImageData(pixels, 0, 0);",
-    "    }",
-    "}",
-    /* The neighbour in the list. */
-    "function step(by) {",
-    "    const next = order[order.findIndex(row => row[0] === latent) + by];",
-    "    if (next) location.replace('#latent=' + next[0]);",
-    "}",
-    "document.querySelectorAll('th').forEach((head, i) => head.onclick = () => {",
-    "    way = key === i ? -way : 1;",
-    "    key = i;",
-    "    arrange();",
-    "});",
-    "$('filter').oninput = arrange;",
-    "$('masks').onchange = paint;",
-    "$('before').onclick = () => step(-1);",
-    "$('after').onclick = () => step(1);",
-    "onkeydown = event => {",
-    "    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];",
-    "    if (by && !event.altKey && !event.metaKey && event.target.id !== 'filter') step(by);",
-    "};",
-    "onhashchange = follow;",
-    "onresize = draw;",
-    "</script>",
-    "<script src='data/latents.js'></script>",
-    "</body>",
-    "</html>",
-};
-
-static void write_page(FILE *out) {
-    for (size_t i = 0; i < COUNT(atlas_page); i++)
-        fprintf(out, "%s\n", atlas_page[i]);
-}
 
 #endif /* !SC_ISA */

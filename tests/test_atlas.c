@@ -87,21 +87,19 @@ static void atlas_explain_refusals(void)
 static void atlas_files(void)
 {
     /* 0.8 0.6 0.2 0 in fifteenths of the largest, rounded up: 15 12 4 0. The largest is that of both
-     * images: 0.4 on image 1 becomes 8. The three top patches of latent 0 are 0 and 1 of image 0 and 3 of image 1.
-     * Names are JSON that may stand in a script. */
+     * images: 0.4 on image 1 becomes 8. Names are JSON that may stand in a script. */
     static const char part[] =
-        "atlas.part(0,[\n[[0,0.32,0,\"a/0.ppm\",\"fc40\",[0,1]],\n[1,0.08,1,\"b\\u003cscript>\\u2028\357\277\275ff/'"
-        "\\\"\\\\\\u003c!--1.ppm\",\"0008\",[3]]],\n[[2,0.16,2,\"c/2.ppm\",\"0f00\",[1]]],\n[]]);\n";
-    static const char latents[] =
-        "atlas.open({\"name\":\"sae.safetensors\",\"images\":3,\"part\":64,\"grid\":2,\n\"classes\":[\"a\","
-        "\"b\\u003cscript>\\u2028\357\277\275ff\",\"c\"],\n\"latents\":[[0.666667,0.2,0.500402,0],\n"
-        "[0.333333,0.16,-1,2],\n[0,0,-1,-1]]});\n";
+        "parts[0] = [\n[[0,0.32,0,\"a/0.ppm\",\"fc40\"],\n[1,0.08,1,\"b\\u003cscript>\\u2028\357\277\275ff/'"
+        "\\\"\\\\\\u003c!--1.ppm\",\"0008\"],\n],\n[[2,0.16,2,\"c/2.ppm\",\"0f00\"],\n],\n[],\n];\n";
+    static const char begin[] =
+        "<!DOCTYPE html>\n<html lang='en'>\n<meta charset='utf-8'>\n<script>\nconst data = { name: "
+        "\"sae.safetensors\", images: 3, part: 64, grid: 2,\nclasses: [\n\"a\",\n"
+        "\"b\\u003cscript>\\u2028\357\277\275ff\",\n\"c\",\n], latents: [\n[0,0.666667,0.2,0.500402,0],\n"
+        "[1,0.333333,0.16,-1,2],\n[2,0,0,-1,-1],\n] };\n</script>\n";
     size_t count;
     check(look_run(ATLAS "-o atlas") == 0, "atlas runs: %s", look_output);
     check(holds(in_folder("look/atlas/data/0.js"), part), "the top images and their masks: %s",
           get_file(in_folder("look/atlas/data/0.js"), NULL));
-    check(holds(in_folder("look/atlas/data/latents.js"), latents), "the latents' numbers: %s",
-          get_file(in_folder("look/atlas/data/latents.js"), NULL));
     check(!exists(in_folder("look/atlas/data/1.js")) && !exists(in_folder("look/atlas/data/3.jpg")),
           "no other file");
     int jpegs = system("command -v cjpeg >/dev/null 2>&1") == 0;
@@ -112,8 +110,9 @@ static void atlas_files(void)
               && jpeg[count - 1] == 0xd9, "image %d is a JPEG from its first to its last marker", i);
     }
     const char *page = get_file(in_folder("look/atlas/index.html"), &count);
-    check(page && strncmp(page, "<!DOCTYPE html>\n", 16) == 0
-          && strcmp(page + count - 8, "</html>\n") == 0, "the page is whole");
+    check(page && strncmp(page, begin, sizeof begin - 1) == 0, "the numbers come first: %.600s",
+          page ? page : "no page");
+    check(page && strcmp(page + count - 8, "</html>\n") == 0, "the page is whole");
     check(page && !strstr(page, "http:") && !strstr(page, "https:"), "the page loads nothing from elsewhere");
     put_text(in_folder("look/atlas/data/0.js"), "old");
     check(look_run(ATLAS "-o atlas --threads 1") == 0 && holds(in_folder("look/atlas/data/0.js"), part),
@@ -203,7 +202,7 @@ static const char *const atlas_script[] = {
     "const say = (good, what) => { results.textContent += (good ? 'GOOD ' : 'BAD ') + what + '\\n'; };",
     "const wait = async (test, what) => {",
     "    for (let i = 0; i < 300 && !test(); i++) await new Promise(go => setTimeout(go, 10));",
-    "    say(test(), what + ': ' + document.title + ' ' + $('classes').textContent);",
+    "    say(test(), what + ': ' + document.title + ' ' + $('facts').textContent);",
     "};",
     "const pictures = () => [...document.querySelectorAll('.image img')];",
     "const files = () => pictures().map(p => p.getAttribute('src')).join();",
@@ -214,40 +213,32 @@ static const char *const atlas_script[] = {
     "    return [...copy.getImageData(0, 0, 2, 2).data].filter((v, i) => i % 4 === 3).join();",
     "});",
     "const shows = (text, what) => say(alphas().join(' ') === text, what + ': ' + alphas().join(' '));",
-    "const press = key => document.body.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));",
     "const rows = () => [...document.querySelectorAll('tbody tr')].map(r => r.firstChild.textContent).join();",
-    "const click = j => {",
-    "    const box = $('scatter').getBoundingClientRect();",
-    "    const [, left, top] = places().find(([row]) => row[0] === j);",
-    "    $('scatter').dispatchEvent(new MouseEvent('click',",
-    "        { clientX: box.left + left + 3, clientY: box.top + top - 3, bubbles: true }));",
-    "};",
     "addEventListener('error', event => say(false, 'error: ' + event.message));",
     "await wait(() => files() === 'data/0.jpg,data/1.jpg', 'the lowest entropy comes first');",
     "await wait(() => pictures().every(p => p.naturalWidth === 4), 'pictures are decoded');",
-    /* 90 (1 - level / 15) for levels 15 12 4 and 8, 160 where it is silent */
-    "shows('0,18,66,160 160,160,160,42', 'masks are shown as they fire');",
-    "document.querySelector('[value=top]').click();",
-    "shows('0,0,160,160 160,160,160,0', 'top patches');",
-    "document.querySelector('[value=none]').click();",
-    "shows('0,0,0,0 0,0,0,0', 'masks are off');",
-    "document.querySelector('[value=value]').click();",
-    "shows('0,18,66,160 160,160,160,42', 'masks are on again');",
+    /* of 255: 0.35 (1 - level / 15) for levels 15 12 4 and 8, 0.65 where it is silent */
+    "shows('0,18,65,166 166,166,166,42', 'masks are shown as they fire');",
+    "const hidden = () => getComputedStyle(document.querySelector('.image canvas')).display === 'none';",
+    "say(!hidden(), 'masks are on');",
+    "$('masked').click();",
+    "say(hidden(), 'masks are off');",
+    "$('masked').click();",
+    "say(!hidden(), 'masks are on again');",
     /* on a phone nothing scrolls sideways */
     "say(innerWidth === 390, 'the window is ' + innerWidth + ' pixels wide');",
     "for (const part of [document.documentElement, $('rows')])",
     "    say(part.scrollWidth <= part.clientWidth, part.tagName + ' is ' + part.scrollWidth + ' pixels wide');",
-    "const before = $('scatter').toDataURL();",
-    "click(1);",
-    "await wait(() => location.hash === '#latent=1' && files() === 'data/2.jpg', 'a click on a point');",
-    "say(document.title === 'Latent 1' && $('facts').textContent.includes('33.3 %'), 'facts of the point');",
-    "say($('scatter').toDataURL() !== before, 'the point is marked');",
-    "press('ArrowLeft');",
-    "await wait(() => location.hash === '#latent=0' && files() === 'data/0.jpg,data/1.jpg', 'left arrow');",
-    "press('ArrowLeft');",
-    "press('ArrowRight');",
-    "await wait(() => location.hash === '#latent=1' && files() === 'data/2.jpg', 'right arrow');",
-    "press('ArrowRight');",
+    "document.querySelectorAll('tbody tr')[1].click();",
+    "await wait(() => location.hash === '#latent=1' && files() === 'data/2.jpg', 'a click on a row');",
+    "say(document.title === 'Latent 1' && $('facts').textContent.includes('33.3 %'), 'facts of the latent');",
+    "say(document.querySelector('.chosen').firstChild.textContent === '1', 'the row is marked');",
+    "$('before').click();",
+    "await wait(() => location.hash === '#latent=0' && files() === 'data/0.jpg,data/1.jpg', 'the one before');",
+    "$('before').click();",
+    "$('after').click();",
+    "await wait(() => location.hash === '#latent=1' && files() === 'data/2.jpg', 'the next one');",
+    "$('after').click();",
     "await wait(() => location.hash === '#latent=2' && files() === '', 'a latent that never fires');",
     "say(rows() === '0,1,2', 'by entropy, what has none at the end: ' + rows());",
     "document.querySelectorAll('th')[2].click();",
@@ -269,10 +260,11 @@ static const char *const atlas_script[] = {
     "await wait(() => files() === 'data/0.jpg,data/1.jpg', 'the address names a latent');",
     "say([...document.querySelectorAll('tbody tr:last-child td')].map(c => c.textContent).join(' ') === '2 0 % - - -',"
     "    'values of a latent that never fires');",
-    "say($('classes').textContent === 'a 80 %, b<script>\\u2028\\ufffdff 20 %', 'class names are only text');",
-    "say(document.querySelectorAll('.image canvas')[1].title.endsWith(`'\"\\\\<!--1.ppm`), 'file names');",
+    "say([...document.querySelectorAll('figcaption')].map(c => c.textContent).join() ==="
+    "    '0.32 a,0.08 b<script>\\u2028\\ufffdff', 'class names are only text');",
+    "say(document.querySelectorAll('figure')[1].title.endsWith(`'\"\\\\<!--1.ppm`), 'file names');",
     "location.hash = 'latent=3';",
-    "await wait(() => $('classes').textContent === 'There is no latent 3.', 'an address beyond');",
+    "await wait(() => $('facts').textContent === 'There is no such latent.', 'an address beyond');",
     "parent.postMessage(results.textContent + 'END\\n', '*');",
     "})();</script>", NULL };
 

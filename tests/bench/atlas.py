@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """How long a browser takes to open an atlas: from the start of navigation to the load event, when
-the list, the scatter plot and the first latent are shown; the median of some rounds.
+the list and the first latent are shown; the median of some rounds.
 
     tests/bench/atlas.py                    a made-up atlas of 12,288 latents
     tests/bench/atlas.py --latents 49152
@@ -25,28 +25,31 @@ TIMER = ("<script>addEventListener('load', () => { const passed = performance.no
 
 
 def page():
-    """index.html, from the table of its lines in saeclip.c."""
+    """index.html after its numbers, from the table of its lines in saeclip.c."""
     source = (ROOT / "saeclip.c").read_text()
     table = source.split("const atlas_page[] = {\n")[1].split("\n};")[0]
-    return "\n".join(ast.literal_eval(line.strip().rstrip(",")) for line in table.splitlines())
+    table = re.sub(r"/\*.*?\*/", "", table, flags=re.DOTALL)
+    return "\n".join(ast.literal_eval(f"[{table}]"))
 
 
 def make_atlas(folder, latents):
     """Random numbers of the same size and length as real ones, without images."""
     draw = random.Random(1)
-    frequency = [10 ** draw.uniform(-4, 0) for _ in range(latents)]
-    numbers = {"name": "made up", "images": 100000, "part": 64, "grid": 14,
-               "classes": [f"class number {c}" for c in range(1000)],
-               "frequency": [float(f"{f:.6g}") for f in frequency],
-               "mean": [float(f"{f * draw.uniform(0.1, 1):.6g}") for f in frequency],
-               "entropy": [float(f"{draw.uniform(0, 2.77):.6g}") for _ in range(latents)],
-               "class": [draw.randrange(1000) for _ in range(latents)]}
-    image = [0, 0.5, 1, "name", "0123456789abcd" * 14, [1, 2, 3]]
+    rows = []
+    for latent in range(latents):
+        frequency = 10 ** draw.uniform(-4, 0)
+        mean = frequency * draw.uniform(0.1, 1)
+        rows.append([latent, float(f"{frequency:.6g}"), float(f"{mean:.6g}"),
+                     float(f"{draw.uniform(0, 2.77):.6g}"), draw.randrange(1000)])
+    data = {"name": "made up", "images": 100000, "part": 64, "grid": 14,
+            "classes": [f"class number {c}" for c in range(1000)], "latents": rows}
+    image = [0, 0.5, 1, "name", "0123456789abcd" * 14]
     (folder / "data").mkdir()
-    (folder / "data/latents.js").write_text(f"atlas.open({json.dumps(numbers)});\n")
     for part in range((latents + 63) // 64):
-        (folder / f"data/{part}.js").write_text(f"atlas.part({part},{json.dumps([[image] * 16] * 64)});\n")
-    (folder / "index.html").write_text(page())
+        (folder / f"data/{part}.js").write_text(f"parts[{part}] = {json.dumps([[image] * 16] * 64)};\n")
+    (folder / "index.html").write_text(
+        f"<!DOCTYPE html>\n<meta charset='utf-8'>\n<script>\nconst data = {json.dumps(data)};\n"
+        f"</script>\n{page()}\n")
 
 
 def opening(browser, folder, profile):
