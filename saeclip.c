@@ -609,25 +609,7 @@ typedef struct {
     float *scores;                   /* [T] */
     float *patch;                    /* [3 p^2], one patch's pixels */
     float *embedding;                /* [outputs], the projected class token */
-    memory_list memory;
 } vit_arrays;
-
-static int new_vit_arrays(vit_arrays *a, const sc_model *m) {
-    size_t T = m->tokens;
-    size_t D = m->width;
-    const array_spec arrays[] = {
-        ARRAY(a->x, T, D),
-        ARRAY(a->normed, T, D),
-        ARRAY(a->qkv, T, 3 * D),
-        ARRAY(a->mixed, T, D),
-        ARRAY(a->branch, T, D),
-        ARRAY(a->hidden, T, m->hidden),
-        ARRAY(a->scores, T, 1),
-        ARRAY(a->patch, 3 * m->patch, m->patch),
-        ARRAY(a->embedding, m->outputs, 1) };
-    a->memory = NULL;
-    return new_arrays(&a->memory, arrays, COUNT(arrays));
-}
 
 /* a->x: [T, D], updated in place; out: [T, D], the values at a hook point, or NULL.
  * Block `number`, from 1 (Dosovitskiy et al., equations 2 and 3). */
@@ -692,7 +674,18 @@ static int vit_forward(const sc_model *m, const unsigned char *pixels, size_t la
     size_t D = m->width;
     size_t last = logits ? m->blocks : layer;
     vit_arrays a;
-    SC_TRY(new_vit_arrays(&a, m));
+    memory_list memory = NULL;
+    const array_spec arrays[] = {
+        ARRAY(a.x, T, D),
+        ARRAY(a.normed, T, D),
+        ARRAY(a.qkv, T, 3 * D),
+        ARRAY(a.mixed, T, D),
+        ARRAY(a.branch, T, D),
+        ARRAY(a.hidden, T, m->hidden),
+        ARRAY(a.scores, T, 1),
+        ARRAY(a.patch, 3 * m->patch, m->patch),
+        ARRAY(a.embedding, m->outputs, 1) };
+    SC_TRY(new_arrays(&memory, arrays, COUNT(arrays)));
     embed_forward(a.x, m, pixels, a.patch);
     if (m->layer[PRE].weight) {
         layer_norm_forward(a.normed, a.x, &m->layer[PRE], m->epsilon, T, D);
@@ -705,7 +698,7 @@ static int vit_forward(const sc_model *m, const unsigned char *pixels, size_t la
     if (logits) {
         head_forward(logits, &a, m);
     }
-    release(&a.memory);
+    release(&memory);
     return SC_OK;
 }
 
@@ -723,33 +716,30 @@ static int vit_forward(const sc_model *m, const unsigned char *pixels, size_t la
  * src/sae_training/sparse_autoencoder.py, forward_standard().
  * ============================================================================================ */
 
-/* centred: [T, D], x - b_dec; h: [T, n]. h = W_enc^T (x - b_dec) + b_enc */
-static void pre_activation_forward(float *h, const sc_sae *sae, const float *centred, size_t T) {
+/* x, centred: [T, D]; h: [T, n]. centred = x - b_dec; h = W_enc^T centred + b_enc */
+static void pre_activation_forward(float *h, float *centred, const sc_sae *sae, const float *x,
+                                   size_t T) {
     size_t D = sae->d_in;
     size_t n = sae->d_sae;
-    for (size_t t = 0; t < T; t++) {
-        const float *centred_t = centred + t * D;
+    for (size_t t = 0; t < T; t++, x += D, centred += D, h += n) {
+        for (size_t d = 0; d < D; d++) {
+            centred[d] = x[d] - sae->b_dec[d];
+        }
         for (size_t j = 0; j < n; j++) {
             const float *W_enc = sae->W_enc + j * sae->stride;
-            float sum = chained_sum(W_enc, 1, centred_t, 1, D);
-            h[t * n + j] = sum + sae->b_enc[j] + 0.0f;
+            float sum = chained_sum(W_enc, 1, centred, 1, D);
+            h[j] = sum + sae->b_enc[j] + 0.0f;
         }
     }
 }
 
-/* h, f: [n], of one token. f = max(h, 0) */
-static void relu_forward(float *f, const float *h, size_t n) {
+/* threshold: [n], at least 0, or NULL for 0; h, f: [n], of one token.
+ * f = h where h > threshold, else 0; without thresholds this is max(h, 0). Thresholds are read from
+ * SAEs of others (JumpReLU: Rajamanoharan et al., "Jumping ahead", 2024, section 3). */
+static void relu_forward(float *f, const float *h, const float *threshold, size_t n) {
     for (size_t j = 0; j < n; j++) {
-        f[j] = h[j] > 0 ? h[j] : 0;
-    }
-}
-
-/* threshold: [n], at least 0; h, f: [n], of one token.
- * f = h where h > threshold, else 0 (Rajamanoharan et al., "Jumping ahead", 2024, section 3). SAEs
- * of others have it; it is not trained here. */
-static void jumprelu_forward(float *f, const float *h, const float *threshold, size_t n) {
-    for (size_t j = 0; j < n; j++) {
-        f[j] = h[j] > threshold[j] ? h[j] : 0;
+        float least = threshold ? threshold[j] : 0;
+        f[j] = h[j] > least ? h[j] : 0;
     }
 }
 
@@ -776,21 +766,14 @@ static void topk_forward(float *f, const float *h, size_t n, size_t k) {
     }
 }
 
-/* x, centred: [T, D]; h, f: [T, n]. centred = x - b_dec; h as above; f = relu(h) or TopK of h */
+/* x, centred: [T, D]; h, f: [T, n]. centred and h as above; f = relu(h), or TopK of h */
 static void encode_forward(float *f, float *h, float *centred, const sc_sae *sae, const float *x,
                            size_t T) {
-    size_t D = sae->d_in;
     size_t n = sae->d_sae;
-    for (size_t t = 0; t < T; t++) {
-        for (size_t d = 0; d < D; d++) {
-            centred[t * D + d] = x[t * D + d] - sae->b_dec[d];
-        }
-    }
-    pre_activation_forward(h, sae, centred, T);
+    pre_activation_forward(h, centred, sae, x, T);
     for (size_t t = 0; t < T; t++, f += n, h += n) {
         if (sae->topk) topk_forward(f, h, n, sae->k);
-        else if (sae->threshold) jumprelu_forward(f, h, sae->threshold, n);
-        else relu_forward(f, h, n);
+        else relu_forward(f, h, sae->threshold, n);
     }
 }
 
@@ -958,15 +941,24 @@ static double distance(const float *point, const double *centre, size_t dim) {
     return sqrt(sum);
 }
 
-/* points: [count, dim]; median: [dim]; weight: [count], before, part: [dim], scratch.
+/* points: [count, dim]; median: [dim].
  * The geometric median is the point with the least sum of distances to all points. That sum's
  * gradient, sum_i (median - point_i) / distance_i, is 0 where the median is the mean of the points
  * weighted by 1 / distance_i. Weiszfeld's iteration (1937) begins at the mean of the points and
  * takes this weighted mean again and again; distances below 1e-6 count as 1e-6. It stops after
  * `steps` steps (100 in training), or earlier when a step changes no bit of the median; steps = 0
  * gives the mean. (PatchSAE: compute_geometric_median() of geom_median, with a tolerance.) */
-static void geometric_median(double *median, double *before, double *part, double *weight,
-                             const float *points, size_t count, size_t dim, int steps) {
+static int geometric_median(double *median, const float *points, size_t count, size_t dim,
+                            int steps) {
+    double *before = NULL;
+    double *part = NULL;
+    double *weight = NULL;
+    memory_list memory = NULL;
+    const array_spec arrays[] = {
+        ARRAY(before, dim, 1),
+        ARRAY(part, dim, 1),
+        ARRAY(weight, count, 1) };
+    SC_TRY(new_arrays(&memory, arrays, COUNT(arrays)));
     for (size_t i = 0; i < count; i++) {
         weight[i] = 1;
     }
@@ -976,7 +968,7 @@ static void geometric_median(double *median, double *before, double *part, doubl
         for (size_t d = 0; d < dim; d++) {
             median[d] /= total;
         }
-        if (step > 0 && memcmp(before, median, dim * sizeof *median) == 0) return;
+        if (step > 0 && memcmp(before, median, dim * sizeof *median) == 0) break;
         memcpy(before, median, dim * sizeof *median);
         for (size_t i = 0; i < count; i++) {
             double apart = distance(points + i * dim, median, dim);
@@ -986,6 +978,8 @@ static void geometric_median(double *median, double *before, double *part, doubl
             weight[i] = 1 / apart;
         }
     }
+    release(&memory);
+    return SC_OK;
 }
 
 /* x: [images T, stride], activations of some images; T: tokens per image.
@@ -997,19 +991,9 @@ static int start_b_dec(sc_sae *sae, const float *x, size_t images, size_t T, int
     size_t parts = images_as_points ? T : 1;             /* tokens in a point */
     size_t count = images * T / parts;                   /* points */
     size_t dim = parts * sae->stride;                    /* numbers in a point */
-    double *median = NULL;
-    double *before = NULL;
-    double *part = NULL;
-    double *weight = NULL;
-    memory_list memory = NULL;
-    const array_spec arrays[] = {
-        ARRAY(median, dim, 1),
-        ARRAY(before, dim, 1),
-        ARRAY(part, dim, 1),
-        ARRAY(weight, count, 1) };
-    SC_TRY(new_arrays(&memory, arrays, COUNT(arrays)));
-    geometric_median(median, before, part, weight, x, count, dim, steps);
-    int status = SC_OK;
+    double *median = new_array(dim, sizeof *median);
+    if (!median) return SC_FAILED;
+    int status = geometric_median(median, x, count, dim, steps);
     for (size_t d = 0; d < sae->d_in; d++) {
         double sum = 0;
         for (size_t i = 0; i < parts; i++) {
@@ -1020,7 +1004,7 @@ static int start_b_dec(sc_sae *sae, const float *x, size_t images, size_t T, int
             status = fail("the start of b_dec is not finite");
         }
     }
-    release(&memory);
+    free(median);
     return status;
 }
 
