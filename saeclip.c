@@ -9453,24 +9453,23 @@ static const char *const atlas_page[] = {
     "<title>Atlas</title>",
     "<style>",
     ":root { color-scheme: light dark; }",
-    "body { margin: 14px auto; max-width: 1200px; padding: 0 14px; overflow-wrap: anywhere; }",
-    "body, input { font: 15px/1.4 system-ui, sans-serif; }",
+    "body { margin: 14px auto; max-width: 1200px; padding: 0 14px; overflow-wrap: anywhere;",
+    "    font: 15px/1.4 system-ui, sans-serif; }",
     "h1 { font-size: 17px; }",
     "table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }",
     "th { font-weight: normal; color: LinkText; }",
     "th, td { padding: 2px 4px; text-align: right; white-space: nowrap; cursor: pointer; }",
-    "th:last-child, td:last-child { text-align: left; width: 99%; max-width: 0; }",
-    "td:last-child, figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }",
-    "tr:hover td, .chosen { background: Highlight; color: HighlightText; }",
+    "th:last-child, td:last-child { text-align: left; white-space: normal; width: 99%; }",
+    ".chosen { background: Highlight; color: HighlightText; }",
     "#filter { width: 100%; box-sizing: border-box; }",
     "#rows { height: 30vh; margin: 10px 0; overflow-y: auto; }",
     /* three images per row on a phone, at most eight */
-    "#figures { display: grid; gap: 10px; margin-top: 10px;",
+    "#figures { display: grid; gap: 10px; margin-top: 10px; align-items: start;",
     "    grid-template-columns: repeat(auto-fill, minmax(max(100px, 11%), 1fr)); }",
-    "figure { margin: 0; min-width: 0; }",
-    ".image { position: relative; aspect-ratio: 1; }",
-    ".image > * { position: absolute; width: 100%; height: 100%; }",
-    ".image > canvas { image-rendering: pixelated; }",
+    /* the mask lies on the image */
+    "figure { display: grid; grid-template-columns: 100%; margin: 0; }",
+    "img, canvas { grid-area: 1 / 1; width: 100%; aspect-ratio: 1; }",
+    "canvas { image-rendering: pixelated; }",
     "#masked:not(:checked) ~ #figures canvas { display: none; }",
     "</style>",
     /* The list of latents, then one latent with its images. */
@@ -9553,9 +9552,8 @@ static const char *const atlas_page[] = {
     "    $('figures').replaceChildren();",
     "    for (const [number, activation, label, title, mask] of images) {",
     "        const figure = make('figure', $('figures'), { title });",
-    "        const image = make('div', figure, { className: 'image' });",
-    "        make('img', image, { src: 'data/' + number + '.jpg', alt: title });",
-    "        const veil = make('canvas', image, { width: data.grid, height: data.grid });",
+    "        make('img', figure, { src: 'data/' + number + '.jpg', alt: title });",
+    "        const veil = make('canvas', figure, { width: data.grid, height: data.grid });",
     "        const g = veil.getContext('2d');",
     "        g.fillStyle = 'gray';",
     "        for (let p = 0; p < mask.length; p++) {",
@@ -9609,6 +9607,7 @@ static int write_jpeg(const sc_output *out, const unsigned char *pixels, size_t 
     char *argument[] = { "cjpeg", "-quality", "85", "-outfile", out->temporary, NULL };
     char words[256];
     child_process child;
+    /* the image as PPM is its standard input */
     FILE *ppm = tmpfile();
     if (!ppm) return fail("a temporary file cannot be made: %s", strerror(errno));
     fprintf(ppm, "P6\n%zu %zu\n255\n", S, S);
@@ -9619,6 +9618,7 @@ static int write_jpeg(const sc_output *out, const unsigned char *pixels, size_t 
     fclose(ppm);
     if (error == ENOENT || error == EACCES) return SC_END;
     if (error) return fail("cjpeg cannot be started: %s", strerror(error));
+    /* 127 is how some systems report that there is no such program */
     int ended = end_child(&child, NULL, words, sizeof words);
     if (ended == 0) return SC_OK;
     if (WIFEXITED(ended) && WEXITSTATUS(ended) == 127) return SC_END;
@@ -9677,16 +9677,18 @@ static void keep_masks(viewer *v, char *masks) {
     for (size_t slot = 0; slot < stats->n * stats->K; slot++) {
         int64_t image = stats->top[slot].image;
         if (image < first || image > last) continue;
+        /* the masks of this latent, and the image's place in the batch */
         size_t j = slot / stats->K;
         size_t i = 0;
         if (j != found) find_masks(v, j);
         found = j;
         while ((int64_t)f->image[i] != image) i++;
+        /* as digits */
         double largest = stats->patch[j * stats->P].value;
         for (size_t p = 0; p < v->patches; p++) {
             double value = v->mask[i * v->patches + p];
             int level = 0;
-            if (value > 0) level = (int)ceil(15 * fmin(value / largest, 1));
+            if (value > 0 && largest > 0) level = (int)ceil(15 * fmin(value / largest, 1));
             masks[slot * v->patches + p] = "0123456789abcdef"[level];
         }
     }
