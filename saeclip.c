@@ -7852,21 +7852,17 @@ static int move_statistics(const statistics *s, const sc_safetensors *file, sc_w
     return SC_OK;
 }
 
-/* The numbers in the metadata of statistics; the digests are hexadecimal. */
-static const char *const statistics_keys[] = { "images", "tokens_per_image", "first_patch",
-                                               "data_digest", "sae_digest" };
-
 static int write_statistics(sc_writer *w, void *context) {
     const statistics *s = context;
-    const uintmax_t number[] = { s->images, s->T, s->first_patch, s->data_digest, s->sae_digest };
     char edges[HISTOGRAM_BINS * 20 + 32], *end = edges;      /* of the histogram's bins */
     for (int i = 0; i <= HISTOGRAM_BINS; i++)
         end += sprintf(end, "%c%.9g", i ? ',' : '[', bin_edge(i));
     strcpy(end, "]");
-    for (size_t i = 0; i < COUNT(number); i++)
-        SC_TRY(put_metadata(w, statistics_keys[i], i < 3 ? "%ju" : "%016jx", number[i]));
-    SC_TRY(put_origin(w, &s->origin));
     SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
+    SC_TRY(put_metadata(w, "images", "%ju", (uintmax_t)s->images));
+    SC_TRY(put_metadata(w, "data_digest", "%016jx", (uintmax_t)s->data_digest));
+    SC_TRY(put_metadata(w, "sae_digest", "%016jx", (uintmax_t)s->sae_digest));
+    SC_TRY(put_origin(w, &s->origin));
     if (s->shards > 1) SC_TRY(put_metadata(w, "shard", "%zu/%zu", s->shard, s->shards));
     if (s->class_name) SC_TRY(write_name_list(w, "class_names", s->class_name, s->classes));
     if (s->threshold >= 0) SC_TRY(put_metadata(w, "threshold", "%.17g", s->threshold));
@@ -7887,48 +7883,44 @@ static int command_stats(session *s) {
     return save_statistics(&s->stats[0], s->o->output);
 }
 
-/* Whether a tensor is a matrix that has elements. */
-static int is_matrix(const sc_tensor *t) { return t && t->rank == 2 && t->count > 0; }
-
 /* Reads statistics from an open file into new arrays. */
 static int load_statistics(statistics *s, const sc_safetensors *file, memory_list *memory) {
     const sc_tensor *top = sc_tensor_find(file, "max_activating_image_values");
     const sc_tensor *patch = sc_tensor_find(file, "max_activating_patch_values");
     const sc_tensor *counts = sc_tensor_find(file, "class_counts");
-    const char *threshold = sc_metadata_find(file, "threshold");
+    const char *images = sc_metadata_find(file, "images");
+    const char *data = sc_metadata_find(file, "data_digest");
+    const char *sae = sc_metadata_find(file, "sae_digest");
     const char *shard = sc_metadata_find(file, "shard");
+    const char *threshold = sc_metadata_find(file, "threshold");
     const char *classes = sc_metadata_find(file, "class_names");
-    unsigned long long number[COUNT(statistics_keys)] = { 0 };
     size_t part = 1, parts = 1;
-    int valid = is_matrix(top) && is_matrix(patch) && (!counts || is_matrix(counts));
+    int valid = top && top->rank == 2 && patch && patch->rank == 2 && images && data && sae;
     if (shard) valid &= parse_shard(shard, &part, &parts);
-    for (size_t i = 0; i < COUNT(number); i++) {
-        const char *text = sc_metadata_find(file, statistics_keys[i]);
-        if (text) number[i] = strtoull(text, NULL, i < 3 ? 10 : 16);
-        else valid = 0;
-    }
     if (!valid) return fail("%s: not statistics (expected a file that stats wrote)", file->path);
-    *s = (statistics){ .n = top->shape[0], .K = top->shape[1], .P = patch->shape[1],
-                       .images = number[0], .T = (size_t)number[1],
-                       .first_patch = (size_t)number[2], .data_digest = number[3],
-                       .sae_digest = number[4], .threshold = -1, .shard = part, .shards = parts };
-    if (counts) s->classes = counts->shape[0];
-    if (threshold) s->threshold = atof(threshold);
-    SC_TRY(read_origin(&s->origin, file));
 
-    /* The names of the classes, which are no longer than the list that they come from. */
+    /* Sizes and settings. */
+    *s = (statistics){
+        .n = top->shape[0], .K = top->shape[1], .P = patch->shape[1],
+        .images = strtoull(images, NULL, 10), .data_digest = strtoull(data, NULL, 16),
+        .sae_digest = strtoull(sae, NULL, 16), .threshold = -1, .shard = part, .shards = parts };
+    if (threshold) s->threshold = atof(threshold);
+    if (counts) s->classes = counts->shape[0];
+    SC_TRY(read_origin(&s->origin, file));
+    s->first_patch = strcmp(s->origin.text[SC_TOKENS], "patches") != 0;
+
+    /* The names of the classes: no more bytes, and no more names, than the list has bytes. */
     if (classes) {
+        size_t length = strlen(classes);
         char **name, *text;
+        const array_spec arrays[] = { ARRAY(s->class_name, length, 1), ARRAY(text, length, 1) };
+        SC_TRY(new_arrays(memory, arrays, COUNT(arrays)));
         SC_TRY(json_string_array(classes, file->path, &name, &s->classes));
-        const array_spec arrays[] = { ARRAY(s->class_name, s->classes, 1),
-                                      ARRAY(text, strlen(classes), 1) };
-        int status = new_arrays(memory, arrays, COUNT(arrays));
-        for (size_t c = 0; c < s->classes && status == SC_OK; c++) {
+        for (size_t c = 0; c < s->classes; c++) {
             s->class_name[c] = strcpy(text, name[c]);
             text += strlen(text) + 1;
         }
         free(name);
-        SC_TRY(status);
     }
     SC_TRY(new_statistics(s, memory, counts != NULL));
     return move_statistics(s, file, NULL);
@@ -7944,9 +7936,8 @@ static int read_statistics(statistics *s, const char *path, memory_list *memory)
 }
 
 /* Reads a shard and adds it to `all`, the shards before it. Sums are exact and lists keep the
- * largest in one order, so that the shards may come in any order. first: the path of the first
- * shard; seen: [shards + 1] */
-static int add_shard(statistics *all, const char *path, const char *first, unsigned char *seen,
+ * largest in one order, so that the shards may come in any order. seen: [shards + 1] */
+static int add_shard(statistics *all, const char *path, unsigned char *seen,
                      memory_list *memory) {
     statistics part;
     const char *differs = NULL;
@@ -7962,7 +7953,7 @@ static int add_shard(statistics *all, const char *path, const char *first, unsig
     if (!same) differs = "--top, --top-patches, --class-counts or --threshold";
     if (part.data_digest != all->data_digest) differs = "data set";
     if (part.sae_digest != all->sae_digest) differs = "SAE";
-    if (differs) return fail("%s: differs from %s in its %s", path, first, differs);
+    if (differs) return fail("%s: differs from the first shard in its %s", path, differs);
     if (seen[part.shard]++)
         return fail("%s: shard %zu of %zu is given twice", path, part.shard, part.shards);
 
@@ -7992,16 +7983,15 @@ static int command_merge(session *s) {
     SC_TRY(try_output(s->o->output));
     SC_TRY(read_statistics(&all, path[0], &s->memory));
     seen[all.shard] = 1;
-    for (size_t i = 1; path[i]; i++) {
+    size_t files = 1;
+    for (; path[files]; files++) {
         memory_list memory = NULL;
-        int status = add_shard(&all, path[i], path[0], seen, &memory);
+        int status = add_shard(&all, path[files], seen, &memory);
         release(&memory);
         SC_TRY(status);
     }
-    for (size_t i = 1; i <= all.shards; i++)
-        if (!seen[i])
-            return fail("%s: one of %zu shards, of which shard %zu is missing", path[0],
-                        all.shards, i);
+    if (files < all.shards)
+        return fail("%s: one of %zu shards (expected all of them)", path[0], all.shards);
     all.shards = 1;
     return save_statistics(&all, s->o->output);
 }
@@ -8023,9 +8013,8 @@ static void print_text(metric (*row)[EVAL_COLUMNS], size_t rows) {
         printf("%-28s", row[0][c].name);
         for (size_t r = 0; r < rows; r++) {
             const metric *m = &row[r][c];
-            int digits = m->number == floor(m->number) ? 9 : 4;
             if (m->text) printf("  %22s", shown(m->text));
-            else printf("  %22.*g", digits, m->number);
+            else printf("  %22.9g", m->number);
         }
         puts("");
     }
@@ -8079,8 +8068,9 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *path, c
     double error = running_total(&s->squared_error);
     double active = running_total(&s->l0), sum_f = running_total(&s->l1);
     double x2 = 0, mean2 = 0, explained = 0, activation = 0;
-    double means = 0, always = 0, on[3] = { 0 };             /* on: latents on 0, 1, 2 images */
-    double entropy = 0, entropies = 0;                       /* their sum and number */
+    double means = 0, entropy = 0, entropies = 0;            /* sums; latents that have an entropy */
+    double always = 0, on[3] = { 0 };                        /* latents; on 0, 1, 2 images */
+    double mean_entropy = -1;
     for (size_t d = 0; d < s->D; d++) {
         double mean = running_total(&s->x[d][0]) / tokens;
         mean2 += mean * mean;
@@ -8098,6 +8088,8 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *path, c
         entropies += e >= 0;
         if (e >= 0) entropy += e;
     }
+    if (on[0] < n) means /= n - on[0];
+    if (entropies > 0) mean_entropy = entropy / entropies;
     if (sae->threshold) kind = "JumpReLU";
     if (sae->topk) kind = "TopK";
     if (sae->hook >= 0) hook = hook_names[sae->hook];
@@ -8113,11 +8105,11 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *path, c
         { "explained_variance", NULL, explained },
         { "explained_variance_uncentred", NULL, 1 - error / x2 },
         { "mean_activation", NULL, activation },
-        { "mean_sae_mean_acts", NULL, on[0] < n ? means / (n - on[0]) : 0 },
+        { "mean_sae_mean_acts", NULL, means },
         { "l0", NULL, active / tokens },
         { "l0_fraction", NULL, active / tokens / n },
         { "l1", NULL, sum_f / tokens },                      /* without lambda */
-        { "entropy_mean", NULL, entropies > 0 ? entropy / entropies : -1 },
+        { "entropy_mean", NULL, mean_entropy },
         { "entropy_sum", NULL, entropy },
         { "entropy_latents", NULL, entropies },
         { "dead", NULL, on[0] },
@@ -8157,18 +8149,19 @@ static int write_data_set(sc_writer *w, void *context) {
     feed *f = &s->data;
     const sc_images *set = &f->set;
     const sc_preprocess *prep = &f->preprocess;
-    const sc_tap *tap = f->taps > 0 ? f->tap : NULL;         /* NULL: images */
+    const sc_tap *tap = &f->tap[0];
+    const int pack = f->taps == 0;
     sc_dtype dtype = strcmp(s->o->dtype, "f16") == 0 ? SC_F16 : SC_F32;
     size_t S = (size_t)prep->size, images = 0;
     const size_t pixels[] = { SC_ROWS, S, S, 3 }, rows[] = { SC_ROWS, f->T, f->D };
     char **name;                                             /* [images] */
     int status;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    if (tap) SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, rows));
-    else SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, pixels));
+    if (pack) SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, pixels));
+    else SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, rows));
     while ((status = next_encoded(s, set->count)) == SC_OK) {
-        if (!tap) SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
-        for (size_t t = 0; tap && t < f->count * f->T; t++)
+        if (pack) SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
+        for (size_t t = 0; !pack && t < f->count * f->T; t++)
             SC_TRY(sc_writer_floats(w, tap->out + t * f->stride, f->D));
     }
     if (status != SC_END) return status;
@@ -8183,11 +8176,11 @@ static int write_data_set(sc_writer *w, void *context) {
         if (set->classes > 0) SC_TRY(sc_writer_integers(w, &image->label, 1));
     }
     if (set->class_name) SC_TRY(write_name_list(w, "class_names", set->class_name, set->classes));
-    if (!tap && prep->square > 0) {
+    if (pack && prep->square > 0) {
         SC_TRY(put_metadata(w, "square", "%d", prep->square));
         SC_TRY(sc_writer_metadata(w, "crop", prep->crop_hf ? "hf" : "torchvision"));
     }
-    if (!tap) return *name[0] ? write_name_list(w, "file_names", name, images) : SC_OK;
+    if (pack) return *name[0] ? write_name_list(w, "file_names", name, images) : SC_OK;
 
     /* Activations name their origin. Without the missing images it is another data set. */
     snprintf(f->origin.text[SC_LAYER], sizeof *f->origin.text, "%zu", tap->layer);
@@ -8211,8 +8204,8 @@ static int command_extract(session *s) {
 static int command_pack(session *s) {
     const options *o = s->o;
     const sc_images *set = &s->data.set;
-    size_t square = o->square > 0 ? (size_t)o->square : 0;
-    size_t side = square ? square : (size_t)o->size;
+    size_t side = (size_t)o->size, square = 0;
+    if (o->square > 0) side = square = (size_t)o->square;
     SC_TRY(open_photos(&s->data, o));
     set_preprocessing(&s->data, side, square, o->crop ? o->crop : "torchvision");
     size_t room = 4096 + names_room(set->class_name, set->classes, 4);
@@ -8230,44 +8223,48 @@ static int spool_failed(void) {
     return fail("a temporary file cannot be written or read: %s", strerror(errno));
 }
 
-/* Appends the rows of the current batch to the temporary files, token by token. f: [TILE_TOKENS, n],
- * the codes of a tile; sum: [n], of the codes of an image so far */
-static int spool_batch(session *s, float *f, double *sum) {
+/* The sum of f_j over the batch's tokens from `first` up to, but without, `end`. */
+static double sum_codes(const sae_batch *b, size_t j, size_t first, size_t end) {
+    double sum = 0;
+    for (size_t i = 0; i < b->tiles; i++) {
+        code_walk w = walk_codes(&b->tile[i], j);
+        while (next_code(&w)) {
+            size_t token = b->tile[i].first + w.token;
+            if (token >= first && token < end) sum += w.value;
+        }
+    }
+    return sum;
+}
+
+/* Appends the current batch to the temporary files. f: [TILE_TOKENS, n], for the codes of a tile */
+static void spool_batch(session *s, float *f) {
     const sae_batch *b = &s->batch[0];
-    FILE **spool = s->spool, *dense = spool[3], *output = spool[4], *means = spool[5];
+    FILE **spool = s->spool;
     size_t T = s->data.T, n = b->sae->d_sae;
     for (size_t i = 0; i < b->tiles; i++) {
         const tile_codes *tile = &b->tile[i];
-        memset(f, 0, tile->tokens * n * sizeof *f);
+        size_t first = s->data.used * T + tile->first, count = tile->tokens * n;
+        memset(f, 0, count * sizeof *f);                     /* from latents to tokens */
         for (size_t j = 0; j < n; j++) {
             code_walk w = walk_codes(tile, j);
             while (next_code(&w)) f[w.token * n + j] = w.value;
         }
-        for (size_t t = 0; t < tile->tokens; t++) {
-            const float *code = f + t * n, *x = b->output + (tile->first + t) * b->sae->stride;
-            int64_t row = (int64_t)(s->data.used * T + tile->first + t);
-            for (size_t j = 0; j < n; j++) {
-                int64_t index = (int64_t)j;
-                if (!(code[j] > 0)) continue;
-                fwrite(&row, sizeof row, 1, spool[0]);
-                fwrite(&index, sizeof index, 1, spool[1]);
-                fwrite(&code[j], sizeof *code, 1, spool[2]);
-                sum[j] += code[j];
-            }
-            if (dense) fwrite(code, sizeof *code, n, dense);
-            if (output) fwrite(x, sizeof *x, b->sae->d_in, output);
-            if ((size_t)(row + 1) % T != 0) continue;
-            for (size_t j = 0; j < n && means; j++) {        /* the image's last token */
-                float mean = (float)(sum[j] / (double)T);
-                fwrite(&mean, sizeof mean, 1, means);
-            }
-            memset(sum, 0, n * sizeof *sum);
+        for (size_t e = 0; e < count; e++) {
+            int64_t row = (int64_t)(first + e / n), index = (int64_t)(e % n);
+            if (!(f[e] > 0)) continue;
+            fwrite(&row, sizeof row, 1, spool[0]);
+            fwrite(&index, sizeof index, 1, spool[1]);
+            fwrite(&f[e], sizeof *f, 1, spool[2]);
         }
+        if (spool[3]) fwrite(f, sizeof *f, count, spool[3]);
     }
-    errno = EIO;                                             /* where an earlier write failed */
-    for (size_t i = 0; i < SPOOLS; i++)
-        if (spool[i] && (fflush(spool[i]) != 0 || ferror(spool[i]))) return spool_failed();
-    return SC_OK;
+    for (size_t t = 0; t < b->T && spool[4]; t++)
+        fwrite(b->output + t * b->sae->stride, sizeof *b->output, b->sae->d_in, spool[4]);
+    for (size_t e = 0; e < s->data.count * n && spool[5]; e++) {
+        size_t first = e / n * T;                            /* the image's first token */
+        float mean = (float)(sum_codes(b, e % n, first, first + T) / (double)T);
+        fwrite(&mean, sizeof mean, 1, spool[5]);
+    }
 }
 
 /* Copies the temporary files to tensors. */
@@ -8285,10 +8282,12 @@ static int write_codes(sc_writer *w, void *context) {
     for (size_t i = 0; i < SPOOLS; i++) {
         FILE *spool = s->spool[i];
         sc_dtype kind = i < 2 ? SC_I64 : SC_F32;             /* in the temporary file */
-        const size_t size = sc_dtype_size(kind), shape[] = { SC_ROWS, tensor[i].columns };
+        size_t size = sc_dtype_size(kind), shape[] = { SC_ROWS, tensor[i].columns };
+        int rank = 1 + (shape[1] > 0);
         if (!spool) continue;
-        rewind(spool);
-        SC_TRY(sc_writer_tensor(w, tensor[i].name, tensor[i].dtype, shape[1] ? 2 : 1, shape));
+        errno = EIO;                                         /* where an earlier write failed */
+        if (ferror(spool) || fseeko(spool, 0, SEEK_SET) != 0) return spool_failed();
+        SC_TRY(sc_writer_tensor(w, tensor[i].name, tensor[i].dtype, rank, shape));
         while ((count = fread(block, size, sizeof block / size, spool)) > 0)
             SC_TRY(sc_writer_values(w, block, count, kind));
         if (ferror(spool)) return spool_failed();
@@ -8300,21 +8299,17 @@ static int command_encode(session *s) {
     const options *o = s->o;
     const int wanted[SPOOLS] = { 1, 1, 1, o->dense, o->reconstruction, o->image_means };
     float *f;
-    double *sum;
     int status;
     SC_TRY(try_output(o->output));
     SC_TRY(open_session(s));
     for (size_t i = 0; i < SPOOLS; i++) {
-        if (!wanted[i]) continue;
-        s->spool[i] = tmpfile();
-        if (!s->spool[i]) return spool_failed();
+        if (wanted[i]) s->spool[i] = tmpfile();
+        if (wanted[i] && !s->spool[i]) return spool_failed();
     }
-    size_t n = s->sae[0].d_sae;
     s->batch[0].reconstruct = o->reconstruction;
-    const array_spec arrays[] = { ARRAY(f, TILE_TOKENS, n), ARRAY(sum, n, 1) };
-    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
+    SC_TRY(allocate(&s->memory, &f, TILE_TOKENS, s->sae[0].d_sae * sizeof *f));
     SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, s->data.set.count)) == SC_OK) SC_TRY(spool_batch(s, f, sum));
+    while ((status = next_encoded(s, s->data.set.count)) == SC_OK) spool_batch(s, f);
     if (status != SC_END) return status;
     return save_tensors(o->output, 4096, write_codes, s);
 }
@@ -8758,19 +8753,6 @@ static int print_table(const char *format, const table_cell *cells, size_t colum
     }
     puts(is_json ? "}\n]" : "");
     return end_of_output();
-}
-
-/* The sum of f_j over the batch's tokens from `first` up to, but without, `end`. */
-static double sum_codes(const sae_batch *b, size_t j, size_t first, size_t end) {
-    double sum = 0;
-    for (size_t i = 0; i < b->tiles; i++) {
-        code_walk w = walk_codes(&b->tile[i], j);
-        while (next_code(&w)) {
-            size_t token = b->tile[i].first + w.token;
-            if (token >= first && token < end) sum += w.value;
-        }
-    }
-    return sum;
 }
 
 /* --- explain --- */
