@@ -7766,6 +7766,7 @@ static int measure(session *s, int reconstruct) {
     f->set.limit = (size_t)((shard * count + round_up) / shards);
     size_t total = f->set.limit - f->drawn;
 
+    /* One set of statistics per SAE; all look at the same batch. */
     for (size_t i = 0; i < s->saes; i++) {
         s->batch[i].reconstruct = reconstruct;
         s->stats[i] = (statistics){
@@ -7778,6 +7779,8 @@ static int measure(session *s, int reconstruct) {
             .batch = &s->batch[i], .image = f->image, .label = f->label };
         SC_TRY(new_statistics(&s->stats[i], &f->memory, o->class_counts));
     }
+
+    /* The pass. */
     while ((status = next_encoded(s, total)) == SC_OK) {
         for (size_t i = 0; i < s->saes; i++) {
             s->stats[i].count = f->count;
@@ -7803,14 +7806,13 @@ static int move_statistics(const statistics *s, const sc_safetensors *file, sc_w
     sc_top *top = s->top, *patch = s->patch;                 /* [n, K], [n, P] */
     int64_t *bin = s->histogram[0], *class = s->class_counts;
     const size_t n = s->n, L = sizeof *l, E = sizeof *top, I = sizeof *bin;
-    /* An element is one number or two adjacent ones; in memory the elements lie `step` bytes apart,
-     * as members of a structure. */
     const struct {
         const char *name;
-        void *first;
-        size_t step;
+        void *first;                 /* its first element in memory */
+        size_t step;                 /* bytes from one element to the next */
         sc_dtype dtype;
-        size_t numbers, shape[4];    /* numbers: per element */
+        size_t numbers;              /* per element: one, or two adjacent ones */
+        size_t shape[4];             /* in the file; 0 ends it */
     } tensor[] = {
         { "sae_sparsity", &l->sparsity, L, SC_F32, 1, { n } },
         { "sae_mean_acts", &l->mean, L, SC_F32, 1, { n } },
@@ -7836,12 +7838,16 @@ static int move_statistics(const statistics *s, const sc_safetensors *file, sc_w
         int rank = 0;
         if (!place) continue;                            /* class_counts: not asked for */
         for (; shape[rank] > 0; rank++) count *= shape[rank];
+
+        /* The head of the tensor. */
         if (w) SC_TRY(sc_writer_tensor(w, tensor[i].name, dtype, rank, shape));
         else from = sc_tensor_find(file, tensor[i].name);
         if (!w && (!from || from->dtype != dtype || from->count != count
                    || memcmp(from->shape, shape, sizeof tensor->shape) != 0))
             return fail("%s: tensor %s is missing or does not fit the others", file->path,
                         tensor[i].name);
+
+        /* Its elements; floats must be finite. */
         for (size_t at = 0; at < count; at += numbers, place += tensor[i].step) {
             void *to = place;
             if (w) SC_TRY(sc_writer_values(w, place, numbers, dtype));
@@ -7852,13 +7858,13 @@ static int move_statistics(const statistics *s, const sc_safetensors *file, sc_w
     return SC_OK;
 }
 
+/* Writes the metadata, then the tensors. */
 static int write_statistics(sc_writer *w, void *context) {
     const statistics *s = context;
-    char edges[HISTOGRAM_BINS * 20 + 32], *end = edges;      /* of the histogram's bins */
+    fputs(",\"histogram_edges\":\"[", w->metadata);
     for (int i = 0; i <= HISTOGRAM_BINS; i++)
-        end += sprintf(end, "%c%.9g", i ? ',' : '[', bin_edge(i));
-    strcpy(end, "]");
-    SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
+        fprintf(w->metadata, "%s%.9g", i > 0 ? "," : "", bin_edge(i));
+    fputs("]\"", w->metadata);
     SC_TRY(put_metadata(w, "images", "%ju", (uintmax_t)s->images));
     SC_TRY(put_metadata(w, "data_digest", "%016jx", (uintmax_t)s->data_digest));
     SC_TRY(put_metadata(w, "sae_digest", "%016jx", (uintmax_t)s->sae_digest));
@@ -7957,7 +7963,7 @@ static int add_shard(statistics *all, const char *path, unsigned char *seen,
     if (seen[part.shard]++)
         return fail("%s: shard %zu of %zu is given twice", path, part.shard, part.shards);
 
-    /* Sums and lists. */
+    /* Sums, lists and counts. */
     all->images += part.images;
     for (size_t j = 0; j < n; j++) {
         latent_record *to = &all->latent[j];
@@ -8057,13 +8063,11 @@ static void print_json_list(metric (*row)[EVAL_COLUMNS], size_t rows) {
     puts("}\n]");
 }
 
-/* A row of eval's table: the metrics of sc_metrics_plain(), defined in section 5, from sums over
- * tokens; l0_fraction, which is l0 / n; and from the statistics of the latents
- *     mean_sae_mean_acts   the mean of sae_mean_acts over the latents that fire
- *     entropy_mean         the mean of top_entropy over the latents where it is defined */
+/* A row of eval's table: the metrics of sc_metrics_plain() in section 5, from sums over tokens, and
+ * what the statistics say of the latents. */
 static void evaluate(const statistics *s, const sc_sae *sae, const char *path, const char *data,
                      metric row[EVAL_COLUMNS]) {
-    const char *start = sae->b_dec_start, *kind = "ReLU", *hook = "?", *bias = "?";
+    const char *kind = "ReLU", *hook = "?", *bias = "?";
     double n = (double)s->n, tokens = (double)(s->images * s->T), numbers = tokens * (double)s->D;
     double error = running_total(&s->squared_error);
     double active = running_total(&s->l0), sum_f = running_total(&s->l1);
@@ -8071,7 +8075,7 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *path, c
     double means = 0, entropy = 0, entropies = 0;            /* sums; latents that have an entropy */
     double always = 0, on[3] = { 0 };                        /* latents; on 0, 1, 2 images */
     double mean_entropy = -1;
-    for (size_t d = 0; d < s->D; d++) {
+    for (size_t d = 0; d < s->D; d++) {                      /* the variance about the mean token */
         double mean = running_total(&s->x[d][0]) / tokens;
         mean2 += mean * mean;
         x2 += running_total(&s->x[d][1]);
@@ -8085,34 +8089,35 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *path, c
         means += mean_activation(&s->latent[j]);
         always += images == (int64_t)s->images;
         if (images < 3) on[images]++;
-        entropies += e >= 0;
-        if (e >= 0) entropy += e;
+        if (e < 0) continue;                                 /* not defined */
+        entropy += e;
+        entropies++;
     }
     if (on[0] < n) means /= n - on[0];
     if (entropies > 0) mean_entropy = entropy / entropies;
     if (sae->threshold) kind = "JumpReLU";
     if (sae->topk) kind = "TopK";
     if (sae->hook >= 0) hook = hook_names[sae->hook];
-    if (start) bias = strstr(start, "geomedian") ? "yes" : "no";
+    if (sae->b_dec_start) bias = strstr(sae->b_dec_start, "geomedian") ? "yes" : "no";
     const metric cells[EVAL_COLUMNS] = {
         { "sae", path, 0 },
         { "data", data, 0 },
         { "output", hook, 0 },
         { "activation", kind, 0 },
-        { "geometric_bias", bias, 0 },
-        { "mse", NULL, running_total(&s->mse) / numbers },
+        { "geometric_bias", bias, 0 },                       /* where b_dec started */
+        { "mse", NULL, running_total(&s->mse) / numbers },   /* over ||x||, PatchSAE's */
         { "mse_raw", NULL, error / numbers },
         { "explained_variance", NULL, explained },
         { "explained_variance_uncentred", NULL, 1 - error / x2 },
-        { "mean_activation", NULL, activation },
-        { "mean_sae_mean_acts", NULL, means },
+        { "mean_activation", NULL, activation },             /* of active latents */
+        { "mean_sae_mean_acts", NULL, means },               /* of latents that fire */
         { "l0", NULL, active / tokens },
         { "l0_fraction", NULL, active / tokens / n },
         { "l1", NULL, sum_f / tokens },                      /* without lambda */
-        { "entropy_mean", NULL, mean_entropy },
+        { "entropy_mean", NULL, mean_entropy },              /* where it is defined */
         { "entropy_sum", NULL, entropy },
         { "entropy_latents", NULL, entropies },
-        { "dead", NULL, on[0] },
+        { "dead", NULL, on[0] },                             /* numbers of latents */
         { "every_image", NULL, always },
         { "one_image", NULL, on[1] },
         { "two_images", NULL, on[2] },
@@ -8142,8 +8147,8 @@ static int command_eval(session *s) {
 
 /* --- extract and pack --- */
 
-/* Writes images, [N, S, S, 3], or the activations at a hook point, [N, T, D]; then the labels, where
- * there are any, and the names. */
+/* Writes images, [N, S, S, 3], or the activations at a hook point, [N, T, D]; with them the labels,
+ * where there are any, and the names. */
 static int write_data_set(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
@@ -8156,17 +8161,20 @@ static int write_data_set(sc_writer *w, void *context) {
     const size_t pixels[] = { SC_ROWS, S, S, 3 }, rows[] = { SC_ROWS, f->T, f->D };
     char **name;                                             /* [images] */
     int status;
+    if (set->class_name) SC_TRY(write_name_list(w, "class_names", set->class_name, set->classes));
+
+    /* Pixels or activations, batch by batch. */
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     if (pack) SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, pixels));
     else SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, rows));
     while ((status = next_encoded(s, set->count)) == SC_OK) {
         if (pack) SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
-        for (size_t t = 0; !pack && t < f->count * f->T; t++)
+        for (size_t t = 0; t < f->count * f->T; t++)         /* pack: T is 0 */
             SC_TRY(sc_writer_floats(w, tap->out + t * f->stride, f->D));
     }
     if (status != SC_END) return status;
 
-    /* An image that was passed over as bad has lost its name and is not in the file. */
+    /* Labels. An image that was passed over as bad has lost its name and is not in the file. */
     SC_TRY(allocate(&s->memory, &name, set->count, sizeof *name));
     if (set->classes > 0) SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, rows));
     for (size_t i = 0; i < set->count; i++) {
@@ -8175,19 +8183,20 @@ static int write_data_set(sc_writer *w, void *context) {
         name[images++] = (char *)(uintptr_t)image->name;
         if (set->classes > 0) SC_TRY(sc_writer_integers(w, &image->label, 1));
     }
-    if (set->class_name) SC_TRY(write_name_list(w, "class_names", set->class_name, set->classes));
-    if (pack && prep->square > 0) {
+
+    /* What activations are of; another data set, if images are missing. What a packed set is of. */
+    if (!pack) {
+        snprintf(f->origin.text[SC_LAYER], sizeof *f->origin.text, "%zu", tap->layer);
+        strcpy(f->origin.text[SC_HOOK], hook_names[tap->hook]);
+        SC_TRY(put_origin(w, &f->origin));
+        uintmax_t digest = set->digest + set->count - images;
+        return put_metadata(w, "data_digest", "%016jx", digest);
+    }
+    if (prep->square > 0) {
         SC_TRY(put_metadata(w, "square", "%d", prep->square));
         SC_TRY(sc_writer_metadata(w, "crop", prep->crop_hf ? "hf" : "torchvision"));
     }
-    if (pack) return *name[0] ? write_name_list(w, "file_names", name, images) : SC_OK;
-
-    /* Activations name their origin. Without the missing images it is another data set. */
-    snprintf(f->origin.text[SC_LAYER], sizeof *f->origin.text, "%zu", tap->layer);
-    strcpy(f->origin.text[SC_HOOK], hook_names[tap->hook]);
-    SC_TRY(put_origin(w, &f->origin));
-    uintmax_t digest = set->digest + set->count - images;
-    return put_metadata(w, "data_digest", "%016jx", digest);
+    return *name[0] ? write_name_list(w, "file_names", name, images) : SC_OK;
 }
 
 static int command_extract(session *s) {
@@ -8239,16 +8248,20 @@ static double sum_codes(const sae_batch *b, size_t j, size_t first, size_t end) 
 /* Appends the current batch to the temporary files. f: [TILE_TOKENS, n], for the codes of a tile */
 static void spool_batch(session *s, float *f) {
     const sae_batch *b = &s->batch[0];
-    FILE **spool = s->spool;
+    FILE **spool = s->spool;                                 /* in the order of write_codes() */
     size_t T = s->data.T, n = b->sae->d_sae;
     for (size_t i = 0; i < b->tiles; i++) {
         const tile_codes *tile = &b->tile[i];
         size_t first = s->data.used * T + tile->first, count = tile->tokens * n;
-        memset(f, 0, count * sizeof *f);                     /* from latents to tokens */
+
+        /* Latent by latent becomes token by token. */
+        memset(f, 0, count * sizeof *f);
         for (size_t j = 0; j < n; j++) {
             code_walk w = walk_codes(tile, j);
             while (next_code(&w)) f[w.token * n + j] = w.value;
         }
+
+        /* The lists and f itself. */
         for (size_t e = 0; e < count; e++) {
             int64_t row = (int64_t)(first + e / n), index = (int64_t)(e % n);
             if (!(f[e] > 0)) continue;
@@ -8258,6 +8271,8 @@ static void spool_batch(session *s, float *f) {
         }
         if (spool[3]) fwrite(f, sizeof *f, count, spool[3]);
     }
+
+    /* Reconstructions, and the means of each image. */
     for (size_t t = 0; t < b->T && spool[4]; t++)
         fwrite(b->output + t * b->sae->stride, sizeof *b->output, b->sae->d_in, spool[4]);
     for (size_t e = 0; e < s->data.count * n && spool[5]; e++) {
@@ -8278,7 +8293,7 @@ static int write_codes(sc_writer *w, void *context) {
         { "f", SC_F32, n },                                  /* [tokens, n] */
         { "reconstruction", SC_F32, D },
         { "image_means", SC_F32, n } };                      /* [images, n] */
-    int64_t block[512];
+    int64_t block[512];                                      /* or twice as many floats */
     for (size_t i = 0; i < SPOOLS; i++) {
         FILE *spool = s->spool[i];
         sc_dtype kind = i < 2 ? SC_I64 : SC_F32;             /* in the temporary file */
@@ -8336,11 +8351,15 @@ static int match_classes(sc_images *set, const sc_model *model) {
     char **name = NULL;                              /* [names], of the model's classes */
     size_t names = 0, numbers = 0;
     int status = SC_OK;
+
+    /* What classes the folders and the model name. */
     for (size_t c = 0; c < folders; c++) {
         const char *folder = set->class_name[c];
         if (folder[strspn(folder, "0123456789")] == '\0') numbers++;
     }
     if (list) SC_TRY(json_string_array(list, model->file.path, &name, &names));
+
+    /* The images' labels. */
     for (size_t i = 0; i < set->count && status == SC_OK; i++) {
         int64_t *label = &set->image[i].label;
         if (folders > 0) {
@@ -8385,6 +8404,8 @@ static int command_zeroshot(session *s) {
     int status;
     SC_TRY(start_zeroshot(s));
     const size_t classes = f->model.classes;
+
+    /* The rank of the label among the logits; of equal logits the lower class comes first. */
     while ((status = next_encoded(s, f->set.count)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++) {
             const float *logit = f->logits + i * classes;
