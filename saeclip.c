@@ -7727,7 +7727,7 @@ static int next_encoded(session *s, size_t total) {
     show_progress("image", f->used, total, f->used, "");
     if (f->count == 0) return SC_END;
     for (size_t i = 0; i < s->saes; i++) {
-        const sc_tap *tap = &f->tap[s->tap[i]];
+        const sc_tap *tap = &f->tap[s->tap[i]];      /* out: [count T, stride] */
         if (tap->replace) continue;                  /* the forward pass has run the SAE */
         SC_TRY(run_sae(&s->batch[i], tap->out, f->count * f->T));
         if (check_batch(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
@@ -7750,7 +7750,7 @@ static int parse_shard(const char *text, size_t *shard, size_t *shards) {
 static int measure(session *s, int reconstruct) {
     const options *o = s->o;
     feed *f = &s->data;
-    size_t shard = 1, shards = 1, bad = 0;
+    size_t shard = 1, shards = 1, bad = 0;           /* 1 of 1: all images */
     int status;
     if (o->shard && !parse_shard(o->shard, &shard, &shards))
         return usage("--shard: invalid value '%s' (expected I/N, I from 1 to N, N at most %d)",
@@ -7905,12 +7905,12 @@ static int load_statistics(statistics *s, const sc_safetensors *file, memory_lis
     if (shard) valid &= parse_shard(shard, &part, &parts);
     if (!valid) return fail("%s: not statistics (expected a file that stats wrote)", file->path);
 
-    /* Sizes and settings. */
+    /* Sizes and settings. The other shapes are checked when the tensors are read. */
     *s = (statistics){
         .n = top->shape[0], .K = top->shape[1], .P = patch->shape[1],
         .images = strtoull(images, NULL, 10), .data_digest = strtoull(data, NULL, 16),
         .sae_digest = strtoull(sae, NULL, 16), .threshold = -1, .shard = part, .shards = parts };
-    if (threshold) s->threshold = atof(threshold);
+    if (threshold) s->threshold = atof(threshold);           /* else images were counted */
     if (counts) s->classes = counts->shape[0];
     SC_TRY(read_origin(&s->origin, file));
     s->first_patch = strcmp(s->origin.text[SC_TOKENS], "patches") != 0;
@@ -8063,16 +8063,17 @@ static void print_json_list(metric (*row)[EVAL_COLUMNS], size_t rows) {
     puts("}\n]");
 }
 
-/* A row of eval's table: the metrics of sc_metrics_plain() in section 5, from sums over tokens, and
- * what the statistics say of the latents. */
+/* A row of eval's table: the metrics of sc_metrics_plain() in section 5, from sums over tokens,
+ * and what the statistics say of the latents. */
 static void evaluate(const statistics *s, const sc_sae *sae, const char *path, const char *data,
                      metric row[EVAL_COLUMNS]) {
     const char *kind = "ReLU", *hook = "?", *bias = "?";
     double n = (double)s->n, tokens = (double)(s->images * s->T), numbers = tokens * (double)s->D;
-    double error = running_total(&s->squared_error);
-    double active = running_total(&s->l0), sum_f = running_total(&s->l1);
+    double error = running_total(&s->squared_error);         /* sum of ||x' - x||^2 */
+    double active = running_total(&s->l0);                   /* how many f are above 0 */
+    double sum_f = running_total(&s->l1);
     double x2 = 0, mean2 = 0, explained = 0, activation = 0;
-    double means = 0, entropy = 0, entropies = 0;            /* sums; latents that have an entropy */
+    double means = 0, entropy = 0, entropies = 0;            /* sums; latents with an entropy */
     double always = 0, on[3] = { 0 };                        /* latents; on 0, 1, 2 images */
     double mean_entropy = -1;
     for (size_t d = 0; d < s->D; d++) {                      /* the variance about the mean token */
@@ -8129,7 +8130,7 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *path, c
 static int command_eval(session *s) {
     options *o = s->o;
     const char **data = o->acts ? &o->acts : &o->operand[0];
-    metric row[2 * SC_MAX_TAPS][EVAL_COLUMNS];
+    metric row[2 * SC_MAX_TAPS][EVAL_COLUMNS];               /* of at most two data sets */
     size_t rows = 0;
     do {
         SC_TRY(measure(s, 1));
@@ -8147,8 +8148,8 @@ static int command_eval(session *s) {
 
 /* --- extract and pack --- */
 
-/* Writes images, [N, S, S, 3], or the activations at a hook point, [N, T, D]; with them the labels,
- * where there are any, and the names. */
+/* Writes images, [N, S, S, 3], or activations at a hook point, [N, T, D]; with them the labels,
+ * where there are any, and names. */
 static int write_data_set(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
@@ -8245,7 +8246,7 @@ static double sum_codes(const sae_batch *b, size_t j, size_t first, size_t end) 
     return sum;
 }
 
-/* Appends the current batch to the temporary files. f: [TILE_TOKENS, n], for the codes of a tile */
+/* Appends the current batch to the temporary files. f: [TILE_TOKENS, n], a tile's codes */
 static void spool_batch(session *s, float *f) {
     const sae_batch *b = &s->batch[0];
     FILE **spool = s->spool;                                 /* in the order of write_codes() */
@@ -8296,7 +8297,7 @@ static int write_codes(sc_writer *w, void *context) {
     int64_t block[512];                                      /* or twice as many floats */
     for (size_t i = 0; i < SPOOLS; i++) {
         FILE *spool = s->spool[i];
-        sc_dtype kind = i < 2 ? SC_I64 : SC_F32;             /* in the temporary file */
+        sc_dtype kind = i < 2 ? SC_I64 : SC_F32;             /* of its numbers in the file */
         size_t size = sc_dtype_size(kind), shape[] = { SC_ROWS, tensor[i].columns };
         int rank = 1 + (shape[1] > 0);
         if (!spool) continue;
@@ -8312,6 +8313,7 @@ static int write_codes(sc_writer *w, void *context) {
 
 static int command_encode(session *s) {
     const options *o = s->o;
+    /* In the order of write_codes(). */
     const int wanted[SPOOLS] = { 1, 1, 1, o->dense, o->reconstruction, o->image_means };
     float *f;
     int status;
@@ -8366,9 +8368,9 @@ static int match_classes(sc_images *set, const sc_model *model) {
             const char *folder = set->class_name[*label];
             size_t c = 0;
             while (c < names && strcmp(name[c], folder) != 0) c++;
-            if (c < names) *label = (int64_t)c;
+            if (c < names) *label = (int64_t)c;                      /* by name */
             else if (!list && numbers == folders) *label = strtoll(folder, NULL, 10);
-            else if (list || folders != model->classes) *label = -1;
+            else if (list || folders != model->classes) *label = -1; /* not even by rank */
         }
         if (*label < 0 || *label >= (int64_t)model->classes)
             status = fail("image %zu %s: not in one of the model's %zu classes (expected a folder "
