@@ -7839,7 +7839,7 @@ static int move_statistics(const statistics *s, const sc_safetensors *file, sc_w
         if (!place) continue;                            /* class_counts: not asked for */
         for (; shape[rank] > 0; rank++) count *= shape[rank];
 
-        /* The head of the tensor. */
+        /* Its entry in the header. */
         if (w) SC_TRY(sc_writer_tensor(w, tensor[i].name, dtype, rank, shape));
         else from = sc_tensor_find(file, tensor[i].name);
         if (!w && (!from || from->dtype != dtype || from->count != count
@@ -7946,7 +7946,7 @@ static int read_statistics(statistics *s, const char *path, memory_list *memory)
 static int add_shard(statistics *all, const char *path, unsigned char *seen,
                      memory_list *memory) {
     statistics part;
-    const char *differs = NULL;
+    const char *differs = NULL;                              /* the first of the reasons below */
     size_t n = all->n, K = all->K, P = all->P;
     SC_TRY(read_statistics(&part, path, memory));
 
@@ -7954,11 +7954,11 @@ static int add_shard(statistics *all, const char *path, unsigned char *seen,
     int same = part.n == n && part.K == K && part.P == P && part.threshold == all->threshold
             && !part.class_counts == !all->class_counts && part.classes == all->classes;
     size_t key = origin_difference(&part.origin, &all->origin);
-    if (key < SC_ORIGIN_KEYS) differs = origin_keys[key];
-    if (part.shards != all->shards) differs = "number of shards";
-    if (!same) differs = "--top, --top-patches, --class-counts or --threshold";
-    if (part.data_digest != all->data_digest) differs = "data set";
     if (part.sae_digest != all->sae_digest) differs = "SAE";
+    else if (part.data_digest != all->data_digest) differs = "data set";
+    else if (!same) differs = "--top, --top-patches, --class-counts or --threshold";
+    else if (part.shards != all->shards) differs = "number of shards";
+    else if (key < SC_ORIGIN_KEYS) differs = origin_keys[key];
     if (differs) return fail("%s: differs from the first shard in its %s", path, differs);
     if (seen[part.shard]++)
         return fail("%s: shard %zu of %zu is given twice", path, part.shard, part.shards);
@@ -7998,7 +7998,7 @@ static int command_merge(session *s) {
     }
     if (files < all.shards)
         return fail("%s: one of %zu shards (expected all of them)", path[0], all.shards);
-    all.shards = 1;
+    all.shards = 1;                                          /* now complete */
     return save_statistics(&all, s->o->output);
 }
 
@@ -8016,7 +8016,7 @@ typedef struct {
 /* One line per column, the rows side by side. */
 static void print_text(metric (*row)[EVAL_COLUMNS], size_t rows) {
     for (size_t c = 0; c < EVAL_COLUMNS; c++) {
-        printf("%-28s", row[0][c].name);
+        printf("%-28s", row[0][c].name);                     /* the longest name */
         for (size_t r = 0; r < rows; r++) {
             const metric *m = &row[r][c];
             if (m->text) printf("  %22s", shown(m->text));
@@ -8026,10 +8026,11 @@ static void print_text(metric (*row)[EVAL_COLUMNS], size_t rows) {
     }
 }
 
+/* A text as CSV has it: in quotes, and a quote within it is doubled. */
 static void print_csv_text(const char *text) {
     putchar('"');
     for (const char *c = shown(text); *c; c++) {
-        if (*c == '"') putchar('"');                 /* is doubled */
+        if (*c == '"') putchar('"');
         putchar(*c);
     }
     putchar('"');
@@ -8042,8 +8043,8 @@ static void print_csv(metric (*row)[EVAL_COLUMNS], size_t rows) {
         for (size_t c = 0; c < EVAL_COLUMNS; c++) {
             const metric *m = &row[r][c];
             putchar(c ? ',' : '\n');
-            if (!m->text) printf("%.9g", m->number);
-            else print_csv_text(m->text);
+            if (m->text) print_csv_text(m->text);
+            else printf("%.9g", m->number);
         }
     }
     puts("");
@@ -8094,7 +8095,7 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *path, c
         entropy += e;
         entropies++;
     }
-    if (on[0] < n) means /= n - on[0];
+    if (on[0] < n) means /= n - on[0];                       /* over latents that fire */
     if (entropies > 0) mean_entropy = entropy / entropies;
     if (sae->threshold) kind = "JumpReLU";
     if (sae->topk) kind = "TopK";
@@ -8158,7 +8159,7 @@ static int write_data_set(sc_writer *w, void *context) {
     const sc_tap *tap = &f->tap[0];
     const int pack = f->taps == 0;
     sc_dtype dtype = strcmp(s->o->dtype, "f16") == 0 ? SC_F16 : SC_F32;
-    size_t S = (size_t)prep->size, images = 0;
+    size_t S = (size_t)prep->size, images = 0;               /* images: in the file */
     const size_t pixels[] = { SC_ROWS, S, S, 3 }, rows[] = { SC_ROWS, f->T, f->D };
     char **name;                                             /* [images] */
     int status;
@@ -8185,7 +8186,7 @@ static int write_data_set(sc_writer *w, void *context) {
         if (set->classes > 0) SC_TRY(sc_writer_integers(w, &image->label, 1));
     }
 
-    /* What activations are of; another data set, if images are missing. What a packed set is of. */
+    /* Activations name their origin. If images are missing it is another data set. */
     if (!pack) {
         snprintf(f->origin.text[SC_LAYER], sizeof *f->origin.text, "%zu", tap->layer);
         strcpy(f->origin.text[SC_HOOK], hook_names[tap->hook]);
@@ -8193,6 +8194,8 @@ static int write_data_set(sc_writer *w, void *context) {
         uintmax_t digest = set->digest + set->count - images;
         return put_metadata(w, "data_digest", "%016jx", digest);
     }
+
+    /* A packed set tells how it was cropped. */
     if (prep->square > 0) {
         SC_TRY(put_metadata(w, "square", "%d", prep->square));
         SC_TRY(sc_writer_metadata(w, "crop", prep->crop_hf ? "hf" : "torchvision"));
@@ -8215,7 +8218,7 @@ static int command_pack(session *s) {
     const options *o = s->o;
     const sc_images *set = &s->data.set;
     size_t side = (size_t)o->size, square = 0;
-    if (o->square > 0) side = square = (size_t)o->square;
+    if (o->square > 0) side = square = (size_t)o->square;    /* the whole square is kept */
     SC_TRY(open_photos(&s->data, o));
     set_preprocessing(&s->data, side, square, o->crop ? o->crop : "torchvision");
     size_t room = 4096 + names_room(set->class_name, set->classes, 4);
@@ -8277,7 +8280,7 @@ static void spool_batch(session *s, float *f) {
     for (size_t t = 0; t < b->T && spool[4]; t++)
         fwrite(b->output + t * b->sae->stride, sizeof *b->output, b->sae->d_in, spool[4]);
     for (size_t e = 0; e < s->data.count * n && spool[5]; e++) {
-        size_t first = e / n * T;                            /* the image's first token */
+        size_t first = e / n * T;                            /* of the image's tokens */
         float mean = (float)(sum_codes(b, e % n, first, first + T) / (double)T);
         fwrite(&mean, sizeof mean, 1, spool[5]);
     }
@@ -8299,7 +8302,7 @@ static int write_codes(sc_writer *w, void *context) {
         FILE *spool = s->spool[i];
         sc_dtype kind = i < 2 ? SC_I64 : SC_F32;             /* of its numbers in the file */
         size_t size = sc_dtype_size(kind), shape[] = { SC_ROWS, tensor[i].columns };
-        int rank = 1 + (shape[1] > 0);
+        int rank = 1 + (shape[1] > 0);                       /* a list has no columns */
         if (!spool) continue;
         errno = EIO;                                         /* where an earlier write failed */
         if (ferror(spool) || fseeko(spool, 0, SEEK_SET) != 0) return spool_failed();
@@ -8354,7 +8357,7 @@ static int match_classes(sc_images *set, const sc_model *model) {
     size_t names = 0, numbers = 0;
     int status = SC_OK;
 
-    /* What classes the folders and the model name. */
+    /* The names of folders and classes. */
     for (size_t c = 0; c < folders; c++) {
         const char *folder = set->class_name[c];
         if (folder[strspn(folder, "0123456789")] == '\0') numbers++;
