@@ -7986,7 +7986,6 @@ static int command_merge(session *s) {
     const char *const *path = s->o->operand;
     unsigned char seen[MAX_OPERANDS + 1] = { 0 };            /* [shards + 1] */
     statistics all;
-    SC_TRY(try_output(s->o->output));
     SC_TRY(read_statistics(&all, path[0], &s->memory));
     seen[all.shard] = 1;
     size_t files = 1;
