@@ -7661,8 +7661,7 @@ static int train(const options *given) {
  * tasks/compute_sae_feature_data.py.
  * ============================================================================================ */
 
-/* The temporary files of `encode`, one per tensor. */
-enum { CODE_ROW, CODE_INDEX, CODE_VALUE, CODE_DENSE, CODE_OUTPUT, CODE_MEANS, SPOOLS };
+enum { SPOOLS = 6 };                 /* temporary files: one per tensor of `encode` */
 
 /* The state of a command: run_command() makes it, close_session() frees it. */
 typedef struct {
@@ -7681,28 +7680,25 @@ typedef struct {
 static int open_session(session *s) {
     const options *o = s->o;
     feed *f = &s->data;
-    for (; s->saes < o->saes; s->saes++)
+    for (s->saes = 0; s->saes < o->saes; s->saes++)
         SC_TRY(sc_sae_open(&s->sae[s->saes], o->sae[s->saes]));
     SC_TRY(open_feed(f, o, s->sae, s->saes));
     for (size_t i = 0; i < s->saes; i++) {
-        sc_sae *sae = &s->sae[i];
-        SC_TRY(connect_sae(f, sae, o, 0, &s->tap[i]));
-        SC_TRY(new_batch(&s->batch[i], sae, MEASURE_IMAGES * f->T));
+        SC_TRY(connect_sae(f, &s->sae[i], o, 0, &s->tap[i]));
+        SC_TRY(new_batch(&s->batch[i], &s->sae[i], MEASURE_IMAGES * f->T));
     }
     return SC_OK;
 }
 
-/* Closes the data and frees their statistics; the SAEs stay open. */
-static void close_data(session *s) {
-    for (size_t i = 0; i < SC_MAX_TAPS; i++) free_batch(&s->batch[i]);
-    close_feed(&s->data);
-}
-
+/* Frees everything; the session may be opened again. */
 static void close_session(session *s) {
-    close_data(s);
-    for (size_t i = 0; i < SC_MAX_TAPS; i++) sc_sae_close(&s->sae[i]);
+    for (size_t i = 0; i < SC_MAX_TAPS; i++) {
+        free_batch(&s->batch[i]);
+        sc_sae_close(&s->sae[i]);
+    }
     for (size_t i = 0; i < SPOOLS; i++)
         if (s->spool[i]) fclose(s->spool[i]);
+    close_feed(&s->data);
     release(&s->memory);
 }
 
@@ -7715,7 +7711,7 @@ static int next_encoded(session *s, size_t total) {
     show_progress("image", f->used, total, f->used, "");
     if (f->count == 0) return SC_END;
     for (size_t i = 0; i < s->saes; i++) {
-        const sc_tap *tap = &f->tap[s->tap[i]];
+        const sc_tap *tap = &f->tap[s->tap[i]];      /* out: [count T, stride] */
         if (tap->replace) continue;                  /* the forward pass has run the SAE */
         SC_TRY(run_sae(&s->batch[i], tap->out, f->count * f->T));
         if (check_batch(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
@@ -7727,41 +7723,34 @@ static int command_train(session *s) { return train(s->o); }
 
 /* Whether text is "I/N": part I, from 1, of N. */
 static int parse_shard(const char *text, size_t *shard, size_t *shards) {
-    int end = 0;
-    int read = sscanf(text, "%4zu/%4zu%n", shard, shards, &end);
-    return read == 2 && !text[end] && *shard > 0 && *shard <= *shards && *shards <= MAX_OPERANDS;
+    char more;
+    if (sscanf(text, "%4zu/%4zu%c", shard, shards, &more) != 2) return 0;
+    return *shard > 0 && *shard <= *shards && *shards <= MAX_OPERANDS;
 }
 
-/* Restricts the data to shard I of N: images from ceil((I - 1) count / N) up to, but without,
- * ceil(I count / N). Consecutive images are read fastest; the first shard is never empty. */
-static int take_shard(feed *f, statistics *s, const char *shard) {
-    uint64_t count = f->set.count;
-    if (!parse_shard(shard, &s->shard, &s->shards))
-        return usage("--shard: invalid value '%s' (expected I/N, I from 1 to N, N at most %d)",
-                     shard, MAX_OPERANDS);
-    uint64_t round_up = s->shards - 1;
-    f->drawn = (size_t)(((s->shard - 1) * count + round_up) / s->shards);
-    f->set.limit = (size_t)((s->shard * count + round_up) / s->shards);
-    return SC_OK;
-}
-
-/* Derives the statistics that are quotients of counts. */
-static void finish_statistics(statistics *s) {
-    size_t lost = derive_statistics(s);
-    if (lost > 0)
-        note("means below 2^-64, the unit of exact sums, count as 0 (latents: %zu)", lost);
-}
-
-/* Fills s->stats in one pass over a data set, or over a shard of it. */
+/* Fills s->stats in one pass over a data set, or over shard I of N of it: the images from
+ * ceil((I - 1) count / N) up to, but without, ceil(I count / N). Consecutive images are read
+ * fastest; the first shard is never empty. */
 static int measure(session *s, int reconstruct) {
     const options *o = s->o;
     feed *f = &s->data;
-    size_t bad = 0;
+    size_t shard = 1, shards = 1, bad = 0;           /* 1 of 1: all images */
     int status;
+    if (o->shard && !parse_shard(o->shard, &shard, &shards))
+        return usage("--shard: invalid value '%s' (expected I/N, I from 1 to N, N at most %d)",
+                     o->shard, MAX_OPERANDS);
     SC_TRY(open_session(s));
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     if (o->class_counts && f->set.classes == 0)
         return fail("--class-counts: the data have no labels");
+
+    /* The images of the shard. */
+    uint64_t count = f->set.count, round_up = shards - 1;
+    f->drawn = (size_t)(((shard - 1) * count + round_up) / shards);
+    f->set.limit = (size_t)((shard * count + round_up) / shards);
+    size_t total = f->set.limit - f->drawn;
+
+    /* One set of statistics per SAE; all look at the same batch. */
     for (size_t i = 0; i < s->saes; i++) {
         s->batch[i].reconstruct = reconstruct;
         s->stats[i] = (statistics){
@@ -7770,40 +7759,24 @@ static int measure(session *s, int reconstruct) {
             .classes = f->set.classes, .class_name = f->set.class_name,
             .first_patch = f->first_patch, .threshold = o->threshold,
             .data_digest = f->set.digest, .origin = origin_of(&s->sae[i]),
+            .shard = shard, .shards = shards,
             .batch = &s->batch[i], .image = f->image, .label = f->label };
         SC_TRY(new_statistics(&s->stats[i], &f->memory, o->class_counts));
     }
-    size_t total = f->set.count;
-    if (o->shard) {
-        SC_TRY(take_shard(f, &s->stats[0], o->shard));
-        total = f->set.limit - f->drawn;
-    }
+
+    /* The pass. */
     while ((status = next_encoded(s, total)) == SC_OK) {
         for (size_t i = 0; i < s->saes; i++) {
             s->stats[i].count = f->count;
             if (count_batch(&s->stats[i], &bad) != SC_OK) return blame_token(f, bad);
         }
     }
-    if (status != SC_END) return status;
-    for (size_t i = 0; i < s->saes; i++) finish_statistics(&s->stats[i]);
-    return SC_OK;
+    return status == SC_END ? SC_OK : status;
 }
 
 /* --- stats and merge --- */
 
-/* A tensor of a statistics file. Its elements are one number or two adjacent ones; in memory they
- * lie `step` bytes apart, as members of a structure. */
-typedef struct {
-    const char *name;
-    void *first;
-    size_t step;
-    sc_dtype dtype;
-    size_t numbers, shape[4];        /* numbers: per element */
-} statistics_tensor;
-
-enum { STATISTICS_TENSORS = 15 };
-
-/* Lists the tensors, for writing and reading; returns how many there are: class_counts is optional.
+/* Writes the tensors of statistics to w or, where that is NULL, reads them from a file.
  * A latent fires on image i where a(i), the mean of its f over the image's tokens, is above 0.
  *     sae_sparsity             share of images on which it fires
  *     sae_mean_acts            mean of a(i) over these; 0 if there are none (PatchSAE: NaN)
@@ -7811,14 +7784,20 @@ enum { STATISTICS_TENSORS = 15 };
  *     max_activating_patch_*   the P patches with the largest f: image and token
  *     top_entropy              see top_entropy() in section 5
  *     class_counts             images on which it fires, or tokens with f above --threshold
- *     *_exact                  128-bit sums of a(i), of f: high and low half
- * tensor: [STATISTICS_TENSORS] */
-static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
+ *     *_exact                  128-bit sums of a(i), of f: high and low half */
+static int move_statistics(const statistics *s, const sc_safetensors *file, sc_writer *w) {
     latent_record *l = s->latent;                            /* [n] */
     sc_top *top = s->top, *patch = s->patch;                 /* [n, K], [n, P] */
     int64_t *bin = s->histogram[0], *class = s->class_counts;
-    size_t n = s->n, L = sizeof *l, E = sizeof *top, I = sizeof *bin;
-    const statistics_tensor all[STATISTICS_TENSORS] = {
+    const size_t n = s->n, L = sizeof *l, E = sizeof *top, I = sizeof *bin;
+    const struct {
+        const char *name;
+        void *first;                 /* its first element in memory */
+        size_t step;                 /* bytes from one element to the next */
+        sc_dtype dtype;
+        size_t numbers;              /* per element: one, or two adjacent ones */
+        size_t shape[4];             /* in the file; 0 ends it */
+    } tensor[] = {
         { "sae_sparsity", &l->sparsity, L, SC_F32, 1, { n } },
         { "sae_mean_acts", &l->mean, L, SC_F32, 1, { n } },
         { "top_entropy", &l->entropy, L, SC_F32, 1, { n } },
@@ -7834,252 +7813,205 @@ static size_t list_statistics(const statistics *s, statistics_tensor *tensor) {
         { "activation_sum_exact", &l->activations, L, SC_I64, 2, { n, 2 } },
         { "activation_histogram", bin, I, SC_I64, 1, { HISTOGRAM_BINS } },
         { "class_counts", class, I, SC_I64, 1, { s->classes, n } } };
-    memcpy(tensor, all, sizeof all);
-    return class ? STATISTICS_TENSORS : STATISTICS_TENSORS - 1;
-}
-
-static int write_statistics(sc_writer *w, void *context) {
-    const statistics *s = context;
-    statistics_tensor tensor[STATISTICS_TENSORS];
-    size_t tensors = list_statistics(s, tensor);
-    char edges[HISTOGRAM_BINS * 20 + 32], *end = edges;      /* of the histogram's bins */
-    for (int i = 0; i <= HISTOGRAM_BINS; i++)
-        end += sprintf(end, "%c%.9g", i ? ',' : '[', bin_edge(i));
-    strcpy(end, "]");
-    SC_TRY(put_metadata(w, "images", "%ju", (uintmax_t)s->images));
-    SC_TRY(put_origin(w, &s->origin));
-    SC_TRY(put_metadata(w, "tokens_per_image", "%zu", s->T));
-    SC_TRY(put_metadata(w, "first_patch", "%zu", s->first_patch));
-    SC_TRY(put_metadata(w, "data_digest", "%016jx", (uintmax_t)s->data_digest));
-    SC_TRY(put_metadata(w, "sae_digest", "%016jx", (uintmax_t)s->sae_digest));
-    if (s->shards > 1) SC_TRY(put_metadata(w, "shard", "%zu/%zu", s->shard, s->shards));
-    SC_TRY(sc_writer_metadata(w, "histogram_edges", edges));
-    if (s->class_name) SC_TRY(write_name_list(w, "class_names", s->class_name, s->classes));
-    if (s->threshold >= 0) SC_TRY(put_metadata(w, "threshold", "%.17g", s->threshold));
-    for (size_t i = 0; i < tensors; i++) {
-        const statistics_tensor *t = &tensor[i];
-        const char *place = t->first;
+    for (size_t i = 0; i < COUNT(tensor); i++) {
+        const sc_dtype dtype = tensor[i].dtype;
+        const size_t *shape = tensor[i].shape, numbers = tensor[i].numbers;
+        const sc_tensor *from = NULL;
+        char *place = tensor[i].first;
         size_t count = 1;
         int rank = 0;
-        for (; t->shape[rank] > 0; rank++) count *= t->shape[rank];
-        SC_TRY(sc_writer_tensor(w, t->name, t->dtype, rank, t->shape));
-        for (; count > 0; count -= t->numbers, place += t->step)
-            SC_TRY(sc_writer_values(w, place, t->numbers, t->dtype));
+        if (!place) continue;                            /* class_counts: not asked for */
+        for (; shape[rank] > 0; rank++) count *= shape[rank];
+
+        /* Its entry in the header. */
+        if (w) SC_TRY(sc_writer_tensor(w, tensor[i].name, dtype, rank, shape));
+        else from = sc_tensor_find(file, tensor[i].name);
+        if (!w && (!from || from->dtype != dtype || from->count != count
+                   || memcmp(from->shape, shape, sizeof tensor->shape) != 0))
+            return fail("%s: tensor %s is missing or does not fit the others", file->path,
+                        tensor[i].name);
+
+        /* Its elements; floats must be finite. */
+        for (size_t at = 0; at < count; at += numbers, place += tensor[i].step) {
+            void *to = place;
+            if (w) SC_TRY(sc_writer_values(w, place, numbers, dtype));
+            else if (dtype == SC_F32) SC_TRY(sc_tensor_floats(file, from, at, 1, to));
+            else copy_numbers(to, from->data + at * sizeof(int64_t), numbers, sizeof(int64_t));
+        }
     }
     return SC_OK;
 }
 
-static int save_statistics(const session *s, statistics *stats) {
-    size_t room = 16384 + names_room(stats->class_name, stats->classes, 8);
-    return save_tensors(s->o->output, room, write_statistics, stats);
+/* Writes the metadata, then the tensors. */
+static int write_statistics(sc_writer *w, void *context) {
+    const statistics *s = context;
+    fputs(",\"histogram_edges\":\"[", w->metadata);
+    for (int i = 0; i <= HISTOGRAM_BINS; i++)
+        fprintf(w->metadata, "%s%.9g", i > 0 ? "," : "", bin_edge(i));
+    fputs("]\"", w->metadata);
+    SC_TRY(put_metadata(w, "images", "%ju", (uintmax_t)s->images));
+    SC_TRY(put_metadata(w, "data_digest", "%016jx", (uintmax_t)s->data_digest));
+    SC_TRY(put_metadata(w, "sae_digest", "%016jx", (uintmax_t)s->sae_digest));
+    SC_TRY(put_origin(w, &s->origin));
+    if (s->shards > 1) SC_TRY(put_metadata(w, "shard", "%zu/%zu", s->shard, s->shards));
+    if (s->class_name) SC_TRY(write_name_list(w, "class_names", s->class_name, s->classes));
+    if (s->threshold >= 0) SC_TRY(put_metadata(w, "threshold", "%.17g", s->threshold));
+    return move_statistics(s, NULL, w);
+}
+
+/* Derives the rest from the counts and writes all. */
+static int save_statistics(statistics *s, const char *path) {
+    derive_statistics(s);
+    size_t room = 16384 + names_room(s->class_name, s->classes, 8);
+    return save_tensors(path, room, write_statistics, s);
 }
 
 static int command_stats(session *s) {
     SC_TRY(try_output(s->o->output));
     SC_TRY(measure(s, 0));
     s->stats[0].sae_digest = sae_digest(&s->sae[0]);
-    return save_statistics(s, &s->stats[0]);
+    return save_statistics(&s->stats[0], s->o->output);
 }
 
-/* 0 where the file does not say. */
-static uint64_t number_in(const sc_safetensors *file, const char *key, int base) {
-    const char *text = sc_metadata_find(file, key);
-    return text ? strtoull(text, NULL, base) : 0;
-}
-
-/* Reads the sizes and the metadata of a statistics file. */
-static int read_statistics_sizes(statistics *s, const sc_safetensors *file) {
+/* Reads statistics from an open file into new arrays. */
+static int load_statistics(statistics *s, const sc_safetensors *file, memory_list *memory) {
     const sc_tensor *top = sc_tensor_find(file, "max_activating_image_values");
     const sc_tensor *patch = sc_tensor_find(file, "max_activating_patch_values");
-    const sc_tensor *class = sc_tensor_find(file, "class_counts");
-    const char *threshold = sc_metadata_find(file, "threshold");
+    const sc_tensor *counts = sc_tensor_find(file, "class_counts");
+    const char *images = sc_metadata_find(file, "images");
+    const char *data = sc_metadata_find(file, "data_digest");
+    const char *sae = sc_metadata_find(file, "sae_digest");
     const char *shard = sc_metadata_find(file, "shard");
-    int lists = top && top->rank == 2 && patch && patch->rank == 2;
-    if (!lists || top->count == 0 || patch->count == 0 || !sc_metadata_find(file, "data_digest")
-        || !sc_metadata_find(file, "sae_digest"))
-        return fail("%s: not statistics (expected a file that stats wrote)", file->path);
-    *s = (statistics){ .n = top->shape[0], .K = top->shape[1], .P = patch->shape[1],
-                       .threshold = -1, .shard = 1, .shards = 1 };
-    s->images = number_in(file, "images", 10);
-    s->T = (size_t)number_in(file, "tokens_per_image", 10);
-    s->first_patch = (size_t)number_in(file, "first_patch", 10);
-    s->data_digest = number_in(file, "data_digest", 16);
-    s->sae_digest = number_in(file, "sae_digest", 16);
-    if (class) s->classes = class->shape[0];
-    if (threshold) s->threshold = atof(threshold);
-    if (shard && !parse_shard(shard, &s->shard, &s->shards))
-        return fail("%s: shard '%.50s' (expected I/N)", file->path, shard);
-    return read_origin(&s->origin, file);
-}
+    const char *threshold = sc_metadata_find(file, "threshold");
+    const char *classes = sc_metadata_find(file, "class_names");
+    size_t part = 1, parts = 1;
+    int valid = top && top->rank == 2 && patch && patch->rank == 2 && images && data && sae;
+    if (shard) valid &= parse_shard(shard, &part, &parts);
+    if (!valid) return fail("%s: not statistics (expected a file that stats wrote)", file->path);
 
-/* Reads the names of the classes, where there are any, into new memory. */
-static int read_class_names(statistics *s, const sc_safetensors *file, memory_list *memory) {
-    const char *list = sc_metadata_find(file, "class_names");
-    char **name;
-    if (!list) return SC_OK;
-    SC_TRY(json_string_array(list, file->path, &name, &s->classes));
-    int status = allocate(memory, &s->class_name, s->classes, sizeof *name);
-    for (size_t c = 0; c < s->classes && status == SC_OK; c++) {
-        status = allocate(memory, &s->class_name[c], strlen(name[c]) + 1, 1);
-        if (status == SC_OK) strcpy(s->class_name[c], name[c]);
-    }
-    free(name);
-    return status;
-}
+    /* Sizes and settings. The other shapes are checked when the tensors are read. */
+    *s = (statistics){
+        .n = top->shape[0], .K = top->shape[1], .P = patch->shape[1],
+        .images = strtoull(images, NULL, 10), .data_digest = strtoull(data, NULL, 16),
+        .sae_digest = strtoull(sae, NULL, 16), .threshold = -1, .shard = part, .shards = parts };
+    if (threshold) s->threshold = atof(threshold);           /* else images were counted */
+    if (counts) s->classes = counts->shape[0];
+    SC_TRY(read_origin(&s->origin, file));
+    s->first_patch = strcmp(s->origin.text[SC_TOKENS], "patches") != 0;
 
-static int read_statistics_tensor(const sc_safetensors *file, const statistics_tensor *t) {
-    const sc_tensor *from = sc_tensor_find(file, t->name);
-    char *place = t->first;
-    size_t size = sc_dtype_size(t->dtype);
-    if (!from || from->dtype != t->dtype || memcmp(from->shape, t->shape, sizeof t->shape) != 0)
-        return fail("%s: tensor %s is missing or does not fit the others", file->path, t->name);
-    for (size_t i = 0; i < from->count; i += t->numbers) {
-        float finite[2];
-        if (t->dtype == SC_F32)                      /* refuses a value that is not finite */
-            SC_TRY(sc_tensor_floats(file, from, i, t->numbers, finite));
-        copy_numbers(place, from->data + i * size, t->numbers, size);
-        place += t->step;
+    /* The names of the classes: no more bytes, and no more names, than the list has bytes. */
+    if (classes) {
+        size_t length = strlen(classes);
+        char **name, *text;
+        const array_spec arrays[] = { ARRAY(s->class_name, length, 1), ARRAY(text, length, 1) };
+        SC_TRY(new_arrays(memory, arrays, COUNT(arrays)));
+        SC_TRY(json_string_array(classes, file->path, &name, &s->classes));
+        for (size_t c = 0; c < s->classes; c++) {
+            s->class_name[c] = strcpy(text, name[c]);
+            text += strlen(text) + 1;
+        }
+        free(name);
     }
-    return SC_OK;
+    SC_TRY(new_statistics(s, memory, counts != NULL));
+    return move_statistics(s, file, NULL);
 }
 
 /* Reads statistics into new arrays, which are freed with `memory`. */
 static int read_statistics(statistics *s, const char *path, memory_list *memory) {
-    statistics_tensor tensor[STATISTICS_TENSORS];
     sc_safetensors file;
-    size_t tensors = 0;
     SC_TRY(sc_safetensors_open(&file, path));
-    int counts = sc_tensor_find(&file, "class_counts") != NULL;
-    int status = read_statistics_sizes(s, &file);
-    if (status == SC_OK) status = read_class_names(s, &file, memory);
-    if (status == SC_OK) status = new_statistics(s, memory, counts);
-    if (status == SC_OK) tensors = list_statistics(s, tensor);
-    for (size_t i = 0; i < tensors && status == SC_OK; i++)
-        status = read_statistics_tensor(&file, &tensor[i]);
-    for (size_t j = 0; j < s->n && status == SC_OK; j++) {
-        const latent_record *l = &s->latent[j];
-        int possible = l->images >= 0 && (uint64_t)l->images <= s->images && l->sparsity >= 0
-                       && l->sparsity <= 1 && l->mean >= 0 && l->entropy <= 100;
-        if (!possible) status = fail("%s: latent %zu: impossible statistics", path, j);
-    }
+    int status = load_statistics(s, &file, memory);
     sc_safetensors_close(&file);
     return status;
 }
 
-/* Adds a shard to `all`. Sums are exact and lists keep the largest in one order, so that the shards
- * may come in any order. */
-static void add_statistics(statistics *all, const statistics *part) {
+/* Reads a shard and adds it to `all`, the shards before it. Sums are exact and lists keep the
+ * largest in one order, so that the shards may come in any order. seen: [shards + 1] */
+static int add_shard(statistics *all, const char *path, unsigned char *seen,
+                     memory_list *memory) {
+    statistics part;
+    const char *differs = NULL;                              /* the first of the reasons below */
     size_t n = all->n, K = all->K, P = all->P;
-    all->images += part->images;
+    SC_TRY(read_statistics(&part, path, memory));
+
+    /* It must be of the same run as the first one. */
+    int same = part.n == n && part.K == K && part.P == P && part.threshold == all->threshold
+            && !part.class_counts == !all->class_counts && part.classes == all->classes;
+    size_t key = origin_difference(&part.origin, &all->origin);
+    if (part.sae_digest != all->sae_digest) differs = "SAE";
+    else if (part.data_digest != all->data_digest) differs = "data set";
+    else if (!same) differs = "--top, --top-patches, --class-counts or --threshold";
+    else if (part.shards != all->shards) differs = "number of shards";
+    else if (key < SC_ORIGIN_KEYS) differs = origin_keys[key];
+    if (differs) return fail("%s: differs from the first shard in its %s", path, differs);
+    if (seen[part.shard]++)
+        return fail("%s: shard %zu of %zu is given twice", path, part.shard, part.shards);
+
+    /* Sums, lists and counts. */
+    all->images += part.images;
     for (size_t j = 0; j < n; j++) {
         latent_record *to = &all->latent[j];
-        const latent_record *from = &part->latent[j];
+        const latent_record *from = &part.latent[j];
         to->images += from->images;
         to->tokens += from->tokens;
         exact_add(&to->means, from->means);
         exact_add(&to->activations, from->activations);
     }
-    for (size_t i = 0; i < n * K; i++) keep_largest(all->top + i - i % K, K, part->top[i]);
-    for (size_t i = 0; i < n * P; i++) keep_largest(all->patch + i - i % P, P, part->patch[i]);
-    for (size_t b = 0; b < HISTOGRAM_BINS; b++) all->histogram[0][b] += part->histogram[0][b];
-    if (!all->class_counts) return;
-    for (size_t i = 0; i < all->classes * n; i++) all->class_counts[i] += part->class_counts[i];
-}
-
-/* Refuses a shard that is not of the same run as the first one. */
-static int check_shard(const char *path, const statistics *part, const char *first_path,
-                       const statistics *first) {
-    const char *differs = NULL;
-    size_t key = origin_difference(&part->origin, &first->origin);
-    if (part->sae_digest != first->sae_digest) differs = "SAE";
-    else if (part->data_digest != first->data_digest) differs = "data set";
-    else if (part->threshold != first->threshold) differs = "--threshold";
-    else if (part->T != first->T || part->first_patch != first->first_patch) differs = "tokens";
-    else if (part->n != first->n || part->K != first->K || part->P != first->P) differs = "--top";
-    else if (!part->class_counts != !first->class_counts) differs = "--class-counts";
-    else if (part->classes != first->classes) differs = "classes";
-    else if (part->shards != first->shards) differs = "number of shards";
-    else if (key < SC_ORIGIN_KEYS) differs = origin_keys[key];
-    if (!differs) return SC_OK;
-    return fail("%s: differs from %s in its %s", path, first_path, differs);
+    for (size_t i = 0; i < n * K; i++) keep_largest(all->top + i - i % K, K, part.top[i]);
+    for (size_t i = 0; i < n * P; i++) keep_largest(all->patch + i - i % P, P, part.patch[i]);
+    for (size_t b = 0; b < HISTOGRAM_BINS; b++) all->histogram[0][b] += part.histogram[0][b];
+    if (!all->class_counts) return SC_OK;
+    for (size_t i = 0; i < all->classes * n; i++) all->class_counts[i] += part.class_counts[i];
+    return SC_OK;
 }
 
 /* Joins the shards of a data set to the bytes that one run over all of it writes. */
 static int command_merge(session *s) {
     const char *const *path = s->o->operand;
     unsigned char seen[MAX_OPERANDS + 1] = { 0 };            /* [shards + 1] */
-    statistics all, part;
-    SC_TRY(try_output(s->o->output));
+    statistics all;
     SC_TRY(read_statistics(&all, path[0], &s->memory));
-    size_t shards = all.shards;
     seen[all.shard] = 1;
-    for (size_t i = 1; path[i]; i++) {
+    size_t files = 1;
+    for (; path[files]; files++) {
         memory_list memory = NULL;
-        int status = read_statistics(&part, path[i], &memory);
-        if (status == SC_OK) status = check_shard(path[i], &part, path[0], &all);
-        if (status == SC_OK && seen[part.shard]++)
-            status = fail("%s: shard %zu of %zu is given twice", path[i], part.shard, shards);
-        if (status == SC_OK) add_statistics(&all, &part);
+        int status = add_shard(&all, path[files], seen, &memory);
         release(&memory);
         SC_TRY(status);
     }
-    for (size_t i = 1; i <= shards; i++)
-        if (!seen[i])
-            return fail("%s: one of %zu shards, of which shard %zu is missing", path[0], shards, i);
-    all.shards = 1;
-    finish_statistics(&all);
-    return save_statistics(s, &all);
+    if (files < all.shards)
+        return fail("%s: one of %zu shards (expected all of them)", path[0], all.shards);
+    all.shards = 1;                                          /* now complete */
+    return save_statistics(&all, s->o->output);
 }
 
-/* --- Tables ---
- *
- * A table is an array of cells, [rows, columns]. A cell has its column's name, for CSV and JSON,
- * and its title, for text; it holds a text or, where that is NULL, a number. Text shows "-" for an
- * undefined cell; CSV and JSON give the number that stands for it: -1 for an entropy, else 0. */
+/* --- eval --- */
 
+enum { EVAL_COLUMNS = 22 };
+
+/* A cell of eval's table: a text or, where that is NULL, a number. What is not defined is 0, an
+ * entropy -1. */
 typedef struct {
-    const char *name, *title, *text;
+    const char *name, *text;         /* name: of the column */
     double number;
-    int undefined;
-} table_cell;
-
-static const char *cell_text(const table_cell *cell) {
-    if (cell->undefined) return "-";
-    if (cell->text) return shown(cell->text);
-    char *out = text_room();
-    int whole = cell->number == floor(cell->number) && fabs(cell->number) < 1e9;
-    snprintf(out, TEXT_ROOM, whole ? "%.0f" : "%.4g", cell->number);
-    return out;
-}
-
-/* A line of titles, then one line per row. */
-static void print_rows(const table_cell *cells, size_t columns, size_t rows) {
-    for (size_t c = 0; c < columns; c++) printf("%-12s", cells[c].title);
-    for (size_t i = 0; i < rows * columns; i++) {
-        if (i % columns == 0) puts("");
-        printf("%-12s", cell_text(&cells[i]));
-    }
-    puts("");
-}
+} metric;
 
 /* One line per column, the rows side by side. */
-static void print_columns(const table_cell *cells, size_t columns, size_t rows) {
-    for (size_t c = 0; c < columns; c++) {
-        printf("%-24s", cells[c].title);
+static void print_text(metric (*row)[EVAL_COLUMNS], size_t rows) {
+    for (size_t c = 0; c < EVAL_COLUMNS; c++) {
+        printf("%-28s", row[0][c].name);                     /* the longest name */
         for (size_t r = 0; r < rows; r++) {
-            const char *text = cell_text(&cells[r * columns + c]);
-            size_t length = strlen(text);
-            if (length > 22) text += length - 22;    /* the end of a path says most */
-            printf("  %22s", text);
+            const metric *m = &row[r][c];
+            if (m->text) printf("  %22s", shown(m->text));
+            else printf("  %22.9g", m->number);
         }
         puts("");
     }
 }
 
-/* A CSV field: quotes are doubled; a text that a spreadsheet could take for a formula gets a '. */
+/* A text as CSV has it: in quotes, and a quote within it is doubled. */
 static void print_csv_text(const char *text) {
     putchar('"');
-    if (*text && text[1] && strchr("=+-@", *text)) putchar('\'');
     for (const char *c = shown(text); *c; c++) {
         if (*c == '"') putchar('"');
         putchar(*c);
@@ -8087,114 +8019,94 @@ static void print_csv_text(const char *text) {
     putchar('"');
 }
 
-static void print_csv(const table_cell *cells, size_t columns, size_t rows) {
-    for (size_t c = 0; c < columns; c++) printf("%s%s", c ? "," : "", cells[c].name);
-    for (size_t i = 0; i < rows * columns; i++) {
-        putchar(i % columns ? ',' : '\n');
-        if (cells[i].text) print_csv_text(cells[i].text);
-        else printf("%.9g", cells[i].number);
+/* A line of names, then one line per row. */
+static void print_csv(metric (*row)[EVAL_COLUMNS], size_t rows) {
+    for (size_t c = 0; c < EVAL_COLUMNS; c++) printf("%s%s", c ? "," : "", row[0][c].name);
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t c = 0; c < EVAL_COLUMNS; c++) {
+            const metric *m = &row[r][c];
+            putchar(c ? ',' : '\n');
+            if (m->text) print_csv_text(m->text);
+            else printf("%.9g", m->number);
+        }
     }
     puts("");
 }
 
 /* A list of objects, one per row. */
-static void print_json_table(const table_cell *cells, size_t columns, size_t rows) {
-    for (size_t i = 0; i < rows * columns; i++) {
-        const char *mark = ", ";
-        if (i % columns == 0) mark = "},\n  {";
-        if (i == 0) mark = "[\n  {";
-        printf("%s\"%s\": ", mark, cells[i].name);
-        if (cells[i].text) print_json(stdout, cells[i].text);
-        else printf("%.9g", cells[i].number);
+static void print_json_list(metric (*row)[EVAL_COLUMNS], size_t rows) {
+    for (size_t r = 0; r < rows; r++) {
+        const char *mark = r ? "},\n  {" : "[\n  {";
+        for (size_t c = 0; c < EVAL_COLUMNS; c++, mark = ", ") {
+            const metric *m = &row[r][c];
+            printf("%s\"%s\": ", mark, m->name);
+            if (m->text) print_json(stdout, m->text);
+            else printf("%.9g", m->number);
+        }
     }
     puts("}\n]");
 }
 
-/* Prints a table of at least one row; format: text, csv or json. */
-static int print_table(const char *format, const table_cell *cells, size_t columns, size_t rows,
-                       void (*print)(const table_cell *cells, size_t columns, size_t rows)) {
-    if (strcmp(format, "json") == 0) print = print_json_table;
-    if (strcmp(format, "csv") == 0) print = print_csv;
-    print(cells, columns, rows);
-    return end_of_output();
-}
-
-/* --- eval --- */
-
-enum { EVAL_COLUMNS = 22 };
-
-/* The metrics of sc_metrics_plain(), from sums over tokens. */
-static sc_metrics find_metrics(const statistics *s) {
-    double tokens = (double)(s->images * s->T);
-    double numbers = tokens * (double)s->D;
-    double error = running_total(&s->squared_error);
-    double active = running_total(&s->l0);
+/* A row of eval's table: the metrics of sc_metrics_plain() in section 5, from sums over tokens,
+ * and what the statistics say of the latents. */
+static void evaluate(const statistics *s, const sc_sae *sae, const char *path, const char *data,
+                     metric row[EVAL_COLUMNS]) {
+    const char *kind = "ReLU", *hook = "?", *bias = "?";
+    double n = (double)s->n, tokens = (double)(s->images * s->T), numbers = tokens * (double)s->D;
+    double error = running_total(&s->squared_error);         /* sum of ||x' - x||^2 */
+    double active = running_total(&s->l0);                   /* how many f are above 0 */
     double sum_f = running_total(&s->l1);
-    double x2 = 0, mean2 = 0;
-    sc_metrics m = { .mse = running_total(&s->mse) / numbers, .mse_raw = error / numbers,
-                     .l0 = active / tokens, .l1 = sum_f / tokens };
-    for (size_t d = 0; d < s->D; d++) {
+    double x2 = 0, mean2 = 0, explained = 0, activation = 0;
+    double means = 0, entropy = 0, entropies = 0;            /* sums; latents with an entropy */
+    double always = 0, on[3] = { 0 };                        /* latents; on 0, 1, 2 images */
+    double mean_entropy = -1;
+    for (size_t d = 0; d < s->D; d++) {                      /* the variance about the mean token */
         double mean = running_total(&s->x[d][0]) / tokens;
         mean2 += mean * mean;
         x2 += running_total(&s->x[d][1]);
     }
     double variance = x2 - tokens * mean2;
-    if (variance > 0) m.explained_variance = 1 - error / variance;
-    m.explained_variance_uncentred = 1 - error / x2;
-    if (active > 0) m.mean_activation = sum_f / active;
-    return m;
-}
-
-/* One row of eval's table: sc_metrics, defined in saeclip.h and section 5, and
- *     mean_sae_mean_acts   the mean of sae_mean_acts over the latents that fire
- *     l0_fraction          l0 / n
- *     entropy_mean         the mean of top_entropy over the latents where it is defined
- * row: [EVAL_COLUMNS] */
-static void evaluate(const statistics *s, const sc_sae *sae, const char *data, table_cell *row) {
-    const char *start = sae->b_dec_start, *kind = "ReLU", *hook = "?", *bias = "?";
-    const sc_metrics m = find_metrics(s);
-    double n = (double)s->n, means = 0, mean = 0;
-    double entropy = -1, entropy_sum = 0, entropies = 0;     /* entropies: latents that have one */
-    double always = 0, on[3] = { 0 };                        /* latents; on 0, 1, 2 images */
+    if (variance > 0) explained = 1 - error / variance;
+    if (active > 0) activation = sum_f / active;
     for (size_t j = 0; j < s->n; j++) {
         int64_t images = s->latent[j].images;
         double e = top_entropy(s->top + j * s->K, s->K);
         means += mean_activation(&s->latent[j]);
         always += images == (int64_t)s->images;
         if (images < 3) on[images]++;
-        if (e < 0) continue;
-        entropy_sum += e;
+        if (e < 0) continue;                                 /* not defined */
+        entropy += e;
         entropies++;
     }
-    if (on[0] < n) mean = means / (n - on[0]);
-    if (entropies > 0) entropy = entropy_sum / entropies;
+    if (on[0] < n) means /= n - on[0];                       /* over latents that fire */
+    if (entropies > 0) mean_entropy = entropy / entropies;
     if (sae->threshold) kind = "JumpReLU";
     if (sae->topk) kind = "TopK";
     if (sae->hook >= 0) hook = hook_names[sae->hook];
-    if (start) bias = strstr(start, "geomedian") ? "yes" : "no";
-    const table_cell cells[EVAL_COLUMNS] = {
-        { "sae", "SAE", sae->path, 0, 0 },
-        { "data", "data", data, 0, 0 },
-        { "output", "CLIP output", hook, 0, 0 },
-        { "activation", "activation", kind, 0, 0 },
-        { "geometric_bias", "geometric bias", bias, 0, 0 },
-        { "mse", "MSE", NULL, m.mse, 0 },                    /* over ||x||, PatchSAE's */
-        { "mse_raw", "MSE raw", NULL, m.mse_raw, 0 },
-        { "explained_variance", "explained variance", NULL, m.explained_variance, 0 },
-        { "explained_variance_uncentred", "  uncentred", NULL, m.explained_variance_uncentred, 0 },
-        { "mean_activation", "mean activation", NULL, m.mean_activation, m.l0 == 0 },
-        { "mean_sae_mean_acts", "mean of latents' means", NULL, mean, on[0] == n },
-        { "l0", "L0 per token", NULL, m.l0, 0 },
-        { "l0_fraction", "L0 / latents", NULL, m.l0 / n, 0 },
-        { "l1", "L1 per token", NULL, m.l1, 0 },             /* without lambda */
-        { "entropy_mean", "entropy", NULL, entropy, entropy < 0 },
-        { "entropy_sum", "entropy sum", NULL, entropy_sum, entropy < 0 },
-        { "entropy_latents", "latents with entropy", NULL, entropies, 0 },
-        { "dead", "dead latents", NULL, on[0], 0 },
-        { "every_image", "on every image", NULL, always, 0 },
-        { "one_image", "on 1 image", NULL, on[1], 0 },
-        { "two_images", "on 2 images", NULL, on[2], 0 },
-        { "images", "images", NULL, (double)s->images, 0 } };
+    if (sae->b_dec_start) bias = strstr(sae->b_dec_start, "geomedian") ? "yes" : "no";
+    const metric cells[EVAL_COLUMNS] = {
+        { "sae", path, 0 },
+        { "data", data, 0 },
+        { "output", hook, 0 },
+        { "activation", kind, 0 },
+        { "geometric_bias", bias, 0 },                       /* where b_dec started */
+        { "mse", NULL, running_total(&s->mse) / numbers },   /* over ||x||, PatchSAE's */
+        { "mse_raw", NULL, error / numbers },
+        { "explained_variance", NULL, explained },
+        { "explained_variance_uncentred", NULL, 1 - error / x2 },
+        { "mean_activation", NULL, activation },             /* of active latents */
+        { "mean_sae_mean_acts", NULL, means },               /* of latents that fire */
+        { "l0", NULL, active / tokens },
+        { "l0_fraction", NULL, active / tokens / n },
+        { "l1", NULL, sum_f / tokens },                      /* without lambda */
+        { "entropy_mean", NULL, mean_entropy },              /* where it is defined */
+        { "entropy_sum", NULL, entropy },
+        { "entropy_latents", NULL, entropies },
+        { "dead", NULL, on[0] },                             /* numbers of latents */
+        { "every_image", NULL, always },
+        { "one_image", NULL, on[1] },
+        { "two_images", NULL, on[2] },
+        { "images", NULL, (double)s->images } };
     memcpy(row, cells, sizeof cells);
 }
 
@@ -8202,57 +8114,76 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *data, t
 static int command_eval(session *s) {
     options *o = s->o;
     const char **data = o->acts ? &o->acts : &o->operand[0];
-    table_cell row[2 * SC_MAX_TAPS][EVAL_COLUMNS];
+    metric row[2 * SC_MAX_TAPS][EVAL_COLUMNS];               /* of at most two data sets */
     size_t rows = 0;
-    for (;;) {
+    do {
         SC_TRY(measure(s, 1));
         for (size_t i = 0; i < s->saes; i++)
-            evaluate(&s->stats[i], &s->sae[i], *data, row[rows++]);
-        if (!o->also) return print_table(o->format, row[0], EVAL_COLUMNS, rows, print_columns);
-        close_data(s);
+            evaluate(&s->stats[i], &s->sae[i], o->sae[i], *data, row[rows++]);
+        close_session(s);
         *data = o->also;
         o->also = NULL;
-    }
+    } while (*data);
+    if (strcmp(o->format, "json") == 0) print_json_list(row, rows);
+    else if (strcmp(o->format, "csv") == 0) print_csv(row, rows);
+    else print_text(row, rows);
+    return end_of_output();
 }
 
 /* --- extract and pack --- */
 
-/* Writes the labels, if there are any, and the names of the classes. An image that was passed over
- * as bad has lost its name and is not in the file. */
-static int write_labels(sc_writer *w, const sc_images *set) {
-    const size_t shape = SC_ROWS;
-    if (set->classes == 0) return SC_OK;
-    SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, &shape));
-    for (size_t i = 0; i < set->count; i++) {
-        const sc_image *image = &set->image[i];
-        if (image->name) SC_TRY(sc_writer_integers(w, &image->label, 1));
-    }
-    if (!set->class_name) return SC_OK;
-    return write_name_list(w, "class_names", set->class_name, set->classes);
-}
-
-/* activations: [images, T, D] */
-static int write_activations(sc_writer *w, void *context) {
+/* Writes images, [N, S, S, 3], or activations at a hook point, [N, T, D]; with them the labels,
+ * where there are any, and names. */
+static int write_data_set(sc_writer *w, void *context) {
     session *s = context;
     feed *f = &s->data;
+    const sc_images *set = &f->set;
+    const sc_preprocess *prep = &f->preprocess;
     const sc_tap *tap = &f->tap[0];
-    const size_t shape[] = { SC_ROWS, f->T, f->D };
-    sc_dtype dtype = strcmp(s->o->dtype, "f16") ? SC_F32 : SC_F16;
+    const int pack = f->taps == 0;
+    sc_dtype dtype = strcmp(s->o->dtype, "f16") == 0 ? SC_F16 : SC_F32;
+    size_t S = (size_t)prep->size, images = 0;               /* images: in the file */
+    const size_t pixels[] = { SC_ROWS, S, S, 3 }, rows[] = { SC_ROWS, f->T, f->D };
+    char **name;                                             /* [images] */
     int status;
-    SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, shape));
+    if (set->class_name) SC_TRY(write_name_list(w, "class_names", set->class_name, set->classes));
+
+    /* Pixels or activations, batch by batch. */
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, f->set.count)) == SC_OK)
-        for (size_t t = 0; t < f->count * f->T; t++)
+    if (pack) SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, pixels));
+    else SC_TRY(sc_writer_tensor(w, "activations", dtype, 3, rows));
+    while ((status = next_encoded(s, set->count)) == SC_OK) {
+        if (pack) SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
+        for (size_t t = 0; t < f->count * f->T; t++)         /* pack: T is 0 */
             SC_TRY(sc_writer_floats(w, tap->out + t * f->stride, f->D));
+    }
     if (status != SC_END) return status;
-    sc_origin origin = f->origin;
-    snprintf(origin.text[SC_LAYER], sizeof *origin.text, "%zu", tap->layer);
-    strcpy(origin.text[SC_HOOK], hook_names[tap->hook]);
-    SC_TRY(put_origin(w, &origin));
-    uintmax_t missing = f->set.count - f->used;              /* they make it another data set */
-    uintmax_t digest = f->set.digest + missing;
-    SC_TRY(put_metadata(w, "data_digest", "%016jx", digest));
-    return write_labels(w, &f->set);
+
+    /* Labels. An image that was passed over as bad has lost its name and is not in the file. */
+    SC_TRY(allocate(&s->memory, &name, set->count, sizeof *name));
+    if (set->classes > 0) SC_TRY(sc_writer_tensor(w, "labels", SC_I64, 1, rows));
+    for (size_t i = 0; i < set->count; i++) {
+        const sc_image *image = &set->image[i];
+        if (!image->name) continue;
+        name[images++] = (char *)(uintptr_t)image->name;
+        if (set->classes > 0) SC_TRY(sc_writer_integers(w, &image->label, 1));
+    }
+
+    /* Activations name their origin. If images are missing it is another data set. */
+    if (!pack) {
+        snprintf(f->origin.text[SC_LAYER], sizeof *f->origin.text, "%zu", tap->layer);
+        strcpy(f->origin.text[SC_HOOK], hook_names[tap->hook]);
+        SC_TRY(put_origin(w, &f->origin));
+        uintmax_t digest = set->digest + set->count - images;
+        return put_metadata(w, "data_digest", "%016jx", digest);
+    }
+
+    /* A packed set tells how it was cropped. */
+    if (prep->square > 0) {
+        SC_TRY(put_metadata(w, "square", "%d", prep->square));
+        SC_TRY(sc_writer_metadata(w, "crop", prep->crop_hf ? "hf" : "torchvision"));
+    }
+    return *name[0] ? write_name_list(w, "file_names", name, images) : SC_OK;
 }
 
 static int command_extract(session *s) {
@@ -8263,51 +8194,26 @@ static int command_extract(session *s) {
     SC_TRY(open_session(s));
     SC_TRY(add_tap(&s->data, layer, (sc_hook)find_hook(hook), &place));
     size_t room = 8192 + names_room(set->class_name, set->classes, 8);
-    return save_tensors(s->o->output, room, write_activations, s);
-}
-
-/* images: [images, S, S, 3] */
-static int write_images(sc_writer *w, void *context) {
-    session *s = context;
-    feed *f = &s->data;
-    size_t S = (size_t)f->preprocess.size, images = 0;
-    const size_t shape[] = { SC_ROWS, S, S, 3 };
-    char **name;
-    int status;
-    SC_TRY(allocate(&s->memory, &name, f->set.count, sizeof *name));
-    SC_TRY(sc_writer_tensor(w, "images", SC_U8, 4, shape));
-    while ((status = next_encoded(s, f->set.count)) == SC_OK) {
-        for (size_t i = 0; i < f->count; i++)
-            name[images++] = (char *)(uintptr_t)image_name(f, f->image[i]);
-        SC_TRY(sc_writer_bytes(w, f->pixels, f->count * S * S * 3));
-    }
-    if (status != SC_END) return status;
-    SC_TRY(write_labels(w, &f->set));
-    if (s->o->square > 0) {
-        SC_TRY(put_metadata(w, "square", "%ld", s->o->square));
-        SC_TRY(sc_writer_metadata(w, "crop", s->o->crop ? s->o->crop : "torchvision"));
-    }
-    return *name[0] ? write_name_list(w, "file_names", name, images) : SC_OK;
+    return save_tensors(s->o->output, room, write_data_set, s);
 }
 
 static int command_pack(session *s) {
     const options *o = s->o;
-    feed *f = &s->data;
-    const char *crop = o->crop ? o->crop : "torchvision";
-    size_t square = o->square > 0 ? (size_t)o->square : 0;
-    size_t side = square ? square : (size_t)o->size;
-    SC_TRY(open_photos(f, o));
-    set_preprocessing(f, side, square, crop);
-    size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
-    for (size_t i = 0; i < f->set.count; i++) room += 7 * strlen(image_name(f, i)) + 4;
-    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    return save_tensors(o->output, room, write_images, s);
+    const sc_images *set = &s->data.set;
+    size_t side = (size_t)o->size, square = 0;
+    if (o->square > 0) side = square = (size_t)o->square;    /* the whole square is kept */
+    SC_TRY(open_photos(&s->data, o));
+    set_preprocessing(&s->data, side, square, o->crop ? o->crop : "torchvision");
+    size_t room = 4096 + names_room(set->class_name, set->classes, 4);
+    for (size_t i = 0; i < set->count; i++) room += 7 * strlen(set->image[i].name) + 4;
+    return save_tensors(o->output, room, write_data_set, s);
 }
 
 /* --- encode ---
  *
  * A safetensors file has one tensor after the other, but codes come image by image, and how many
- * there are is known at the end. So each tensor grows in a temporary file, which is then copied. */
+ * there are is known only at the end. So each tensor grows in a temporary file, which is then
+ * copied. */
 
 static int spool_failed(void) {
     return fail("a temporary file cannot be written or read: %s", strerror(errno));
@@ -8326,66 +8232,64 @@ static double sum_codes(const sae_batch *b, size_t j, size_t first, size_t end) 
     return sum;
 }
 
-/* Writes a tile's codes, by token and then by latent. f: [TILE_TOKENS, n] */
-static void spool_tile(const session *s, const tile_codes *tile, float *f) {
-    FILE *const *spool = s->spool;
-    size_t n = s->sae[0].d_sae, count = tile->tokens * n;
-    size_t first = s->data.used * s->data.T + tile->first;   /* the row of the tile's token 0 */
-    memset(f, 0, count * sizeof *f);
-    for (size_t j = 0; j < n; j++) {
-        code_walk w = walk_codes(tile, j);
-        while (next_code(&w)) f[w.token * n + j] = w.value;
-    }
-    for (size_t e = 0; e < count; e++) {
-        if (!(f[e] > 0)) continue;
-        int64_t row = (int64_t)(first + e / n), index = (int64_t)(e % n);
-        fwrite(&row, sizeof row, 1, spool[CODE_ROW]);
-        fwrite(&index, sizeof index, 1, spool[CODE_INDEX]);
-        fwrite(&f[e], sizeof *f, 1, spool[CODE_VALUE]);
-    }
-    if (spool[CODE_DENSE]) fwrite(f, sizeof *f, count, spool[CODE_DENSE]);
-}
-
-/* Writes a batch's rows of every tensor. f: [TILE_TOKENS, n] */
-static int spool_batch(const session *s, float *f) {
+/* Appends the current batch to the temporary files. f: [TILE_TOKENS, n], a tile's codes */
+static void spool_batch(session *s, float *f) {
     const sae_batch *b = &s->batch[0];
-    FILE *const *spool = s->spool;
-    size_t T = s->data.T, n = b->sae->d_sae, D = b->sae->d_in;
-    for (size_t i = 0; i < b->tiles; i++) spool_tile(s, &b->tile[i], f);
-    for (size_t t = 0; t < b->T && b->reconstruct; t++)
-        fwrite(b->output + t * b->sae->stride, sizeof *b->output, D, spool[CODE_OUTPUT]);
-    for (size_t e = 0; e < s->data.count * n && spool[CODE_MEANS]; e++) {
-        size_t first = e / n * T;                            /* token 0 of the image */
-        float mean = (float)(sum_codes(b, e % n, first, first + T) / (double)T);
-        fwrite(&mean, sizeof mean, 1, spool[CODE_MEANS]);
+    FILE **spool = s->spool;                                 /* in the order of write_codes() */
+    size_t T = s->data.T, n = b->sae->d_sae;
+    for (size_t i = 0; i < b->tiles; i++) {
+        const tile_codes *tile = &b->tile[i];
+        size_t first = s->data.used * T + tile->first, count = tile->tokens * n;
+
+        /* Latent by latent becomes token by token. */
+        memset(f, 0, count * sizeof *f);
+        for (size_t j = 0; j < n; j++) {
+            code_walk w = walk_codes(tile, j);
+            while (next_code(&w)) f[w.token * n + j] = w.value;
+        }
+
+        /* The lists and f itself. */
+        for (size_t e = 0; e < count; e++) {
+            int64_t row = (int64_t)(first + e / n), index = (int64_t)(e % n);
+            if (!(f[e] > 0)) continue;
+            fwrite(&row, sizeof row, 1, spool[0]);
+            fwrite(&index, sizeof index, 1, spool[1]);
+            fwrite(&f[e], sizeof *f, 1, spool[2]);
+        }
+        if (spool[3]) fwrite(f, sizeof *f, count, spool[3]);
     }
-    errno = EIO;                                     /* where an earlier write failed */
-    for (size_t i = 0; i < SPOOLS; i++)
-        if (spool[i] && (fflush(spool[i]) != 0 || ferror(spool[i]))) return spool_failed();
-    return SC_OK;
+
+    /* Reconstructions, and the means of each image. */
+    for (size_t t = 0; t < b->T && spool[4]; t++)
+        fwrite(b->output + t * b->sae->stride, sizeof *b->output, b->sae->d_in, spool[4]);
+    for (size_t e = 0; e < s->data.count * n && spool[5]; e++) {
+        size_t first = e / n * T;                            /* of the image's tokens */
+        float mean = (float)(sum_codes(b, e % n, first, first + T) / (double)T);
+        fwrite(&mean, sizeof mean, 1, spool[5]);
+    }
 }
 
-/* Writes the tensors from the temporary files. columns: 0 for a list, [codes]; else the tensor is
- * [tokens or images, columns] */
+/* Copies the temporary files to tensors. */
 static int write_codes(sc_writer *w, void *context) {
     session *s = context;
     size_t n = s->sae[0].d_sae, D = s->sae[0].d_in, count;
-    int64_t block[512];
-    const struct { const char *name; sc_dtype dtype, in_memory; size_t columns; } tensor[SPOOLS] = {
-        { "row", SC_I64, SC_I64, 0 },
-        { "index", SC_I32, SC_I64, 0 },
-        { "value", SC_F32, SC_F32, 0 },
-        { "f", SC_F32, SC_F32, n },
-        { "reconstruction", SC_F32, SC_F32, D },
-        { "image_means", SC_F32, SC_F32, n } };
+    const struct { const char *name; sc_dtype dtype; size_t columns; } tensor[SPOOLS] = {
+        { "row", SC_I64, 0 },                                /* [codes] */
+        { "index", SC_I32, 0 },
+        { "value", SC_F32, 0 },
+        { "f", SC_F32, n },                                  /* [tokens, n] */
+        { "reconstruction", SC_F32, D },
+        { "image_means", SC_F32, n } };                      /* [images, n] */
+    int64_t block[512];                                      /* or twice as many floats */
     for (size_t i = 0; i < SPOOLS; i++) {
         FILE *spool = s->spool[i];
-        sc_dtype kind = tensor[i].in_memory;
-        size_t size = sc_dtype_size(kind);
-        const size_t shape[] = { SC_ROWS, tensor[i].columns };
+        sc_dtype kind = i < 2 ? SC_I64 : SC_F32;             /* of its numbers in the file */
+        size_t size = sc_dtype_size(kind), shape[] = { SC_ROWS, tensor[i].columns };
+        int rank = 1 + (shape[1] > 0);                       /* a list has no columns */
         if (!spool) continue;
-        rewind(spool);
-        SC_TRY(sc_writer_tensor(w, tensor[i].name, tensor[i].dtype, shape[1] ? 2 : 1, shape));
+        errno = EIO;                                         /* where an earlier write failed */
+        if (ferror(spool) || fseeko(spool, 0, SEEK_SET) != 0) return spool_failed();
+        SC_TRY(sc_writer_tensor(w, tensor[i].name, tensor[i].dtype, rank, shape));
         while ((count = fread(block, size, sizeof block / size, spool)) > 0)
             SC_TRY(sc_writer_values(w, block, count, kind));
         if (ferror(spool)) return spool_failed();
@@ -8395,21 +8299,20 @@ static int write_codes(sc_writer *w, void *context) {
 
 static int command_encode(session *s) {
     const options *o = s->o;
-    feed *f = &s->data;
+    /* In the order of write_codes(). */
     const int wanted[SPOOLS] = { 1, 1, 1, o->dense, o->reconstruction, o->image_means };
-    float *codes;
+    float *f;
     int status;
     SC_TRY(try_output(o->output));
     SC_TRY(open_session(s));
     for (size_t i = 0; i < SPOOLS; i++) {
-        if (!wanted[i]) continue;
-        s->spool[i] = tmpfile();
-        if (!s->spool[i]) return spool_failed();
+        if (wanted[i]) s->spool[i] = tmpfile();
+        if (wanted[i] && !s->spool[i]) return spool_failed();
     }
     s->batch[0].reconstruct = o->reconstruction;
-    SC_TRY(allocate(&s->memory, &codes, TILE_TOKENS, s->sae[0].d_sae * sizeof *codes));
-    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, f->set.count)) == SC_OK) SC_TRY(spool_batch(s, codes));
+    SC_TRY(allocate(&s->memory, &f, TILE_TOKENS, s->sae[0].d_sae * sizeof *f));
+    SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
+    while ((status = next_encoded(s, s->data.set.count)) == SC_OK) spool_batch(s, f);
     if (status != SC_END) return status;
     return save_tensors(o->output, 4096, write_codes, s);
 }
@@ -8427,44 +8330,44 @@ static int replace_by_output(void *context, float *x, size_t tokens) {
     return SC_OK;
 }
 
-/* Turns the labels of class folders into classes of the model: by name where the model names its
- * classes; else the folders' names are the classes where all are whole numbers; else their ranks
- * are, if there are as many folders as classes. The labels of a list are classes already. */
+/* Turns labels into classes of the model. The labels of a list are classes already. A class folder
+ * is found by its name where the model names its classes; else the folders' names are the classes
+ * where all are whole numbers; else their ranks are, if there are as many folders as classes. */
 static int match_classes(sc_images *set, const sc_model *model) {
-    const char *text = sc_metadata_find(&model->file, "class_names");
+    const char *list = sc_metadata_find(&model->file, "class_names");
+    const size_t folders = set->class_name ? set->classes : 0;
     char **name = NULL;                              /* [names], of the model's classes */
     size_t names = 0, numbers = 0;
-    int status = SC_OK, zeros = 0, lengths = 0;
-    if (!set->class_name) return SC_OK;
-    for (size_t c = 0; c < set->classes; c++) {
-        const char *class = set->class_name[c];
-        if (class[strspn(class, "0123456789")] == '\0') numbers++;
-        zeros |= class[0] == '0' && class[1];
-        lengths |= strlen(class) != strlen(set->class_name[0]);
+    int status = SC_OK;
+
+    /* The names of folders and classes. */
+    for (size_t c = 0; c < folders; c++) {
+        const char *folder = set->class_name[c];
+        if (folder[strspn(folder, "0123456789")] == '\0') numbers++;
     }
-    if (!text && numbers == set->classes && zeros && lengths)        /* 1 and 01 are one class */
-        return fail("%s: class folders with and without leading zeros (expected one form)",
-                    set->root);
-    if (!text && numbers < set->classes && set->classes != model->classes)
-        return fail("%s: %zu class folders, but the model has %zu classes without names (expected "
-                    "folders named by class number, or a list with path<TAB>class)",
-                    set->root, set->classes, model->classes);
-    if (text) SC_TRY(json_string_array(text, model->file.path, &name, &names));
+    if (list) SC_TRY(json_string_array(list, model->file.path, &name, &names));
+
+    /* The images' labels. */
     for (size_t i = 0; i < set->count && status == SC_OK; i++) {
-        sc_image *image = &set->image[i];
-        const char *class = set->class_name[image->label];
-        size_t c = 0;
-        while (c < names && strcmp(name[c], class) != 0) c++;
-        if (text) image->label = (int64_t)c;
-        else if (numbers == set->classes) image->label = strtoll(class, NULL, 10);
-        if (text && c == names)
-            status = fail("image %zu %s: class '%s' is not among the %zu that %s names", i,
-                          image->name, class, names, model->file.path);
+        int64_t *label = &set->image[i].label;
+        if (folders > 0) {
+            const char *folder = set->class_name[*label];
+            size_t c = 0;
+            while (c < names && strcmp(name[c], folder) != 0) c++;
+            if (c < names) *label = (int64_t)c;                      /* by name */
+            else if (!list && numbers == folders) *label = strtoll(folder, NULL, 10);
+            else if (list || folders != model->classes) *label = -1; /* not even by rank */
+        }
+        if (*label < 0 || *label >= (int64_t)model->classes)
+            status = fail("image %zu %s: not in one of the model's %zu classes (expected a folder "
+                          "with a class's name or number, or a list with path<TAB>class)", i,
+                          set->image[i].name, model->classes);
     }
     free(name);
     return status;
 }
 
+/* Opens the model with the SAE in the loop, if there is one. */
 static int start_zeroshot(session *s) {
     feed *f = &s->data;
     const sc_safetensors *file = &f->model.file;
@@ -8474,7 +8377,7 @@ static int start_zeroshot(session *s) {
     if (f->T != f->model.tokens)
         return fail("%s: trained on tokens %s (expected all, which the model needs to go on)",
                     s->sae[0].path, f->origin.text[SC_TOKENS]);
-    if (s->saes) {
+    if (s->saes > 0) {
         f->tap[0].replace = replace_by_output;
         f->tap[0].context = s;
     }
@@ -8482,36 +8385,23 @@ static int start_zeroshot(session *s) {
     return match_classes(&f->set, &f->model);
 }
 
-/* Finds the rank, from 0, of the label of the batch's image i among the logits; of equal logits the
- * lower class comes first. */
-static int rank_label(const feed *f, size_t i, size_t *rank) {
-    size_t image = f->image[i], classes = f->model.classes;
-    const float *logit = f->logits + i * classes;
-    const char *name = image_name(f, image);
-    int64_t label = f->label[i];
-    if (label < 0)
-        return fail("image %zu %s: no label (expected FOLDER/<class>/<image>, or a list with "
-                    "path<TAB>class)", image, name);
-    if (label >= (int64_t)classes)
-        return fail("image %zu %s: label %lld, but the head has %zu classes", image, name,
-                    (long long)label, classes);
-    *rank = 0;
-    for (size_t c = 0; c < classes; c++) {
-        int before = (int64_t)c < label;
-        if (logit[c] > logit[label] || (before && logit[c] == logit[label])) ++*rank;
-    }
-    return SC_OK;
-}
-
 static int command_zeroshot(session *s) {
     const char *format = s->o->format;
     const feed *f = &s->data;
-    size_t top1 = 0, top5 = 0, rank = 0;
+    size_t top1 = 0, top5 = 0;
     int status;
     SC_TRY(start_zeroshot(s));
+    const size_t classes = f->model.classes;
+
+    /* The rank of the label among the logits; of equal logits the lower class comes first. */
     while ((status = next_encoded(s, f->set.count)) == SC_OK) {
         for (size_t i = 0; i < f->count; i++) {
-            SC_TRY(rank_label(f, i, &rank));
+            const float *logit = f->logits + i * classes;
+            size_t label = (size_t)f->label[i], rank = 0;
+            for (size_t c = 0; c < classes; c++) {
+                rank += logit[c] > logit[label];
+                rank += c < label && logit[c] == logit[label];
+            }
             top1 += rank < 1;
             top5 += rank < 5;
         }
@@ -8835,6 +8725,45 @@ static int show_sheets(viewer *v) {
     return SC_OK;
 }
 
+/* --- Tables ---
+ *
+ * A table is an array of cells, [rows, columns]. A cell has its column's name, for CSV and JSON,
+ * and its title, for text; it holds a text or, where that is NULL, a number. Text shows "-" for an
+ * undefined cell; CSV and JSON give the number that stands for it: -1 for an entropy, else 0. */
+
+typedef struct {
+    const char *name, *title, *text;
+    double number;
+    int undefined;
+} table_cell;
+
+static const char *cell_text(const table_cell *cell) {
+    if (cell->undefined) return "-";
+    if (cell->text) return shown(cell->text);
+    char *out = text_room();
+    int whole = cell->number == floor(cell->number) && fabs(cell->number) < 1e9;
+    snprintf(out, TEXT_ROOM, whole ? "%.0f" : "%.4g", cell->number);
+    return out;
+}
+
+/* Prints a table of at least one row; format: text, csv or json. */
+static int print_table(const char *format, const table_cell *cells, size_t columns, size_t rows) {
+    const int is_json = strcmp(format, "json") == 0, csv = strcmp(format, "csv") == 0;
+    for (size_t c = 0; c < columns && csv; c++) printf("%s%s", c ? "," : "", cells[c].name);
+    for (size_t c = 0; c < columns && !csv && !is_json; c++) printf("%-12s", cells[c].title);
+    for (size_t i = 0; i < rows * columns; i++) {
+        if (is_json) printf("%s\"%s\": ", i % columns ? ", " : i ? "},\n  {" : "[\n  {", cells[i].name);
+        else if (csv) putchar(i % columns ? ',' : '\n');
+        else if (i % columns == 0) puts("");
+        if (!is_json && !csv) printf("%-12s", cell_text(&cells[i]));
+        else if (!cells[i].text) printf("%.9g", cells[i].number);
+        else if (is_json) print_json(stdout, cells[i].text);
+        else print_csv_text(cells[i].text);
+    }
+    puts(is_json ? "}\n]" : "");
+    return end_of_output();
+}
+
 /* --- explain --- */
 
 enum { EXPLAINED = 16, EXPLAIN_COLUMNS = 5, CLASSES_SHOWN = 3 };
@@ -8926,7 +8855,7 @@ static int explain(viewer *v) {
         find_masks(v, j);
         SC_TRY(show_mask(v, j, 0));
     }
-    if (rows > 0) return print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows, print_rows);
+    if (rows > 0) return print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows);
     note("no latent fires there");
     if (strcmp(o->format, "json") == 0) puts("[]");
     return end_of_output();

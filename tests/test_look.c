@@ -306,7 +306,7 @@ static void look_undefined(void)
     check(look_run(FLAT "--format csv") == 0 && strcmp(look_output, "latent,activation,frequency,entropy,classes\n"
           "0,0.319999993,1,-1,\"\"\n") == 0, "as CSV: %s", look_output);
     check(look_run("eval -s sae.safetensors -m model.safetensors flat --quiet") == 0
-          && look_says("\nentropy                                        -\n"), "eval: %s", look_output);
+          && look_says("\nentropy_mean                                      -1\n"), "eval: %s", look_output);
 }
 
 /* --- zeroshot --- */
@@ -326,23 +326,23 @@ static void look_zeroshot(void)
     } cases[] = {
         { "set", 3, 0, "", 0, "{\"images\": 3, \"top1\": 2," },          /* a, b, c: ranks; c is empty */
         { "set", 3, 1, "", 0, "{\"images\": 3, \"top1\": 1," },
-        { "set", 4, 1, "", 1, "3 class folders, but the model has 4 classes without names" },
+        { "set", 4, 1, "", 1, "a/0.ppm: not in one of the model's 4 classes" },
         { "numbers", 12, 10, "", 0, "{\"images\": 3, \"top1\": 1," },    /* numbers: their own class */
         { "numbers", 12, 1, "", 0, "{\"images\": 3, \"top1\": 0," },
         { "numbers", 12, 2, "", 0, "{\"images\": 3, \"top1\": 1," },
-        { "numbers", 3, 1, "", 1, "label 10, but the head has 3 classes" },
+        { "numbers", 3, 1, "", 1, "10/image.ppm: not in one of the model's 3 classes" },
         { "set", 4, 3, LOOK_NAMES("[\\\"c\\\",\\\"b\\\",\\\"x\\\",\\\"a\\\"]"), 0, "{\"images\": 3, \"top1\": 2," },
         { "set", 4, 1, LOOK_NAMES("[\\\"c\\\",\\\"b\\\",\\\"x\\\",\\\"a\\\"]"), 0, "{\"images\": 3, \"top1\": 1," },
-        { "set", 2, 1, LOOK_NAMES("[\\\"c\\\",\\\"b\\\"]"), 1, "class 'a' is not among the 2" },
+        { "set", 2, 1, LOOK_NAMES("[\\\"c\\\",\\\"b\\\"]"), 1, "a/0.ppm: not in one of the model's 2 classes" },
         { "numbers", 3, 0, LOOK_NAMES("[\\\"10\\\",\\\"0\\\",\\\"2\\\"]"), 0, "{\"images\": 3, \"top1\": 1," },
-        { "half", 12, 1, "", 1, "2 class folders" },                     /* 1, a: not all are numbers */
+        { "half", 12, 1, "", 1, "the model's 12 classes" },                    /* 1, a: not all are numbers */
         { "half", 2, 1, "", 0, "{\"images\": 2, \"top1\": 1," },
-        { "huge", 12, 1, "", 1, "but the head has 12 classes" },         /* 2^64 and more */
-        { "zeros", 2, 1, "", 1, "with and without leading zeros" },      /* 1 and 01 are the same number */
+        { "huge", 12, 1, "", 1, "the model's 12 classes" },         /* 2^64 and more */
+        { "zeros", 2, 1, "", 0, "{\"images\": 2, \"top1\": 2," },       /* 1 and 01 are the same number */
         { "padded", 12, 10, "", 0, "{\"images\": 2, \"top1\": 1," },     /* 01, 10 */
         { "classes.txt", 12, 7, "", 0, "{\"images\": 2, \"top1\": 1," }, /* a list has the model's classes */
         { "classes.txt", 12, 7, LOOK_NAMES("[\\\"a\\\",\\\"b\\\"]"), 0, "{\"images\": 2, \"top1\": 1," },
-        { "flat", 3, 0, "", 1, "no label" },
+        { "flat", 3, 0, "", 1, "not in one of the model's 3 classes" },
     };
     static const char *const folders[] = { "numbers", "numbers/0", "numbers/2", "numbers/10", "half", "half/1",
                                            "half/a", "huge", "huge/99999999999999999999", "zeros", "zeros/1",

@@ -671,7 +671,7 @@ static void write_words(void) {
         "P2\n", "P3\n", "P4\n", "P5\n", "P6\n", "65535", "18446744073709551615", "9223372036854775808",
         "-1", "nan", "inf", "1e-5", "=nan", "=inf", "=-1", "=0", "@architecture=topk", "@k=", "@layer=",
         "@hook=mlp", "@class_names=[\"", "@file_names=[\"", "@data_digest=", "@sae_digest=", "@tokens=cls",
-        "@first_patch=", "@steps=", "@next_draw=", "@checksum=", "labels I64 ", "text_embeds F32 ", "\t", "#" };
+        "@steps=", "@next_draw=", "@checksum=", "labels I64 ", "text_embeds F32 ", "\t", "#" };
     char path[1200], name[NAME_LENGTH];
     snprintf(path, sizeof path, "%s/words", seed_folder);
     FILE *out = fopen(path, "w");
