@@ -247,12 +247,13 @@ static const cli_case cli_usage[] = {
     { 2, "--mean: ", "extract --quiet -m @model --mean 1,2 @photos -o @out" },
     { 2, "--std: ", "extract --quiet -m @model --std 1,2,3,4 @photos -o @out" },
     { 2, "--steps and --epochs", "train --acts @acts --steps 1 --epochs 1 -o @out" },
-    { 2, "@acts: given for two files", "train --acts @acts --steps 1 --log @acts -o @out" },
-    { 2, "@sae: given for two files",
+    { 2, "--log: @acts is another file", "train --acts @acts --steps 1 --log @acts -o @out" },
+    { 2, "--log: @sae is another file",
       "train --acts @acts --init @sae --steps 1 --log @photos/../cli_sae -o @out" },
-    { 2, "@model: given for two files", "train -m @model @photos --steps 1 --log @model -o @out" },
-    { 2, "@list.txt: given for two files", "train -m @model @list.txt --steps 1 --log @list.txt -o @out" },
-    { 2, "@out: given for two", "train --acts @acts --steps 1 -o @out --checkpoint @out" },
+    { 2, "--log: @model is another file", "train -m @model @photos --steps 1 --log @model -o @out" },
+    { 2, "--log: @list.txt is another file", "train -m @model @list.txt --steps 1 --log @list.txt -o @out" },
+    { 2, "--log: @out is another file", "train --acts @acts --steps 1 -o @out --log @out" },
+    { 2, "--log: @out is another file", "train --acts @acts --steps 1 -o @photos --checkpoint @out --log @out" },
     { 2, "--init and --expansion", "train --acts @acts --init @sae --expansion 2 -o @out" },
     { 2, "--init and --latents", "train --acts @acts --init @sae --latents 2 -o @out" },
     { 2, "--init and --b-dec", "train --acts @acts --init @sae --b-dec mean -o @out" },
@@ -265,7 +266,14 @@ static const cli_case cli_usage[] = {
     { 2, "-l: ", "mask -s @sae --acts @acts -l 1, -o @out" },
     { 2, "-l: ", "mask -s @sae --acts @acts -l x -o @out" },
     { 2, "-l: ", "mask -s @sae --acts @acts -l -1 -o @out" },
-    { 2, "-t FILE", "mask -s @sae --acts @acts -l 1 --mask top -o @out" },
+    { 2, "--mask=top needs -t", "mask -s @sae --acts @acts -l 1 --mask top -o @out" },
+    { 2, "-t needs --mask=top", "mask -s @sae -t @stats --acts @acts -l 1 --mask value -o @out" },
+    { 2, "--k needs --arch=topk", "train --acts @acts --k 3 -o @out" },
+    { 2, "--arch=relu and --k exclude each other", "eval -s @sae --acts @acts --arch relu --k 3" },
+    { 2, "--arch=topk and --l1 exclude each other", "train --acts @acts --arch topk --l1 1 -o @out" },
+    { 2, "--acts and --heads exclude each other", "eval -s @sae --acts @acts --heads 4" },
+    { 2, "--threshold needs --class-counts", "stats -s @sae --acts @acts --threshold 1 -o @out" },
+    { 2, "--hook needs -s", "zeroshot -m @model @photos --hook mlp" },
     { 0, NULL, NULL } };
 
 /* Invalid values: "OPTION VALUE ...", and the rest of the command line. */
@@ -276,7 +284,7 @@ static const struct { const char *values, *line; } cli_values[] = {
     { "--epochs -1", "train --acts @acts -o @out" },
     { "--k 0", "train --acts @acts -o @out" },
     { "--latents 0", "train --acts @acts -o @out" },
-    { "--seed 1.5 -1", "train --acts @acts -o @out" },
+    { "--seed 1.5 -1 3e9", "train --acts @acts -o @out" },
     { "--threads 0 many", "train --acts @acts -o @out" },
     { "--limit 0", "train --acts @acts -o @out" },
     { "--top 0", "stats -s @sae --acts @acts -o @out" },
@@ -623,7 +631,7 @@ static void cli_test_activations(void)
         { 1, "@nan: tensor 'activations', element 1000", "stats -s @sae --acts @nan -o @out" },
         { 1, "image 1, token 14", "encode -s @sae --acts @nan -o @out" },
         { 1, "step 1: image 1, token 14: @nan", "train --acts @nan --latents 8 --batch 7 -o @out" },
-        { 1, "step 2, image 4, token 3: ",
+        { 1, "step 2: image 4, token 3: ",
           "train --acts @zero --latents 8 --batch 3 --order sequential -o @out" },
         { 1, "image 4, token 3: ||x|| is 0", "eval -s @sae --acts @zero" },
         { 1, "image 4, token 3: ||x|| is 0", "train --acts @zero --latents 8 --batch 7 -o @out" },
@@ -1306,7 +1314,7 @@ static void cli_test_names(void)
           && exists(cli("@out/latent_0_3_...pgm")) && !exists(in_folder("../cli_a.pgm"))
           && !exists("/tmp/cli_b.pgm"), "a path in a packed set's names leads out of the folder");
     remove_tree(cli("@out"));
-    run("%s", "pack --size 4 -o ../cli_out -- --help");
+    run("%s", "pack --size 4 -o ../cli_out ./--help");
     check(ran.status == 0 && exists(cli("@out")), "a folder called --help: %d %s", ran.status, ran.err);
     setenv("SAECLIP_DECODER", "cat", 1);         /* a shell would run what these names say */
     for (size_t i = 5; i < 7; i++) {
