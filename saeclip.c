@@ -7239,7 +7239,6 @@ typedef struct {
     uint64_t *order, epoch;          /* [N], and the epoch it is of; NULL: first to last */
     uint64_t steps;                  /* the step after which the run ends */
     uint64_t next_draw;              /* the place in the order where the next step begins */
-    uint64_t saved;                  /* the step of the last checkpoint */
     FILE *log;
     double started;
     char output[MAX_PATH];           /* the SAE's file */
@@ -7249,23 +7248,9 @@ typedef struct {
     int checkpoints;                 /* requested, not only after a signal */
 } training_run;
 
-/* Set by SIGINT and SIGTERM during training. */
-static atomic_int stop_signal;
+static atomic_int stop_signal;       /* SIGINT or SIGTERM; 0: training goes on */
 
 static void ask_to_stop(int number) { atomic_store(&stop_signal, number); }
-
-/* SA_RESETHAND: a second signal of the same kind ends the program at once. A signal that is
- * ignored, as under nohup, stays ignored. */
-static void catch_signals(void) {
-    static const int signals[] = { SIGINT, SIGTERM };
-    const struct sigaction ask = { .sa_handler = ask_to_stop,
-                                   .sa_flags = SA_RESTART | (int)SA_RESETHAND };
-    for (size_t i = 0; i < COUNT(signals); i++) {
-        struct sigaction before;
-        sigaction(signals[i], NULL, &before);
-        if (before.sa_handler != SIG_IGN) sigaction(signals[i], &ask, NULL);
-    }
-}
 
 /* Each epoch is a permutation of its own. */
 static int training_draw(void *context, size_t draw, size_t *image) {
@@ -7347,15 +7332,15 @@ static int move_checkpoint(training_run *run, const sc_safetensors *file, sc_wri
     const sc_safetensors *source = f->is_file ? &f->file : &f->model.file;
     sc_trainer *t = run->trainer;
     size_t n = run->sae.d_sae;
-    digest64 sample = { 0 }, state = { 0 };
+    digest64 data = { 0 }, state = { 0 };
     SC_TRY(move_counter(file, w, "steps", &t->step));
     SC_TRY(move_counter(file, w, "next_draw", &run->next_draw));
     SC_TRY(move_recipe(run, file, w));
-    SC_TRY(move_setting(file, w, "data_digest", "%ju", (uintmax_t)f->set.digest));
-    /* Of the model's weights or the saved activations the first MiB must be the same. */
+    /* The images' names and labels, and the first MiB of the weights or saved activations. */
     size_t bytes = (size_t)(source->data - source->map) + ((size_t)1 << 20);
-    digest64_add(&sample, source->map, smaller(bytes, source->size));
-    SC_TRY(move_setting(file, w, "source_digest", "%ju", (uintmax_t)digest64_value(&sample)));
+    digest64_number(&data, f->set.digest);
+    digest64_add(&data, source->map, smaller(bytes, source->size));
+    SC_TRY(move_setting(file, w, "data_digest", "%ju", (uintmax_t)digest64_value(&data)));
     /* The SAE, Adam's moments, and for how many steps each latent has been silent. */
     SC_TRY(move_tensors(&run->sae, t, file, w, &state));
     if (w) {
@@ -7384,8 +7369,6 @@ static int write_checkpoint(sc_writer *w, void *context) {
 }
 
 static int save_checkpoint(training_run *run) {
-    if (run->saved == run->trainer->step) return SC_OK;
-    run->saved = run->trainer->step;
     return save_tensors(run->checkpoint, 8192, write_checkpoint, run);
 }
 
@@ -7414,7 +7397,6 @@ static int resume_training(training_run *run) {
         t->beta1_power *= 0.9;
         t->beta2_power *= 0.999;
     }
-    run->saved = t->step;
     return SC_OK;
 }
 
@@ -7423,9 +7405,9 @@ static int resume_training(training_run *run) {
 static const char log_header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "explained_variance_uncentred,dead,seconds\n";
 
-/* Opens the log and locks it, so that two runs do not mix their rows. What it held goes, except, in
- * a resumed run, the rows up to the step at which it continues. A pipe or a device, which cannot be
- * read or cut, is only written. */
+/* Opens the log and locks it, so that two runs do not mix their rows. What an older log held goes
+ * but, in a resumed run, the rows up to the step at which it continues; any other file is refused.
+ * A pipe or a device, which cannot be read or cut, is only written. */
 static int open_log(training_run *run) {
     const char *path = run->o->log;
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
@@ -7433,14 +7415,18 @@ static int open_log(training_run *run) {
     uint64_t step = run->trainer->step;
     char line[512];
     off_t end = 0;                                   /* of the rows that stay */
+    if (strcmp(path, run->output) == 0 || strcmp(path, run->checkpoint) == 0)
+        return usage("--log: %s is another output", path);
     int regular = stat(path, &about) != 0 || S_ISREG(about.st_mode);
     int fd = open(path, (regular ? O_RDWR | O_CREAT : O_WRONLY) | O_CLOEXEC, 0666);
     if (fd >= 0) run->log = fdopen(fd, regular ? "r+" : "w");
     if (!run->log) return write_failed(path, errno);
     if (regular) {
         if (fcntl(fd, F_SETLK, &lock) != 0) return write_failed(path, EBUSY);
-        while (step > 0 && fgets(line, sizeof line, run->log) && strchr(line, '\n')) {
-            if (end > 0 && strtoull(line, NULL, 10) > step) break;
+        for (int row = 0; fgets(line, sizeof line, run->log); row++) {
+            if (row == 0 && strcmp(line, log_header) != 0)
+                return fail("%s: not a training log (expected one, or a new file)", path);
+            if (step == 0 || !strchr(line, '\n') || strtoull(line, NULL, 10) > step) break;
             end = ftello(run->log);
         }
         if (ferror(run->log) || fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fd, end) != 0)
@@ -7522,15 +7508,14 @@ static int start_run(training_run *run) {
 static int train_steps(training_run *run) {
     sc_trainer *t = run->trainer;
     feed *f = &run->data;
-    while (t->step < run->steps) {
+    for (uint64_t step = t->step + 1; step <= run->steps; step++) {
         sc_step result;
         size_t token = SIZE_MAX;
-        uintmax_t step = t->step + 1;
         int status = next_batch(f, run->batch), number = atomic_load(&stop_signal);
         if (number != 0) {
             SC_TRY(save_checkpoint(run));
             return fail("stopped by signal %d after step %ju; --resume goes on from %s", number,
-                        step - 1, run->checkpoint);
+                        (uintmax_t)step - 1, run->checkpoint);
         }
         if (status == SC_OK) {
             status = train_step(t, f->tap[0].out, &result, &token);
@@ -7538,13 +7523,13 @@ static int train_steps(training_run *run) {
         } else if (run->checkpoints) {
             SC_TRY(save_checkpoint(run));            /* a success leaves the reason as it is */
         }
-        if (status != SC_OK) return fail("step %ju: %s", step, error_text);
+        if (status != SC_OK) return fail("step %ju: %s", (uintmax_t)step, error_text);
         run->next_draw = f->draw[run->batch - 1] + 1;
         SC_TRY(log_step(run, &result));
-        if (run->checkpoints && step % (uintmax_t)run->o->checkpoint_every == 0)
-            SC_TRY(save_checkpoint(run));
+        int due = step % (uint64_t)run->o->checkpoint_every == 0 || step == run->steps;
+        if (run->checkpoints && due) SC_TRY(save_checkpoint(run));
     }
-    return run->checkpoints ? save_checkpoint(run) : SC_OK;
+    return SC_OK;
 }
 
 static int run_training(training_run *run) {
@@ -7572,6 +7557,8 @@ static int run_training(training_run *run) {
 static int train(const options *o) {
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
+    const struct sigaction ask = { .sa_handler = ask_to_stop,
+                                   .sa_flags = SA_RESTART | (int)SA_RESETHAND };
     const char *folder = "", *file = o->output;
     if (file[strlen(file) - 1] == '/') {
         folder = o->output;
@@ -7584,7 +7571,9 @@ static int train(const options *o) {
     if (o->checkpoint) SC_TRY(join_path("", o->checkpoint, run.checkpoint));
     else sprintf(run.checkpoint, "%s.ckpt", run.output);
     sprintf(run.previous, "%s.prev", run.checkpoint);
-    catch_signals();
+    /* A signal is heeded between steps; a second one of its kind ends the program at once. */
+    sigaction(SIGINT, &ask, NULL);
+    sigaction(SIGTERM, &ask, NULL);
     int status = run_training(&run);
     if (run.log && fclose(run.log) != 0 && status == SC_OK) status = write_failed(o->log, errno);
     close_feed(&run.data);
@@ -9683,51 +9672,47 @@ static const char *join_sizes(const size_t *sizes, int count, const char *betwee
     return out;
 }
 
-/* Prints what a file is. It is of the first kind whose tensor it has, with that rank; the text
- * shows the tensor's shape. Of a model it prints all sizes, and the settings in force. */
-static void describe(const sc_safetensors *file) {
-    static const struct { const char *tensor; int rank; const char *text; } kinds[] = {
-        { "W_enc_m", 2, "checkpoint of a training: %zu latents, %zu inputs\n" },
-        { "W_enc", 2, "sparse autoencoder: %zu inputs, %zu latents\n" },
-        { "max_activating_image_indices", 2, "statistics: %zu latents, %zu top images each\n" },
-        { "activations", 3, "activations: %zu images, %zu tokens each, %zu numbers each\n" },
-        { "images", 4, "packed images: %zu images, %zu high, %zu wide, %zu colours\n" },
-        { "value", 1, "codes: %zu active values\n" } };
-    sc_model m;
-    for (size_t i = 0; i < COUNT(kinds); i++) {
-        const sc_tensor *t = sc_tensor_find(file, kinds[i].tensor);
-        if (!t || t->rank != kinds[i].rank) continue;
-        printf(kinds[i].text, t->shape[0], t->shape[1], t->shape[2], t->shape[3]);
-        return;
+/* Without a file: this machine, and what of it the program uses. */
+static void print_machine(void) {
+    printf("saeclip %s\ninstruction sets:", SC_VERSION);
+    for (size_t i = 0; i < COUNT(kernel_sets); i++) {
+        const kernel_set *set = kernel_sets[i];
+        if (is_usable(set)) printf(" %s", set->name);
+        if (set == kernels) printf(" (in use)");
     }
-    if (naming_of(file) == NAMINGS) {
-        puts("a safetensors file of an unknown kind");
-    } else if (sc_model_open(&m, file->path, NULL) != SC_OK) {
-        printf("vision transformer that cannot be used: %s\n", shown(sc_error()));
-    } else {
-        printf("vision transformer, %s's names: %zu blocks, width %zu, %zu heads, hidden %zu, "
-               "images of %zu x %zu in %zu x %zu patches of %zu x %zu, %s GELU, epsilon %g%s\n",
-               naming_names[m.naming], m.blocks, m.width, m.heads, m.hidden, m.image_size,
-               m.image_size, m.grid, m.grid, m.patch, m.patch,
-               m.activation == QUICK_GELU ? "quick" : "exact", (double)m.epsilon,
-               find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
-        sc_model_close(&m);
-    }
+    printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
 }
 
-/* A file's tensors, its metadata, and in the last line what it is. Without a file: this machine,
- * and what of it the program uses. */
+/* A model's sizes, and the settings that its numbers depend on. */
+static void print_model(const char *path) {
+    sc_model m;
+    if (sc_model_open(&m, path, NULL) != SC_OK) {
+        printf("vision transformer that cannot be used: %s\n", shown(sc_error()));
+        return;
+    }
+    printf("vision transformer, %s's names: %zu blocks, width %zu, %zu heads, hidden %zu, "
+           "images of %zu x %zu in %zu x %zu patches of %zu x %zu, %s GELU, epsilon %g%s\n",
+           naming_names[m.naming], m.blocks, m.width, m.heads, m.hidden, m.image_size,
+           m.image_size, m.grid, m.grid, m.patch, m.patch,
+           m.activation == QUICK_GELU ? "quick" : "exact", (double)m.epsilon,
+           find_layer(&m, HEAD, 0, 0) ? ", with a head" : "");
+    sc_model_close(&m);
+}
+
+/* A file's tensors, its metadata, and in the last line what it is. */
 static int command_info(session *s) {
+    static const char *const kinds[][2] = {      /* the first kind whose tensor the file has */
+        { "W_enc_m", "checkpoint of a training" },
+        { "W_enc", "sparse autoencoder" },
+        { "max_activating_image_indices", "statistics" },
+        { "activations", "activations" },
+        { "images", "packed images" },
+        { "value", "codes" } };
     const char *path = s->o->operand[0];
     sc_safetensors file;
+    size_t kind = 0;
     if (!path) {
-        printf("saeclip %s\ninstruction sets:", SC_VERSION);
-        for (size_t i = 0; i < COUNT(kernel_sets); i++) {
-            const kernel_set *set = kernel_sets[i];
-            if (is_usable(set)) printf(" %s", set->name);
-            if (set == kernels) printf(" (in use)");
-        }
-        printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
+        print_machine();
         return end_of_output();
     }
     SC_TRY(sc_safetensors_open(&file, path));
@@ -9741,7 +9726,10 @@ static int command_info(session *s) {
     for (size_t i = 0; i < file.entries; i++)
         printf("    %s = %s\n", shown(file.metadata[i].key), shown(file.metadata[i].value));
     printf("%s: ", shown(path));
-    describe(&file);
+    while (kind < COUNT(kinds) && !sc_tensor_find(&file, kinds[kind][0])) kind++;
+    if (kind < COUNT(kinds)) puts(kinds[kind][1]);
+    else if (naming_of(&file) != NAMINGS) print_model(path);
+    else puts("a safetensors file of an unknown kind");
     sc_safetensors_close(&file);
     return end_of_output();
 }
@@ -10108,31 +10096,28 @@ static int print_command_help(const struct command_row *command) {
 
 /* --- Parsing --- */
 
-/* Stores the value of an option; text: NULL where it is missing. */
+/* Checks and stores the value of an option; text: NULL where it is missing. */
 static int set_option(options *o, const struct option_row *row, const char *text) {
     void *place = (char *)o + row->place;
-    double number;
-    if (row->kind == FLAG) {
-        *(int *)place = 1;
-        return SC_OK;
-    }
-    if (!text || !*text) return usage("%s: no value (expected %s)", row->name, row->value);
+    double number = 0;
+    if (row->kind != FLAG && (!text || !*text))
+        return usage("%s: no value (expected %s)", row->name, row->value);
     if (row->kind == CHOICE && !is_choice(row->value, text))
         return usage("%s: invalid value '%s' (expected one of %s)", row->name, text, row->value);
-    if (row->kind == TEXT || row->kind == CHOICE) {
-        *(const char **)place = text;
-        return SC_OK;
+    if (row->kind == TEXTS && o->saes == SC_MAX_TAPS)
+        return usage("%s: given more than %d times", row->name, SC_MAX_TAPS);
+    if (row->kind == WHOLE || row->kind == NUMBER)
+        SC_TRY(parse_number(text, row->name, row->least, row->most, &number));
+    if (row->kind == WHOLE && number != floor(number))
+        return usage("%s: invalid value '%s' (expected a whole number)", row->name, text);
+    switch (row->kind) {
+    case FLAG: *(int *)place = 1; break;
+    case TEXT:
+    case CHOICE: *(const char **)place = text; break;
+    case TEXTS: o->sae[o->saes++] = text; break;
+    case WHOLE: *(long *)place = (long)number; break;
+    case NUMBER: *(double *)place = number; break;
     }
-    if (row->kind == TEXTS) {
-        if (o->saes == SC_MAX_TAPS)
-            return usage("%s: given more than %d times", row->name, SC_MAX_TAPS);
-        o->sae[o->saes++] = text;
-        return SC_OK;
-    }
-    SC_TRY(parse_number(text, row->name, row->least, row->most, &number));
-    if (row->kind == NUMBER) *(double *)place = number;
-    else if (number == floor(number)) *(long *)place = (long)number;
-    else return usage("%s: invalid value '%s' (expected a whole number)", row->name, text);
     return SC_OK;
 }
 
@@ -10141,7 +10126,7 @@ static size_t find_option(const char *name, size_t length) {
     size_t i = 0;
     for (; i < COUNT(option_table); i++) {
         const char *known = option_table[i].name;
-        if (strlen(known) == length && strncmp(known, name, length) == 0) break;
+        if (strncmp(known, name, length) == 0 && known[length] == '\0') break;
     }
     return i;
 }
@@ -10156,10 +10141,10 @@ static int parse_option(options *o, const struct command_row *command, char **ar
     }
     size_t i = find_option(name, length);
     const struct option_row *row = &option_table[i];
-    if (i == COUNT(option_table) || !(row->commands & command->bit))
+    int known = i < COUNT(option_table) && (row->commands & command->bit);
+    if (!known || (row->kind == FLAG && text))
         return usage("%s: unknown option %s (see saeclip %s --help)", command->name, name,
                      command->name);
-    if (row->kind == FLAG && text) return usage("%s: takes no value", row->name);
     if (given[i] && row->kind != TEXTS) return usage("%s: given twice", row->name);
     if (row->kind != FLAG && !text && argv[*at + 1]) text = argv[++*at];
     given[i] = text ? text : "";
@@ -10206,20 +10191,6 @@ static int check_options(const options *o, const struct command_row *command, in
     return SC_OK;
 }
 
-/* The log is written in place, so it must not be a file that is read or replaced. */
-static int check_log(const options *o) {
-    const char *path[] = { o->output, o->checkpoint, o->model, o->acts, o->init, o->operand[0] };
-    struct stat log, other;
-    for (size_t i = 0; i < COUNT(path); i++) {
-        if (!o->log || !path[i]) continue;
-        int same = strcmp(o->log, path[i]) == 0;
-        if (stat(o->log, &log) == 0 && stat(path[i], &other) == 0)
-            same = S_ISREG(log.st_mode) && log.st_ino == other.st_ino && log.st_dev == other.st_dev;
-        if (same) return usage("--log: %s is another file of this run", path[i]);
-    }
-    return SC_OK;
-}
-
 /* Runs one command of the program. argv ends with NULL. */
 static int run_saeclip(int argc, char **argv) {
     const struct command_row *command = NULL;
@@ -10246,7 +10217,6 @@ static int run_saeclip(int argc, char **argv) {
         else if (operands++ < MAX_OPERANDS) o.operand[operands - 1] = argv[i];
     }
     SC_TRY(check_options(&o, command, operands));
-    SC_TRY(check_log(&o));
     quiet = o.quiet;
     SC_TRY(sc_instruction_set(getenv("SAECLIP_ISA")));
     SC_TRY(sc_threads_start((int)o.threads));

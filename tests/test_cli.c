@@ -225,7 +225,7 @@ static const cli_case cli_usage[] = {
     { 2, "-o: no value (expected PATH)", "train --acts @acts -o" },
     { 2, "-o: given twice", "train --acts @acts -o @out -o @out" },
     { 2, "--lr: given twice", "train --acts @acts --lr 1 --lr=1 -o @out" },
-    { 2, "--ghost: takes no value", "train --acts @acts --ghost=1 -o @out" },
+    { 2, "train: unknown option --ghost=1", "train --acts @acts --ghost=1 -o @out" },
     { 2, "-o is missing", "train --acts @acts" },
     { 2, "-m is missing", "extract @photos -o @out" },
     { 2, "-s is missing", "stats --acts @acts -o @out" },
@@ -247,13 +247,13 @@ static const cli_case cli_usage[] = {
     { 2, "--mean: ", "extract --quiet -m @model --mean 1,2 @photos -o @out" },
     { 2, "--std: ", "extract --quiet -m @model --std 1,2,3,4 @photos -o @out" },
     { 2, "--steps and --epochs", "train --acts @acts --steps 1 --epochs 1 -o @out" },
-    { 2, "--log: @acts is another file", "train --acts @acts --steps 1 --log @acts -o @out" },
-    { 2, "--log: @sae is another file",
+    { 1, "@acts: not a training log", "train --acts @acts --steps 1 --log @acts -o @out" },
+    { 1, "cli_sae: not a training log",
       "train --acts @acts --init @sae --steps 1 --log @photos/../cli_sae -o @out" },
-    { 2, "--log: @model is another file", "train -m @model @photos --steps 1 --log @model -o @out" },
-    { 2, "--log: @list.txt is another file", "train -m @model @list.txt --steps 1 --log @list.txt -o @out" },
-    { 2, "--log: @out is another file", "train --acts @acts --steps 1 -o @out --log @out" },
-    { 2, "--log: @out is another file", "train --acts @acts --steps 1 -o @photos --checkpoint @out --log @out" },
+    { 1, "@model: not a training log", "train --quiet -m @model @photos --steps 1 --log @model -o @out" },
+    { 1, "@list.txt: not a training log", "train --quiet -m @model @list.txt --steps 1 --log @list.txt -o @out" },
+    { 2, "--log: @out is another output", "train --acts @acts --steps 1 -o @out --log @out" },
+    { 2, "--log: @out is another output", "train --acts @acts --steps 1 -o @part --checkpoint @out --log @out" },
     { 2, "--init and --expansion", "train --acts @acts --init @sae --expansion 2 -o @out" },
     { 2, "--init and --latents", "train --acts @acts --init @sae --latents 2 -o @out" },
     { 2, "--init and --b-dec", "train --acts @acts --init @sae --b-dec mean -o @out" },
@@ -1682,8 +1682,13 @@ static void cli_test_shared_log(void)
                 "train --acts @acts --latents 8 --steps 1 --log @shared.csv -o @out");
     check(holds(cli("@shared.csv"), "a row\n"), "another run's log is emptied");
     close(fd);
-    cli_works("train --acts @acts --latents 8 --steps 1 --log @shared.csv -o @part");
-    check(strncmp(get_file(cli("@shared.csv"), NULL), "step,", 5) == 0, "a log keeps an old row");
+    cli_refuses(1, "@shared.csv: not a training log",
+                "train --acts @acts --latents 8 --steps 1 --log @shared.csv -o @out");
+    check(holds(cli("@shared.csv"), "a row\n"), "a file that is not a log is emptied");
+    remove(cli("@shared.csv"));
+    for (int run = 0; run < 2; run++)
+        cli_works("train --acts @acts --latents 8 --steps 1 --log @shared.csv -o @part");
+    check(cli_count(cli_log("@shared.csv"), "\n") == 2, "a log keeps an old row");
 }
 
 static void test_cli(void)
