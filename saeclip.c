@@ -7234,13 +7234,13 @@ typedef struct {
     const options *o;
     feed data;
     sc_sae sae;
-    sc_trainer *trainer;
+    sc_trainer *trainer;             /* trains `sae`; counts the steps done */
     size_t batch;                    /* images per step */
     uint64_t *order, epoch;          /* [N], and the epoch it is of; NULL: first to last */
     uint64_t steps;                  /* the step after which the run ends */
     uint64_t next_draw;              /* the place in the order where the next step begins */
-    FILE *log;
-    double started;
+    FILE *log;                       /* NULL: none */
+    double started;                  /* when; for the log */
     char output[MAX_PATH];           /* the SAE's file */
     char config[MAX_PATH];           /* cfg.json of a folder for SAELens, "": none */
     char checkpoint[MAX_PATH + sizeof ".ckpt"];
@@ -7252,7 +7252,8 @@ static atomic_int stop_signal;       /* SIGINT or SIGTERM; 0: training goes on *
 
 static void ask_to_stop(int number) { atomic_store(&stop_signal, number); }
 
-/* Each epoch is a permutation of its own. */
+/* The image at place `draw` of the order, which goes on without end: epoch after epoch, each with a
+ * permutation of its own. */
 static int training_draw(void *context, size_t draw, size_t *image) {
     training_run *run = context;
     size_t N = run->data.set.count, epoch = draw / N;
@@ -7263,109 +7264,120 @@ static int training_draw(void *context, size_t draw, size_t *image) {
     return SC_OK;
 }
 
-/* --- The recipe: the settings that determine the numbers of a run, as metadata ---
- *
- * Here and for checkpoints, one function both writes and reads: with a writer it writes; without
- * one it reads from a file, or compares with it. */
+/* --- The recipe: the settings that determine the numbers of a run, as metadata --- */
 
-/* A setting; "" is one that the run does not have. A checkpoint with another value is refused. */
-SC_PRINTF(4, 5) static int move_setting(const sc_safetensors *file, sc_writer *w, const char *key,
-                                        const char *format, ...) {
+/* Where settings and state go to, or where they come from: one function writes and reads. */
+typedef struct {
+    sc_writer *w;                    /* NULL: read */
+    const sc_safetensors *file;
+    int failed;                      /* the status of the first error */
+} transfer;
+
+/* "" is a setting that the run does not have. A checkpoint with another value is refused. */
+SC_PRINTF(3, 4) static void move_setting(transfer *to, const char *key, const char *format, ...) {
     char value[256];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(value, sizeof value, format, arguments);
     va_end(arguments);
-    if (w) return *value ? sc_writer_metadata(w, key, value) : SC_OK;
-    const char *found = sc_metadata_find(file, key);
+    if (to->w) {
+        if (*value) sc_writer_metadata(to->w, key, value);
+        return;
+    }
+    const char *found = sc_metadata_find(to->file, key);
     if (!found) found = "";
-    if (strcmp(found, value) == 0) return SC_OK;
-    return fail("%s: a checkpoint of another run: %s is '%s' there and '%s' here", file->path, key,
-                found, value);
+    if (to->failed || strcmp(found, value) == 0) return;
+    to->failed = fail("%s: a checkpoint of another run: %s is '%s' there and '%s' here",
+                      to->file->path, key, found, value);
 }
 
-/* k and l1 need no "": which of them there is follows from the architecture. */
-static int move_recipe(const training_run *run, const sc_safetensors *file, sc_writer *w) {
+/* Not in the recipe: paths, threads, and the number of steps, so that a run can be made longer. k
+ * and l1 need no "": which of them there is follows from the architecture. */
+static void move_recipe(const training_run *run, transfer *to) {
     const options *o = run->o;
     const sc_sae *sae = &run->sae;
     const sc_origin origin = origin_of(sae);
-    SC_TRY(move_setting(file, w, "architecture", "%s", architecture_of(sae)));
-    if (sae->topk) SC_TRY(move_setting(file, w, "k", "%zu", sae->k));
-    SC_TRY(move_setting(file, w, "d_in", "%zu", sae->d_in));
-    SC_TRY(move_setting(file, w, "d_sae", "%zu", sae->d_sae));
+    /* What the SAE is, and of which activations. */
+    move_setting(to, "architecture", "%s", architecture_of(sae));
+    if (sae->topk) move_setting(to, "k", "%zu", sae->k);
+    move_setting(to, "d_in", "%zu", sae->d_in);
+    move_setting(to, "d_sae", "%zu", sae->d_sae);
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        SC_TRY(move_setting(file, w, origin_keys[k], "%s", origin.text[k]));
-    if (!sae->topk) SC_TRY(move_setting(file, w, "l1", "%.17g", o->l1));
-    SC_TRY(move_setting(file, w, "lr", "%.17g", o->lr));
-    SC_TRY(move_setting(file, w, "warmup", "%ld", o->warmup));
-    SC_TRY(move_setting(file, w, "batch", "%ld", o->batch));
-    SC_TRY(move_setting(file, w, "seed", "%ld", o->seed));
-    SC_TRY(move_setting(file, w, "ghost", "%d", o->ghost));
-    SC_TRY(move_setting(file, w, "dead_window", "%ld", o->dead_window));
-    SC_TRY(move_setting(file, w, "b_dec_images", "%ld", o->b_dec_images));
-    SC_TRY(move_setting(file, w, "b_dec_start", "%s", o->init ? "file" : o->b_dec));
-    return move_setting(file, w, "order", "%s", o->order);
+        move_setting(to, origin_keys[k], "%s", origin.text[k]);
+    /* How it is trained. */
+    if (!sae->topk) move_setting(to, "l1", "%.17g", o->l1);
+    move_setting(to, "lr", "%.17g", o->lr);
+    move_setting(to, "warmup", "%ld", o->warmup);
+    move_setting(to, "batch", "%ld", o->batch);
+    move_setting(to, "seed", "%ld", o->seed);
+    move_setting(to, "ghost", "%d", o->ghost);
+    move_setting(to, "dead_window", "%ld", o->dead_window);
+    move_setting(to, "b_dec_images", "%ld", o->b_dec_images);
+    move_setting(to, "b_dec_start", "%s", o->init ? "file" : o->b_dec);
+    move_setting(to, "order", "%s", o->order);
 }
 
-/* Writes the SAE. */
+/* Writes the SAE's file. */
 static int write_trained(sc_writer *w, void *context) {
     const training_run *run = context;
-    SC_TRY(move_recipe(run, NULL, w));
+    transfer to = { .w = w };
+    move_recipe(run, &to);
     SC_TRY(put_metadata(w, "steps", "%ju", (uintmax_t)run->trainer->step));
     return move_tensors(&run->sae, NULL, NULL, w, NULL);
 }
 
 /* --- Checkpoints: the SAE, and everything else that training goes on from --- */
 
-static int move_counter(const sc_safetensors *file, sc_writer *w, const char *key,
-                        uint64_t *counter) {
-    if (w) return put_metadata(w, key, "%ju", (uintmax_t)*counter);
-    const char *text = sc_metadata_find(file, key);
-    if (!text) return fail("%s: not a checkpoint: metadata %s is missing", file->path, key);
+static int move_counter(const transfer *to, const char *key, uint64_t *counter) {
+    if (to->w) return put_metadata(to->w, key, "%ju", (uintmax_t)*counter);
+    const char *text = sc_metadata_find(to->file, key);
+    if (!text) return fail("%s: not a checkpoint: metadata %s is missing", to->file->path, key);
     *counter = (uint64_t)strtoull(text, NULL, 10);
     return SC_OK;
 }
 
-/* After a failure to read, the state is undefined. */
-static int move_checkpoint(training_run *run, const sc_safetensors *file, sc_writer *w) {
+/* After a failure to read, the run's state is undefined. */
+static int move_checkpoint(training_run *run, transfer *to) {
     const feed *f = &run->data;
     const sc_safetensors *source = f->is_file ? &f->file : &f->model.file;
     sc_trainer *t = run->trainer;
     size_t n = run->sae.d_sae;
     digest64 data = { 0 }, state = { 0 };
-    SC_TRY(move_counter(file, w, "steps", &t->step));
-    SC_TRY(move_counter(file, w, "next_draw", &run->next_draw));
-    SC_TRY(move_recipe(run, file, w));
+    SC_TRY(move_counter(to, "steps", &t->step));
+    SC_TRY(move_counter(to, "next_draw", &run->next_draw));
+    move_recipe(run, to);
     /* The images' names and labels, and the first MiB of the weights or saved activations. */
     size_t bytes = (size_t)(source->data - source->map) + ((size_t)1 << 20);
     digest64_number(&data, f->set.digest);
     digest64_add(&data, source->map, smaller(bytes, source->size));
-    SC_TRY(move_setting(file, w, "data_digest", "%ju", (uintmax_t)digest64_value(&data)));
+    move_setting(to, "data_digest", "%ju", (uintmax_t)digest64_value(&data));
+    if (to->failed) return to->failed;
     /* The SAE, Adam's moments, and for how many steps each latent has been silent. */
-    SC_TRY(move_tensors(&run->sae, t, file, w, &state));
-    if (w) {
-        SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
-        SC_TRY(sc_writer_integers(w, t->silent, n));
+    SC_TRY(move_tensors(&run->sae, t, to->file, to->w, &state));
+    if (to->w) {
+        SC_TRY(sc_writer_tensor(to->w, "silent", SC_I64, 1, &n));
+        SC_TRY(sc_writer_integers(to->w, t->silent, n));
     } else {
-        const sc_tensor *silent = sc_tensor_find(file, "silent");
+        const sc_tensor *silent = sc_tensor_find(to->file, "silent");
         if (!silent || silent->count != n)
-            return fail("%s: missing tensor silent [%zu]", file->path, n);
-        SC_TRY(sc_tensor_integers(file, silent, 0, n, t->silent));
+            return fail("%s: missing tensor silent [%zu]", to->file->path, n);
+        SC_TRY(sc_tensor_integers(to->file, silent, 0, n, t->silent));
     }
     /* A checksum of the tensors and counters. */
     for (size_t j = 0; j < n; j++) digest64_number(&state, (uint64_t)t->silent[j]);
     digest64_number(&state, t->step);
     digest64_number(&state, run->next_draw);
     uint64_t computed = digest64_value(&state), checksum = computed;
-    SC_TRY(move_counter(file, w, "checksum", &checksum));
+    SC_TRY(move_counter(to, "checksum", &checksum));
     if (checksum == computed) return SC_OK;
-    return fail("%s: damaged: its checksum does not match", file->path);
+    return fail("%s: damaged: its checksum does not match", to->file->path);
 }
 
 static int write_checkpoint(sc_writer *w, void *context) {
     training_run *run = context;
-    w->out.previous = run->previous;
-    return move_checkpoint(run, NULL, w);
+    transfer to = { .w = w };
+    w->out.previous = run->previous;     /* the file that is replaced keeps this name */
+    return move_checkpoint(run, &to);
 }
 
 static int save_checkpoint(training_run *run) {
@@ -7384,16 +7396,18 @@ static int resume_training(training_run *run) {
     }
     int status = sc_safetensors_open(&file, run->checkpoint);
     if (status == SC_OK) {
-        status = move_checkpoint(run, &file, NULL);
+        status = move_checkpoint(run, &(transfer){ .file = &file });
         sc_safetensors_close(&file);
     }
     if (status != SC_OK && before)
         return fail("%s; the checkpoint before it is %s", error_text, run->previous);
     if (status != SC_OK) return status;
+    /* A longer run cannot become a shorter one. */
     if (t->step > run->steps)
         return usage("%s: a checkpoint of step %ju, but this run ends at step %ju", run->checkpoint,
                      (uintmax_t)t->step, (uintmax_t)run->steps);
-    for (uint64_t step = 0; step < t->step; step++) {    /* rounded as in the steps themselves */
+    /* 0.9^step and 0.999^step, rounded as in the steps themselves. */
+    for (uint64_t step = 0; step < t->step; step++) {
         t->beta1_power *= 0.9;
         t->beta2_power *= 0.999;
     }
@@ -7418,9 +7432,12 @@ static int open_log(training_run *run) {
     if (strcmp(path, run->output) == 0 || strcmp(path, run->checkpoint) == 0)
         return usage("--log: %s is another output", path);
     int regular = stat(path, &about) != 0 || S_ISREG(about.st_mode);
-    int fd = open(path, (regular ? O_RDWR | O_CREAT : O_WRONLY) | O_CLOEXEC, 0666);
+    int flags = O_WRONLY | O_CLOEXEC;
+    if (regular) flags = O_RDWR | O_CREAT | O_CLOEXEC;
+    int fd = open(path, flags, 0666);
     if (fd >= 0) run->log = fdopen(fd, regular ? "r+" : "w");
     if (!run->log) return write_failed(path, errno);
+    /* Where the rows end that stay, and off with the others. */
     if (regular) {
         if (fcntl(fd, F_SETLK, &lock) != 0) return write_failed(path, EBUSY);
         for (int row = 0; fgets(line, sizeof line, run->log); row++) {
@@ -7464,24 +7481,21 @@ static int open_run(training_run *run) {
     size_t place;
     if (o->init) SC_TRY(sc_sae_open(sae, o->init));
     SC_TRY(open_feed(f, o, sae, o->init != NULL));
-    if (!o->init) {
-        uint64_t n = (uint64_t)o->d_sae;
-        if (n == 0) n = (uint64_t)o->expansion * f->D;
-        if (n > SC_MAX_LATENTS)
-            return usage("--expansion: %ld x %zu inputs (expected at most %d latents)",
-                         o->expansion, f->D, SC_MAX_LATENTS);
-        SC_TRY(sc_sae_init(sae, f->D, (size_t)n, (uint64_t)o->seed));
-    }
+    /* A new SAE, now that its number of inputs is known. */
+    size_t n = (size_t)o->expansion * f->D;
+    if (o->d_sae) n = (size_t)o->d_sae;
+    if (!o->init) SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
     SC_TRY(connect_sae(f, sae, o, 1, &place));
+    /* The plan of the run. */
     run->batch = (size_t)o->batch;
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
         return usage("--batch: %zu images of %zu tokens are too many", run->batch, f->T);
     run->steps = (uint64_t)o->steps;
-    if (o->steps < 0)                                /* not given; the last batch is full too */
+    if (o->steps < 0)                                /* not given: all epochs, in full batches */
         run->steps = (uint64_t)ceil(o->epochs * (double)f->set.count / (double)run->batch);
     if (strcmp(o->order, "shuffle") != 0) return SC_OK;
-    run->epoch = UINT64_MAX;
+    run->epoch = UINT64_MAX;                         /* no permutation yet */
     return allocate(&f->memory, &run->order, f->set.count, sizeof *run->order);
 }
 
@@ -7490,17 +7504,19 @@ static int open_run(training_run *run) {
 static int start_run(training_run *run) {
     const options *o = run->o;
     feed *f = &run->data;
-    size_t images = 0;                               /* that b_dec starts from */
-    if (!o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer->step == 0)
-        images = smaller(o->b_dec_images ? (size_t)o->b_dec_images : run->batch, f->set.count);
-    SC_TRY(start_feed(f, images > run->batch ? images : run->batch, training_draw, run, 0));
+    size_t images = (size_t)o->b_dec_images, room = run->batch;
+    int as_points = strcmp(o->b_dec, "geomedian-images") == 0, steps = 100;
+    if (strcmp(o->b_dec, "mean") == 0) steps = 0;
+    if (images == 0) images = run->batch;
+    images = smaller(images, f->set.count);
+    if (o->init || strcmp(o->b_dec, "zeros") == 0 || run->trainer->step > 0) images = 0;
+    if (images > room) room = images;
+    SC_TRY(start_feed(f, room, training_draw, run, 0));
     f->drawn = (size_t)run->next_draw;
     if (images == 0) return SC_OK;
     SC_TRY(next_batch(f, images));
-    f->drawn = f->count = 0;
-    int as_points = strcmp(o->b_dec, "geomedian-images") == 0;
-    return start_b_dec(&run->sae, f->tap[0].out, images, f->T, as_points,
-                       strcmp(o->b_dec, "mean") == 0 ? 0 : 100);
+    f->drawn = f->count = 0;                         /* back to the first image */
+    return start_b_dec(&run->sae, f->tap[0].out, images, f->T, as_points, steps);
 }
 
 /* Trains to the last step. A signal ends the run with a checkpoint, and so do images that cannot
@@ -7512,6 +7528,7 @@ static int train_steps(training_run *run) {
         sc_step result;
         size_t token = SIZE_MAX;
         int status = next_batch(f, run->batch), number = atomic_load(&stop_signal);
+        /* First the signal: it may be why the images could not be read. */
         if (number != 0) {
             SC_TRY(save_checkpoint(run));
             return fail("stopped by signal %d after step %ju; --resume goes on from %s", number,
@@ -7524,6 +7541,7 @@ static int train_steps(training_run *run) {
             SC_TRY(save_checkpoint(run));            /* a success leaves the reason as it is */
         }
         if (status != SC_OK) return fail("step %ju: %s", (uintmax_t)step, error_text);
+        /* The step is done. */
         run->next_draw = f->draw[run->batch - 1] + 1;
         SC_TRY(log_step(run, &result));
         int due = step % (uint64_t)run->o->checkpoint_every == 0 || step == run->steps;
@@ -7536,6 +7554,7 @@ static int run_training(training_run *run) {
     const options *o = run->o;
     sc_train_options settings = { .l1 = o->l1, .lr = o->lr, .warmup = (size_t)o->warmup,
                                   .dead_window = (size_t)o->dead_window, .ghost = o->ghost };
+    /* A wrong path shows before the work begins. */
     SC_TRY(try_output(run->output));
     if (run->checkpoints) SC_TRY(try_output(run->checkpoint));
     SC_TRY(open_run(run));
@@ -7568,6 +7587,7 @@ static int train(const options *o) {
             return fail("%s: the folder cannot be made: %s", folder, strerror(errno));
     }
     SC_TRY(join_path(folder, file, run.output));
+    /* After a signal there is a checkpoint even where none was requested. */
     if (o->checkpoint) SC_TRY(join_path("", o->checkpoint, run.checkpoint));
     else sprintf(run.checkpoint, "%s.ckpt", run.output);
     sprintf(run.previous, "%s.prev", run.checkpoint);
@@ -9667,12 +9687,14 @@ static int command_atlas(session *s) { return look(s, show_atlas); }
 /* The sizes of a tensor, "192 x 12288", or an index into it, "3, 4". */
 static const char *join_sizes(const size_t *sizes, int count, const char *between) {
     char *out = strcpy(text_room(), "scalar");           /* a tensor without sizes */
-    for (int d = 0, used = 0; d < count; d++)
-        used += sprintf(out + used, "%s%zu", d > 0 ? between : "", sizes[d]);
+    for (int d = 0, used = 0; d < count; d++) {
+        if (d > 0) used += sprintf(out + used, "%s", between);
+        used += sprintf(out + used, "%zu", sizes[d]);
+    }
     return out;
 }
 
-/* Without a file: this machine, and what of it the program uses. */
+/* This machine, and what of it the program uses. */
 static void print_machine(void) {
     printf("saeclip %s\ninstruction sets:", SC_VERSION);
     for (size_t i = 0; i < COUNT(kernel_sets); i++) {
@@ -9711,7 +9733,7 @@ static int command_info(session *s) {
     const char *path = s->o->operand[0];
     sc_safetensors file;
     size_t kind = 0;
-    if (!path) {
+    if (!path) {                                 /* without a file */
         print_machine();
         return end_of_output();
     }
@@ -9722,9 +9744,11 @@ static int command_info(session *s) {
         printf("    %-48s %-5s %-20s %12zu bytes\n", shown(t->name), sc_dtype_name(t->dtype),
                join_sizes(t->shape, t->rank, " x "), t->bytes);
     }
+    /* Metadata. */
     printf("%zu entries of metadata\n", file.entries);
     for (size_t i = 0; i < file.entries; i++)
         printf("    %s = %s\n", shown(file.metadata[i].key), shown(file.metadata[i].value));
+    /* What it is; the name comes first, as in messages. */
     printf("%s: ", shown(path));
     while (kind < COUNT(kinds) && !sc_tensor_find(&file, kinds[kind][0])) kind++;
     if (kind < COUNT(kinds)) puts(kinds[kind][1]);
@@ -9736,9 +9760,9 @@ static int command_info(session *s) {
 
 /* --- compare --- */
 
-/* |a - b| of element i, exact for integers. Infinite where one is not finite, unless they are
- * equal or both NaN, and where the bits of types differ that are not read as numbers. *b_value: b,
- * or 0 */
+/* |a - b| of element i, exact for integers, which float64 may not be able to tell apart. Infinite
+ * where one is not finite, unless they are equal or both NaN, and where the bits of types differ
+ * that are not read as numbers. *b_value: b, or 0 */
 static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, double *b_value) {
     size_t size = sc_dtype_size(a->dtype);
     int64_t p = 0, q = 0;
@@ -9747,11 +9771,12 @@ static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, doub
     if (a->dtype > SC_U8 || b->dtype > SC_U8) return INFINITY;
     double x = number_at(a, i, &p), y = *b_value = number_at(b, i, &q);
     if (a->dtype > SC_F64 && b->dtype > SC_F64) {                /* I64, I32 or U8 */
-        uint64_t apart = (uint64_t)p - (uint64_t)q;
+        uint64_t apart = (uint64_t)p - (uint64_t)q;              /* modulo 2^64 */
         return (double)(p < q ? 0 - apart : apart);
     }
     if (x == y || (isnan(x) && isnan(y))) return 0;
-    return isfinite(x - y) ? fabs(x - y) : INFINITY;
+    if (!isfinite(x - y)) return INFINITY;
+    return fabs(x - y);
 }
 
 /* Prints one line: the largest |a - b| and, over elements where b is not 0, the largest
@@ -9759,6 +9784,7 @@ static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, doub
 static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options *o) {
     size_t beyond = 0, at = 0, index[SC_MAX_RANK];
     double largest = 0, relative = 0;
+    /* The name, types and shapes. */
     printf("%-40s %s", shown(a->name), sc_dtype_name(a->dtype));
     if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
     printf(", %s: ", join_sizes(a->shape, a->rank, " x "));
@@ -9766,6 +9792,7 @@ static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options
         printf("the other is %s\n", join_sizes(b->shape, b->rank, " x "));
         return 1;
     }
+    /* The values. */
     if (a->dtype == b->dtype && memcmp(a->data, b->data, a->bytes) == 0) {
         puts("the same bits");
         return 0;
@@ -9792,17 +9819,19 @@ static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options
 
 /* The tensors of the first file, then those that only the second one has. */
 static int compare_files(const sc_safetensors *file, const options *o) {
-    int differing = 0, lines = 0;
+    int differing = 0, lines = 0;        /* tensors */
     for (int k = 0; k < 2; k++) {
         for (size_t i = 0; i < file[k].tensors; i++) {
             const sc_tensor *t = &file[k].tensor[i], *other = sc_tensor_find(&file[!k], t->name);
-            if (other ? k == 1 : o->common) continue;
+            if (other && k == 1) continue;               /* compared in the first round */
+            if (!other && o->common) continue;
             lines++;
             if (!other) printf("%-40s only in %s\n", shown(t->name), shown(file[k].path));
             if (!other || compare_tensors(t, other, o)) differing++;
         }
     }
     SC_TRY(end_of_output());
+    /* The verdict. */
     if (o->common && lines == 0)
         return fail("%s: has no tensor in common with %s", file[0].path, file[1].path);
     if (differing == 0) return SC_OK;
@@ -9810,6 +9839,7 @@ static int compare_files(const sc_safetensors *file, const options *o) {
                 lines);
 }
 
+/* Status 1 if the files differ. */
 static int command_compare(session *s) {
     sc_safetensors file[2];
     SC_TRY(sc_safetensors_open(&file[0], s->o->operand[0]));
@@ -9822,8 +9852,8 @@ static int command_compare(session *s) {
 /* ============================================================================================
  * 25. The command line
  *
- * Four tables: options, whose rows say which commands take them; options that exclude each other;
- * options that need another; commands. The parser, the checks and the help follow the tables.
+ * Three tables: options, and which commands take them; rules between options; commands. The parser,
+ * the checks and the help follow them.
  * ============================================================================================ */
 #ifndef SAECLIP_NO_MAIN
 
@@ -9832,35 +9862,36 @@ enum {
     INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
     MASK = 256, ZEROSHOT = 512, COMPARE = 1024, MERGE = 2048, EXPLAIN = 4096, PLOT = 8192,
     ATLAS = 16384, EVERY = 32767,
-    LATENTS = TOP | MASK,
+    LATENTS = TOP | MASK,                        /* of chosen latents */
     LOOKS = LATENTS | EXPLAIN | ATLAS,           /* show latents on images */
-    SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,     /* take an SAE (-s) */
-    DATA = TRAIN | ENCODE | EVAL | STATS,
+    SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,     /* take an SAE */
+    DATA = TRAIN | ENCODE | EVAL | STATS,        /* need activations alone */
     ACTS = DATA | MASK,                          /* run on saved activations as well */
     PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,  /* run a model on images */
-    IMAGES = PHOTOS | PACK,
-    OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
+    IMAGES = PHOTOS | PACK,                      /* read images */
+    OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE      /* write files */
 };
 
-/* The type of an option's value, and of the member of options that it goes to:
- *     FLAG    no value      int, which becomes 1
- *     TEXT                  const char *
- *     TEXTS                 only -s, which may be repeated: options.sae
- *     CHOICE  one of words  const char *
- *     WHOLE   an integer    long, of perhaps 32 bits
- *     NUMBER                double */
+/* An option's value, and the type of the member of options that it goes to:
+ *     FLAG    no value           int, which becomes 1
+ *     TEXT    any                const char *
+ *     TEXTS   any, several times const char *[], options.sae; only -s
+ *     CHOICE  one of some words  const char *
+ *     WHOLE   an integer         long, which may have 32 bits
+ *     NUMBER  a number           double */
 typedef enum { FLAG, TEXT, TEXTS, CHOICE, WHOLE, NUMBER } option_kind;
 
-/* An option has one row, whatever commands take it. value: its name in the help or, of a CHOICE,
- * the possible words; fallback: its default, as it would be typed. Where there is none, the member
- * of options says whether it was given: NULL, 0, or -1 where 0 is a value (see run_saeclip()). */
+/* An option has one row, whichever commands take it. A default that is not fixed stands in the
+ * help text; the member of options then is NULL, 0 or, where 0 is a value, -1. */
 static const struct option_row {
-    const char *name, *value;
+    const char *name;
+    const char *value;                           /* its name in the help; the words of a CHOICE */
     option_kind kind;
     size_t place;                                /* of the member in options */
-    int commands;                                /* the set of those that take it */
-    const char *help, *fallback;
-    double least, most;                          /* limits of a number */
+    int commands;                                /* those that take it */
+    const char *help;
+    const char *fallback;                        /* the default, as it would be typed; or NULL */
+    double least, most;                          /* the limits of a number */
 } option_table[] = {
 #define AT(field) .place = offsetof(options, field)
     /* Files */
@@ -9915,7 +9946,7 @@ static const struct option_row {
     { "--k", "K", WHOLE, AT(k), TRAIN | SAES,
       "of TopK (default: 32, or the file's)", NULL, 1, 1e9 },
     { "--expansion", "E", WHOLE, AT(expansion), TRAIN,
-      "latents per input", "64", 1, 65536 },
+      "latents per input", "64", 1, 4095 },      /* x SC_MAX_WIDTH inputs: below 2^32 */
     { "--latents", "N", WHOLE, AT(d_sae), TRAIN,
       "latents", NULL, 1, SC_MAX_LATENTS },
     { "--l1", "X", NUMBER, AT(l1), TRAIN,
@@ -9997,8 +10028,8 @@ static const struct option_row {
 /* What the command line gives each option, "" to a flag; NULL: it was not given. */
 static const char *given[COUNT(option_table) + 1];
 
-/* No option is parsed and then ignored: each of `options` excludes or needs the other one, which
- * may have a value. */
+/* No option is parsed and then ignored: if one of `options` is given, it excludes or needs the
+ * other one, which may have a value. */
 enum { EXCLUDES, NEEDS };
 static const struct { int commands; const char *options; int kind; const char *other; } rules[] = {
     /* The SAE to start from has its width and its decoder bias. */
@@ -10023,11 +10054,12 @@ static const struct { int commands; const char *options; int kind; const char *o
     /* Without an SAE the whole model is run as it is. */
     { ZEROSHOT, "--layer --hook --arch --k", NEEDS, "-s" } };
 
-/* The commands in the order of the help. An option with a single letter in the synopsis must be
- * given. */
+/* The commands, in the order of the help. */
 static const struct command_row {
     int bit;
-    const char *name, *synopsis, *help, *example;
+    const char *name;
+    const char *synopsis;                        /* options with one letter in it must be given */
+    const char *help, *example;
     int (*run)(session *s);
     int least, most;                             /* how many operands it takes */
 } command_table[] = {
@@ -10069,6 +10101,7 @@ static const struct command_row {
 
 /* --- Help --- */
 
+/* saeclip --help */
 static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"
          "    saeclip COMMAND [options] [IMAGES or FILE ...]\n");
@@ -10080,6 +10113,7 @@ static int print_help(void) {
     return end_of_output();
 }
 
+/* saeclip COMMAND --help */
 static int print_command_help(const struct command_row *command) {
     printf("saeclip %s %s\n\n%s\n\n", command->name, command->synopsis, command->help);
     for (size_t i = 0; i < COUNT(option_table); i++) {
@@ -10135,7 +10169,7 @@ static size_t find_option(const char *name, size_t length) {
 static int parse_option(options *o, const struct command_row *command, char **argv, int *at) {
     const char *name = argv[*at], *text = NULL;
     size_t length = strlen(name);
-    if (name[1] == '-' && strchr(name, '=')) {
+    if (name[1] == '-' && strchr(name, '=')) {   /* the value is part of the argument */
         length = strcspn(name, "=");
         text = name + length + 1;
     }
@@ -10146,7 +10180,7 @@ static int parse_option(options *o, const struct command_row *command, char **ar
         return usage("%s: unknown option %s (see saeclip %s --help)", command->name, name,
                      command->name);
     if (given[i] && row->kind != TEXTS) return usage("%s: given twice", row->name);
-    if (row->kind != FLAG && !text && argv[*at + 1]) text = argv[++*at];
+    if (row->kind != FLAG && !text && argv[*at + 1]) text = argv[++*at];     /* the next one */
     given[i] = text ? text : "";
     return set_option(o, row, text);
 }
@@ -10165,9 +10199,11 @@ static int was_given(const char *text) {
 /* Whether a command has the options and operands that it needs, and none that contradict. */
 static int check_options(const options *o, const struct command_row *command, int operands) {
     const char *name = command->name;
+    /* Options that the synopsis names. */
     for (const char *c = strchr(command->synopsis, '-'); c; c = strchr(c + 1, '-'))
         if (c[2] == ' ' && !was_given(c))
             return usage("%s: %.2s is missing (see saeclip %s --help)", name, c, name);
+    /* Rules that are broken if one of their options is given. */
     for (size_t i = 0; i < COUNT(rules); i++) {
         const char *other = rules[i].other;
         if (!(rules[i].commands & command->bit)) continue;
@@ -10182,6 +10218,7 @@ static int check_options(const options *o, const struct command_row *command, in
         if (rules[i].kind == NEEDS) return usage("%.*s needs %s", length, option, other);
         return usage("%s and %.*s exclude each other", other, length, option);
     }
+    /* What no table says. */
     if (o->acts && operands) return usage("--acts and IMAGES exclude each other");
     if (operands < command->least || operands > command->most)
         return usage("%s: %d operands (expected %s)", name, operands, command->synopsis);
@@ -10197,6 +10234,7 @@ static int run_saeclip(int argc, char **argv) {
     options o = { .square = -1, .steps = -1, .threshold = -1, .class_index = -1 };   /* not given */
     session s = { .o = &o };
     int operands = 0;
+    /* The command, or what the program does without one. */
     if (argc < 2) return usage("no command (see saeclip --help)");
     if (strcmp(argv[1], "--help") == 0) return print_help();
     if (strcmp(argv[1], "--version") == 0) {
@@ -10206,6 +10244,7 @@ static int run_saeclip(int argc, char **argv) {
     for (size_t i = 0; i < COUNT(command_table); i++)
         if (strcmp(argv[1], command_table[i].name) == 0) command = &command_table[i];
     if (!command) return usage("unknown command '%s' (see saeclip --help)", argv[1]);
+    /* The defaults, then what is given. */
     memset(given, 0, sizeof given);
     for (size_t i = 0; i < COUNT(option_table); i++) {
         const struct option_row *row = &option_table[i];
@@ -10217,6 +10256,7 @@ static int run_saeclip(int argc, char **argv) {
         else if (operands++ < MAX_OPERANDS) o.operand[operands - 1] = argv[i];
     }
     SC_TRY(check_options(&o, command, operands));
+    /* All is well so far. */
     quiet = o.quiet;
     SC_TRY(sc_instruction_set(getenv("SAECLIP_ISA")));
     SC_TRY(sc_threads_start((int)o.threads));

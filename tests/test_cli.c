@@ -282,6 +282,7 @@ static const struct { const char *values, *line; } cli_values[] = {
     { "--batch 0 2.5 1e30", "train --acts @acts -o @out" },
     { "--steps -1", "train --acts @acts -o @out" },
     { "--epochs -1", "train --acts @acts -o @out" },
+    { "--expansion 0 4096", "train --acts @acts -o @out" },
     { "--k 0", "train --acts @acts -o @out" },
     { "--latents 0", "train --acts @acts -o @out" },
     { "--seed 1.5 -1 3e9", "train --acts @acts -o @out" },
@@ -642,7 +643,8 @@ static void cli_test_activations(void)
         { 1, "@below: image 2: label", "stats -s @sae --acts @below -o @out" },
         { 1, "@above: image 2: label", "stats -s @sae --acts @above -o @out" },
         { 1, "@names: ", "stats -s @sae --acts @names -o @out" },
-        { 2, "--expansion: 65536 x 65536 inputs", "train --acts @wide --expansion 65536 -o @out" },
+        { 1, "an SAE of 131072 inputs and 268566528 latents is not possible",
+          "train --acts @wide --expansion 2049 -o @out" },
         { 1, "@ear: metadata hook = 'ear'", "train --acts @ear -o @out" },
         { 1, "@ear: metadata hook = 'ear' (expected attn|mlp|resid)", "eval -s @sae --acts @ear" },
         { 1, "@no-such: cannot be opened", "eval -s @sae --acts @acts --also @no-such" },
@@ -665,7 +667,7 @@ static void cli_test_activations(void)
     cli_edit(cli("@acts"), cli("@ear"), (cli_change)METADATA("hook", "ear"));
     cli_edit(cli("@acts"), cli("@names"), (cli_change)METADATA("class_names", "[\"a\",]"));
     cli_edit(cli("@acts"), cli("@wide"), (cli_change){
-        .shape_of = activations, .rank = 3, .shape = { 7, 1, 65536 } });   /* x 65536 is 0 in 32 bits */
+        .shape_of = activations, .rank = 3, .shape = { 7, 1, 131072 } });
     cli_all(cases);
 }
 
