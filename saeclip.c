@@ -7432,16 +7432,14 @@ static int open_log(training_run *run) {
     if (strcmp(path, run->output) == 0 || strcmp(path, run->checkpoint) == 0)
         return usage("--log: %s is another output", path);
     int regular = stat(path, &about) != 0 || S_ISREG(about.st_mode);
-    int flags = O_WRONLY | O_CLOEXEC;
-    if (regular) flags = O_RDWR | O_CREAT | O_CLOEXEC;
-    int fd = open(path, flags, 0666);
-    if (fd >= 0) run->log = fdopen(fd, regular ? "r+" : "w");
+    run->log = fopen(path, regular ? "a+" : "w");
     if (!run->log) return write_failed(path, errno);
-    /* Where the rows end that stay, and off with the others. */
     if (regular) {
+        int fd = fileno(run->log);
         if (fcntl(fd, F_SETLK, &lock) != 0) return write_failed(path, EBUSY);
+        rewind(run->log);
         for (int row = 0; fgets(line, sizeof line, run->log); row++) {
-            if (row == 0 && strcmp(line, log_header) != 0)
+            if (row == 0 && strncmp(line, log_header, strlen("step,")) != 0)
                 return fail("%s: not a training log (expected one, or a new file)", path);
             if (step == 0 || !strchr(line, '\n') || strtoull(line, NULL, 10) > step) break;
             end = ftello(run->log);
@@ -7449,7 +7447,7 @@ static int open_log(training_run *run) {
         if (ferror(run->log) || fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fd, end) != 0)
             return write_failed(path, errno);
     }
-    if (end == 0) fputs(log_header, run->log);       /* an error shows when it is flushed */
+    if (end == 0 && fputs(log_header, run->log) == EOF) return write_failed(path, errno);
     return SC_OK;
 }
 
@@ -7458,10 +7456,11 @@ static int log_step(training_run *run, const sc_step *r) {
     uint64_t step = run->trainer->step, images = step * run->batch;
     char words[100];
     if (run->log) {
-        fprintf(run->log, "%ju,%ju,%ju,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,%.3f\n",
-                (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T), r->lr,
-                r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
-                r->explained_variance_uncentred, r->dead, seconds_now() - run->started);
+        if (fprintf(run->log, "%ju,%ju,%ju,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,%.3f\n",
+                    (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T), r->lr,
+                    r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
+                    r->explained_variance_uncentred, r->dead, seconds_now() - run->started) < 0)
+            return write_failed(run->o->log, errno);
         SC_TRY(flush_output(run->log, run->o->log));
     }
     snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
