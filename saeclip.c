@@ -9694,7 +9694,7 @@ static const char *join_sizes(const size_t *sizes, int count, const char *betwee
 }
 
 /* This machine, and what of it the program uses. */
-static void print_machine(void) {
+static void describe_machine(void) {
     printf("saeclip %s\ninstruction sets:", SC_VERSION);
     for (size_t i = 0; i < COUNT(kernel_sets); i++) {
         const kernel_set *set = kernel_sets[i];
@@ -9705,7 +9705,7 @@ static void print_machine(void) {
 }
 
 /* A model's sizes, and the settings that its numbers depend on. */
-static void print_model(const char *path) {
+static void describe_model(const char *path) {
     sc_model m;
     if (sc_model_open(&m, path, NULL) != SC_OK) {
         printf("vision transformer that cannot be used: %s\n", shown(sc_error()));
@@ -9733,7 +9733,7 @@ static int command_info(session *s) {
     sc_safetensors file;
     size_t kind = 0;
     if (!path) {                                 /* without a file */
-        print_machine();
+        describe_machine();
         return end_of_output();
     }
     SC_TRY(sc_safetensors_open(&file, path));
@@ -9751,7 +9751,7 @@ static int command_info(session *s) {
     printf("%s: ", shown(path));
     while (kind < COUNT(kinds) && !sc_tensor_find(&file, kinds[kind][0])) kind++;
     if (kind < COUNT(kinds)) puts(kinds[kind][1]);
-    else if (naming_of(&file) != NAMINGS) print_model(path);
+    else if (naming_of(&file) != NAMINGS) describe_model(path);
     else puts("a safetensors file of an unknown kind");
     sc_safetensors_close(&file);
     return end_of_output();
