@@ -7257,10 +7257,11 @@ static void ask_to_stop(int number) { atomic_store(&stop_signal, number); }
 static int training_draw(void *context, size_t draw, size_t *image) {
     training_run *run = context;
     size_t N = run->data.set.count, epoch = draw / N;
-    if (run->order && epoch != run->epoch)
+    if (run->order && epoch != run->epoch)           /* the first draw of an epoch */
         permutation((uint64_t)run->o->seed, epoch, run->order, N);
     run->epoch = epoch;
-    *image = run->order ? (size_t)run->order[draw % N] : draw % N;
+    *image = draw % N;
+    if (run->order) *image = (size_t)run->order[draw % N];
     return SC_OK;
 }
 
@@ -7364,7 +7365,8 @@ static int move_checkpoint(training_run *run, transfer *to) {
         SC_TRY(sc_tensor_integers(to->file, silent, 0, n, t->silent));
     }
     /* A checksum of the tensors and counters. */
-    for (size_t j = 0; j < n; j++) digest64_number(&state, (uint64_t)t->silent[j]);
+    for (size_t j = 0; j < n; j++)
+        digest64_number(&state, (uint64_t)t->silent[j]);
     digest64_number(&state, t->step);
     digest64_number(&state, run->next_draw);
     uint64_t computed = digest64_value(&state), checksum = computed;
@@ -7444,6 +7446,7 @@ static int open_log(training_run *run) {
             if (step == 0 || !strchr(line, '\n') || strtoull(line, NULL, 10) > step) break;
             end = ftello(run->log);
         }
+        /* Off with the other rows. */
         if (ferror(run->log) || fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fd, end) != 0)
             return write_failed(path, errno);
     }
@@ -7454,7 +7457,7 @@ static int open_log(training_run *run) {
 /* Writes a step's row and shows the progress. */
 static int log_step(training_run *run, const sc_step *r) {
     uint64_t step = run->trainer->step, images = step * run->batch;
-    char words[100];
+    char words[100];                                 /* for the line of progress */
     if (run->log) {
         if (fprintf(run->log, "%ju,%ju,%ju,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,%.3f\n",
                     (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T), r->lr,
@@ -7477,7 +7480,7 @@ static int open_run(training_run *run) {
     const options *o = run->o;
     sc_sae *sae = &run->sae;
     feed *f = &run->data;
-    size_t place;
+    size_t place;                                    /* of the hook point: there is only one */
     if (o->init) SC_TRY(sc_sae_open(sae, o->init));
     SC_TRY(open_feed(f, o, sae, o->init != NULL));
     /* A new SAE, now that its number of inputs is known. */
@@ -7486,7 +7489,7 @@ static int open_run(training_run *run) {
     if (!o->init) SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
     SC_TRY(connect_sae(f, sae, o, 1, &place));
-    /* The plan of the run. */
+    /* The batch, the steps, the order. */
     run->batch = (size_t)o->batch;
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
         return usage("--batch: %zu images of %zu tokens are too many", run->batch, f->T);
@@ -7504,7 +7507,8 @@ static int start_run(training_run *run) {
     const options *o = run->o;
     feed *f = &run->data;
     size_t images = (size_t)o->b_dec_images, room = run->batch;
-    int as_points = strcmp(o->b_dec, "geomedian-images") == 0, steps = 100;
+    int as_points = strcmp(o->b_dec, "geomedian-images") == 0;
+    int steps = 100;                                 /* of the geometric median; 0: the mean */
     if (strcmp(o->b_dec, "mean") == 0) steps = 0;
     if (images == 0) images = run->batch;
     images = smaller(images, f->set.count);
@@ -7549,6 +7553,7 @@ static int train_steps(training_run *run) {
     return SC_OK;
 }
 
+/* A run from its start, or its checkpoint, to the SAE's file. */
 static int run_training(training_run *run) {
     const options *o = run->o;
     sc_train_options settings = { .l1 = o->l1, .lr = o->lr, .warmup = (size_t)o->warmup,
@@ -7593,8 +7598,10 @@ static int train(const options *o) {
     /* A signal is heeded between steps; a second one of its kind ends the program at once. */
     sigaction(SIGINT, &ask, NULL);
     sigaction(SIGTERM, &ask, NULL);
-    int status = run_training(&run);
-    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = write_failed(o->log, errno);
+    int status = run_training(&run), written = 1;
+    /* Whatever came of it, all is closed; the last rows of the log may not fit on the disk. */
+    if (run.log) written = fclose(run.log) == 0;
+    if (status == SC_OK && !written) status = write_failed(o->log, errno);
     close_feed(&run.data);
     sc_trainer_free(run.trainer);
     sc_sae_close(&run.sae);
@@ -9768,7 +9775,8 @@ static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, doub
     *b_value = 0;
     if (a->dtype == b->dtype && memcmp(a->data + i * size, b->data + i * size, size) == 0) return 0;
     if (a->dtype > SC_U8 || b->dtype > SC_U8) return INFINITY;
-    double x = number_at(a, i, &p), y = *b_value = number_at(b, i, &q);
+    double x = number_at(a, i, &p), y = number_at(b, i, &q);
+    *b_value = y;
     if (a->dtype > SC_F64 && b->dtype > SC_F64) {                /* I64, I32 or U8 */
         uint64_t apart = (uint64_t)p - (uint64_t)q;              /* modulo 2^64 */
         return (double)(p < q ? 0 - apart : apart);
@@ -9782,7 +9790,7 @@ static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, doub
  * tolerance, |a - b| <= atol + rtol |b|. */
 static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options *o) {
     size_t beyond = 0, at = 0, index[SC_MAX_RANK];
-    double largest = 0;
+    double largest = 0;                              /* |a - b|, and `at` its place */
     /* The name, types and shapes. */
     printf("%-40s %s", shown(a->name), sc_dtype_name(a->dtype));
     if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
@@ -9820,7 +9828,8 @@ static int compare_files(const sc_safetensors *file, const options *o) {
     int differing = 0, lines = 0;        /* tensors */
     for (int k = 0; k < 2; k++) {
         for (size_t i = 0; i < file[k].tensors; i++) {
-            const sc_tensor *t = &file[k].tensor[i], *other = sc_tensor_find(&file[!k], t->name);
+            const sc_tensor *t = &file[k].tensor[i];
+            const sc_tensor *other = sc_tensor_find(&file[!k], t->name);
             if (other && k == 1) continue;               /* compared in the first round */
             if (!other && o->common) continue;
             lines++;
@@ -9843,7 +9852,8 @@ static int command_compare(session *s) {
     SC_TRY(sc_safetensors_open(&file[0], s->o->operand[0]));
     int status = sc_safetensors_open(&file[1], s->o->operand[1]);
     if (status == SC_OK) status = compare_files(file, s->o);
-    for (int k = 0; k < 2; k++) sc_safetensors_close(&file[k]);
+    sc_safetensors_close(&file[0]);
+    sc_safetensors_close(&file[1]);
     return status;
 }
 
@@ -10254,7 +10264,7 @@ static int run_saeclip(int argc, char **argv) {
         else if (operands++ < MAX_OPERANDS) o.operand[operands - 1] = argv[i];
     }
     SC_TRY(check_options(&o, command, operands));
-    /* All is well so far. */
+    /* Nothing is wrong with the command line. */
     quiet = o.quiet;
     SC_TRY(sc_instruction_set(getenv("SAECLIP_ISA")));
     SC_TRY(sc_threads_start((int)o.threads));
