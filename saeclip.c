@@ -4148,7 +4148,7 @@ static size_t derive_statistics(statistics *s) {
  * What the command line says, and what the program says on standard error.
  * ============================================================================================ */
 
-enum { MAX_OPERANDS = 1024, MAX_OPTIONS = 128 };    /* MAX_OPERANDS: also the most shards */
+enum { MAX_OPERANDS = 1024 };        /* also the most shards */
 
 /* What the command line says. Texts are NULL and numbers 0 where they are not given, unless the
  * option has a default (see the table of options in section 25). */
@@ -4160,11 +4160,9 @@ typedef struct {
     const char *sae[SC_MAX_TAPS];
     size_t saes;
     long layer, threads, size, square, limit, k, expansion, d_sae, batch, steps, warmup;
-    long b_dec_images, dead_window, checkpoint_every, top, top_patches, class_index;
-    double l1, lr, epochs, threshold, max_frequency, rtol, atol, seed;
+    long b_dec_images, dead_window, checkpoint_every, top, top_patches, class_index, seed;
+    double l1, lr, epochs, threshold, max_frequency, rtol, atol;
     int quiet, skip_bad, ghost, resume, class_counts, dense, reconstruction, image_means, common;
-    int tensors;
-    unsigned char given[MAX_OPTIONS];        /* [i]: whether row i of the table was given */
 } options;
 
 static int quiet, line_open;         /* line_open: a line of progress stands on the terminal */
@@ -7216,220 +7214,166 @@ static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, siz
  * that was stopped continues from its checkpoint to the same bytes.
  * ============================================================================================ */
 
-/* A setting that determines the numbers of a run, as metadata of the SAE. */
-typedef struct { const char *key; char value[256]; } recipe_row;
-
-enum { RECIPE_ROWS = 32 };
-
 typedef struct {
     const options *o;
     feed data;
     sc_sae sae;
-    sc_trainer *trainer;
+    sc_trainer *trainer;             /* trains `sae`; counts the steps done */
     size_t batch;                    /* images per step */
     uint64_t *order, epoch;          /* [N], and the epoch it is of; NULL: first to last */
-    uint64_t steps, next_draw;
-    recipe_row recipe[RECIPE_ROWS];
-    size_t rows;
-    FILE *log;
-    double started;
-    char *checkpoint, *previous;     /* the checkpoint's name, and that of the one before */
-    const char *config;              /* cfg.json of a folder for SAELens, NULL: none */
-    uint64_t saved;                  /* the step of the last checkpoint */
+    uint64_t steps;                  /* the step after which the run ends */
+    uint64_t next_draw;              /* the place in the order where the next step begins */
+    FILE *log;                       /* NULL: none */
+    double started;                  /* when; for the log */
+    char output[MAX_PATH];           /* the SAE's file */
+    char config[MAX_PATH];           /* cfg.json of a folder for SAELens, "": none */
+    char checkpoint[MAX_PATH + sizeof ".ckpt"];
+    char previous[MAX_PATH + sizeof ".ckpt.prev"];   /* the checkpoint before it */
     int checkpoints;                 /* requested, not only after a signal */
 } training_run;
 
-/* Set by SIGINT and SIGTERM during training. A second signal ends the program at once. */
-static atomic_int stop_signal;
+static atomic_int stop_signal;       /* SIGINT or SIGTERM; 0: training goes on */
 
-static void ask_to_stop(int number) {
-    atomic_store(&stop_signal, number);
-    signal(SIGINT, SIG_DFL);
-    signal(SIGTERM, SIG_DFL);
-}
+static void ask_to_stop(int number) { atomic_store(&stop_signal, number); }
 
-/* A signal that is ignored, as under nohup, stays ignored. */
-static void catch_signals(void) {
-    static const int signals[] = { SIGINT, SIGTERM };
-    struct sigaction ask = { .sa_handler = ask_to_stop, .sa_flags = SA_RESTART }, before;
-    sigaddset(&ask.sa_mask, SIGINT);
-    sigaddset(&ask.sa_mask, SIGTERM);
-    for (size_t i = 0; i < COUNT(signals); i++) {
-        sigaction(signals[i], NULL, &before);
-        if (before.sa_handler != SIG_IGN) sigaction(signals[i], &ask, NULL);
-    }
-}
-
-/* Each epoch is a permutation of its own. */
+/* The image at place `draw` of the order, which goes on without end: epoch after epoch, each with a
+ * permutation of its own. */
 static int training_draw(void *context, size_t draw, size_t *image) {
     training_run *run = context;
     size_t N = run->data.set.count, epoch = draw / N;
-    if (run->order && epoch != run->epoch)
+    if (run->order && epoch != run->epoch)           /* the first draw of an epoch */
         permutation((uint64_t)run->o->seed, epoch, run->order, N);
     run->epoch = epoch;
-    *image = run->order ? (size_t)run->order[draw % N] : draw % N;
+    *image = draw % N;
+    if (run->order) *image = (size_t)run->order[draw % N];
     return SC_OK;
 }
 
-/* --- The recipe: what a resumed run must agree in, and what the SAE's file says of its training */
+/* --- The recipe: the settings that determine the numbers of a run, as metadata --- */
 
-static void add_text(training_run *run, const char *key, const char *text) {
-    if (!text || run->rows == RECIPE_ROWS) return;
-    recipe_row *row = &run->recipe[run->rows++];
-    row->key = key;
-    snprintf(row->value, sizeof row->value, "%s", text);
+/* Where settings and state go to, or where they come from: one function writes and reads. */
+typedef struct {
+    sc_writer *w;                    /* NULL: read */
+    const sc_safetensors *file;
+    int failed;                      /* the status of the first error */
+} transfer;
+
+/* "" is a setting that the run does not have. A checkpoint with another value is refused. */
+SC_PRINTF(3, 4) static void move_setting(transfer *to, const char *key, const char *format, ...) {
+    char value[256];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(value, sizeof value, format, arguments);
+    va_end(arguments);
+    if (to->w) {
+        if (*value) sc_writer_metadata(to->w, key, value);
+        return;
+    }
+    const char *found = sc_metadata_find(to->file, key);
+    if (!found) found = "";
+    if (to->failed || strcmp(found, value) == 0) return;
+    to->failed = fail("%s: a checkpoint of another run: %s is '%s' there and '%s' here",
+                      to->file->path, key, found, value);
 }
 
-static void add_number(training_run *run, const char *key, double number) {
-    char text[32];
-    snprintf(text, sizeof text, "%.17g", number);
-    add_text(run, key, text);
-}
-
-static void write_recipe(training_run *run) {
+/* Not in the recipe: paths, threads, and the number of steps, so that a run can be made longer. k
+ * and l1 need no "": which of them there is follows from the architecture. */
+static void move_recipe(const training_run *run, transfer *to) {
     const options *o = run->o;
     const sc_sae *sae = &run->sae;
     const sc_origin origin = origin_of(sae);
-    add_text(run, "architecture", architecture_of(sae));
-    if (sae->topk) add_number(run, "k", (double)sae->k);
-    add_number(run, "d_in", (double)sae->d_in);
-    add_number(run, "d_sae", (double)sae->d_sae);
+    /* What the SAE is, and of which activations. */
+    move_setting(to, "architecture", "%s", architecture_of(sae));
+    if (sae->topk) move_setting(to, "k", "%zu", sae->k);
+    move_setting(to, "d_in", "%zu", sae->d_in);
+    move_setting(to, "d_sae", "%zu", sae->d_sae);
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        if (*origin.text[k]) add_text(run, origin_keys[k], origin.text[k]);
-    if (!sae->topk) add_number(run, "l1", o->l1);
-    add_number(run, "lr", o->lr);
-    add_number(run, "warmup", (double)o->warmup);
-    add_number(run, "batch", (double)o->batch);
-    add_number(run, "seed", o->seed);
-    add_number(run, "ghost", o->ghost);
-    add_number(run, "dead_window", (double)o->dead_window);
-    add_number(run, "b_dec_images", (double)o->b_dec_images);
-    add_text(run, "b_dec_start", o->init ? "file" : o->b_dec);
-    add_text(run, "order", o->order);
+        move_setting(to, origin_keys[k], "%s", origin.text[k]);
+    /* How it is trained. */
+    if (!sae->topk) move_setting(to, "l1", "%.17g", o->l1);
+    move_setting(to, "lr", "%.17g", o->lr);
+    move_setting(to, "warmup", "%ld", o->warmup);
+    move_setting(to, "batch", "%ld", o->batch);
+    move_setting(to, "seed", "%ld", o->seed);
+    move_setting(to, "ghost", "%d", o->ghost);
+    move_setting(to, "dead_window", "%ld", o->dead_window);
+    move_setting(to, "b_dec_images", "%ld", o->b_dec_images);
+    move_setting(to, "b_dec_start", "%s", o->init ? "file" : o->b_dec);
+    move_setting(to, "order", "%s", o->order);
 }
 
-static int put_recipe(const training_run *run, sc_writer *w) {
-    for (size_t i = 0; i < run->rows; i++)
-        SC_TRY(sc_writer_metadata(w, run->recipe[i].key, run->recipe[i].value));
-    return put_metadata(w, "steps", "%ju", (uintmax_t)run->trainer->step);
-}
-
+/* Writes the SAE's file. */
 static int write_trained(sc_writer *w, void *context) {
     const training_run *run = context;
-    SC_TRY(put_recipe(run, w));
+    transfer to = { .w = w };
+    move_recipe(run, &to);
+    SC_TRY(put_metadata(w, "steps", "%ju", (uintmax_t)run->trainer->step));
     return move_tensors(&run->sae, NULL, NULL, w, NULL);
-}
-
-/* A digest of the first MiB of the weights or saved activations. */
-static uint64_t source_digest(const training_run *run) {
-    const sc_safetensors *source = run->data.is_file ? &run->data.file : &run->data.model.file;
-    size_t sample = (size_t)(source->data - source->map) + ((size_t)1 << 20);
-    digest64 d = { 0 };
-    if (sample > source->size) sample = source->size;
-    digest64_add(&d, source->map, sample);
-    return digest64_value(&d);
 }
 
 /* --- Checkpoints: the SAE, and everything else that training goes on from --- */
 
-/* Writes the state or, if there is no writer, reads it. *sum: a checksum over all tensors, the
- * step and next_draw. */
-static int move_state(training_run *run, uint64_t step, uint64_t next_draw,
-                      const sc_safetensors *file, sc_writer *w, uint64_t *sum) {
+static int move_counter(const transfer *to, const char *key, uint64_t *counter) {
+    if (to->w) return put_metadata(to->w, key, "%ju", (uintmax_t)*counter);
+    const char *text = sc_metadata_find(to->file, key);
+    if (!text) return fail("%s: not a checkpoint: metadata %s is missing", to->file->path, key);
+    *counter = (uint64_t)strtoull(text, NULL, 10);
+    return SC_OK;
+}
+
+/* After a failure to read, the run's state is undefined. */
+static int move_checkpoint(training_run *run, transfer *to) {
+    const feed *f = &run->data;
+    const sc_safetensors *source = f->is_file ? &f->file : &f->model.file;
     sc_trainer *t = run->trainer;
     size_t n = run->sae.d_sae;
-    digest64 digest = { 0 };
-    SC_TRY(move_tensors(&run->sae, t, file, w, &digest));
-    if (w) {
-        SC_TRY(sc_writer_tensor(w, "silent", SC_I64, 1, &n));
-        SC_TRY(sc_writer_integers(w, t->silent, n));
+    digest64 data = { 0 }, state = { 0 };
+    SC_TRY(move_counter(to, "steps", &t->step));
+    SC_TRY(move_counter(to, "next_draw", &run->next_draw));
+    move_recipe(run, to);
+    /* The images' names and labels, and the first MiB of the weights or saved activations. */
+    size_t bytes = (size_t)(source->data - source->map) + ((size_t)1 << 20);
+    digest64_number(&data, f->set.digest);
+    digest64_add(&data, source->map, smaller(bytes, source->size));
+    move_setting(to, "data_digest", "%ju", (uintmax_t)digest64_value(&data));
+    if (to->failed) return to->failed;
+    /* The SAE, Adam's moments, and for how many steps each latent has been silent. */
+    SC_TRY(move_tensors(&run->sae, t, to->file, to->w, &state));
+    if (to->w) {
+        SC_TRY(sc_writer_tensor(to->w, "silent", SC_I64, 1, &n));
+        SC_TRY(sc_writer_integers(to->w, t->silent, n));
     } else {
-        const sc_tensor *silent = sc_tensor_find(file, "silent");
+        const sc_tensor *silent = sc_tensor_find(to->file, "silent");
         if (!silent || silent->count != n)
-            return fail("%s: missing tensor silent [%zu]", file->path, n);
-        SC_TRY(sc_tensor_integers(file, silent, 0, n, t->silent));
+            return fail("%s: missing tensor silent [%zu]", to->file->path, n);
+        SC_TRY(sc_tensor_integers(to->file, silent, 0, n, t->silent));
     }
-    for (size_t j = 0; j < n; j++) digest64_number(&digest, (uint64_t)t->silent[j]);
-    digest64_number(&digest, step);
-    digest64_number(&digest, next_draw);
-    *sum = digest64_value(&digest);
-    return SC_OK;
+    /* A checksum of the tensors and counters. */
+    for (size_t j = 0; j < n; j++)
+        digest64_number(&state, (uint64_t)t->silent[j]);
+    digest64_number(&state, t->step);
+    digest64_number(&state, run->next_draw);
+    uint64_t computed = digest64_value(&state), checksum = computed;
+    SC_TRY(move_counter(to, "checksum", &checksum));
+    if (checksum == computed) return SC_OK;
+    return fail("%s: damaged: its checksum does not match", to->file->path);
 }
 
 static int write_checkpoint(sc_writer *w, void *context) {
     training_run *run = context;
-    uint64_t step = run->trainer->step, sum;
-    w->out.previous = run->previous;
-    SC_TRY(put_recipe(run, w));
-    SC_TRY(put_metadata(w, "data_digest", "%ju", (uintmax_t)run->data.set.digest));
-    SC_TRY(put_metadata(w, "source_digest", "%ju", (uintmax_t)source_digest(run)));
-    SC_TRY(put_metadata(w, "next_draw", "%ju", (uintmax_t)run->next_draw));
-    SC_TRY(move_state(run, step, run->next_draw, NULL, w, &sum));
-    return put_metadata(w, "checksum", "%ju", (uintmax_t)sum);
+    transfer to = { .w = w };
+    w->out.previous = run->previous;     /* the file that is replaced keeps this name */
+    return move_checkpoint(run, &to);
 }
 
 static int save_checkpoint(training_run *run) {
-    if (run->saved == run->trainer->step) return SC_OK;
-    run->saved = run->trainer->step;
     return save_tensors(run->checkpoint, 8192, write_checkpoint, run);
-}
-
-/* Checks that a key has the same value in a checkpoint and in this run, or is missing in both. */
-static int check_key(const sc_safetensors *file, const char *key, const char *expected) {
-    const char *found = sc_metadata_find(file, key);
-    if (found ? expected && strcmp(found, expected) == 0 : !expected) return SC_OK;
-    return fail("%s: a checkpoint of another run: %s is %s there and %s here", file->path, key,
-                found ? found : "not given", expected ? expected : "not given");
-}
-
-/* Refuses a checkpoint with a key that this run does not have. */
-static int check_missing(const training_run *run, const sc_safetensors *file, const char *key) {
-    for (size_t i = 0; i < run->rows; i++)
-        if (strcmp(run->recipe[i].key, key) == 0) return SC_OK;
-    return check_key(file, key, NULL);
-}
-
-static int check_recipe(training_run *run, const sc_safetensors *file) {
-    char digest[32];
-    for (size_t i = 0; i < run->rows; i++)
-        SC_TRY(check_key(file, run->recipe[i].key, run->recipe[i].value));
-    SC_TRY(check_missing(run, file, "k"));
-    SC_TRY(check_missing(run, file, "l1"));
-    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) SC_TRY(check_missing(run, file, origin_keys[k]));
-    snprintf(digest, sizeof digest, "%ju", (uintmax_t)run->data.set.digest);
-    SC_TRY(check_key(file, "data_digest", digest));
-    snprintf(digest, sizeof digest, "%ju", (uintmax_t)source_digest(run));
-    return check_key(file, "source_digest", digest);
-}
-
-static int read_checkpoint(training_run *run, const sc_safetensors *file) {
-    sc_trainer *t = run->trainer;
-    const char *keys[] = { "steps", "next_draw", "checksum" };
-    uint64_t number[COUNT(keys)], sum;
-    for (size_t i = 0; i < COUNT(keys); i++) {
-        const char *text = sc_metadata_find(file, keys[i]);
-        if (!text) return fail("%s: not a checkpoint: metadata %s is missing", file->path, keys[i]);
-        number[i] = (uint64_t)strtoull(text, NULL, 10);
-    }
-    SC_TRY(check_recipe(run, file));
-    SC_TRY(move_state(run, number[0], number[1], file, NULL, &sum));
-    if (sum != number[2]) return fail("%s: damaged: its checksum does not match", file->path);
-    if (number[0] > run->steps)
-        return usage("%s: a checkpoint of step %ju, but this run ends at step %ju", file->path,
-                     (uintmax_t)number[0], (uintmax_t)run->steps);
-    run->next_draw = number[1];
-    for (; t->step < number[0]; t->step++) {
-        t->beta1_power *= 0.9;
-        t->beta2_power *= 0.999;
-    }
-    run->saved = t->step;
-    return SC_OK;
 }
 
 /* Continues from a checkpoint if there is one. The error that refuses a damaged one names the
  * checkpoint before it. */
 static int resume_training(training_run *run) {
-    char reason[sizeof error_text];
+    sc_trainer *t = run->trainer;
     sc_safetensors file;
     int before = access(run->previous, F_OK) == 0;
     if (!before && access(run->checkpoint, F_OK) != 0) {
@@ -7438,12 +7382,22 @@ static int resume_training(training_run *run) {
     }
     int status = sc_safetensors_open(&file, run->checkpoint);
     if (status == SC_OK) {
-        status = read_checkpoint(run, &file);
+        status = move_checkpoint(run, &(transfer){ .file = &file });
         sc_safetensors_close(&file);
     }
-    if (status == SC_OK || !before) return status;
-    memcpy(reason, error_text, sizeof reason);
-    return fail("%s; the checkpoint before it is %s", reason, run->previous);
+    if (status != SC_OK && before)
+        return fail("%s; the checkpoint before it is %s", error_text, run->previous);
+    if (status != SC_OK) return status;
+    /* A longer run cannot become a shorter one. */
+    if (t->step > run->steps)
+        return usage("%s: a checkpoint of step %ju, but this run ends at step %ju", run->checkpoint,
+                     (uintmax_t)t->step, (uintmax_t)run->steps);
+    /* 0.9^step and 0.999^step, rounded as in the steps themselves. */
+    for (uint64_t step = 0; step < t->step; step++) {
+        t->beta1_power *= 0.9;
+        t->beta2_power *= 0.999;
+    }
+    return SC_OK;
 }
 
 /* --- The log: one row per step, appended and flushed --- */
@@ -7451,49 +7405,50 @@ static int resume_training(training_run *run) {
 static const char log_header[] = "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,"
                                  "explained_variance_uncentred,dead,seconds\n";
 
-/* The end of the last row that a resumed run does not write again. */
-static off_t end_of_log(FILE *log, uint64_t step) {
-    char line[512];
-    off_t end = 0;
-    while (fgets(line, sizeof line, log) && strchr(line, '\n')) {
-        if (end > 0 && strtoull(line, NULL, 10) > step) break;
-        end = ftello(log);
-    }
-    return end;
-}
-
-/* Opens and locks the log. The log of a resumed run is cut back to the step at which it
- * continues. */
+/* Opens the log and locks it, so that two runs do not mix their rows. What an older log held goes
+ * but, in a resumed run, the rows up to the step at which it continues; any other file is refused.
+ * A pipe or a device, which cannot be read or cut, is only written. */
 static int open_log(training_run *run) {
     const char *path = run->o->log;
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     struct stat about;
-    off_t end = 0;
-    if (!path) return SC_OK;
-    int there = stat(path, &about) == 0, regular = !there || S_ISREG(about.st_mode);
-    int resumed = run->trainer->step > 0 && there && regular;
-    run->log = fopen(path, resumed ? "r+" : regular ? "a" : "w");    /* "a": it may be locked */
+    uint64_t step = run->trainer->step;
+    char line[512];
+    off_t end = 0;                                   /* of the rows that stay */
+    if (strcmp(path, run->output) == 0 || strcmp(path, run->checkpoint) == 0)
+        return usage("--log: %s is another output", path);
+    int regular = stat(path, &about) != 0 || S_ISREG(about.st_mode);
+    run->log = fopen(path, regular ? "a+" : "w");
     if (!run->log) return write_failed(path, errno);
-    if (regular && fcntl(fileno(run->log), F_SETLK, &lock) != 0)
-        return write_failed(path, errno == EACCES || errno == EAGAIN ? EBUSY : errno);
-    if (resumed) end = end_of_log(run->log, run->trainer->step);
-    if (ferror(run->log)) return write_failed(path, errno);
-    if (resumed && fseeko(run->log, end, SEEK_SET) != 0) return write_failed(path, errno);
-    if (regular && ftruncate(fileno(run->log), end) != 0) return write_failed(path, errno);
-    if (end == 0 && (fputs(log_header, run->log) == EOF || fflush(run->log) != 0))
-        return write_failed(path, errno);
+    if (regular) {
+        int fd = fileno(run->log);
+        if (fcntl(fd, F_SETLK, &lock) != 0) return write_failed(path, EBUSY);
+        rewind(run->log);
+        for (int row = 0; fgets(line, sizeof line, run->log); row++) {
+            if (row == 0 && strncmp(line, log_header, strlen("step,")) != 0)
+                return fail("%s: not a training log (expected one, or a new file)", path);
+            if (step == 0 || !strchr(line, '\n') || strtoull(line, NULL, 10) > step) break;
+            end = ftello(run->log);
+        }
+        /* Off with the other rows. */
+        if (ferror(run->log) || fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fd, end) != 0)
+            return write_failed(path, errno);
+    }
+    if (end == 0 && fputs(log_header, run->log) == EOF) return write_failed(path, errno);
     return SC_OK;
 }
 
+/* Writes a step's row and shows the progress. */
 static int log_step(training_run *run, const sc_step *r) {
     uint64_t step = run->trainer->step, images = step * run->batch;
-    char words[100];
+    char words[100];                                 /* for the line of progress */
     if (run->log) {
         if (fprintf(run->log, "%ju,%ju,%ju,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%zu,%.3f\n",
                     (uintmax_t)step, (uintmax_t)images, (uintmax_t)(images * run->data.T), r->lr,
                     r->loss, r->mse, r->l1, r->ghost, r->l0, r->explained_variance,
-                    r->explained_variance_uncentred, r->dead, seconds_now() - run->started) < 0
-            || fflush(run->log) != 0) return write_failed(run->o->log, errno);
+                    r->explained_variance_uncentred, r->dead, seconds_now() - run->started) < 0)
+            return write_failed(run->o->log, errno);
+        SC_TRY(flush_output(run->log, run->o->log));
     }
     snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
              r->explained_variance);
@@ -7503,35 +7458,31 @@ static int log_step(training_run *run, const sc_step *r) {
 
 /* --- A run --- */
 
-/* Opens the SAE to start from, whose file may also give the origin, and then the data. */
+/* Opens the SAE to start from, whose file may also give the origin, and the data. Determines the
+ * batch, the number of steps and the order of the images. */
 static int open_run(training_run *run) {
     const options *o = run->o;
     sc_sae *sae = &run->sae;
     feed *f = &run->data;
-    size_t place;
+    size_t place;                                    /* of the hook point: there is only one */
     if (o->init) SC_TRY(sc_sae_open(sae, o->init));
     SC_TRY(open_feed(f, o, sae, o->init != NULL));
-    size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D;
-    if (!o->d_sae && (size_t)o->expansion > SC_MAX_LATENTS / f->D)
-        return usage("--expansion: %ld x %zu inputs (expected at most %d latents)", o->expansion,
-                     f->D, SC_MAX_LATENTS);
+    /* A new SAE, now that its number of inputs is known. */
+    size_t n = (size_t)o->expansion * f->D;
+    if (o->d_sae) n = (size_t)o->d_sae;
     if (!o->init) SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
-    return connect_sae(f, sae, o, 1, &place);
-}
-
-/* Determines the number of steps, the batch and the order of the images. */
-static int plan_run(training_run *run) {
-    const options *o = run->o;
-    const feed *f = &run->data;
-    double images = o->epochs * (double)f->set.count;
+    SC_TRY(connect_sae(f, sae, o, 1, &place));
+    /* The batch, the steps, the order. */
     run->batch = (size_t)o->batch;
-    run->steps = (uint64_t)(o->steps < 0 ? ceil(images / (double)run->batch) : o->steps);
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
         return usage("--batch: %zu images of %zu tokens are too many", run->batch, f->T);
+    run->steps = (uint64_t)o->steps;
+    if (o->steps < 0)                                /* not given: all epochs, in full batches */
+        run->steps = (uint64_t)ceil(o->epochs * (double)f->set.count / (double)run->batch);
     if (strcmp(o->order, "shuffle") != 0) return SC_OK;
-    run->epoch = UINT64_MAX;
-    return allocate(&run->data.memory, &run->order, f->set.count, sizeof *run->order);
+    run->epoch = UINT64_MAX;                         /* no permutation yet */
+    return allocate(&f->memory, &run->order, f->set.count, sizeof *run->order);
 }
 
 /* Prepares the batches. If b_dec starts from images, they are read first, and training begins
@@ -7539,83 +7490,70 @@ static int plan_run(training_run *run) {
 static int start_run(training_run *run) {
     const options *o = run->o;
     feed *f = &run->data;
-    int start = !o->init && strcmp(o->b_dec, "zeros") != 0 && run->trainer->step == 0, steps = 100;
-    size_t images = 0;
-    if (start) images = o->b_dec_images ? (size_t)o->b_dec_images : run->batch;
-    if (images > f->set.count) images = f->set.count;
-    if (!start && run->trainer->step == run->steps) return SC_OK;
-    SC_TRY(start_feed(f, images > run->batch ? images : run->batch, training_draw, run, 0));
-    f->drawn = (size_t)run->next_draw;
-    if (!start) return SC_OK;
-    SC_TRY(next_batch(f, images));
-    if (f->count < images) return fail("b_dec: only %zu images (expected %zu)", f->count, images);
+    size_t images = (size_t)o->b_dec_images, room = run->batch;
+    int as_points = strcmp(o->b_dec, "geomedian-images") == 0;
+    int steps = 100;                                 /* of the geometric median; 0: the mean */
     if (strcmp(o->b_dec, "mean") == 0) steps = 0;
-    SC_TRY(start_b_dec(&run->sae, f->tap[0].out, images, f->T,
-                       strcmp(o->b_dec, "geomedian-images") == 0, steps));
-    f->drawn = f->count = 0;
-    return SC_OK;
+    if (images == 0) images = run->batch;
+    images = smaller(images, f->set.count);
+    if (o->init || strcmp(o->b_dec, "zeros") == 0 || run->trainer->step > 0) images = 0;
+    if (images > room) room = images;
+    SC_TRY(start_feed(f, room, training_draw, run, 0));
+    f->drawn = (size_t)run->next_draw;
+    if (images == 0) return SC_OK;
+    SC_TRY(next_batch(f, images));
+    f->drawn = f->count = 0;                         /* back to the first image */
+    return start_b_dec(&run->sae, f->tap[0].out, images, f->T, as_points, steps);
 }
 
-/* Adds the step to an error, and the image and token if there is one. */
-static int blame_step(const training_run *run, size_t token) {
-    char reason[sizeof error_text];
-    if (token != SIZE_MAX) blame_token(&run->data, token);
-    memcpy(reason, error_text, sizeof reason);
-    return fail("step %ju%s %s", (uintmax_t)run->trainer->step + 1,
-                token == SIZE_MAX ? ":" : ",", reason);
-}
-
-static int stop_training(training_run *run) {
-    SC_TRY(save_checkpoint(run));
-    return fail("stopped by signal %d after step %ju; --resume goes on from %s",
-                atomic_load(&stop_signal),
-                (uintmax_t)run->trainer->step, run->checkpoint);
-}
-
-/* A batch could not be read: saves a checkpoint and reports the reason. */
-static int keep_state(training_run *run) {
-    char reason[sizeof error_text];
-    memcpy(reason, error_text, sizeof reason);
-    if (run->checkpoints) SC_TRY(save_checkpoint(run));
-    memcpy(error_text, reason, sizeof reason);
-    return blame_step(run, SIZE_MAX);
-}
-
+/* Trains to the last step. A signal ends the run with a checkpoint, and so do images that cannot
+ * be read if checkpoints are kept; after a step that failed the weights are undefined. */
 static int train_steps(training_run *run) {
     sc_trainer *t = run->trainer;
     feed *f = &run->data;
-    while (t->step < run->steps) {
+    for (uint64_t step = t->step + 1; step <= run->steps; step++) {
         sc_step result;
         size_t token = SIZE_MAX;
-        if (atomic_load(&stop_signal)) return stop_training(run);
-        if (next_batch(f, run->batch) != SC_OK) return keep_state(run);
-        if (atomic_load(&stop_signal)) return stop_training(run);
-        if (train_step(t, f->tap[0].out, &result, &token) != SC_OK) return blame_step(run, token);
+        int status = next_batch(f, run->batch), number = atomic_load(&stop_signal);
+        /* First the signal: it may be why the images could not be read. */
+        if (number != 0) {
+            SC_TRY(save_checkpoint(run));
+            return fail("stopped by signal %d after step %ju; --resume goes on from %s", number,
+                        (uintmax_t)step - 1, run->checkpoint);
+        }
+        if (status == SC_OK) {
+            status = train_step(t, f->tap[0].out, &result, &token);
+            if (token != SIZE_MAX) blame_token(f, token);
+        } else if (run->checkpoints) {
+            SC_TRY(save_checkpoint(run));            /* a success leaves the reason as it is */
+        }
+        if (status != SC_OK) return fail("step %ju: %s", (uintmax_t)step, error_text);
+        /* The step is done. */
         run->next_draw = f->draw[run->batch - 1] + 1;
         SC_TRY(log_step(run, &result));
-        if (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0)
-            SC_TRY(save_checkpoint(run));
+        int due = step % (uint64_t)run->o->checkpoint_every == 0 || step == run->steps;
+        if (run->checkpoints && due) SC_TRY(save_checkpoint(run));
     }
-    return run->checkpoints ? save_checkpoint(run) : SC_OK;
+    return SC_OK;
 }
 
+/* A run from its start, or its checkpoint, to the SAE's file. */
 static int run_training(training_run *run) {
     const options *o = run->o;
-    SC_TRY(try_output(o->output));
-    if (run->checkpoints) SC_TRY(try_output(run->checkpoint));
-    SC_TRY(open_run(run));
-    SC_TRY(plan_run(run));
-    write_recipe(run);
     sc_train_options settings = { .l1 = o->l1, .lr = o->lr, .warmup = (size_t)o->warmup,
                                   .dead_window = (size_t)o->dead_window, .ghost = o->ghost };
+    /* A wrong path shows before the work begins. */
+    SC_TRY(try_output(run->output));
+    if (run->checkpoints) SC_TRY(try_output(run->checkpoint));
+    SC_TRY(open_run(run));
     run->trainer = sc_trainer_new(&run->sae, &settings, run->batch * run->data.T);
     if (!run->trainer) return SC_FAILED;
     if (o->resume) SC_TRY(resume_training(run));
     SC_TRY(start_run(run));
-    SC_TRY(open_log(run));
+    if (o->log) SC_TRY(open_log(run));
     SC_TRY(train_steps(run));
-    SC_TRY(save_tensors(o->output, 8192, write_trained, run));
-    if (run->config) SC_TRY(write_saelens(&run->sae, run->config));
+    SC_TRY(save_tensors(run->output, 8192, write_trained, run));
+    if (*run->config) SC_TRY(write_saelens(&run->sae, run->config));
     if (run->steps > 0 && run->steps < (uint64_t)o->warmup)
         note("all %ju steps lay within the warm-up of %ld: the learning rate never reached --lr "
              "(see --warmup, --epochs)", (uintmax_t)run->steps, o->warmup);
@@ -7623,32 +7561,34 @@ static int run_training(training_run *run) {
 }
 
 /* Trains an SAE. An output that ends with a slash is a folder for SAELens. */
-static int train(const options *given) {
-    options own = *given;
-    const options *o = &own;
-    char weights[MAX_PATH], config[MAX_PATH];
+static int train(const options *o) {
     training_run run = { .o = o, .started = seconds_now(),
                          .checkpoints = o->checkpoint || o->resume };
-    size_t end = strlen(o->output);
-    if (end > 0 && o->output[end - 1] == '/') {
-        SC_TRY(join_path(o->output, "cfg.json", config));
-        SC_TRY(join_path(o->output, saelens_weights, weights));
-        if (mkdir(o->output, 0777) != 0 && errno != EEXIST)
-            return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
-        run.config = config;
-        own.output = weights;
+    const struct sigaction ask = { .sa_handler = ask_to_stop,
+                                   .sa_flags = SA_RESTART | (int)SA_RESETHAND };
+    const char *folder = "", *file = o->output;
+    if (file[strlen(file) - 1] == '/') {
+        folder = o->output;
+        file = saelens_weights;
+        SC_TRY(join_path(folder, "cfg.json", run.config));
+        if (mkdir(folder, 0777) != 0 && errno != EEXIST)
+            return fail("%s: the folder cannot be made: %s", folder, strerror(errno));
     }
-    const char *name = o->checkpoint ? o->checkpoint : o->output;
-    catch_signals();
-    run.checkpoint = join_text(name, o->checkpoint ? "" : ".ckpt");
-    if (run.checkpoint) run.previous = join_text(run.checkpoint, ".prev");
-    int status = run.previous ? run_training(&run) : SC_FAILED;
-    if (run.log && fclose(run.log) != 0 && status == SC_OK) status = write_failed(o->log, errno);
+    SC_TRY(join_path(folder, file, run.output));
+    /* After a signal there is a checkpoint even where none was requested. */
+    if (o->checkpoint) SC_TRY(join_path("", o->checkpoint, run.checkpoint));
+    else sprintf(run.checkpoint, "%s.ckpt", run.output);
+    sprintf(run.previous, "%s.prev", run.checkpoint);
+    /* A signal is heeded between steps; a second one of its kind ends the program at once. */
+    sigaction(SIGINT, &ask, NULL);
+    sigaction(SIGTERM, &ask, NULL);
+    int status = run_training(&run), written = 1;
+    /* Whatever came of it, all is closed; the last rows of the log may not fit on the disk. */
+    if (run.log) written = fclose(run.log) == 0;
+    if (status == SC_OK && !written) status = write_failed(o->log, errno);
     close_feed(&run.data);
     sc_trainer_free(run.trainer);
     sc_sae_close(&run.sae);
-    free(run.checkpoint);
-    free(run.previous);
     return status;
 }
 
@@ -7663,7 +7603,7 @@ static int train(const options *given) {
 
 enum { SPOOLS = 6 };                 /* temporary files: one per tensor of `encode` */
 
-/* The state of a command: run_command() makes it, close_session() frees it. */
+/* The state of a command: run_saeclip() makes it, close_session() frees it. */
 typedef struct {
     options *o;
     size_t saes;                     /* open SAEs */
@@ -9739,18 +9679,18 @@ static const char *join_sizes(const size_t *sizes, int count, const char *betwee
     return out;
 }
 
-/* --- info --- */
+/* This machine, and what of it the program uses. */
+static void describe_machine(void) {
+    printf("saeclip %s\ninstruction sets:", SC_VERSION);
+    for (size_t i = 0; i < COUNT(kernel_sets); i++) {
+        const kernel_set *set = kernel_sets[i];
+        if (is_usable(set)) printf(" %s", set->name);
+        if (set == kernels) printf(" (in use)");
+    }
+    printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
+}
 
-/* A file is of the first kind whose tensor it has, with that rank; the text shows its shape. */
-static const struct { const char *tensor; int rank; const char *text; } file_kinds[] = {
-    { "W_enc_m", 2, "checkpoint of a training: %zu latents, %zu inputs\n" },
-    { "W_enc", 2, "sparse autoencoder: %zu inputs, %zu latents\n" },
-    { "max_activating_image_indices", 2, "statistics: %zu latents, %zu top images each\n" },
-    { "activations", 3, "activations: %zu images, %zu tokens each, %zu numbers each\n" },
-    { "images", 4, "packed images: %zu images, %zu high, %zu wide, %zu colours\n" },
-    { "value", 1, "codes: %zu active values\n" } };
-
-/* All sizes of a model, and the settings that its numbers depend on. */
+/* A model's sizes, and the settings that its numbers depend on. */
 static void describe_model(const char *path) {
     sc_model m;
     if (sc_model_open(&m, path, NULL) != SC_OK) {
@@ -9766,150 +9706,118 @@ static void describe_model(const char *path) {
     sc_model_close(&m);
 }
 
-/* The last line of `info`, after the file's name. */
-static void describe(const sc_safetensors *file) {
-    for (size_t i = 0; i < COUNT(file_kinds); i++) {
-        const sc_tensor *t = sc_tensor_find(file, file_kinds[i].tensor);
-        if (!t || t->rank != file_kinds[i].rank) continue;
-        printf(file_kinds[i].text, t->shape[0], t->shape[1], t->shape[2], t->shape[3]);
-        return;
-    }
-    if (naming_of(file) == NAMINGS) puts("a safetensors file of an unknown kind");
-    else describe_model(file->path);
-}
-
-/* The tensors, on request, then the metadata, then what the file is. */
-static int describe_file(const char *path, int with_tensors) {
+/* A file's tensors, its metadata, and in the last line what it is. */
+static int command_info(session *s) {
+    static const char *const kinds[][2] = {      /* the first kind whose tensor the file has */
+        { "W_enc_m", "checkpoint of a training" },
+        { "W_enc", "sparse autoencoder" },
+        { "max_activating_image_indices", "statistics" },
+        { "activations", "activations" },
+        { "images", "packed images" },
+        { "value", "codes" } };
+    const char *path = s->o->operand[0];
     sc_safetensors file;
+    size_t kind = 0;
+    if (!path) {                                 /* without a file */
+        describe_machine();
+        return end_of_output();
+    }
     SC_TRY(sc_safetensors_open(&file, path));
     printf("%zu tensors in %zu bytes\n", file.tensors, file.size);
-    for (size_t i = 0; i < file.tensors && with_tensors; i++) {
+    for (size_t i = 0; i < file.tensors; i++) {
         const sc_tensor *t = &file.tensor[i];
         printf("    %-48s %-5s %-20s %12zu bytes\n", shown(t->name), sc_dtype_name(t->dtype),
                join_sizes(t->shape, t->rank, " x "), t->bytes);
     }
+    /* Metadata. */
     printf("%zu entries of metadata\n", file.entries);
     for (size_t i = 0; i < file.entries; i++)
         printf("    %s = %s\n", shown(file.metadata[i].key), shown(file.metadata[i].value));
+    /* What it is; the name comes first, as in messages. */
     printf("%s: ", shown(path));
-    describe(&file);
+    while (kind < COUNT(kinds) && !sc_tensor_find(&file, kinds[kind][0])) kind++;
+    if (kind < COUNT(kinds)) puts(kinds[kind][1]);
+    else if (naming_of(&file) != NAMINGS) describe_model(path);
+    else puts("a safetensors file of an unknown kind");
     sc_safetensors_close(&file);
-    return end_of_output();
-}
-
-/* Without a file: this machine, and what of it the program uses. */
-static int command_info(session *s) {
-    const char *path = s->o->operand[0];
-    if (path) return describe_file(path, s->o->tensors);
-    printf("saeclip %s\ninstruction sets:", SC_VERSION);
-    for (size_t i = 0; i < COUNT(kernel_sets); i++) {
-        const kernel_set *set = kernel_sets[i];
-        if (is_usable(set)) printf(" %s", set->name);
-        if (set == kernels) printf(" (in use)");
-    }
-    printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
     return end_of_output();
 }
 
 /* --- compare --- */
 
-/* |a - b| of element i, exact for integers, infinite where it is not a number; b in *y. */
-static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, double *y) {
+/* |a - b| of element i, exact for integers, which float64 may not be able to tell apart. Infinite
+ * where one is not finite, unless they are equal or both NaN, and where the bits of types differ
+ * that are not read as numbers. *b_value: b, or 0 */
+static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, double *b_value) {
+    size_t size = sc_dtype_size(a->dtype);
     int64_t p = 0, q = 0;
-    if (a->dtype > SC_U8 || b->dtype > SC_U8) return INFINITY;   /* types not read as numbers */
-    double x = number_at(a, i, &p);
-    *y = number_at(b, i, &q);
+    *b_value = 0;
+    if (a->dtype == b->dtype && memcmp(a->data + i * size, b->data + i * size, size) == 0) return 0;
+    if (a->dtype > SC_U8 || b->dtype > SC_U8) return INFINITY;
+    double x = number_at(a, i, &p), y = number_at(b, i, &q);
+    *b_value = y;
     if (a->dtype > SC_F64 && b->dtype > SC_F64) {                /* I64, I32 or U8 */
-        uint64_t apart = (uint64_t)p - (uint64_t)q;
+        uint64_t apart = (uint64_t)p - (uint64_t)q;              /* modulo 2^64 */
         return (double)(p < q ? 0 - apart : apart);
     }
-    if (x == *y || (isnan(x) && isnan(*y))) return 0;            /* also of two infinities */
-    double apart = fabs(x - *y);
-    return isfinite(apart) ? apart : INFINITY;
+    if (x == y || (isnan(x) && isnan(y))) return 0;
+    if (!isfinite(x - y)) return INFINITY;
+    return fabs(x - y);
 }
 
-/* Element number `at` of a tensor as an index. */
-static const char *index_text(const sc_tensor *t, size_t at) {
-    size_t index[SC_MAX_RANK] = { 0 };
-    for (int d = t->rank - 1; d >= 0; d--) {
-        index[d] = at % t->shape[d];
-        at /= t->shape[d];
-    }
-    return join_sizes(index, t->rank, ", ");
-}
-
-/* Prints the largest |a - b| and, over elements where b is not 0, the largest |a - b| / |b| of two
- * tensors of one shape. Returns whether some elements are beyond the tolerance. */
-static int compare_numbers(const sc_tensor *a, const sc_tensor *b, const options *o) {
-    size_t size = sc_dtype_size(a->dtype), beyond = 0, at = 0, share_at = 0;
-    int same_type = a->dtype == b->dtype, same_bits = same_type;
-    double largest = 0, largest_share = -1;              /* -1: b is 0 everywhere */
-    for (size_t i = 0; i < a->count; i++) {
-        double y = 0;
-        if (same_type && memcmp(a->data + i * size, b->data + i * size, size) == 0) continue;
-        same_bits = 0;
-        double apart = distance_at(a, b, i, &y);
-        if (apart == INFINITY || apart > o->atol + o->rtol * fabs(y)) beyond++;
-        double share = apart / fabs(y);
-        if (apart == INFINITY) share = apart;            /* also where y is infinite or NaN */
-        if (apart > largest) at = i;
-        largest = fmax(largest, apart);
-        if (y == 0 || !(share > largest_share)) continue;
-        share_at = i;
-        largest_share = share;
-    }
-    if (same_bits) puts("the same bits");
-    else if (largest == 0) puts("equal, in other bits");     /* as 0 and -0, or F16 and F32 */
-    if (largest == 0) return 0;
-    printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s], |a - b| / |b| ", beyond,
-           a->count, largest, index_text(a, at));
-    if (largest_share < 0) puts("-");
-    else printf("up to %.9g at [%s]\n", largest_share, index_text(a, share_at));
-    return beyond > 0;
-}
-
-/* Prints a line. Returns whether the tensors differ. */
+/* Prints one line, with the largest |a - b|. Returns whether shapes differ, or elements beyond the
+ * tolerance, |a - b| <= atol + rtol |b|. */
 static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options *o) {
+    size_t beyond = 0, at = 0, index[SC_MAX_RANK];
+    double largest = 0;                              /* |a - b|, and `at` its place */
+    /* The name, types and shapes. */
     printf("%-40s %s", shown(a->name), sc_dtype_name(a->dtype));
     if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
     printf(", %s: ", join_sizes(a->shape, a->rank, " x "));
-    if (a->rank == b->rank && memcmp(a->shape, b->shape, sizeof a->shape) == 0)
-        return compare_numbers(a, b, o);
-    printf("the other is %s\n", join_sizes(b->shape, b->rank, " x "));
-    return 1;
-}
-
-/* Names the keys whose values differ, which do not count as differences. */
-static void compare_metadata(const sc_safetensors *file, const options *o) {
-    for (int k = 0; k < 2; k++) {
-        for (size_t i = 0; i < file[k].entries; i++) {
-            const char *key = file[k].metadata[i].key;
-            const char *a = sc_metadata_find(&file[0], key);
-            const char *b = sc_metadata_find(&file[1], key);
-            if (o->common && !(a && b)) continue;
-            if (a && b && (k == 1 || strcmp(a, b) == 0)) continue;
-            if (!a) a = "nothing";
-            if (!b) b = "nothing";
-            printf("metadata %s: %s and %s\n", shown(key), shown(a), shown(b));
-        }
+    if (a->rank != b->rank || memcmp(a->shape, b->shape, sizeof a->shape) != 0) {
+        printf("the other is %s\n", join_sizes(b->shape, b->rank, " x "));
+        return 1;
     }
+    /* The values. */
+    if (a->dtype == b->dtype && memcmp(a->data, b->data, a->bytes) == 0) {
+        puts("the same bits");
+        return 0;
+    }
+    for (size_t i = 0; i < a->count; i++) {
+        double y, apart = distance_at(a, b, i, &y);
+        if (apart == INFINITY || apart > o->atol + o->rtol * fabs(y)) beyond++;
+        if (apart > largest) at = i;
+        largest = fmax(largest, apart);
+    }
+    if (largest == 0) {
+        puts("equal, in other bits");                    /* as 0 and -0, or F16 and F32 */
+        return 0;
+    }
+    for (int d = a->rank - 1; d >= 0; d--) {             /* the place of the largest */
+        index[d] = at % a->shape[d];
+        at /= a->shape[d];
+    }
+    printf("%zu of %zu beyond the tolerance, |a - b| up to %.9g at [%s]\n", beyond, a->count,
+           largest, join_sizes(index, a->rank, ", "));
+    return beyond > 0;
 }
 
-/* Tensors of the first file, then those that only the second one has. */
+/* The tensors of the first file, then those that only the second one has. */
 static int compare_files(const sc_safetensors *file, const options *o) {
-    int differing = 0, lines = 0;
+    int differing = 0, lines = 0;        /* tensors */
     for (int k = 0; k < 2; k++) {
         for (size_t i = 0; i < file[k].tensors; i++) {
-            const sc_tensor *t = &file[k].tensor[i], *other = sc_tensor_find(&file[!k], t->name);
-            if (other && k == 1) continue;
+            const sc_tensor *t = &file[k].tensor[i];
+            const sc_tensor *other = sc_tensor_find(&file[!k], t->name);
+            if (other && k == 1) continue;               /* compared in the first round */
             if (!other && o->common) continue;
             lines++;
             if (!other) printf("%-40s only in %s\n", shown(t->name), shown(file[k].path));
             if (!other || compare_tensors(t, other, o)) differing++;
         }
     }
-    compare_metadata(file, o);
     SC_TRY(end_of_output());
+    /* The verdict. */
     if (o->common && lines == 0)
         return fail("%s: has no tensor in common with %s", file[0].path, file[1].path);
     if (differing == 0) return SC_OK;
@@ -9917,52 +9825,60 @@ static int compare_files(const sc_safetensors *file, const options *o) {
                 lines);
 }
 
+/* Status 1 if the files differ. */
 static int command_compare(session *s) {
     sc_safetensors file[2];
     SC_TRY(sc_safetensors_open(&file[0], s->o->operand[0]));
     int status = sc_safetensors_open(&file[1], s->o->operand[1]);
     if (status == SC_OK) status = compare_files(file, s->o);
-    for (int k = 0; k < 2; k++)
-        sc_safetensors_close(&file[k]);
+    sc_safetensors_close(&file[0]);
+    sc_safetensors_close(&file[1]);
     return status;
 }
 
 /* ============================================================================================
  * 25. The command line
  *
- * One table of options, whose rows say which commands take them; one of options that exclude or
- * need each other; one of commands. The help texts, the checks and the parser follow the tables.
+ * Three tables: options, and which commands take them; rules between options; commands. The parser,
+ * the checks and the help follow them.
  * ============================================================================================ */
 #ifndef SAECLIP_NO_MAIN
 
-/* Commands, and sets of commands that take the same options. */
+/* Commands, one bit each, and sets of commands that take the same options. */
 enum {
     INFO = 1, PACK = 2, EXTRACT = 4, TRAIN = 8, ENCODE = 16, EVAL = 32, STATS = 64, TOP = 128,
     MASK = 256, ZEROSHOT = 512, COMPARE = 1024, MERGE = 2048, EXPLAIN = 4096, PLOT = 8192,
     ATLAS = 16384, EVERY = 32767,
-    LATENTS = TOP | MASK,
+    LATENTS = TOP | MASK,                        /* of chosen latents */
     LOOKS = LATENTS | EXPLAIN | ATLAS,           /* show latents on images */
-    SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,
-    DATA = TRAIN | ENCODE | EVAL | STATS,
-    ACTS = DATA | MASK,
+    SAES = ENCODE | EVAL | STATS | LOOKS | ZEROSHOT,     /* take an SAE */
+    DATA = TRAIN | ENCODE | EVAL | STATS,        /* need activations alone */
+    ACTS = DATA | MASK,                          /* run on saved activations as well */
     PHOTOS = DATA | EXTRACT | LOOKS | ZEROSHOT,  /* run a model on images */
-    IMAGES = PHOTOS | PACK,
-    OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE
+    IMAGES = PHOTOS | PACK,                      /* read images */
+    OUTPUT = LOOKS | PACK | EXTRACT | TRAIN | ENCODE | STATS | PLOT | MERGE      /* write files */
 };
 
-/* The type of an option's value: FLAG has none, TEXTS is a list, CHOICE one of several words. WHOLE
- * is an integer kept as a long, LARGE one that may need more than 32 bits, kept as a double. */
-typedef enum { FLAG, TEXT, TEXTS, CHOICE, WHOLE, LARGE, NUMBER } option_kind;
+/* An option's value, and the type of the member of options that it goes to:
+ *     FLAG    no value           int, which becomes 1
+ *     TEXT    any                const char *
+ *     TEXTS   any, several times const char *[], options.sae; only -s
+ *     CHOICE  one of some words  const char *
+ *     WHOLE   an integer         long, which may have 32 bits
+ *     NUMBER  a number           double */
+typedef enum { FLAG, TEXT, TEXTS, CHOICE, WHOLE, NUMBER } option_kind;
 
-/* value: its name in the help or, of a CHOICE, the possible words; place: where it goes in options;
- * fallback: its default; least, most: limits of a number. */
+/* An option has one row, whichever commands take it. A default that is not fixed stands in the
+ * help text; the member of options then is NULL, 0 or, where 0 is a value, -1. */
 static const struct option_row {
-    const char *name, *value;
+    const char *name;
+    const char *value;                           /* its name in the help; the words of a CHOICE */
     option_kind kind;
-    size_t place;
-    int commands;
-    const char *help, *fallback;
-    double least, most;
+    size_t place;                                /* of the member in options */
+    int commands;                                /* those that take it */
+    const char *help;
+    const char *fallback;                        /* the default, as it would be typed; or NULL */
+    double least, most;                          /* the limits of a number */
 } option_table[] = {
 #define AT(field) .place = offsetof(options, field)
     /* Files */
@@ -10017,7 +9933,7 @@ static const struct option_row {
     { "--k", "K", WHOLE, AT(k), TRAIN | SAES,
       "of TopK (default: 32, or the file's)", NULL, 1, 1e9 },
     { "--expansion", "E", WHOLE, AT(expansion), TRAIN,
-      "latents per input", "64", 1, 65536 },
+      "latents per input", "64", 1, 4095 },      /* x SC_MAX_WIDTH inputs: below 2^32 */
     { "--latents", "N", WHOLE, AT(d_sae), TRAIN,
       "latents", NULL, 1, SC_MAX_LATENTS },
     { "--l1", "X", NUMBER, AT(l1), TRAIN,
@@ -10052,8 +9968,8 @@ static const struct option_row {
       "how often", "1000", 1, 2e9 },
     { "--resume", NULL, FLAG, AT(resume), TRAIN,
       "go on from the checkpoint" },
-    { "--seed", "N", LARGE, AT(seed), TRAIN,
-      "of all random numbers", "42", 0, 0x1p53 - 1 },
+    { "--seed", "N", WHOLE, AT(seed), TRAIN,
+      "of all random numbers", "42", 0, INT32_MAX },
     /* encode */
     { "--dense", NULL, FLAG, AT(dense), ENCODE,
       "also f as a matrix" },
@@ -10082,10 +9998,8 @@ static const struct option_row {
     { "--max-frequency", "F", NUMBER, AT(max_frequency), EXPLAIN,
       "leave out latents that fire on a larger share of the images", "1", 0, 1 },
     /* Printing */
-    { "--tensors", NULL, FLAG, AT(tensors), INFO,
-      "also list the tensors" },
     { "--common", NULL, FLAG, AT(common), COMPARE,
-      "only tensors and metadata that both have" },
+      "only tensors that both have" },
     { "--rtol", "X", NUMBER, AT(rtol), COMPARE,
       "relative tolerance", "0", 0, 1e30 },
     { "--atol", "X", NUMBER, AT(atol), COMPARE,
@@ -10098,27 +10012,43 @@ static const struct option_row {
     { "--quiet", NULL, FLAG, AT(quiet), EVERY,
       "no progress, no remarks" } };
 
-#define OPTIONS COUNT(option_table)
-_Static_assert(COUNT(option_table) <= MAX_OPTIONS, "options.given has room for each");
+/* What the command line gives each option, "" to a flag; NULL: it was not given. */
+static const char *given[COUNT(option_table) + 1];   /* the last: no option has this name */
 
-/* Options of which one would make the other ineffective. */
-static const char *const excluded[][2] = {
-    { "--init", "--expansion" }, { "--init", "--latents" }, { "--init", "--b-dec" },
-    { "--steps", "--epochs" }, { "--square", "--size" }, { "--latents", "--expansion" },
-    { "--acts", "-m" }, { "--acts", "--square" }, { "--acts", "--crop" }, { "--acts", "--mean" },
-    { "--acts", "--std" }, { "--acts", "--gelu" }, { "--acts", "--eps" }, { "--acts", "--heads" },
-    { "--acts", "--skip-bad" } };
+/* No option is parsed and then ignored: if one of `options` is given, it excludes or needs the
+ * other one, which may have a value. */
+enum { EXCLUDES, NEEDS };
+static const struct { int commands; const char *options; int kind; const char *other; } rules[] = {
+    /* The SAE to start from has its width and its decoder bias. */
+    { TRAIN, "--expansion --latents --b-dec", EXCLUDES, "--init" },
+    /* Two ways to say how many steps, how many latents, how large images. */
+    { TRAIN, "--epochs", EXCLUDES, "--steps" },
+    { TRAIN, "--expansion", EXCLUDES, "--latents" },
+    { PACK, "--size", EXCLUDES, "--square" },
+    /* Saved activations need neither a model nor images. */
+    { ACTS, "-m --square --crop --mean --std --gelu --eps --heads --skip-bad", EXCLUDES, "--acts" },
+    /* TopK has k in place of the L1 loss. In training ReLU is the default. */
+    { TRAIN, "--k", NEEDS, "--arch=topk" },
+    { SAES, "--k", EXCLUDES, "--arch=relu" },
+    { TRAIN, "--l1", EXCLUDES, "--arch=topk" },
+    /* Details of what another option asks for. */
+    { TRAIN, "--b-dec-images", NEEDS, "--b-dec" },
+    { TRAIN, "--dead-window", NEEDS, "--ghost" },
+    { TRAIN, "--checkpoint-every", NEEDS, "--checkpoint" },
+    { STATS, "--threshold", NEEDS, "--class-counts" },
+    { LATENTS, "--mask=top", NEEDS, "-t" },
+    { MASK, "-t", NEEDS, "--mask=top" },
+    /* Without an SAE the whole model is run as it is. */
+    { ZEROSHOT, "--layer --hook --arch --k", NEEDS, "-s" } };
 
-/* Options that have no effect without the other. */
-static const char *const needed[][2] = {
-    { "--b-dec-images", "--b-dec" }, { "--dead-window", "--ghost" },
-    { "--checkpoint-every", "--checkpoint" }, { "--threshold", "--class-counts" } };
-
-/* Options that a synopsis names must be given; least, most: numbers of operands. */
+/* The commands, in the order of the help. */
 static const struct command_row {
     int bit;
-    const char *name, *synopsis, *help, *example;
-    int (*run)(session *s), least, most;
+    const char *name;
+    const char *synopsis;                        /* options with one letter in it must be given */
+    const char *help, *example;
+    int (*run)(session *s);
+    int least, most;                             /* how many operands it takes */
 } command_table[] = {
     { INFO, "info", "[FILE]", "what a file is; without one: the machine",
       "clip.safetensors", command_info, 0, 1 },
@@ -10158,6 +10088,7 @@ static const struct command_row {
 
 /* --- Help --- */
 
+/* saeclip --help */
 static int print_help(void) {
     puts("saeclip: sparse autoencoders on a vision transformer's activations\n\n"
          "    saeclip COMMAND [options] [IMAGES or FILE ...]\n");
@@ -10169,15 +10100,14 @@ static int print_help(void) {
     return end_of_output();
 }
 
+/* saeclip COMMAND --help */
 static int print_command_help(const struct command_row *command) {
     printf("saeclip %s %s\n\n%s\n\n", command->name, command->synopsis, command->help);
-    for (size_t i = 0; i < OPTIONS; i++) {
+    for (size_t i = 0; i < COUNT(option_table); i++) {
         const struct option_row *row = &option_table[i];
-        const char *value = row->value ? row->value : "";
+        int rest = 23 - (int)strlen(row->name);      /* of the columns before the help */
         if (!(row->commands & command->bit)) continue;
-        if (row->kind == CHOICE) value = "KIND";
-        printf("    %s %-*s %s", row->name, 23 - (int)strlen(row->name), value, row->help);
-        if (row->kind == CHOICE) printf(": %s", row->value);
+        printf("    %s %-*s %s", row->name, rest, row->value ? row->value : "", row->help);
         if (row->fallback) printf(" (default %s)", row->fallback);
         puts("");
     }
@@ -10187,172 +10117,140 @@ static int print_command_help(const struct command_row *command) {
 
 /* --- Parsing --- */
 
-/* Stores the value of an option; text: NULL where it is missing. */
+/* Checks and stores the value of an option; text: NULL where it is missing. */
 static int set_option(options *o, const struct option_row *row, const char *text) {
     void *place = (char *)o + row->place;
-    double number;
-    if (row->kind == FLAG) {
-        *(int *)place = 1;
-        return SC_OK;
-    }
-    if (!text || !*text) return usage("%s: no value (expected %s)", row->name, row->value);
+    double number = 0;
+    if (row->kind != FLAG && (!text || !*text))
+        return usage("%s: no value (expected %s)", row->name, row->value);
     if (row->kind == CHOICE && !is_choice(row->value, text))
         return usage("%s: invalid value '%s' (expected one of %s)", row->name, text, row->value);
-    if (row->kind == TEXT || row->kind == CHOICE) {
-        *(const char **)place = text;
-        return SC_OK;
-    }
-    if (row->kind == TEXTS) {
-        if (o->saes == SC_MAX_TAPS)
-            return usage("%s: given more than %d times", row->name, SC_MAX_TAPS);
-        o->sae[o->saes++] = text;
-        return SC_OK;
-    }
-    SC_TRY(parse_number(text, row->name, row->least, row->most, &number));
-    if (row->kind != NUMBER && number != floor(number))
+    if (row->kind == TEXTS && o->saes == SC_MAX_TAPS)
+        return usage("%s: given more than %d times", row->name, SC_MAX_TAPS);
+    if (row->kind == WHOLE || row->kind == NUMBER)
+        SC_TRY(parse_number(text, row->name, row->least, row->most, &number));
+    if (row->kind == WHOLE && number != floor(number))
         return usage("%s: invalid value '%s' (expected a whole number)", row->name, text);
-    if (row->kind == WHOLE) *(long *)place = (long)number;
-    else *(double *)place = number;
+    switch (row->kind) {
+    case FLAG: *(int *)place = 1; break;
+    case TEXT:
+    case CHOICE: *(const char **)place = text; break;
+    case TEXTS: o->sae[o->saes++] = text; break;
+    case WHOLE: *(long *)place = (long)number; break;
+    case NUMBER: *(double *)place = number; break;
+    }
     return SC_OK;
 }
 
-/* The option of a command with this name of `length` bytes, or NULL. */
-static const struct option_row *find_option(int command, const char *name, size_t length) {
-    for (size_t i = 0; i < OPTIONS; i++) {
-        const struct option_row *row = &option_table[i];
-        if (!(row->commands & command)) continue;
-        if (strlen(row->name) == length && strncmp(row->name, name, length) == 0) return row;
+/* The row of an option with a name of `length` bytes, or their number. */
+static size_t find_option(const char *name, size_t length) {
+    size_t i = 0;
+    for (; i < COUNT(option_table); i++) {
+        const char *known = option_table[i].name;
+        if (strncmp(known, name, length) == 0 && known[length] == '\0') break;
     }
-    return NULL;
+    return i;
 }
 
 /* One argument that begins with "-", and its value: "-o FILE", "--lr 1" or "--lr=1". */
 static int parse_option(options *o, const struct command_row *command, char **argv, int *at) {
     const char *name = argv[*at], *text = NULL;
     size_t length = strlen(name);
-    if (name[1] == '-' && strchr(name, '=')) {
+    if (name[1] == '-' && strchr(name, '=')) {   /* the value is part of the argument */
         length = strcspn(name, "=");
         text = name + length + 1;
     }
-    const struct option_row *row = find_option(command->bit, name, length);
-    if (!row)
+    size_t i = find_option(name, length);
+    const struct option_row *row = &option_table[i];
+    int known = i < COUNT(option_table) && (row->commands & command->bit);
+    if (!known || (row->kind == FLAG && text))
         return usage("%s: unknown option %s (see saeclip %s --help)", command->name, name,
                      command->name);
-    unsigned char *given = &o->given[row - option_table];
-    if (row->kind == FLAG && text) return usage("%s: takes no value", row->name);
-    if (*given && row->kind != TEXTS) return usage("%s: given twice", row->name);
-    *given = 1;
-    if (row->kind != FLAG && !text && argv[*at + 1]) text = argv[++*at];
+    if (given[i] && row->kind != TEXTS) return usage("%s: given twice", row->name);
+    if (row->kind != FLAG && !text && argv[*at + 1]) text = argv[++*at];     /* the next one */
+    given[i] = text ? text : "";
     return set_option(o, row, text);
 }
 
 /* --- Checking --- */
 
-static int was_given(const options *o, const char *name) {
-    for (size_t i = 0; i < OPTIONS; i++)
-        if (o->given[i] && strcmp(option_table[i].name, name) == 0) return 1;
-    return 0;
-}
-
-/* Whether two paths name one regular file. */
-static int same_file(const char *a, const char *b) {
-    struct stat at[2];
-    if (stat(a, &at[0]) != 0 || stat(b, &at[1]) != 0) return strcmp(a, b) == 0;
-    return S_ISREG(at[0].st_mode) && at[0].st_ino == at[1].st_ino && at[0].st_dev == at[1].st_dev;
-}
-
-/* The outputs of training must be different files. The log is appended to; so it must not be an
- * input either, whereas other outputs may replace inputs. */
-static int check_outputs(const options *o) {
-    const char *path[] = { o->log, o->output, o->checkpoint,
-                           o->model, o->acts, o->init, o->operand[0] };
-    for (size_t i = 0; i < 3; i++) {
-        size_t end = i == 0 ? COUNT(path) : 3;
-        for (size_t j = i + 1; j < end; j++)
-            if (path[i] && path[j] && same_file(path[i], path[j]))
-                return usage("%s: given for two files, one of them an output", path[j]);
-    }
-    return SC_OK;
-}
-
-/* Rules that depend on the values of options. */
-static int check_values(const options *o, const struct command_row *command) {
-    int topk = o->arch && strcmp(o->arch, "topk") == 0, train = command->bit == TRAIN;
-    int top_mask = o->mask && strcmp(o->mask, "top") == 0;
-    if (o->k && !topk && (train || o->arch)) return usage("--k needs --arch topk");
-    if (train && topk && was_given(o, "--l1"))
-        return usage("--l1 and --arch topk exclude each other");
-    if (command->bit == ZEROSHOT && !o->saes && (o->layer || o->hook || o->arch || o->k))
-        return usage("zeroshot: --layer, --hook, --arch and --k need an SAE (-s FILE)");
-    if (top_mask && !o->stats) return usage("--mask top needs -t FILE");
-    if (command->bit == MASK && o->stats && !top_mask) return usage("-t needs --mask top");
-    if (was_given(o, "--layer") && o->layer == 0)
-        return usage("--layer: invalid value '0' (expected 1 for the first, -1 for the last)");
-    return SC_OK;
+/* Whether an option was given, or has this value: "--mask" or "--mask=top", up to a blank. */
+static int was_given(const char *text) {
+    size_t length = strcspn(text, " ="), i = find_option(text, length);
+    if (!given[i] || text[length] != '=') return given[i] != NULL;
+    text += length + 1;
+    length = strlen(given[i]);
+    return strcspn(text, " ") == length && strncmp(text, given[i], length) == 0;
 }
 
 /* Whether a command has the options and operands that it needs, and none that contradict. */
 static int check_options(const options *o, const struct command_row *command, int operands) {
     const char *name = command->name;
-    for (const char *c = command->synopsis; (c = strchr(c, '-')) != NULL; c++) {
-        const char option[] = { '-', c[1], '\0' };
-        if (c[2] == ' ' && !was_given(o, option))
-            return usage("%s: %s is missing (see saeclip %s --help)", name, option, name);
+    /* Options that the synopsis names. */
+    for (const char *c = strchr(command->synopsis, '-'); c; c = strchr(c + 1, '-'))
+        if (c[2] == ' ' && !was_given(c))
+            return usage("%s: %.2s is missing (see saeclip %s --help)", name, c, name);
+    /* Rules that are broken if one of their options is given. */
+    for (size_t i = 0; i < COUNT(rules); i++) {
+        const char *other = rules[i].other;
+        if (!(rules[i].commands & command->bit)) continue;
+        if (was_given(other) == (rules[i].kind == NEEDS)) continue;
+        const char *option = rules[i].options;
+        while (*option && !was_given(option)) {
+            option += strcspn(option, " ");
+            option += strspn(option, " ");
+        }
+        if (!*option) continue;
+        int length = (int)strcspn(option, " ");
+        if (rules[i].kind == NEEDS) return usage("%.*s needs %s", length, option, other);
+        return usage("%s and %.*s exclude each other", other, length, option);
     }
-    for (size_t i = 0; i < COUNT(excluded); i++)
-        if (was_given(o, excluded[i][0]) && was_given(o, excluded[i][1]))
-            return usage("%s and %s exclude each other", excluded[i][0], excluded[i][1]);
-    for (size_t i = 0; i < COUNT(needed); i++)
-        if (was_given(o, needed[i][0]) && !was_given(o, needed[i][1]))
-            return usage("%s needs %s", needed[i][0], needed[i][1]);
+    /* What no table says. */
     if (o->acts && operands) return usage("--acts and IMAGES exclude each other");
     if (operands < command->least || operands > command->most)
         return usage("%s: %d operands (expected %s)", name, operands, command->synopsis);
     if (o->saes > 1 && command->bit != EVAL) return usage("%s: takes one SAE (-s FILE)", name);
-    SC_TRY(check_values(o, command));
-    return check_outputs(o);
+    if (was_given("--layer") && o->layer == 0)
+        return usage("--layer: invalid value '0' (expected 1 for the first, -1 for the last)");
+    return SC_OK;
 }
 
-/* argv ends with NULL. */
-static int run_command(const struct command_row *command, char **argv) {
+/* Runs one command of the program. argv ends with NULL. */
+static int run_saeclip(int argc, char **argv) {
+    const struct command_row *command = NULL;
     options o = { .square = -1, .steps = -1, .threshold = -1, .class_index = -1 };   /* not given */
-    int operands = 0, plain = 0;
-    for (size_t i = 0; i < OPTIONS; i++) {
+    session s = { .o = &o };
+    int operands = 0;
+    /* The command, or what the program does without one. */
+    if (argc < 2) return usage("no command (see saeclip --help)");
+    if (strcmp(argv[1], "--help") == 0) return print_help();
+    if (strcmp(argv[1], "--version") == 0) {
+        puts("saeclip " SC_VERSION);
+        return end_of_output();
+    }
+    for (size_t i = 0; i < COUNT(command_table); i++)
+        if (strcmp(argv[1], command_table[i].name) == 0) command = &command_table[i];
+    if (!command) return usage("unknown command '%s' (see saeclip --help)", argv[1]);
+    /* The defaults, then what is given. */
+    memset(given, 0, sizeof given);
+    for (size_t i = 0; i < COUNT(option_table); i++) {
         const struct option_row *row = &option_table[i];
         if (row->fallback) SC_TRY(set_option(&o, row, row->fallback));
     }
-    for (int i = 0; argv[i]; i++) {
-        if (!plain && strcmp(argv[i], "--help") == 0) return print_command_help(command);
-        if (!plain && strcmp(argv[i], "--") == 0) {
-            plain = 1;
-        } else if (!plain && argv[i][0] == '-' && argv[i][1]) {
-            SC_TRY(parse_option(&o, command, argv, &i));
-        } else {
-            if (operands < MAX_OPERANDS) o.operand[operands] = argv[i];
-            operands++;
-        }
+    for (int i = 2; argv[i]; i++) {
+        if (strcmp(argv[i], "--help") == 0) return print_command_help(command);
+        if (argv[i][0] == '-' && argv[i][1]) SC_TRY(parse_option(&o, command, argv, &i));
+        else if (operands++ < MAX_OPERANDS) o.operand[operands - 1] = argv[i];
     }
     SC_TRY(check_options(&o, command, operands));
+    /* Nothing is wrong with the command line. */
     quiet = o.quiet;
     SC_TRY(sc_instruction_set(getenv("SAECLIP_ISA")));
     SC_TRY(sc_threads_start((int)o.threads));
-    session s = { .o = &o };
     int status = command->run(&s);
     close_session(&s);
     sc_threads_stop();
     return status;
-}
-
-static int run_saeclip(int argc, char **argv) {
-    if (argc < 2) return usage("no command (see saeclip --help)");
-    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) return print_help();
-    for (size_t i = 0; i < COUNT(command_table); i++)
-        if (strcmp(argv[1], command_table[i].name) == 0)
-            return run_command(&command_table[i], argv + 2);
-    if (strcmp(argv[1], "--version") != 0)
-        return usage("unknown command '%s' (see saeclip --help)", argv[1]);
-    puts("saeclip " SC_VERSION);
-    return end_of_output();
 }
 
 int main(int argc, char **argv) {

@@ -61,7 +61,7 @@ saeclip extract -m "$MODEL" "$IMAGES" -o $acts
 
 say "Two sparse autoencoders, ReLU and TopK, with $EXPANSION latents per dimension of the activations"
 # images, steps (of 16 images each), a fifth of the steps, and the epochs that make 500 steps
-set -- $(./saeclip info --tensors $acts | awk -v epochs="$EPOCHS" '$1 == "activations" {
+set -- $(./saeclip info $acts | awk -v epochs="$EPOCHS" '$1 == "activations" {
     steps = int($3 * epochs / 16 + 0.5); print $3, steps, int(steps / 5), int(8000 / $3) + 1 }')
 if [ "$2" -lt 100 ]; then
     warmup=$3

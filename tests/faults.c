@@ -227,7 +227,7 @@ static const row rows[] = {
       "../in/photos --dtype f16 -o out", .before = "out" },
     { .name = "extract-threads", .command = "extract --quiet --threads 3 -m ../in/model --layer 1 --hook attn "
       "../in/set.safetensors --tokens patches -o out", .before = "out" },
-    { .name = "train", .command = FAULT_RELU "--steps 5 -o out " FAULT_SAVE, .before = "out log.csv", .resume = "--resume",
+    { .name = "train", .command = FAULT_RELU "--steps 5 -o out " FAULT_SAVE, .before = "out =log3.csv log.csv", .resume = "--resume",
       .trains = 1 },
     { .name = "train-resumed", .command = FAULT_TOPK "--steps 5 -o out --resume " FAULT_SAVE,
       .before = "out =ckpt3 ckpt =ckpt2 ckpt.prev =log3.csv log.csv", .resume = "", .trains = 1 },

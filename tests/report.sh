@@ -72,7 +72,7 @@ rows() {                                         # 1: of TRAIN, 2: of VAL
 }
 # The first image of CLASS in a packed set: the images, then labels of 8 bytes each, follow the header.
 unpack() {
-    set -- $("$program" info --tensors "$VAL" | awk '$1 == "images" { print $3, $5, $7 }')
+    set -- $("$program" info "$VAL" | awk '$1 == "images" { print $3, $5, $7 }')
     begin=$(od -A n -t u1 -N 4 "$VAL" | awk '{ print 8 + $1 + 256 * ($2 + 256 * ($3 + 256 * $4)) }')
     [ $# = 3 ] && [ $((begin + $1 * $2 * $3 * 3 + 8 * $1)) = $(($(wc -c <"$VAL"))) ] || return 0
     at=$(tail -c $((8 * $1)) "$VAL" | od -A n -v -t u1 | awk -v class="$CLASS" '

@@ -225,7 +225,7 @@ static const cli_case cli_usage[] = {
     { 2, "-o: no value (expected PATH)", "train --acts @acts -o" },
     { 2, "-o: given twice", "train --acts @acts -o @out -o @out" },
     { 2, "--lr: given twice", "train --acts @acts --lr 1 --lr=1 -o @out" },
-    { 2, "--ghost: takes no value", "train --acts @acts --ghost=1 -o @out" },
+    { 2, "train: unknown option --ghost=1", "train --acts @acts --ghost=1 -o @out" },
     { 2, "-o is missing", "train --acts @acts" },
     { 2, "-m is missing", "extract @photos -o @out" },
     { 2, "-s is missing", "stats --acts @acts -o @out" },
@@ -247,12 +247,13 @@ static const cli_case cli_usage[] = {
     { 2, "--mean: ", "extract --quiet -m @model --mean 1,2 @photos -o @out" },
     { 2, "--std: ", "extract --quiet -m @model --std 1,2,3,4 @photos -o @out" },
     { 2, "--steps and --epochs", "train --acts @acts --steps 1 --epochs 1 -o @out" },
-    { 2, "@acts: given for two files", "train --acts @acts --steps 1 --log @acts -o @out" },
-    { 2, "@sae: given for two files",
+    { 1, "@acts: not a training log", "train --acts @acts --steps 1 --log @acts -o @out" },
+    { 1, "cli_sae: not a training log",
       "train --acts @acts --init @sae --steps 1 --log @photos/../cli_sae -o @out" },
-    { 2, "@model: given for two files", "train -m @model @photos --steps 1 --log @model -o @out" },
-    { 2, "@list.txt: given for two files", "train -m @model @list.txt --steps 1 --log @list.txt -o @out" },
-    { 2, "@out: given for two", "train --acts @acts --steps 1 -o @out --checkpoint @out" },
+    { 1, "@model: not a training log", "train --quiet -m @model @photos --steps 1 --log @model -o @out" },
+    { 1, "@list.txt: not a training log", "train --quiet -m @model @list.txt --steps 1 --log @list.txt -o @out" },
+    { 2, "--log: @out is another output", "train --acts @acts --steps 1 -o @out --log @out" },
+    { 2, "--log: @out is another output", "train --acts @acts --steps 1 -o @part --checkpoint @out --log @out" },
     { 2, "--init and --expansion", "train --acts @acts --init @sae --expansion 2 -o @out" },
     { 2, "--init and --latents", "train --acts @acts --init @sae --latents 2 -o @out" },
     { 2, "--init and --b-dec", "train --acts @acts --init @sae --b-dec mean -o @out" },
@@ -265,7 +266,14 @@ static const cli_case cli_usage[] = {
     { 2, "-l: ", "mask -s @sae --acts @acts -l 1, -o @out" },
     { 2, "-l: ", "mask -s @sae --acts @acts -l x -o @out" },
     { 2, "-l: ", "mask -s @sae --acts @acts -l -1 -o @out" },
-    { 2, "-t FILE", "mask -s @sae --acts @acts -l 1 --mask top -o @out" },
+    { 2, "--mask=top needs -t", "mask -s @sae --acts @acts -l 1 --mask top -o @out" },
+    { 2, "-t needs --mask=top", "mask -s @sae -t @stats --acts @acts -l 1 --mask value -o @out" },
+    { 2, "--k needs --arch=topk", "train --acts @acts --k 3 -o @out" },
+    { 2, "--arch=relu and --k exclude each other", "eval -s @sae --acts @acts --arch relu --k 3" },
+    { 2, "--arch=topk and --l1 exclude each other", "train --acts @acts --arch topk --l1 1 -o @out" },
+    { 2, "--acts and --heads exclude each other", "eval -s @sae --acts @acts --heads 4" },
+    { 2, "--threshold needs --class-counts", "stats -s @sae --acts @acts --threshold 1 -o @out" },
+    { 2, "--hook needs -s", "zeroshot -m @model @photos --hook mlp" },
     { 0, NULL, NULL } };
 
 /* Invalid values: "OPTION VALUE ...", and the rest of the command line. */
@@ -274,9 +282,10 @@ static const struct { const char *values, *line; } cli_values[] = {
     { "--batch 0 2.5 1e30", "train --acts @acts -o @out" },
     { "--steps -1", "train --acts @acts -o @out" },
     { "--epochs -1", "train --acts @acts -o @out" },
+    { "--expansion 0 4096", "train --acts @acts -o @out" },
     { "--k 0", "train --acts @acts -o @out" },
     { "--latents 0", "train --acts @acts -o @out" },
-    { "--seed 1.5 -1", "train --acts @acts -o @out" },
+    { "--seed 1.5 -1 3e9", "train --acts @acts -o @out" },
     { "--threads 0 many", "train --acts @acts -o @out" },
     { "--limit 0", "train --acts @acts -o @out" },
     { "--top 0", "stats -s @sae --acts @acts -o @out" },
@@ -623,7 +632,7 @@ static void cli_test_activations(void)
         { 1, "@nan: tensor 'activations', element 1000", "stats -s @sae --acts @nan -o @out" },
         { 1, "image 1, token 14", "encode -s @sae --acts @nan -o @out" },
         { 1, "step 1: image 1, token 14: @nan", "train --acts @nan --latents 8 --batch 7 -o @out" },
-        { 1, "step 2, image 4, token 3: ",
+        { 1, "step 2: image 4, token 3: ",
           "train --acts @zero --latents 8 --batch 3 --order sequential -o @out" },
         { 1, "image 4, token 3: ||x|| is 0", "eval -s @sae --acts @zero" },
         { 1, "image 4, token 3: ||x|| is 0", "train --acts @zero --latents 8 --batch 7 -o @out" },
@@ -634,7 +643,8 @@ static void cli_test_activations(void)
         { 1, "@below: image 2: label", "stats -s @sae --acts @below -o @out" },
         { 1, "@above: image 2: label", "stats -s @sae --acts @above -o @out" },
         { 1, "@names: ", "stats -s @sae --acts @names -o @out" },
-        { 2, "--expansion: 65536 x 65536 inputs", "train --acts @wide --expansion 65536 -o @out" },
+        { 1, "an SAE of 131072 inputs and 268566528 latents is not possible",
+          "train --acts @wide --expansion 2049 -o @out" },
         { 1, "@ear: metadata hook = 'ear'", "train --acts @ear -o @out" },
         { 1, "@ear: metadata hook = 'ear' (expected attn|mlp|resid)", "eval -s @sae --acts @ear" },
         { 1, "@no-such: cannot be opened", "eval -s @sae --acts @acts --also @no-such" },
@@ -657,7 +667,7 @@ static void cli_test_activations(void)
     cli_edit(cli("@acts"), cli("@ear"), (cli_change)METADATA("hook", "ear"));
     cli_edit(cli("@acts"), cli("@names"), (cli_change)METADATA("class_names", "[\"a\",]"));
     cli_edit(cli("@acts"), cli("@wide"), (cli_change){
-        .shape_of = activations, .rank = 3, .shape = { 7, 1, 65536 } });   /* x 65536 is 0 in 32 bits */
+        .shape_of = activations, .rank = 3, .shape = { 7, 1, 131072 } });
     cli_all(cases);
 }
 
@@ -1282,7 +1292,7 @@ static void cli_test_names(void)
           && exists(cli("@out/latent_0_3_...pgm")) && !exists(in_folder("../cli_a.pgm"))
           && !exists("/tmp/cli_b.pgm"), "a path in a packed set's names leads out of the folder");
     remove_tree(cli("@out"));
-    run("%s", "pack --size 4 -o ../cli_out -- --help");
+    run("%s", "pack --size 4 -o ../cli_out ./--help");
     check(ran.status == 0 && exists(cli("@out")), "a folder called --help: %d %s", ran.status, ran.err);
     setenv("SAECLIP_DECODER", "cat", 1);         /* a shell would run what these names say */
     for (size_t i = 5; i < 7; i++) {
@@ -1650,8 +1660,13 @@ static void cli_test_shared_log(void)
                 "train --acts @acts --latents 8 --steps 1 --log @shared.csv -o @out");
     check(holds(cli("@shared.csv"), "a row\n"), "another run's log is emptied");
     close(fd);
-    cli_works("train --acts @acts --latents 8 --steps 1 --log @shared.csv -o @part");
-    check(strncmp(get_file(cli("@shared.csv"), NULL), "step,", 5) == 0, "a log keeps an old row");
+    cli_refuses(1, "@shared.csv: not a training log",
+                "train --acts @acts --latents 8 --steps 1 --log @shared.csv -o @out");
+    check(holds(cli("@shared.csv"), "a row\n"), "a file that is not a log is emptied");
+    remove(cli("@shared.csv"));
+    for (int run = 0; run < 2; run++)
+        cli_works("train --acts @acts --latents 8 --steps 1 --log @shared.csv -o @part");
+    check(cli_count(cli_log("@shared.csv"), "\n") == 2, "a log keeps an old row");
 }
 
 static void test_cli(void)

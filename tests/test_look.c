@@ -397,22 +397,20 @@ static void look_info(void)
     check(look_run("info model.safetensors") == 0 && look_says("vision transformer, timm")
           && look_says("1 blocks, width 4, 1 heads, hidden 8, images of 4 x 4 in 2 x 2 patches of 2 x 2"),
           "info knows a model");
-    check(look_run("info --tensors sae.safetensors") == 0
-          && look_says("sparse autoencoder: 4 inputs, 3 latents") && look_says("layer = 1")
+    check(look_run("info sae.safetensors") == 0
+          && look_says("layer = 1")
           && look_says("hook = resid") && look_says("W_enc ") && look_says("4 x 3 "), "info knows an SAE");
-    check(look_run("info sae.safetensors") == 0 && look_says("tensors in ") && !look_says("W_enc "),
-          "info lists tensors without being asked");
-    static const char last[] = "\nsae.safetensors: sparse autoencoder: 4 inputs, 3 latents\n";
+    static const char last[] = "\nsae.safetensors: sparse autoencoder\n";
     check(strlen(look_output) > sizeof last && strcmp(look_output + strlen(look_output) - sizeof last + 1, last) == 0,
           "the last line says what the file is: %s", look_output);
-    check(look_run("info stats") == 0 && look_says("statistics: 3 latents, 4 top images each"),
+    check(look_run("info stats") == 0 && look_says("stats: statistics\n") && look_says(" 3 x 4 "),
           "info knows statistics");
     check(look_run("info nowhere") == 1 && look_run("info set") == 1 && look_run("info set/a/0.ppm") == 1,
           "info refuses other files");
     check_full_disk("info sae.safetensors");
     look_tensors("evil", "{\"__metadata__\":{\"k\\u0007\":\"\\u009b31m\\u001b]0;x\\r\"},\"a\\n\\u001b"
                   "[2Jé\":{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1]}}", "x", 1);
-    check(look_run("info --tensors evil") == 0 && look_says("a\\x0a\\x1b[2J\303\251 ") && look_says("scalar")
+    check(look_run("info evil") == 0 && look_says("a\\x0a\\x1b[2J\303\251 ") && look_says("scalar")
           && look_says("k\\x07 = \\xc2\\x9b31m\\x1b]0;x\\x0d"), "names are harmless on a terminal");
 }
 
@@ -446,10 +444,9 @@ static void look_compare(void)
         { "F32 1 F32 1", 0x40800000, 0x40800000, "", 0, "the same bits" },
         { "F32 1 F32 1", 0x40800000, 0x40a00000, "", 1, "1 of 1 beyond" },      /* 4, 5 */
         { "F32 1 F32 1", 0x40800000, 0x40a00000, "--atol 1", 0, "up to 1 at [0]" },
-        { "F32 1 F32 1", 0x40800000, 0x40a00000, "--rtol 0.2", 0, "up to 0.2 at [0]" },
+        { "F32 1 F32 1", 0x40800000, 0x40a00000, "--rtol 0.2", 0, "0 of 1 beyond the tolerance, |a - b| up to 1 at [0]\n" },
         { "F32 1 F32 1", 0x40800000, 0x40a00000, "--rtol 0.19", 1, "1 of 1 tensors" },
-        { "F32 1 F32 1", 0x40800000, 0x40a00000, "", 1, "|a - b| / |b| up to 0.2 at [0]\n" },
-        { "F32 1 F32 1", 0x40800000, 0x00000000, "", 1, "|a - b| up to 4 at [0], |a - b| / |b| -\n" },
+        { "F32 1 F32 1", 0x40800000, 0x00000000, "", 1, "|a - b| up to 4 at [0]\n" },
         { "F32 1 F32 1", 0x00000000, 0x80000000, "", 0, "equal, in other bits" },
         { "F32 1 F32 1", 0x7fc00000, 0x7fc00001, "", 0, "equal, in other bits" },   /* NaN */
         { "F32 1 F32 1", 0x7fc00000, 0x40800000, "--atol 1e30", 1, "up to inf" },
@@ -500,10 +497,7 @@ static void look_compare_files(void)
     check(look_run("compare A A") == 0 && look_says("3 x 5000: the same bits"), "a file is like itself");
     look_tensors("B", "{\"__metadata__\":{\"m\":\"2\",\"n\":\"3\"},\"t\":{\"dtype\":\"U8\",\"shape\":"
                   "[3,5000],\"data_offsets\":[0,15000]}}", a, sizeof a);
-    check(look_run("compare A B") == 0 && look_says("metadata m: 1 and 2") && look_says("metadata n: nothing and 3"),
-          "metadata differ without harm");
-    check(look_run("compare A B --common") == 0 && look_says("metadata m: 1 and 2") && !look_says("metadata n"),
-          "--common: metadata that both files have");
+    check(look_run("compare A B") == 0 && look_says("3 x 5000: the same bits"), "metadata differ without harm");
     look_tensors("B", "{\"u\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}", a, 0);
     check(look_run("compare A B") == 1 && look_says("only in A") && look_says("only in B") && look_says("2 of 2 tensors"),
           "missing tensors on either side");

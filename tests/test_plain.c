@@ -622,7 +622,7 @@ static void plain_examples(const char *object)
         check(strstr(ran.out, "step 300: loss") != NULL, "train_array prints %s", ran.out);
         other_program = NULL;
         works("info %s", in_folder("array.safetensors"));
-        check(strstr(ran.out, "16 inputs, 32 latents") != NULL, "train_array wrote %s", ran.out);
+        check(strstr(ran.out, "d_in = 16") && strstr(ran.out, "d_sae = 32"), "train_array wrote %s", ran.out);
     }
     int head = snprintf(image, sizeof image, "P6 20 20 255\n");
     for (int i = 0; i < 3 * 20 * 20; i++) image[head + i] = (char)(i * i / 7);

@@ -681,7 +681,7 @@ static void write_words(void) {
         write_word(out, more[i]);
     }
     for (size_t i = 0; i < COUNT(dtypes); i++) write_word(out, dtypes[i].name);
-    for (size_t i = 0; i < OPTIONS; i++) {
+    for (size_t i = 0; i < COUNT(option_table); i++) {
         write_word(out, option_table[i].name);
         const char *list = option_table[i].kind == CHOICE ? option_table[i].value : "";
         for (size_t length; *list; list += length + (list[length] == '|')) {

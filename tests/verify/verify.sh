@@ -36,7 +36,7 @@ compare() {                                      # FOLDER
         [ $file != step1 ] || atol=1e-7          # gradients, which are small
         set -- "$1" --common --rtol 1e-4 --atol $atol "$1/$file.safetensors" $s/$file.safetensors
         if ./saeclip compare "$2" "$3" "$4" "$5" "$6" "$7" "$8" >$out/row 2>$out/error; then
-            # Without the places, and without the largest relative difference, that of a number near 0.
+            # Without the places.
             sed "s/  */ /g; s/ at \[.*//; s/^/  $file: /" $out/row >>$out/rows
             agreeing=$((agreeing + 1))
         else
