@@ -8550,10 +8550,11 @@ enum {
 typedef struct {
     session *s;
     statistics stats;                /* the file that -t names */
-    enum { VALUE_MASK, TOP_MASK, NO_MASK } kind;
+    enum { VALUE_MASK, TOP_MASK, NO_MASK } kind; /* what --mask says */
     size_t latent[MAX_SHOWN], latents;           /* the latents to show */
     int64_t *image;                  /* [images], the images to show, for listed_draw() */
-    size_t images, patches;          /* patches: per image */
+    size_t images;
+    size_t patches;                  /* per image */
     double *mask;                    /* [MEASURE_IMAGES, patches], of one latent on the batch */
     unsigned char *picture;          /* the file that is being drawn, rows of RGB or grey */
 } viewer;
@@ -8595,6 +8596,7 @@ static int open_viewer(viewer *v, int same_data) {
         if (stats->sae_digest != sae_digest(sae) || stats->n != sae->d_sae) differs = "SAE";
         if (same_data && stats->data_digest != f->set.digest) differs = "data set";
         if (differs) return fail("%s: statistics of another %s", o->stats, differs);
+        /* What is in them. */
         if (stats->shards > 1)
             return fail("%s: statistics of one shard (expected the output of merge)", o->stats);
         for (size_t i = 0; i < stats->n * stats->K; i++) {
@@ -8611,6 +8613,7 @@ static int open_viewer(viewer *v, int same_data) {
         if (!f->is_file) f->taps = 0;
     }
     s->batch[0].reconstruct = 0;
+    /* Room for a mask and, where there are images, for one of them. */
     v->patches = f->grid * f->grid;
     size_t side = f->is_file ? f->grid : f->model.image_size;
     const array_spec arrays[] = { ARRAY(v->mask, MEASURE_IMAGES, v->patches),
@@ -8654,16 +8657,22 @@ static void find_masks(viewer *v, size_t j) {
     }
 }
 
+/* The pixels of the batch's image i: [S, S, 3]. */
+static const unsigned char *crop_of(const feed *f, size_t i) {
+    size_t S = f->model.image_size;
+    return f->pixels + i * S * S * 3;
+}
+
 /* Draws the batch's image i from the pixel `corner` of v->picture on, which is `width` pixels wide.
  * Patches on which the mask is 0 are darkened. */
 static void draw_image(const viewer *v, size_t i, size_t corner, size_t width) {
     const feed *f = &v->s->data;
     size_t S = f->model.image_size;
-    const unsigned char *crop = f->pixels + i * S * S * 3;   /* [S, S, 3] */
+    const unsigned char *crop = crop_of(f, i);
     const double *mask = v->mask + i * v->patches;           /* [grid, grid] */
     for (size_t y = 0; y < S; y++) {
         unsigned char *row = v->picture + (corner + y * width) * 3;
-        for (size_t e = 0; e < S * 3; e++) {
+        for (size_t e = 0; e < S * 3; e++) {     /* red, green, blue, red, ... */
             size_t patch = y * f->grid / S * f->grid + e / 3 * f->grid / S;
             int value = *crop++;
             if (v->kind != NO_MASK && mask[patch] == 0)
@@ -8706,6 +8715,7 @@ static int write_mask(const viewer *v, size_t j, size_t i) {
         int harmless = isalnum((unsigned char)*c) || *c == '.' || *c == '-';
         if (!harmless) *c = '_';
     }
+    /* The mask, brightest where it is largest. */
     for (size_t p = 0; p < v->patches; p++)
         largest = fmax(largest, mask[p]);
     for (size_t p = 0; p < v->patches; p++) {
@@ -8781,7 +8791,7 @@ static int command_top(session *s) {
     size_t step = S + SHEET_GAP;             /* from cell to cell */
     while (columns * columns < K) columns++;
     size_t width = columns * step - SHEET_GAP;
-    size_t height = (K - 1) / columns * step + S;
+    size_t height = (K - 1) / columns * step + S;            /* no gap after the last row */
     const array_spec arrays[] = { ARRAY(v.image, v.latents, K),
                                   ARRAY(v.picture, height, 3 * width) };
     SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
@@ -8809,21 +8819,21 @@ static int command_top(session *s) {
 
 /* --- explain --- */
 
-enum { EXPLAINED = 16, CLASSES_SHOWN = 3 };
+enum { EXPLAINED = 16, CLASSES_SHOWN = 3 };      /* latents per image; classes per latent */
 
 /* The classes (other) with the largest shares (value) in the activation of latent j's top images,
  * in descending order; returns how many there are. The whole includes images without a label.
  * largest: [room] */
 static size_t top_classes(const statistics *s, size_t j, sc_top *largest, size_t room) {
     const sc_top *top = s->top + j * s->K;
-    size_t active = top_images(s, j), found = 0;
+    size_t found = 0;
     double total = 0;
-    for (size_t i = 0; i < active; i++)
+    for (size_t i = 0; i < s->K; i++)
         total += top[i].value;
     for (size_t i = 0; i < room; i++)
         largest[i] = nothing;
-    for (size_t i = 0; i < active; i++) {
-        double share = class_activation(top, active, i) / total;
+    for (size_t i = 0; i < s->K; i++) {
+        double share = class_activation(top, s->K, i) / total;
         if (top[i].other >= 0)
             keep_largest(largest, room, (sc_top){ (float)share, 0, top[i].other });
     }
@@ -8869,10 +8879,10 @@ static int command_explain(session *s) {
         first = f->first_patch + at[0] * f->grid + at[1];
         end = first + 1;
     }
+    /* One image, and each latent's mean over its tokens. */
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     SC_TRY(next_encoded(s, 1));
     if (f->count != 1) return fail("%s: more than one image (expected one)", o->operand[0]);
-    /* The means over these tokens. */
     for (size_t i = 0; i < EXPLAINED; i++)
         strongest[i] = nothing;
     for (size_t j = 0; j < v.stats.n; j++) {
@@ -8881,6 +8891,7 @@ static int command_explain(session *s) {
         double mean = sum / (double)(end - first);
         keep_largest(strongest, EXPLAINED, (sc_top){ (float)mean, (int64_t)j, 0 });
     }
+    /* The table, and the masks in the same order. */
     puts("latent      activation  frequency   entropy     classes of its top images");
     for (size_t i = 0; i < EXPLAINED && strongest[i].value > 0; i++) {
         size_t j = (size_t)strongest[i].image;
@@ -8904,8 +8915,9 @@ static int command_explain(session *s) {
 enum { COLOURS = 9, PER_ROW = 4, GAP = 104 };    /* of dots; panels; pixels between these */
 #define FAINT 1e-30                  /* what is smaller has no place on a logarithmic axis */
 
-/* One file. Column 0 lies along the x axis. Of lines, column i + 1 lies along the y axis of panel i.
- * Of dots, column 1 lies along the y axis, and column 2 is the colour, -1 if not defined. */
+/* The numbers of one file. Column 0 lies along the x axis.
+ * Lines: column i + 1 lies along the y axis of panel i.
+ * Dots: column 1 lies along the y axis, column 2 is the colour, -1 if not defined. */
 typedef struct {
     const char *path;
     double (*row)[4];                /* [rows] */
@@ -8923,8 +8935,8 @@ typedef struct {
 typedef struct {
     const struct plot_kind *kind;
     plot_series series[MAX_OPERANDS];
-    int count;
-    plot_axis x, y, colour;
+    int count;                       /* of files */
+    plot_axis x, y, colour;          /* y: of the panel that is being drawn */
     FILE *out;
 } plot;
 
@@ -8983,22 +8995,22 @@ static int latent_rows(plot_series *s, const statistics *stats) {
     return SC_OK;
 }
 
-/* Columns: middle of a bin, its share in percent; from the first bin in use to the last. */
+/* Columns: middle of a bin, its share in percent; from the first to the last bin in use. */
 static int histogram_rows(plot_series *s, const statistics *stats) {
     const int64_t *count = stats->histogram[0];
     double total = 0;
-    size_t used = 0;
+    int last = -1;
+    /* The last bin in use, and the number of active values. */
     for (int b = 0; b < HISTOGRAM_BINS; b++) {
         if (count[b] < 0) return fail("%s: activation_histogram: negative counts", s->path);
+        if (count[b] > 0) last = b;
         total += (double)count[b];
     }
-    for (int b = 0; b < HISTOGRAM_BINS; b++) {
+    for (int b = 0; b <= last; b++) {
         double middle = sqrt(bin_edge(b) * bin_edge(b + 1));
-        if (count[b] == 0 && used == 0) continue;
-        SC_TRY(add_row(s, middle, 100 * (double)count[b] / total, 0, 0));
-        if (count[b] > 0) used = s->rows;
+        double percent = 100 * (double)count[b] / total;
+        if (s->rows > 0 || percent > 0) SC_TRY(add_row(s, middle, percent, 0, 0));
     }
-    s->rows = used;
     return SC_OK;
 }
 
@@ -9073,6 +9085,7 @@ static plot_axis fit_axis(const plot *p, int column, int is_log, double from, do
         }
     }
     if (high < low || !p->kind->x) low = high = 1;       /* no values, or shares of 1 */
+    /* A power of ten, halved or doubled. */
     plot_axis a = { is_log, from, to, 0, high, power_of_ten(high) };
     while (a.step * 4 > high) a.step /= 2;
     while (a.step * 8 < high) a.step *= 2;
@@ -9102,28 +9115,19 @@ static void draw_text(const plot *p, double x, double y, const char *anchor, con
     fputs("</text>\n", p->out);
 }
 
-static void draw_rect(const plot *p, double x, double y, double width, double height,
-                      const char *colour) {
-    fprintf(p->out, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\"/>\n",
-            x, y, width, height, colour);
-}
-
 /* Grid lines, numbers and label of an axis: of the y axis, at the left of a panel that is `size`
  * wide, with its label above, or of another, below a panel that is `size` high. */
 static void draw_axis(const plot *p, const plot_axis *a, int size, const char *label) {
     int is_y = a == &p->y;
     double tick = a->low;
     while (tick <= a->high * (1 + 1e-6)) {
+        double at = axis_place(a, tick);
         char number[32];
-        double place = axis_place(a, tick);
         snprintf(number, sizeof number, "%g", tick);
-        if (is_y) {
-            draw_rect(p, 0, place, size, 1, "#ddd");
-            draw_text(p, -6, place + 4, "end", number);
-        } else {
-            draw_rect(p, place, 0, 1, size, "#ddd");
-            draw_text(p, place, size + 16, "middle", number);
-        }
+        if (is_y) draw_text(p, -6, at + 4, "end", number);
+        else draw_text(p, at, size + 16, "middle", number);
+        if (is_y) fprintf(p->out, "<path stroke=\"#ddd\" d=\"M0 %.1fh%d\"/>\n", at, size);
+        else fprintf(p->out, "<path stroke=\"#ddd\" d=\"M%.1f 0v%d\"/>\n", at, size);
         if (a->is_log) tick *= 10;
         else tick += a->step;
     }
@@ -9166,15 +9170,17 @@ static void draw_figure(plot *p) {
         "#888", "#440154", "#472c7a", "#3b518b", "#2c718e", "#21908d", "#27ad81", "#5cc863",
         "#aadc32", "#fde725" };
     const struct plot_kind *k = p->kind;
-    int lines = k->panels > 0, panels = lines ? k->panels : p->count;
-    int across = k->width + GAP, down = k->height + GAP;
-    int width = across * (panels < PER_ROW ? panels : PER_ROW);
-    int legend = (panels + PER_ROW - 1) / PER_ROW * down;
-    double strip = (double)k->width / COLOURS;
+    int lines = k->panels > 0;
+    int panels = lines ? k->panels : p->count;
+    int columns = panels < PER_ROW ? panels : PER_ROW;
+    int across = k->width + GAP, down = k->height + GAP;     /* from panel to panel */
+    int legend = (panels + PER_ROW - 1) / PER_ROW * down;    /* where it begins */
+    double strip = (double)k->width / COLOURS;               /* of its colours */
     fprintf(p->out, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" width=\"%d\" "
             "font-family=\"sans-serif\" font-size=\"12\">\n"
             "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n"
-            "<g transform=\"translate(82,40)\">\n", width, legend + 80 + 20 * p->count, width);
+            "<g transform=\"translate(82,40)\">\n", columns * across, legend + 80 + 20 * p->count,
+            columns * across);
     p->x = fit_axis(p, 0, k->x_log, 0, k->width);
     p->colour = fit_axis(p, 2, 0, 0, k->width);
     for (int i = 0; i < panels; i++) {
@@ -9186,6 +9192,7 @@ static void draw_figure(plot *p) {
             draw_axis(p, &p->x, k->height, k->x);
             draw_axis(p, &p->y, k->width, k->y[column - 1]);
         }
+        /* A line per file, or the file's dots, one colour after the other. */
         if (lines) {
             for (int n = 0; n < p->count; n++)
                 draw_path(p, &p->series[n], column, -1, line_colour[n % 8]);
@@ -9197,14 +9204,17 @@ static void draw_figure(plot *p) {
         fputs("</g>\n", p->out);
     }
     fprintf(p->out, "<g transform=\"translate(0,%d)\">\n", legend);
+    /* The files' names, or the colours on an axis. */
     if (lines) {
         for (int n = 0; n < p->count; n++) {
-            draw_rect(p, 0, 20 * n - 5, 22, 2, line_colour[n % 8]);
+            fprintf(p->out, "<path stroke=\"%s\" stroke-width=\"2\" d=\"M0 %dh22\"/>\n",
+                    line_colour[n % 8], 20 * n - 4);
             draw_text(p, 30, 20 * n, "start", p->series[n].path);
         }
     } else {
         for (int c = 0; c < COLOURS; c++)
-            draw_rect(p, strip * c, 0, strip, 14, shade[c + 1]);
+            fprintf(p->out, "<path stroke=\"%s\" stroke-width=\"14\" d=\"M%.1f 7h%.1f\"/>\n",
+                    shade[c + 1], strip * c, strip);
         draw_axis(p, &p->colour, 14, k->colour);
     }
     fputs("</g>\n</g>\n</svg>\n", p->out);
@@ -9215,6 +9225,7 @@ static int command_plot(session *s) {
     plot p = { .kind = NULL };
     sc_output out;
     int status = SC_OK;
+    /* KIND FILE ... */
     for (size_t i = 0; i < COUNT(plot_kinds); i++)
         if (strcmp(plot_kinds[i].name, operand[0]) == 0) p.kind = &plot_kinds[i];
     if (!p.kind)
