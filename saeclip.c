@@ -8591,20 +8591,16 @@ static int open_viewer(viewer *v, int same_data) {
         const sc_origin now = origin_of(sae);
         const char *differs = NULL;
         SC_TRY(read_statistics(stats, o->stats, &s->memory));
-        size_t key = origin_difference(&stats->origin, &now);
+        size_t key = origin_difference(&stats->origin, &now);    /* or SC_ORIGIN_KEYS */
         if (key < SC_ORIGIN_KEYS) differs = origin_keys[key];
         if (stats->sae_digest != sae_digest(sae) || stats->n != sae->d_sae) differs = "SAE";
-        if (same_data && stats->data_digest != f->set.digest) differs = "data set";
+        int other_data = stats->data_digest != f->set.digest;
+        for (size_t i = 0; i < stats->n * stats->K; i++)     /* damaged, if only this is so */
+            other_data |= stats->top[i].image >= (int64_t)f->set.count;
+        if (same_data && other_data) differs = "data set";
         if (differs) return fail("%s: statistics of another %s", o->stats, differs);
-        /* What is in them. */
         if (stats->shards > 1)
             return fail("%s: statistics of one shard (expected the output of merge)", o->stats);
-        for (size_t i = 0; i < stats->n * stats->K; i++) {
-            int64_t image = stats->top[i].image;
-            if (same_data && image >= (int64_t)f->set.count)
-                return fail("%s: damaged: image %lld of %zu", o->stats, (long long)image,
-                            f->set.count);
-        }
     }
     /* Only the values of masks need the model and the SAE. */
     if (o->mask && strcmp(o->mask, "top") == 0) v->kind = TOP_MASK;
@@ -8639,7 +8635,8 @@ static void find_masks(viewer *v, size_t j) {
         code_walk w = walk_codes(&b->tile[k], j);
         while (next_code(&w)) {
             size_t row = b->tile[k].first + w.token;
-            size_t image = row / f->T, token = row % f->T;
+            size_t image = row / f->T;
+            size_t token = row % f->T;
             if (token < f->first_patch) continue;            /* the class token */
             v->mask[image * v->patches + token - f->first_patch] = w.value;
         }
@@ -8652,7 +8649,8 @@ static void find_masks(viewer *v, size_t j) {
         if (at >= v->patches) continue;                      /* no patch, or no entry */
         for (size_t i = 0; i < f->count; i++) {
             int64_t image = (int64_t)f->image[i];
-            if (image == patch->image) v->mask[i * v->patches + at] = 1;
+            if (image == patch->image)
+                v->mask[i * v->patches + at] = 1;
         }
     }
 }
@@ -8687,7 +8685,7 @@ static int write_picture(const viewer *v, const char *name, size_t channels, siz
                          size_t height) {
     sc_output out;
     char path[MAX_PATH], file[160];
-    int rgb = channels == 3;
+    int rgb = channels == 3;                     /* else grey */
     mkdir(v->s->o->output, 0777);                /* if it fails, so does output_open() */
     snprintf(file, sizeof file, rgb ? "%s.ppm" : "%s.pgm", name);
     SC_TRY(join_path(v->s->o->output, file, path));
@@ -8798,7 +8796,8 @@ static int command_top(session *s) {
     f->skip_bad = 0;                         /* a cell is for one image and no other */
     SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, &v, 0));
     for (size_t l = 0; l < v.latents; l++) {
-        size_t j = v.latent[l], cell = 0;
+        size_t j = v.latent[l];
+        size_t cell = 0;                     /* of the sheet, row by row */
         memset(v.picture, 0, height * width * 3);
         for (size_t k = 0; k < top_images(&v.stats, j); k++)
             v.image[v.images++] = v.stats.top[j * K + k].image;
@@ -8806,7 +8805,8 @@ static int command_top(session *s) {
         while ((status = next_encoded(s, v.images)) == SC_OK) {
             find_masks(&v, j);
             for (size_t i = 0; i < f->count; i++, cell++) {
-                size_t row = cell / columns, column = cell % columns;
+                size_t row = cell / columns;
+                size_t column = cell % columns;
                 draw_image(&v, i, (row * width + column) * step, width);
             }
         }
@@ -9099,7 +9099,8 @@ static plot_axis fit_axis(const plot *p, int column, int is_log, double from, do
 /* The pixel of a value. */
 static double axis_place(const plot_axis *a, double value) {
     double share = (value - a->low) / (a->high - a->low);
-    if (a->is_log) share = log64(value / a->low) / log64(a->high / a->low);
+    if (a->is_log)
+        share = log64(value / a->low) / log64(a->high / a->low);
     return a->from + (a->to - a->from) * share;
 }
 
@@ -9109,8 +9110,10 @@ static double axis_place(const plot_axis *a, double value) {
 static void draw_text(const plot *p, double x, double y, const char *anchor, const char *text) {
     fprintf(p->out, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">", x, y, anchor);
     for (const char *c = shown(text); *c; c++) {
-        if (strchr("&<>", *c)) fprintf(p->out, "&#%d;", *c);
-        else putc(*c, p->out);
+        if (strchr("&<>", *c))
+            fprintf(p->out, "&#%d;", *c);
+        else
+            putc(*c, p->out);
     }
     fputs("</text>\n", p->out);
 }
@@ -9124,6 +9127,7 @@ static void draw_axis(const plot *p, const plot_axis *a, int size, const char *l
         double at = axis_place(a, tick);
         char number[32];
         snprintf(number, sizeof number, "%g", tick);
+        /* The number, then the line. */
         if (is_y) draw_text(p, -6, at + 4, "end", number);
         else draw_text(p, at, size + 16, "middle", number);
         if (is_y) fprintf(p->out, "<path stroke=\"#ddd\" d=\"M0 %.1fh%d\"/>\n", at, size);
@@ -9244,6 +9248,7 @@ static int command_plot(session *s) {
             release(&memory);
         }
     }
+    /* The figure. */
     if (status == SC_OK) status = output_open(&out, s->o->output);
     if (status == SC_OK) {
         p.out = out.file;

@@ -678,8 +678,8 @@ static void cli_test_late_refusals(void)
         { 1, "@shard: shard '2' (expected I/N)", "merge @shard -o @out" },
         { 1, "@poor: tensor top_entropy is missing",
           "top --quiet -s @sae -t @poor -m @model @photos -l 0 -o @out" },
-        { 1, "@far: damaged: image 99", "top --quiet -s @sae -t @far -m @model @photos -l 0 -o @out" },
-        { 1, "@far: damaged: image 99", "atlas --quiet -s @sae -t @far -m @model @photos -o @out" },
+        { 1, "@far: statistics of another data set", "top --quiet -s @sae -t @far -m @model @photos -l 0 -o @out" },
+        { 1, "@far: statistics of another data set", "atlas --quiet -s @sae -t @far -m @model @photos -o @out" },
         { 0, NULL, NULL } };
 #undef MANY
     cli_edit(GOLDEN "clip_timm.safetensors", cli("@scaled"), (cli_change){ .add = "blocks.0.ls1.gamma" });
