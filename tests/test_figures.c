@@ -254,10 +254,10 @@ static void figures_latents(void)
     figures_has(figures_plot("latents %s", one), 3, "h0");
 }
 
-/* 49,152 latents: each is a dot, of 15 bytes or less. */
+/* 5000 latents: each is a dot, of 15 bytes or less. */
 static void figures_many(void)
 {
-    enum { N = 49152 };
+    enum { N = 5000 };
     static float frequency[N], mean[N], entropy[N];
     size_t count;
     for (size_t j = 0; j < N; j++) {
