@@ -8375,80 +8375,74 @@ enum {
 typedef struct {
     session *s;
     statistics stats;                /* the file that -t names */
-    int any_data;                    /* whether the statistics may be of other data */
-    enum { NO_MASK, VALUE_MASK, TOP_MASK } kind;
+    enum { VALUE_MASK, TOP_MASK, NO_MASK } kind; /* what --mask says */
     size_t latent[MAX_SHOWN], latents;           /* the latents to show */
-    int64_t *image;                  /* [images], the images to show, if not all */
-    size_t images, patches;          /* patches: per image */
+    int64_t *image;                  /* [images], the images to show, for listed_draw() */
+    size_t images;
+    size_t patches;                  /* per image */
     double *mask;                    /* [MEASURE_IMAGES, patches], of one latent on the batch */
-    unsigned char *picture;          /* the image that is being drawn, rows of RGB or grey */
-    int made;                        /* whether this run made the output folder */
+    unsigned char *picture;          /* the file that is being drawn, rows of RGB or grey */
 } viewer;
 
-/* "J[,J...]" */
-static int parse_latents(viewer *v, const char *text) {
-    const sc_sae *sae = &v->s->sae[0];
-    for (char *end;; text = end + 1) {
-        unsigned long long j = strtoull(text, &end, 10);
-        if (!isdigit((unsigned char)*text) || (*end && *end != ',') || v->latents == MAX_SHOWN)
-            return usage("-l: invalid value at '%s' (expected at most %d latents, as in 7 or 7,11)",
-                         text, MAX_SHOWN);
-        if (j >= sae->d_sae)
-            return fail("%s: no latent %llu (expected 0 to %zu)", sae->path, j, sae->d_sae - 1);
-        v->latent[v->latents++] = (size_t)j;
-        if (!*end) return SC_OK;
+/* "N[,N...]": at most `room` whole numbers below `end`. */
+static int parse_list(const char *option, const char *text, size_t end, size_t *list, size_t room,
+                      size_t *count) {
+    for (char *next;; text = next + 1) {
+        unsigned long long number = strtoull(text, &next, 10);
+        int good = isdigit((unsigned char)*text) && (*next == '\0' || *next == ',');
+        if (!good || number >= end || *count == room)
+            return usage("%s: invalid value at '%s' (expected at most %zu numbers from 0 to %zu, "
+                         "with commas between them)", option, text, room, end - 1);
+        list[(*count)++] = (size_t)number;
+        if (!*next) return SC_OK;
     }
 }
 
-/* Reads the statistics, which must be of this SAE and, but for explain, of this data set. */
-static int open_statistics(viewer *v, const char *path) {
-    statistics *s = &v->stats;
-    const sc_images *set = &v->s->data.set;
-    const sc_origin now = origin_of(&v->s->sae[0]);
-    SC_TRY(read_statistics(s, path, &v->s->memory));
-    size_t key = origin_difference(&s->origin, &now);
-    if (s->shards > 1)
-        return fail("%s: statistics of one shard (expected the output of merge)", path);
-    if (!v->any_data && s->data_digest != set->digest)
-        return fail("%s: statistics of another data set", path);
-    if (s->sae_digest != sae_digest(&v->s->sae[0]) || s->n != v->s->sae[0].d_sae)
-        return fail("%s: statistics of another SAE", path);
-    if (key < SC_ORIGIN_KEYS)
-        return fail("%s: statistics of activations with %s %s (expected %s)", path,
-                    origin_keys[key], s->origin.text[key], now.text[key]);
-    for (size_t i = 0; i < s->n * s->K && !v->any_data; i++)
-        if (s->top[i].image >= (int64_t)set->count)
-            return fail("%s: damaged: image %lld of %zu", path, (long long)s->top[i].image,
-                        set->count);
-    return SC_OK;
-}
-
-/* Opens the SAE, the data, the statistics where they are asked for, and the output folder. */
-static int open_viewer(viewer *v, int with_stats) {
+/* Opens the SAE, the data and, where they are given, the statistics, which must be of this SAE and,
+ * with same_data, of this data set. */
+static int open_viewer(viewer *v, int same_data) {
     session *s = v->s;
     const options *o = s->o;
+    const sc_sae *sae = &s->sae[0];
     feed *f = &s->data;
     SC_TRY(open_session(s));
-    if (o->latents) SC_TRY(parse_latents(v, o->latents));
+    if (o->latents)
+        SC_TRY(parse_list("-l", o->latents, sae->d_sae, v->latent, MAX_SHOWN, &v->latents));
     if (f->grid == 0 || f->T == 1)
         return fail("the tokens are not a square of patches (expected --tokens all or patches)");
-    if (with_stats) SC_TRY(open_statistics(v, o->stats));
-    if (v->kind != VALUE_MASK) {                 /* neither the SAE nor the model is needed */
+    if (o->stats) {
+        /* What they are of: the origin, the SAE, the data set. */
+        statistics *stats = &v->stats;
+        const sc_origin now = origin_of(sae);
+        const char *differs = NULL;
+        SC_TRY(read_statistics(stats, o->stats, &s->memory));
+        size_t key = origin_difference(&stats->origin, &now);    /* or SC_ORIGIN_KEYS */
+        if (key < SC_ORIGIN_KEYS) differs = origin_keys[key];
+        if (stats->sae_digest != sae_digest(sae) || stats->n != sae->d_sae) differs = "SAE";
+        int other_data = stats->data_digest != f->set.digest;
+        for (size_t i = 0; i < stats->n * stats->K; i++)     /* damaged, if only this is so */
+            other_data |= stats->top[i].image >= (int64_t)f->set.count;
+        if (same_data && other_data) differs = "data set";
+        if (differs) return fail("%s: statistics of another %s", o->stats, differs);
+        if (stats->shards > 1)
+            return fail("%s: statistics of one shard (expected the output of merge)", o->stats);
+    }
+    /* Only the values of masks need the model and the SAE. */
+    if (o->mask && strcmp(o->mask, "top") == 0) v->kind = TOP_MASK;
+    if (v->kind != VALUE_MASK) {
         s->saes = 0;
         if (!f->is_file) f->taps = 0;
     }
     s->batch[0].reconstruct = 0;
+    /* Room for a mask and, where there are images, for one of them. */
     v->patches = f->grid * f->grid;
     size_t side = f->is_file ? f->grid : f->model.image_size;
-    SC_TRY(allocate(&s->memory, &v->mask, MEASURE_IMAGES, v->patches * sizeof *v->mask));
-    SC_TRY(allocate(&s->memory, &v->picture, side * side, 3));
-    if (!o->output) return SC_OK;
-    v->made = mkdir(o->output, 0777) == 0;
-    if (v->made || errno == EEXIST) return SC_OK;
-    return fail("%s: the folder cannot be made: %s", o->output, strerror(errno));
+    const array_spec arrays[] = { ARRAY(v->mask, MEASURE_IMAGES, v->patches),
+                                  ARRAY(v->picture, side * side, 3) };
+    return new_arrays(&s->memory, arrays, COUNT(arrays));
 }
 
-/* The order of v->image. */
+/* The order of v->image, for start_feed(). */
 static int listed_draw(void *context, size_t draw, size_t *image) {
     const viewer *v = context;
     if (draw >= v->images) return SC_END;
@@ -8466,36 +8460,47 @@ static void find_masks(viewer *v, size_t j) {
         code_walk w = walk_codes(&b->tile[k], j);
         while (next_code(&w)) {
             size_t row = b->tile[k].first + w.token;
-            size_t image = row / f->T, token = row % f->T;
+            size_t image = row / f->T;
+            size_t token = row % f->T;
             if (token < f->first_patch) continue;            /* the class token */
             v->mask[image * v->patches + token - f->first_patch] = w.value;
         }
     }
     if (v->kind != TOP_MASK) return;
+    /* The SAE was not run: all values are 0. */
     for (size_t p = 0; p < v->stats.P; p++) {
         const sc_top *patch = &v->stats.patch[j * v->stats.P + p];
         uint64_t at = (uint64_t)patch->other - v->stats.first_patch;
         if (at >= v->patches) continue;                      /* no patch, or no entry */
         for (size_t i = 0; i < f->count; i++) {
             int64_t image = (int64_t)f->image[i];
-            if (image == patch->image) v->mask[i * v->patches + at] = 1;
+            if (image == patch->image)
+                v->mask[i * v->patches + at] = 1;
         }
     }
 }
 
-/* Draws a crop into an image with rows of `stride` bytes. Patches whose mask is 0 are darkened.
- * crop: [S, S, 3]; mask: [grid, grid], or NULL for none */
-static void draw_crop(unsigned char *to, size_t stride, const unsigned char *crop, size_t S,
-                      const double *mask, size_t grid) {
+/* The pixels of the batch's image i: [S, S, 3]. */
+static const unsigned char *crop_of(const feed *f, size_t i) {
+    size_t S = f->model.image_size;
+    return f->pixels + i * S * S * 3;
+}
+
+/* Draws the batch's image i from the pixel `corner` of v->picture on, which is `width` pixels wide.
+ * Patches on which the mask is 0 are darkened. */
+static void draw_image(const viewer *v, size_t i, size_t corner, size_t width) {
+    const feed *f = &v->s->data;
+    size_t S = f->model.image_size;
+    const unsigned char *crop = crop_of(f, i);
+    const double *mask = v->mask + i * v->patches;           /* [grid, grid] */
     for (size_t y = 0; y < S; y++) {
-        for (size_t x = 0; x < S; x++) {
-            size_t patch = y * grid / S * grid + x * grid / S;
-            int silent = mask && mask[patch] == 0;
-            for (size_t c = 0; c < 3; c++) {
-                int value = *crop++;
-                if (silent) value = value * SILENT / 255;
-                to[y * stride + x * 3 + c] = (unsigned char)value;
-            }
+        unsigned char *row = v->picture + (corner + y * width) * 3;
+        for (size_t e = 0; e < S * 3; e++) {     /* red, green, blue, red, ... */
+            size_t patch = y * f->grid / S * f->grid + e / 3 * f->grid / S;
+            int value = *crop++;
+            if (v->kind != NO_MASK && mask[patch] == 0)
+                value = value * SILENT / 255;
+            row[e] = (unsigned char)value;
         }
     }
 }
@@ -8505,7 +8510,8 @@ static int write_picture(const viewer *v, const char *name, size_t channels, siz
                          size_t height) {
     sc_output out;
     char path[MAX_PATH], file[160];
-    int rgb = channels == 3;
+    int rgb = channels == 3;                     /* else grey */
+    mkdir(v->s->o->output, 0777);                /* if it fails, so does output_open() */
     snprintf(file, sizeof file, rgb ? "%s.ppm" : "%s.pgm", name);
     SC_TRY(join_path(v->s->o->output, file, path));
     SC_TRY(output_open(&out, path));
@@ -8514,356 +8520,260 @@ static int write_picture(const viewer *v, const char *name, size_t channels, siz
     return output_commit(&out);
 }
 
-/* Writes a mask as NAME.pgm, round(255 f / largest) per patch, and over its image as NAME.ppm.
- * mask: [grid, grid]; crop: [S, S, 3], or NULL for saved activations, which have no image */
-static int write_mask(const viewer *v, const char *name, const double *mask,
-                      const unsigned char *crop) {
-    size_t S = v->s->data.model.image_size, grid = v->s->data.grid;
-    double largest = 0;
-    for (size_t p = 0; p < v->patches; p++) largest = fmax(largest, mask[p]);
-    for (size_t p = 0; p < v->patches; p++) {
-        v->picture[p] = 0;
-        if (largest > 0) v->picture[p] = (unsigned char)floor(255 * mask[p] / largest + 0.5);
-    }
-    SC_TRY(write_picture(v, name, 1, grid, grid));
-    if (!crop) return SC_OK;
-    draw_crop(v->picture, 3 * S, crop, S, mask, grid);
-    return write_picture(v, name, 3, S, S);
-}
-
-/* The pixels of the batch's image i, NULL where the data are saved activations. */
-static const unsigned char *crop_of(const feed *f, size_t i) {
-    size_t S = f->model.image_size;
-    return f->is_file ? NULL : f->pixels + i * S * S * 3;
-}
-
-/* Writes the mask of latent j, which is in v->mask, on the batch's image i. The files' name begins
- * with the latent and the image's index; the image's own name follows, as far as it is harmless. */
-static int show_mask(const viewer *v, size_t j, size_t i) {
+/* Writes the mask of latent j on the batch's image i: as a PGM, round(255 f / largest) per patch,
+ * and as a PPM over the image, which saved activations do not have. With --class the mask is that
+ * of the class, and there is no image either. */
+static int write_mask(const viewer *v, size_t j, size_t i) {
     const feed *f = &v->s->data;
+    const double *mask = v->mask + i * v->patches;
     const char *image = base_name(image_name(f, f->image[i]));
-    char name[129];                                          /* a longer name loses its end */
+    long class = v->s->o->class_index;                       /* -1: not given */
+    size_t S = f->model.image_size;
+    double largest = 0;
+    /* The image's index and, as far as it is harmless, its name; a long one loses its end. */
+    char name[129];
     snprintf(name, sizeof name, "latent_%zu_%zu_%s", j, f->image[i], image);
+    if (class >= 0) snprintf(name, sizeof name, "latent_%zu_class_%ld", j, class);
     for (char *c = name; *c; c++) {
         int harmless = isalnum((unsigned char)*c) || *c == '.' || *c == '-';
         if (!harmless) *c = '_';
     }
-    return write_mask(v, name, v->mask + i * v->patches, crop_of(f, i));
-}
-
-/* Writes the latents' masks on each image. */
-static int show_image_masks(viewer *v) {
-    feed *f = &v->s->data;
-    int status;
-    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(v->s, f->set.count)) == SC_OK) {
-        for (size_t l = 0; l < v->latents; l++) {
-            find_masks(v, v->latent[l]);
-            for (size_t i = 0; i < f->count; i++) SC_TRY(show_mask(v, v->latent[l], i));
-        }
+    /* The mask, brightest where it is largest. */
+    for (size_t p = 0; p < v->patches; p++)
+        largest = fmax(largest, mask[p]);
+    for (size_t p = 0; p < v->patches; p++) {
+        double grey = 0;
+        if (largest > 0) grey = floor(255 * mask[p] / largest + 0.5);
+        v->picture[p] = (unsigned char)grey;
     }
-    return status == SC_END ? SC_OK : status;
+    SC_TRY(write_picture(v, name, 1, f->grid, f->grid));
+    if (f->is_file || class >= 0) return SC_OK;
+    draw_image(v, i, 0, S);
+    return write_picture(v, name, 3, S, S);
 }
 
-/* Writes the mean of each latent's masks on the images of a class, drawn over the mean image. */
-static int show_class_masks(viewer *v, long class) {
-    feed *f = &v->s->data;
-    size_t S = f->model.image_size, patches = v->patches;    /* S: 0 for saved activations */
-    size_t pixels = 3 * S * S;
-    double *mask, *colour;                   /* sums, then means: [latents, patches], [S, S, 3] */
+/* The masks of latents on each image or, with --class, their means over the images of a class. */
+static int command_mask(session *s) {
+    viewer v = { .s = s };
+    feed *f = &s->data;
+    long class = s->o->class_index;
+    double *sum;                             /* of the masks: [latents, patches] */
     int status;
-    const array_spec arrays[] = { ARRAY(mask, v->latents, patches), ARRAY(colour, pixels, 1),
-                                  ARRAY(v->image, f->set.count, 1) };
-    SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
+    SC_TRY(open_viewer(&v, 1));
+    const array_spec arrays[] = { ARRAY(sum, v.latents, v.patches),
+                                  ARRAY(v.image, f->set.count, 1) };
+    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
+    /* All images, or those of the class. */
     for (size_t i = 0; i < f->set.count; i++) {
-        if (f->set.image[i].label != class) continue;
-        v->image[v->images++] = (int64_t)i;
+        if (class >= 0 && f->set.image[i].label != class) continue;
+        v.image[v.images++] = (int64_t)i;
     }
-    if (v->images == 0)
+    if (v.images == 0)
         return fail("--class %ld: no image is of this class (of %zu classes)", class,
                     f->set.classes);
-    SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
-    while ((status = next_encoded(v->s, v->images)) == SC_OK) {
-        for (size_t l = 0; l < v->latents; l++) {
-            double *sum = mask + l * patches;
-            find_masks(v, v->latent[l]);
-            for (size_t e = 0; e < f->count * patches; e++) sum[e % patches] += v->mask[e];
+    SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, &v, 0));
+    while ((status = next_encoded(s, v.images)) == SC_OK) {
+        for (size_t l = 0; l < v.latents; l++) {
+            find_masks(&v, v.latent[l]);
+            for (size_t i = 0; i < f->count; i++) {
+                if (class < 0)
+                    SC_TRY(write_mask(&v, v.latent[l], i));
+                for (size_t p = 0; p < v.patches; p++)
+                    sum[l * v.patches + p] += v.mask[i * v.patches + p];
+            }
         }
-        for (size_t e = 0; e < f->count * pixels; e++) colour[e % pixels] += f->pixels[e];
     }
     if (status != SC_END) return status;
-    double images = (double)f->used;
-    for (size_t e = 0; e < v->latents * patches; e++) mask[e] /= images;
-    for (size_t e = 0; e < pixels; e++)
-        f->pixels[e] = (unsigned char)floor(colour[e] / images + 0.5);
-    for (size_t l = 0; l < v->latents; l++) {
-        char name[96];
-        snprintf(name, sizeof name, "latent_%zu_class_%ld", v->latent[l], class);
-        SC_TRY(write_mask(v, name, mask + l * patches, crop_of(f, 0)));
+    if (class < 0) return SC_OK;
+    /* The means, one after the other, in the place of the batch's first mask. */
+    for (size_t l = 0; l < v.latents; l++) {
+        for (size_t p = 0; p < v.patches; p++)
+            v.mask[p] = sum[l * v.patches + p] / (double)f->used;
+        SC_TRY(write_mask(&v, v.latent[l], 0));
     }
     return SC_OK;
-}
-
-static int show_masks(viewer *v) {
-    long class = v->s->o->class_index;
-    if (!v->s->o->mask) v->kind = VALUE_MASK;
-    SC_TRY(open_viewer(v, v->kind == TOP_MASK));
-    if (class >= 0) return show_class_masks(v, class);
-    return show_image_masks(v);
 }
 
 /* How many images latent j fires on, at most K: its top images. */
 static size_t top_images(const statistics *s, size_t j) {
     size_t count = 0;
-    while (count < s->K && s->top[j * s->K + count].image >= 0) count++;
+    while (count < s->K && s->top[j * s->K + count].image >= 0)
+        count++;
     return count;
 }
 
-/* Writes the sheet of latent j: its top images in a square of `columns`, row by row, the strongest
- * first. v->image goes on with these images; total: those of all sheets */
-static int show_sheet(viewer *v, size_t j, size_t columns, size_t total) {
-    const feed *f = &v->s->data;
-    const sc_top *top = v->stats.top + j * v->stats.K;
-    size_t S = f->model.image_size, step = S + SHEET_GAP, cell = 0;
-    size_t count = top_images(&v->stats, j);
-    size_t width = columns * step - SHEET_GAP;
-    size_t height = (v->stats.K - 1) / columns * step + S;
+/* A sheet per latent: its top images in a square, row by row, the strongest first. */
+static int command_top(session *s) {
+    viewer v = { .s = s, .kind = s->o->mask ? VALUE_MASK : NO_MASK };
+    feed *f = &s->data;
+    size_t columns = 1;
     char name[64];
     int status;
-    memset(v->picture, 0, height * width * 3);
-    for (size_t k = 0; k < count; k++) v->image[v->images++] = top[k].image;
-    while ((status = next_encoded(v->s, total)) == SC_OK) {
-        if (v->kind != NO_MASK) find_masks(v, j);
-        for (size_t i = 0; i < f->count; i++, cell++) {
-            size_t row = cell / columns, column = cell % columns;
-            unsigned char *corner = v->picture + (row * width + column) * step * 3;
-            const double *mask = NULL;
-            if (v->kind != NO_MASK) mask = v->mask + i * v->patches;
-            draw_crop(corner, width * 3, crop_of(f, i), S, mask, f->grid);
-        }
-    }
-    if (status != SC_END) return status;
-    if (count == 0) note("latent %zu fires on no image: its sheet is empty", j);
-    snprintf(name, sizeof name, "latent_%zu", j);
-    return write_picture(v, name, 3, width, height);
-}
-
-static int show_sheets(viewer *v) {
-    size_t columns = 1, total = 0;
-    feed *f = &v->s->data;
-    SC_TRY(open_viewer(v, 1));
-    size_t K = v->stats.K, step = f->model.image_size + SHEET_GAP;
+    SC_TRY(open_viewer(&v, 1));
+    size_t K = v.stats.K, S = f->model.image_size;
+    size_t step = S + SHEET_GAP;             /* from cell to cell */
     while (columns * columns < K) columns++;
-    const array_spec arrays[] = { ARRAY(v->image, v->latents, K),
-                                  ARRAY(v->picture, columns * step, 3 * columns * step) };
-    SC_TRY(new_arrays(&v->s->memory, arrays, COUNT(arrays)));
-    for (size_t l = 0; l < v->latents; l++) total += top_images(&v->stats, v->latent[l]);
+    size_t width = columns * step - SHEET_GAP;
+    size_t height = (K - 1) / columns * step + S;            /* no gap after the last row */
+    const array_spec arrays[] = { ARRAY(v.image, v.latents, K),
+                                  ARRAY(v.picture, height, 3 * width) };
+    SC_TRY(new_arrays(&s->memory, arrays, COUNT(arrays)));
     f->skip_bad = 0;                         /* a cell is for one image and no other */
-    SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, v, 0));
-    for (size_t l = 0; l < v->latents; l++)
-        SC_TRY(show_sheet(v, v->latent[l], columns, total));
-    return SC_OK;
-}
-
-/* --- Tables ---
- *
- * A table is an array of cells, [rows, columns]. A cell has its column's name, for CSV and JSON,
- * and its title, for text; it holds a text or, where that is NULL, a number. Text shows "-" for an
- * undefined cell; CSV and JSON give the number that stands for it: -1 for an entropy, else 0. */
-
-typedef struct {
-    const char *name, *title, *text;
-    double number;
-    int undefined;
-} table_cell;
-
-static const char *cell_text(const table_cell *cell) {
-    if (cell->undefined) return "-";
-    if (cell->text) return shown(cell->text);
-    char *out = text_room();
-    int whole = cell->number == floor(cell->number) && fabs(cell->number) < 1e9;
-    snprintf(out, TEXT_ROOM, whole ? "%.0f" : "%.4g", cell->number);
-    return out;
-}
-
-/* Prints a table of at least one row; format: text, csv or json. */
-static int print_table(const char *format, const table_cell *cells, size_t columns, size_t rows) {
-    const int is_json = strcmp(format, "json") == 0, csv = strcmp(format, "csv") == 0;
-    for (size_t c = 0; c < columns && csv; c++) printf("%s%s", c ? "," : "", cells[c].name);
-    for (size_t c = 0; c < columns && !csv && !is_json; c++) printf("%-12s", cells[c].title);
-    for (size_t i = 0; i < rows * columns; i++) {
-        if (is_json) printf("%s\"%s\": ", i % columns ? ", " : i ? "},\n  {" : "[\n  {", cells[i].name);
-        else if (csv) putchar(i % columns ? ',' : '\n');
-        else if (i % columns == 0) puts("");
-        if (!is_json && !csv) printf("%-12s", cell_text(&cells[i]));
-        else if (!cells[i].text) printf("%.9g", cells[i].number);
-        else if (is_json) print_json(stdout, cells[i].text);
-        else print_csv_text(cells[i].text);
+    SC_TRY(start_feed(f, MEASURE_IMAGES, listed_draw, &v, 0));
+    for (size_t l = 0; l < v.latents; l++) {
+        size_t j = v.latent[l];
+        size_t cell = 0;                     /* of the sheet, row by row */
+        memset(v.picture, 0, height * width * 3);
+        for (size_t k = 0; k < top_images(&v.stats, j); k++)
+            v.image[v.images++] = v.stats.top[j * K + k].image;
+        /* The feed has come to these images, and ends after them until there are more. */
+        while ((status = next_encoded(s, v.images)) == SC_OK) {
+            find_masks(&v, j);
+            for (size_t i = 0; i < f->count; i++, cell++) {
+                size_t row = cell / columns;
+                size_t column = cell % columns;
+                draw_image(&v, i, (row * width + column) * step, width);
+            }
+        }
+        if (status != SC_END) return status;
+        snprintf(name, sizeof name, "latent_%zu", j);
+        SC_TRY(write_picture(&v, name, 3, width, height));
     }
-    puts(is_json ? "}\n]" : "");
-    return end_of_output();
+    return SC_OK;
 }
 
 /* --- explain --- */
 
-enum { EXPLAINED = 16, EXPLAIN_COLUMNS = 5, CLASSES_SHOWN = 3 };
+enum { EXPLAINED = 16, CLASSES_SHOWN = 3 };      /* latents per image; classes per latent */
 
 /* The classes (other) with the largest shares (value) in the activation of latent j's top images,
  * in descending order; returns how many there are. The whole includes images without a label.
  * largest: [room] */
 static size_t top_classes(const statistics *s, size_t j, sc_top *largest, size_t room) {
     const sc_top *top = s->top + j * s->K;
-    size_t active = top_images(s, j), found = 0;
+    size_t found = 0;
     double total = 0;
-    for (size_t i = 0; i < active; i++) total += top[i].value;
-    for (size_t i = 0; i < room; i++) largest[i] = nothing;
-    for (size_t i = 0; i < active; i++) {
-        double share = class_activation(top, active, i) / total;
+    for (size_t i = 0; i < s->K; i++)
+        total += top[i].value;
+    for (size_t i = 0; i < room; i++)
+        largest[i] = nothing;
+    for (size_t i = 0; i < s->K; i++) {
+        double share = class_activation(top, s->K, i) / total;
         if (top[i].other >= 0)
             keep_largest(largest, room, (sc_top){ (float)share, 0, top[i].other });
     }
-    while (found < room && largest[found].value > 0) found++;
+    while (found < room && largest[found].value > 0)
+        found++;
     return found;
 }
 
-/* A latent's row: row [EXPLAIN_COLUMNS]; text [TEXT_ROOM], for its classes. */
-static void explain_latent(const statistics *s, sc_top latent, table_cell *row, char *text) {
-    size_t j = (size_t)latent.image, used = 0;
+/* Prints the table's row of a latent; what is not defined is "-". */
+static void print_latent(const statistics *s, size_t j, float activation) {
     const latent_record *l = &s->latent[j];
     sc_top class[CLASSES_SHOWN];
     size_t found = top_classes(s, j, class, CLASSES_SHOWN);
-    strcpy(text, "");
+    printf("%-12zu%-12.4g%-12.4g", j, (double)activation, (double)l->sparsity);
+    if (l->entropy < 0)
+        printf("%-12s", "-");
+    else
+        printf("%-12.4g", (double)l->entropy);
     for (size_t i = 0; i < found; i++) {
         size_t c = (size_t)class[i].other;
-        double percent = 100 * (double)class[i].value;
-        char name[100];
-        if (s->class_name && c < s->classes) printable(s->class_name[c], name, sizeof name);
-        else snprintf(name, sizeof name, "class %zu", c);
-        if (i > 0) used += (size_t)sprintf(text + used, ", ");
-        used += (size_t)sprintf(text + used, "%s %.0f %%", name, percent);
+        if (i > 0) printf(", ");
+        if (s->class_name && c < s->classes)
+            printf("%s", shown(s->class_name[c]));
+        else
+            printf("class %zu", c);
+        printf(" %.0f %%", 100 * (double)class[i].value);
     }
-    const table_cell cells[EXPLAIN_COLUMNS] = {
-        { "latent", "latent", NULL, (double)j, 0 },
-        { "activation", "activation", NULL, latent.value, 0 },
-        { "frequency", "frequency", NULL, l->sparsity, 0 },
-        { "entropy", "entropy", NULL, l->entropy, l->entropy < 0 },
-        { "classes", "classes of its top images", text, 0, found == 0 } };
-    memcpy(row, cells, sizeof cells);
+    puts(found > 0 ? "" : "-");
 }
 
-/* "R,C": the token of a patch; SIZE_MAX where the option is not given. */
-static int parse_patch(const feed *f, const char *text, size_t *token) {
-    size_t r = 0, c = 0;
-    char more;
-    *token = SIZE_MAX;
-    if (!text) return SC_OK;
-    if (sscanf(text, "%9zu,%9zu%c", &r, &c, &more) != 2 || r >= f->grid || c >= f->grid)
-        return usage("--patch: invalid value '%s' (expected R,C, a row and a column from 0,0 to "
-                     "%zu,%zu)", text, f->grid - 1, f->grid - 1);
-    *token = f->first_patch + r * f->grid + c;
-    return SC_OK;
-}
-
-/* Prints the latents that are strongest on an image, or on one of its patches. */
-static int explain(viewer *v) {
-    const options *o = v->s->o;
-    const feed *f = &v->s->data;
-    const sae_batch *b = &v->s->batch[0];
+/* The latents that are strongest on an image, or on one of its patches, and with -o their masks. */
+static int command_explain(session *s) {
+    const options *o = s->o;
+    viewer v = { .s = s };
+    feed *f = &s->data;
     sc_top strongest[EXPLAINED];                 /* image: the latent */
-    table_cell cells[EXPLAINED][EXPLAIN_COLUMNS];
-    char classes[EXPLAINED][TEXT_ROOM];
-    size_t rows = 0, token;
-    v->kind = VALUE_MASK;
-    v->any_data = 1;
-    SC_TRY(open_viewer(v, 1));
-    SC_TRY(parse_patch(f, o->patch, &token));
-    SC_TRY(start_feed(&v->s->data, MEASURE_IMAGES, NULL, NULL, 0));
-    SC_TRY(next_encoded(v->s, 1));
+    SC_TRY(open_viewer(&v, 0));
+    size_t first = 0, end = f->T;                /* tokens */
+    if (o->patch) {
+        size_t at[2], count = 0;                 /* row, column */
+        SC_TRY(parse_list("--patch", o->patch, f->grid, at, 2, &count));
+        if (count < 2) return usage("--patch: one number (expected R,C: row and column)");
+        first = f->first_patch + at[0] * f->grid + at[1];
+        end = first + 1;
+    }
+    /* One image, and each latent's mean over its tokens. */
+    SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
+    SC_TRY(next_encoded(s, 1));
     if (f->count != 1) return fail("%s: more than one image (expected one)", o->operand[0]);
-    for (size_t i = 0; i < EXPLAINED; i++) strongest[i] = nothing;
-    for (size_t j = 0; j < v->stats.n; j++) {
-        if ((double)v->stats.latent[j].sparsity > o->max_frequency) continue;
-        double a = 0;
-        if (token < f->T) a = sum_codes(b, j, token, token + 1);
-        else a = sum_codes(b, j, 0, f->T) / (double)f->T;
-        keep_largest(strongest, EXPLAINED, (sc_top){ (float)a, (int64_t)j, 0 });
+    for (size_t i = 0; i < EXPLAINED; i++)
+        strongest[i] = nothing;
+    for (size_t j = 0; j < v.stats.n; j++) {
+        if ((double)v.stats.latent[j].sparsity > o->max_frequency) continue;
+        double sum = sum_codes(&s->batch[0], j, first, end);
+        double mean = sum / (double)(end - first);
+        keep_largest(strongest, EXPLAINED, (sc_top){ (float)mean, (int64_t)j, 0 });
     }
-    for (; rows < EXPLAINED && strongest[rows].value > 0; rows++) {
-        size_t j = (size_t)strongest[rows].image;
-        explain_latent(&v->stats, strongest[rows], cells[rows], classes[rows]);
+    /* The table, and the masks in the same order. */
+    puts("latent      activation  frequency   entropy     classes of its top images");
+    for (size_t i = 0; i < EXPLAINED && strongest[i].value > 0; i++) {
+        size_t j = (size_t)strongest[i].image;
+        print_latent(&v.stats, j, strongest[i].value);
         if (!o->output) continue;
-        find_masks(v, j);
-        SC_TRY(show_mask(v, j, 0));
+        find_masks(&v, j);
+        SC_TRY(write_mask(&v, j, 0));
     }
-    if (rows > 0) return print_table(o->format, cells[0], EXPLAIN_COLUMNS, rows);
-    note("no latent fires there");
-    if (strcmp(o->format, "json") == 0) puts("[]");
     return end_of_output();
 }
-
-static int look(session *s, int (*show)(viewer *v)) {
-    const char *mask = s->o->mask;
-    viewer v = { .s = s, .kind = NO_MASK };
-    if (mask) v.kind = strcmp(mask, "top") == 0 ? TOP_MASK : VALUE_MASK;
-    int status = show(&v);
-    if (status != SC_OK && v.made) rmdir(s->o->output);      /* goes only if it is empty */
-    return status;
-}
-
-static int command_top(session *s) { return look(s, show_sheets); }
-static int command_mask(session *s) { return look(s, show_masks); }
-static int command_explain(session *s) { return look(s, explain); }
 
 /* ============================================================================================
  * 22. Figures
  *
- * `plot` draws figures as SVG (w3.org/TR/SVG11) from files that other commands wrote. Each kind of
- * figure reads every file into rows of numbers, then draws the rows of all files. Coordinates come
- * from IEEE operations and the project's own logarithm, so the same files give the same bytes
- * everywhere. Text and background follow the viewer's light or dark mode.
+ * `plot` draws figures as SVG (w3.org/TR/SVG11) from files that other commands wrote. Each file
+ * becomes rows of numbers. A figure shows them in panels: as lines, one per file in each panel, or
+ * as dots, one panel per file. Coordinates come from IEEE operations and log64(), so the same files
+ * give the same bytes everywhere.
  * ============================================================================================ */
 
-enum {
-    MAX_FILES = 64,                  /* in one figure */
-    LINE_POINTS = 1000,              /* longer series are thinned to at least this many points */
-    CELLS = 100,                     /* of a scatter plot, per side: one point in each at most */
-    COLOURS = 9,                     /* of the heat map */
-    MASK_CELLS = 64                  /* side of a mask in patches, at most */
-};
+enum { COLOURS = 9, PER_ROW = 4, GAP = 104 };    /* of dots; panels; pixels between these */
+#define FAINT 1e-30                  /* what is smaller has no place on a logarithmic axis */
 
-/* One file. row: [rows]; the columns depend on the kind of figure */
+/* The numbers of one file. Column 0 lies along the x axis.
+ * Lines: column i + 1 lies along the y axis of panel i.
+ * Dots: column 1 lies along the y axis, column 2 is the colour, -1 if not defined. */
 typedef struct {
     const char *path;
-    double (*row)[4];
+    double (*row)[4];                /* [rows] */
     size_t rows, capacity;
-    char words[100];                 /* what the legend says, besides the path */
 } plot_series;
 
-/* A linear axis goes from 0 to the largest value, a logarithmic one covers whole powers of ten.
- * `low` lies at the pixel `from`, `high` at the pixel `to`, and ticks are `step` apart; on a
- * logarithmic axis low, high and step are log10 of values. */
+/* The first tick is at low; the others are `step` apart or, on a logarithmic axis, ten times the
+ * one before. */
 typedef struct {
     int is_log;
-    double from, to, low, high, step;
+    double from, to;                 /* pixels */
+    double low, high, step;          /* values; the first two lie at these pixels */
 } plot_axis;
 
 typedef struct {
     const struct plot_kind *kind;
-    plot_series series[MAX_FILES];
-    int count;
+    plot_series series[MAX_OPERANDS];
+    int count;                       /* of files */
+    plot_axis x, y, colour;          /* y: of the panel that is being drawn */
     FILE *out;
 } plot;
 
-/* Rows come from a file directly (read) or from statistics (convert). Column 0 lies along the x
- * axis of every panel, column i + 1 along the y axis of panel i. */
+/* Rows come from a file directly (read) or from statistics (convert). */
 struct plot_kind {
     const char *name;
     int (*read)(plot_series *s);
     int (*convert)(plot_series *s, const statistics *stats);
-    void (*draw)(const plot *p);
-    int panels, width, height;       /* of a panel, in pixels */
+    int panels;                      /* of lines; 0: dots */
+    int width, height;               /* of a panel, in pixels */
     int x_log, y_log;                /* whether the axes are logarithmic */
-    const char *x, *y[3];            /* labels of the axes */
+    const char *x, *y[3], *colour;   /* labels; no x: a mask, whose axes are not drawn */
 };
 
 /* Appends a row; columns that a kind of figure does not have are 0. */
@@ -8876,42 +8786,35 @@ static int add_row(plot_series *s, double a, double b, double c, double d) {
 
 /* --- Reading --- */
 
-/* Columns: step, loss, mse, l0. */
-static int read_log_rows(plot_series *s, FILE *file) {
+/* The log that `train --log` writes. Columns: step, loss, mse, l0. */
+static int read_log(plot_series *s) {
     char line[512];
     double v[4] = { 0 };
+    int status = SC_OK;
+    FILE *file = fopen(s->path, "r");
+    if (!file) return fail("%s: cannot be opened: %s", s->path, strerror(errno));
     if (!fgets(line, sizeof line, file) || strcmp(line, log_header) != 0)
-        return fail("%s: not a training log (expected the first line %.*s)", s->path,
-                    (int)sizeof log_header - 2, log_header);
-    while (fgets(line, sizeof line, file)) {
+        status = fail("%s: not a training log (expected the first line %.*s)", s->path,
+                      (int)sizeof log_header - 2, log_header);
+    while (status == SC_OK && fgets(line, sizeof line, file)) {
         int end = 0;                                     /* stays 0 where a number is missing */
         sscanf(line, "%lf,%*f,%*f,%*f,%lf,%lf,%*f,%*f,%lf,%*f,%*f,%*f,%*f%n", &v[0], &v[1], &v[2],
                &v[3], &end);
         for (int c = 0; c < 4; c++)
             if (!(fabs(v[c]) <= 1e30)) end = 0;
+        status = add_row(s, v[0], v[1], v[2], v[3]);
         if (end == 0 || line[end] != '\n')
-            return fail("%s: line %zu: expected 13 finite numbers", s->path, s->rows + 2);
-        SC_TRY(add_row(s, v[0], v[1], v[2], v[3]));
+            status = fail("%s: line %zu: expected 13 finite numbers", s->path, s->rows + 1);
     }
-    if (ferror(file)) return fail("%s: cannot be read", s->path);
-    if (s->rows == 0) return fail("%s: a log without steps", s->path);
-    return SC_OK;
-}
-
-/* The log that `train --log` writes. */
-static int read_log(plot_series *s) {
-    FILE *file = fopen(s->path, "r");
-    if (!file) return fail("%s: cannot be opened: %s", s->path, strerror(errno));
-    int status = read_log_rows(s, file);
+    if (ferror(file)) status = fail("%s: cannot be read", s->path);
     fclose(file);
     return status;
 }
 
-/* Columns: frequency, mean activation, entropy, for the latents that fire. */
+/* Columns: frequency, mean activation, entropy. */
 static int latent_rows(plot_series *s, const statistics *stats) {
     for (size_t j = 0; j < stats->n; j++) {
         const latent_record *l = &stats->latent[j];
-        if (!(l->sparsity > 0 && l->mean > 0)) continue;
         SC_TRY(add_row(s, l->sparsity, l->mean, l->entropy, 0));
     }
     return SC_OK;
@@ -8920,18 +8823,18 @@ static int latent_rows(plot_series *s, const statistics *stats) {
 /* Columns: middle of a bin, its share in percent; from the first to the last bin in use. */
 static int histogram_rows(plot_series *s, const statistics *stats) {
     const int64_t *count = stats->histogram[0];
-    int first = 0, last = HISTOGRAM_BINS - 1;
     double total = 0;
+    int last = -1;
+    /* The last bin in use, and the number of active values. */
     for (int b = 0; b < HISTOGRAM_BINS; b++) {
         if (count[b] < 0) return fail("%s: activation_histogram: negative counts", s->path);
+        if (count[b] > 0) last = b;
         total += (double)count[b];
     }
-    while (first <= last && count[first] == 0) first++;
-    while (first <= last && count[last] == 0) last--;
-    for (int b = first; b <= last; b++) {
+    for (int b = 0; b <= last; b++) {
         double middle = sqrt(bin_edge(b) * bin_edge(b + 1));
         double percent = 100 * (double)count[b] / total;
-        SC_TRY(add_row(s, middle, percent, 0, 0));
+        if (s->rows > 0 || percent > 0) SC_TRY(add_row(s, middle, percent, 0, 0));
     }
     return SC_OK;
 }
@@ -8942,366 +8845,242 @@ static int by_images(const void *a, const void *b) {
     return (left[1] < right[1]) - (left[1] > right[1]);
 }
 
-/* Columns: rank, number of images on which the latent fires, for the latents that fire. */
+/* Columns: rank, number of images on which the latent fires. */
 static int count_rows(plot_series *s, const statistics *stats) {
-    size_t all = 0, few = 0;
-    for (size_t j = 0; j < stats->n; j++) {
-        double images = (double)stats->latent[j].images;
-        if (images > 0) SC_TRY(add_row(s, 0, images, 0, 0));
-        if (images == (double)stats->images) all++;
-        if (images == 1 || images == 2) few++;
-    }
-    if (s->rows > 0)
-        qsort(s->row, s->rows, sizeof *s->row, by_images);
+    for (size_t j = 0; j < stats->n; j++)
+        SC_TRY(add_row(s, 0, (double)stats->latent[j].images, 0, 0));
+    qsort(s->row, s->rows, sizeof *s->row, by_images);
     for (size_t r = 0; r < s->rows; r++)
         s->row[r][0] = (double)(r + 1);
-    snprintf(s->words, sizeof s->words,
-             ": %zu latents fire on all images, %zu on 1 or 2, %zu on none", all, few,
-             stats->n - s->rows);
     return SC_OK;
 }
 
-/* Column 0: the patches' values from 0 to 1, row by row. A mask is an image with one pixel per
+/* Columns: x, y and value of a patch, each from 0 to 1. A mask is an image with one pixel per
  * patch; grey has the same value in all channels. */
 static int read_mask(plot_series *s) {
     image_source source = { 0 };
     picture mask = { 0, 0, 0, NULL };
     int status = read_picture(s->path, &source, &mask) == SC_OK ? SC_OK : SC_FAILED;
-    if (status == SC_OK && (mask.width != mask.height || mask.width > MASK_CELLS))
-        status = fail("%s: not a mask (expected a square PGM of at most %d x %d)", s->path,
-                      MASK_CELLS, MASK_CELLS);
-    size_t patches = mask.width * mask.width;
-    for (size_t i = 0; i < patches && status == SC_OK; i++)
-        status = add_row(s, mask.rgb[3 * i] / 255.0, 0, 0, 0);
+    size_t side = mask.width;
+    if (status == SC_OK && (side != mask.height || side > 64))
+        status = fail("%s: not a mask (expected a square PGM of at most 64 x 64)", s->path);
+    for (size_t i = 0; i < side * side && status == SC_OK; i++) {
+        double x = ((double)(i % side) + 0.5) / (double)side;
+        double y = ((double)(i / side) + 0.5) / (double)side;
+        status = add_row(s, x, 1 - y, mask.rgb[3 * i] / 255.0, 0);
+    }
     free(source.rgb);
     return status;
 }
 
-/* Reads a file, whatever the kind of figure. */
-static int read_series(const struct plot_kind *kind, plot_series *s) {
-    memory_list memory = NULL;
-    statistics stats;
-    if (kind->read) return kind->read(s);
-    int status = read_statistics(&stats, s->path, &memory);
-    if (status == SC_OK) status = kind->convert(s, &stats);
-    release(&memory);
-    return status;
-}
-
-/* --- Elements of SVG --- */
-
-/* The head of the file, with the style sheet and the background. Elements name their own colours,
- * except for those that dark mode changes: text, background and grid lines (#ddd). */
-static void start_plot(const plot *p, int width, int height) {
-    fprintf(p->out,
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" viewBox=\"0 0 %d %d\" "
-            "width=\"%d\" height=\"%d\">\n<title>saeclip: %s</title>\n<style>\n"
-            ".plot{font:12px system-ui,sans-serif}.plot text{fill:#222}.paper{fill:#fff}\n"
-            ".plot path,.plot polyline{fill:none}.plot rect{shape-rendering:crispEdges}\n"
-            "@media(prefers-color-scheme:dark){.plot text{fill:#ddd}.paper{fill:#16181c}\n"
-            ".plot [fill=\"#ddd\"]{fill:#3b3f46}}\n"
-            "</style>\n<rect class=\"paper\" width=\"100%%\" height=\"100%%\"/>\n",
-            width, height, width, height, p->kind->name);
-}
-
-/* Coordinates up to the matching "</g>" are relative to (x, y). */
-static void start_group(const plot *p, int x, int y) {
-    fprintf(p->out, "<g transform=\"translate(%d,%d)\">\n", x, y);
-}
-
-/* style: attributes of the element. Characters that XML reserves are escaped; U+FFFE and U+FFFF,
- * which XML does not have, are left out. */
-static void draw_text(const plot *p, double x, double y, const char *style, const char *text) {
-    fprintf(p->out, "<text x=\"%.1f\" y=\"%.1f\"%s>", x, y, style);
-    for (const char *c = shown(text); *c; c++) {
-        if (memcmp(c, "\xef\xbf", 2) == 0 && (c[2] & 0xfe) == 0xbe) c += 2;
-        else if (strchr("&<>\"'", *c)) fprintf(p->out, "&#%d;", *c);
-        else putc(*c, p->out);
-    }
-    fputs("</text>\n", p->out);
-}
-
-static void draw_rect(const plot *p, double x, double y, double width, double height,
-                      const char *colour) {
-    fprintf(p->out, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\"/>\n",
-            x, y, width, height, colour);
-}
-
-/* The last `most` bytes of a path, since files are told apart by the ends of their names. */
-static const char *path_end(const char *path, size_t most) {
-    size_t length = strlen(path);
-    if (length > most) path += length - most;
-    while ((*path & 0xc0) == 0x80) path++;               /* a UTF-8 character is not cut */
-    return path;
-}
-
-/* The colour map viridis (Smith and van der Walt, 2015), from 0 to 1; grey below 0. */
-static const char *heat(double value) {
-    static const char *const colours[COLOURS] = {
-        "#440154", "#472c7a", "#3b518b", "#2c718e", "#21908d",
-        "#27ad81", "#5cc863", "#aadc32", "#fde725" };
-    if (value < 0) return "#888";
-    return colours[(int)(value * (COLOURS - 1) + 0.5)];
-}
-
-/* Distinct on white and on black; they repeat from the ninth file on. */
-static const char *line_colour(int series) {
-    static const char *const colours[8] = { "#2f8fd8", "#e0851b", "#1fa67a", "#d4569a",
-                                            "#8b6fe8", "#c9a400", "#d5492e", "#7d8794" };
-    return colours[series % 8];
-}
+/* How each kind reads a file; panels, sizes, scales and labels. */
+static const struct plot_kind plot_kinds[] = {
+    { "curves", read_log, NULL, 3, 260, 260, 0, 1, "step",
+      { "loss", "MSE", "L0 (active latents per token)" }, NULL },
+    { "latents", NULL, latent_rows, 0, 300, 300, 1, 1, "frequency (share of the images)",
+      { "mean activation where it fires" }, "entropy of the top images (nats); grey: undefined" },
+    { "activations", NULL, histogram_rows, 1, 620, 260, 1, 0, "activation of an active latent",
+      { "active values in a bin (%)" }, NULL },
+    { "counts", NULL, count_rows, 1, 620, 260, 0, 1, "latents, the most frequent first",
+      { "images on which a latent fires" }, NULL },
+    { "mask", read_mask, NULL, 0, 200, 200, 0, 0, NULL, { NULL },
+      "activation (share of the largest)" } };
 
 /* --- Axes --- */
 
-/* A value in the units of the axis. */
-static double on_axis(const plot_axis *a, double value) {
-    if (a->is_log) return log64(value) * 0.43429448190325183;
-    return value;
+/* The largest power of ten that is not above a value; 0.01f, just below 0.01, counts as 0.01. */
+static double power_of_ten(double value) {
+    double power = 1;
+    value *= 1 + 1e-6;
+    while (power > value) power /= 10;
+    while (power * 10 <= value) power *= 10;
+    return power;
 }
 
-/* The pixel of a value; `at` is in the units of the axis. */
-static double pixel_at(const plot_axis *a, double at) {
-    return a->from + (a->to - a->from) * (at - a->low) / (a->high - a->low);
-}
-
-static double axis_place(const plot_axis *a, double value) {
-    return pixel_at(a, on_axis(a, value));
-}
-
-/* The axis for a column of all files; at most 8 ticks. */
+/* The axis for a column of all files. A logarithmic one covers whole powers of ten; a linear one
+ * goes from 0 to the largest value and has 4 to 8 ticks. */
 static plot_axis fit_axis(const plot *p, int column, int is_log, double from, double to) {
-    double low = 1e300, high = 0;
+    double low = 1e30, high = FAINT;
     for (int n = 0; n < p->count; n++) {
         const plot_series *s = &p->series[n];
         for (size_t r = 0; r < s->rows; r++) {
             double value = s->row[r][column];
-            if (value > 0) low = fmin(low, value);
+            if (value >= FAINT) low = fmin(low, value);
             high = fmax(high, value);
         }
     }
-    if (high == 0) low = high = 1;                       /* there are no values */
-    plot_axis a = { is_log, from, to, 0, high, 0 };
-    if (is_log) {
-        a.low = floor(on_axis(&a, low) + 1e-6);          /* 0.01f is below 0.01 */
-        a.high = ceil(on_axis(&a, high) - 1e-6);
-        a.high = fmax(a.high, a.low + 1);
-        a.step = ceil((a.high - a.low) / 8);
-        return a;
-    }
-    double least = a.high / 8;
-    for (double power = 1e-30; a.step < least; power *= 10) {
-        a.step = power;                                  /* 1, 2 or 5 times a power of ten */
-        if (a.step < least) a.step = 2 * power;
-        if (a.step < least) a.step = 5 * power;
-    }
+    if (high < low || !p->kind->x) low = high = 1;       /* no values, or shares of 1 */
+    /* A power of ten, halved or doubled. */
+    plot_axis a = { is_log, from, to, 0, high, power_of_ten(high) };
+    while (a.step * 4 > high) a.step /= 2;
+    while (a.step * 8 < high) a.step *= 2;
+    if (!is_log) return a;
+    a.low = power_of_ten(low);
+    a.high = a.low * 10;
+    while (a.high < high * (1 - 1e-6)) a.high *= 10;
     return a;
 }
 
-/* Grid lines, numbers and label of an axis: of the y axis, which stands at the left of a panel that
- * is `size` wide, or of the x axis, which lies below a panel that is `size` high. */
-static void draw_axis(const plot *p, const plot_axis *a, int is_y, int size, const char *label) {
-    double middle = (a->from + a->to) / 2;
-    char number[32];
-    int last = (int)(a->high / a->step + 1e-9);
-    for (int k = (int)ceil(a->low / a->step); k <= last; k++) {
-        double place = pixel_at(a, k * a->step);
-        if (a->is_log) snprintf(number, sizeof number, "1e%.0f", k * a->step);
-        else snprintf(number, sizeof number, "%.10g", k * a->step);
-        snprintf(number, sizeof number, "%.10g", strtod(number, NULL));      /* 100, not 1e2 */
-        if (is_y) {
-            draw_rect(p, 0, place, size, 1, "#ddd");
-            draw_text(p, -6, place + 4, " text-anchor=\"end\"", number);
-        } else {
-            draw_rect(p, place, 0, 1, size, "#ddd");
-            draw_text(p, place, size + 16, " text-anchor=\"middle\"", number);
-        }
-    }
-    const char *turned = " text-anchor=\"middle\" transform=\"rotate(-90)\"";
-    if (is_y) draw_text(p, -middle, -58, turned, label);
-    else draw_text(p, middle, size + 36, " text-anchor=\"middle\"", label);
+/* The pixel of a value. */
+static double axis_place(const plot_axis *a, double value) {
+    double share = (value - a->low) / (a->high - a->low);
+    if (a->is_log)
+        share = log64(value / a->low) / log64(a->high / a->low);
+    return a->from + (a->to - a->from) * share;
 }
 
-/* Starts the group of a panel and draws its axes. */
-static void start_panel(const plot *p, int panel, int left, int top, plot_axis *x,
-                        plot_axis *y) {
-    const struct plot_kind *k = p->kind;
-    start_group(p, left, top);                           /* the caller ends it */
-    *x = fit_axis(p, 0, k->x_log, 0, k->width);
-    *y = fit_axis(p, panel + 1, k->y_log, k->height, 0);
-    draw_axis(p, x, 0, k->height, k->x);
-    draw_axis(p, y, 1, k->width, k->y[panel]);
+/* --- Drawing --- */
+
+/* anchor: which end of the text is at x. Characters that XML reserves are escaped. */
+static void draw_text(const plot *p, double x, double y, const char *anchor, const char *text) {
+    fprintf(p->out, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">", x, y, anchor);
+    for (const char *c = shown(text); *c; c++) {
+        if (strchr("&<>", *c))
+            fprintf(p->out, "&#%d;", *c);
+        else
+            putc(*c, p->out);
+    }
+    fputs("</text>\n", p->out);
 }
 
-/* A bar of the heat map's colours, with its axis at the left. The axis ends at pixel 0. */
-static void draw_scale(const plot *p, const plot_axis *a, int left, int top, const char *label) {
-    double height = a->from / COLOURS;
-    start_group(p, left, top);
-    draw_axis(p, a, 1, 0, label);
-    for (int i = 0; i < COLOURS; i++) {
-        double down = a->from - (i + 1) * height;
-        const char *colour = heat((double)i / (COLOURS - 1));
-        draw_rect(p, 0, down, 14, height, colour);
+/* Grid lines, numbers and label of an axis: of the y axis, at the left of a panel that is `size`
+ * wide, with its label above, or of another, below a panel that is `size` high. */
+static void draw_axis(const plot *p, const plot_axis *a, int size, const char *label) {
+    int is_y = a == &p->y;
+    double tick = a->low;
+    while (tick <= a->high * (1 + 1e-6)) {
+        double at = axis_place(a, tick);
+        char number[32];
+        snprintf(number, sizeof number, "%g", tick);
+        /* The number, then the line. */
+        if (is_y) draw_text(p, -6, at + 4, "end", number);
+        else draw_text(p, at, size + 16, "middle", number);
+        if (is_y) fprintf(p->out, "<path stroke=\"#ddd\" d=\"M0 %.1fh%d\"/>\n", at, size);
+        else fprintf(p->out, "<path stroke=\"#ddd\" d=\"M%.1f 0v%d\"/>\n", at, size);
+        if (a->is_log) tick *= 10;
+        else tick += a->step;
     }
-    fputs("</g>\n", p->out);
+    if (is_y) draw_text(p, -40, -10, "start", label);
+    else draw_text(p, a->to / 2, size + 36, "middle", label);
 }
 
-/* --- The figures ---
- *
- * draw_lines: curves, activations and counts; draw_latents; draw_masks. Each of them computes the
- * size of the figure first. */
-
-/* A column over column 0; of a long series, rows at equal distances. */
-static void draw_line(const plot *p, int series, int column, const plot_axis *x,
-                      const plot_axis *y) {
-    const plot_series *s = &p->series[series];
-    const char *colour = line_colour(series);
-    size_t stride = s->rows / LINE_POINTS + (s->rows < LINE_POINTS);
-    fprintf(p->out, "<polyline stroke=\"%s\" stroke-width=\"1.5\" points=\"", colour);
-    for (size_t r = 0; r < s->rows; r += stride) {
-        double value = s->row[r][column];
-        if (y->is_log && !(value > 0)) continue;         /* has no logarithm */
-        double across = axis_place(x, s->row[r][0]);
-        double down = axis_place(y, value);
-        fprintf(p->out, "%.1f,%.1f ", across, down);
-        if (s->rows == 1)                                /* becomes a dash */
-            fprintf(p->out, "%.1f,%.1f ", across + 8, down);
-    }
-    fputs("\"/>\n", p->out);
-}
-
-/* Panels side by side; below them the legend, one line per file. */
-static void draw_lines(const plot *p) {
-    const struct plot_kind *k = p->kind;
-    int step = k->width + 104, legend = k->height + 86;
-    plot_axis x, y;
-    start_plot(p, step * k->panels, legend + 20 * p->count);
-    for (int i = 0; i < k->panels; i++) {
-        start_panel(p, i, 82 + step * i, 20, &x, &y);
-        for (int n = 0; n < p->count; n++)
-            draw_line(p, n, i + 1, &x, &y);
-        fputs("</g>\n", p->out);
-    }
-    for (int n = 0; n < p->count; n++) {
-        int down = legend + 20 * n;
-        draw_rect(p, 82, down - 5, 22, 2, line_colour(n));
-        const plot_series *s = &p->series[n];
-        char line[TEXT_ROOM];
-        snprintf(line, sizeof line, "%s%s", path_end(s->path, 50), s->words);
-        draw_text(p, 112, down, "", line);
-    }
-}
-
-/* The latents whose entropy has this colour, as one path. One point per cell of 3 x 3 pixels, so
- * that 49,152 latents make a small file. largest: of all entropies */
-static void draw_points(const plot *p, const plot_series *s, const plot_axis *x,
-                        const plot_axis *y, double largest, const char *colour) {
-    unsigned char taken[CELLS + 1][CELLS + 1] = { 0 };
-    double side = x->to / CELLS;
-    fprintf(p->out, "<path stroke=\"%s\" stroke-width=\"3\" stroke-linecap=\"round\" d=\"", colour);
+/* A column over column 0, as one path: a line that begins with a dot or, where shade is not -1, the
+ * dots of that shade. */
+static void draw_path(const plot *p, const plot_series *s, int column, int shade,
+                      const char *colour) {
+    double width = 3;
+    int line = 0;                                        /* whether it has begun */
+    if (!p->kind->x) width = p->kind->width / sqrt((double)s->rows);     /* a mask's patch */
+    if (shade < 0) width = 1.5;
+    fprintf(p->out, "<path fill=\"none\" stroke=\"%s\" stroke-width=\"%.1f\" "
+            "stroke-linecap=\"square\" d=\"", colour, width);
     for (size_t r = 0; r < s->rows; r++) {
         const double *row = s->row[r];
-        int column = (int)(axis_place(x, row[0]) / side + 0.5);
-        int line = (int)(axis_place(y, row[1]) / side + 0.5);
-        if (heat(row[2] / largest) != colour || taken[line][column]) continue;
-        taken[line][column] = 1;
-        fprintf(p->out, "M%.0f %.0fh0", side * column, side * line);    /* h0: a dot */
+        int own = 0;                                     /* not defined */
+        double share = row[2] / p->colour.high;
+        if (row[2] >= 0) own = (int)(share * (COLOURS - 1) + 1.5);
+        if (shade >= 0 && own != shade) continue;
+        if (p->x.is_log && row[0] < FAINT) continue;
+        if (p->y.is_log && row[column] < FAINT) continue;
+        double x = axis_place(&p->x, row[0]);
+        double y = axis_place(&p->y, row[column]);
+        if (line) fprintf(p->out, "L%.1f %.1f", x, y);
+        else fprintf(p->out, "M%.1f %.1fh0", x, y);      /* h0: a dot */
+        line = shade < 0;
     }
     fputs("\"/>\n", p->out);
 }
 
-/* One panel per file, all with the same axes. */
-static void draw_latents(const plot *p) {
-    int side = p->kind->height, step = side + 100;
-    plot_axis x, y, entropy = fit_axis(p, 2, 0, side, 0);
-    start_plot(p, step * p->count + 116, side + 120);
-    for (int n = 0; n < p->count; n++) {
-        const plot_series *s = &p->series[n];
-        start_panel(p, 0, 82 + step * n, 40, &x, &y);
-        draw_text(p, 0, -18, " font-weight=\"bold\"", path_end(s->path, 44));
-        for (int c = -1; c < COLOURS; c++) {             /* -1: entropy not defined */
-            const char *colour = heat((double)c / (COLOURS - 1));
-            draw_points(p, s, &x, &y, entropy.high, colour);
+/* The panels, up to four per row, and below them the legend. */
+static void draw_figure(plot *p) {
+    static const char *const line_colour[8] = { "#2f8fd8", "#e0851b", "#1fa67a", "#d4569a",
+                                                "#8b6fe8", "#c9a400", "#d5492e", "#7d8794" };
+    static const char *const shade[COLOURS + 1] = {          /* grey, then viridis */
+        "#888", "#440154", "#472c7a", "#3b518b", "#2c718e", "#21908d", "#27ad81", "#5cc863",
+        "#aadc32", "#fde725" };
+    const struct plot_kind *k = p->kind;
+    int lines = k->panels > 0;
+    int panels = lines ? k->panels : p->count;
+    int columns = panels < PER_ROW ? panels : PER_ROW;
+    int across = k->width + GAP, down = k->height + GAP;     /* from panel to panel */
+    int legend = (panels + PER_ROW - 1) / PER_ROW * down;    /* where it begins */
+    double strip = (double)k->width / COLOURS;               /* of its colours */
+    fprintf(p->out, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" width=\"%d\" "
+            "font-family=\"sans-serif\" font-size=\"12\">\n"
+            "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n"
+            "<g transform=\"translate(82,40)\">\n", columns * across, legend + 80 + 20 * p->count,
+            columns * across);
+    p->x = fit_axis(p, 0, k->x_log, 0, k->width);
+    p->colour = fit_axis(p, 2, 0, 0, k->width);
+    for (int i = 0; i < panels; i++) {
+        int column = lines ? i + 1 : 1;
+        fprintf(p->out, "<g transform=\"translate(%d,%d)\">\n", i % PER_ROW * across,
+                i / PER_ROW * down);
+        p->y = fit_axis(p, column, k->y_log, k->height, 0);
+        if (k->x) {
+            draw_axis(p, &p->x, k->height, k->x);
+            draw_axis(p, &p->y, k->width, k->y[column - 1]);
+        }
+        /* A line per file, or the file's dots, one colour after the other. */
+        if (lines) {
+            for (int n = 0; n < p->count; n++)
+                draw_path(p, &p->series[n], column, -1, line_colour[n % 8]);
+        } else {
+            draw_text(p, 0, -26, "start", base_name(p->series[i].path));
+            for (int c = 0; c <= COLOURS; c++)
+                draw_path(p, &p->series[i], column, c, shade[c]);
         }
         fputs("</g>\n", p->out);
     }
-    draw_scale(p, &entropy, step * p->count + 72, 40, "entropy of the top images' classes (nats)");
-    draw_text(p, 82, side + 106, "", "grey: entropy not defined (too few images, or no labels)");
-}
-
-/* One mask in heat colours. Above it the latent's number, taken from the name latent_J_IMAGE.pgm
- * that `mask` gives its files, and the end of the name. */
-static void draw_mask(const plot *p, const plot_series *s, int side) {
-    const char *name = base_name(s->path);
-    char latent[32] = "latent ";
-    int grid = (int)sqrt((double)s->rows);
-    double cell = (double)side / grid;
-    if (sscanf(name, "latent_%20[0-9]", latent + 7) == 1)
-        draw_text(p, 0, -24, " font-weight=\"bold\"", latent);
-    draw_text(p, 0, -8, "", path_end(name, 30));
-    for (int i = 0; i < grid * grid; i++) {
-        double across = cell * (i % grid);
-        double down = cell * (i / grid);
-        draw_rect(p, across, down, cell, cell, heat(s->row[i][0]));
+    fprintf(p->out, "<g transform=\"translate(0,%d)\">\n", legend);
+    /* The files' names, or the colours on an axis. */
+    if (lines) {
+        for (int n = 0; n < p->count; n++) {
+            fprintf(p->out, "<path stroke=\"%s\" stroke-width=\"2\" d=\"M0 %dh22\"/>\n",
+                    line_colour[n % 8], 20 * n - 4);
+            draw_text(p, 30, 20 * n, "start", p->series[n].path);
+        }
+    } else {
+        for (int c = 0; c < COLOURS; c++)
+            fprintf(p->out, "<path stroke=\"%s\" stroke-width=\"14\" d=\"M%.1f 7h%.1f\"/>\n",
+                    shade[c + 1], strip * c, strip);
+        draw_axis(p, &p->colour, 14, k->colour);
     }
-}
-
-/* Four masks per row. */
-static void draw_masks(const plot *p) {
-    int side = p->kind->height, columns = p->count < 4 ? p->count : 4;
-    int rows = (p->count + 3) / 4;
-    int step = side + 24, down = side + 56;
-    plot_axis value = { 0, side, 0, 0, 1, 0.2 };         /* from 0 to 1, ticks 0.2 apart */
-    start_plot(p, step * columns + 120, down * rows + 16);
-    for (int n = 0; n < p->count; n++) {
-        int left = 20 + step * (n % 4), top = 48 + down * (n / 4);
-        start_group(p, left, top);
-        draw_mask(p, &p->series[n], side);
-        fputs("</g>\n", p->out);
-    }
-    draw_scale(p, &value, step * columns + 82, 48, "activation (share of the largest)");
-}
-
-/* How each kind reads a file and draws; panels, sizes, scales and labels. */
-static const struct plot_kind plot_kinds[] = {
-    { "curves", read_log, NULL, draw_lines, 3, 260, 260, 0, 1, "step",
-      { "loss (log scale)", "MSE (log scale)", "L0 (active latents per token, log scale)" } },
-    { "latents", NULL, latent_rows, draw_latents, 1, 300, 300, 1, 1,
-      "frequency (share of the images, log scale)",
-      { "mean activation where it fires (log scale)" } },
-    { "activations", NULL, histogram_rows, draw_lines, 1, 620, 260, 1, 0,
-      "activation of an active latent (log scale)", { "active values in a bin (%)" } },
-    { "counts", NULL, count_rows, draw_lines, 1, 620, 260, 0, 1,
-      "latents, the most frequent first", { "images on which a latent fires (log scale)" } },
-    { "mask", read_mask, NULL, draw_masks, 1, 200, 200, 0, 0, "", { "" } } };
-
-/* path: the files, up to NULL */
-static int read_and_draw(plot *p, const char *const *path, const char *output) {
-    sc_output out;
-    for (; path[p->count]; p->count++) {
-        if (p->count == MAX_FILES) return usage("plot: more than %d files", MAX_FILES);
-        plot_series *s = &p->series[p->count];
-        s->path = path[p->count];
-        SC_TRY(read_series(p->kind, s));
-    }
-    SC_TRY(output_open(&out, output));
-    p->out = out.file;
-    p->kind->draw(p);
-    fputs("</svg>\n", p->out);
-    return output_commit(&out);
+    fputs("</g>\n</g>\n</svg>\n", p->out);
 }
 
 static int command_plot(session *s) {
     const char *const *operand = s->o->operand;
     plot p = { .kind = NULL };
-    for (size_t i = 0; i < COUNT(plot_kinds); i++) {
-        const struct plot_kind *kind = &plot_kinds[i];
-        if (strcmp(kind->name, operand[0]) == 0) p.kind = kind;
-    }
+    sc_output out;
+    int status = SC_OK;
+    /* KIND FILE ... */
+    for (size_t i = 0; i < COUNT(plot_kinds); i++)
+        if (strcmp(plot_kinds[i].name, operand[0]) == 0) p.kind = &plot_kinds[i];
     if (!p.kind)
         return usage("plot: invalid value '%s' (expected curves, latents, activations, counts or "
                      "mask)", operand[0]);
-    int status = read_and_draw(&p, operand + 1, s->o->output);
-    for (int n = 0; n < MAX_FILES; n++)
+    for (; operand[p.count + 1] && status == SC_OK; p.count++) {
+        plot_series *series = &p.series[p.count];
+        memory_list memory = NULL;
+        statistics stats;
+        series->path = operand[p.count + 1];
+        if (p.kind->read) {
+            status = p.kind->read(series);
+        } else {
+            status = read_statistics(&stats, series->path, &memory);
+            if (status == SC_OK) status = p.kind->convert(series, &stats);
+            release(&memory);
+        }
+    }
+    /* The figure. */
+    if (status == SC_OK) status = output_open(&out, s->o->output);
+    if (status == SC_OK) {
+        p.out = out.file;
+        draw_figure(&p);
+        status = output_commit(&out);
+    }
+    for (int n = 0; n < p.count; n++)
         free(p.series[n].row);
     return status;
 }
@@ -9645,23 +9424,24 @@ static void write_index(const viewer *v, FILE *out) {
 
 /* index.html is written last: a folder that has one is complete. It is open, and locked, from the
  * beginning, so that two processes cannot write into one folder. */
-static int show_atlas(viewer *v) {
+static int command_atlas(session *s) {
+    viewer v = { .s = s };
+    const char *folder = s->o->output;
     char index[MAX_PATH];
     sc_output out;
-    v->kind = VALUE_MASK;
-    SC_TRY(open_viewer(v, 1));
-    SC_TRY(join_path(v->s->o->output, "index.html", index));
+    SC_TRY(open_viewer(&v, 1));
+    SC_TRY(join_path(folder, "index.html", index));
+    mkdir(folder, 0777);                         /* if it fails, so does output_open() */
     SC_TRY(output_open(&out, index));
-    int status = write_data(v, index);
+    int status = write_data(&v, index);
     if (status == SC_OK) {
-        write_index(v, out.file);
+        write_index(&v, out.file);
         return output_commit(&out);
     }
     output_discard(&out);
+    rmdir(folder);                               /* only if it is empty */
     return status;
 }
-
-static int command_atlas(session *s) { return look(s, show_atlas); }
 
 /* ============================================================================================
  * 24. Info and compare
@@ -10004,7 +9784,7 @@ static const struct option_row {
       "relative tolerance", "0", 0, 1e30 },
     { "--atol", "X", NUMBER, AT(atol), COMPARE,
       "absolute tolerance", "0", 0, 1e30 },
-    { "--format", "text|csv|json", CHOICE, AT(format), EVAL | EXPLAIN | ZEROSHOT,
+    { "--format", "text|csv|json", CHOICE, AT(format), EVAL | ZEROSHOT,
       "of the output", "text" },
     /* All commands */
     { "--threads", "N", WHOLE, AT(threads), EVERY,

@@ -38,7 +38,7 @@ detecting() {
 # The twelve strongest latents on the first photo, of those that fire on at most this share of all photos: J,J,...
 strongest() {                                    # SHARE
     ./saeclip explain -s "$sae" -t "$stats" -m "$MODEL" "$IMAGES" --limit 1 \
-        --max-frequency "$1" --format csv --quiet | sed -n 's/^\([0-9]*\),.*/\1/p' | head -n 12 | paste -s -d , -
+        --max-frequency "$1" --quiet | sed -n 's/^\([0-9][0-9]*\) .*/\1/p' | head -n 12 | paste -s -d , -
 }
 
 # What an earlier run has made.
@@ -146,7 +146,8 @@ cat <<END
                          of images per latent; distribution of activations; masks
   out/sheets/*.ppm       in an image viewer: the top images of latents $LATENTS
 END
-[ ! -f out/figures/mask.svg ] || cat <<END
+set -- out/masks/*.ppm                           # a class has none
+[ ! -f "$1" ] || cat <<END
   out/masks/*.ppm        in an image viewer: where latents ${masked}${things:+ ($things)} fire in one image
 END
 cat <<END

@@ -253,8 +253,6 @@ static const row rows[] = {
       "-l 1,2 --class 1 --mask top -o out", .before = "out/" },
     { .name = "explain", .command = "explain --quiet --threads 1 -s ../in/sae -m ../in/model -t ../in/stats "
       "../in/photos/cats/a.ppm --patch 1,2 -o out", .before = "out/" },
-    { .name = "explain-json", .command = "explain --quiet --threads 1 -s ../in/sae -m ../in/model -t ../in/stats "
-      "../in/photos/cats/a.ppm --format json" },
     { .name = "plot-curves", .command = "plot curves ../in/log3.csv -o out", .before = "out" },
     { .name = "plot-latents", .command = "plot latents ../in/stats -o out", .before = "out" },
     { .name = "plot-activations", .command = "plot activations ../in/stats -o out", .before = "out" },

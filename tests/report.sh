@@ -102,7 +102,7 @@ photo() {
 # The four latents that are strongest on a photo, among those that fire on at most this share of all photos.
 strongest() {                                    # SAE PHOTO SHARE
     saeclip explain -s "$OUT/$1.safetensors" -t "$OUT/$1.train.stats" -m "$MODEL" --square "$SQUARE" --limit 1 \
-        --max-frequency "$3" --format csv --quiet "$2" | sed -n 's/^\([0-9]*\),.*/\1/p' | head -n 4 | paste -s -d , -
+        --max-frequency "$3" --quiet "$2" | sed -n 's/^\([0-9][0-9]*\) .*/\1/p' | head -n 4 | paste -s -d , -
 }
 masks() {                                        # without the class or such latents only this figure is left out
     sae=$1 latents=$LATENTS image=''

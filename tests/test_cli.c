@@ -599,7 +599,7 @@ static void cli_test_mismatches(void)
         { 1, "(expected 1 to 24: give --k)", "eval -s @sae --arch topk --acts @acts" },
         { 2, "--k: 25 (expected 1 to 24",
           "train --acts @acts --latents 24 --arch topk --k 25 -o @out" },
-        { 1, "@sae: no latent 24", "mask -s @sae --acts @acts -l 3,24 -o @out" },
+        { 2, "-l: invalid value at '24' (expected at most 1024 numbers from 0 to 23", "mask -s @sae --acts @acts -l 3,24 -o @out" },
         { 1, "@stats: statistics of another SAE",
           "top --quiet -s @topk -t @stats -m @model @photos -l 1 -o @out" },
         { 1, "@stats: statistics of another data set",
@@ -688,8 +688,8 @@ static void cli_test_late_refusals(void)
         { 1, "@shard: not statistics", "merge @shard -o @out" },
         { 1, "@poor: tensor top_entropy is missing",
           "top --quiet -s @sae -t @poor -m @model @photos -l 0 -o @out" },
-        { 1, "@far: damaged: image 99", "top --quiet -s @sae -t @far -m @model @photos -l 0 -o @out" },
-        { 1, "@far: damaged: image 99", "atlas --quiet -s @sae -t @far -m @model @photos -o @out" },
+        { 1, "@far: statistics of another data set", "top --quiet -s @sae -t @far -m @model @photos -l 0 -o @out" },
+        { 1, "@far: statistics of another data set", "atlas --quiet -s @sae -t @far -m @model @photos -o @out" },
         { 0, NULL, NULL } };
 #undef MANY
     cli_edit(GOLDEN "clip_timm.safetensors", cli("@scaled"), (cli_change){ .add = "blocks.0.ls1.gamma" });
@@ -989,9 +989,9 @@ static void cli_test_outputs(void)
               line);
     }
     static const cli_case cases[] = {
-        { 1, "@file/x: the folder cannot be made",
+        { 1, "@file/x/latent_1_0_a.ppm.pgm: cannot be written",
           "mask --quiet -s @sae -m @model @photos -l 1 -o @file/x" },
-        { 1, "@file/x: the folder cannot be made",
+        { 1, "@file/x/latent_1.ppm: cannot be written",
           "top --quiet -s @sae -t @stats -m @model @photos -l 1 -o @file/x" },
         { 1, "@file/latent_1_0_a.ppm.pgm: cannot be written",
           "mask --quiet -s @sae -m @model @photos -l 1 -o @file" },

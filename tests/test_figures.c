@@ -68,18 +68,18 @@ static void figures_has(const char *svg, size_t times, const char *what)
     check(count == times, "a figure has '%s' %zu times, expected %zu", what, count, times);
 }
 
-/* The nth (from 0) polyline's points. */
-static const char *figures_points(const char *svg, size_t n)
+/* The nth (from 0) path: a line or the dots of one colour. */
+static const char *figures_path(const char *svg, size_t n)
 {
-    static char points[1 << 17];
-    points[0] = '\0';
-    for (const char *at = svg; (at = strstr(at, "<polyline")) != NULL; at++) {
+    static char path[1 << 17];
+    path[0] = '\0';
+    for (const char *at = svg; (at = strstr(at, "<path fill")) != NULL; at++) {
         if (n-- > 0) continue;
-        at = strstr(at, "points=\"") + 8;
-        snprintf(points, sizeof points, "%.*s", (int)strcspn(at, "\""), at);
+        at = strstr(at, " d=\"") + 4;
+        snprintf(path, sizeof path, "%.*s", (int)strcspn(at, "\""), at);
         break;
     }
-    return points;
+    return path;
 }
 
 #define FIGURES_HEADER "step,images,tokens,lr,loss,mse,l1,ghost,l0,explained_variance,explained_variance_uncentred,dead,seconds\n"
@@ -94,41 +94,49 @@ static void figures_curves(void)
              FIGURES_ROW("3", "1", "3", "3") FIGURES_ROW("4", "0.1", "4", "3") FIGURES_ROW("5", "0.01", "5", "3"));
     put_text(b, FIGURES_HEADER FIGURES_ROW("2", "1e1", "2", "3"));
     const char *svg = figures_plot("curves %s %s", a, b);
-    figures_has(svg, 6, "<polyline");
-    check(strcmp(figures_points(svg, 0), "52.0,0.0 104.0,65.0 156.0,130.0 208.0,195.0 260.0,260.0 ") == 0,
-          "the loss runs through %s", figures_points(svg, 0));
-    check(strcmp(figures_points(svg, 2), "52.0,260.0 104.0,181.7 156.0,135.9 208.0,103.5 260.0,78.3 ") == 0,
-          "the MSE runs through %s", figures_points(svg, 2));
-    check(strcmp(figures_points(svg, 1), "104.0,65.0 112.0,65.0 ") == 0, "a log of one step is not a dash but %s",
-          figures_points(svg, 1));
-    const char *const texts[] = { ">0.01<", ">0.1<", ">100<", ">loss (log scale)<", ">MSE (log scale)<",
-        ">L0 (active latents per token, log scale)<", "a.csv<", "b.csv<" };
+    figures_has(svg, 6, "<path fill");
+    check(strcmp(figures_path(svg, 0), "M52.0 0.0h0L104.0 65.0L156.0 130.0L208.0 195.0L260.0 260.0") == 0,
+          "the loss runs through %s", figures_path(svg, 0));
+    check(strcmp(figures_path(svg, 2), "M52.0 260.0h0L104.0 181.7L156.0 135.9L208.0 103.5L260.0 78.3") == 0,
+          "the MSE runs through %s", figures_path(svg, 2));
+    check(strcmp(figures_path(svg, 1), "M104.0 65.0h0") == 0, "a log of one step is not a dot but %s",
+          figures_path(svg, 1));
+    const char *const texts[] = { ">0.01<", ">0.1<", ">100<", ">loss<", ">MSE<", ">L0 (active latents per token)<",
+        "a.csv<", "b.csv<" };
     for (size_t i = 0; i < COUNT(texts); i++) figures_has(svg, 1, texts[i]);
     figures_has(svg, 3, ">step<");
     figures_has(svg, 3, ">5<");                              /* steps */
     figures_has(svg, 3 + 3, ">1<");                          /* steps, and the other axes */
     figures_has(svg, 3, ">10<");
-    figures_has(svg, 1, "translate(446,20)");                /* 82 + 260 + 104 */
-    figures_has(svg, 1, "prefers-color-scheme:dark");
+    figures_has(svg, 1, "translate(364,0)");                 /* 260 + 104 */
     svg = figures_plot("curves %s %s %s %s %s %s %s %s %s", b, a, a, a, a, a, a, a, b);
-    figures_has(svg, 3 * 2, " stroke=\"#2f8fd8\"");          /* the ninth has the first one's colour */
-    figures_has(svg, 3, " stroke=\"#7d8794\"");
+    figures_has(svg, 4 * 2, " stroke=\"#2f8fd8\"");          /* the ninth has the first one's colour */
+    figures_has(svg, 3 + 1, " stroke=\"#7d8794\"");          /* in the panels and in the legend */
     figures_plot("curves %s", b);                            /* where all axes have one value */
+    put_text(b, FIGURES_HEADER);
+    figures_has(figures_plot("curves %s", b), 3, " d=\"\"");
 }
 
-/* A long log becomes 1000 points: every 20th of 20,000 rows. */
-static void figures_thinned(void)
+/* The numbers at the ticks of a linear axis up to its largest value: 0 and `last` are there, `after` is not. */
+static void figures_ticks(void)
 {
-    FILE *log = fopen(in_folder("long.csv"), "w");
-    if (!log) need("long.csv");
-    fputs(FIGURES_HEADER, log);
-    for (int i = 1; i <= 20000; i++)
-        fprintf(log, "%d,1,1,1,%d,%d,1,1,1,1,1,1,1\n", i, i % 20 == 1 ? 1 : 10, i % 20 == 2 ? 1 : 10);
-    fclose(log);
-    const char *svg = figures_plot("curves %s", in_folder("long.csv"));
-    check(figures_count(figures_points(svg, 0), ",260.0 ") == 1000, "the loss is not 1 at 1000 points");
-    check(figures_count(figures_points(svg, 1), ",0.0 ") == 1000, "the MSE is not 10 at 1000 points");
-    figures_has(svg, 3, ">0<");                              /* of the steps */
+    static const struct { const char *steps, *last, *after; } axes[] = {
+        { "3", "3", "3.5" }, { "4", "4", "5" }, { "7", "7", "8" }, { "8", "8", "9" }, { "9", "8", "9" },
+        { "10", "10", "12.5" }, { "12", "10", "12.5" }, { "15", "15", "17.5" }, { "20", "20", "25" },
+        { "300", "300", "350" }, { "12345", "10000", "12500" }, { "80000", "80000", "90000" } };
+    char row[200], wanted[40];
+    for (size_t i = 0; i < COUNT(axes); i++) {
+        snprintf(row, sizeof row, FIGURES_HEADER "%s,1,1,1,200,200,1,1,200,1,1,1,1\n", axes[i].steps);
+        put_text(in_folder("ticks.csv"), row);
+        const char *svg = figures_plot("curves %s", in_folder("ticks.csv"));
+        size_t ticks = figures_count(svg, " 0v260\"") / 3;
+        check(ticks >= 5 && ticks <= 9, "%s steps have %zu ticks", axes[i].steps, ticks);
+        figures_has(svg, 3, ">0<");
+        snprintf(wanted, sizeof wanted, ">%s<", axes[i].last);
+        figures_has(svg, 3, wanted);
+        snprintf(wanted, sizeof wanted, ">%s<", axes[i].after);
+        figures_has(svg, 0, wanted);
+    }
 }
 
 static void figures_bad_logs(void)
@@ -136,7 +144,6 @@ static void figures_bad_logs(void)
     static const struct { const char *text, *says; } logs[] = {
         { "", "expected the first line step,images,tokens,lr,loss" },
         { "step,loss,mse,l0\n1,1,1,1\n", "expected the first line" },
-        { FIGURES_HEADER, "a log without steps" },
         { FIGURES_HEADER FIGURES_ROW("1", "1", "1", "1") "2,1,1,1,0.5,0.", "line 3" },
         { FIGURES_HEADER "1,1,1,1,1,1,1,1,1,1,1,1,1", "line 2" },
         { FIGURES_HEADER "1,1,1,1,1,1,1,1,1,1,1,1,1,1\n", "line 2" },
@@ -151,10 +158,11 @@ static void figures_bad_logs(void)
     put_text(in_folder("bad.csv"), FIGURES_HEADER FIGURES_ROW("1", "1e30", "-1e30", "0")
              FIGURES_ROW("2", "1e-300", "1e30", "0"));
     const char *svg = figures_plot("curves %s", in_folder("bad.csv"));
-    figures_has(svg, 1, ">1e-294<");                         /* every 42nd power of ten */
-    check(strcmp(figures_points(svg, 1), "260.0,260.0 ") == 0, "values that are not positive: %s", figures_points(svg, 1));
+    check(strcmp(figures_path(svg, 0), "M130.0 260.0h0") == 0, "a loss of 1e-300: %s", figures_path(svg, 0));
+    check(strcmp(figures_path(svg, 1), "M260.0 260.0h0") == 0, "a negative value: %s", figures_path(svg, 1));
+    check(strcmp(figures_path(svg, 2), "") == 0, "a value of 0: %s", figures_path(svg, 2));
     refuses(1, "cannot be opened", "plot curves %s -o %s", in_folder("not_there.csv"), in_folder("none.svg"));
-    refuses(1, "first line", "plot curves %s -o %s", folder, in_folder("none.svg"));
+    refuses(1, "cannot be read", "plot curves %s -o %s", folder, in_folder("none.svg"));
     refuses(1, "safetensors", "plot latents %s -o %s", in_folder("bad.csv"), in_folder("none.svg"));
     refuses(2, "expected curves, latents", "plot pie %s -o %s", in_folder("a.csv"), in_folder("none.svg"));
     refuses(2, "-o is missing", "plot curves %s", in_folder("a.csv"));
@@ -164,18 +172,13 @@ static void figures_bad_logs(void)
     else skip("plot on a full disk: no such device can be made here");
 }
 
-/* 20 letters of 2 bytes; the last 50 bytes of the name below begin within a letter. */
-#define FIGURES_LONG "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9" \
-                     "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"
-
 /* A name is text: neither XML nor a terminal sees more in it. */
 static void figures_names(void)
 {
     static const struct { const char *name, *text; } names[] = {
-        { "<b>&\"'\n.csv", "/&#60;b&#62;&#38;&#34;&#39;\\x0a.csv<" },
+        { "<b>&\"'\n.csv", "/&#60;b&#62;&#38;\"'\\x0a.csv<" },
         { "\x1b[31m\xff\xc2\x9b.csv", "/\\x1b[31m\\xff\\xc2\\x9b.csv<" },
-        { "\xef\xbf\xbeo\xef\xbf\xbf\xef\xbf\xbd\xef\xac\x81.csv", "/o\xef\xbf\xbd\xef\xac\x81.csv<" },
-        { FIGURES_LONG FIGURES_LONG " ab.csv", ">\xc3\xa9" FIGURES_LONG " ab.csv<" } };
+        { "o\xef\xbf\xbd\xef\xac\x81 \xc3\xa9.csv", "/o\xef\xbf\xbd\xef\xac\x81 \xc3\xa9.csv<" } };
     size_t count;
     char *log = read_whole(in_folder("a.csv"), &count), path[2000];
     for (size_t i = 0; i < COUNT(names); i++) {
@@ -228,18 +231,21 @@ static void figures_latents(void)
     const char *one = in_folder("one.st");
     figures_stats(one, 4, frequency, mean, entropy, NULL, 1, NULL);
     const char *svg = figures_plot("latents %s", one);
-    figures_has(svg, 1, "stroke=\"#888\" stroke-width=\"3\" stroke-linecap=\"round\" d=\"M0 300h0\"");
-    figures_has(svg, 1, "stroke=\"#440154\" stroke-width=\"3\" stroke-linecap=\"round\" d=\"M201 150h0\"");
-    figures_has(svg, 1, "stroke=\"#fde725\" stroke-width=\"3\" stroke-linecap=\"round\" d=\"M300 0h0\"");
-    figures_has(svg, 1, "one.st<");
-    figures_has(svg, 1, ">entropy of the top images&#39; classes (nats)<");
+    check(strcmp(figures_path(svg, 0), "M0.0 300.0h0") == 0, "no entropy: %s", figures_path(svg, 0));
+    check(strcmp(figures_path(svg, 1), "M200.0 150.0h0") == 0, "entropy 0: %s", figures_path(svg, 1));
+    check(strcmp(figures_path(svg, COLOURS), "M300.0 0.0h0") == 0, "entropy 2: %s", figures_path(svg, COLOURS));
+    figures_has(svg, 1, "stroke=\"#888\" stroke-width=\"3.0\"");
+    figures_has(svg, 1, "stroke=\"#440154\" stroke-width=\"3.0\"");
+    figures_has(svg, 1, "stroke=\"#fde725\" stroke-width=\"3.0\"");
+    figures_has(svg, 1, ">one.st<");
+    figures_has(svg, 1, ">entropy of the top images (nats); grey: undefined<");
     const char *const texts[] = { ">0.001<", ">0.01<", ">0.1<", ">1<", ">10<", ">100<" };
     const size_t times[] = { 1, 2, 2, 3, 1, 1 };             /* on both axes and the colours' */
     for (size_t i = 0; i < COUNT(texts); i++) figures_has(svg, times[i], texts[i]);
-    svg = figures_plot("latents %s %s", one, one);           /* the same, 400 pixels further */
-    figures_has(svg, 2, "d=\"M201 150h0\"");
-    figures_has(svg, 1, "translate(82,40)");
-    figures_has(svg, 1, "translate(482,40)");
+    svg = figures_plot("latents %s %s", one, one);           /* the same, 404 pixels further */
+    figures_has(svg, 2, "d=\"M200.0 150.0h0\"");
+    figures_has(svg, 1, "translate(0,0)");
+    figures_has(svg, 1, "translate(404,0)");
 
     figures_stats(one, 4, zero, zero, silent, NULL, 1, NULL);
     svg = figures_plot("latents %s", one);
@@ -248,10 +254,10 @@ static void figures_latents(void)
     figures_has(figures_plot("latents %s", one), 3, "h0");
 }
 
-/* 49,152 latents: at most one point per colour and cell. */
-static void figures_density(void)
+/* 5000 latents: each is a dot, of 15 bytes or less. */
+static void figures_many(void)
 {
-    enum { N = 49152 };
+    enum { N = 5000 };
     static float frequency[N], mean[N], entropy[N];
     size_t count;
     for (size_t j = 0; j < N; j++) {
@@ -263,8 +269,7 @@ static void figures_density(void)
     figures_plot("latents %s %s", in_folder("many.st"), in_folder("many.st"));
     const char *svg = get_file(in_folder("figure.svg"), &count);
     size_t points = figures_count(svg, "h0");
-    check(points > 4000 && points <= 2 * (CELLS + 1) * (CELLS + 1) && count < 300000, "%zu points, %zu bytes", points,
-          count);
+    check(points == 2 * N && count < 15 * points, "%zu points, %zu bytes", points, count);
 }
 
 static void figures_bad_statistics(void)
@@ -276,7 +281,8 @@ static void figures_bad_statistics(void)
     check(!exists(refused), "a failed plot leaves a file");
 }
 
-/* Ranks 0 to 5 on 620 pixels, 124 each; images 1 to 5 between 1 and 10, 260 (1 - log10 images). */
+/* Ranks 0 to 6 on 620 pixels, 103 1/3 each, of which the last does not fire; images 1 to 5 between 1 and 10,
+ * 260 (1 - log10 images). */
 static void figures_counts(void)
 {
     const int64_t count[] = { 5, 0, 1, 2, 5, 3 }, one[] = { 1 }, silent[] = { 0, 0 };
@@ -284,16 +290,15 @@ static void figures_counts(void)
     figures_stats(path, 6, NULL, NULL, NULL, count, 5, NULL);
     figures_stats(other, 1, NULL, NULL, NULL, one, 1, NULL);
     const char *svg = figures_plot("counts %s %s", path, other);
-    check(strcmp(figures_points(svg, 0), "124.0,78.3 248.0,78.3 372.0,135.9 496.0,181.7 620.0,260.0 ") == 0,
-          "images by latent run through %s", figures_points(svg, 0));
-    check(strcmp(figures_points(svg, 1), "124.0,260.0 132.0,260.0 ") == 0, "one latent is not a dash");
-    figures_has(svg, 1, "counts.st: 2 latents fire on all images, 2 on 1 or 2, 1 on none<");
-    figures_has(svg, 1, "others.st: 1 latents fire on all images, 1 on 1 or 2, 0 on none<");
-    figures_has(svg, 1, ">images on which a latent fires (log scale)<");
+    check(strcmp(figures_path(svg, 0), "M103.3 78.3h0L206.7 78.3L310.0 135.9L413.3 181.7L516.7 260.0") == 0,
+          "images by latent run through %s", figures_path(svg, 0));
+    check(strcmp(figures_path(svg, 1), "M103.3 260.0h0") == 0, "one latent is not a dot");
+    figures_has(svg, 1, "counts.st<");
+    figures_has(svg, 1, "others.st<");
+    figures_has(svg, 1, ">6<");
+    figures_has(svg, 1, ">images on which a latent fires<");
     figures_stats(other, 2, NULL, NULL, NULL, silent, 9, NULL);
-    svg = figures_plot("counts %s", other);
-    figures_has(svg, 1, "others.st: 0 latents fire on all images, 0 on 1 or 2, 2 on none<");
-    figures_has(svg, 1, "points=\"\"");
+    figures_has(figures_plot("counts %s", other), 1, " d=\"\"");
 }
 
 /* 3 values in bin 160, whose middle is 2^(1/8) or 1.0905, 1 in bin 168, 4 times as large: 0.03763 and 0.63969 in
@@ -303,13 +308,13 @@ static void figures_activations(void)
     int64_t bins[HISTOGRAM_BINS] = { 0 };
     const char *path = in_folder("bins.st");
     figures_stats(path, 1, NULL, NULL, NULL, NULL, 1, bins);
-    figures_has(figures_plot("activations %s", path), 1, "points=\"\"");
+    figures_has(figures_plot("activations %s", path), 1, " d=\"\"");
     bins[160] = 3;
     bins[168] = 1;
     figures_stats(path, 1, NULL, NULL, NULL, NULL, 1, bins);
-    const char *svg = figures_plot("activations %s", path), *points = figures_points(svg, 0);
-    check(strncmp(points, "23.3,0.0 ", 9) == 0 && strstr(points, " 396.6,173.3 ") && figures_count(points, ",260.0") == 7,
-          "active values run through %s", points);
+    const char *svg = figures_plot("activations %s", path), *line = figures_path(svg, 0);
+    check(strncmp(line, "M23.3 0.0h0L", 12) == 0 && strstr(line, "L396.6 173.3") && figures_count(line, " 260.0L") == 7,
+          "active values run through %s", line);
     figures_has(svg, 1, "bins.st<");
     figures_has(svg, 1, ">70<");                             /* every 10 % */
     figures_has(svg, 1, ">active values in a bin (%)<");
@@ -328,25 +333,22 @@ static void figures_mask(void)
         { "P2 2 2 255 0 0 ", "ends before" }, { "P2 0 0 255 ", "at least 1 of each" }, { "step,loss\n", "not an image" } };
     put_text(path, "P2 2 2 255 0 255 128 0 ");
     const char *svg = figures_plot("mask %s", path);
-    figures_has(svg, 4, "width=\"100.0\" height=\"100.0\"");
-    figures_has(svg, 1, "<rect x=\"100.0\" y=\"0.0\" width=\"100.0\" height=\"100.0\" fill=\"#fde725\"/>");
-    figures_has(svg, 1, "<rect x=\"0.0\" y=\"100.0\" width=\"100.0\" height=\"100.0\" fill=\"#21908d\"/>");
-    figures_has(svg, 2, "height=\"100.0\" fill=\"#440154\"/>");
+    figures_has(svg, 1 + COLOURS, " stroke-width=\"100.0\"");
+    figures_has(svg, 1, "\"#fde725\" stroke-width=\"100.0\" stroke-linecap=\"square\" d=\"M150.0 50.0h0\"");
+    figures_has(svg, 1, "\"#21908d\" stroke-width=\"100.0\" stroke-linecap=\"square\" d=\"M50.0 150.0h0\"");
+    figures_has(svg, 1, "\"#440154\" stroke-width=\"100.0\" stroke-linecap=\"square\" d=\"M50.0 50.0h0M150.0 150.0h0\"");
     figures_has(svg, 1, ">mask.pgm<");
     figures_has(svg, 1, ">0<");
-    figures_has(svg, 1, ">0.4<");
+    figures_has(svg, 1, ">0.25<");
     figures_has(svg, 1, ">1<");                              /* a scale ends with its largest value */
     svg = figures_plot("mask %s %s %s %s %s", path, path, path, path, path);
     figures_has(svg, 5, ">mask.pgm<");
-    figures_has(svg, 1, "translate(20,48)");
-    figures_has(svg, 1, "translate(692,48)");                /* three times 200 + 24 pixels further */
-    figures_has(svg, 1, "translate(20,304)");                /* the next row */
-    put_text(in_folder("latent_17_3_%s.pgm", "a-very-long-name-of-an-image-that-would-not-fit"), "P2 1 1 255 0 ");
-    svg = figures_plot("mask %s", in_folder("latent_17_3_%s.pgm", "a-very-long-name-of-an-image-that-would-not-fit"));
-    figures_has(svg, 1, ">latent 17<");
+    figures_has(svg, 1, "translate(0,0)");
+    figures_has(svg, 1, "translate(912,0)");                 /* three times 200 + 104 pixels further */
+    figures_has(svg, 1, "translate(0,304)");                 /* the next row */
     put_text(path, "P2 1 1 255 0 ");
     figures_has(figures_plot("mask %s", path), 1,
-                "<rect x=\"0.0\" y=\"0.0\" width=\"200.0\" height=\"200.0\" fill=\"#440154\"/>");
+                "\"#440154\" stroke-width=\"200.0\" stroke-linecap=\"square\" d=\"M100.0 100.0h0\"");
     for (size_t i = 0; i < COUNT(bad); i++) {
         put_text(path, bad[i].text);
         refuses(1, bad[i].says, "plot mask %s -o %s", path, refused);
@@ -373,11 +375,11 @@ static void figures_of_commands(void)
 static void test_figures(void)
 {
     figures_curves();
-    figures_thinned();
+    figures_ticks();
     figures_bad_logs();
     figures_names();
     figures_latents();
-    figures_density();
+    figures_many();
     figures_bad_statistics();
     figures_counts();
     figures_activations();
