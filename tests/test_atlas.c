@@ -149,7 +149,7 @@ static void atlas_masks(void)
  * blue, green, red, 0. Image 0 is 4 x 4 pixels, red where red0 says so. */
 static void atlas_bitmaps(void)
 {
-    char *path = copy_string(getenv("PATH"));
+    char *path = strdup(getenv("PATH"));
     size_t count;
     setenv("PATH", in_folder("nothing"), 1);
     int status = look_run(ATLAS "-o bitmaps");

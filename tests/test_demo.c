@@ -195,8 +195,8 @@ static void demo_scores(void)
     demo_invent_codes(&demo_unseen, 0);
     demo_sum_up(&demo_seen);
     demo_sum_up(&demo_unseen);
-    if (!check(save_tensors(in_folder("seen"), 4096, demo_write_codes, &demo_seen) == SC_OK
-               && save_tensors(in_folder("unseen"), 4096, demo_write_codes, &demo_unseen) == SC_OK,
+    if (!check(save_tensors(in_folder("seen"), demo_write_codes, &demo_seen) == SC_OK
+               && save_tensors(in_folder("unseen"), demo_write_codes, &demo_unseen) == SC_OK,
                "codes cannot be written")) return;
     run("score --seed 3 --codes %s --unseen %s", in_folder("seen"), in_folder("unseen"));
     if (check(ran.status == 0, "synth score: %s", ran.err)) demo_score(ran.out);
