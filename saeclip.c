@@ -4250,17 +4250,18 @@ static double seconds_now(void) {
 static void show_progress(const char *what, uint64_t done, uint64_t total, const char *words) {
     static double first, last;
     static uint64_t begin;
-    double now = seconds_now(), pause = 20;
-    int terminal = isatty(STDERR_FILENO), ends = done == total;
+    double now = seconds_now(), since = now - last, pause = 20;
+    int terminal = isatty(STDERR_FILENO);
     if (terminal) pause = 0.2;
     if (first == 0 || done <= begin) {                   /* a pass begins */
         first = last = now;
         begin = done;
         return;
     }
-    if (quiet || now - first < pause || (!ends && now - last < pause)) return;
+    if (done == total) since = now - first;              /* the end is always shown */
+    if (quiet || since < pause) return;
     last = now;
-    line_open = terminal && !ends;
+    line_open = terminal && done < total;
     double rate = (double)(done - begin) / (now - first);
     fprintf(stderr, "%s%s %ju of %ju, %.1f %ss/s, %.0f s left%s%s",
             terminal ? "\r\033[K" : "saeclip: ", what, (uintmax_t)done, (uintmax_t)total, rate,
@@ -4412,47 +4413,39 @@ static uint32_t json_unit(const char *text) {
     return (uint32_t)strtoul(digits, NULL, 16);
 }
 
-/* Decodes the escape at text to *to, which moves on. Returns the escape's length, 0 if invalid. */
-static size_t json_escape(const char *text, char **to) {
-    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    static const unsigned char leads[] = { 0, 0xc0, 0xe0, 0xf0 };
-    const char *letter = strchr(letters, text[1]);
-    if (text[1] && letter) {
-        *(*to)++ = meanings[letter - letters];
-        return 2;
-    }
-    uint32_t point = json_unit(text), low = 0;
-    if (point >> 10 == 0x36) low = json_unit(text + 6);  /* of a surrogate pair */
-    if (low >> 10 == 0x37) point = 0x10000 + ((point & 0x3ff) << 10 | (low & 0x3ff));
-    if (point == 0 || point >> 11 == 0x1b) return 0;     /* or half a pair */
-    int more = (point >= 0x80) + (point >= 0x800) + (point >= 0x10000);
-    *(*to)++ = (char)(leads[more] | point >> 6 * more);  /* UTF-8: a lead byte, 0 to 3 more */
-    for (int i = more - 1; i >= 0; i--)
-        *(*to)++ = (char)(0x80 | (point >> 6 * i & 0x3f));
-    return more == 3 ? 12 : 6;
-}
-
 /* Reads a string and decodes it: `to` follows j->at and never overtakes it. */
 static char *json_string(json *j) {
+    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    static const unsigned char leads[] = { 0, 0xc0, 0xe0, 0xf0 };
     json_expect(j, *j->at == '"', "a string");
     if (j->failed) return j->end;
     char *start = ++j->at, *to = start;
-    while (!j->failed && *j->at != '"') {
-        const char *from = j->at;
-        uint32_t code;
-        size_t length;
-        if (*from == '\\') {
-            length = json_escape(from, &to);
-        } else {
-            length = utf8_length(from, &code);
-            if (code < ' ') length = 0;                  /* the NUL at the end, too */
-            memmove(to, from, length);
-            to += length;
+    while (*j->at != '"') {
+        uint32_t point, low = 0;
+        size_t length = utf8_length(j->at, &point);
+        if (point < ' ') length = 0;                     /* the NUL at the end, too */
+        if (point == '\\') {
+            const char *letter = strchr(letters, j->at[1]);
+            point = json_unit(j->at);
+            if (point >> 10 == 0x36) low = json_unit(j->at + 6);         /* of a surrogate pair */
+            if (low >> 10 == 0x37) point = 0x10000 + ((point & 0x3ff) << 10 | (low & 0x3ff));
+            length = point < 0x10000 ? 6 : 12;
+            if (point == 0 || point >> 11 == 0x1b) length = 0;           /* or half a pair */
+            if (letter && *letter) {
+                point = (unsigned char)meanings[letter - letters];
+                length = 2;
+            }
         }
         json_expect(j, length > 0, "valid UTF-8, a valid escape or the string's end");
-        if (!j->failed) j->at += length;
+        if (j->failed) return j->end;
+        j->at += length;
+        int more = (point >= 0x80) + (point >= 0x800) + (point >= 0x10000);
+        *to++ = (char)(leads[more] | point >> 6 * more); /* UTF-8: a lead byte, 0 to 3 more */
+        for (int i = more - 1; i >= 0; i--)
+            *to++ = (char)(0x80 | (point >> 6 * i & 0x3f));
     }
-    if (json_take(j, '"')) *to = '\0';
+    json_skip(j, 1);
+    *to = '\0';
     return start;
 }
 
@@ -4508,11 +4501,11 @@ static int json_scalars(json *j, const char *key, int depth, scalar_function *ta
     } else {
         size_t length = strcspn(text, ",]} \t\r\n");
         json_expect(j, length > 0 && length < sizeof scalar, "a value");
-        if (!j->failed) text = memcpy(scalar, text, length);
-        if (!j->failed) json_skip(j, length);
+        if (j->failed) return j->failed;
+        text = memcpy(scalar, text, length);
+        json_skip(j, length);
     }
-    if (j->failed) return j->failed;
-    return take(context, key, text);
+    return j->failed ? j->failed : take(context, key, text);
 }
 
 /* Reads a JSON array of strings, the form that lists of names have in metadata. *out: the pointers
@@ -4567,16 +4560,16 @@ size_t sc_dtype_size(sc_dtype dtype) { return dtypes[dtype].size; }
 /* Sets count and bytes from dtype and shape. Where a dimension is 0, the product of the others must
  * not overflow either: a caller may multiply them. */
 static int measure_tensor(sc_tensor *t, const char *path) {
-    size_t bytes = sc_dtype_size(t->dtype), empty = 0;
+    size_t size = sc_dtype_size(t->dtype), nonzero = 1;
+    t->count = 1;
     for (int d = 0; d < t->rank; d++) {
         size_t n = t->shape[d];
-        if (n == 0) n = empty = 1;
-        if (bytes > SIZE_MAX / n)
+        if (n > 0 && nonzero > SIZE_MAX / size / n)
             return fail("%s: tensor '%.100s' is too large for this machine", path, t->name);
-        bytes *= n;
+        if (n > 0) nonzero *= n;
+        t->count *= n;
     }
-    t->bytes = empty ? 0 : bytes;
-    t->count = t->bytes / sc_dtype_size(t->dtype);
+    t->bytes = t->count * size;
     return SC_OK;
 }
 
@@ -4625,15 +4618,15 @@ static int read_header(sc_safetensors *file) {
     uint64_t size, most = file->size - 8;
     if (most > MAX_HEADER) most = MAX_HEADER;
     copy_numbers(&size, file->map, 1, 8);
-    int fits = size >= 2 && size <= most;
-    for (size_t i = 0; i < COUNT(others) && !fits; i++) {
-        size_t length = strlen(others[i].begin);
-        if (file->size > length && memcmp(file->map, others[i].begin, length) == 0)
-            return fail("%s: not a safetensors file but %s", file->path, others[i].name);
-    }
-    if (!fits)
+    if (size < 2 || size > most) {
+        for (size_t i = 0; i < COUNT(others); i++) {
+            size_t length = strlen(others[i].begin);
+            if (file->size > length && memcmp(file->map, others[i].begin, length) == 0)
+                return fail("%s: not a safetensors file but %s", file->path, others[i].name);
+        }
         return fail("%s: not a safetensors file: a header of %ju bytes (expected 2 to %ju)",
                     file->path, (uintmax_t)size, (uintmax_t)most);
+    }
     file->data = file->map + 8 + size;
     file->text = new_array((size_t)size + 1, 1);
     if (!file->text) return SC_FAILED;
@@ -4747,7 +4740,9 @@ static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
     case SC_F32: return (double)float_of_bits((uint32_t)bits);
     case SC_F16: return (double)float_of_half((uint32_t)bits);
     case SC_BF16: return (double)float_of_bits((uint32_t)bits << 16);    /* F32's upper half */
-    case SC_F64: return *(double *)memcpy(&wide, &bits, sizeof wide);
+    case SC_F64:
+        memcpy(&wide, &bits, sizeof wide);
+        return wide;
     case SC_I32: *whole = (int32_t)(uint32_t)bits; break;
     default: *whole = (int64_t)bits;                     /* of I64 and U8 */
     }
@@ -4827,38 +4822,34 @@ static int output_close(sc_output *out, int status) {
         status = write_failed(out->path, errno);
     if (status != SC_OK && out->file) unlink(out->temporary);
     if (out->file) fclose(out->file);                    /* unlocks it */
-    free(out->path);
     free(out->temporary);
     *out = (sc_output){ 0 };
     return status;
 }
 
 /* Opens and locks NAME.tmp. A link in its place is refused (O_NOFOLLOW), and a device or a pipe
- * under NAME is not replaced. */
+ * under NAME is not replaced. path: must last until the output is closed */
 static int output_open(sc_output *out, const char *path) {
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     struct stat there, locked, named;
-    int fd = -1, ours = 0;
-    *out = (sc_output){ 0 };
+    *out = (sc_output){ .path = path };
     if (stat(path, &there) == 0 && !S_ISREG(there.st_mode))
         return fail("%s: cannot be written: not a regular file", path);
-    out->path = join_text(path, "");
-    if (out->path) out->temporary = join_text(path, ".tmp");
-    const char *name = out->temporary;
-    if (name) fd = open(name, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
-    if (fd >= 0) {
-        /* Another process may have renamed the file before we got the lock: then what we opened
-         * is its finished output. */
-        ours = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0
-            && stat(name, &named) == 0 && locked.st_ino == named.st_ino;
-        if (!ours) errno = EBUSY;
-    }
+    out->temporary = join_text(path, ".tmp");
+    if (!out->temporary) return SC_FAILED;
+    int fd = open(out->temporary, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
+    if (fd < 0) return output_close(out, write_failed(path, errno));
+    /* Another process may have renamed the file before we got the lock: then what we opened is its
+     * finished output. */
+    int ours = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0
+            && stat(out->temporary, &named) == 0 && locked.st_ino == named.st_ino;
+    if (!ours) errno = EBUSY;
     if (ours && ftruncate(fd, 0) == 0) out->file = fdopen(fd, "w");
     if (out->file) return SC_OK;
-    if (name) write_failed(path, errno);
-    if (ours) unlink(name);
-    if (fd >= 0) close(fd);
-    return output_close(out, SC_FAILED);
+    int status = write_failed(path, errno);
+    if (ours) unlink(out->temporary);
+    close(fd);
+    return output_close(out, status);
 }
 
 /* --- Writing safetensors ---
@@ -4912,8 +4903,10 @@ static int write_name_list(sc_writer *w, const char *key, char **name, size_t co
 static int end_tensor(sc_writer *w) {
     sc_tensor *t = &w->tensor;
     if (!t->name) return SC_OK;
-    if (w->rows_open && t->count > 0) t->shape[0] = w->values / t->count;   /* count: of a row */
-    w->rows_open = 0;
+    int open = t->rank > 0 && t->shape[0] == SC_ROWS;
+    if (open) t->shape[0] = 1;
+    SC_TRY(measure_tensor(t, w->out.path));
+    if (open && t->count > 0) t->shape[0] = w->values / t->count;
     SC_TRY(measure_tensor(t, w->out.path));
     if (w->values != t->count)
         return fail("%s: tensor '%.100s' got %zu values (expected %zu from its shape)", w->out.path,
@@ -4926,104 +4919,77 @@ static int end_tensor(sc_writer *w) {
     return SC_OK;
 }
 
-/* Leaves a gap of a multiple of 64 bytes for the header: what metadata have come, and the room. */
-static int begin_data(sc_writer *w) {
-    SC_TRY(flush_output(w->metadata, w->out.path));
-    w->data = (w->length[0] + w->room + 63) / 64 * 64;
-    if (w->data > MAX_HEADER) w->data = MAX_HEADER;
-    if (fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0) return SC_OK;
-    return write_failed(w->out.path, errno);
-}
-
 /* Begins the next tensor; shape[0] may be SC_ROWS. */
 int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
                      const size_t *shape) {
-    sc_tensor t = { .name = w->name, .dtype = dtype, .rank = rank };
     SC_TRY(end_tensor(w));
-    if (w->data == 0) SC_TRY(begin_data(w));
     if (rank > SC_MAX_RANK)
         return fail("%s: tensor '%.100s' has more than %d dimensions", w->out.path, name,
                     SC_MAX_RANK);
-    snprintf(w->name, sizeof w->name, "%s", name);
-    for (int d = 0; d < rank; d++) t.shape[d] = shape[d];
-    w->rows_open = rank > 0 && shape[0] == SC_ROWS;
-    if (w->rows_open) t.shape[0] = 1;
-    SC_TRY(measure_tensor(&t, w->out.path));
+    if (w->data == 0) {
+        /* Leaves a gap for the metadata that have come, and what is still to come. */
+        SC_TRY(flush_output(w->metadata, w->out.path));
+        w->data = (w->length[0] + w->room + 63) / 64 * 64;
+        if (w->data > MAX_HEADER) w->data = MAX_HEADER;
+        if (fseeko(w->out.file, (off_t)w->data, SEEK_SET) != 0)
+            return write_failed(w->out.path, errno);
+    }
+    w->tensor = (sc_tensor){ .name = name, .dtype = dtype, .rank = rank };
+    for (int d = 0; d < rank; d++) w->tensor.shape[d] = shape[d];
+    w->values = 0;
     putc(',', w->tensors);
     print_json(w->tensors, name);
     fprintf(w->tensors, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(dtype));
-    w->tensor = t;
-    w->values = 0;
     return SC_OK;
 }
 
-/* Stores values as little-endian numbers of a dtype. Returns the index of the first value that the
- * dtype cannot hold, or count. values: of the dtype, but float for F16 and int64_t for I32 */
-static size_t store_numbers(unsigned char *to, sc_dtype dtype, const void *values, size_t count) {
-    const float *f = values;
-    const double *d = values;
-    const int64_t *n = values;
-    size_t i = 0;
-    if (dtype == SC_F16) {
-        for (; i < count && fabsf(f[i]) < 65520; i++) {
-            uint16_t half = half_of_float(f[i]);
-            copy_numbers(to + 2 * i, &half, 1, 2);
-        }
-    } else if (dtype == SC_I32) {
-        for (; i < count && n[i] >= INT32_MIN && n[i] <= INT32_MAX; i++) {
-            int32_t narrow = (int32_t)n[i];
-            copy_numbers(to + 4 * i, &narrow, 1, 4);
-        }
-    } else {
-        copy_numbers(to, values, count, sc_dtype_size(dtype));
-        if (dtype == SC_F32) return first_not_finite(f, count);
-        while (i < count && (dtype != SC_F64 || isfinite(d[i]))) i++;
-    }
-    return i;
-}
-
-/* kind: the type of the values in memory, F32 (also for F16), F64, I64 (also for I32) or U8. Values
- * that the tensor's dtype cannot hold, infinities and NaN are refused. */
+/* kind: the type of the values in memory, that of the tensor, but F32 for a tensor of F16. Values
+ * that would be infinite or NaN in the file are refused. */
 int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind) {
     enum { BLOCK = 4096 };
-    unsigned char bytes[BLOCK * 8];
-    sc_dtype dtype = w->tensor.dtype, expected = dtype;
+    const float *single = values;
+    const double *wide = values;
+    uint16_t half[BLOCK];
+    unsigned char bytes[BLOCK * sizeof *wide];
+    sc_dtype dtype = w->tensor.dtype;
     size_t size = sc_dtype_size(dtype);
-    if (dtype == SC_F16) expected = SC_F32;
-    if (dtype == SC_I32) expected = SC_I64;
-    if (!w->tensor.name || kind != expected)
+    int halves = dtype == SC_F16;
+    double most = halves ? 65520 : (double)INFINITY;         /* rounds to infinity in F16 */
+    if (!w->tensor.name || kind != (halves ? SC_F32 : dtype))
         return fail("%s: %s values without a tensor of theirs", w->out.path, sc_dtype_name(kind));
-    for (size_t at = 0, n; at < count; at += n) {
-        n = smaller(count - at, BLOCK);
-        const char *from = (const char *)values + at * sc_dtype_size(kind);
-        size_t held = store_numbers(bytes, dtype, from, n);
-        if (held < n)
+    for (size_t i = 0; i < count && kind <= SC_F64; i++) {
+        double value = kind == SC_F64 ? wide[i] : (double)single[i];
+        if (!(fabs(value) < most))
             return fail("%s: tensor '%.100s', element %zu cannot be held by %s", w->out.path,
-                        w->name, w->values + held, sc_dtype_name(dtype));
-        if (fwrite(bytes, size, n, w->out.file) < n) return write_failed(w->out.path, errno);
-        w->values += n;
+                        w->tensor.name, w->values + i, sc_dtype_name(dtype));
     }
+    for (size_t at = 0, n; at < count; at += n) {
+        const void *from = (const char *)values + at * size;
+        n = smaller(count - at, BLOCK);
+        for (size_t i = 0; i < n && halves; i++) half[i] = half_of_float(single[at + i]);
+        copy_numbers(bytes, halves ? half : from, n, size);
+        if (fwrite(bytes, size, n, w->out.file) < n) return write_failed(w->out.path, errno);
+    }
+    w->values += count;
     return SC_OK;
 }
 
-/* Writes the header into its gap. Errors of the file itself show when the output is committed. */
+/* Writes the header into its gap. Errors of the file itself show when the output is closed. */
 static int write_header(sc_writer *w) {
     FILE *f = w->out.file;
     SC_TRY(end_tensor(w));
-    if (w->data == 0) SC_TRY(begin_data(w));
     SC_TRY(flush_output(w->metadata, w->out.path));
     SC_TRY(flush_output(w->tensors, w->out.path));
+    const char *metadata = w->text[0], *tensors = w->text[1];
     uint64_t size = w->data - 8, bytes;
-    if (w->length[0] + w->length[1] + strlen("{\"__metadata__\":{}}") > size)
+    if (8 + w->length[0] + w->length[1] + strlen("{\"__metadata__\":{}}") > w->data)
         return fail("%s: the header needs more than %ju bytes: too many or too long names",
-                    w->out.path, (uintmax_t)size);
+                    w->out.path, (uintmax_t)w->data);
     if (fseeko(f, 0, SEEK_SET) != 0) return write_failed(w->out.path, errno);
     copy_numbers(&bytes, &size, 1, 8);
     fwrite(&bytes, 8, 1, f);
-    const char *metadata = w->text[0], *tensors = w->text[1];
-    int used;                                /* bytes of the header before the blanks */
-    if (*metadata) used = fprintf(f, "{\"__metadata__\":{%s}%s}", metadata + 1, tensors);
-    else used = fprintf(f, "{%s}", tensors + (*tensors == ','));
+    if (*metadata) metadata++;                           /* its comma */
+    int used = fprintf(f, "{\"__metadata__\":{%s}%s}", metadata, tensors);
     fprintf(f, "%*s", (int)size - used, "");
     return SC_OK;
 }
@@ -8220,7 +8186,8 @@ static void spool_tile(const session *s, const tile_codes *tile, float *f) {
     }
     for (size_t e = 0; e < count; e++) {
         if (!(f[e] > 0)) continue;
-        int64_t row = (int64_t)(first + e / n), index = (int64_t)(e % n);
+        int64_t row = (int64_t)(first + e / n);
+        int32_t index = (int32_t)(e % n);
         fwrite(&row, sizeof row, 1, spool[CODE_ROW]);
         fwrite(&index, sizeof index, 1, spool[CODE_INDEX]);
         fwrite(&f[e], sizeof *f, 1, spool[CODE_VALUE]);
@@ -8253,23 +8220,23 @@ static int write_codes(sc_writer *w, void *context) {
     session *s = context;
     size_t n = s->sae[0].d_sae, D = s->sae[0].d_in, count;
     int64_t block[512];
-    const struct { const char *name; sc_dtype dtype, in_memory; size_t columns; } tensor[SPOOLS] = {
-        { "row", SC_I64, SC_I64, 0 },
-        { "index", SC_I32, SC_I64, 0 },
-        { "value", SC_F32, SC_F32, 0 },
-        { "f", SC_F32, SC_F32, n },
-        { "reconstruction", SC_F32, SC_F32, D },
-        { "image_means", SC_F32, SC_F32, n } };
+    const struct { const char *name; sc_dtype dtype; size_t columns; } tensor[SPOOLS] = {
+        { "row", SC_I64, 0 },
+        { "index", SC_I32, 0 },
+        { "value", SC_F32, 0 },
+        { "f", SC_F32, n },
+        { "reconstruction", SC_F32, D },
+        { "image_means", SC_F32, n } };
     for (size_t i = 0; i < SPOOLS; i++) {
         FILE *spool = s->spool[i];
-        sc_dtype kind = tensor[i].in_memory;
-        size_t size = sc_dtype_size(kind);
+        sc_dtype dtype = tensor[i].dtype;
+        size_t size = sc_dtype_size(dtype);
         const size_t shape[] = { SC_ROWS, tensor[i].columns };
         if (!spool) continue;
         rewind(spool);
-        SC_TRY(sc_writer_tensor(w, tensor[i].name, tensor[i].dtype, shape[1] ? 2 : 1, shape));
+        SC_TRY(sc_writer_tensor(w, tensor[i].name, dtype, shape[1] ? 2 : 1, shape));
         while ((count = fread(block, size, sizeof block / size, spool)) > 0)
-            SC_TRY(sc_writer_values(w, block, count, kind));
+            SC_TRY(sc_writer_values(w, block, count, dtype));
         if (ferror(spool)) return spool_failed();
     }
     return SC_OK;

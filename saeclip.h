@@ -101,7 +101,7 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
 
 /* A file that appears under its name only when it is complete. */
 typedef struct {
-    char *path;
+    const char *path;                /* the caller's */
     char *temporary;                 /* path.tmp */
     const char *previous;            /* the file that is replaced keeps this name; NULL: it goes */
     FILE *file;
@@ -117,23 +117,22 @@ typedef struct {
     char *text[2];                   /* their bytes, and how many */
     size_t length[2];
     sc_tensor tensor;                /* the one that is being written; no name: none is */
-    char name[104];                  /* its name, for errors */
     size_t end;                      /* the bytes of data of the tensors before it */
     size_t values;                   /* how many it got so far */
-    int rows_open;                   /* its first dimension is SC_ROWS */
 } sc_writer;
 
-/* Writes tensors one after the other, no name or key twice, and none `__metadata__`. A tensor's
- * entry in the header takes about 100 bytes. All of them, and the metadata that come after the
- * first tensor, must fit in w->room: raise its 65536 before the first tensor where they do not.
+/* Writes tensors one after the other, at least one, no name or key twice, and none `__metadata__`.
+ * path must last until the end, a tensor's name until the next begins. A tensor's entry in the
+ * header takes about 100 bytes. All of them, and the metadata that come after the first tensor,
+ * must fit in w->room: raise its 65536 before the first tensor where they do not.
  * sc_writer_close() ends the writer: if the status it gets is SC_OK the whole file appears under its
  * name, otherwise nothing changes. It returns that status, or that of a failure. */
 int sc_writer_open(sc_writer *w, const char *path);
 int sc_writer_metadata(sc_writer *w, const char *key, const char *value);
 int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
                      const size_t *shape);
-/* The next values of the last tensor, which are of type F32 (for a tensor of F32 or F16), F64, I64
- * (I64 or I32) or U8 in memory. */
+/* The next values of the last tensor; kind: their type in memory, which is the tensor's, but F32 for
+ * a tensor of F16. */
 int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind);
 #define sc_writer_floats(w, v, n) sc_writer_values(w, (const float *){ v }, n, SC_F32)
 #define sc_writer_doubles(w, v, n) sc_writer_values(w, (const double *){ v }, n, SC_F64)
