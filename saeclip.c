@@ -4177,15 +4177,14 @@ static size_t utf8_length(const char *text, uint32_t *code) {
     uint32_t value = *code = byte[0];
     size_t length = 0;
     if (value < 0x80) return 1;
-    if (value >> 5 == 0x06) length = 2;
-    if (value >> 4 == 0x0e) length = 3;
-    if (value >> 3 == 0x1e) length = 4;
+    while (value << length & 0x80) length++;             /* as many ones lead the first byte */
+    if (length < 2 || length > 4) return 0;
     value &= 0x7fu >> length;
     for (size_t i = 1; i < length; i++) {
         if (byte[i] >> 6 != 2) return 0;
         value = value << 6 | (byte[i] & 0x3f);
     }
-    if (length == 0 || value < least[length]) return 0;
+    if (value < least[length]) return 0;
     if (value >> 11 == 0x1b || value > 0x10ffff) return 0;
     *code = value;
     return length;
@@ -4263,9 +4262,10 @@ static void show_progress(const char *what, uint64_t done, uint64_t total, const
     last = now;
     line_open = terminal && done < total;
     double rate = (double)(done - begin) / (now - first);
-    fprintf(stderr, "%s%s %ju of %ju, %.1f %ss/s, %.0f s left%s%s",
+    fprintf(stderr, "%s%s %ju of %ju, %.1f %ss/s, %.0f s left%s",
             terminal ? "\r\033[K" : "saeclip: ", what, (uintmax_t)done, (uintmax_t)total, rate,
-            what, (double)(total - done) / rate, words, line_open ? "" : "\n");
+            what, (double)(total - done) / rate, words);
+    if (!line_open) putc('\n', stderr);
 }
 
 /* Whether a text is one of the words in "one|another". */
@@ -4315,7 +4315,8 @@ static void copy_numbers(void *restrict to, const void *restrict from, size_t co
     const size_t swap = one.first ? 0 : size - 1;
     unsigned char *restrict out = to;
     const unsigned char *restrict in = from;
-    for (size_t i = 0; i < count * size; i++) out[i ^ swap] = in[i];
+    for (size_t i = 0; i < count * size; i++)
+        out[i ^ swap] = in[i];
 }
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 bits of fraction. Exact. */
@@ -4341,8 +4342,8 @@ static uint16_t half_of_float(float value) {
     return (uint16_t)(sign | rest);
 }
 
-/* Adds a number to a digest, which begins as 0. Against accidents, not attacks. A step is one-to-one
- * in the number (odd factor: 2^64 over the golden ratio), so that a single change always shows. */
+/* Adds a number to a digest, which begins as 0. Against accidents, not attacks. The factor, 2^64
+ * over the golden ratio, is odd, so that a step is one-to-one: a single change always shows. */
 static void digest64_number(uint64_t *digest, uint64_t number) {
     *digest = (*digest ^ number) * 0x9e3779b97f4a7c15u + 1;
     *digest ^= *digest >> 32;
@@ -4408,7 +4409,8 @@ static int json_take(json *j, char c) {
 /* The value of "\uXXXX" at text; 0, which no string may hold, if it is not there. */
 static uint32_t json_unit(const char *text) {
     char digits[5] = "";
-    if (strncmp(text, "\\u", 2) != 0 || strspn(text + 2, "0123456789abcdefABCDEF") < 4) return 0;
+    if (strncmp(text, "\\u", 2) != 0) return 0;
+    if (strspn(text + 2, "0123456789abcdefABCDEF") < 4) return 0;
     memcpy(digits, text + 2, 4);
     return (uint32_t)strtoul(digits, NULL, 16);
 }
@@ -4424,7 +4426,7 @@ static char *json_string(json *j) {
         uint32_t point, low = 0;
         size_t length = utf8_length(j->at, &point);
         if (point < ' ') length = 0;                     /* the NUL at the end, too */
-        if (point == '\\') {
+        if (point == '\\') {                             /* an escape */
             const char *letter = strchr(letters, j->at[1]);
             point = json_unit(j->at);
             if (point >> 10 == 0x36) low = json_unit(j->at + 6);         /* of a surrogate pair */
@@ -4489,6 +4491,7 @@ static int json_scalars(json *j, const char *key, int depth, scalar_function *ta
     char scalar[64] = "", *text = j->at, *name;
     const char *brackets = *text == '{' ? "{}" : "[]";
     json_expect(j, depth < 32, "less nesting");
+    /* A list; the elements of an array have the array's key. */
     if (*text == *brackets) {
         for (size_t i = 0; (name = json_next(j, i, brackets)) != NULL; i++) {
             if (*brackets == '[') name = (char *)(uintptr_t)key;
@@ -4496,6 +4499,7 @@ static int json_scalars(json *j, const char *key, int depth, scalar_function *ta
         }
         return j->failed;
     }
+    /* A string, or a word or number, which gets a NUL in a copy. */
     if (*text == '"') {
         text = json_string(j);
     } else {
@@ -4505,14 +4509,16 @@ static int json_scalars(json *j, const char *key, int depth, scalar_function *ta
         text = memcpy(scalar, text, length);
         json_skip(j, length);
     }
-    return j->failed ? j->failed : take(context, key, text);
+    if (j->failed) return j->failed;
+    return take(context, key, text);
 }
 
 /* Reads a JSON array of strings, the form that lists of names have in metadata. *out: the pointers
  * and behind them the strings, in one block that free() releases. */
 static int json_string_array(const char *text, const char *what, char ***out, size_t *count) {
     size_t length = strlen(text), most = 1;              /* most: strings there can be */
-    for (const char *c = text; *c; c++) most += *c == ',';
+    for (const char *c = text; *c; c++)
+        most += *c == ',';
     char **list = new_array(most * sizeof *list + length + 1, 1);
     if (!list) return SC_FAILED;
     char *copy = memcpy(list + most, text, length + 1);
@@ -4540,7 +4546,9 @@ static void print_quoted(FILE *out, const char *text, const char *slash, const c
     fputs(quote, out);
 }
 
-static void print_json(FILE *out, const char *text) { print_quoted(out, text, "\\", "\""); }
+static void print_json(FILE *out, const char *text) {
+    print_quoted(out, text, "\\", "\"");
+}
 
 /* --- Reading safetensors --- */
 
@@ -4582,6 +4590,7 @@ static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     size_t rank = SIZE_MAX;                  /* no shape yet; it may be [] */
     const char *dtype = NULL;
     sc_tensor t = { .name = name };
+    /* What it claims. */
     for (const char *key; (key = json_next(j, n, "{}")) != NULL; n++) {
         if (strcmp(key, "dtype") == 0) dtype = json_string(j);
         else if (strcmp(key, "shape") == 0) rank = json_sizes(j, t.shape, SC_MAX_RANK);
@@ -4590,6 +4599,7 @@ static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     }
     json_expect(j, n == 3 && dtype && rank != SIZE_MAX && offsets == 2, members);
     if (j->failed) return SC_FAILED;
+    /* Whether that can be. */
     while (d < COUNT(dtypes) && strcmp(dtypes[d].name, dtype) != 0) d++;
     if (d == COUNT(dtypes))
         return fail("%s: tensor '%.100s': unknown dtype '%.100s' (expected F32 or the like)",
@@ -4627,12 +4637,13 @@ static int read_header(sc_safetensors *file) {
         return fail("%s: not a safetensors file: a header of %ju bytes (expected 2 to %ju)",
                     file->path, (uintmax_t)size, (uintmax_t)most);
     }
+    /* The copy, with a NUL at its end. */
     file->data = file->map + 8 + size;
     file->text = new_array((size_t)size + 1, 1);
     if (!file->text) return SC_FAILED;
     memcpy(file->text, file->map + 8, (size_t)size);
     json j = json_begin(file->path, file->text, (size_t)size);
-    json_expect(&j, j.at == j.text, "{}");
+    json_expect(&j, j.at == j.text, "{}");               /* no blank before it */
     size_t members = 0;
     for (const char *name, *key; (name = json_next(&j, members, "{}")) != NULL; members++) {
         if (strcmp(name, "__metadata__") != 0) {
@@ -4648,6 +4659,7 @@ static int read_header(sc_safetensors *file) {
     return json_end(&j);
 }
 
+/* By where the data begin. */
 static int by_position(const void *a, const void *b) {
     const sc_tensor *left = a, *right = b;
     return (left->data > right->data) - (left->data < right->data);
@@ -4669,7 +4681,7 @@ static int sort_by_name(const char *path, void *list, size_t count, size_t size)
     return SC_OK;
 }
 
-/* If a file is cut short while it is mapped, the program ends when it reads there. */
+/* Maps and checks a file. If it is cut short later, the program ends when it reads there. */
 static int read_safetensors(sc_safetensors *file) {
     struct stat about;
     void *map = MAP_FAILED;
@@ -4681,7 +4693,8 @@ static int read_safetensors(sc_safetensors *file) {
         map = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     close(fd);
     if (map == MAP_FAILED)
-        return fail("%s: cannot be read (expected a regular file of 8 bytes or more)", file->path);
+        return fail("%s: cannot be read (expected a safetensors file of at least 8 bytes)",
+                    file->path);
     file->map = map;
     file->size = (size_t)about.st_size;
     SC_TRY(read_header(file));
@@ -4698,6 +4711,7 @@ static int read_safetensors(sc_safetensors *file) {
     if (at != end)
         return fail("%s: %td bytes of data belong to no tensor (expected none)", file->path,
                     end - at);
+    /* In the order in which sc_tensor_find() and sc_metadata_find() look for them. */
     SC_TRY(sort_by_name(file->path, file->tensor, file->tensors, sizeof *file->tensor));
     return sort_by_name(file->path, file->metadata, file->entries, sizeof *file->metadata);
 }
@@ -4730,12 +4744,15 @@ const char *sc_metadata_find(const sc_safetensors *file, const char *key) {
     return entry->value;
 }
 
-/* Element i of a tensor, also infinities and NaN; of I64, I32 and U8 *whole is the exact value. */
+/* Element i of a tensor, also infinities and NaN; of I64, I32 and U8 *whole is the exact value. The
+ * other types cannot be read. */
 static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
     uint64_t bits = 0;
     double wide;
     size_t size = sc_dtype_size(t->dtype);
-    for (size_t b = size; b > 0; b--) bits = bits << 8 | t->data[i * size + b - 1];
+    const unsigned char *byte = t->data + i * size;
+    for (size_t b = 0; b < size; b++)
+        bits |= (uint64_t)byte[b] << 8 * b;
     switch (t->dtype) {
     case SC_F32: return (double)float_of_bits((uint32_t)bits);
     case SC_F16: return (double)float_of_half((uint32_t)bits);
@@ -4752,6 +4769,7 @@ static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
 /* Whether a tensor is of floats (else of integers) and has values first .. first + count - 1. */
 static int check_range(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
                        int floats) {
+    /* By the order of sc_dtype. */
     int of_kind = floats ? t->dtype <= SC_F64 : t->dtype >= SC_I64 && t->dtype <= SC_U8;
     if (of_kind && first <= t->count && count <= t->count - first) return SC_OK;
     return fail("%s: tensor '%.100s' has %zu values of type %s (expected %zu from number %zu on, "
@@ -4807,10 +4825,11 @@ static int flush_output(FILE *file, const char *name) {
 static int end_of_output(void) { return flush_output(stdout, "standard output"); }
 
 /* Ends the output. If status is SC_OK the whole file appears under its name, and the file that it
- * replaces stays as out->previous, if that is set; otherwise nothing changes. Returns the status. */
+ * replaces stays as out->previous if that is set; otherwise nothing changes. Returns the status. */
 static int output_close(sc_output *out, int status) {
     if (status == SC_OK) status = flush_output(out->file, out->path);
-    if (status == SC_OK && fsync(fileno(out->file)) != 0) status = write_failed(out->path, errno);
+    if (status == SC_OK && fsync(fileno(out->file)) != 0)
+        status = write_failed(out->path, errno);
     if (status == SC_OK && out->previous) {
         /* With a link NAME is never missing; some file systems have none. */
         unlink(out->previous);
@@ -4863,8 +4882,8 @@ int sc_writer_open(sc_writer *w, const char *path) {
     w->room = 1 << 16;
     SC_TRY(output_open(&w->out, path));
     w->metadata = open_memstream(&w->text[0], &w->length[0]);
-    if (w->metadata) w->tensors = open_memstream(&w->text[1], &w->length[1]);
-    if (w->tensors) return SC_OK;
+    w->tensors = open_memstream(&w->text[1], &w->length[1]);
+    if (w->metadata && w->tensors) return SC_OK;
     return sc_writer_close(w, write_failed(path, errno));
 }
 
@@ -4903,6 +4922,7 @@ static int write_name_list(sc_writer *w, const char *key, char **name, size_t co
 static int end_tensor(sc_writer *w) {
     sc_tensor *t = &w->tensor;
     if (!t->name) return SC_OK;
+    /* Of open rows, count is that of one row at first. */
     int open = t->rank > 0 && t->shape[0] == SC_ROWS;
     if (open) t->shape[0] = 1;
     SC_TRY(measure_tensor(t, w->out.path));
@@ -4926,16 +4946,18 @@ int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
     if (rank > SC_MAX_RANK)
         return fail("%s: tensor '%.100s' has more than %d dimensions", w->out.path, name,
                     SC_MAX_RANK);
+    /* Before the first tensor's data, a gap for the metadata that have come, and for the rest. */
     if (w->data == 0) {
-        /* Leaves a gap for the metadata that have come, and what is still to come. */
         SC_TRY(flush_output(w->metadata, w->out.path));
         w->data = (w->length[0] + w->room + 63) / 64 * 64;
         if (w->data > MAX_HEADER) w->data = MAX_HEADER;
         if (fseeko(w->out.file, (off_t)w->data, SEEK_SET) != 0)
             return write_failed(w->out.path, errno);
     }
+    /* The beginning of its entry; end_tensor() completes it. */
     w->tensor = (sc_tensor){ .name = name, .dtype = dtype, .rank = rank };
-    for (int d = 0; d < rank; d++) w->tensor.shape[d] = shape[d];
+    for (int d = 0; d < rank; d++)
+        w->tensor.shape[d] = shape[d];
     w->values = 0;
     putc(',', w->tensors);
     print_json(w->tensors, name);
@@ -4954,7 +4976,7 @@ int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype ki
     sc_dtype dtype = w->tensor.dtype;
     size_t size = sc_dtype_size(dtype);
     int halves = dtype == SC_F16;
-    double most = halves ? 65520 : (double)INFINITY;         /* rounds to infinity in F16 */
+    double most = halves ? 65520 : (double)INFINITY;     /* what would be infinite in the file */
     if (!w->tensor.name || kind != (halves ? SC_F32 : dtype))
         return fail("%s: %s values without a tensor of theirs", w->out.path, sc_dtype_name(kind));
     for (size_t i = 0; i < count && kind <= SC_F64; i++) {
@@ -4963,12 +4985,18 @@ int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype ki
             return fail("%s: tensor '%.100s', element %zu cannot be held by %s", w->out.path,
                         w->tensor.name, w->values + i, sc_dtype_name(dtype));
     }
+    /* In blocks, as little-endian numbers of the tensor's type. */
     for (size_t at = 0, n; at < count; at += n) {
         const void *from = (const char *)values + at * size;
         n = smaller(count - at, BLOCK);
-        for (size_t i = 0; i < n && halves; i++) half[i] = half_of_float(single[at + i]);
-        copy_numbers(bytes, halves ? half : from, n, size);
-        if (fwrite(bytes, size, n, w->out.file) < n) return write_failed(w->out.path, errno);
+        if (halves) {
+            for (size_t i = 0; i < n; i++)
+                half[i] = half_of_float(single[at + i]);
+            from = half;
+        }
+        copy_numbers(bytes, from, n, size);
+        if (fwrite(bytes, size, n, w->out.file) < n)
+            return write_failed(w->out.path, errno);
     }
     w->values += count;
     return SC_OK;
@@ -4985,7 +5013,9 @@ static int write_header(sc_writer *w) {
     if (8 + w->length[0] + w->length[1] + strlen("{\"__metadata__\":{}}") > w->data)
         return fail("%s: the header needs more than %ju bytes: too many or too long names",
                     w->out.path, (uintmax_t)w->data);
-    if (fseeko(f, 0, SEEK_SET) != 0) return write_failed(w->out.path, errno);
+    /* The size, the two parts, blanks. */
+    if (fseeko(f, 0, SEEK_SET) != 0)
+        return write_failed(w->out.path, errno);
     copy_numbers(&bytes, &size, 1, 8);
     fwrite(&bytes, 8, 1, f);
     if (*metadata) metadata++;                           /* its comma */

@@ -488,9 +488,9 @@ static void cli_test_more_models(void)
 {
     static const cli_case cases[] = {
         { 1, "@no-such: cannot be opened", "extract -m @no-such @photos -o @out" },
-        { 1, "@photos: cannot be read (expected a regular file", "extract -m @photos @photos -o @out" },
+        { 1, "@photos: cannot be read (expected a safetensors file", "extract -m @photos @photos -o @out" },
         { 1, "@list.txt: not a safetensors file", "extract -m @list.txt @photos -o @out" },
-        { 1, "@empty: cannot be read (expected a regular file of 8 bytes", "extract -m @empty @photos -o @out" },
+        { 1, "@empty: cannot be read (expected a safetensors file of at least 8 bytes", "extract -m @empty @photos -o @out" },
         { 1, "@half: tensor", "extract -m @half @photos -o @out" },
         { 1, "@half: tensor", "zeroshot -m @half @photos" },
         { 1, "@half: tensor", "info @half" },

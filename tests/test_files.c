@@ -335,8 +335,8 @@ static void files_layouts(void)
 static void files_bad_files(void)
 {
     static const struct { const char *name; uint64_t header; size_t count; const char *error; } raw[] = {
-        { "empty", 0, 0, "8 bytes or more" },
-        { "seven", 2, 7, "8 bytes or more" },
+        { "empty", 0, 0, "at least 8 bytes" },
+        { "seven", 2, 7, "at least 8 bytes" },
         { "eight", 0, 8, "a header of 0 bytes" },
         { "one", 1, 9, "a header of 1 bytes" },
         { "beyond", 3, 10, "a header of 3 bytes (expected 2 to 2)" },
@@ -380,11 +380,11 @@ static void files_bad_files(void)
     unlink(in_folder("long"));
     check(sc_safetensors_open(&file, in_folder("missing")) == SC_FAILED &&
           says("cannot be opened: No such file"), "missing file");
-    check(sc_safetensors_open(&file, folder) == SC_FAILED && says("a regular file"), "directory");
+    check(sc_safetensors_open(&file, folder) == SC_FAILED && says("cannot be read (expected a safetensors file"), "directory");
     mkfifo(in_folder("fifo"), 0600);
-    check(sc_safetensors_open(&file, in_folder("fifo")) == SC_FAILED && says("a regular file"),
+    check(sc_safetensors_open(&file, in_folder("fifo")) == SC_FAILED && says("cannot be read (expected a safetensors file"),
           "a pipe is refused without waiting");
-    check(sc_safetensors_open(&file, "/dev/zero") == SC_FAILED && says("a regular file"), "device");
+    check(sc_safetensors_open(&file, "/dev/zero") == SC_FAILED && says("cannot be read (expected a safetensors file"), "device");
     put_file(in_folder("secret"), "", 0);
     chmod(in_folder("secret"), 0);
     if (geteuid() == 0) skip("a file without permission: root may read all");
