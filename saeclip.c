@@ -4876,10 +4876,8 @@ static int output_open(sc_output *out, const char *path) {
  * The data are written as they come, after a gap. Two parts of the header, metadata and tensors,
  * grow in memory and fill the gap at the end; blanks pad it. Each entry begins with a comma. */
 
-/* Leaves room for 64 KiB of entries after the first tensor begins; see saeclip.h. */
 int sc_writer_open(sc_writer *w, const char *path) {
-    memset(w, 0, sizeof *w);
-    w->room = 1 << 16;
+    *w = (sc_writer){ .room = 16384 };
     SC_TRY(output_open(&w->out, path));
     w->metadata = open_memstream(&w->text[0], &w->length[0]);
     w->tensors = open_memstream(&w->text[1], &w->length[1]);

@@ -124,7 +124,7 @@ typedef struct {
 /* Writes tensors one after the other, at least one, no name or key twice, and none `__metadata__`.
  * path must last until the end, a tensor's name until the next begins. A tensor's entry in the
  * header takes about 100 bytes. All of them, and the metadata that come after the first tensor,
- * must fit in w->room: raise its 65536 before the first tensor where they do not.
+ * must fit in w->room: raise its 16384 before the first tensor where they do not.
  * sc_writer_close() ends the writer: if the status it gets is SC_OK the whole file appears under its
  * name, otherwise nothing changes. It returns that status, or that of a failure. */
 int sc_writer_open(sc_writer *w, const char *path);

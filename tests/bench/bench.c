@@ -242,6 +242,7 @@ static int make_model(void) {
     if (!mkdtemp(folder)) return fail("%s: cannot be made: %s", folder, strerror(errno));
     sprintf(model_path, "%s/model.safetensors", folder);
     SC_TRY(sc_writer_open(&w, model_path));
+    w.room = 1 << 16;
     int status = write_model(&w);
     if (status != SC_OK) {
         sc_writer_close(&w, SC_FAILED);
