@@ -4177,7 +4177,7 @@ static size_t utf8_length(const char *text, uint32_t *code) {
     uint32_t value = *code = byte[0];
     size_t length = 0;
     if (value < 0x80) return 1;
-    while (value << length & 0x80) length++;             /* as many ones lead the first byte */
+    while (value << length & 0x80) length++;             /* its leading one bits */
     if (length < 2 || length > 4) return 0;
     value &= 0x7fu >> length;
     for (size_t i = 1; i < length; i++) {
@@ -4499,7 +4499,7 @@ static int json_scalars(json *j, const char *key, int depth, scalar_function *ta
         }
         return j->failed;
     }
-    /* A string, or a word or number, which gets a NUL in a copy. */
+    /* A string, or a word or number, copied to end with a NUL. */
     if (*text == '"') {
         text = json_string(j);
     } else {
@@ -4590,7 +4590,7 @@ static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     size_t rank = SIZE_MAX;                  /* no shape yet; it may be [] */
     const char *dtype = NULL;
     sc_tensor t = { .name = name };
-    /* What it claims. */
+    /* Read the members. */
     for (const char *key; (key = json_next(j, n, "{}")) != NULL; n++) {
         if (strcmp(key, "dtype") == 0) dtype = json_string(j);
         else if (strcmp(key, "shape") == 0) rank = json_sizes(j, t.shape, SC_MAX_RANK);
@@ -4599,7 +4599,7 @@ static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     }
     json_expect(j, n == 3 && dtype && rank != SIZE_MAX && offsets == 2, members);
     if (j->failed) return SC_FAILED;
-    /* Whether that can be. */
+    /* Check them. */
     while (d < COUNT(dtypes) && strcmp(dtypes[d].name, dtype) != 0) d++;
     if (d == COUNT(dtypes))
         return fail("%s: tensor '%.100s': unknown dtype '%.100s' (expected F32 or the like)",
@@ -4637,7 +4637,7 @@ static int read_header(sc_safetensors *file) {
         return fail("%s: not a safetensors file: a header of %ju bytes (expected 2 to %ju)",
                     file->path, (uintmax_t)size, (uintmax_t)most);
     }
-    /* The copy, with a NUL at its end. */
+    /* Copy the header; the copy ends with a NUL. */
     file->data = file->map + 8 + size;
     file->text = new_array((size_t)size + 1, 1);
     if (!file->text) return SC_FAILED;
@@ -4711,7 +4711,7 @@ static int read_safetensors(sc_safetensors *file) {
     if (at != end)
         return fail("%s: %td bytes of data belong to no tensor (expected none)", file->path,
                     end - at);
-    /* In the order in which sc_tensor_find() and sc_metadata_find() look for them. */
+    /* Sort for sc_tensor_find() and sc_metadata_find(). */
     SC_TRY(sort_by_name(file->path, file->tensor, file->tensors, sizeof *file->tensor));
     return sort_by_name(file->path, file->metadata, file->entries, sizeof *file->metadata);
 }
@@ -4920,7 +4920,7 @@ static int write_name_list(sc_writer *w, const char *key, char **name, size_t co
 static int end_tensor(sc_writer *w) {
     sc_tensor *t = &w->tensor;
     if (!t->name) return SC_OK;
-    /* Of open rows, count is that of one row at first. */
+    /* Of SC_ROWS rows, measure one first. */
     int open = t->rank > 0 && t->shape[0] == SC_ROWS;
     if (open) t->shape[0] = 1;
     SC_TRY(measure_tensor(t, w->out.path));
@@ -4944,7 +4944,7 @@ int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
     if (rank > SC_MAX_RANK)
         return fail("%s: tensor '%.100s' has more than %d dimensions", w->out.path, name,
                     SC_MAX_RANK);
-    /* Before the first tensor's data, a gap for the metadata that have come, and for the rest. */
+    /* Leave a gap for the metadata so far and for w->room bytes more. */
     if (w->data == 0) {
         SC_TRY(flush_output(w->metadata, w->out.path));
         w->data = (w->length[0] + w->room + 63) / 64 * 64;
@@ -4974,7 +4974,7 @@ int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype ki
     sc_dtype dtype = w->tensor.dtype;
     size_t size = sc_dtype_size(dtype);
     int halves = dtype == SC_F16;
-    double most = halves ? 65520 : (double)INFINITY;     /* what would be infinite in the file */
+    double most = halves ? 65520 : (double)INFINITY;     /* beyond it, infinite in the file */
     if (!w->tensor.name || kind != (halves ? SC_F32 : dtype))
         return fail("%s: %s values without a tensor of theirs", w->out.path, sc_dtype_name(kind));
     for (size_t i = 0; i < count && kind <= SC_F64; i++) {
@@ -5011,7 +5011,7 @@ static int write_header(sc_writer *w) {
     if (8 + w->length[0] + w->length[1] + strlen("{\"__metadata__\":{}}") > w->data)
         return fail("%s: the header needs more than %ju bytes: too many or too long names",
                     w->out.path, (uintmax_t)w->data);
-    /* The size, the two parts, blanks. */
+    /* Its size, its two parts, blanks. */
     if (fseeko(f, 0, SEEK_SET) != 0)
         return write_failed(w->out.path, errno);
     copy_numbers(&bytes, &size, 1, 8);
