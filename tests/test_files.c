@@ -856,6 +856,7 @@ static void files_writer_errors(void)
     memset(large, 'x', 100000000 - 1);
     sc_writer_open(&w, in_folder("bad"));
     sc_writer_metadata(&w, "large", large);
+    sc_writer_tensor(&w, "a", SC_U8, 1, &(size_t){ 0 });
     check(sc_writer_close(&w, SC_OK) == SC_FAILED && says("header needs more than"), "header too large");
     free(large);
     check(sc_writer_open(&w, in_folder("pipe")) == SC_FAILED && says("not a regular file") && !w.out.file, "a pipe");
