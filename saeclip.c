@@ -1626,22 +1626,18 @@ int sc_metrics_plain(sc_metrics *m, const float *x, const float *reconstruction,
  * usage(...) is for an impossible request.
  * ============================================================================================ */
 
-static _Thread_local char error_text[1024];
+static _Thread_local char error_text[8192];          /* room for two paths */
 
 const char *sc_error(void) { return error_text; }
 
-/* Sets the reason and returns the status. A line that is too long, because of a path, loses its
- * middle. */
+/* Sets the reason and returns the status. The arguments may include the reason before. */
 SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
-    enum { HALF = sizeof error_text / 2 - 2 };
-    char line[16 * sizeof error_text];
+    char line[sizeof error_text];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    size_t length = strlen(line);
-    if (length < sizeof error_text) memcpy(error_text, line, length + 1);
-    else sprintf(error_text, "%.*s...%s", HALF, line, line + length - HALF);
+    strcpy(error_text, line);
     return status;
 }
 
@@ -1650,8 +1646,8 @@ SC_PRINTF(2, 3) static int set_error(int status, const char *format, ...) {
  * means failure. Freed with free(). */
 static void *reserve_array(size_t count, size_t size) {
     void *memory = NULL;
-    int addressable = size == 0 || count <= (SIZE_MAX - 64) / size;
     size_t bytes = count * size;
+    int addressable = size == 0 || count <= (SIZE_MAX - 64) / size;
     if (bytes == 0) bytes = 1;
     if (addressable && posix_memalign(&memory, 64, bytes) == 0) return memory;
     fail("out of memory: cannot allocate %zu x %zu bytes", count, size);
@@ -1665,14 +1661,12 @@ static void *new_array(size_t count, size_t size) {
     return memory;
 }
 
-/* A new string; NULL and a reason on failure. */
+/* Two texts as a new string; NULL and a reason on failure. */
 static char *join_text(const char *head, const char *tail) {
     char *joined = new_array(strlen(head) + strlen(tail) + 1, 1);
     if (!joined) return NULL;
     return strcat(strcpy(joined, head), tail);
 }
-
-static char *copy_string(const char *text) { return join_text(text, ""); }
 
 /* Makes room for one more element; the room doubles when it is used up. list: the address of the
  * pointer to the elements. */
@@ -1739,15 +1733,9 @@ static float float_of_bits(uint32_t bits) {
     return value;
 }
 
-/* The index of the first value that is not finite, or count. The first loop looks at 64 values at a
- * time, in vectors: an exponent of all ones carries into bit 31. */
+/* The index of the first value that is not finite, or count. */
 static size_t first_not_finite(const float *values, size_t count) {
     size_t i = 0;
-    for (uint32_t carry = 0; i + 64 <= count; i += 64) {
-        for (size_t k = i; k < i + 64; k++)
-            carry |= (bits_of_float(values[k]) & 0x7f800000) + 0x800000;
-        if (carry >> 31) break;
-    }
     while (i < count && isfinite(values[i])) i++;
     return i;
 }
@@ -1826,8 +1814,7 @@ static int parallel_for(size_t tasks, task_function *work, void *context) {
     pool.tasks = tasks;
     pool.status = SC_OK;
     atomic_store(&pool.next, 0);
-    pool.busy = 0;
-    if (tasks > 1 && pool.workers > 1) {                 /* one task needs no other thread */
+    if (tasks > 1) {                                     /* one task needs no other thread */
         pool.busy = pool.workers - 1;
         pool.round++;
         pthread_cond_broadcast(&pool.start);
@@ -1852,19 +1839,18 @@ void sc_threads_stop(void) {
 
 /* threads: 0 or less for one per processor. Either all of them start or none. */
 int sc_threads_start(int threads) {
-    int error = 0;
     sc_threads_stop();
     if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
     if (threads > SC_MAX_THREADS) threads = SC_MAX_THREADS;
-    while (pool.workers < threads && !error) {
+    for (; pool.workers < threads; pool.workers++) {
         intptr_t number = pool.workers;
-        error = pthread_create(&pool.thread[number], NULL, worker_main, (void *)number);
-        if (!error) pool.workers++;
+        int error = pthread_create(&pool.thread[number], NULL, worker_main, (void *)number);
+        if (error == 0) continue;
+        sc_threads_stop();
+        return fail("thread %d of %d cannot be started: %s", (int)number + 1, threads,
+                    strerror(error));
     }
-    if (!error) return SC_OK;
-    int started = pool.workers;
-    sc_threads_stop();
-    return fail("thread %d of %d cannot be started: %s", started + 1, threads, strerror(error));
+    return SC_OK;
 }
 
 /* ============================================================================================
@@ -4167,23 +4153,24 @@ typedef struct {
 
 static int quiet, line_open;         /* line_open: a line of progress stands on the terminal */
 
-/* The length of the UTF-8 character at text, whose code point *code becomes; 0 if it is invalid: a
- * stray byte, an overlong form, a surrogate or above U+10FFFF (RFC 3629). */
+/* The length of the UTF-8 character at text, and its code point. Where a byte is invalid (stray, of
+ * an overlong form or a surrogate, or above U+10FFFF; RFC 3629), 0 and the byte. */
 static size_t utf8_length(const char *text, uint32_t *code) {
     static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
     const unsigned char *byte = (const unsigned char *)text;
+    uint32_t value = *code = byte[0];
     size_t length = 0;
-    if (byte[0] < 0x80) length = 1;
-    else if (byte[0] >> 5 == 0x06) length = 2;
-    else if (byte[0] >> 4 == 0x0e) length = 3;
-    else if (byte[0] >> 3 == 0x1e) length = 4;
-    *code = byte[0];
-    if (length > 1) *code &= 0x7fu >> length;
+    if (value < 0x80) return 1;
+    while (value << length & 0x80) length++;             /* its leading one bits */
+    if (length < 2 || length > 4) return 0;
+    value &= 0x7fu >> length;
     for (size_t i = 1; i < length; i++) {
         if (byte[i] >> 6 != 2) return 0;
-        *code = *code << 6 | (byte[i] & 0x3f);
+        value = value << 6 | (byte[i] & 0x3f);
     }
-    if (*code < least[length] || *code >> 11 == 0x1b || *code > 0x10ffff) return 0;
+    if (value < least[length]) return 0;
+    if (value >> 11 == 0x1b || value > 0x10ffff) return 0;
+    *code = value;
     return length;
 }
 
@@ -4194,20 +4181,16 @@ static int is_control(uint32_t code) {
         || (code >= 0x2066 && code <= 0x2069);
 }
 
-/* A text that is safe to show: bytes of control characters and of invalid UTF-8 become \xNN. What
- * does not fit is replaced by "...". Every message, table, figure and log prints foreign texts
- * through this; CSV, XML and so on escape only their own marks. out: [room] */
+/* A text that is safe to show: bytes of control characters and of invalid UTF-8 become \xNN. Every
+ * message, table, figure and log prints foreign texts through this; CSV, XML and so on escape only
+ * their own marks. out: [room], of which the last 17 bytes may stay unused */
 static const char *printable(const char *text, char *out, size_t room) {
     size_t used = 0;
-    while (*text) {
+    while (*text && used + 4 * 4 < room) {               /* a character takes at most 4 x \xNN */
         uint32_t code;
         size_t length = utf8_length(text, &code);
         int harmless = length > 0 && !is_control(code);
         if (length == 0) length = 1;
-        if (used + 4 * length + sizeof "..." > room) {
-            strcpy(out + used, "...");
-            return out;
-        }
         for (; length > 0; length--, text++)
             used += (size_t)sprintf(out + used, harmless ? "%c" : "\\x%02x", (unsigned char)*text);
     }
@@ -4217,14 +4200,13 @@ static const char *printable(const char *text, char *out, size_t room) {
 
 enum { TEXT_ROOM = 600 };            /* bytes of a text that is shown */
 
-/* One of 8 buffers in turn, since a line may show several texts. For the main thread only. */
-static char *text_room(void) {
+/* The same in one of 8 buffers in turn, since a line may show several texts. For the main thread
+ * only. */
+static const char *shown(const char *text) {
     static char room[8][TEXT_ROOM];
     static unsigned next;
-    return room[next++ % 8];
+    return printable(text, room[next++ % 8], TEXT_ROOM);
 }
-
-static const char *shown(const char *text) { return printable(text, text_room(), TEXT_ROOM); }
 
 /* Prints a line on standard error, unless --quiet was given. */
 SC_PRINTF(1, 2) static void note(const char *format, ...) {
@@ -4246,31 +4228,27 @@ static double seconds_now(void) {
 }
 
 /* Progress on standard error: redrawn every 0.2 s on a terminal, otherwise one line every 20 s. The
- * first call only takes the time, and a run shorter than that shows nothing. done, total: steps or
- * images; images: how many were done; words: printed at the end of the line */
-static void show_progress(const char *what, uint64_t done, uint64_t total, uint64_t images,
-                          const char *words) {
+ * first call only takes the time, and a run shorter than that shows nothing. what: "step" or
+ * "image"; done, total: how many of them; words: printed at the end of the line */
+static void show_progress(const char *what, uint64_t done, uint64_t total, const char *words) {
     static double first, last;
-    static uint64_t begin, begin_images;
-    double now = seconds_now(), passed = now - first, pause = 20;
-    int terminal = isatty(STDERR_FILENO), ends = done == total;
+    static uint64_t begin;
+    double now = seconds_now(), since = now - last, pause = 20;
+    int terminal = isatty(STDERR_FILENO);
     if (terminal) pause = 0.2;
-    if (first == 0 || done <= begin) {
+    if (first == 0 || done <= begin) {                   /* a pass begins */
         first = last = now;
         begin = done;
-        begin_images = images;
         return;
     }
-    if (quiet || passed < pause || (!ends && now - last < pause)) return;
+    if (done == total) since = now - first;              /* the end is always shown */
+    if (quiet || since < pause) return;
     last = now;
-    line_open = terminal && !ends;
-    fputs(terminal ? "\r\033[K" : "saeclip: ", stderr);
-    fprintf(stderr, "%s %ju of %ju, %.1f images/s", what, (uintmax_t)done, (uintmax_t)total,
-            (double)(images - begin_images) / passed);
-    if (!ends)
-        fprintf(stderr, ", %.0f s left",
-                passed / (double)(done - begin) * (double)(total - done));
-    fputs(words, stderr);
+    line_open = terminal && done < total;
+    double rate = (double)(done - begin) / (now - first);
+    fprintf(stderr, "%s%s %ju of %ju, %.1f %ss/s, %.0f s left%s",
+            terminal ? "\r\033[K" : "saeclip: ", what, (uintmax_t)done, (uintmax_t)total, rate,
+            what, (double)(total - done) / rate, words);
     if (!line_open) putc('\n', stderr);
 }
 
@@ -4294,14 +4272,9 @@ static int parse_number(const char *text, const char *what, double least, double
 
 /* "R,G,B" */
 static int parse_triple(const char *text, const char *what, float *value) {
-    double rgb[3];
     char more;
-    int good = sscanf(text, "%lf,%lf,%lf%c", &rgb[0], &rgb[1], &rgb[2], &more) == 3;
-    for (int c = 0; c < 3 && good; c++) {
-        value[c] = (float)rgb[c];
-        good = isfinite(value[c]);
-    }
-    if (good) return SC_OK;
+    int numbers = sscanf(text, "%f,%f,%f%c", &value[0], &value[1], &value[2], &more);
+    if (numbers == 3 && first_not_finite(value, 3) == 3) return SC_OK;
     return usage("%s: invalid value '%s' (expected R,G,B, three numbers)", what, text);
 }
 
@@ -4326,7 +4299,8 @@ static void copy_numbers(void *restrict to, const void *restrict from, size_t co
     const size_t swap = one.first ? 0 : size - 1;
     unsigned char *restrict out = to;
     const unsigned char *restrict in = from;
-    for (size_t i = 0; i < count * size; i++) out[i ^ swap] = in[i];
+    for (size_t i = 0; i < count * size; i++)
+        out[i ^ swap] = in[i];
 }
 
 /* IEEE 754 binary16: sign, 5 bits of exponent (bias 15), 10 bits of fraction. Exact. */
@@ -4352,67 +4326,66 @@ static uint16_t half_of_float(float value) {
     return (uint16_t)(sign | rest);
 }
 
-/* A digest of bytes, against accidents, not attacks. Each step is one-to-one in the word that it
- * takes in, so that a change within one word always shows. Starts as { 0 }. */
-typedef struct { uint64_t state, length, word; } digest64;   /* word: the last length % 8 bytes */
-
-/* Multiplies by an odd number (2^64 over the golden ratio); the high bits then mix into the low. */
-static uint64_t digest64_step(uint64_t state, uint64_t word) {
-    state = (state ^ word) * 0x9e3779b97f4a7c15u;
-    return state ^ state >> 32;
+/* Adds a number to a digest, which begins as 0. Against accidents, not attacks. The factor, 2^64
+ * over the golden ratio, is odd, so that a step is one-to-one: a single change always shows. */
+static void digest64_number(uint64_t *digest, uint64_t number) {
+    *digest = (*digest ^ number) * 0x9e3779b97f4a7c15u + 1;
+    *digest ^= *digest >> 32;
 }
 
-/* Adds a little-endian number of 1 to 8 bytes. */
-static void digest64_take(digest64 *digest, uint64_t number, unsigned bytes) {
-    unsigned held = digest->length % 8;
-    digest->word |= number << 8 * held;
-    digest->length += bytes;
-    if (held + bytes < 8) return;
-    digest->state = digest64_step(digest->state, digest->word);
-    digest->word = held ? number >> (64 - 8 * held) : 0;     /* the bytes that did not fit */
+/* Adds a name as print_json() writes it, so that packing keeps a data set's digest. */
+static void digest64_name(uint64_t *digest, const char *name) {
+    uint32_t code;
+    for (size_t length; *name; name += length) {
+        length = utf8_length(name, &code);
+        digest64_number(digest, code);
+        if (length == 0) length = 1;
+    }
+    digest64_number(digest, 0);                          /* its end */
 }
 
-static void digest64_number(digest64 *digest, uint64_t n) { digest64_take(digest, n, 8); }
-
-static void digest64_add(digest64 *digest, const void *bytes, size_t count) {
-    const unsigned char *byte = bytes;
-    for (size_t i = 0; i < count; i++) digest64_take(digest, byte[i], 1);
-}
-
-/* The digest of everything added so far; more may follow. */
-static uint64_t digest64_value(const digest64 *digest) {
-    uint64_t state = digest64_step(digest->state, digest->word);
-    return digest64_step(digest64_step(state, digest->length), 0);
-}
-
-/* --- JSON (RFC 8259): what safetensors headers and lists of names consist of ---
+/* --- JSON (RFC 8259): safetensors headers, lists of names, SAELens's configurations ---
  *
  * The text is a copy that ends with a NUL, which no rule accepts: no other bound is needed. Strings
- * are decoded in place, which never lengthens them; the closing quote makes room for a NUL. After
- * the first error nothing more is accepted and lists end, so that callers may check at the end. */
+ * are decoded in place, which never lengthens them; the closing quote makes room for a NUL. The
+ * first error moves to the text's end, where nothing more is accepted and lists end, so that
+ * callers may check at the end. */
 
 typedef struct {
     const char *what;                /* whose JSON this is, for errors */
-    char *text;
-    size_t at;                       /* what comes next; never a blank */
+    char *text, *end;                /* where it begins, and its NUL */
+    char *at;                        /* what comes next; never a blank */
     int failed;                      /* the status of the first error */
 } json;
 
 /* Fails unless a condition is met. */
 static void json_expect(json *j, int met, const char *expected) {
     if (met || j->failed) return;
-    j->failed = fail("%s: JSON byte %zu: expected %s", j->what, j->at, expected);
+    j->failed = fail("%s: JSON byte %td: expected %s", j->what, j->at - j->text, expected);
+    j->at = j->end;
 }
 
 /* Skips these bytes and the blanks after them. */
 static void json_skip(json *j, size_t bytes) {
     j->at += bytes;
-    j->at += strspn(j->text + j->at, " \t\n\r");
+    j->at += strspn(j->at, " \t\n\r");
+}
+
+/* text: [length + 1], ends with a NUL and is changed; what: for errors */
+static json json_begin(const char *what, char *text, size_t length) {
+    json j = { .what = what, .text = text, .end = text + length, .at = text };
+    json_skip(&j, 0);
+    return j;
+}
+
+static int json_end(json *j) {
+    json_expect(j, j->at == j->end, "nothing more");
+    return j->failed;
 }
 
 /* Whether c comes next; if so it is skipped. */
 static int json_take(json *j, char c) {
-    int next = !j->failed && j->text[j->at] == c;
+    int next = *j->at == c;
     if (next) json_skip(j, 1);
     return next;
 }
@@ -4420,65 +4393,56 @@ static int json_take(json *j, char c) {
 /* The value of "\uXXXX" at text; 0, which no string may hold, if it is not there. */
 static uint32_t json_unit(const char *text) {
     char digits[5] = "";
-    if (strncmp(text, "\\u", 2) != 0 || strspn(text + 2, "0123456789abcdefABCDEF") < 4) return 0;
+    if (strncmp(text, "\\u", 2) != 0) return 0;
+    if (strspn(text + 2, "0123456789abcdefABCDEF") < 4) return 0;
     memcpy(digits, text + 2, 4);
     return (uint32_t)strtoul(digits, NULL, 16);
 }
 
-/* Decodes the escape at text to *to, which moves on. Returns the escape's length, 0 if invalid. */
-static size_t json_escape(const char *text, char **to) {
-    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    static const unsigned char leads[] = { 0, 0xc0, 0xe0, 0xf0 };
-    const char *letter = strchr(letters, text[1]);
-    if (text[1] && letter) {
-        *(*to)++ = meanings[letter - letters];
-        return 2;
-    }
-    uint32_t point = json_unit(text), low = 0;
-    if (point >> 10 == 0x36) low = json_unit(text + 6);  /* of a surrogate pair */
-    if (low >> 10 == 0x37) point = 0x10000 + ((point & 0x3ff) << 10 | (low & 0x3ff));
-    if (point == 0 || point >> 11 == 0x1b) return 0;     /* or half a pair */
-    int more = (point >= 0x80) + (point >= 0x800) + (point >= 0x10000);
-    *(*to)++ = (char)(leads[more] | point >> 6 * more);  /* UTF-8: a lead byte, 0 to 3 more */
-    for (int i = more - 1; i >= 0; i--)
-        *(*to)++ = (char)(0x80 | (point >> 6 * i & 0x3f));
-    return more == 3 ? 12 : 6;
-}
-
 /* Reads a string and decodes it: `to` follows j->at and never overtakes it. */
 static char *json_string(json *j) {
-    char *start = j->text + j->at + 1, *to = start;
-    json_expect(j, start[-1] == '"', "a string");
-    if (!j->failed) j->at++;
-    while (!j->failed && j->text[j->at] != '"') {
-        const char *from = j->text + j->at;
-        uint32_t code;
-        size_t length;
-        if (*from == '\\') {
-            length = json_escape(from, &to);
-            json_expect(j, length > 0, "a valid escape");
-        } else {
-            length = utf8_length(from, &code);
-            json_expect(j, length > 0 && code >= ' ', "valid UTF-8 without control bytes");
-            memmove(to, from, length);
-            to += length;
+    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    static const unsigned char leads[] = { 0, 0xc0, 0xe0, 0xf0 };
+    json_expect(j, *j->at == '"', "a string");
+    if (j->failed) return j->end;
+    char *start = ++j->at, *to = start;
+    while (*j->at != '"') {
+        uint32_t point, low = 0;
+        size_t length = utf8_length(j->at, &point);
+        if (point < ' ') length = 0;                     /* the NUL at the end, too */
+        if (point == '\\') {                             /* an escape */
+            const char *letter = strchr(letters, j->at[1]);
+            point = json_unit(j->at);
+            if (point >> 10 == 0x36) low = json_unit(j->at + 6);         /* of a surrogate pair */
+            if (low >> 10 == 0x37) point = 0x10000 + ((point & 0x3ff) << 10 | (low & 0x3ff));
+            length = point < 0x10000 ? 6 : 12;
+            if (point == 0 || point >> 11 == 0x1b) length = 0;           /* or half a pair */
+            if (letter && *letter) {
+                point = (unsigned char)meanings[letter - letters];
+                length = 2;
+            }
         }
-        if (!j->failed) j->at += length;             /* never beyond the NUL */
+        json_expect(j, length > 0, "valid UTF-8, a valid escape or the string's end");
+        if (j->failed) return j->end;
+        j->at += length;
+        int more = (point >= 0x80) + (point >= 0x800) + (point >= 0x10000);
+        *to++ = (char)(leads[more] | point >> 6 * more); /* UTF-8: a lead byte, 0 to 3 more */
+        for (int i = more - 1; i >= 0; i--)
+            *to++ = (char)(0x80 | (point >> 6 * i & 0x3f));
     }
-    if (json_take(j, '"')) *to = '\0';
+    json_skip(j, 1);
+    *to = '\0';
     return start;
 }
 
 /* Where element `index` of a list in these brackets begins, NULL at the end. Of an object this is
  * the key, and the value comes next. */
 static char *json_next(json *j, size_t index, const char *brackets) {
-    const int object = *brackets == '{';
-    const char *begin = object ? "'{'" : "'['", *more = object ? "',' or '}'" : "',' or ']'";
-    if (index == 0) json_expect(j, json_take(j, brackets[0]), begin);
+    if (index == 0) json_expect(j, json_take(j, brackets[0]), brackets);
     if (json_take(j, brackets[1])) return NULL;
-    if (index > 0) json_expect(j, json_take(j, ','), more);
-    char *element = j->text + j->at;
-    if (object) {
+    if (index > 0) json_expect(j, json_take(j, ','), "a comma or the end of the list");
+    char *element = j->at;
+    if (*brackets == '{') {
         element = json_string(j);
         json_expect(j, json_take(j, ':'), "':'");
     }
@@ -4494,110 +4458,82 @@ static size_t json_sizes(json *j, size_t *sizes, size_t most) {
         int whole = digits > 0 && (*text != '0' || digits == 1);     /* JSON forbids 01 */
         errno = 0;                                                   /* set on overflow */
         unsigned long long value = strtoull(text, NULL, 10);
+        json_skip(j, digits);
         json_expect(j, whole && errno == 0 && value <= SIZE_MAX,
                     "a whole number that this machine can address");
         json_expect(j, n < most, "no more numbers");
         if (n < most) sizes[n] = (size_t)value;
-        json_skip(j, digits);
     }
     return n;
 }
 
-/* Called with a scalar's key, e.g. "a.b" for the 1 in {"a": {"b": 1}}, and its text. */
+/* Called with a scalar's innermost key, "b" for both in {"a": {"b": [1, 2]}}, and its text. */
 typedef int scalar_function(void *context, const char *key, const char *text);
 
-/* Passes on every scalar below a value, in order. key: the value's own; a long one is cut */
-static int json_value(json *j, const char *key, int depth, scalar_function *take, void *context) {
-    char below[256], scalar[64] = "", *text = scalar, *name;
-    const char *start = j->text + j->at, *brackets = *start == '{' ? "{}" : "[]";
+/* Passes on every scalar in a value, in order. key: the value's own */
+static int json_scalars(json *j, const char *key, int depth, scalar_function *take,
+                        void *context) {
+    char scalar[64] = "", *text = j->at, *name;
+    const char *brackets = *text == '{' ? "{}" : "[]";
     json_expect(j, depth < 32, "less nesting");
-    if (*start == *brackets) {
+    /* A list; the elements of an array have the array's key. */
+    if (*text == *brackets) {
         for (size_t i = 0; (name = json_next(j, i, brackets)) != NULL; i++) {
-            if (*start == '[') snprintf(below, sizeof below, "%.250s", key);
-            else snprintf(below, sizeof below, "%.120s%s%.120s", key, *key ? "." : "", name);
-            SC_TRY(json_value(j, below, depth + 1, take, context));
+            if (*brackets == '[') name = (char *)(uintptr_t)key;
+            SC_TRY(json_scalars(j, name, depth + 1, take, context));
         }
         return j->failed;
     }
-    if (*start == '"') {
+    /* A string, or a word or number, copied to end with a NUL. */
+    if (*text == '"') {
         text = json_string(j);
     } else {
-        size_t length = strcspn(start, ",]} \t\r\n");
+        size_t length = strcspn(text, ",]} \t\r\n");
         json_expect(j, length > 0 && length < sizeof scalar, "a value");
-        if (j->failed) return SC_FAILED;
-        memcpy(scalar, start, length);
+        if (j->failed) return j->failed;
+        text = memcpy(scalar, text, length);
         json_skip(j, length);
     }
-    if (j->failed) return SC_FAILED;
+    if (j->failed) return j->failed;
     return take(context, key, text);
-}
-
-/* The scalars of an object. text: [length + 1], ends with a NUL and is changed; what: for errors */
-static int json_scalars(char *text, size_t length, const char *what, scalar_function *take,
-                        void *context) {
-    json j = { .what = what, .text = text };
-    json_skip(&j, 0);
-    json_expect(&j, text[j.at] == '{', "'{'");
-    if (!j.failed) SC_TRY(json_value(&j, "", 0, take, context));
-    json_expect(&j, j.at == length, "nothing after the object");
-    return j.failed;
 }
 
 /* Reads a JSON array of strings, the form that lists of names have in metadata. *out: the pointers
  * and behind them the strings, in one block that free() releases. */
 static int json_string_array(const char *text, const char *what, char ***out, size_t *count) {
-    size_t length = strlen(text), most = 1;                  /* most: strings there can be */
-    for (const char *c = text; *c; c++) most += *c == ',';
+    size_t length = strlen(text), most = 1;              /* most: strings there can be */
+    for (const char *c = text; *c; c++)
+        most += *c == ',';
     char **list = new_array(most * sizeof *list + length + 1, 1);
     if (!list) return SC_FAILED;
-    json j = { .what = what, .text = memcpy(list + most, text, length + 1) };
-    json_skip(&j, 0);
+    char *copy = memcpy(list + most, text, length + 1);
+    json j = json_begin(what, copy, length);
     for (*count = 0; json_next(&j, *count, "[]"); ++*count)
         list[*count] = json_string(&j);
-    json_expect(&j, j.at == length, "nothing after the list");
-    if (j.failed) free(list);
-    else *out = list;
+    if (json_end(&j) == SC_OK) *out = list;
+    else free(list);
     return j.failed;
 }
 
-/* A byte that is not part of valid UTF-8, as files hold it: U+FFFD and its value. */
-#define INVALID_BYTE "\xef\xbf\xbd%02x"
-
-/* Adds a name and its end as print_json() writes them: packing keeps a data set's digest. */
-static void digest64_name(digest64 *digest, const char *name) {
-    char invalid[8];
-    uint32_t point;
-    for (size_t length; *name; name += length) {
-        length = utf8_length(name, &point);
-        if (length > 0) {
-            digest64_add(digest, name, length);
-        } else {
-            length = 1;
-            snprintf(invalid, sizeof invalid, INVALID_BYTE, (unsigned char)*name);
-            digest64_add(digest, invalid, strlen(invalid));
-        }
-    }
-    digest64_add(digest, "", 1);
-}
-
-/* Prints text as a JSON string between quotes; slash begins an escape. '<' is escaped too: in a web
- * page it could end the script that holds the string. */
+/* Prints text as a JSON string between quotes; slash begins an escape. A byte that is not part of
+ * valid UTF-8 becomes the character of its value, as in Latin-1. '<' is escaped too: in a web page
+ * it could end the script that holds the string. */
 static void print_quoted(FILE *out, const char *text, const char *slash, const char *quote) {
-    uint32_t point;
+    uint32_t code;
     fputs(quote, out);
     for (size_t length; *text; text += length) {
-        length = utf8_length(text, &point);
-        if (length == 0) fprintf(out, INVALID_BYTE, (unsigned char)*text);
-        else if (is_control(point) || point == '<') fprintf(out, "%su%04x", slash, (unsigned)point);
-        else if (point == '\\') fprintf(out, "%s%s", slash, slash);
-        else if (point == '"') fprintf(out, "%s%s", slash, quote);
-        else fwrite(text, 1, length, out);
+        length = utf8_length(text, &code);
+        int plain = length > 0 && !is_control(code) && !strchr("\\\"<", *text);
+        if (plain) fwrite(text, 1, length, out);
+        else fprintf(out, "%su%04x", slash, (unsigned)code);
         if (length == 0) length = 1;
     }
     fputs(quote, out);
 }
 
-static void print_json(FILE *out, const char *text) { print_quoted(out, text, "\\", "\""); }
+static void print_json(FILE *out, const char *text) {
+    print_quoted(out, text, "\\", "\"");
+}
 
 /* --- Reading safetensors --- */
 
@@ -4617,16 +4553,16 @@ size_t sc_dtype_size(sc_dtype dtype) { return dtypes[dtype].size; }
 /* Sets count and bytes from dtype and shape. Where a dimension is 0, the product of the others must
  * not overflow either: a caller may multiply them. */
 static int measure_tensor(sc_tensor *t, const char *path) {
-    size_t bytes = sc_dtype_size(t->dtype), empty = 0;
+    size_t size = sc_dtype_size(t->dtype), nonzero = 1;
+    t->count = 1;
     for (int d = 0; d < t->rank; d++) {
         size_t n = t->shape[d];
-        if (n == 0) n = empty = 1;
-        if (bytes > SIZE_MAX / n)
+        if (n > 0 && nonzero > SIZE_MAX / size / n)
             return fail("%s: tensor '%.100s' is too large for this machine", path, t->name);
-        bytes *= n;
+        if (n > 0) nonzero *= n;
+        t->count *= n;
     }
-    t->bytes = empty ? 0 : bytes;
-    t->count = t->bytes / sc_dtype_size(t->dtype);
+    t->bytes = t->count * size;
     return SC_OK;
 }
 
@@ -4639,6 +4575,7 @@ static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     size_t rank = SIZE_MAX;                  /* no shape yet; it may be [] */
     const char *dtype = NULL;
     sc_tensor t = { .name = name };
+    /* Read the members. */
     for (const char *key; (key = json_next(j, n, "{}")) != NULL; n++) {
         if (strcmp(key, "dtype") == 0) dtype = json_string(j);
         else if (strcmp(key, "shape") == 0) rank = json_sizes(j, t.shape, SC_MAX_RANK);
@@ -4647,6 +4584,7 @@ static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     }
     json_expect(j, n == 3 && dtype && rank != SIZE_MAX && offsets == 2, members);
     if (j->failed) return SC_FAILED;
+    /* Check them. */
     while (d < COUNT(dtypes) && strcmp(dtypes[d].name, dtype) != 0) d++;
     if (d == COUNT(dtypes))
         return fail("%s: tensor '%.100s': unknown dtype '%.100s' (expected F32 or the like)",
@@ -4663,75 +4601,53 @@ static int read_tensor(json *j, sc_safetensors *file, const char *name) {
     return SC_OK;
 }
 
-/* {"key": "value", ...} */
-static int read_metadata(json *j, sc_safetensors *file) {
-    json_expect(j, !file->metadata, "__metadata__ only once");
-    for (;; file->entries++) {
-        SC_TRY(grow(&file->metadata, &file->entry_capacity, file->entries, sizeof(sc_entry)));
-        const char *key = json_next(j, file->entries, "{}");
-        if (!key) return j->failed;
-        file->metadata[file->entries] = (sc_entry){ key, json_string(j) };
-    }
-}
-
-/* Says what a file is that is not safetensors, if its first bytes tell. */
-static int refuse_file(const sc_safetensors *file, uint64_t size, uint64_t most) {
+/* Reads a copy of the header, in which names and values are decoded and stay. Says what a file is
+ * that is not safetensors, if its first bytes tell. */
+static int read_header(sc_safetensors *file) {
     static const struct { const char *begin, *name; } others[] = {
         { "version https://git-lfs", "a Git LFS pointer; git lfs pull fetches the file itself" },
         { "PK\003\004", "a PyTorch file; weights/convert.py converts it" },
         { "\x80\002", "a PyTorch pickle; weights/convert.py converts it" },
         { "<", "a web page" },
         { "{", "JSON, perhaps an index of shards" } };
-    for (size_t i = 0; i < COUNT(others); i++) {
-        size_t length = strlen(others[i].begin);
-        if (file->size > length && memcmp(file->map, others[i].begin, length) == 0)
-            return fail("%s: not a safetensors file but %s", file->path, others[i].name);
-    }
-    return fail("%s: not a safetensors file: a header of %ju bytes (expected 2 to %ju)", file->path,
-                (uintmax_t)size, (uintmax_t)most);
-}
-
-/* Reads a copy of the header, in which names and values are decoded and stay. */
-static int read_header(sc_safetensors *file) {
     uint64_t size, most = file->size - 8;
-    size_t members = 0;
     if (most > MAX_HEADER) most = MAX_HEADER;
     copy_numbers(&size, file->map, 1, 8);
-    if (size < 2 || size > most) return refuse_file(file, size, most);
+    if (size < 2 || size > most) {
+        for (size_t i = 0; i < COUNT(others); i++) {
+            size_t length = strlen(others[i].begin);
+            if (file->size > length && memcmp(file->map, others[i].begin, length) == 0)
+                return fail("%s: not a safetensors file but %s", file->path, others[i].name);
+        }
+        return fail("%s: not a safetensors file: a header of %ju bytes (expected 2 to %ju)",
+                    file->path, (uintmax_t)size, (uintmax_t)most);
+    }
+    /* Copy the header; the copy ends with a NUL. */
     file->data = file->map + 8 + size;
     file->text = new_array((size_t)size + 1, 1);
     if (!file->text) return SC_FAILED;
     memcpy(file->text, file->map + 8, (size_t)size);
-    json j = { .what = file->path, .text = file->text };
-    for (const char *key; (key = json_next(&j, members, "{}")) != NULL; members++) {
-        if (strcmp(key, "__metadata__") == 0) SC_TRY(read_metadata(&j, file));
-        else SC_TRY(read_tensor(&j, file, key));
+    json j = json_begin(file->path, file->text, (size_t)size);
+    json_expect(&j, j.at == j.text, "{}");               /* no blank before it */
+    size_t members = 0;
+    for (const char *name, *key; (name = json_next(&j, members, "{}")) != NULL; members++) {
+        if (strcmp(name, "__metadata__") != 0) {
+            SC_TRY(read_tensor(&j, file, name));
+            continue;
+        }
+        json_expect(&j, file->entries == 0, "__metadata__ only once");
+        for (size_t n = 0; (key = json_next(&j, n, "{}")) != NULL; n++) {
+            SC_TRY(grow(&file->metadata, &file->entry_capacity, file->entries, sizeof(sc_entry)));
+            file->metadata[file->entries++] = (sc_entry){ key, json_string(&j) };
+        }
     }
-    json_expect(&j, j.at == size, "only spaces after the header's object");
-    return j.failed;
+    return json_end(&j);
 }
 
-/* By where the data begin; an empty tensor comes before one that begins there too. */
+/* By where the data begin. */
 static int by_position(const void *a, const void *b) {
     const sc_tensor *left = a, *right = b;
-    if (left->data > right->data) return 1;
-    if (left->data < right->data) return -1;
-    return (left->bytes > right->bytes) - (left->bytes < right->bytes);
-}
-
-/* Every byte of the data must belong to exactly one tensor. */
-static int check_positions(sc_safetensors *file) {
-    const unsigned char *at = file->data, *end = file->map + file->size;
-    if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, by_position);
-    for (size_t i = 0; i < file->tensors; i++) {
-        const sc_tensor *t = &file->tensor[i];
-        if (t->data != at)
-            return fail("%s: tensor '%.100s' begins at byte %td of the data (expected %td)",
-                        file->path, t->name, t->data - file->data, at - file->data);
-        at += t->bytes;
-    }
-    if (at == end) return SC_OK;
-    return fail("%s: %td bytes of data belong to no tensor (expected none)", file->path, end - at);
+    return (left->data > right->data) - (left->data < right->data);
 }
 
 /* Tensors, metadata entries and images all begin with the pointer to their name. */
@@ -4750,37 +4666,43 @@ static int sort_by_name(const char *path, void *list, size_t count, size_t size)
     return SC_OK;
 }
 
-/* O_NONBLOCK: a named pipe is refused, not waited for. If a file is cut short while it is mapped,
- * the program ends when it reads there. */
-static int map_file(sc_safetensors *file) {
+/* Maps and checks a file. If it is cut short later, the program ends when it reads there. */
+static int read_safetensors(sc_safetensors *file) {
     struct stat about;
     void *map = MAP_FAILED;
+    /* O_NONBLOCK: a named pipe is refused, not waited for. */
     int fd = open(file->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0) return fail("%s: cannot be opened: %s", file->path, strerror(errno));
-    int fits = fstat(fd, &about) == 0 && S_ISREG(about.st_mode) && about.st_size >= 8
-            && (uintmax_t)about.st_size <= SIZE_MAX;
-    if (fits) map = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    int error = errno;
+    if (fstat(fd, &about) == 0 && S_ISREG(about.st_mode) && about.st_size >= 8
+        && (uintmax_t)about.st_size <= SIZE_MAX)
+        map = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     close(fd);
-    if (!fits)
-        return fail("%s: not a regular file of 8 bytes or more (expected a safetensors file)",
+    if (map == MAP_FAILED)
+        return fail("%s: cannot be read (expected a safetensors file of at least 8 bytes)",
                     file->path);
-    if (map == MAP_FAILED) return fail("%s: cannot be mapped: %s", file->path, strerror(error));
     file->map = map;
     file->size = (size_t)about.st_size;
-    return SC_OK;
-}
-
-static int read_safetensors(sc_safetensors *file) {
-    SC_TRY(map_file(file));
     SC_TRY(read_header(file));
-    SC_TRY(check_positions(file));
+    /* Every byte of the data must belong to exactly one tensor. */
+    const unsigned char *at = file->data, *end = file->map + file->size;
+    if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, by_position);
+    for (size_t i = 0; i < file->tensors; i++) {
+        const sc_tensor *t = &file->tensor[i];
+        if (t->bytes > 0 && t->data != at)
+            return fail("%s: tensor '%.100s' begins at byte %td of the data (expected %td)",
+                        file->path, t->name, t->data - file->data, at - file->data);
+        at += t->bytes;
+    }
+    if (at != end)
+        return fail("%s: %td bytes of data belong to no tensor (expected none)", file->path,
+                    end - at);
+    /* Sort for sc_tensor_find() and sc_metadata_find(). */
     SC_TRY(sort_by_name(file->path, file->tensor, file->tensors, sizeof *file->tensor));
     return sort_by_name(file->path, file->metadata, file->entries, sizeof *file->metadata);
 }
 
 int sc_safetensors_open(sc_safetensors *file, const char *path) {
-    *file = (sc_safetensors){ .path = copy_string(path) };
+    *file = (sc_safetensors){ .path = join_text(path, "") };
     int status = file->path ? read_safetensors(file) : SC_FAILED;
     if (status != SC_OK) sc_safetensors_close(file);
     return status;
@@ -4807,26 +4729,24 @@ const char *sc_metadata_find(const sc_safetensors *file, const char *key) {
     return entry->value;
 }
 
-/* Element i of a tensor, also infinities and NaN; of I64, I32 and U8 *whole is the exact value. */
+/* Element i of a tensor, also infinities and NaN; of I64, I32 and U8 *whole is the exact value. The
+ * other types cannot be read. */
 static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
-    union {
-        uint8_t byte;
-        uint16_t half;
-        int32_t narrow;
-        int64_t whole;
-        float single;
-        double wide;
-    } n;
+    uint64_t bits = 0;
+    double wide;
     size_t size = sc_dtype_size(t->dtype);
-    copy_numbers(&n, t->data + i * size, 1, size);
+    const unsigned char *byte = t->data + i * size;
+    for (size_t b = 0; b < size; b++)
+        bits |= (uint64_t)byte[b] << 8 * b;
     switch (t->dtype) {
-    case SC_F32: return (double)n.single;
-    case SC_F16: return (double)float_of_half(n.half);
-    case SC_BF16: return (double)float_of_bits((uint32_t)n.half << 16);  /* F32's upper half */
-    case SC_F64: return n.wide;
-    case SC_I64: *whole = n.whole; break;
-    case SC_I32: *whole = n.narrow; break;
-    default: *whole = n.byte;
+    case SC_F32: return (double)float_of_bits((uint32_t)bits);
+    case SC_F16: return (double)float_of_half((uint32_t)bits);
+    case SC_BF16: return (double)float_of_bits((uint32_t)bits << 16);    /* F32's upper half */
+    case SC_F64:
+        memcpy(&wide, &bits, sizeof wide);
+        return wide;
+    case SC_I32: *whole = (int32_t)(uint32_t)bits; break;
+    default: *whole = (int64_t)bits;                     /* of I64 and U8 */
     }
     return (double)*whole;
 }
@@ -4834,13 +4754,12 @@ static double number_at(const sc_tensor *t, size_t i, int64_t *whole) {
 /* Whether a tensor is of floats (else of integers) and has values first .. first + count - 1. */
 static int check_range(const sc_safetensors *file, const sc_tensor *t, size_t first, size_t count,
                        int floats) {
-    const char *expected = floats ? "F32, F16, BF16 or F64" : "I64, I32 or U8";
-    if (t->dtype > SC_U8 || floats != (t->dtype <= SC_F64))
-        return fail("%s: tensor '%.100s' is %s (expected %s)", file->path, t->name,
-                    sc_dtype_name(t->dtype), expected);
-    if (first <= t->count && count <= t->count - first) return SC_OK;
-    return fail("%s: tensor '%.100s' has %zu values (expected %zu from number %zu on)", file->path,
-                t->name, t->count, count, first);
+    /* By the order of sc_dtype. */
+    int of_kind = floats ? t->dtype <= SC_F64 : t->dtype >= SC_I64 && t->dtype <= SC_U8;
+    if (of_kind && first <= t->count && count <= t->count - first) return SC_OK;
+    return fail("%s: tensor '%.100s' has %zu values of type %s (expected %zu from number %zu on, "
+                "of type %s)", file->path, t->name, t->count, sc_dtype_name(t->dtype), count, first,
+                floats ? "F32, F16, BF16 or F64" : "I64, I32 or U8");
 }
 
 int sc_tensor_floats(const sc_safetensors *file, const sc_tensor *tensor, size_t first,
@@ -4871,13 +4790,12 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
  *
  * NAME is written as NAME.tmp, flushed to disk and renamed, so that NAME is always a whole file. A
  * killed process leaves NAME.tmp, which the next run overwrites; a lock keeps two processes apart.
- * A device or a pipe (/dev/full) is written directly. */
+ */
 
 /* error: an errno */
 static int write_failed(const char *path, int error) {
     const char *reason = strerror(error);
     if (error == EBUSY) reason = "another process is writing it";
-    if (error == ESPIPE) reason = "not a regular file";
     return fail("%s: cannot be written: %s", path, reason);
 }
 
@@ -4891,76 +4809,53 @@ static int flush_output(FILE *file, const char *name) {
 /* Whether everything printed has reached standard output; a disk may be full. */
 static int end_of_output(void) { return flush_output(stdout, "standard output"); }
 
-static int output_write(sc_output *out, const void *bytes, size_t count) {
-    if (fwrite(bytes, 1, count, out->file) == count) return SC_OK;
-    return write_failed(out->path, errno);
-}
-
-/* Ends the output and removes what was written, unless it was committed. */
-static void output_discard(sc_output *out) {
-    if (out->file && out->temporary) unlink(out->temporary);
-    if (out->file) fclose(out->file);
-    free(out->path);
-    free(out->temporary);
-    memset(out, 0, sizeof *out);
-}
-
-/* Locks NAME.tmp; sets errno to EBUSY if another process has it. That process may have renamed the
- * file before we got the lock: then the file that we opened is its finished output. */
-static int lock_temporary(int fd, const char *name) {
-    struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
-    struct stat locked, named;
-    int ours = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0
-            && stat(name, &named) == 0 && locked.st_ino == named.st_ino;
-    if (!ours) errno = EBUSY;
-    return ours;
-}
-
-/* O_NOFOLLOW: a link under the name NAME.tmp is refused. */
-static int output_open(sc_output *out, const char *path) {
-    struct stat there;
-    int direct = stat(path, &there) == 0 && !S_ISREG(there.st_mode);
-    int flags = O_WRONLY, fd = -1;
-    int ready = direct;                      /* whether the file may be written */
-    *out = (sc_output){ .path = copy_string(path) };
-    const char *name = out->path;
-    if (name && !direct) {
-        name = out->temporary = join_text(path, ".tmp");
-        flags = O_RDWR | O_CREAT | O_NOFOLLOW;
-    }
-    if (name) fd = open(name, flags | O_CLOEXEC, 0666);
-    int ours = fd >= 0 && !direct && lock_temporary(fd, name);   /* else it is left alone */
-    if (ours) ready = ftruncate(fd, 0) == 0;
-    if (fd >= 0 && ready) out->file = fdopen(fd, "w");
-    if (out->file) return SC_OK;
-    if (name) write_failed(path, errno);
-    if (ours) unlink(name);
-    if (fd >= 0) close(fd);
-    output_discard(out);
-    return SC_FAILED;
-}
-
-/* NAME.tmp becomes NAME. The file that it replaces stays as out->previous, if that is set; with a
- * link, NAME is never missing. */
-static int rename_output(sc_output *out) {
-    if (fsync(fileno(out->file)) != 0) return write_failed(out->path, errno);
-    if (out->previous && access(out->path, F_OK) == 0) {
+/* Ends the output. If status is SC_OK the whole file appears under its name, and the file that it
+ * replaces stays as out->previous if that is set; otherwise nothing changes. Returns the status. */
+static int output_close(sc_output *out, int status) {
+    if (status == SC_OK) status = flush_output(out->file, out->path);
+    if (status == SC_OK && out->temporary && fsync(fileno(out->file)) != 0)
+        status = write_failed(out->path, errno);
+    if (status == SC_OK && out->previous) {
+        /* With a link NAME is never missing; some file systems have none. */
         unlink(out->previous);
-        if (link(out->path, out->previous) != 0 && rename(out->path, out->previous) != 0)
-            return fail("%s: cannot be kept as %s: %s", out->path, out->previous, strerror(errno));
+        int kept = link(out->path, out->previous) == 0 || errno == ENOENT
+                || rename(out->path, out->previous) == 0;
+        if (!kept) status = write_failed(out->previous, errno);
     }
-    if (rename(out->temporary, out->path) != 0) return write_failed(out->path, errno);
+    if (status == SC_OK && out->temporary && rename(out->temporary, out->path) != 0)
+        status = write_failed(out->path, errno);
+    if (status != SC_OK && out->file && out->temporary) unlink(out->temporary);
+    if (out->file) fclose(out->file);                    /* unlocks it */
     free(out->temporary);
-    out->temporary = NULL;                           /* nothing is left to remove */
-    return SC_OK;
+    *out = (sc_output){ 0 };
+    return status;
 }
 
-/* Ends the output in either case: the whole file stands under its name, or nothing changes. */
-static int output_commit(sc_output *out) {
-    int status = flush_output(out->file, out->path);
-    if (status == SC_OK && out->temporary) status = rename_output(out);
-    output_discard(out);
-    return status;
+/* Opens and locks NAME.tmp. A link in its place is refused (O_NOFOLLOW). A device or a pipe under
+ * NAME is written directly. path: must last until the output is closed */
+static int output_open(sc_output *out, const char *path) {
+    struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+    struct stat there, locked, named;
+    *out = (sc_output){ .path = path };
+    if (stat(path, &there) == 0 && !S_ISREG(there.st_mode)) {
+        out->file = fopen(path, "w");
+        return out->file ? SC_OK : write_failed(path, errno);
+    }
+    out->temporary = join_text(path, ".tmp");
+    if (!out->temporary) return SC_FAILED;
+    int fd = open(out->temporary, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
+    if (fd < 0) return output_close(out, write_failed(path, errno));
+    /* Another process may have renamed the file before we got the lock: then what we opened is its
+     * finished output. */
+    int ours = fcntl(fd, F_SETLK, &lock) == 0 && fstat(fd, &locked) == 0
+            && stat(out->temporary, &named) == 0 && locked.st_ino == named.st_ino;
+    if (!ours) errno = EBUSY;
+    if (ours && ftruncate(fd, 0) == 0) out->file = fdopen(fd, "w");
+    if (out->file) return SC_OK;
+    int status = write_failed(path, errno);
+    if (ours) unlink(out->temporary);
+    close(fd);
+    return output_close(out, status);
 }
 
 /* --- Writing safetensors ---
@@ -4968,33 +4863,16 @@ static int output_commit(sc_output *out) {
  * The data are written as they come, after a gap. Two parts of the header, metadata and tensors,
  * grow in memory and fill the gap at the end; blanks pad it. Each entry begins with a comma. */
 
-/* header_room: bytes to leave for the header; no file may have a header above MAX_HEADER */
-int sc_writer_open(sc_writer *w, const char *path, size_t header_room) {
-    const size_t least = 1000, most = MAX_HEADER - 64;
-    memset(w, 0, sizeof *w);
+int sc_writer_open(sc_writer *w, const char *path) {
+    *w = (sc_writer){ .room = 16384 };
     SC_TRY(output_open(&w->out, path));
-    if (header_room < least) header_room = least;
-    if (header_room > most) header_room = most;
-    w->data = (8 + header_room + 63) / 64 * 64;              /* aligned to 64 bytes */
     w->metadata = open_memstream(&w->text[0], &w->length[0]);
-    if (w->metadata) w->tensors = open_memstream(&w->text[1], &w->length[1]);
-    if (w->tensors && fseeko(w->out.file, (off_t)w->data, SEEK_SET) == 0) return SC_OK;
-    write_failed(path, errno);
-    sc_writer_discard(w);
-    return SC_FAILED;
+    w->tensors = open_memstream(&w->text[1], &w->length[1]);
+    if (w->metadata && w->tensors) return SC_OK;
+    return sc_writer_close(w, write_failed(path, errno));
 }
 
-void sc_writer_discard(sc_writer *w) {
-    output_discard(&w->out);
-    if (w->metadata) fclose(w->metadata);
-    if (w->tensors) fclose(w->tensors);
-    free(w->text[0]);
-    free(w->text[1]);
-    free(w->name);
-    memset(w, 0, sizeof *w);
-}
-
-/* At any time before the end; the order is kept. Lack of memory is reported at the end. */
+/* At any time before the end; the order is kept. Lack of memory is reported later. */
 int sc_writer_metadata(sc_writer *w, const char *key, const char *value) {
     putc(',', w->metadata);
     print_json(w->metadata, key);
@@ -5013,7 +4891,8 @@ SC_PRINTF(3, 4) static int put_metadata(sc_writer *w, const char *key, const cha
     return sc_writer_metadata(w, key, text);
 }
 
-/* A list of names as metadata: a JSON array in a JSON string, so that names are escaped twice. */
+/* A list of names as metadata: a JSON array in a JSON string, so that names are escaped twice. A
+ * name takes at most 7 bytes per byte, for a control character, and 5. */
 static int write_name_list(sc_writer *w, const char *key, char **name, size_t count) {
     fprintf(w->metadata, ",\"%s\":\"[", key);
     for (size_t i = 0; i < count; i++) {
@@ -5024,143 +4903,131 @@ static int write_name_list(sc_writer *w, const char *key, char **name, size_t co
     return SC_OK;
 }
 
-/* The most bytes of a header that a list of names can take: 7 for a control character. */
-static size_t names_room(char **name, size_t count, size_t more) {
-    size_t room = 0;
-    if (!name) return 0;
-    for (size_t i = 0; i < count; i++) room += 7 * strlen(name[i]) + more;
-    return room;
-}
-
 /* Ends the tensor being written, which must be complete, with its entry in the header. */
 static int end_tensor(sc_writer *w) {
     sc_tensor *t = &w->tensor;
-    if (!w->name) return SC_OK;
-    if (w->rows_open) t->shape[0] = w->values / t->count;    /* count is that of one row so far */
-    w->rows_open = 0;
+    if (!t->name) return SC_OK;
+    /* Of SC_ROWS rows, measure one first. */
+    int open = t->rank > 0 && t->shape[0] == SC_ROWS;
+    if (open) t->shape[0] = 1;
+    SC_TRY(measure_tensor(t, w->out.path));
+    if (open && t->count > 0) t->shape[0] = w->values / t->count;
     SC_TRY(measure_tensor(t, w->out.path));
     if (w->values != t->count)
         return fail("%s: tensor '%.100s' got %zu values (expected %zu from its shape)", w->out.path,
                     t->name, w->values, t->count);
-    putc(',', w->tensors);
-    print_json(w->tensors, w->name);
-    fprintf(w->tensors, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(t->dtype));
     for (int d = 0; d < t->rank; d++)
         fprintf(w->tensors, "%s%zu", d ? "," : "", t->shape[d]);
     fprintf(w->tensors, "],\"data_offsets\":[%zu,%zu]}", w->end, w->end + t->bytes);
     w->end += t->bytes;
-    free(w->name);
-    w->name = NULL;
+    t->name = NULL;
     return SC_OK;
 }
 
 /* Begins the next tensor; shape[0] may be SC_ROWS. */
 int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
                      const size_t *shape) {
-    sc_tensor t = { .name = name, .dtype = dtype };
     SC_TRY(end_tensor(w));
-    for (; t.rank < rank && t.rank < SC_MAX_RANK; t.rank++)
-        t.shape[t.rank] = shape[t.rank];
-    w->rows_open = rank > 0 && shape[0] == SC_ROWS;
-    if (w->rows_open) t.shape[0] = 1;
-    SC_TRY(measure_tensor(&t, w->out.path));
-    if (t.rank != rank || (w->rows_open && t.count == 0) || strcmp(name, "__metadata__") == 0)
-        return fail("%s: a tensor '%.100s' of this shape is not possible", w->out.path, name);
-    t.name = w->name = copy_string(name);
-    if (!w->name) return SC_FAILED;
-    w->tensor = t;
+    if (rank > SC_MAX_RANK)
+        return fail("%s: tensor '%.100s' has more than %d dimensions", w->out.path, name,
+                    SC_MAX_RANK);
+    /* Leave a gap for the metadata so far and for w->room bytes more. */
+    if (w->data == 0) {
+        SC_TRY(flush_output(w->metadata, w->out.path));
+        w->data = (w->length[0] + w->room + 63) / 64 * 64;
+        if (w->data > MAX_HEADER) w->data = MAX_HEADER;
+        if (fseeko(w->out.file, (off_t)w->data, SEEK_SET) != 0)
+            return write_failed(w->out.path, errno);
+    }
+    /* The beginning of its entry; end_tensor() completes it. */
+    w->tensor = (sc_tensor){ .name = name, .dtype = dtype, .rank = rank };
+    for (int d = 0; d < rank; d++)
+        w->tensor.shape[d] = shape[d];
     w->values = 0;
+    putc(',', w->tensors);
+    print_json(w->tensors, name);
+    fprintf(w->tensors, ":{\"dtype\":\"%s\",\"shape\":[", sc_dtype_name(dtype));
     return SC_OK;
 }
 
-/* Stores values as little-endian numbers of a dtype. Returns the index of the first value that the
- * dtype cannot hold, or count. values: of the dtype, but float for F16 and int64_t for I32 */
-static size_t store_numbers(unsigned char *to, sc_dtype dtype, const void *values, size_t count) {
-    const float *f = values;
-    const double *d = values;
-    const int64_t *n = values;
-    size_t i = 0;
-    if (dtype == SC_F16) {
-        for (; i < count && fabsf(f[i]) < 65520; i++) {
-            uint16_t half = half_of_float(f[i]);
-            copy_numbers(to + 2 * i, &half, 1, 2);
-        }
-    } else if (dtype == SC_I32) {
-        for (; i < count && n[i] >= INT32_MIN && n[i] <= INT32_MAX; i++) {
-            int32_t narrow = (int32_t)n[i];
-            copy_numbers(to + 4 * i, &narrow, 1, 4);
-        }
-    } else {
-        copy_numbers(to, values, count, sc_dtype_size(dtype));
-        if (dtype == SC_F32) return first_not_finite(f, count);
-        while (i < count && (dtype != SC_F64 || isfinite(d[i]))) i++;
-    }
-    return i;
-}
-
-/* kind: the type of the values in memory, F32 (also for F16), F64, I64 (also for I32) or U8. Values
- * that the tensor's dtype cannot hold, infinities and NaN are refused. */
+/* kind: the type of the values in memory, that of the tensor, but F32 for a tensor of F16. Values
+ * that would be infinite or NaN in the file are refused. */
 int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind) {
     enum { BLOCK = 4096 };
-    unsigned char bytes[BLOCK * 8];
-    sc_dtype dtype = w->tensor.dtype, expected = dtype;
-    if (dtype == SC_F16) expected = SC_F32;
-    if (dtype == SC_I32) expected = SC_I64;
-    if (!w->name || kind != expected)
+    const float *single = values;
+    const double *wide = values;
+    uint16_t half[BLOCK];
+    unsigned char bytes[BLOCK * sizeof *wide];
+    sc_dtype dtype = w->tensor.dtype;
+    size_t size = sc_dtype_size(dtype);
+    int halves = dtype == SC_F16;
+    double most = halves ? 65520 : (double)INFINITY;     /* beyond it, infinite in the file */
+    if (!w->tensor.name || kind != (halves ? SC_F32 : dtype))
         return fail("%s: %s values without a tensor of theirs", w->out.path, sc_dtype_name(kind));
-    for (size_t at = 0, n; at < count; at += n) {
-        n = count - at;
-        if (n > BLOCK) n = BLOCK;
-        const char *from = (const char *)values + at * sc_dtype_size(kind);
-        size_t held = store_numbers(bytes, dtype, from, n);
-        if (held < n)
+    for (size_t i = 0; i < count && kind <= SC_F64; i++) {
+        double value = kind == SC_F64 ? wide[i] : (double)single[i];
+        if (!(fabs(value) < most))
             return fail("%s: tensor '%.100s', element %zu cannot be held by %s", w->out.path,
-                        w->name, w->values + held, sc_dtype_name(dtype));
-        SC_TRY(output_write(&w->out, bytes, n * sc_dtype_size(dtype)));
-        w->values += n;
+                        w->tensor.name, w->values + i, sc_dtype_name(dtype));
     }
+    /* In blocks, as little-endian numbers of the tensor's type. */
+    for (size_t at = 0, n; at < count; at += n) {
+        const void *from = (const char *)values + at * size;
+        n = smaller(count - at, BLOCK);
+        if (halves) {
+            for (size_t i = 0; i < n; i++)
+                half[i] = half_of_float(single[at + i]);
+            from = half;
+        }
+        copy_numbers(bytes, from, n, size);
+        if (fwrite(bytes, size, n, w->out.file) < n)
+            return write_failed(w->out.path, errno);
+    }
+    w->values += count;
     return SC_OK;
 }
 
-/* Writes the header into its gap. Errors of the file itself show when the output is committed. */
+/* Writes the header into its gap. Errors of the file itself show when the output is closed. */
 static int write_header(sc_writer *w) {
     FILE *f = w->out.file;
-    const size_t size = w->data - 8, braces = strlen("{\"__metadata__\":{}}");
-    uint64_t number = size, bytes;
-    int used;                                /* bytes of the header before the blanks */
     SC_TRY(end_tensor(w));
     SC_TRY(flush_output(w->metadata, w->out.path));
     SC_TRY(flush_output(w->tensors, w->out.path));
-    if (braces + w->length[0] + w->length[1] > size)
-        return fail("%s: the header needs more than %zu bytes: too many or too long names",
-                    w->out.path, size);
-    if (fseeko(f, 0, SEEK_SET) != 0) return write_failed(w->out.path, errno);
-    copy_numbers(&bytes, &number, 1, 8);
-    fwrite(&bytes, 8, 1, f);
     const char *metadata = w->text[0], *tensors = w->text[1];
-    if (*metadata) used = fprintf(f, "{\"__metadata__\":{%s}%s}", metadata + 1, tensors);
-    else used = fprintf(f, "{%s}", tensors + (*tensors == ','));
+    uint64_t size = w->data - 8, bytes;
+    if (8 + w->length[0] + w->length[1] + strlen("{\"__metadata__\":{}}") > w->data)
+        return fail("%s: the header needs more than %ju bytes: too many or too long names",
+                    w->out.path, (uintmax_t)w->data);
+    /* Its size, its two parts, blanks. */
+    if (fseeko(f, 0, SEEK_SET) != 0)
+        return write_failed(w->out.path, errno);
+    copy_numbers(&bytes, &size, 1, 8);
+    fwrite(&bytes, 8, 1, f);
+    if (*metadata) metadata++;                           /* its comma */
+    int used = fprintf(f, "{\"__metadata__\":{%s}%s}", metadata, tensors);
     fprintf(f, "%*s", (int)size - used, "");
     return SC_OK;
 }
 
-/* Ends the writer in either case: the whole file stands under its name, or nothing changes. */
-int sc_writer_finish(sc_writer *w) {
-    int status = write_header(w);
-    if (status == SC_OK) status = output_commit(&w->out);
-    sc_writer_discard(w);
+/* Ends the writer. If status is SC_OK the whole file appears under its name, otherwise nothing
+ * changes. Returns the status, or that of a failure. */
+int sc_writer_close(sc_writer *w, int status) {
+    if (status == SC_OK) status = write_header(w);
+    status = output_close(&w->out, status);
+    if (w->metadata) fclose(w->metadata);
+    if (w->tensors) fclose(w->tensors);
+    free(w->text[0]);
+    free(w->text[1]);
+    memset(w, 0, sizeof *w);
     return status;
 }
 
 /* Writes a whole safetensors file by `write`, or nothing. */
-static int save_tensors(const char *path, size_t header_room,
-                        int (*write)(sc_writer *w, void *context), void *context) {
+static int save_tensors(const char *path, int (*write)(sc_writer *w, void *context),
+                        void *context) {
     sc_writer w;
-    SC_TRY(sc_writer_open(&w, path, header_room));
-    int status = write(&w, context);
-    if (status == SC_OK) return sc_writer_finish(&w);
-    sc_writer_discard(&w);
-    return status;
+    SC_TRY(sc_writer_open(&w, path));
+    return sc_writer_close(&w, write(&w, context));
 }
 
 /* ============================================================================================
@@ -5879,7 +5746,7 @@ static int open_packed(sc_images *set, const char *path) {
 /* A digest of N, the classes, the labels and the names below the root. Moving or packing a data
  * set does not change it. */
 static uint64_t images_digest(const sc_images *set) {
-    digest64 digest = { 0 };
+    uint64_t digest = 0;
     digest64_number(&digest, set->count);
     digest64_number(&digest, set->class_name ? set->classes : 0);
     for (size_t c = 0; c < set->classes && set->class_name; c++)
@@ -5888,7 +5755,7 @@ static uint64_t images_digest(const sc_images *set) {
         digest64_name(&digest, set->image[i].name);
         digest64_number(&digest, (uint64_t)set->image[i].label);
     }
-    return digest64_value(&digest);
+    return digest;
 }
 
 int sc_images_open(sc_images *set, const char *path, size_t limit) {
@@ -6381,8 +6248,8 @@ static const char *architecture_of(const sc_sae *sae) {
 /* Opens the output and discards it, so that a wrong path fails before the work is done. */
 static int try_output(const char *path) {
     sc_writer w;
-    SC_TRY(sc_writer_open(&w, path, 0));
-    sc_writer_discard(&w);
+    SC_TRY(sc_writer_open(&w, path));
+    sc_writer_close(&w, SC_FAILED);
     return SC_OK;
 }
 
@@ -6430,7 +6297,7 @@ static void copy_rows(const float_tensor *t, size_t first, size_t height, float 
 /* Writes a tensor or, if there is no writer, reads it from a file, some rows at a time. Adds it
  * to a digest if there is one. */
 static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
-                       digest64 *digest) {
+                       uint64_t *digest) {
     enum { ROWS = 16 };
     const sc_tensor *source = w ? NULL : sc_tensor_find(file, t->name);
     size_t shape[2] = { t->rows, t->columns };
@@ -6459,7 +6326,7 @@ static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_wri
 
 /* Writes or reads the tensors of an SAE and, with a trainer, of Adam. */
 static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safetensors *file,
-                        sc_writer *w, digest64 *digest) {
+                        sc_writer *w, uint64_t *digest) {
     const float_tensor threshold = { "threshold", sae->threshold, 1, 1, sae->d_sae, 0, 1 };
     float_tensor list[STATE_TENSORS];
     size_t count = list_tensors(sae, t, list);
@@ -6559,7 +6426,7 @@ static int write_sae(sc_writer *w, void *context) {
 int sc_sae_save(const sc_sae *sae, const char *path) {
     sc_sae copy = *sae;
     SC_TRY(check_k(sae));
-    return save_tensors(path, 8192, write_sae, &copy);
+    return save_tensors(path, write_sae, &copy);
 }
 
 /* --- SAELens's cfg.json, beside the weights (jbloomAus/SAELens, versions 2 to 6) --- */
@@ -6577,8 +6444,7 @@ static const char *const saelens_rules[][2] = {
     { "activation_fn_str", "relu|topk" }, { "apply_b_dec_to_input", "true" },
     { "normalize_activations", "none|false|null" }, { "reshape_activations", "none|null" },
     { "finetuning_scaling_factor", "false|null" },
-    { "rescale_acts_by_decoder_norm", "false|null" }, { "hook_head_index", "null" },
-    { "meta.hook_head_index", "null" }, { "metadata.hook_head_index", "null" } };
+    { "rescale_acts_by_decoder_norm", "false|null" }, { "hook_head_index", "null" } };
 
 static int take_saelens(void *context, const char *key, const char *value) {
     saelens *c = context;
@@ -6592,7 +6458,7 @@ static int take_saelens(void *context, const char *key, const char *value) {
     if (strcmp(key, "architecture") == 0) strcpy(c->architecture, value);
     if (strcmp(key, "activation_fn") == 0 || strcmp(key, "activation_fn_str") == 0)
         strcpy(c->activation, value);            /* one of the values above, which fit */
-    if (strcmp(key, "k") == 0 || strcmp(key, "activation_fn_kwargs.k") == 0) number = &c->k;
+    if (strcmp(key, "k") == 0) number = &c->k;           /* also of activation_fn_kwargs */
     if (strcmp(key, "d_in") == 0) number = &c->d_in;
     if (strcmp(key, "d_sae") == 0) number = &c->d_sae;
     if (!number || strcmp(value, "null") == 0) return SC_OK;
@@ -6618,7 +6484,11 @@ static int read_saelens(saelens *c) {
     fclose(file);
     if (status == SC_OK && length == MOST)
         status = fail("%s: too long for a configuration", c->path);
-    if (status == SC_OK) status = json_scalars(text, length, c->path, take_saelens, c);
+    if (status == SC_OK) {
+        json j = json_begin(c->path, text, length);
+        status = json_scalars(&j, "", 0, take_saelens, c);
+        if (status == SC_OK) status = json_end(&j);
+    }
     free(text);
     return status;
 }
@@ -6650,7 +6520,7 @@ static int write_saelens(const sc_sae *sae, const char *path) {
             "  \"context_size\": 1,\n  \"prepend_bos\": false,\n  \"dataset_path\": \"\",\n"
             "  \"dataset_trust_remote_code\": false,\n  \"sae_lens_training_version\": null\n}\n",
             layer);
-    return output_commit(&out);
+    return output_close(&out, SC_OK);
 }
 
 /* Metadata and cfg.json must agree. A file with k and without architecture is a TopK SAE, and so is
@@ -6732,9 +6602,9 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file, const saelens *conf
     SC_TRY(read_origin(&sae->origin, file));
     sae->layer = (size_t)strtoul(sae->origin.text[SC_LAYER], NULL, 10);
     sae->hook = find_hook(sae->origin.text[SC_HOOK]);
-    sae->path = copy_string(file->path);
+    sae->path = join_text(file->path, "");
     if (!sae->path) return SC_FAILED;
-    if (start) sae->b_dec_start = copy_string(start);
+    if (start) sae->b_dec_start = join_text(start, "");
     return start && !sae->b_dec_start ? SC_FAILED : SC_OK;
 }
 
@@ -6761,7 +6631,7 @@ int sc_sae_open(sc_sae *sae, const char *path) {
 
 /* A digest of the SAE's weights and settings, by which statistics of another SAE are refused. */
 static uint64_t sae_digest(const sc_sae *sae) {
-    digest64 d = { 0 };
+    uint64_t d = 0;
     const uint64_t numbers[] = { sae->d_in, sae->d_sae, (uint64_t)sae->topk,
                                  sae->topk ? sae->k : 0 };
     for (size_t i = 0; i < COUNT(numbers); i++) digest64_number(&d, numbers[i]);
@@ -6775,7 +6645,7 @@ static uint64_t sae_digest(const sc_sae *sae) {
             digest64_number(&d, encoder << 32 | bits_of_float(sae->W_dec[j * sae->stride + i]));
         }
     }
-    return digest64_value(&d);
+    return d;
 }
 
 /* ============================================================================================
@@ -6837,7 +6707,7 @@ static int open_activations(feed *f, const options *o) {
     SC_TRY(sc_safetensors_open(&f->file, o->acts));
     const sc_tensor *a = f->activations = sc_tensor_find(&f->file, "activations");
     const char *digest = sc_metadata_find(&f->file, "data_digest");
-    digest64 labels = { 0 };
+    uint64_t labels = 0;             /* their digest */
     if (!a || a->rank != 3 || a->count == 0)
         return fail("%s: not saved activations (expected a tensor activations [images, tokens, "
                     "width])", o->acts);
@@ -6850,10 +6720,10 @@ static int open_activations(feed *f, const options *o) {
     SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1, NULL));
     for (size_t i = 0; i < f->set.count; i++)
         digest64_number(&labels, (uint64_t)f->set.image[i].label);
-    f->set.digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : digest64_value(&labels);
+    f->set.digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : labels;
     if (o->limit && (size_t)o->limit < f->set.count) {
         f->set.count = (size_t)o->limit;
-        f->set.digest = digest64_step(f->set.digest, f->set.count);  /* another data set */
+        digest64_number(&f->set.digest, f->set.count);       /* another data set */
     }
     return SC_OK;
 }
@@ -7327,15 +7197,16 @@ static int move_checkpoint(training_run *run, transfer *to) {
     const sc_safetensors *source = f->is_file ? &f->file : &f->model.file;
     sc_trainer *t = run->trainer;
     size_t n = run->sae.d_sae;
-    digest64 data = { 0 }, state = { 0 };
+    uint64_t data = 0, state = 0;            /* digests */
     SC_TRY(move_counter(to, "steps", &t->step));
     SC_TRY(move_counter(to, "next_draw", &run->next_draw));
     move_recipe(run, to);
     /* The images' names and labels, and the first MiB of the weights or saved activations. */
     size_t bytes = (size_t)(source->data - source->map) + ((size_t)1 << 20);
     digest64_number(&data, f->set.digest);
-    digest64_add(&data, source->map, smaller(bytes, source->size));
-    move_setting(to, "data_digest", "%ju", (uintmax_t)digest64_value(&data));
+    for (size_t i = 0; i < smaller(bytes, source->size); i++)
+        digest64_number(&data, source->map[i]);
+    move_setting(to, "data_digest", "%ju", (uintmax_t)data);
     if (to->failed) return to->failed;
     /* The SAE, Adam's moments, and for how many steps each latent has been silent. */
     SC_TRY(move_tensors(&run->sae, t, to->file, to->w, &state));
@@ -7353,9 +7224,9 @@ static int move_checkpoint(training_run *run, transfer *to) {
         digest64_number(&state, (uint64_t)t->silent[j]);
     digest64_number(&state, t->step);
     digest64_number(&state, run->next_draw);
-    uint64_t computed = digest64_value(&state), checksum = computed;
+    uint64_t checksum = state;
     SC_TRY(move_counter(to, "checksum", &checksum));
-    if (checksum == computed) return SC_OK;
+    if (checksum == state) return SC_OK;
     return fail("%s: damaged: its checksum does not match", to->file->path);
 }
 
@@ -7367,7 +7238,7 @@ static int write_checkpoint(sc_writer *w, void *context) {
 }
 
 static int save_checkpoint(training_run *run) {
-    return save_tensors(run->checkpoint, 8192, write_checkpoint, run);
+    return save_tensors(run->checkpoint, write_checkpoint, run);
 }
 
 /* Continues from a checkpoint if there is one. The error that refuses a damaged one names the
@@ -7452,7 +7323,7 @@ static int log_step(training_run *run, const sc_step *r) {
     }
     snprintf(words, sizeof words, ", loss %.5g, L0 %.4g, explained %.3f", r->loss, r->l0,
              r->explained_variance);
-    show_progress("step", step, run->steps, images, words);
+    show_progress("step", step, run->steps, words);
     return SC_OK;
 }
 
@@ -7552,7 +7423,7 @@ static int run_training(training_run *run) {
     SC_TRY(start_run(run));
     if (o->log) SC_TRY(open_log(run));
     SC_TRY(train_steps(run));
-    SC_TRY(save_tensors(run->output, 8192, write_trained, run));
+    SC_TRY(save_tensors(run->output, write_trained, run));
     if (*run->config) SC_TRY(write_saelens(&run->sae, run->config));
     if (run->steps > 0 && run->steps < (uint64_t)o->warmup)
         note("all %ju steps lay within the warm-up of %ld: the learning rate never reached --lr "
@@ -7648,7 +7519,7 @@ static int next_encoded(session *s, size_t total) {
     feed *f = &s->data;
     size_t bad;
     SC_TRY(next_batch(f, MEASURE_IMAGES));
-    show_progress("image", f->used, total, f->used, "");
+    show_progress("image", f->used, total, "");
     if (f->count == 0) return SC_END;
     for (size_t i = 0; i < s->saes; i++) {
         const sc_tap *tap = &f->tap[s->tap[i]];      /* out: [count T, stride] */
@@ -7802,8 +7673,7 @@ static int write_statistics(sc_writer *w, void *context) {
 /* Derives the rest from the counts and writes all. */
 static int save_statistics(statistics *s, const char *path) {
     derive_statistics(s);
-    size_t room = 16384 + names_room(s->class_name, s->classes, 8);
-    return save_tensors(path, room, write_statistics, s);
+    return save_tensors(path, write_statistics, s);
 }
 
 static int command_stats(session *s) {
@@ -8087,6 +7957,8 @@ static int write_data_set(sc_writer *w, void *context) {
     char **name;                                             /* [images] */
     int status;
     if (set->class_name) SC_TRY(write_name_list(w, "class_names", set->class_name, set->classes));
+    /* A packed set's file names come last, since images that are passed over lose theirs. */
+    for (size_t i = 0; pack && i < set->count; i++) w->room += 7 * strlen(set->image[i].name) + 5;
 
     /* Pixels or activations, batch by batch. */
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
@@ -8128,25 +8000,20 @@ static int write_data_set(sc_writer *w, void *context) {
 
 static int command_extract(session *s) {
     const char *hook = s->o->hook ? s->o->hook : "mlp";
-    const sc_images *set = &s->data.set;
     long layer = s->o->layer ? s->o->layer : -2;
     size_t place;
     SC_TRY(open_session(s));
     SC_TRY(add_tap(&s->data, layer, (sc_hook)find_hook(hook), &place));
-    size_t room = 8192 + names_room(set->class_name, set->classes, 8);
-    return save_tensors(s->o->output, room, write_data_set, s);
+    return save_tensors(s->o->output, write_data_set, s);
 }
 
 static int command_pack(session *s) {
     const options *o = s->o;
-    const sc_images *set = &s->data.set;
     size_t side = (size_t)o->size, square = 0;
     if (o->square > 0) side = square = (size_t)o->square;    /* the whole square is kept */
     SC_TRY(open_photos(&s->data, o));
     set_preprocessing(&s->data, side, square, o->crop ? o->crop : "torchvision");
-    size_t room = 4096 + names_room(set->class_name, set->classes, 4);
-    for (size_t i = 0; i < set->count; i++) room += 7 * strlen(set->image[i].name) + 4;
-    return save_tensors(o->output, room, write_data_set, s);
+    return save_tensors(o->output, write_data_set, s);
 }
 
 /* --- encode ---
@@ -8190,7 +8057,8 @@ static void spool_batch(session *s, float *f) {
 
         /* The lists and f itself. */
         for (size_t e = 0; e < count; e++) {
-            int64_t row = (int64_t)(first + e / n), index = (int64_t)(e % n);
+            int64_t row = (int64_t)(first + e / n);
+            int32_t index = (int32_t)(e % n);
             if (!(f[e] > 0)) continue;
             fwrite(&row, sizeof row, 1, spool[0]);
             fwrite(&index, sizeof index, 1, spool[1]);
@@ -8223,15 +8091,15 @@ static int write_codes(sc_writer *w, void *context) {
     int64_t block[512];                                      /* or twice as many floats */
     for (size_t i = 0; i < SPOOLS; i++) {
         FILE *spool = s->spool[i];
-        sc_dtype kind = i < 2 ? SC_I64 : SC_F32;             /* of its numbers in the file */
-        size_t size = sc_dtype_size(kind), shape[] = { SC_ROWS, tensor[i].columns };
+        sc_dtype dtype = tensor[i].dtype;
+        size_t size = sc_dtype_size(dtype), shape[] = { SC_ROWS, tensor[i].columns };
         int rank = 1 + (shape[1] > 0);                       /* a list has no columns */
         if (!spool) continue;
         errno = EIO;                                         /* where an earlier write failed */
         if (ferror(spool) || fseeko(spool, 0, SEEK_SET) != 0) return spool_failed();
-        SC_TRY(sc_writer_tensor(w, tensor[i].name, tensor[i].dtype, rank, shape));
+        SC_TRY(sc_writer_tensor(w, tensor[i].name, dtype, rank, shape));
         while ((count = fread(block, size, sizeof block / size, spool)) > 0)
-            SC_TRY(sc_writer_values(w, block, count, kind));
+            SC_TRY(sc_writer_values(w, block, count, dtype));
         if (ferror(spool)) return spool_failed();
     }
     return SC_OK;
@@ -8254,7 +8122,7 @@ static int command_encode(session *s) {
     SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
     while ((status = next_encoded(s, s->data.set.count)) == SC_OK) spool_batch(s, f);
     if (status != SC_END) return status;
-    return save_tensors(o->output, 4096, write_codes, s);
+    return save_tensors(o->output, write_codes, s);
 }
 
 /* --- zeroshot --- */
@@ -8516,8 +8384,8 @@ static int write_picture(const viewer *v, const char *name, size_t channels, siz
     SC_TRY(join_path(v->s->o->output, file, path));
     SC_TRY(output_open(&out, path));
     fprintf(out.file, "P%d\n%zu %zu\n255\n", 5 + rgb, width, height);
-    output_write(&out, v->picture, width * height * channels);
-    return output_commit(&out);
+    fwrite(v->picture, channels, width * height, out.file);
+    return output_close(&out, SC_OK);
 }
 
 /* Writes the mask of latent j on the batch's image i: as a PGM, round(255 f / largest) per patch,
@@ -9078,7 +8946,7 @@ static int command_plot(session *s) {
     if (status == SC_OK) {
         p.out = out.file;
         draw_figure(&p);
-        status = output_commit(&out);
+        status = output_close(&out, SC_OK);
     }
     for (int n = 0; n < p.count; n++)
         free(p.series[n].row);
@@ -9238,10 +9106,11 @@ static const char *const atlas_page[] = {
 
 enum { PART = 64 };                  /* latents per N.js */
 
-/* Opens data/NUMBER.SUFFIX for writing. */
-static int open_part(sc_output *out, const viewer *v, size_t number, const char *suffix) {
+/* Opens data/NUMBER.SUFFIX for writing. path: its name, which must last until it is closed */
+static int open_part(sc_output *out, const viewer *v, size_t number, const char *suffix,
+                     char path[MAX_PATH]) {
     const char *folder = v->s->o->output;
-    char name[64], path[MAX_PATH];
+    char name[64];
     SC_TRY(join_path(folder, "data", path));
     mkdir(path, 0777);                                   /* output_open() reports a failure */
     snprintf(name, sizeof name, "data/%zu.%s", number, suffix);
@@ -9300,17 +9169,16 @@ static int write_image(const viewer *v, size_t i) {
     const feed *f = &v->s->data;
     const unsigned char *pixels = crop_of(f, i);
     size_t S = f->model.image_size;
+    char path[MAX_PATH];
     sc_output out;
-    SC_TRY(open_part(&out, v, f->image[i], "jpg"));
+    SC_TRY(open_part(&out, v, f->image[i], "jpg", path));
     int status = write_jpeg(&out, pixels, S);
     if (status == SC_END) {
         if (f->used + i == 0) note("cjpeg is not installed: images are bitmaps, which are larger");
         write_bitmap(out.file, pixels, S);
         status = SC_OK;
     }
-    if (status == SC_OK) return output_commit(&out);
-    output_discard(&out);
-    return status;
+    return output_close(&out, status);
 }
 
 /* masks: [n, K, patches]. Keeps the masks of the batch's images, for all latents that show them.
@@ -9346,8 +9214,9 @@ static void keep_masks(viewer *v, char *masks) {
  * comma after the last element of a list. */
 static int write_top_images(const viewer *v, const char *masks, size_t part) {
     const statistics *stats = &v->stats;
+    char path[MAX_PATH];
     sc_output out;
-    SC_TRY(open_part(&out, v, part, "js"));
+    SC_TRY(open_part(&out, v, part, "js", path));
     fprintf(out.file, "parts[%zu] = [\n", part);
     for (size_t j = part * PART; j < (part + 1) * PART && j < stats->n; j++) {
         putc('[', out.file);
@@ -9362,7 +9231,7 @@ static int write_top_images(const viewer *v, const char *masks, size_t part) {
         fputs("],\n", out.file);
     }
     fputs("];\n", out.file);
-    return output_commit(&out);
+    return output_close(&out, SC_OK);
 }
 
 /* Everything in data/. index: the path of index.html */
@@ -9434,12 +9303,9 @@ static int command_atlas(session *s) {
     mkdir(folder, 0777);                         /* if it fails, so does output_open() */
     SC_TRY(output_open(&out, index));
     int status = write_data(&v, index);
-    if (status == SC_OK) {
-        write_index(&v, out.file);
-        return output_commit(&out);
-    }
-    output_discard(&out);
-    rmdir(folder);                               /* only if it is empty */
+    if (status == SC_OK) write_index(&v, out.file);
+    status = output_close(&out, status);
+    if (status != SC_OK) rmdir(folder);          /* only if it is empty */
     return status;
 }
 
@@ -9451,12 +9317,12 @@ static int command_atlas(session *s) {
 
 /* The sizes of a tensor, "192 x 12288", or an index into it, "3, 4". */
 static const char *join_sizes(const size_t *sizes, int count, const char *between) {
-    char *out = strcpy(text_room(), "scalar");           /* a tensor without sizes */
+    char out[SC_MAX_RANK * 24] = "scalar";               /* a tensor without sizes */
     for (int d = 0, used = 0; d < count; d++) {
         if (d > 0) used += sprintf(out + used, "%s", between);
         used += sprintf(out + used, "%zu", sizes[d]);
     }
-    return out;
+    return shown(out);
 }
 
 /* This machine, and what of it the program uses. */

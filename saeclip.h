@@ -101,8 +101,8 @@ int sc_tensor_integers(const sc_safetensors *file, const sc_tensor *tensor, size
 
 /* A file that appears under its name only when it is complete. */
 typedef struct {
-    char *path;
-    char *temporary;                 /* path.tmp; NULL: written as it is, or committed */
+    const char *path;                /* the caller's */
+    char *temporary;                 /* path.tmp */
     const char *previous;            /* the file that is replaced keeps this name; NULL: it goes */
     FILE *file;
 } sc_output;
@@ -111,32 +111,34 @@ typedef struct {
 
 typedef struct {
     sc_output out;
-    uint64_t data;                   /* where in the file the data begin */
+    size_t room;                     /* bytes for the header's entries after the first tensor */
+    uint64_t data;                   /* where in the file the data begin; 0: no tensor yet */
     FILE *metadata, *tensors;        /* two parts of the header, in memory */
     char *text[2];                   /* their bytes, and how many */
     size_t length[2];
-    sc_tensor tensor;                /* the one that is being written */
-    char *name;                      /* its name; NULL: none is being written */
+    sc_tensor tensor;                /* the one that is being written; no name: none is */
     size_t end;                      /* the bytes of data of the tensors before it */
     size_t values;                   /* how many it got so far */
-    int rows_open;                   /* its first dimension is SC_ROWS */
 } sc_writer;
 
-/* Writes tensors one after the other, no name or key twice; header_room: bytes the header may take,
- * 1000 at least. After a failure call sc_writer_discard(); a finished writer needs nothing more. */
-int sc_writer_open(sc_writer *w, const char *path, size_t header_room);
+/* Writes tensors one after the other, at least one, no name or key twice, and none `__metadata__`.
+ * path must last until the end, a tensor's name until the next begins. A tensor's entry in the
+ * header takes about 100 bytes. All of them, and the metadata that come after the first tensor,
+ * must fit in w->room: raise its 16384 before the first tensor where they do not.
+ * sc_writer_close() ends the writer: if the status it gets is SC_OK the whole file appears under its
+ * name, otherwise nothing changes. It returns that status, or that of a failure. */
+int sc_writer_open(sc_writer *w, const char *path);
 int sc_writer_metadata(sc_writer *w, const char *key, const char *value);
 int sc_writer_tensor(sc_writer *w, const char *name, sc_dtype dtype, int rank,
                      const size_t *shape);
-/* The next values of the last tensor, which are of type F32 (for a tensor of F32 or F16), F64, I64
- * (I64 or I32) or U8 in memory. */
+/* The next values of the last tensor; kind: their type in memory, which is the tensor's, but F32 for
+ * a tensor of F16. */
 int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype kind);
 #define sc_writer_floats(w, v, n) sc_writer_values(w, (const float *){ v }, n, SC_F32)
 #define sc_writer_doubles(w, v, n) sc_writer_values(w, (const double *){ v }, n, SC_F64)
 #define sc_writer_integers(w, v, n) sc_writer_values(w, (const int64_t *){ v }, n, SC_I64)
 #define sc_writer_bytes(w, v, n) sc_writer_values(w, (const unsigned char *){ v }, n, SC_U8)
-int sc_writer_finish(sc_writer *w);
-void sc_writer_discard(sc_writer *w);
+int sc_writer_close(sc_writer *w, int status);
 
 /* --- Images --- */
 

@@ -131,6 +131,15 @@ static char *get_file(const char *path, size_t *count)
     return kept[turn];
 }
 
+/* FNV-1a (Fowler, Noll and Vo) */
+static uint64_t digest_bytes(const void *bytes, size_t count)
+{
+    const unsigned char *byte = bytes;
+    uint64_t digest = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < count; i++) digest = (digest ^ byte[i]) * 0x100000001b3u;
+    return digest;
+}
+
 static int exists(const char *path)
 {
     struct stat about;

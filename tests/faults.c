@@ -166,11 +166,9 @@ static int seam_fclose(FILE *file, int line)
 
 static uint64_t digest_of(const char *path)
 {
-    uint64_t digest = 0xcbf29ce484222325u;           /* FNV-1a (Fowler, Noll and Vo) */
     size_t count;
     const char *bytes = get_file(path, &count);
-    for (size_t i = 0; bytes && i < count; i++) digest = (digest ^ (unsigned char)bytes[i]) * 0x100000001b3u;
-    return bytes ? digest : 0;
+    return bytes ? digest_bytes(bytes, count) : 0;
 }
 
 static int seam_rename(const char *from, const char *to, int line)

@@ -110,7 +110,7 @@ static void cli_edit(const char *from, const char *to, cli_change c)
 {
     sc_safetensors file;
     sc_writer w;
-    if (sc_safetensors_open(&file, from) != SC_OK || sc_writer_open(&w, to, 8192) != SC_OK)
+    if (sc_safetensors_open(&file, from) != SC_OK || sc_writer_open(&w, to) != SC_OK)
         need("%s", sc_error());
     for (size_t i = 0; i < file.entries; i++)
         if (!c.key || strcmp(c.key, file.metadata[i].key) != 0)
@@ -121,7 +121,7 @@ static void cli_edit(const char *from, const char *to, cli_change c)
             cli_write_tensor(&w, &file, &file.tensor[i], &c);
     if (c.add && (sc_writer_tensor(&w, c.add, SC_F32, 1, (size_t[]){ 1 }) != SC_OK
                   || sc_writer_floats(&w, &(float){ 1 }, 1) != SC_OK)) need("%s", sc_error());
-    if (sc_writer_finish(&w) != SC_OK) need("%s", sc_error());
+    if (sc_writer_close(&w, SC_OK) != SC_OK) need("%s", sc_error());
     sc_safetensors_close(&file);
 }
 
@@ -351,7 +351,7 @@ static void cli_write_deep_model(const char *path)
     sc_safetensors file;
     sc_writer w;
     if (sc_safetensors_open(&file, GOLDEN "clip_timm.safetensors") != SC_OK
-        || sc_writer_open(&w, path, 16384) != SC_OK) need("%s", sc_error());
+        || sc_writer_open(&w, path) != SC_OK) need("%s", sc_error());
     for (size_t i = 0; i < file.entries; i++)
         sc_writer_metadata(&w, file.metadata[i].key, file.metadata[i].value);
     for (size_t i = 0; i < file.tensors; i++) {
@@ -366,7 +366,7 @@ static void cli_write_deep_model(const char *path)
             cli_write_tensor(&w, &file, &renamed, &(cli_change){ 0 });
         }
     }
-    if (sc_writer_finish(&w) != SC_OK) need("%s", sc_error());
+    if (sc_writer_close(&w, SC_OK) != SC_OK) need("%s", sc_error());
     sc_safetensors_close(&file);
 }
 
@@ -497,16 +497,16 @@ static void cli_test_more_models(void)
 {
     static const cli_case cases[] = {
         { 1, "@no-such: cannot be opened", "extract -m @no-such @photos -o @out" },
-        { 1, "@photos: not a regular file", "extract -m @photos @photos -o @out" },
+        { 1, "@photos: cannot be read (expected a safetensors file", "extract -m @photos @photos -o @out" },
         { 1, "@list.txt: not a safetensors file", "extract -m @list.txt @photos -o @out" },
-        { 1, "@empty: not a regular file of 8 bytes", "extract -m @empty @photos -o @out" },
+        { 1, "@empty: cannot be read (expected a safetensors file of at least 8 bytes", "extract -m @empty @photos -o @out" },
         { 1, "@half: tensor", "extract -m @half @photos -o @out" },
         { 1, "@half: tensor", "zeroshot -m @half @photos" },
         { 1, "@half: tensor", "info @half" },
         { 1, "@half: tensor", "compare @half @half" },
         { 1, "@half: tensor", "compare @model @half" },
         { 1, "@sae: not a vision transformer", "extract -m @sae @photos -o @out" },
-        { 1, "@whole: tensor 'cls_token' is I32", "extract --quiet -m @whole @photos -o @out" },
+        { 1, "@whole: tensor 'cls_token' has 32 values of type I32 (expected 32", "extract --quiet -m @whole @photos -o @out" },
         { 1, "@text: tensor text_embeds (expected [classes, 20]", "zeroshot --quiet -m @text @photos" },
         { 1, "@nohead: no head", "zeroshot --quiet -m @nohead @photos" },
         { 1, "norm.weight", "zeroshot --quiet -m @nonorm @photos" },
@@ -766,7 +766,7 @@ static void cli_test_packed(void)
         { "image 3: label", CHANGED("labels", 3, -2) },
         { "image 3: label 3 (expected one of 3 classes)", CHANGED("labels", 3, 3) },
         { "image 0: label", CHANGED("labels", 0, -1) },
-        { "JSON byte 0: expected '['", METADATA("class_names", "birds") },
+        { "JSON byte 0: expected []", METADATA("class_names", "birds") },
         { "6 file_names for 7 images", METADATA("file_names", "[\"a\",\"b\",\"c\",\"d\",\"e\",\"f\"]") } };
     cli_works("pack --size 8 @photos -o @small.safetensors");
     static const char *const line = "extract --quiet -m @model @bad.safetensors -o @out";
@@ -1187,7 +1187,7 @@ static void cli_test_long_names(void)
     run("%s", line);
     char reason[200];
     snprintf(reason, sizeof reason, "/b: cannot be opened: %s\n", strerror(ENAMETOOLONG));
-    check(ran.status == 1 && strstr(ran.err, "aaa...aaa") && strstr(ran.err, reason), "a long name: %d, %s",
+    check(ran.status == 1 && strstr(ran.err, reason), "a long name: %d, %s",
           ran.status, ran.err);
 }
 
@@ -1626,13 +1626,13 @@ static void cli_test_overflow(void)
     test_random_state = 1;
     for (int t = 0; t < 5; t++) {
         size_t values = 1;
-        if ((t == 0 || t == 4) && sc_writer_open(&w, cli(t ? "@tiny" : "@steep"), 0) != SC_OK)
+        if ((t == 0 || t == 4) && sc_writer_open(&w, cli(t ? "@tiny" : "@steep")) != SC_OK)
             need("%s", sc_error());
         sc_writer_tensor(&w, tensors[t].name, SC_F32, tensors[t].rank, tensors[t].shape);
         for (int d = 0; d < tensors[t].rank; d++) values *= tensors[t].shape[d];
         for (size_t i = 0; i < values; i++)
             sc_writer_floats(&w, &(float){ random_float() * tensors[t].scale }, 1);
-        if (t >= 3 && sc_writer_finish(&w) != SC_OK) need("%s", sc_error());
+        if (t >= 3 && sc_writer_close(&w, SC_OK) != SC_OK) need("%s", sc_error());
     }
     static const char recipe[] = "train --acts @tiny --init @steep --batch 2 --warmup 0 --lr 1e8 "
                                  "--l1 0 --checkpoint-every 1 -o @out --steps ";

@@ -80,9 +80,11 @@ static int demo_write_codes(sc_writer *w, void *context)
         SC_TRY(sc_writer_tensor(w, names[n], kinds[n], 1, (size_t[]){ SC_ROWS }));
         for (size_t row = 0; row < set->pictures * DEMO_TOKENS; row++)
             for (int64_t j = 0; j < DEMO_LATENTS; j++) {
-                int64_t whole = n == 0 ? (int64_t)row : j;
+                int64_t wide = (int64_t)row;
+                int32_t narrow = (int32_t)j;
                 const float *value = &set->f[row / DEMO_TOKENS][row % DEMO_TOKENS][j];
-                if (*value > 0) SC_TRY(n < 2 ? sc_writer_integers(w, &whole, 1) : sc_writer_floats(w, value, 1));
+                const void *const numbers[] = { &wide, &narrow, value };
+                if (*value > 0) SC_TRY(sc_writer_values(w, numbers[n], 1, kinds[n]));
             }
     }
     SC_TRY(sc_writer_tensor(w, "image_means", SC_F32, 2, (size_t[]){ set->pictures, DEMO_LATENTS }));
@@ -195,8 +197,8 @@ static void demo_scores(void)
     demo_invent_codes(&demo_unseen, 0);
     demo_sum_up(&demo_seen);
     demo_sum_up(&demo_unseen);
-    if (!check(save_tensors(in_folder("seen"), 4096, demo_write_codes, &demo_seen) == SC_OK
-               && save_tensors(in_folder("unseen"), 4096, demo_write_codes, &demo_unseen) == SC_OK,
+    if (!check(save_tensors(in_folder("seen"), demo_write_codes, &demo_seen) == SC_OK
+               && save_tensors(in_folder("unseen"), demo_write_codes, &demo_unseen) == SC_OK,
                "codes cannot be written")) return;
     run("score --seed 3 --codes %s --unseen %s", in_folder("seen"), in_folder("unseen"));
     if (check(ran.status == 0, "synth score: %s", ran.err)) demo_score(ran.out);

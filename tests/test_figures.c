@@ -215,9 +215,9 @@ static void figures_stats(const char *path, size_t n, const float *frequency, co
         if (images_of) s.latent[j].images = images_of[j];
     }
     if (bins) memcpy(s.histogram[0], bins, sizeof s.histogram[0]);
-    if (status == SC_OK) status = sc_writer_open(&w, path, 16384);
+    if (status == SC_OK) status = sc_writer_open(&w, path);
     if (status == SC_OK) status = write_statistics(&w, &s);
-    if (status == SC_OK) status = sc_writer_finish(&w);
+    if (status == SC_OK) status = sc_writer_close(&w, SC_OK);
     release(&memory);
     if (status != SC_OK) need("%s: %s", path, sc_error());
 }

@@ -68,27 +68,16 @@ static void files_numbers(void)
               (unsigned)edges[i].bits);
 }
 
-static uint64_t files_digest_of(const void *bytes, size_t count, size_t step)
-{
-    digest64 d = { 0 };
-    for (size_t i = 0; i < count; i += step)
-        digest64_add(&d, (const char *)bytes + i, count - i < step ? count - i : step);
-    return digest64_value(&d);
-}
-
 static void files_digest(void)
 {
-    unsigned char bytes[101];
-    for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = (unsigned char)(i * 37 + 11);
-    uint64_t whole = files_digest_of(bytes, sizeof bytes, sizeof bytes), seen[120];
-    check(whole == 0xafb7194695e3be4dU, "digest's own value, %016jx", (uintmax_t)whole);
-    for (size_t step = 1; step < 20; step++)
-        check(files_digest_of(bytes, sizeof bytes, step) == whole, "digest in steps of %zu", step);
+    uint64_t number[13], whole = 0, seen[120];
+    for (size_t i = 0; i < 13; i++) digest64_number(&whole, number[i] = i * 0x123456789abcdefu + 37);
+    check(whole == 0x5049b7a2905963b6u, "digest's own value, %016jx", (uintmax_t)whole);
     size_t same = 0, changed = 0, flips = 0;
-    for (size_t bit = 0; bit < 8 * sizeof bytes; bit++) {
-        bytes[bit / 8] ^= (unsigned char)(1 << bit % 8);
-        uint64_t other = files_digest_of(bytes, sizeof bytes, 16);
-        bytes[bit / 8] ^= (unsigned char)(1 << bit % 8);
+    for (size_t bit = 0; bit < 64 * 12; bit++) {
+        uint64_t other = 0;
+        for (size_t i = 0; i < 13; i++)
+            digest64_number(&other, number[i] ^ (i == bit / 64 ? (uint64_t)1 << bit % 64 : 0));
         same += other == whole;
         for (uint64_t d = other ^ whole; d; d &= d - 1) changed++;
         flips++;
@@ -96,26 +85,19 @@ static void files_digest(void)
     check(same == 0, "digest sees every bit");
     check(changed > 31 * flips && changed < 33 * flips, "digest mixes: %.2f of 64 bits change",
           (double)changed / (double)flips);
-    memset(bytes, 0, sizeof bytes);
     size_t equal = 0;
-    for (size_t n = 0; n < sizeof bytes; n++) {
-        seen[n] = files_digest_of(bytes, n, 8);
+    seen[0] = 0;
+    for (size_t n = 1; n < 120; n++) {
+        seen[n] = seen[n - 1];
+        digest64_number(&seen[n], 0);
         for (size_t i = 0; i < n; i++) equal += seen[i] == seen[n];
     }
-    check(equal == 0, "digest tells zeros of different length apart");
-    digest64 a = { 0 }, b = { 0 };
-    digest64_number(&a, 0x0807060504030201);
-    digest64_add(&b, "\1\2\3\4\5\6\7\10", 8);
-    check(digest64_value(&a) == digest64_value(&b), "digest64_number is little-endian");
-    digest64 c = { 0 }, d = { 0 };
-    digest64_add(&c, "abc", 3);                      /* then the number crosses a word's end */
-    digest64_number(&c, 0x0807060504030201);
-    digest64_add(&d, "abc\1\2\3\4\5\6\7\10", 11);
-    check(digest64_value(&c) == digest64_value(&d), "digest64_number after 3 bytes");
-    digest64_value(&a);
-    digest64_number(&a, 7);
-    digest64_number(&b, 7);
-    check(digest64_value(&a) == digest64_value(&b), "digest goes on after its value was taken");
+    check(equal == 0, "digest tells zeros of different number apart");
+    uint64_t name = 0, written = 0, other = 0;
+    digest64_name(&name, "a\xff\xc2\x9b\xe2\x82z");      /* as print_json() writes it and json_string() reads it */
+    digest64_name(&written, "a\xc3\xbf\xc2\x9b\xc3\xa2\xc2\x82z");
+    digest64_name(&other, "a\xfe\xc2\x9b\xe2\x82z");
+    check(name == written && name != other, "a name that is not UTF-8 has the digest of what is written");
 }
 
 /* --- JSON --- */
@@ -167,9 +149,8 @@ static void files_json(void)
     FILE *stream = open_memstream(&text, &length);
     print_json(stream, "a\"\\\n\x01\x1f\x7f\xc2\x9b\xc2\xa0\xc3\xa9/\xff\xe2\x82z\xed\xa0\x80");
     fclose(stream);
-    check(strcmp(text, "\"a\\\"\\\\\\u000a\\u0001\\u001f\\u007f\\u009b\xc2\xa0\xc3\xa9/"
-          "\xef\xbf\xbd" "ff\xef\xbf\xbd" "e2\xef\xbf\xbd" "82z\xef\xbf\xbd" "ed\xef\xbf\xbd" "a0"
-          "\xef\xbf\xbd" "80\"") == 0,
+    check(strcmp(text, "\"a\\u0022\\u005c\\u000a\\u0001\\u001f\\u007f\\u009b\xc2\xa0\xc3\xa9/"
+          "\\u00ff\\u00e2\\u0082z\\u00ed\\u00a0\\u0080\"") == 0,
           "print_json");
     free(text);
     /* What print_json writes, json_string reads back. */
@@ -230,15 +211,15 @@ static const struct { const char *header; size_t data; const char *error; } file
     { "{" TENSOR("a", "U8", "1,1,1,1,1,1,1,1", "0", "1") "}", 1, NULL },
     { "{" TENSOR("\\u0061\\ud83d\\ude00", "U8", "1", "0", "1") "}", 1, NULL },
     { "{\"__metadata__\":{\"a\":\"b\",\"c\":\"d\"}," TENSOR("a", "U8", "1", "0", "1") "}", 1, NULL },
-    { " {}", 0, "JSON byte 0: expected '{'" },
-    { "[]", 0, "JSON byte 0: expected '{'" },
-    { "{}x", 0, "only spaces after" },
-    { "{}{}", 0, "only spaces after" },
+    { " {}", 0, "JSON byte 1: expected {}" },
+    { "[]", 0, "JSON byte 0: expected {}" },
+    { "{}x", 0, "nothing more" },
+    { "{}{}", 0, "nothing more" },
     { "{\"a\"", 0, "':'" },
     { "{a:1}", 0, "a string" },
     { "{" TENSOR("a", "U8", "1", "0", "1") ",}", 1, "a string" },
-    { "{" TENSOR("a", "U8", "1", "0", "1"), 1, "',' or '}'" },
-    { "{\"a\":1}", 0, "'{'" },
+    { "{" TENSOR("a", "U8", "1", "0", "1"), 1, "a comma or the end" },
+    { "{\"a\":1}", 0, "expected {}" },
     { "{\"a\":{}}", 0, "dtype, shape and two data_offsets" },
     { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1]}}", 1, "dtype, shape and two data_offsets" },
     { "{\"a\":{\"dtype\":\"U8\",\"data_offsets\":[0,1]}}", 1, "dtype, shape and two data_offsets" },
@@ -253,16 +234,16 @@ static const struct { const char *header; size_t data; const char *error; } file
     { "{" TENSOR("a", "U9", "1", "0", "1") "}", 1, "unknown dtype 'U9'" },
     { "{" TENSOR("a", "f32", "1", "0", "4") "}", 4, "unknown dtype 'f32'" },
     { "{\"a\":{\"dtype\":1,\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "a string" },
-    { "{\"a\":{\"dtype\":\"U8\",\"shape\":1,\"data_offsets\":[0,1]}}", 1, "'['" },
+    { "{\"a\":{\"dtype\":\"U8\",\"shape\":1,\"data_offsets\":[0,1]}}", 1, "expected []" },
     { "{" TENSOR("a", "U8", "-1", "0", "1") "}", 1, "a whole number" },
     { "{" TENSOR("a", "U8", "01", "0", "1") "}", 1, "a whole number" },
-    { "{" TENSOR("a", "U8", "1.0", "0", "1") "}", 1, "',' or ']'" },
-    { "{" TENSOR("a", "U8", "1e0", "0", "1") "}", 1, "',' or ']'" },
+    { "{" TENSOR("a", "U8", "1.0", "0", "1") "}", 1, "a comma or the end" },
+    { "{" TENSOR("a", "U8", "1e0", "0", "1") "}", 1, "a comma or the end" },
     { "{" TENSOR("a", "U8", "+1", "0", "1") "}", 1, "a whole number" },
     { "{" TENSOR("a", "U8", "\"1\"", "0", "1") "}", 1, "a whole number" },
     { "{" TENSOR("a", "U8", "[1]", "0", "1") "}", 1, "a whole number" },
     { "{" TENSOR("a", "U8", "1,", "0", "1") "}", 1, "a whole number" },
-    { "{" TENSOR("a", "U8", "1 1", "0", "1") "}", 1, "',' or ']'" },
+    { "{" TENSOR("a", "U8", "1 1", "0", "1") "}", 1, "a comma or the end" },
     { "{" TENSOR("a", "U8", "18446744073709551616", "0", "1") "}", 1, "machine can address" },
     { "{" TENSOR("a", "U8", "99999999999999999999999999", "0", "1") "}", 1, "machine can address" },
     { "{" TENSOR("a", "U8", "18446744073709551615,18446744073709551615", "0", "1") "}", 1, "too large" },
@@ -287,13 +268,14 @@ static const struct { const char *header; size_t data; const char *error; } file
     { "{" TENSOR("a", "U8", "1", "0", "1") "," TENSOR("a", "U8", "1", "1", "2") "}", 2, "'a' appears twice" },
     { "{" TENSOR("a", "U8", "1", "0", "1") "," TENSOR("\\u0061", "U8", "1", "1", "2") "}", 2, "'a' appears twice" },
     { "{\"__metadata__\":{\"k\":\"1\",\"j\":\"\",\"k\":\"2\"}}", 0, "'k' appears twice" },
-    { "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "only once" },
+    { "{\"__metadata__\":{\"a\":\"\"},\"__metadata__\":{}}", 0, "only once" },
     { "{\"__metadata__\":{\"k\":1}}", 0, "a string" },
     { "{\"__metadata__\":{\"k\":{}}}", 0, "a string" },
-    { "{\"__metadata__\":null}", 0, "'{'" },
+    { "{\"__metadata__\":null}", 0, "expected {}" },
     { "{\"__metadata__\":{\"k\":\"v\",}}", 0, "a string" },
     { "{\"__metadata__\":{\"k\":\"\xff\"}}", 0, "valid UTF-8" },
     { "{\"__metadata__\":{\"k\":\"\\u0000\"}}", 0, "a valid escape" },
+    { "{\"__metadata__\":{\"k", 0, "the string's end" },
 };
 
 /* The error that a header must give; a number of 13 digits is more than 32 bits can address. */
@@ -354,8 +336,8 @@ static void files_layouts(void)
 static void files_bad_files(void)
 {
     static const struct { const char *name; uint64_t header; size_t count; const char *error; } raw[] = {
-        { "empty", 0, 0, "8 bytes or more" },
-        { "seven", 2, 7, "8 bytes or more" },
+        { "empty", 0, 0, "at least 8 bytes" },
+        { "seven", 2, 7, "at least 8 bytes" },
         { "eight", 0, 8, "a header of 0 bytes" },
         { "one", 1, 9, "a header of 1 bytes" },
         { "beyond", 3, 10, "a header of 3 bytes (expected 2 to 2)" },
@@ -399,11 +381,11 @@ static void files_bad_files(void)
     unlink(in_folder("long"));
     check(sc_safetensors_open(&file, in_folder("missing")) == SC_FAILED &&
           says("cannot be opened: No such file"), "missing file");
-    check(sc_safetensors_open(&file, folder) == SC_FAILED && says("not a regular file"), "directory");
+    check(sc_safetensors_open(&file, folder) == SC_FAILED && says("cannot be read (expected a safetensors file"), "directory");
     mkfifo(in_folder("fifo"), 0600);
-    check(sc_safetensors_open(&file, in_folder("fifo")) == SC_FAILED && says("not a regular file"),
+    check(sc_safetensors_open(&file, in_folder("fifo")) == SC_FAILED && says("cannot be read (expected a safetensors file"),
           "a pipe is refused without waiting");
-    check(sc_safetensors_open(&file, "/dev/zero") == SC_FAILED && says("not a regular file"), "device");
+    check(sc_safetensors_open(&file, "/dev/zero") == SC_FAILED && says("cannot be read (expected a safetensors file"), "device");
     put_file(in_folder("secret"), "", 0);
     chmod(in_folder("secret"), 0);
     if (geteuid() == 0) skip("a file without permission: root may read all");
@@ -460,7 +442,7 @@ static void files_values(void)
         check(sc_tensor_floats(&file, tensor, 2, 1, out) == SC_OK &&
               bits_of_float(out[0]) == floats[i].bits[2], "one float of '%s'", floats[i].name);
         int64_t integer;
-        check(sc_tensor_integers(&file, tensor, 0, 1, &integer) == SC_FAILED && says("expected I64"),
+        check(sc_tensor_integers(&file, tensor, 0, 1, &integer) == SC_FAILED && says("of type I64, I32"),
               "'%s' is not of integers", floats[i].name);
     }
     for (size_t i = 0; i < 3; i++) {
@@ -470,11 +452,11 @@ static void files_values(void)
               value[0] == integers[i].value[0] && value[1] == integers[i].value[1] &&
               sc_tensor_integers(&file, tensor, 1, 1, value) == SC_OK &&
               value[0] == integers[i].value[1], "integers of '%s'", integers[i].name);
-        check(sc_tensor_floats(&file, tensor, 0, 1, out) == SC_FAILED && says("expected F32"),
+        check(sc_tensor_floats(&file, tensor, 0, 1, out) == SC_FAILED && says("of type F32, F16"),
               "'%s' is not of floats", integers[i].name);
     }
     const sc_tensor *f = sc_tensor_find(&file, "f"), *e = sc_tensor_find(&file, "e");
-    check(sc_tensor_floats(&file, f, 0, 5, out) == SC_FAILED && says("'f' has 4 values"), "one too many");
+    check(sc_tensor_floats(&file, f, 0, 5, out) == SC_FAILED && says("'f' has 4 values of type F32 (expected 5 from"), "one too many");
     check(sc_tensor_floats(&file, f, 5, 0, out) == SC_FAILED, "first beyond the end");
     volatile size_t most = SIZE_MAX;             /* the compiler would warn of the number itself */
     check(sc_tensor_floats(&file, f, 2, most, out) == SC_FAILED, "first + count wraps");
@@ -507,6 +489,11 @@ static void files_values(void)
 
 /* --- output --- */
 
+static void files_put(sc_output *out, const char *bytes, size_t count)
+{
+    check(fwrite(bytes, 1, count, out->file) == count, "output takes %zu bytes", count);
+}
+
 static void files_output(void)
 {
     sc_output out;
@@ -516,24 +503,24 @@ static void files_output(void)
     fprintf(out.file, "%s %d", "new", 42);
     fflush(out.file);
     check(holds(path, "old") && exists(temporary), "the old file stands until the commit");
-    output_write(&out, "!", 1);
-    check(output_commit(&out) == SC_OK && holds(path, "new 42!") && !exists(temporary), "output_commit");
-    output_discard(&out);
+    files_put(&out, "!", 1);
+    check(output_close(&out, SC_OK) == SC_OK && holds(path, "new 42!") && !exists(temporary), "output_close");
+    output_close(&out, SC_FAILED);
     check(exists(path), "discard after commit does nothing");
 
     output_open(&out, path);
-    output_write(&out, "x", 1);
-    output_discard(&out);
-    check(holds(path, "new 42!") && !exists(temporary), "output_discard");
-    output_discard(&out);
+    files_put(&out, "x", 1);
+    output_close(&out, SC_FAILED);
+    check(holds(path, "new 42!") && !exists(temporary), "output_close of a failure");
+    output_close(&out, SC_FAILED);
     sc_output zero = { 0 };
-    output_discard(&zero);
+    output_close(&zero, SC_FAILED);
     check(fcntl(0, F_GETFD) >= 0 || errno == EBADF, "discarding a zeroed output");
 
     put_file(temporary, "left by a run that was killed", 29);
     check(output_open(&out, path) == SC_OK, "a stale temporary is reused");
-    output_write(&out, "short", 5);
-    check(output_commit(&out) == SC_OK && holds(path, "short"), "and emptied first");
+    files_put(&out, "short", 5);
+    check(output_close(&out, SC_OK) == SC_OK && holds(path, "short"), "and emptied first");
 
     /* more than the buffer, in pieces of every kind */
     size_t big = (3 << 19), count = 0;
@@ -542,10 +529,10 @@ static void files_output(void)
     bytes[2 * big - 1] = '\0';
     output_open(&out, path);
     fprintf(out.file, "%.*s", 1000, bytes);
-    output_write(&out, bytes + 1000, big - 1000);
-    for (size_t i = big; i < big + 1000; i++) output_write(&out, bytes + i, 1);
+    files_put(&out, bytes + 1000, big - 1000);
+    for (size_t i = big; i < big + 1000; i++) files_put(&out, bytes + i, 1);
     fprintf(out.file, "%s", bytes + big + 1000);
-    check(output_commit(&out) == SC_OK, "a long output");
+    check(output_close(&out, SC_OK) == SC_OK, "a long output");
     const char *back = get_file(path, &count);
     check(back && count == 2 * big - 1 && memcmp(back, bytes, count) == 0, "a long output's bytes");
     free(bytes);
@@ -557,25 +544,22 @@ static void files_output_destinations(void)
     check(output_open(&out, in_folder("no/such/out")) == SC_FAILED && says("No such file") && !out.path,
           "missing folder");
     check(output_open(&out, folder) == SC_FAILED && says("Is a directory"), "a directory");
-    check(output_open(&out, "") == SC_FAILED || (output_discard(&out), 1), "no name");
+    check(output_open(&out, "") == SC_FAILED || (output_close(&out, SC_FAILED), 1), "no name");
 
     const char *full = device("full"), *null = device("null");
     if (!full) skip("no device that is always full");
     if (full) {
         check(output_open(&out, full) == SC_OK && !out.temporary, "/dev/full is opened as it is");
-        check(output_write(&out, "x", 1) == SC_OK, "a byte into the buffer");
-        check(output_commit(&out) == SC_FAILED && says("full: cannot be written: No space left"),
+        files_put(&out, "x", 1);
+        check(output_close(&out, SC_OK) == SC_FAILED && says("full: cannot be written: No space left"),
               "/dev/full is full");
         check(exists(full) && !exists(in_folder("full.tmp")), "/dev/full stays");
-        output_open(&out, full);
-        output_write(&out, "x", 1);
-        fflush(out.file);
-        fail("something else");
-        fprintf(out.file, "%s", "y");
-        check(output_commit(&out) == SC_FAILED && says("No space left"), "a failure is not forgotten");
     }
-    check(!null || (output_open(&out, null) == SC_OK && output_write(&out, "x", 1) == SC_OK &&
-          output_commit(&out) == SC_OK), "/dev/null takes all");
+    if (null) {
+        check(output_open(&out, null) == SC_OK, "/dev/null");
+        files_put(&out, "x", 1);
+        check(output_close(&out, SC_OK) == SC_OK && exists(null), "/dev/null takes all");
+    }
 
     mkfifo(in_folder("pipe"), 0600);
     fflush(stdout);
@@ -585,25 +569,46 @@ static void files_output_destinations(void)
         char *got = get_file(in_folder("pipe"), &count);
         _exit(got && count == (3 << 19) && got[7] == 'x' ? 0 : 1);
     }
-    char *bytes = new_array((3 << 19), 1);
-    memset(bytes, 'x', (3 << 19));
     check(output_open(&out, in_folder("pipe")) == SC_OK && !out.temporary, "a pipe");
-    output_write(&out, bytes, 100);
-    output_write(&out, bytes, (3 << 19) - 100);
-    int status = -1;
-    check(output_commit(&out) == SC_OK && waitpid(child, &status, 0) == child && status == 0,
+    for (int i = 0; i < 3 << 19; i++) putc('x', out.file);
+    int ended = -1;
+    check(output_close(&out, SC_OK) == SC_OK && waitpid(child, &ended, 0) == child && ended == 0,
           "a pipe's bytes");
-    free(bytes);
     struct stat about;
     check(stat(in_folder("pipe"), &about) == 0 && S_ISFIFO(about.st_mode), "a pipe stays");
+
+    /* A disk that is full after 1000 bytes. */
+    struct rlimit before, small = { 1000, 0 };
+    getrlimit(RLIMIT_FSIZE, &before);
+    small.rlim_max = before.rlim_max;
+    signal(SIGXFSZ, SIG_IGN);
+    setrlimit(RLIMIT_FSIZE, &small);
+    const char *large = in_folder("large");
+    check(output_open(&out, large) == SC_OK, "a large file");
+    for (int i = 0; i < 2000; i++) putc('x', out.file);
+    check(output_close(&out, SC_OK) == SC_FAILED && says("large: cannot be written: File too large"), "a full disk");
+    output_open(&out, large);
+    for (int i = 0; i < 2000; i++) putc('x', out.file);
+    fflush(out.file);
+    fail("something else");
+    check(output_close(&out, SC_OK) == SC_FAILED && says("large: cannot be written: "), "a failure is not forgotten");
+    sc_writer w;
+    int status = SC_OK;
+    sc_writer_open(&w, large);
+    sc_writer_tensor(&w, "a", SC_U8, 1, &(size_t){ SC_ROWS });
+    for (int i = 0; i < 100 && status == SC_OK; i++)
+        status = sc_writer_bytes(&w, (unsigned char[100000]){ 0 }, 100000);
+    check(status == SC_FAILED && says("File too large"), "a full disk shows while writing");
+    check(sc_writer_close(&w, status) == SC_FAILED && !exists(large) && !exists(in_folder("large.tmp")),
+          "a full disk leaves a file");
+    setrlimit(RLIMIT_FSIZE, &before);
     put_file(in_folder("victim"), "keep", 4);
     symlink("victim", in_folder("planted.tmp"));
     check(output_open(&out, in_folder("planted")) == SC_FAILED && holds(in_folder("victim"), "keep"),
           "a link planted as temporary is not written through");
 
     int here = open(".", O_RDONLY);
-    check(chdir(folder) == 0 && output_open(&out, "plain") == SC_OK &&
-          output_write(&out, "x", 1) == SC_OK && output_commit(&out) == SC_OK && holds("plain", "x"),
+    check(chdir(folder) == 0 && output_open(&out, "plain") == SC_OK && putc('x', out.file) == 'x' && output_close(&out, SC_OK) == SC_OK && holds("plain", "x"),
           "a name without a folder");
     check(fchdir(here) == 0 && close(here) == 0, "back");
 }
@@ -620,9 +625,9 @@ static void files_output_lock(void)
     pid_t child = fork();
     if (child == 0) {
         if (output_open(&out, path) != SC_OK) _exit(1);
-        output_write(&out, "child", 5);
+        files_put(&out, "child", 5);
         if (write(ready[1], &c, 1) != 1 || read(go[0], &c, 1) != 1) _exit(2);
-        _exit(output_commit(&out) == SC_OK ? 0 : 3);
+        _exit(output_close(&out, SC_OK) == SC_OK ? 0 : 3);
     }
     check(read(ready[0], &c, 1) == 1, "the child holds the lock");
     check(output_open(&out, path) == SC_FAILED && says("another process is writing it"), "lock");
@@ -630,7 +635,7 @@ static void files_output_lock(void)
     check(write(go[1], &c, 1) == 1 && waitpid(child, &status, 0) == child && status == 0 &&
           holds(path, "child"), "the other ends well");
     check(output_open(&out, path) == SC_OK, "then the lock is free");
-    output_discard(&out);
+    output_close(&out, SC_FAILED);
     for (int i = 0; i < 4; i++) (void)!close(i < 2 ? go[i] : ready[i - 2]);
 
     unlink(path);
@@ -645,8 +650,8 @@ static void files_output_lock(void)
                 for (int k = 0; k < 50; k++) fprintf(out.file, "%d", p);
                 fflush(out.file);
                 for (int k = 0; k < 50; k++) fprintf(out.file, "%d", p);
-                if (i % 3 == 0) output_discard(&out);
-                else if (output_commit(&out) != SC_OK) _exit(2);
+                if (i % 3 == 0) output_close(&out, SC_FAILED);
+                else if (output_close(&out, SC_OK) != SC_OK) _exit(2);
                 size_t count;
                 FILE *f = fopen(path, "rb");
                 char got[200];
@@ -665,13 +670,14 @@ static void files_output_lock(void)
 
 /* --- writing safetensors --- */
 
-static void files_write_sample(sc_writer *w, size_t rows, size_t room, const char *name)
+static void files_write_sample(sc_writer *w, size_t rows, const char *name)
 {
     static const float floats[6] = { 1, -2.5f, 65504, 1e-8f, -0.0f, 3 };
     static const double doubles[2] = { 0.1, -1e300 };
     static const int64_t integers[3] = { -1, INT32_MAX, INT32_MIN };
+    static const int32_t narrow[3] = { -1, INT32_MAX, INT32_MIN };
     const size_t open_rows[2] = { SC_ROWS, 2 }, six[2] = { 2, 3 }, three[1] = { 3 }, two[1] = { 2 };
-    check(sc_writer_open(w, in_folder("%s", name), room) == SC_OK, "writer_open");
+    check(sc_writer_open(w, in_folder("%s", name)) == SC_OK, "writer_open");
     check(sc_writer_metadata(w, "model", "\"quoted\"\n") == SC_OK, "metadata");
     check(sc_writer_tensor(w, "rows", SC_F16, 2, open_rows) == SC_OK, "tensor of open rows");
     for (size_t i = 0; i < rows; i++)
@@ -683,7 +689,7 @@ static void files_write_sample(sc_writer *w, size_t rows, size_t room, const cha
     check(sc_writer_tensor(w, "l", SC_I64, 1, three) == SC_OK &&
           sc_writer_integers(w, integers, 3) == SC_OK, "I64");
     check(sc_writer_tensor(w, "i", SC_I32, 1, three) == SC_OK &&
-          sc_writer_integers(w, integers, 3) == SC_OK, "I32");
+          sc_writer_values(w, narrow, 3, SC_I32) == SC_OK, "I32");
     check(sc_writer_tensor(w, "u", SC_U8, 1, three) == SC_OK &&
           sc_writer_bytes(w, (const unsigned char *)"\1\2\xff", 3) == SC_OK, "U8");
     check(sc_writer_tensor(w, "scalar", SC_F32, 0, NULL) == SC_OK &&
@@ -724,45 +730,39 @@ static void files_writer(void)
 {
     sc_writer w;
     size_t count;
-    files_write_sample(&w, 3, 1000, "sample");
-    check(sc_writer_finish(&w) == SC_OK && !w.out.path && !exists(in_folder("sample.tmp")), "finish");
+    files_write_sample(&w, 3, "sample");
+    check(sc_writer_close(&w, SC_OK) == SC_OK && !w.out.path && !exists(in_folder("sample.tmp")), "finish");
     files_read_sample("sample", 3);
     char *bytes = get_file(in_folder("sample"), &count);
-    const char *start = "{\"__metadata__\":{\"model\":\"\\\"quoted\\\"\\u000a\",\"layer\":\"11\"},"
+    const char *start = "{\"__metadata__\":{\"model\":\"\\u0022quoted\\u0022\\u000a\",\"layer\":\"11\"},"
         "\"rows\":{\"dtype\":\"F16\",\"shape\":[3,2],\"data_offsets\":[0,12]},\"f\":{\"dtype\":\"F32\","
         "\"shape\":[2,3],\"data_offsets\":[12,36]},";
     check(bytes && strncmp(bytes + 8, start, strlen(start)) == 0, "the header's text");
-    check(bytes && files_digest_of(bytes, count, count) == 0xed67042645a60920U, "the file's digest %016jx",
-          (uintmax_t)files_digest_of(bytes, count, count));
-    files_write_sample(&w, 3, 1000, "again");
-    check(sc_writer_finish(&w) == SC_OK, "finish");
-    uint64_t first = files_digest_of(bytes, count, count);
-    bytes = get_file(in_folder("again"), &count);
-    check(bytes && files_digest_of(bytes, count, count) == first, "equal content, equal bytes");
-    files_write_sample(&w, 3, 0, "grown");
-    check(sc_writer_finish(&w) == SC_OK, "finish with a header that outgrew its room");
-    files_read_sample("grown", 3);
-    files_write_sample(&w, 600000, 0, "grown");
-    check(sc_writer_finish(&w) == SC_OK, "finish with much data to move");
-    files_read_sample("grown", 600000);
-    files_write_sample(&w, 0, 500, "none");
-    check(sc_writer_finish(&w) == SC_OK, "finish with no rows");
+    check(bytes && digest_bytes(bytes, count) == 0x45b00772013f6835u, "the file's digest %016jx", (uintmax_t)digest_bytes(bytes, count));
+    files_write_sample(&w, 3, "again");
+    check(sc_writer_close(&w, SC_OK) == SC_OK && same_files(in_folder("sample"), in_folder("again")),
+          "equal content, equal bytes");
+    files_write_sample(&w, 600000, "long");
+    check(sc_writer_close(&w, SC_OK) == SC_OK, "finish with much data");
+    files_read_sample("long", 600000);
+    files_write_sample(&w, 0, "none");
+    check(sc_writer_close(&w, SC_OK) == SC_OK, "finish with no rows");
     files_read_sample("none", 0);
-    files_write_sample(&w, 1, 0, "dropped");
-    sc_writer_discard(&w);
-    sc_writer_discard(&w);
+    files_write_sample(&w, 1, "dropped");
+    sc_writer_close(&w, SC_FAILED);
+    sc_writer_close(&w, SC_FAILED);
     check(!exists(in_folder("dropped")) && !exists(in_folder("dropped.tmp")), "discard");
     sc_safetensors file = { 0 };
-    check(sc_writer_open(&w, in_folder("bare"), 0) == SC_OK && sc_writer_finish(&w) == SC_OK &&
-          sc_safetensors_open(&file, in_folder("bare")) == SC_OK && file.tensors == 0, "no tensors");
-    sc_safetensors_close(&file);
-    check(sc_writer_open(&w, in_folder("bare"), 0) == SC_OK && sc_writer_metadata(&w, "a", "b") == SC_OK &&
-          sc_writer_finish(&w) == SC_OK && sc_safetensors_open(&file, in_folder("bare")) == SC_OK &&
-          file.entries == 1, "metadata alone");
+    check(sc_writer_open(&w, in_folder("bare")) == SC_OK && sc_writer_metadata(&w, "a", "b") == SC_OK &&
+          sc_writer_close(&w, SC_OK) == SC_FAILED && !exists(in_folder("bare")), "a file without tensors");
+    check(sc_writer_open(&w, in_folder("bare")) == SC_OK &&
+          sc_writer_tensor(&w, "none", SC_F32, 2, (size_t[]){ SC_ROWS, 0 }) == SC_OK &&
+          sc_writer_close(&w, SC_OK) == SC_OK && sc_safetensors_open(&file, in_folder("bare")) == SC_OK &&
+          file.entries == 0 && file.tensors == 1 && file.tensor->count == 0, "rows of nothing, no metadata");
     sc_safetensors_close(&file);
 }
 
-/* Names with all that is escaped, as a list in metadata. Invalid UTF-8 comes back as U+FFFD and its value. */
+/* Names with all that is escaped, as a list in metadata. A byte of invalid UTF-8 comes back as the character of its value. */
 static void files_name_list(void)
 {
     static char *names[] = { "plain", "\"q\" \\ \\\"", "<b>\n\x1f\x7f", "\xe2\x80\xae\xc2\x9b", "", "a\xff" };
@@ -771,41 +771,46 @@ static void files_name_list(void)
     sc_safetensors file = { 0 };
     char **list = NULL;
     size_t count = 0;
-    check(sc_writer_open(&w, in_folder("names"), 0) == SC_OK && write_name_list(&w, "n", names, NAMES) == SC_OK
-          && write_name_list(&w, "none", NULL, 0) == SC_OK && sc_writer_finish(&w) == SC_OK, "a list of names");
+    check(sc_writer_open(&w, in_folder("names")) == SC_OK && write_name_list(&w, "n", names, NAMES) == SC_OK
+          && write_name_list(&w, "none", NULL, 0) == SC_OK
+          && sc_writer_tensor(&w, "a", SC_U8, 1, &(size_t){ 0 }) == SC_OK && sc_writer_close(&w, SC_OK) == SC_OK, "a list of names");
     if (!check(sc_safetensors_open(&file, in_folder("names")) == SC_OK, "a list of names is read")) return;
     const char *text = sc_metadata_find(&file, "n"), *none = sc_metadata_find(&file, "none");
-    const char *start = "[\"plain\",\"\\\"q\\\" \\\\ \\\\\\\"\",\"\\u003cb>";
+    const char *start = "[\"plain\",\"\\u0022q\\u0022 \\u005c \\u005c\\u0022\",\"\\u003cb>";
     check(text && strncmp(text, start, strlen(start)) == 0, "a list's text");
     check(none && strcmp(none, "[]") == 0, "an empty list");
     if (check(text && json_string_array(text, "n", &list, &count) == SC_OK && count == NAMES, "names come back")) {
         for (size_t i = 0; i < NAMES - 1; i++) check(strcmp(list[i], names[i]) == 0, "name %zu: %s", i, list[i]);
-        check(strcmp(list[NAMES - 1], "a\xef\xbf\xbd" "ff") == 0, "an invalid byte: %s", list[NAMES - 1]);
+        check(strcmp(list[NAMES - 1], "a\xc3\xbf") == 0, "an invalid byte: %s", list[NAMES - 1]);
     }
     free(list);
     sc_safetensors_close(&file);
-    char longest[51], *many[100];                    /* what takes most room: control characters */
-    memset(longest, 1, 50);
-    longest[50] = '\0';
-    for (size_t i = 0; i < 100; i++) many[i] = longest;
-    check(sc_writer_open(&w, in_folder("names"), 100 + names_room(many, 100, 8)) == SC_OK
-          && write_name_list(&w, "n", many, 100) == SC_OK && sc_writer_finish(&w) == SC_OK, "room for names");
+    /* After the first tensor there is room for 16 KiB, or for what the caller asks for. */
+    static char longest[20001], *many[5];            /* what takes most room: control characters */
+    memset(longest, 1, 20000);
+    for (size_t i = 0; i < 5; i++) many[i] = longest;
+    for (int asked = 0; asked < 3; asked++) {
+        check(sc_writer_open(&w, in_folder("names")) == SC_OK, "open");
+        if (asked == 1) w.room += 5 * (7 * 20000 + 5);
+        if (asked == 2) write_name_list(&w, "n", many, 5);
+        sc_writer_tensor(&w, "a", SC_U8, 1, &(size_t){ 0 });
+        if (asked < 2) write_name_list(&w, "n", many, 5);
+        int status = sc_writer_close(&w, SC_OK);
+        check(asked ? status == SC_OK : status == SC_FAILED && says("too many or too long names"), "room, case %d", asked);
+    }
 }
 
 static void files_writer_errors(void)
 {
     sc_writer w;
-    const size_t two[1] = { 2 }, open_none[2] = { SC_ROWS, 0 }, open_two[2] = { SC_ROWS, 2 },
+    const size_t two[1] = { 2 }, open_two[2] = { SC_ROWS, 2 },
         wide[2] = { SIZE_MAX / 2, 4 }, nine[9] = { 1, 1, 1, 1, 1, 1, 1, 1, 1 };
     float floats[2] = { 1, 2 };
     double doubles[2] = { 1, 2 };
     int64_t integers[2] = { 1, 2 };
-    check(sc_writer_open(&w, in_folder("bad"), 100) == SC_OK, "open");
+    check(sc_writer_open(&w, in_folder("bad")) == SC_OK, "open");
     check(sc_writer_floats(&w, floats, 1) == SC_FAILED && says("without a tensor"), "values before a tensor");
-    check(sc_writer_tensor(&w, "__metadata__", SC_F32, 1, two) == SC_FAILED, "reserved name");
     check(sc_writer_tensor(&w, "a", SC_F32, 9, nine) == SC_FAILED, "rank 9");
-    check(sc_writer_tensor(&w, "a", SC_F32, 2, wide) == SC_FAILED && says("too large"), "too large");
-    check(sc_writer_tensor(&w, "a", SC_F32, 2, open_none) == SC_FAILED, "rows of nothing");
     check(sc_writer_tensor(&w, "a", SC_F32, 1, two) == SC_OK, "a");
     check(sc_writer_doubles(&w, doubles, 1) == SC_FAILED && sc_writer_integers(&w, integers, 1) == SC_FAILED
           && sc_writer_bytes(&w, (const unsigned char *)"", 1) == SC_FAILED, "wrong kinds");
@@ -814,16 +819,18 @@ static void files_writer_errors(void)
           "incomplete");
     check(sc_writer_floats(&w, floats, 1) == SC_OK && sc_writer_floats(&w, floats, 1) == SC_OK, "more");
     check(sc_writer_tensor(&w, "b", SC_F32, 1, two) == SC_FAILED && says("got 3 values"), "overfull");
-    check(sc_writer_finish(&w) == SC_FAILED && says("got 3 values") && !exists(in_folder("bad")) &&
+    check(sc_writer_close(&w, SC_OK) == SC_FAILED && says("got 3 values") && !exists(in_folder("bad")) &&
           !exists(in_folder("bad.tmp")), "nothing is left of a failure");
+    check(sc_writer_open(&w, in_folder("bad")) == SC_OK && sc_writer_tensor(&w, "a", SC_F32, 2, wide) == SC_OK
+          && sc_writer_close(&w, SC_OK) == SC_FAILED && says("too large"), "too large");
 
-    check(sc_writer_open(&w, in_folder("bad"), 100) == SC_OK, "open");
+    check(sc_writer_open(&w, in_folder("bad")) == SC_OK, "open");
     check(sc_writer_tensor(&w, "h", SC_F16, 2, open_two) == SC_OK, "h");
     sc_writer_floats(&w, floats, 1);
     check(sc_writer_tensor(&w, "b", SC_F16, 1, two) == SC_FAILED && says("got 1 values (expected 0"),
           "half a row");
     sc_writer_floats(&w, floats, 1);
-    sc_writer_discard(&w);
+    sc_writer_close(&w, SC_FAILED);
 
     /* what the dtype cannot hold */
     static const struct { sc_dtype dtype; double value; const char *error; } held[] = {
@@ -833,8 +840,6 @@ static void files_writer_errors(void)
         { SC_F16, -65520, "element 3 cannot be held" }, { SC_F16, (double)NAN, "element 3 cannot be held" },
         { SC_F64, DBL_MAX, NULL }, { SC_F64, (double)INFINITY, "element 3 cannot be held" },
         { SC_F64, (double)NAN, "element 3 cannot be held" },
-        { SC_I32, INT32_MAX, NULL }, { SC_I32, 2147483648.0, "element 3 cannot be held" },
-        { SC_I32, INT32_MIN, NULL }, { SC_I32, -2147483649.0, "element 3 cannot be held" },
         { SC_I64, 9e18, NULL },
     };
     for (size_t i = 0; i < sizeof held / sizeof *held; i++) {
@@ -845,7 +850,7 @@ static void files_writer_errors(void)
         int64_t n[3] = { 0, fabs(value) < 1e19 ? (int64_t)value : 0, 0 };
         const size_t five[1] = { 5 };
         int status;
-        sc_writer_open(&w, in_folder("bad"), 100);
+        sc_writer_open(&w, in_folder("bad"));
         sc_writer_tensor(&w, "x", held[i].dtype, 1, five);
         const double zero[2] = { 0, 0 };
         const float zero32[2] = { 0, 0 };
@@ -863,46 +868,21 @@ static void files_writer_errors(void)
         if (held[i].error) {
             check(status == SC_FAILED && says(held[i].error), "%s refuses %g",
                   sc_dtype_name(held[i].dtype), value);
-            sc_writer_discard(&w);
+            sc_writer_close(&w, SC_FAILED);
             check(!exists(in_folder("bad")), "a discarded file stays");
         } else {
-            check(status == SC_OK && sc_writer_finish(&w) == SC_OK, "%s takes %g",
+            check(status == SC_OK && sc_writer_close(&w, SC_OK) == SC_OK, "%s takes %g",
                   sc_dtype_name(held[i].dtype), value);
             unlink(in_folder("bad"));
         }
     }
-    check(sc_writer_open(&w, in_folder("bad"), SIZE_MAX) == SC_OK, "absurd room");
-    sc_writer_discard(&w);
     char *large = new_array(100000000, 1);
     memset(large, 'x', 100000000 - 1);
-    sc_writer_open(&w, in_folder("bad"), 0);
+    sc_writer_open(&w, in_folder("bad"));
     sc_writer_metadata(&w, "large", large);
-    check(sc_writer_finish(&w) == SC_FAILED && says("header needs more than"), "header too large");
+    sc_writer_tensor(&w, "a", SC_U8, 1, &(size_t){ 0 });
+    check(sc_writer_close(&w, SC_OK) == SC_FAILED && says("header needs more than"), "header too large");
     free(large);
-    const char *full = device("full");
-    if (full) {
-        check(sc_writer_open(&w, full, 100) == SC_OK, "/dev/full");
-        check(sc_writer_finish(&w) == SC_FAILED && says("full: cannot be written: No space left"),
-              "the real error of /dev/full");
-        sc_writer_open(&w, full, 100);
-        sc_writer_tensor(&w, "a", SC_U8, 1, &(size_t){ SC_ROWS });
-        int status = SC_OK;
-        for (int i = 0; i < 100 && status == SC_OK; i++)
-            status = sc_writer_bytes(&w, (unsigned char[100000]){ 0 }, 100000);
-        check(status == SC_FAILED && says("No space left"), "a full disk shows while writing");
-        sc_writer_discard(&w);
-    }
-    fflush(stdout);
-    pid_t child = fork();
-    if (child == 0) {
-        size_t count;
-        get_file(in_folder("pipe"), &count);
-        _exit(count == 0 ? 0 : 1);
-    }
-    int status;
-    check(sc_writer_open(&w, in_folder("pipe"), 0) == SC_FAILED && says("not a regular file") && !w.out.path,
-          "a pipe");
-    check(waitpid(child, &status, 0) == child && status == 0, "nothing went into the pipe");
 }
 
 static void files_many(void)
@@ -911,14 +891,15 @@ static void files_many(void)
     sc_writer w;
     sc_safetensors file = { 0 };
     char name[40];
-    sc_writer_open(&w, in_folder("many"), 400000);
+    sc_writer_open(&w, in_folder("many"));
+    w.room = 100 * MANY;
     for (size_t i = 0; i < MANY; i++) {
         float value = (float)i;
         snprintf(name, sizeof name, "tensor.%zu", i * 7919 % MANY);
         if (sc_writer_tensor(&w, name, SC_F32, 0, NULL) != SC_OK ||
             sc_writer_floats(&w, &value, 1) != SC_OK) check(0, "tensor %zu", i);
     }
-    check(sc_writer_finish(&w) == SC_OK && sc_safetensors_open(&file, in_folder("many")) == SC_OK &&
+    check(sc_writer_close(&w, SC_OK) == SC_OK && sc_safetensors_open(&file, in_folder("many")) == SC_OK &&
           file.tensors == MANY, "thousands of tensors");
     size_t wrong = 0;
     for (size_t i = 0; i < MANY; i++) {

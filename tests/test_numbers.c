@@ -102,19 +102,17 @@ static void numbers_pinned(void)
 {
     uint64_t digests[4] = { 0 };
     static const uint64_t pinned[4] = {
-        0x43d7ffe2d0875f42, 0xf668d897838edc6a, 0x650a5bae044877ad, 0x27f705f60637e863 };
+        0xf95e43a64916dbe7, 0x25565fa67ae6fc11, 0x70e3cd269a323619, 0x98abdc6247561660 };
     static const char *const names[] = { "exp32", "quick_gelu", "gelu", "log64" };
     for (int f = 0; f < 4; f++) {
-        digest64 digest = { 0 };
         for (int i = -40000; i < 40000; i++) {
             float x = (float)i * 0x1.91p-9f;
             double logarithm = f == 3 ? log64(ldexp(1 + (double)(i + 40000) * 0x1.3p-17, i / 64)) : 0;
             uint64_t bits;
             memcpy(&bits, &logarithm, sizeof bits);
-            digest64_number(&digest, f == 0 ? bits_of(exp32(x)) : f == 1 ? bits_of(quick_gelu(x))
+            digest64_number(&digests[f], f == 0 ? bits_of(exp32(x)) : f == 1 ? bits_of(quick_gelu(x))
                                      : f == 2 ? bits_of(gelu(x)) : bits);
         }
-        digests[f] = digest64_value(&digest);
         check(digests[f] == pinned[f], "the bits of %s have the digest 0x%016llx, elsewhere 0x%016llx", names[f],
               (unsigned long long)digests[f], (unsigned long long)pinned[f]);
     }
@@ -161,10 +159,10 @@ static void numbers_random(void)
     }
     check(repeated == 0, "a permutation repeats %zu numbers or leaves its range", repeated);
     check(same < 10 && fixed < 10, "epochs' permutations agree in %zu places, %zu stay", same, fixed);
-    digest64 digest = { 0 };
+    uint64_t digest = 0;
     for (size_t i = 0; i < N; i++) digest64_number(&digest, order[i]), digest64_number(&digest, other[i]);
-    check(digest64_value(&digest) == 0xd258e6633c9cdaa7, "permutations have the digest 0x%016llx",
-          (unsigned long long)digest64_value(&digest));
+    check(digest == 0xe79340da1107941f, "permutations have the digest 0x%016llx",
+          (unsigned long long)digest);
     permutation(43, 0, other, N);
     check(memcmp(order, other, sizeof order) != 0, "the seed does not change the permutation");
     permutation(42, 0, order, 1);

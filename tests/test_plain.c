@@ -214,7 +214,7 @@ static void plain_write_model(const char *path, size_t grid)
         { "head.weight", 2, { C, D } },
         { "head.bias", 1, { C } } };
     sc_writer w;
-    int status = sc_writer_open(&w, path, 4000);
+    int status = sc_writer_open(&w, path);
     if (status == SC_OK) status = sc_writer_metadata(&w, "num_attention_heads", "3");
     for (size_t i = 0; i < COUNT(tensors) && status == SC_OK; i++) {
         size_t count = 1;
@@ -225,7 +225,7 @@ static void plain_write_model(const char *path, size_t grid)
         if (status == SC_OK) status = sc_writer_floats(&w, value, count);
         free(value);
     }
-    if (status != SC_OK || sc_writer_finish(&w) != SC_OK) need("%s", sc_error());
+    if (status != SC_OK || sc_writer_close(&w, SC_OK) != SC_OK) need("%s", sc_error());
 }
 
 /* The models: the golden ones, and those of 2, 197 and 257 tokens that test_plain() writes. */

@@ -386,13 +386,13 @@ static void sae_ties(void)
     float W_enc[SAE_D][N], W_dec[N][SAE_D], zeros[N] = { 0 };
     for (size_t d = 0; d < SAE_D; d++)
         for (size_t j = 0; j < PAIRS; j++) W_enc[d][j] = W_enc[d][N - 1 - j] = W_dec[j][d] = W_dec[N - 1 - j][d] = random_float();
-    int status = sc_writer_open(&w, in_folder("ties"), 1000);
+    int status = sc_writer_open(&w, in_folder("ties"));
     status |= sc_writer_metadata(&w, "architecture", "topk") | sc_writer_metadata(&w, "k", "3");
     status |= sc_writer_tensor(&w, "W_enc", SC_F32, 2, (size_t[]){ SAE_D, N }) | sc_writer_floats(&w, W_enc[0], SAE_D * N);
     status |= sc_writer_tensor(&w, "b_enc", SC_F32, 1, (size_t[]){ N }) | sc_writer_floats(&w, zeros, N);
     status |= sc_writer_tensor(&w, "W_dec", SC_F32, 2, (size_t[]){ N, SAE_D }) | sc_writer_floats(&w, W_dec[0], SAE_D * N);
     status |= sc_writer_tensor(&w, "b_dec", SC_F32, 1, (size_t[]){ SAE_D }) | sc_writer_floats(&w, zeros, SAE_D);
-    if (status != SC_OK || sc_writer_finish(&w) != SC_OK) need("ties");
+    if (status != SC_OK || sc_writer_close(&w, SC_OK) != SC_OK) need("ties");
     works("encode --quiet -s %s --acts " GOLDEN "acts.safetensors --layer 2 --hook mlp -o %s", in_folder("ties"),
           in_folder("tied"));
     const double *row = numbers_of(in_folder("tied"), "row", &rows), *index = numbers_of(in_folder("tied"), "index", &count);

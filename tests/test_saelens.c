@@ -8,14 +8,14 @@ static void saelens_make(const char *config, const char *tensor, float value)
     sc_writer w;
     mkdir(cli("@lens"), 0777);
     if (sc_safetensors_open(&file, cli("@sae")) != SC_OK
-        || sc_writer_open(&w, cli("@lens/sae_weights.safetensors"), 8192) != SC_OK) need("%s", sc_error());
+        || sc_writer_open(&w, cli("@lens/sae_weights.safetensors")) != SC_OK) need("%s", sc_error());
     for (size_t i = 0; i < file.tensors; i++)
         cli_write_tensor(&w, &file, &file.tensor[i], &(cli_change){ 0 });
     if (tensor) {
         sc_writer_tensor(&w, tensor, SC_F32, 1, (size_t[]){ 24 });
         for (int j = 0; j < 24; j++) sc_writer_floats(&w, &(float){ value + 0.01f * (float)j }, 1);
     }
-    if (sc_writer_finish(&w) != SC_OK) need("%s", sc_error());
+    if (sc_writer_close(&w, SC_OK) != SC_OK) need("%s", sc_error());
     sc_safetensors_close(&file);
     put_text(cli("@lens/cfg.json"), config);
 }
@@ -149,15 +149,15 @@ static void saelens_test_refused(void)
         { "rescale_acts_by_decoder_norm is true (", "{\"rescale_acts_by_decoder_norm\": true}" },
         { "reshape_activations is hook_z (", "{\"reshape_activations\": \"hook_z\"}" },
         { "activation_fn_str is tanh-relu (", "{\"activation_fn_str\": \"tanh-relu\"}" },
-        { "metadata.hook_head_index is 3 (", "{\"metadata\": {\"hook_head_index\": 3}}" },
+        { "hook_head_index is 3 (", "{\"metadata\": {\"hook_head_index\": 3}}" },
         { "k is 4.5 (expected a whole number", "{\"k\": 4.5}" },
         { "k is 6 (expected 5, as the file says before)", "{\"k\": 5, \"activation_fn_kwargs\": {\"k\": 6}}" },
         { "k is 25 (expected 1 to 24", "{\"architecture\": \"topk\", \"k\": 25}" },
         { "k is 0 (expected 1 to 24", "{\"architecture\": \"topk\"}" },
         { "an SAE [32, 24] (expected [32, 48]", "{\"d_in\": 32, \"d_sae\": 48}" },
-        { "JSON byte 0: expected '{'", "[]" }, { "JSON byte 0: expected '{'", "" },
-        { "JSON byte 8: expected nothing after the object", "{\"k\": 5}x" },
-        { "JSON byte 6: expected a value", "{\"k\": }" }, { "',' or '}'", "{\"k\": 5 \"d_in\": 32}" },
+        { "JSON byte 0: expected a value", "" },
+        { "JSON byte 8: expected nothing more", "{\"k\": 5}x" },
+        { "JSON byte 6: expected a value", "{\"k\": }" }, { "a comma or the end", "{\"k\": 5 \"d_in\": 32}" },
         { "expected less nesting", "{\"a\":[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[" } };
     for (size_t i = 0; i < COUNT(cases); i++) {
         saelens_make(cases[i].config, NULL, 0);

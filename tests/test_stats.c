@@ -216,12 +216,12 @@ static void stats_merge_refuses(void)
                                         "sae_mean_acts", "top_entropy" };
     const float value = 0;
     sc_writer w;
-    int status = sc_writer_open(&w, in_folder("flat"), 0);
+    int status = sc_writer_open(&w, in_folder("flat"));
     for (size_t i = 0; i < sizeof flat / sizeof *flat && status == SC_OK; i++) {
         status = sc_writer_tensor(&w, flat[i], SC_F32, 1, (size_t[]){ 1 });
         if (status == SC_OK) status = sc_writer_floats(&w, &value, 1);
     }
-    check(status == SC_OK && sc_writer_finish(&w) == SC_OK, "%s", sc_error());
+    check(status == SC_OK && sc_writer_close(&w, SC_OK) == SC_OK, "%s", sc_error());
     refuses(1, "not statistics", "merge %s -o %s", in_folder("flat"), out);
     refuses(1, "cannot be opened", "merge %s %s -o %s", one, in_folder("nowhere"), out);
     static const char *const wrong[] = { "0/2", "3/2", "1", "1/0", "1/2x", "1/1025", "-1/2", "a/b", "99999/99999" };
@@ -254,12 +254,12 @@ static void stats_ties(void)
 static void stats_make_acts(const char *path, const float *x, size_t N, size_t T, const int64_t *label)
 {
     sc_writer w;
-    int status = sc_writer_open(&w, path, 0);
+    int status = sc_writer_open(&w, path);
     if (status == SC_OK) status = sc_writer_tensor(&w, "activations", SC_F32, 3, (size_t[]){ N, T, 2 });
     if (status == SC_OK) status = sc_writer_floats(&w, x, N * T * 2);
     if (status == SC_OK && label) status = sc_writer_tensor(&w, "labels", SC_I64, 1, &N);
     if (status == SC_OK && label) status = sc_writer_integers(&w, label, N);
-    if (status == SC_OK) status = sc_writer_finish(&w);
+    if (status == SC_OK) status = sc_writer_close(&w, SC_OK);
     if (status != SC_OK) need("%s: %s", path, sc_error());
 }
 
@@ -269,12 +269,12 @@ static void stats_make_sae(const char *path)
     static const float one[] = { 1, 0, 0, 1 }, zero[2] = { 0 };
     static const char *const names[] = { "W_enc", "W_dec", "b_enc", "b_dec" };
     sc_writer w;
-    int status = sc_writer_open(&w, path, 0);
+    int status = sc_writer_open(&w, path);
     for (int i = 0; i < 4 && status == SC_OK; i++) {
         status = sc_writer_tensor(&w, names[i], SC_F32, i < 2 ? 2 : 1, (size_t[]){ 2, 2 });
         if (status == SC_OK) status = i < 2 ? sc_writer_floats(&w, one, 4) : sc_writer_floats(&w, zero, 2);
     }
-    if (status == SC_OK) status = sc_writer_finish(&w);
+    if (status == SC_OK) status = sc_writer_close(&w, SC_OK);
     if (status != SC_OK) need("%s: %s", path, sc_error());
 }
 

@@ -57,46 +57,46 @@ static void threads_pictures(void)
 static const struct { const char *name, *command; uint64_t digest; } threads_commands[] = {
     { "extract of a CLIP", "extract -m " GOLDEN "clip_hf.safetensors --layer 3 --hook resid " GOLDEN
       "images.safetensors -o",
-      0x3a7dd752b5f07997 },
+      0x8f15a9fe7d99eee6 },
     { "extract of a ViT", "extract -m " GOLDEN "vit_timm.safetensors --layer 1 --hook mlp " GOLDEN
       "images.safetensors -o",
-      0x421d7085da330275 },
+      0x825e04f5e72cde97 },
     { "extract of files", "extract -m " GOLDEN "clip_timm.safetensors --layer 1 --hook attn --dtype f16 FOLDER -o",
-      0x4c30f55f3453beee },
+      0x9ea702897927e4d3 },
     { "train of ReLU with ghosts", "train " THREADS_ACTS "--arch relu --latents 300 --l1 0.004 --ghost "
       "--dead-window 1 --b-dec geomedian-images --steps 12 -o",
-      0x13a8d57a5092b18a },
+      0x782279183c266c5e },
     { "train of a dense ReLU", "train " THREADS_ACTS "--arch relu --init " GOLDEN "init_300.safetensors "
       "--l1 0.001 --steps 12 -o",
-      0x5c42d59c367e7e6f },
+      0xc98ce466c187879a },
     { "train of TopK with ghosts", "train " THREADS_ACTS "--arch topk --k 5 --latents 515 --b-dec geomedian "
       "--ghost --dead-window 1 --steps 12 -o",
-      0xc2c6af75b63177f0 },
+      0xc9e117b28c4b2107 },
     { "train from pictures", "train -m " GOLDEN "clip_timm.safetensors --layer 2 --hook attn FOLDER --arch topk "
       "--k 4 --latents 96 --batch 5 --epochs 2 --b-dec mean -o",
-      0x12fdcd0e6acd8813 },
+      0x50284bf1144b76f8 },
     { "stats of ReLU", "stats -s " GOLDEN "stats_exact_sae.safetensors --acts " GOLDEN
       "stats_exact_acts.safetensors --class-counts -o",
-      0xace038db1ffad967 },
+      0xfb86ad2264beaa64 },
     { "stats of TopK", "stats -s " GOLDEN "stats_small_sae.safetensors --acts " GOLDEN
       "stats_small_acts.safetensors -o",
-      0x59e5f6db610e7af3 },
+      0xd4cd93e372965668 },
     { "encode", "encode -s " GOLDEN "train_relu.safetensors --layer 2 --hook mlp --acts " GOLDEN
       "acts.safetensors --reconstruction -o",
-      0x6a1141a9f071822e },
+      0xddae0eeb49ae39e8 },
 };
 
 static uint64_t threads_digest(const char *path)
 {
     sc_safetensors file;
-    digest64 digest = { 0 };
+    uint64_t digest = 0;
     if (sc_safetensors_open(&file, path) != SC_OK) return 0;
     for (size_t i = 0; i < file.tensors; i++) {      /* in the order of their names */
-        digest64_add(&digest, file.tensor[i].name, strlen(file.tensor[i].name));
-        digest64_add(&digest, file.tensor[i].data, file.tensor[i].bytes);
+        digest64_name(&digest, file.tensor[i].name);
+        digest64_number(&digest, digest_bytes(file.tensor[i].data, file.tensor[i].bytes));
     }
     sc_safetensors_close(&file);
-    return digest64_value(&digest);
+    return digest;
 }
 
 static void threads_same_bytes(void)

@@ -232,7 +232,7 @@ static int write_model(sc_writer *w) {
             SC_TRY(write_tensor(w, name, block[i].rank, block[i].shape));
         }
     }
-    return sc_writer_finish(w);
+    return sc_writer_close(w, SC_OK);
 }
 
 /* Makes the model's file, once. */
@@ -241,10 +241,11 @@ static int make_model(void) {
     if (*model_path) return SC_OK;
     if (!mkdtemp(folder)) return fail("%s: cannot be made: %s", folder, strerror(errno));
     sprintf(model_path, "%s/model.safetensors", folder);
-    SC_TRY(sc_writer_open(&w, model_path, 1 << 16));
+    SC_TRY(sc_writer_open(&w, model_path));
+    w.room = 1 << 16;
     int status = write_model(&w);
     if (status != SC_OK) {
-        sc_writer_discard(&w);
+        sc_writer_close(&w, SC_FAILED);
     }
     return status;
 }

@@ -3,8 +3,7 @@
 does it (Resize(S, BICUBIC), CenterCrop(S)), and its normalisation in float32.
 
 A record is six little-endian uint32 (width, height, size, square, crop_hf, 1 if only a digest
-follows) and the pixels [S, S, 3], or their digest64 (see saeclip.c). The last one has width 0 and
-the digest64 of the normalised values [3, 256], F32 little-endian. Needs Pillow and numpy."""
+follows) and the pixels [S, S, 3], or their digest. The last one has width 0 and the digest of the normalised values [3, 256], F32 little-endian. Needs Pillow and numpy."""
 import os
 import struct
 import sys
@@ -15,16 +14,12 @@ from PIL import Image
 MASK = (1 << 64) - 1
 
 
-def digest64(data):
-    def step(state, word):
-        state = (state ^ word) * 0x9E3779B97F4A7C15 & MASK
-        return state ^ state >> 32
-    state = 0
-    whole = len(data) // 8 * 8
-    for (word,) in struct.iter_unpack("<Q", data[:whole]):
-        state = step(state, word)
-    state = step(state, int.from_bytes(data[whole:], "little"))
-    return step(step(state, len(data)), 0)
+def digest(data):
+    """FNV-1a"""
+    state = 0xCBF29CE484222325
+    for byte in data:
+        state = (state ^ byte) * 0x100000001B3 & MASK
+    return state
 
 
 def source(width, height):
@@ -76,11 +71,11 @@ def main(path):
             width, height, size, square, crop_hf = case
             pixels = preprocess(Image.fromarray(source(width, height)), size, square, crop_hf).tobytes()
             out.write(struct.pack("<6I", *case, case in DIGESTS))
-            out.write(struct.pack("<Q", digest64(pixels)) if case in DIGESTS else pixels)
+            out.write(struct.pack("<Q", digest(pixels)) if case in DIGESTS else pixels)
         value = np.arange(256, dtype=np.float32) / np.float32(255)
         normal = (value[None, :] - MEAN[:, None]) / STD[:, None]
         assert normal.dtype == np.float32
-        out.write(struct.pack("<6IQ", 0, 0, 0, 0, 0, 1, digest64(normal.astype("<f4").tobytes())))
+        out.write(struct.pack("<6IQ", 0, 0, 0, 0, 0, 1, digest(normal.astype("<f4").tobytes())))
 
 
 if __name__ == "__main__":
