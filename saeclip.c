@@ -3048,7 +3048,7 @@ int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t 
 
 
 static int new_sae(sc_sae *sae, size_t d_in, size_t d_sae) {
-    *sae = (sc_sae){ .d_in = d_in, .d_sae = d_sae, .stride = padded(d_in), .hook = -1 };
+    *sae = (sc_sae){ .d_in = d_in, .d_sae = d_sae, .stride = padded(d_in) };
     if (d_in == 0 || d_sae == 0 || d_in > SC_MAX_WIDTH || d_sae > SC_MAX_LATENTS)
         return fail("an SAE of %zu inputs and %zu latents is not possible", d_in, d_sae);
     sae->W_enc = new_array(d_sae, sae->stride * sizeof *sae->W_enc);
@@ -3065,7 +3065,6 @@ void sc_sae_close(sc_sae *sae) {
     free(sae->b_dec);
     free(sae->threshold);
     free(sae->path);
-    free(sae->b_dec_start);
     *sae = (sc_sae){ 0 };
 }
 
@@ -4172,7 +4171,7 @@ typedef struct {
     const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
     const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch, *shard;
     const char *operand[MAX_OPERANDS + 1];   /* IMAGES or files; NULL ends them */
-    sc_model_options settings;
+    struct { const char *mean, *std, *gelu, *epsilon, *heads; } settings;
     const char *sae[SC_MAX_TAPS];
     size_t saes;
     long layer, threads, size, square, limit, k, expansion, d_sae, batch, steps, warmup;
@@ -6233,21 +6232,21 @@ static void usual_heads(size_t width, char heads[24]) {
 /* The settings that shapes do not show come from an option, else from the metadata, else from
  * the usual value. An invalid option is a usage error, an invalid value in the file is an error
  * of the file. */
-static int read_settings(sc_model *model, const sc_model_options *given) {
+static int read_settings(sc_model *model, const sc_origin *given) {
     int plain = model->naming == TIMM && !find_layer(model, PRE, 0, 0);
     char heads[24], assumed[256] = "", reason[sizeof error_text];
     const struct { const char *option, *given, *key, *usual; } settings[SETTINGS] = {
-        { "--gelu", given->gelu, "hidden_act", plain ? "gelu" : "quick_gelu" },
-        { "--eps", given->epsilon, "layer_norm_eps", plain ? "1e-6" : "1e-5" },
-        { "--heads", given->heads, "num_attention_heads", heads },
-        { "--mean", given->mean, "image_mean", "0.48145466,0.4578275,0.40821073" },
-        { "--std", given->std, "image_std", "0.26862954,0.26130258,0.27577711" } };
+        { "--gelu", given->text[SC_GELU], "hidden_act", plain ? "gelu" : "quick_gelu" },
+        { "--eps", given->text[SC_EPSILON], "layer_norm_eps", plain ? "1e-6" : "1e-5" },
+        { "--heads", given->text[SC_HEADS], "num_attention_heads", heads },
+        { "--mean", given->text[SC_MEAN], "image_mean", "0.48145466,0.4578275,0.40821073" },
+        { "--std", given->text[SC_STD], "image_std", "0.26862954,0.26130258,0.27577711" } };
     usual_heads(model->width, heads);
     for (enum setting i = 0; i < SETTINGS; i++) {
         const char *key = settings[i].key, *saved = sc_metadata_find(&model->file, key);
         const char *text = saved ? saved : settings[i].usual;
         size_t used = strlen(assumed);
-        if (settings[i].given) {
+        if (*settings[i].given) {
             SC_TRY(apply_setting(model, i, settings[i].option, settings[i].given));
             continue;
         }
@@ -6297,8 +6296,8 @@ static int check_shards(const char *path) {
                 "with its library and save it with max_shard_size=\"100GB\")", path);
 }
 
-int sc_model_open(sc_model *model, const char *path, const sc_model_options *given) {
-    static const sc_model_options none = { 0 };
+int sc_model_open(sc_model *model, const char *path, const sc_origin *given) {
+    static const sc_origin none = { 0 };
     *model = (sc_model){ 0 };
     SC_TRY(check_shards(path));
     SC_TRY(sc_safetensors_open(&model->file, path));
@@ -6376,27 +6375,14 @@ void sc_model_close(sc_model *model) {
     *model = (sc_model){ 0 };
 }
 
-static const char *const hook_names[] = { "attn", "mlp", "resid" };
-
-/* The hook point with this name, -1 if there is none. */
-static int find_hook(const char *name) {
-    for (int hook = SC_ATTN; hook <= SC_RESID; hook++)
-        if (strcmp(name, hook_names[hook]) == 0) return hook;
-    return -1;
-}
-
 /* ============================================================================================
  * 17. SAEs' files
  *
- * The tensors of an SAE, and of a training's state, in and out by one table; the metadata.
+ * The tensors of an SAE, and of a training's state, in and out by one table; where activations come
+ * from; what an SAE's metadata and SAELens's cfg.json say of it.
  * ============================================================================================ */
 
-static const char *architecture_of(const sc_sae *sae) {
-    if (sae->topk) return "topk";
-    return sae->threshold ? "jumprelu" : "standard";
-}
-
-/* Opens the output and discards it, so that a wrong path fails before the work is done. */
+/* Opens an output and discards it, so that a wrong path fails before the work is done. */
 static int try_output(const char *path) {
     sc_writer w;
     SC_TRY(sc_writer_open(&w, path, 0));
@@ -6404,113 +6390,93 @@ static int try_output(const char *path) {
     return SC_OK;
 }
 
-/* A tensor, with its shape in files (a vector of rank 1 has one row). Its element [r, c] is at
- * values[r * down + c * across] in memory. */
+/* A tensor of floats with its shape in files; a vector has one row. In memory its element [r, c]
+ * is at values[r * down + c * across]. */
 typedef struct {
     const char *name;
-    float *values;
+    float *values;                   /* NULL: there is no such tensor */
     int rank;
-    size_t rows, columns, down, across;
+    size_t shape[SC_MAX_RANK], down, across;
 } float_tensor;
 
-enum { SAE_TENSORS = 4, STATE_TENSORS = 12 };
-
-/* Lists the tensors of an SAE and, with a trainer, of Adam; returns their number. W_enc is [D,
- * n] in files and [n, D] in memory. list: [STATE_TENSORS] */
-static size_t list_tensors(const sc_sae *sae, const sc_trainer *t, float_tensor *list) {
-    static const sc_trainer none;
-    size_t n = sae->d_sae, D = sae->d_in, row = sae->stride;
-    int with_adam = t != NULL;
-    if (!t) t = &none;
-    const float_tensor all[STATE_TENSORS] = {
-        { "W_enc", sae->W_enc, 2, D, n, 1, row }, { "b_enc", sae->b_enc, 1, 1, n, 0, 1 },
-        { "W_dec", sae->W_dec, 2, n, D, row, 1 }, { "b_dec", sae->b_dec, 1, 1, D, 0, 1 },
-        { "W_enc_m", t->W_enc.m, 2, n, D, row, 1 }, { "W_enc_v", t->W_enc.v, 2, n, D, row, 1 },
-        { "W_dec_m", t->W_dec.m, 2, n, D, row, 1 }, { "W_dec_v", t->W_dec.v, 2, n, D, row, 1 },
-        { "b_enc_m", t->b_enc.m, 1, 1, n, 0, 1 }, { "b_enc_v", t->b_enc.v, 1, 1, n, 0, 1 },
-        { "b_dec_m", t->b_dec.m, 1, 1, D, 0, 1 }, { "b_dec_v", t->b_dec.v, 1, 1, D, 0, 1 } };
-    memcpy(list, all, sizeof all);
-    return with_adam ? STATE_TENSORS : SAE_TENSORS;
-}
-
-/* Copies rows of a tensor between memory and `rows`. rows: [height, columns], as in the file */
-static void copy_rows(const float_tensor *t, size_t first, size_t height, float *rows, int out) {
-    for (size_t c = 0; c < t->columns; c++) {
-        for (size_t i = 0; i < height; i++) {
-            float *here = t->values + (first + i) * t->down + c * t->across;
-            float *there = rows + i * t->columns + c;
-            if (out) *there = *here;
-            else *here = *there;
-        }
-    }
-}
-
-/* Writes a tensor or, if there is no writer, reads it from a file, some rows at a time. Adds it
- * to a digest if there is one. */
+/* Writes a tensor or, if there is no writer, reads it from a file. Adds it to a digest if there is
+ * one. row: [columns], scratch memory */
 static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
-                       digest64 *digest) {
-    enum { ROWS = 16 };
-    const sc_tensor *source = w ? NULL : sc_tensor_find(file, t->name);
-    size_t shape[2] = { t->rows, t->columns };
-    if (w) SC_TRY(sc_writer_tensor(w, t->name, SC_F32, t->rank, shape + 2 - t->rank));
-    else if (!source || source->rank == 0 || source->count != t->rows * t->columns
-             || source->shape[source->rank - 1] != t->columns)
+                       digest64 *digest, float *row) {
+    size_t rows = t->rank == 1 ? 1 : t->shape[0], columns = t->shape[t->rank - 1];
+    const sc_tensor *source = NULL;
+    if (w) SC_TRY(sc_writer_tensor(w, t->name, SC_F32, t->rank, t->shape));
+    else source = sc_tensor_find(file, t->name);
+    if (!w && (!source || memcmp(source->shape, t->shape, sizeof t->shape) != 0))
         return fail("%s: missing or of another shape: tensor %s (expected %zu x %zu)", file->path,
-                    t->name, t->rows, t->columns);
-    float *some = new_array(t->columns, ROWS * sizeof *some);
-    int status = some ? SC_OK : SC_FAILED;
-    for (size_t r = 0; r < t->rows && status == SC_OK; r += ROWS) {
-        size_t height = smaller(t->rows - r, ROWS), count = height * t->columns;
-        if (w) {
-            copy_rows(t, r, height, some, 1);
-            status = sc_writer_floats(w, some, count);
-        } else {
-            status = sc_tensor_floats(file, source, r * t->columns, count, some);
-            if (status == SC_OK) copy_rows(t, r, height, some, 0);
+                    t->name, rows, columns);
+    for (size_t r = 0; r < rows; r++) {
+        if (!w) SC_TRY(sc_tensor_floats(file, source, r * columns, columns, row));
+        for (size_t c = 0; c < columns; c++) {
+            float *value = t->values + r * t->down + c * t->across;
+            if (w) row[c] = *value;
+            else *value = row[c];
+            if (digest) digest64_number(digest, bits_of_float(row[c]));
         }
-        for (size_t i = 0; digest && i < count; i++)
-            digest64_number(digest, bits_of_float(some[i]));
+        if (w) SC_TRY(sc_writer_floats(w, row, columns));
     }
-    free(some);
-    return status;
-}
-
-/* Writes or reads the tensors of an SAE and, with a trainer, of Adam. */
-static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safetensors *file,
-                        sc_writer *w, digest64 *digest) {
-    const float_tensor threshold = { "threshold", sae->threshold, 1, 1, sae->d_sae, 0, 1 };
-    float_tensor list[STATE_TENSORS];
-    size_t count = list_tensors(sae, t, list);
-    for (size_t i = 0; i < count; i++) SC_TRY(move_tensor(&list[i], file, w, digest));
-    return sae->threshold ? move_tensor(&threshold, file, w, digest) : SC_OK;
-}
-
-/* Reads a whole number of at least 1 from the metadata. If it is missing, *value is unchanged. */
-static int metadata_number(const sc_safetensors *file, const char *key, double most,
-                           size_t *value) {
-    const char *text = sc_metadata_find(file, key);
-    double number = 0;
-    if (!text) return SC_OK;
-    if (parse_number(text, key, 1, most, &number) != SC_OK || number != floor(number))
-        return fail("%s: metadata %s = '%s' (expected a whole number from 1 to %g)", file->path,
-                    key, text, most);
-    *value = (size_t)number;
     return SC_OK;
 }
 
-/* --- The origin of activations (see saeclip.h) --- */
+/* Writes or reads the tensors of an SAE and, with a trainer, of Adam. W_enc is [D, n] in files and
+ * [n, D] in memory. */
+static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safetensors *file,
+                        sc_writer *w, digest64 *digest) {
+    static const sc_trainer none;
+    size_t n = sae->d_sae, D = sae->d_in, down = sae->stride;
+    if (!t) t = &none;
+    const float_tensor tensor[] = {
+        { "W_enc", sae->W_enc, 2, { D, n }, 1, down }, { "b_enc", sae->b_enc, 1, { n }, 0, 1 },
+        { "W_dec", sae->W_dec, 2, { n, D }, down, 1 }, { "b_dec", sae->b_dec, 1, { D }, 0, 1 },
+        { "threshold", sae->threshold, 1, { n }, 0, 1 },
+        { "W_enc_m", t->W_enc.m, 2, { n, D }, down, 1 },
+        { "W_enc_v", t->W_enc.v, 2, { n, D }, down, 1 },
+        { "W_dec_m", t->W_dec.m, 2, { n, D }, down, 1 },
+        { "W_dec_v", t->W_dec.v, 2, { n, D }, down, 1 },
+        { "b_enc_m", t->b_enc.m, 1, { n }, 0, 1 }, { "b_enc_v", t->b_enc.v, 1, { n }, 0, 1 },
+        { "b_dec_m", t->b_dec.m, 1, { D }, 0, 1 }, { "b_dec_v", t->b_dec.v, 1, { D }, 0, 1 } };
+    float *row = new_array(n + D, sizeof *row);              /* long enough for each */
+    int status = row ? SC_OK : SC_FAILED;
+    for (size_t i = 0; i < COUNT(tensor) && status == SC_OK; i++)
+        if (tensor[i].values) status = move_tensor(&tensor[i], file, w, digest, row);
+    free(row);
+    return status;
+}
+
+/* --- The origin of activations (saeclip.h) ---
+ *
+ * The value of a key is that of the first source which gives one: an option, the data, the SAEs in
+ * turn, the model's metadata, the usual value. It is parsed, and printed in one form. Then a source
+ * whose text differs is refused by the key, unless it is an option that overrules the source. */
 
 static const char *const origin_keys[SC_ORIGIN_KEYS] = {
     "model", "layer", "hook", "tokens", "mean", "std", "gelu", "epsilon", "heads", "square", "crop"
 };
 
-/* The origin of an SAE, whose hook point is kept as numbers. */
-static sc_origin origin_of(const sc_sae *sae) {
-    sc_origin origin = sae->origin;
-    char *layer = origin.text[SC_LAYER], *hook = origin.text[SC_HOOK];
-    *layer = *hook = '\0';
-    if (sae->layer) snprintf(layer, sizeof *origin.text, "%zu", sae->layer);
-    if (sae->hook >= 0) strcpy(hook, hook_names[sae->hook]);
+/* Prints floats with the fewest digits that give the same floats again; %g cuts trailing zeros, and
+ * six digits are never too many. text: [256] */
+static void print_floats(char *text, const float *value, int count) {
+    for (int i = 0; i < count; i++) {
+        int digits = 6;
+        if (i > 0) *text++ = ',';
+        do sprintf(text, "%.*g", digits, (double)value[i]);
+        while (strtof(text, NULL) != value[i] && digits++ < 9);
+        text += strlen(text);
+    }
+}
+
+/* The origin in a file's metadata. */
+static sc_origin read_origin(const sc_safetensors *file) {
+    sc_origin origin = { 0 };
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
+        const char *text = sc_metadata_find(file, origin_keys[k]);
+        if (text) snprintf(origin.text[k], sizeof *origin.text, "%s", base_name(text));
+    }
     return origin;
 }
 
@@ -6520,47 +6486,41 @@ static int put_origin(sc_writer *w, const sc_origin *origin) {
     return SC_OK;
 }
 
-/* Refuses a value that a key of the origin cannot have. */
-static int check_origin_value(const char *path, size_t key, const char *text) {
-    static const char *const words[SC_ORIGIN_KEYS] = {
-        [SC_HOOK] = "attn|mlp|resid", [SC_TOKENS] = "all|cls|patches",
-        [SC_GELU] = "quick_gelu|gelu", [SC_CROP] = "torchvision|hf" };
-    static const double most[SC_ORIGIN_KEYS] = {             /* of numbers */
-        [SC_LAYER] = 1e6, [SC_EPSILON] = 1, [SC_HEADS] = 1e6, [SC_SQUARE] = 16384 };
-    double least = key == SC_LAYER || key == SC_HEADS, number = 0;
-    const char *name = origin_keys[key];
-    float triple[3];
-    if (words[key] && !is_choice(words[key], text))
-        return fail("%s: metadata %s = '%s' (expected %s)", path, name, text, words[key]);
-    if ((key == SC_MEAN || key == SC_STD) && parse_triple(text, name, triple) != SC_OK)
-        return fail("%s: metadata %s = '%s' (expected three numbers)", path, name, text);
-    if (most[key] == 0) return SC_OK;
-    int is_number = parse_number(text, name, least, most[key], &number) == SC_OK;
-    if (is_number && (key == SC_EPSILON || number == floor(number))) return SC_OK;
-    return fail("%s: metadata %s = '%s' (expected a number from %g to %g)", path, name, text,
-                least, most[key]);
+/* Takes from another origin what this one does not say. */
+static void fill_origin(sc_origin *origin, const sc_origin *other) {
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
+        if (!*origin->text[k]) strcpy(origin->text[k], other->text[k]);
 }
 
-static int read_origin(sc_origin *origin, const sc_safetensors *file) {
-    *origin = (sc_origin){ 0 };
+/* Refuses a file whose origin contradicts another one, which is from `other`. What options say
+ * (NULL: nothing) overrules the file, with a remark. */
+static int check_origin(const char *path, const sc_origin *origin, const char *other,
+                        const sc_origin *expected, const sc_origin *said) {
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
-        const char *text = sc_metadata_find(file, origin_keys[k]);
-        if (!text) continue;
-        if (k == SC_MODEL) text = base_name(text);
-        if (strlen(text) >= sizeof *origin->text)
-            return fail("%s: metadata %s is too long", file->path, origin_keys[k]);
-        SC_TRY(check_origin_value(file->path, k, text));
-        strcpy(origin->text[k], text);
+        const char *key = origin_keys[k], *found = origin->text[k], *now = expected->text[k];
+        if (!*found || !*now || strcmp(found, now) == 0) continue;
+        if (!said || !*said->text[k])
+            return fail("%s: %s is %s (expected %s, as in %s)", path, key, found, now, other);
+        note("%s: %s is %s, overruled by %s", path, key, found, now);
     }
     return SC_OK;
 }
 
-/* The first key with two different values, SC_ORIGIN_KEYS if there is none. */
-static size_t origin_difference(const sc_origin *a, const sc_origin *b) {
-    size_t k = 0;
-    for (; k < SC_ORIGIN_KEYS; k++)
-        if (*a->text[k] && *b->text[k] && strcmp(a->text[k], b->text[k]) != 0) break;
-    return k;
+int sc_hook_point(const sc_origin *origin, sc_tap *tap) {
+    static const char *const names[] = { "attn", "mlp", "resid" };
+    tap->layer = (size_t)strtoul(origin->text[SC_LAYER], NULL, 10);
+    for (int hook = SC_ATTN; hook <= SC_RESID; hook++) {
+        tap->hook = (sc_hook)hook;
+        if (tap->layer > 0 && strcmp(origin->text[SC_HOOK], names[hook]) == 0) return SC_OK;
+    }
+    return fail("no hook point (expected a layer, and attn, mlp or resid)");
+}
+
+/* --- SAEs out --- */
+
+static const char *architecture_of(const sc_sae *sae) {
+    if (sae->topk) return "topk";
+    return sae->threshold ? "jumprelu" : "standard";
 }
 
 static int write_sae(sc_writer *w, void *context) {
@@ -6569,8 +6529,7 @@ static int write_sae(sc_writer *w, void *context) {
     if (sae->topk) SC_TRY(put_metadata(w, "k", "%zu", sae->k));
     SC_TRY(put_metadata(w, "d_in", "%zu", sae->d_in));
     SC_TRY(put_metadata(w, "d_sae", "%zu", sae->d_sae));
-    const sc_origin origin = origin_of(sae);
-    SC_TRY(put_origin(w, &origin));
+    SC_TRY(put_origin(w, &sae->origin));
     return move_tensors(sae, NULL, NULL, w, NULL);
 }
 
@@ -6580,220 +6539,170 @@ int sc_sae_save(const sc_sae *sae, const char *path) {
     return save_tensors(path, 8192, write_sae, &copy);
 }
 
-/* --- SAELens's cfg.json, beside the weights (jbloomAus/SAELens, versions 2 to 6) --- */
+/* Writes the cfg.json of a folder in the form that SAELens 3 to 6 read. Hook points have the names
+ * of TransformerLens, which counts blocks from 0. */
+static int write_saelens(const sc_sae *sae, const char *path) {
+    static const char *const places[] = { "attn_out", "mlp_out", "resid_post" };
+    const char *model = sae->origin.text[SC_MODEL];
+    char hook[64] = "unknown";
+    sc_tap tap;
+    sc_output out;
+    if (sc_hook_point(&sae->origin, &tap) == SC_OK)
+        snprintf(hook, sizeof hook, "blocks.%zu.hook_%s", tap.layer - 1, places[tap.hook]);
+    else tap.layer = 1;
+    SC_TRY(output_open(&out, path));
+    FILE *f = out.file;
+    fprintf(f, "{\n  \"architecture\": \"%s\",\n  \"d_in\": %zu,\n  \"d_sae\": %zu,\n",
+            architecture_of(sae), sae->d_in, sae->d_sae);
+    if (sae->topk)                               /* before version 6, and from then on */
+        fprintf(f, "  \"activation_fn_str\": \"topk\",\n  \"activation_fn_kwargs\": {\"k\": %zu},\n"
+                "  \"k\": %zu,\n", sae->k, sae->k);
+    else
+        fputs("  \"activation_fn_str\": \"relu\",\n  \"activation_fn_kwargs\": {},\n", f);
+    fprintf(f, "  \"hook_name\": \"%s\",\n  \"hook_layer\": %zu,\n  \"hook_head_index\": null,\n"
+            "  \"dtype\": \"float32\",\n  \"device\": \"cpu\",\n  \"apply_b_dec_to_input\": true,\n"
+            "  \"normalize_activations\": \"none\",\n  \"reshape_activations\": \"none\",\n"
+            "  \"finetuning_scaling_factor\": false,\n  \"context_size\": 1,\n"
+            "  \"prepend_bos\": false,\n  \"dataset_path\": \"\",\n"
+            "  \"dataset_trust_remote_code\": false,\n  \"sae_lens_training_version\": null,\n"
+            "  \"model_name\": ", hook, tap.layer - 1);
+    print_json(f, *model ? model : "unknown");
+    fputs("\n}\n", f);
+    return output_commit(&out);
+}
 
-/* The values of a configuration; "" and 0 if they are missing. */
+/* --- SAEs in: our own, and those of SAELens (jbloomAus/SAELens, versions 2 to 6), whose settings
+ * stand in a file cfg.json beside the weights --- */
+
+enum { ARCHITECTURE, TOP_K, D_IN, D_SAE, SAE_SETTINGS };
+
+/* What the metadata and cfg.json say. */
 typedef struct {
-    const char *path;
-    char architecture[32], activation[32];
-    size_t k, d_in, d_sae;
-} saelens;
+    const char *path;                /* the file that is being read */
+    char text[SAE_SETTINGS][16];     /* "" where they are silent */
+    int topk;                        /* whether the activation function is TopK */
+} sae_settings;
 
-/* The keys that change what an SAE computes, and their values for what is computed here. */
-static const char *const saelens_rules[][2] = {
-    { "architecture", "standard|topk|jumprelu" }, { "activation_fn", "relu|topk" },
-    { "activation_fn_str", "relu|topk" }, { "apply_b_dec_to_input", "true" },
-    { "normalize_activations", "none|false|null" }, { "reshape_activations", "none|null" },
-    { "finetuning_scaling_factor", "false|null" },
-    { "rescale_acts_by_decoder_norm", "false|null" }, { "hook_head_index", "null" },
-    { "meta.hook_head_index", "null" }, { "metadata.hook_head_index", "null" } };
-
-static int take_saelens(void *context, const char *key, const char *value) {
-    saelens *c = context;
-    size_t *number = NULL;
-    double found;
-    for (size_t i = 0; i < COUNT(saelens_rules); i++) {
-        const char *allowed = saelens_rules[i][1];
-        if (strcmp(key, saelens_rules[i][0]) == 0 && !is_choice(allowed, value))
-            return fail("%s: %s is %s (expected %s)", c->path, key, value, allowed);
+/* Takes a setting. In cfg.json it may be nested: only the last part of its key counts. */
+static int take_setting(void *context, const char *key, const char *value) {
+    static const char *const names[SAE_SETTINGS] = { "architecture", "k", "d_in", "d_sae" };
+    /* The keys that change what an SAE computes, and their values for what is computed here. */
+    static const char *const rules[][2] = {
+        { "architecture", "standard|topk|jumprelu" }, { "activation_fn", "relu|topk" },
+        { "activation_fn_str", "relu|topk" }, { "apply_b_dec_to_input", "true" },
+        { "normalize_activations", "none|false|null" }, { "reshape_activations", "none|null" },
+        { "finetuning_scaling_factor", "false|null" },
+        { "rescale_acts_by_decoder_norm", "false|null" }, { "hook_head_index", "null" } };
+    sae_settings *s = context;
+    const char *dot = strrchr(key, '.'), *name = dot ? dot + 1 : key;
+    for (size_t i = 0; i < COUNT(rules); i++)
+        if (strcmp(name, rules[i][0]) == 0 && !is_choice(rules[i][1], value))
+            return fail("%s: %s is %s (expected %s)", s->path, key, value, rules[i][1]);
+    if (strncmp(name, "activation_fn", 13) == 0 && strcmp(value, "topk") == 0) s->topk = 1;
+    for (size_t i = 0; i < SAE_SETTINGS; i++) {
+        char *text = s->text[i];
+        if (strcmp(name, names[i]) != 0 || strcmp(value, "null") == 0) continue;
+        if (*text && strcmp(text, value) != 0)
+            return fail("%s: %s is %s (expected %s, as read before)", s->path, key, value, text);
+        snprintf(text, sizeof *s->text, "%s", value);
     }
-    if (strcmp(key, "architecture") == 0) strcpy(c->architecture, value);
-    if (strcmp(key, "activation_fn") == 0 || strcmp(key, "activation_fn_str") == 0)
-        strcpy(c->activation, value);            /* one of the values above, which fit */
-    if (strcmp(key, "k") == 0 || strcmp(key, "activation_fn_kwargs.k") == 0) number = &c->k;
-    if (strcmp(key, "d_in") == 0) number = &c->d_in;
-    if (strcmp(key, "d_sae") == 0) number = &c->d_sae;
-    if (!number || strcmp(value, "null") == 0) return SC_OK;
-    if (parse_number(value, key, 1, 1e9, &found) != SC_OK || found != floor(found))
-        return fail("%s: %s is %s (expected a whole number from 1 on)", c->path, key, value);
-    if (*number && *number != (size_t)found)
-        return fail("%s: %s is %s (expected %zu, as the file says before)", c->path, key, value,
-                    *number);
-    *number = (size_t)found;
     return SC_OK;
 }
 
-/* Reads a cfg.json if there is one. */
-static int read_saelens(saelens *c) {
-    enum { MOST = 1 << 20 };
-    FILE *file = fopen(c->path, "r");
+/* Takes the settings of the metadata, then those of cfg.json if there is one. */
+static int take_settings(sae_settings *s, const sc_safetensors *weights, const char *config) {
+    enum { MOST = 1 << 20 };                     /* bytes; JSON that is cut is refused */
+    s->path = weights->path;
+    for (size_t i = 0; i < weights->entries; i++)
+        SC_TRY(take_setting(s, weights->metadata[i].key, weights->metadata[i].value));
+    s->path = config;
+    FILE *file = fopen(config, "r");
     if (!file && errno == ENOENT) return SC_OK;
-    if (!file) return fail("%s: cannot be opened: %s", c->path, strerror(errno));
+    if (!file) return fail("%s: cannot be opened: %s", config, strerror(errno));
     char *text = new_array(MOST + 1, 1);
     size_t length = text ? fread(text, 1, MOST, file) : 0;
-    int status = text ? SC_OK : SC_FAILED;
-    if (status == SC_OK && ferror(file)) status = fail("%s: cannot be read", c->path);
     fclose(file);
-    if (status == SC_OK && length == MOST)
-        status = fail("%s: too long for a configuration", c->path);
-    if (status == SC_OK) status = json_scalars(text, length, c->path, take_saelens, c);
+    int status = text ? json_scalars(text, length, config, take_setting, s) : SC_FAILED;
     free(text);
     return status;
 }
 
-/* Writes the cfg.json of a folder in the form that SAELens 3 to 6 read. Hook points have the
- * names of TransformerLens. */
-static int write_saelens(const sc_sae *sae, const char *path) {
-    static const char *const places[] = { "attn_out", "mlp_out", "resid_post" };
-    const char *model = sae->origin.text[SC_MODEL];
-    sc_output out;
-    SC_TRY(output_open(&out, path));
-    FILE *f = out.file;
-    size_t layer = sae->layer ? sae->layer - 1 : 0;          /* SAELens counts from 0 */
-    fprintf(f, "{\n  \"architecture\": \"%s\",\n  \"d_in\": %zu,\n  \"d_sae\": %zu,\n",
-            architecture_of(sae), sae->d_in, sae->d_sae);
-    if (sae->topk)
-        fprintf(f, "  \"k\": %zu,\n  \"activation_fn_str\": \"topk\",\n"
-                "  \"activation_fn_kwargs\": {\"k\": %zu},\n", sae->k, sae->k);
-    else
-        fputs("  \"activation_fn_str\": \"relu\",\n  \"activation_fn_kwargs\": {},\n", f);
-    fputs("  \"dtype\": \"float32\",\n  \"device\": \"cpu\",\n  \"apply_b_dec_to_input\": true,\n"
-          "  \"normalize_activations\": \"none\",\n  \"reshape_activations\": \"none\",\n"
-          "  \"finetuning_scaling_factor\": false,\n  \"model_name\": ", f);
-    print_json(f, *model ? model : "unknown");
-    if (sae->hook >= 0)
-        fprintf(f, ",\n  \"hook_name\": \"blocks.%zu.hook_%s\"", layer, places[sae->hook]);
-    else fputs(",\n  \"hook_name\": \"unknown\"", f);
-    fprintf(f, ",\n  \"hook_layer\": %zu,\n  \"hook_head_index\": null,\n"
-            "  \"context_size\": 1,\n  \"prepend_bos\": false,\n  \"dataset_path\": \"\",\n"
-            "  \"dataset_trust_remote_code\": false,\n  \"sae_lens_training_version\": null\n}\n",
-            layer);
-    return output_commit(&out);
-}
-
-/* Metadata and cfg.json must agree. A file with k and without architecture is a TopK SAE, and so is
- * SAELens's standard one whose activation function is topk. */
-static int read_architecture(sc_sae *sae, const sc_safetensors *file, const saelens *config) {
-    const char *other = config->path, *told = config->architecture;
-    const char *said = sc_metadata_find(file, "architecture");
-    int threshold = sc_tensor_find(file, "threshold") != NULL;
-    size_t k = config->k;
-    if (strcmp(config->activation, "topk") == 0) told = "topk";
-    if (said && *told && strcmp(said, told) != 0)
-        return fail("%s: architecture is %s (expected %s, as %s says)", file->path, said, told,
-                    other);
-    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &k));
-    if (config->k && k != config->k)
-        return fail("%s: k is %zu (expected %zu, as %s says)", file->path, k, config->k, other);
-    if (k > sae->d_sae)
-        return fail("%s: k is %zu (expected 1 to %zu, the number of latents)", other, k,
-                    sae->d_sae);
-    sae->k = k;
-    if (*told) said = told;
-    if (!said) said = k > 0 ? "topk" : "standard";
-    sae->topk = strcmp(said, "topk") == 0;
-    int jumprelu = strcmp(said, "jumprelu") == 0;
-    if (!sae->topk && !jumprelu && strcmp(said, "standard") != 0)
-        return fail("%s: architecture '%s' (expected standard, topk or jumprelu)", file->path,
-                    said);
-    if (threshold && !jumprelu)
-        return fail("%s: tensor threshold without architecture jumprelu (expected that in its "
-                    "metadata or in cfg.json)", file->path);
-    if (!jumprelu) return SC_OK;
-    sae->threshold = new_array(sae->d_sae, sizeof *sae->threshold);
-    return sae->threshold ? SC_OK : SC_FAILED;
-}
-
-/* Refuses tensors beside those of the SAE, which may change what it computes. Harmless are the
- * tensors of checkpoints and counters of training. */
-static int check_sae_tensors(const sc_sae *sae, const sc_safetensors *file) {
-    static const sc_trainer none;
-    static const char *const harmless[] = {
-        "silent", "threshold", "sparsity", "log_sparsity", "act_freq_scores",
-        "n_forward_passes_since_fired", "num_batches_not_active" };
-    float_tensor list[STATE_TENSORS];
-    size_t count = list_tensors(sae, &none, list);
-    for (size_t t = 0; t < file->tensors; t++) {
-        const char *name = file->tensor[t].name;
-        int known = 0;
-        for (size_t i = 0; i < count; i++) known |= strcmp(name, list[i].name) == 0;
-        for (size_t i = 0; i < COUNT(harmless); i++) known |= strcmp(name, harmless[i]) == 0;
-        if (!known)
-            return fail("%s: tensor %.100s may change what the SAE computes (expected W_enc, "
-                        "b_enc, W_dec, b_dec, and threshold of a JumpReLU SAE)", file->path, name);
-    }
-    return SC_OK;
-}
-
-static int check_thresholds(const sc_sae *sae, const char *path) {
-    for (size_t j = 0; sae->threshold && j < sae->d_sae; j++)
-        if (sae->threshold[j] < 0)
-            return fail("%s: threshold[%zu] is %g (expected at least 0)", path, j,
-                        (double)sae->threshold[j]);
-    return SC_OK;
-}
-
-static int read_sae(sc_sae *sae, const sc_safetensors *file, const saelens *config) {
+static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config) {
+    static const char *const known[] = {
+        "W_enc", "b_enc", "W_dec", "b_dec", "threshold",
+        /* tensors of our checkpoints */
+        "W_enc_m", "W_enc_v", "W_dec_m", "W_dec_v", "b_enc_m", "b_enc_v", "b_dec_m", "b_dec_v",
+        "silent" };
     const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
     const char *start = sc_metadata_find(file, "b_dec_start");
+    digest64 digest = { 0 };
+    sae_settings s = { 0 };
+    const char *architecture = s.text[ARCHITECTURE];
+    double k = 0;
     if (!encoder || encoder->rank != 2 || encoder->count == 0)
         return fail("%s: not an SAE (expected a tensor W_enc [d_in, d_sae])", file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
-    if ((config->d_in && config->d_in != sae->d_in)
-        || (config->d_sae && config->d_sae != sae->d_sae))
-        return fail("%s: an SAE [%zu, %zu] (expected [%zu, %zu], as %s says)", file->path,
-                    sae->d_in, sae->d_sae, config->d_in, config->d_sae, config->path);
-    SC_TRY(check_sae_tensors(sae, file));
-    SC_TRY(read_architecture(sae, file, config));
-    SC_TRY(move_tensors(sae, NULL, file, NULL, NULL));
-    SC_TRY(check_thresholds(sae, file->path));
-    SC_TRY(read_origin(&sae->origin, file));
-    sae->layer = (size_t)strtoul(sae->origin.text[SC_LAYER], NULL, 10);
-    sae->hook = find_hook(sae->origin.text[SC_HOOK]);
+    snprintf(s.text[D_IN], sizeof *s.text, "%zu", sae->d_in);
+    snprintf(s.text[D_SAE], sizeof *s.text, "%zu", sae->d_sae);
+    SC_TRY(take_settings(&s, file, config));
+    if (*s.text[TOP_K] && (parse_number(s.text[TOP_K], "k", 1, (double)sae->d_sae, &k) != SC_OK
+                           || k != floor(k)))
+        return fail("%s: k is %s (expected a whole number from 1 to %zu)", file->path,
+                    s.text[TOP_K], sae->d_sae);
+    /* Other tensors may change what the SAE computes. */
+    for (size_t t = 0; t < file->tensors; t++) {
+        size_t i = 0;
+        while (i < COUNT(known) && strcmp(file->tensor[t].name, known[i]) != 0) i++;
+        if (i == COUNT(known))
+            return fail("%s: tensor %.100s may change what the SAE computes (expected W_enc, "
+                        "b_enc, W_dec, b_dec, and threshold of a JumpReLU SAE)", file->path,
+                        file->tensor[t].name);
+    }
+    /* A k without an architecture means TopK. SAELens's standard SAE may have TopK as its activation
+     * function. */
+    sae->k = (size_t)k;
+    sae->topk = s.topk || strcmp(architecture, "topk") == 0 || (!*architecture && sae->k > 0);
+    int jumprelu = !sae->topk && strcmp(architecture, "jumprelu") == 0;
+    if (!jumprelu && sc_tensor_find(file, "threshold"))
+        return fail("%s: tensor threshold without architecture jumprelu (expected that in its "
+                    "metadata or in cfg.json)", file->path);
+    if (jumprelu) sae->threshold = new_array(sae->d_sae, sizeof *sae->threshold);
+    if (jumprelu && !sae->threshold) return SC_FAILED;
+    SC_TRY(move_tensors(sae, NULL, file, NULL, &digest));
+    sae->digest = digest64_value(&digest);
+    for (size_t j = 0; jumprelu && j < sae->d_sae; j++)
+        if (sae->threshold[j] < 0)
+            return fail("%s: threshold[%zu] is %g (expected at least 0)", file->path, j,
+                        (double)sae->threshold[j]);
+    if (start) snprintf(sae->b_dec_start, sizeof sae->b_dec_start, "%s", start);
+    sae->origin = read_origin(file);
     sae->path = copy_string(file->path);
-    if (!sae->path) return SC_FAILED;
-    if (start) sae->b_dec_start = copy_string(start);
-    return start && !sae->b_dec_start ? SC_FAILED : SC_OK;
+    return sae->path ? SC_OK : SC_FAILED;
 }
 
 static const char saelens_weights[] = "sae_weights.safetensors";
 
 /* Opens a file, with the cfg.json beside it if there is one, or a folder of SAELens. */
 int sc_sae_open(sc_sae *sae, const char *path) {
-    char weights[MAX_PATH], folder[MAX_PATH], cfg[MAX_PATH];
-    saelens config = { .path = cfg };
+    char weights[MAX_PATH], folder[MAX_PATH], config[MAX_PATH];
     sc_safetensors file;
     struct stat about;
     int is_folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
     *sae = (sc_sae){ 0 };
     SC_TRY(join_path(is_folder ? path : "", is_folder ? saelens_weights : path, weights));
     snprintf(folder, sizeof folder, "%.*s", (int)(base_name(weights) - weights), weights);
-    SC_TRY(join_path(folder, "cfg.json", cfg));
+    SC_TRY(join_path(folder, "cfg.json", config));
     SC_TRY(sc_safetensors_open(&file, weights));
-    int status = read_saelens(&config);
-    if (status == SC_OK) status = read_sae(sae, &file, &config);
+    int status = read_sae(sae, &file, config);
     sc_safetensors_close(&file);
     if (status != SC_OK) sc_sae_close(sae);
     return status;
 }
 
-/* A digest of the SAE's weights and settings, by which statistics of another SAE are refused. */
+/* By this digest statistics of another SAE are refused: options may have changed its settings. */
 static uint64_t sae_digest(const sc_sae *sae) {
-    digest64 d = { 0 };
-    const uint64_t numbers[] = { sae->d_in, sae->d_sae, (uint64_t)sae->topk,
-                                 sae->topk ? sae->k : 0 };
-    for (size_t i = 0; i < COUNT(numbers); i++) digest64_number(&d, numbers[i]);
-    for (size_t j = 0; j < sae->d_sae; j++) digest64_number(&d, bits_of_float(sae->b_enc[j]));
-    for (size_t j = 0; sae->threshold && j < sae->d_sae; j++)
-        digest64_number(&d, bits_of_float(sae->threshold[j]));
-    for (size_t i = 0; i < sae->d_in; i++) digest64_number(&d, bits_of_float(sae->b_dec[i]));
-    for (size_t j = 0; j < sae->d_sae; j++) {
-        for (size_t i = 0; i < sae->d_in; i++) {
-            uint64_t encoder = bits_of_float(sae->W_enc[j * sae->stride + i]);
-            digest64_number(&d, encoder << 32 | bits_of_float(sae->W_dec[j * sae->stride + i]));
-        }
-    }
-    return digest64_value(&d);
+    uint64_t digest = digest64_step(sae->digest, sae->topk ? sae->k : 0);
+    return digest64_step(digest, sae->threshold != NULL);
 }
 
 /* ============================================================================================
@@ -6810,11 +6719,11 @@ typedef struct {
     size_t T, D, stride;             /* tokens per image, width, width padded to 16 */
     size_t grid;                     /* patches per side, 0 where the tokens are not a grid */
     size_t first_patch;              /* 1 where token 0 is the class token */
-    size_t first_token;              /* of the model's tokens, the first that is kept */
-    sc_origin origin;                /* without the hook point where a model runs */
+    sc_origin said, origin;          /* what options say; of the data, where a model runs without
+                                      * a hook point unless options give it */
     size_t taps;
     sc_tap tap[SC_MAX_TAPS];         /* hook points; out: [room, T, stride] */
-    size_t *image, *draw;            /* [room], indices in the data set and in the order */
+    size_t *image;                   /* [room], the batch's images in the data set */
     int64_t *label;                  /* [room], -1 without */
     unsigned char *pixels;           /* [room, S, S, 3] */
     float *logits;                   /* [room, classes], where they are asked for */
@@ -6828,7 +6737,7 @@ typedef struct {
     sc_images set;                   /* the images; of saved activations only their labels */
     sc_model model;
     sc_preprocess preprocess;
-    draw_function *order;
+    draw_function *order;            /* NULL: first to last */
     void *order_context;
 } feed;
 
@@ -6842,12 +6751,26 @@ static const char *image_name(const feed *f, size_t image) { return f->set.image
 
 /* Adds the image and the token to an error. token: in the current batch */
 static int blame_token(const feed *f, size_t token) {
-    char reason[sizeof error_text];
     size_t image = f->image[token / f->T];
     const char *name = image_name(f, image);
-    memcpy(reason, error_text, sizeof reason);
     return fail("image %zu%s%s, token %zu: %s", image, *name ? " " : "", name, token % f->T,
-                reason);
+                sc_error());
+}
+
+/* --- Opening --- */
+
+/* The origin as far as options give it; a layer from the end is negative. */
+static sc_origin options_origin(const options *o) {
+    const char *const text[SC_ORIGIN_KEYS] = {
+        o->model ? base_name(o->model) : NULL, NULL, o->hook, o->tokens, o->settings.mean,
+        o->settings.std, o->settings.gelu, o->settings.epsilon, o->settings.heads, NULL, o->crop };
+    sc_origin said = { 0 };
+    size_t room = sizeof *said.text;
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
+        if (text[k]) snprintf(said.text[k], room, "%s", text[k]);
+    if (o->layer) snprintf(said.text[SC_LAYER], room, "%ld", o->layer);
+    if (o->square >= 0) snprintf(said.text[SC_SQUARE], room, "%ld", o->square);
+    return said;
 }
 
 /* Opens saved activations. A file without the digest of its data set gets that of its labels. */
@@ -6855,144 +6778,71 @@ static int open_activations(feed *f, const options *o) {
     SC_TRY(sc_safetensors_open(&f->file, o->acts));
     const sc_tensor *a = f->activations = sc_tensor_find(&f->file, "activations");
     const char *digest = sc_metadata_find(&f->file, "data_digest");
-    digest64 labels = { 0 };
+    const sc_origin saved = read_origin(&f->file);
     if (!a || a->rank != 3 || a->count == 0)
         return fail("%s: not saved activations (expected a tensor activations [images, tokens, "
                     "width])", o->acts);
+    if (o->layer < 0)
+        return usage("--layer: %ld (expected a number from 1 for saved activations)", o->layer);
     f->is_file = 1;
     f->T = a->shape[1];
     f->D = a->shape[2];
-    SC_TRY(read_origin(&f->origin, &f->file));
+    fill_origin(&f->origin, &saved);
+    SC_TRY(check_origin(o->acts, &saved, "", &f->origin, &f->said));
     f->first_patch = strcmp(f->origin.text[SC_TOKENS], "patches") != 0;
-    f->set.limit = SIZE_MAX;
+    f->set.limit = o->limit ? (size_t)o->limit : SIZE_MAX;
     SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1, NULL));
-    for (size_t i = 0; i < f->set.count; i++)
-        digest64_number(&labels, (uint64_t)f->set.image[i].label);
-    f->set.digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : digest64_value(&labels);
-    if (o->limit && (size_t)o->limit < f->set.count) {
-        f->set.count = (size_t)o->limit;
-        f->set.digest = digest64_step(f->set.digest, f->set.count);  /* another data set */
-    }
+    f->set.digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : images_digest(&f->set);
+    if (f->set.count < a->shape[0])                          /* another data set */
+        f->set.digest = digest64_step(f->set.digest, f->set.count);
     return SC_OK;
 }
 
-/* side: of the model's images; square: 0 for none; crop: "torchvision" or "hf" */
-static void set_preprocessing(feed *f, size_t side, size_t square, const char *crop) {
-    f->preprocess = (sc_preprocess){ .size = (int)side, .square = (int)square,
-                                     .crop_hf = strcmp(crop, "hf") == 0 };
-}
-
-static int open_photos(feed *f, const options *o) {
-    f->skip_bad = o->skip_bad;
-    return sc_images_open(&f->set, o->operand[0], (size_t)o->limit);
-}
-
-/* The origin as far as options give it. */
-static void options_origin(const options *o, sc_origin *said) {
-    const char *text[SC_ORIGIN_KEYS] = {
-        [SC_MODEL] = o->model ? base_name(o->model) : NULL, [SC_HOOK] = o->hook,
-        [SC_TOKENS] = o->tokens, [SC_MEAN] = o->settings.mean, [SC_STD] = o->settings.std,
-        [SC_GELU] = o->settings.gelu, [SC_EPSILON] = o->settings.epsilon,
-        [SC_HEADS] = o->settings.heads, [SC_CROP] = o->crop };
-    size_t room = sizeof *said->text;
-    *said = (sc_origin){ 0 };
-    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        if (text[k]) snprintf(said->text[k], room, "%s", text[k]);
-    if (o->layer) snprintf(said->text[SC_LAYER], room, "%ld", o->layer);
-    if (o->square >= 0) snprintf(said->text[SC_SQUARE], room, "%ld", o->square);
-}
-
-/* The origin as far as the SAEs give it, without the model and the hook points. They must agree,
- * except in what an option overrules. */
-static int agree_on_origin(sc_origin *wanted, const sc_sae *sae, size_t saes,
-                           const sc_origin *said) {
-    *wanted = (sc_origin){ 0 };
-    for (size_t i = 0; i < saes; i++) {
-        for (size_t k = SC_TOKENS; k < SC_ORIGIN_KEYS; k++) {
-            const char *here = sae[i].origin.text[k], *before = wanted->text[k];
-            if (*here && *before && !*said->text[k] && strcmp(here, before) != 0)
-                return fail("%s: trained with %s %s (expected %s, as the SAEs before it)",
-                            sae[i].path, origin_keys[k], here, before);
-            if (*here) strcpy(wanted->text[k], here);
-        }
-    }
-    return SC_OK;
-}
-
-/* Prints floats with the fewest digits that give the same floats again. text: [256] */
-static void print_floats(char *text, const float *value, size_t count) {
-    for (size_t i = 0; i < count; i++) {
-        int digits = 1;
-        if (i > 0) *text++ = ',';
-        do sprintf(text, "%.*g", digits, (double)value[i]);
-        while (strtof(text, NULL) != value[i] && digits++ < 9);
-        text += strlen(text);
-    }
-}
-
-/* A packed set that was resized to a square says so, and how it was cropped. This must agree with
- * the SAEs, unless an option overrules it. */
-static int use_packed_square(const feed *f, const sc_origin *said, const char **from) {
-    for (size_t k = SC_SQUARE; k <= SC_CROP; k++) {
-        const char *packed = sc_metadata_find(&f->set.packed, origin_keys[k]);
-        if (!packed || *said->text[k]) continue;
-        SC_TRY(check_origin_value(f->set.packed.path, k, packed));
-        if (from[k] && strcmp(packed, from[k]) != 0)
-            return fail("%s: packed with %s %s (expected %s, as the SAE)", f->set.packed.path,
-                        origin_keys[k], packed, from[k]);
-        from[k] = packed;
-    }
-    return SC_OK;
-}
-
-/* Opens images and a model. Settings come from the options, else from the SAEs, else from the
- * model's file, else they are the usual ones. */
+/* Opens images and a model, with the settings of options, a packed set, and SAEs. */
 static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes) {
-    sc_origin said, wanted, *now = &f->origin;
+    static const sc_origin usual = {
+        .text = { [SC_TOKENS] = "all", [SC_SQUARE] = "0", [SC_CROP] = "torchvision" } };
+    const size_t room = sizeof *usual.text, most = 16384;
+    sc_origin *now = &f->origin;
     sc_model *m = &f->model;
-    const char *from[SC_ORIGIN_KEYS] = { NULL };
-    size_t room = sizeof *now->text;
-    options_origin(o, &said);
-    SC_TRY(agree_on_origin(&wanted, sae, saes, &said));
-    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
-        if (*wanted.text[k]) from[k] = wanted.text[k];
-        if (*said.text[k]) from[k] = said.text[k];
-    }
-    SC_TRY(open_photos(f, o));
-    SC_TRY(use_packed_square(f, &said, from));
-    if (!from[SC_TOKENS]) from[SC_TOKENS] = "all";
-    if (!from[SC_SQUARE]) from[SC_SQUARE] = "0";
-    if (!from[SC_CROP]) from[SC_CROP] = "torchvision";
-    const sc_model_options settings = { .gelu = from[SC_GELU], .epsilon = from[SC_EPSILON],
-        .heads = from[SC_HEADS], .mean = from[SC_MEAN], .std = from[SC_STD] };
-    SC_TRY(sc_model_open(m, o->model, &settings));
-    f->T = m->tokens;
+    f->skip_bad = o->skip_bad;
+    SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
+    const sc_origin packed = read_origin(&f->set.packed);    /* knows nothing of another set */
+    fill_origin(now, &packed);
+    for (size_t i = 0; i < saes; i++) fill_origin(now, &sae[i].origin);
+    fill_origin(now, &usual);
+    int status = sc_model_open(m, o->model, now);
+    if (status == SC_USAGE && saes > 0)
+        return usage("%s, from an option or from %s", sc_error(), sae->path);
+    SC_TRY(status);
+    /* Which tokens are kept, and how images are made. */
     f->D = m->width;
-    f->first_patch = 1;
-    const char *tokens = from[SC_TOKENS], *crop = from[SC_CROP];
-    size_t square = (size_t)strtoul(from[SC_SQUARE], NULL, 10);
-    if (strcmp(tokens, "cls") == 0) f->T = 1;
-    if (strcmp(tokens, "patches") == 0) {
-        f->T--;
-        f->first_token = 1;
-        f->first_patch = 0;
-    }
-    snprintf(now->text[SC_MODEL], room, "%s", base_name(o->model));
-    snprintf(now->text[SC_TOKENS], room, "%s", tokens);
+    f->T = m->tokens;
+    f->first_patch = strcmp(now->text[SC_TOKENS], "patches") != 0;
+    int only_class = strcmp(now->text[SC_TOKENS], "cls") == 0;
+    if (!f->first_patch) f->T--;
+    if (only_class) f->T = 1;
+    f->preprocess = (sc_preprocess){
+        .size = (int)m->image_size, .crop_hf = strcmp(now->text[SC_CROP], "hf") == 0,
+        .square = (int)smaller(strtoul(now->text[SC_SQUARE], NULL, 10), most) };
+    /* The values in force, as they were understood. Each SAE has its own hook point. */
+    strcpy(now->text[SC_LAYER], f->said.text[SC_LAYER]);
+    strcpy(now->text[SC_HOOK], f->said.text[SC_HOOK]);
+    if (f->first_patch && !only_class) strcpy(now->text[SC_TOKENS], "all");
     print_floats(now->text[SC_MEAN], m->mean, 3);
     print_floats(now->text[SC_STD], m->std, 3);
     print_floats(now->text[SC_EPSILON], &m->epsilon, 1);
-    snprintf(now->text[SC_GELU], room, "%s", m->activation == QUICK_GELU ? "quick_gelu" : "gelu");
+    strcpy(now->text[SC_GELU], m->activation == QUICK_GELU ? "quick_gelu" : "gelu");
     snprintf(now->text[SC_HEADS], room, "%zu", m->heads);
-    snprintf(now->text[SC_SQUARE], room, "%zu", square);
-    snprintf(now->text[SC_CROP], room, "%s", crop);
-    set_preprocessing(f, m->image_size, square, crop);
-    return SC_OK;
+    snprintf(now->text[SC_SQUARE], room, "%d", f->preprocess.square);
+    strcpy(now->text[SC_CROP], f->preprocess.crop_hf ? "hf" : "torchvision");
+    return check_origin(f->set.packed.path, &packed, "the options", now, &f->said);
 }
 
 /* Opens DATA: saved activations (--acts), or images through a model, with the settings of SAEs. */
 static int open_feed(feed *f, const options *o, const sc_sae *sae, size_t saes) {
-    *f = (feed){ 0 };
+    *f = (feed){ .said = options_origin(o) };
+    f->origin = f->said;
     if (o->acts && !o->operand[0]) SC_TRY(open_activations(f, o));
     else if (o->operand[0] && o->model) SC_TRY(open_model(f, o, sae, saes));
     else return usage("no data (expected --acts FILE, or -m MODEL and IMAGES)");
@@ -7006,21 +6856,48 @@ static int open_feed(feed *f, const options *o, const sc_sae *sae, size_t saes) 
     return SC_OK;
 }
 
-/* Adds a hook point; layer -1 is the last. *place: its index among the taps. Saved activations
- * have a single hook point (layer 0: not known). */
-static int add_tap(feed *f, long layer, sc_hook hook, size_t *place) {
-    long blocks = (long)f->model.blocks;
-    if (!f->is_file && (layer == 0 || layer > blocks || -layer > blocks))
+/* Adds a hook point, that of an origin, usually the MLP of the last block but one. A layer from the
+ * end gets its number. The hook point of saved activations need not be known. */
+static int add_tap(feed *f, sc_origin *origin) {
+    static const sc_origin usual = { .text = { [SC_LAYER] = "-2", [SC_HOOK] = "mlp" } };
+    sc_tap *tap = &f->tap[f->taps++];            /* there is room for one per SAE */
+    tap->stride = f->stride;
+    if (f->is_file) return SC_OK;
+    fill_origin(origin, &usual);
+    long blocks = (long)f->model.blocks, layer = strtol(origin->text[SC_LAYER], NULL, 10);
+    if (layer == 0 || labs(layer) > blocks)
         return fail("%s: layer %ld (expected 1 to %ld, or -1 to -%ld)", f->model.file.path, layer,
                     blocks, blocks);
-    sc_tap tap = { .hook = hook, .stride = f->stride };
-    if (layer > 0) tap.layer = (size_t)layer;
-    else if (!f->is_file) tap.layer = (size_t)(blocks + 1 + layer);
-    for (*place = 0; *place < f->taps; ++*place) {
-        const sc_tap *there = &f->tap[*place];
-        if (f->is_file || (there->layer == tap.layer && there->hook == hook)) return SC_OK;
+    if (layer < 0) layer += blocks + 1;
+    snprintf(origin->text[SC_LAYER], sizeof *origin->text, "%ld", layer);
+    return sc_hook_point(origin, tap);
+}
+
+/* Connects an SAE to a hook point of its own. Options overrule its architecture and k. Its origin
+ * must agree with that of the data, and then is the origin in force. */
+static int connect_sae(feed *f, sc_sae *sae, const options *o) {
+    const char *path = sae->path, *data = f->is_file ? o->acts : "the images or an SAE before it";
+    sc_origin now = f->origin;
+    sc_tap known;
+    if (o->k) sae->k = (size_t)o->k;
+    if (o->arch) {
+        sae->topk = strcmp(o->arch, "topk") == 0;
+        free(sae->threshold);
+        sae->threshold = NULL;
     }
-    f->tap[f->taps++] = tap;                     /* there is room for one tap per SAE */
+    if (check_k(sae) != SC_OK) {
+        fail("%s: k is %zu (expected 1 to %zu: see --k)", path ? path : o->output, sae->k,
+             sae->d_sae);
+        return o->k ? SC_USAGE : SC_FAILED;
+    }
+    if (sae->d_in != f->D)
+        return fail("%s: the SAE has width %zu, the activations have %zu", path, sae->d_in, f->D);
+    fill_origin(&now, &sae->origin);
+    if (path && !f->is_file && sc_hook_point(&now, &known) != SC_OK)
+        return usage("%s: does not name its hook point (expected --layer and --hook)", path);
+    SC_TRY(add_tap(f, &now));
+    SC_TRY(check_origin(path, &sae->origin, data, &now, &f->said));
+    sae->origin = now;
     return SC_OK;
 }
 
@@ -7033,17 +6910,19 @@ static int start_feed(feed *f, size_t room, draw_function *order, void *context,
     if (f->model.blocks) SC_TRY(sc_model_load(&f->model, deepest, with_logits));
     f->order = order;
     f->order_context = context;
-    const array_spec arrays[] = {
-        ARRAY(f->image, room, 1), ARRAY(f->draw, room, 1), ARRAY(f->label, room, 1),
-        ARRAY(f->pixels, room, S * S * 3) };
+    const array_spec arrays[] = { ARRAY(f->image, room, 1), ARRAY(f->label, room, 1),
+                                  ARRAY(f->pixels, room, S * S * 3) };
     SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
     for (size_t i = 0; i < f->taps; i++) {
-        const array_spec out = ARRAY(f->tap[i].out, room, T * f->stride);
-        SC_TRY(new_arrays(&f->memory, &out, 1));
+        sc_tap *tap = &f->tap[i];
+        if (f->is_file && i > 0) tap->out = f->tap[0].out;   /* all SAEs have the same data */
+        else SC_TRY(allocate(&f->memory, &tap->out, room, T * f->stride * sizeof *tap->out));
     }
     if (!with_logits) return SC_OK;
     return allocate(&f->memory, &f->logits, room, f->model.classes * sizeof *f->logits);
 }
+
+/* --- Reading --- */
 
 /* Reads the image in slot f->count + task: its pixels, or its saved activations. */
 static int load_task(void *context, size_t task) {
@@ -7060,46 +6939,34 @@ static int load_task(void *context, size_t task) {
     return SC_OK;
 }
 
-/* Chooses the next images for the free slots of a batch; returns the end of the slots used.
- * Images that were skipped as bad have no name any more. */
-static size_t draw_images(feed *f, size_t want) {
-    size_t last = smaller(f->set.count, f->set.limit), end = f->count;
-    for (size_t draw = f->drawn; end < want; draw++) {
-        size_t image = draw;
-        if (f->order && f->order(f->order_context, draw, &image) == SC_END) break;
-        if (!f->order && draw >= last) break;
-        if (!f->set.image[image].name) continue;
-        f->draw[end] = draw;
-        f->image[end++] = image;
-    }
-    return end;
-}
-
 /* Fills the batch with `want` images, or fewer at the end; all threads decode at once. With
- * skip_bad a bad image is named once and then skipped. If all are bad this fails, since the
- * order may be endless. */
+ * skip_bad a bad image is named once and loses its name. If all are bad this fails, since the order
+ * may be endless. */
 static int load_images(feed *f, size_t want) {
-    while (f->count < want) {
-        size_t end = draw_images(f, want);
-        if (end == f->count) return SC_OK;
+    const size_t last = smaller(f->set.count, f->set.limit);
+    for (;;) {
+        /* Draw the batch, without bad images. */
+        size_t draw = f->drawn, end = 0;
+        for (; end < want; draw++) {
+            size_t image = draw;
+            if (f->order && f->order(f->order_context, draw, &image) == SC_END) break;
+            if (!f->order && draw >= last) break;
+            if (f->set.image[image].name) f->image[end++] = image;
+        }
+        /* Load what is not loaded yet. If an image is bad, draw again: those before it stay. */
         int status = parallel_for(end - f->count, load_task, f);
         if (status == SC_OK) {
-            f->drawn = f->draw[end - 1] + 1;
+            f->drawn = draw;
             f->count = end;
-            continue;
+            return SC_OK;
         }
-        size_t slot = f->count + pool.failed_task;       /* all images before it are loaded */
-        f->drawn = f->draw[slot];
-        f->count = slot;
+        f->count += pool.failed_task;
         if (status != SC_FAILED || !f->skip_bad) return SC_FAILED;
-        char reason[sizeof error_text];
-        note("%s; passed over", strcpy(reason, error_text));
-        f->set.image[f->image[slot]].name = NULL;
-        f->bad++;
-        if (f->bad == f->set.count)
-            return fail("%s; none of %zu images can be read", reason, f->bad);
+        note("%s; passed over", sc_error());
+        f->set.image[f->image[f->count]].name = NULL;
+        if (++f->bad == f->set.count)
+            return fail("%s; none of %zu images can be read", sc_error(), f->bad);
     }
-    return SC_OK;
 }
 
 /* Finite weights may still give numbers that are not finite. rows: [images, count, stride] */
@@ -7110,20 +6977,16 @@ static int check_finite(const feed *f, const float *rows, size_t count, size_t s
     return blame_token(f, bad / stride * (f->T / count));
 }
 
-/* Moves the kept tokens of all images together. */
-static void keep_tokens(const feed *f, float *out) {
-    if (f->T == f->model.tokens) return;
-    for (size_t i = 0; i < f->count; i++)
-        memmove(out + i * f->T * f->stride,
-                out + (i * f->model.tokens + f->first_token) * f->stride,
-                f->T * f->stride * sizeof *out);
-}
-
-static int compute_activations(feed *f) {
-    size_t S = f->model.image_size, T = f->model.tokens, images;
+/* Reads the next batch and computes its activations: f->count images, 0 at the end. */
+static int next_batch(feed *f, size_t want) {
+    size_t S = f->model.image_size, T = f->model.tokens, classes = f->model.classes, images;
+    f->used += f->count;
+    f->count = 0;
+    SC_TRY(load_images(f, want));
+    if (f->is_file || (f->taps == 0 && !f->logits)) return SC_OK;
     for (size_t first = 0; first < f->count; first += images) {
         sc_tap tap[SC_MAX_TAPS];
-        float *head = f->logits ? f->logits + first * f->model.classes : NULL;
+        float *head = f->logits ? f->logits + first * classes : NULL;
         images = smaller(f->count - first, FORWARD_IMAGES);
         memcpy(tap, f->tap, sizeof tap);
         for (size_t i = 0; i < f->taps; i++) tap[i].out += first * T * f->stride;
@@ -7131,19 +6994,14 @@ static int compute_activations(feed *f) {
                                 head));
     }
     for (size_t i = 0; i < f->taps; i++) {
-        keep_tokens(f, f->tap[i].out);
-        SC_TRY(check_finite(f, f->tap[i].out, f->T, f->stride));
+        /* Move the tokens that are kept together: from [images, model's tokens, stride]. */
+        size_t kept = f->T * f->stride, skipped = f->first_patch ? 0 : f->stride;
+        float *out = f->tap[i].out;
+        for (size_t image = 0; image < f->count; image++)
+            memmove(out + image * kept, out + image * T * f->stride + skipped, kept * sizeof *out);
+        SC_TRY(check_finite(f, out, f->T, f->stride));
     }
-    return f->logits ? check_finite(f, f->logits, 1, f->model.classes) : SC_OK;
-}
-
-/* Reads the next batch: f->count images, 0 at the end. */
-static int next_batch(feed *f, size_t want) {
-    f->used += f->count;
-    f->count = 0;
-    SC_TRY(load_images(f, want));
-    if (f->count > 0 && f->model.blocks && (f->taps || f->logits)) return compute_activations(f);
-    return SC_OK;
+    return f->logits ? check_finite(f, f->logits, 1, classes) : SC_OK;
 }
 
 static void close_feed(feed *f) {
@@ -7152,71 +7010,6 @@ static void close_feed(feed *f) {
     sc_images_close(&f->set);
     sc_model_close(&f->model);
     *f = (feed){ 0 };
-}
-
-/* Compares the origin in an SAE's file with that of the data. An option overrules it with a
- * remark; saved activations that differ are refused. */
-static int check_origin(const feed *f, const sc_sae *sae, const options *o) {
-    sc_origin said, data = f->origin, own = origin_of(sae);
-    options_origin(o, &said);
-    long from_end = (long)f->model.blocks + 1 + o->layer;
-    if (o->layer < 0 && !f->is_file)
-        snprintf(said.text[SC_LAYER], sizeof *said.text, "%ld", from_end);
-    for (size_t k = SC_LAYER; k <= SC_HOOK; k++)
-        if (*said.text[k]) strcpy(data.text[k], said.text[k]);
-    for (size_t k; (k = origin_difference(&data, &own)) < SC_ORIGIN_KEYS; *own.text[k] = '\0') {
-        if (f->is_file && !*said.text[k])
-            return fail("%s: activations of %s %s (expected %s, the SAE's)", f->file.path,
-                        origin_keys[k], data.text[k], own.text[k]);
-        note("%s: trained with %s %s; now %s", sae->path, origin_keys[k], own.text[k],
-             data.text[k]);
-    }
-    return SC_OK;
-}
-
-/* Options overrule the architecture and k of an SAE. */
-static int choose_architecture(sc_sae *sae, const options *o) {
-    if (o->arch) {
-        sae->topk = strcmp(o->arch, "topk") == 0;
-        free(sae->threshold);
-        sae->threshold = NULL;
-    }
-    if (o->k) sae->k = (size_t)o->k;
-    if (!sae->topk || (sae->k > 0 && sae->k <= sae->d_sae)) return SC_OK;
-    if (o->k)
-        return usage("--k: %zu (expected 1 to %zu, the number of latents)", sae->k, sae->d_sae);
-    return fail("%s: k is %zu (expected 1 to %zu: give --k)", sae->path ? sae->path : o->output,
-                sae->k, sae->d_sae);
-}
-
-/* Connects an SAE to its hook point, the tap at *place. The hook point is that of the options,
- * else of the SAE, else of the saved activations, else, in training, the MLP of the last block
- * but one. The SAE then has the origin in force. */
-static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, size_t *place) {
-    int hook = o->hook ? find_hook(o->hook) : sae->hook;
-    long layer = o->layer ? o->layer : (long)sae->layer;
-    SC_TRY(choose_architecture(sae, o));
-    if (sae->d_in != f->D)
-        return fail("%s: the SAE has width %zu, the activations have %zu", sae->path, sae->d_in,
-                    f->D);
-    SC_TRY(check_origin(f, sae, o));
-    if (f->is_file) {
-        if (o->layer < 0)
-            return usage("--layer: %ld (expected a number from 1 for saved activations)", o->layer);
-        if (!layer) layer = strtol(f->origin.text[SC_LAYER], NULL, 10);
-        if (hook < 0) hook = find_hook(f->origin.text[SC_HOOK]);
-    } else if (training) {
-        if (!layer) layer = -2;
-        if (hook < 0) hook = SC_MLP;
-    }
-    if (!f->is_file && (!layer || hook < 0))
-        return usage("%s: does not name its hook point (expected --layer and --hook)", sae->path);
-    SC_TRY(add_tap(f, layer, hook < 0 ? SC_MLP : (sc_hook)hook, place));
-    sae->layer = f->tap[*place].layer;
-    sae->hook = hook;
-    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        if (*f->origin.text[k]) strcpy(sae->origin.text[k], f->origin.text[k]);
-    return SC_OK;
 }
 
 /* ********************************************************************************************
@@ -7305,13 +7098,12 @@ static void add_number(training_run *run, const char *key, double number) {
 static void write_recipe(training_run *run) {
     const options *o = run->o;
     const sc_sae *sae = &run->sae;
-    const sc_origin origin = origin_of(sae);
     add_text(run, "architecture", architecture_of(sae));
     if (sae->topk) add_number(run, "k", (double)sae->k);
     add_number(run, "d_in", (double)sae->d_in);
     add_number(run, "d_sae", (double)sae->d_sae);
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        if (*origin.text[k]) add_text(run, origin_keys[k], origin.text[k]);
+        if (*sae->origin.text[k]) add_text(run, origin_keys[k], sae->origin.text[k]);
     if (!sae->topk) add_number(run, "l1", o->l1);
     add_number(run, "lr", o->lr);
     add_number(run, "warmup", (double)o->warmup);
@@ -7524,7 +7316,6 @@ static int open_run(training_run *run) {
     const options *o = run->o;
     sc_sae *sae = &run->sae;
     feed *f = &run->data;
-    size_t place;
     if (o->init) SC_TRY(sc_sae_open(sae, o->init));
     SC_TRY(open_feed(f, o, sae, o->init != NULL));
     size_t n = o->d_sae ? (size_t)o->d_sae : (size_t)o->expansion * f->D;
@@ -7533,7 +7324,7 @@ static int open_run(training_run *run) {
                      f->D, SC_MAX_LATENTS);
     if (!o->init) SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
-    return connect_sae(f, sae, o, 1, &place);
+    return connect_sae(f, sae, o);
 }
 
 /* Determines the number of steps, the batch and the order of the images. */
@@ -7607,7 +7398,7 @@ static int train_steps(training_run *run) {
         if (next_batch(f, run->batch) != SC_OK) return keep_state(run);
         if (atomic_load(&stop_signal)) return stop_training(run);
         if (train_step(t, f->tap[0].out, &result, &token) != SC_OK) return blame_step(run, token);
-        run->next_draw = f->draw[run->batch - 1] + 1;
+        run->next_draw = f->drawn;
         SC_TRY(log_step(run, &result));
         if (run->checkpoints && t->step % (uint64_t)run->o->checkpoint_every == 0)
             SC_TRY(save_checkpoint(run));
@@ -7685,7 +7476,6 @@ typedef struct {
     options *o;
     size_t saes;                     /* open SAEs */
     sc_sae sae[SC_MAX_TAPS];         /* [saes], as all that follow */
-    size_t tap[SC_MAX_TAPS];         /* its place among the hook points of the data */
     sae_batch batch[SC_MAX_TAPS];    /* its codes of the current images */
     statistics stats[SC_MAX_TAPS];   /* its statistics over the current data set */
     feed data;
@@ -7702,7 +7492,7 @@ static int open_session(session *s) {
     SC_TRY(open_feed(f, o, s->sae, s->saes));
     for (size_t i = 0; i < s->saes; i++) {
         sc_sae *sae = &s->sae[i];
-        SC_TRY(connect_sae(f, sae, o, 0, &s->tap[i]));
+        SC_TRY(connect_sae(f, sae, o));
         SC_TRY(new_batch(&s->batch[i], sae, MEASURE_IMAGES * f->T));
     }
     return SC_OK;
@@ -7731,7 +7521,7 @@ static int next_encoded(session *s, size_t total) {
     show_progress("image", f->used, total, f->used, "");
     if (f->count == 0) return SC_END;
     for (size_t i = 0; i < s->saes; i++) {
-        const sc_tap *tap = &f->tap[s->tap[i]];
+        const sc_tap *tap = &f->tap[i];
         if (tap->replace) continue;                  /* the forward pass has run the SAE */
         SC_TRY(run_sae(&s->batch[i], tap->out, f->count * f->T));
         if (check_batch(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
@@ -7785,7 +7575,7 @@ static int measure(session *s, int reconstruct) {
             .K = (size_t)o->top, .P = (size_t)o->top_patches,
             .classes = f->set.classes, .class_name = f->set.class_name,
             .first_patch = f->first_patch, .threshold = o->threshold,
-            .data_digest = f->set.digest, .origin = origin_of(&s->sae[i]),
+            .data_digest = f->set.digest, .origin = s->sae[i].origin,
             .batch = &s->batch[i], .image = f->image, .label = f->label };
         SC_TRY(new_statistics(&s->stats[i], &f->memory, o->class_counts));
     }
@@ -7925,7 +7715,8 @@ static int read_statistics_sizes(statistics *s, const sc_safetensors *file) {
     if (threshold) s->threshold = atof(threshold);
     if (shard && !parse_shard(shard, &s->shard, &s->shards))
         return fail("%s: shard '%.50s' (expected I/N)", file->path, shard);
-    return read_origin(&s->origin, file);
+    s->origin = read_origin(file);
+    return SC_OK;
 }
 
 /* Reads the names of the classes, where there are any, into new memory. */
@@ -8006,7 +7797,6 @@ static void add_statistics(statistics *all, const statistics *part) {
 static int check_shard(const char *path, const statistics *part, const char *first_path,
                        const statistics *first) {
     const char *differs = NULL;
-    size_t key = origin_difference(&part->origin, &first->origin);
     if (part->sae_digest != first->sae_digest) differs = "SAE";
     else if (part->data_digest != first->data_digest) differs = "data set";
     else if (part->threshold != first->threshold) differs = "--threshold";
@@ -8015,9 +7805,8 @@ static int check_shard(const char *path, const statistics *part, const char *fir
     else if (!part->class_counts != !first->class_counts) differs = "--class-counts";
     else if (part->classes != first->classes) differs = "classes";
     else if (part->shards != first->shards) differs = "number of shards";
-    else if (key < SC_ORIGIN_KEYS) differs = origin_keys[key];
-    if (!differs) return SC_OK;
-    return fail("%s: differs from %s in its %s", path, first_path, differs);
+    if (differs) return fail("%s: differs from %s in its %s", path, first_path, differs);
+    return check_origin(path, &part->origin, first_path, &first->origin, NULL);
 }
 
 /* Joins the shards of a data set to the bytes that one run over all of it writes. */
@@ -8167,7 +7956,8 @@ static sc_metrics find_metrics(const statistics *s) {
  *     entropy_mean         the mean of top_entropy over the latents where it is defined
  * row: [EVAL_COLUMNS] */
 static void evaluate(const statistics *s, const sc_sae *sae, const char *data, table_cell *row) {
-    const char *start = sae->b_dec_start, *kind = "ReLU", *hook = "?", *bias = "?";
+    const char *start = sae->b_dec_start, *hook = sae->origin.text[SC_HOOK];
+    const char *kind = "ReLU", *bias = "?";
     const sc_metrics m = find_metrics(s);
     double n = (double)s->n, means = 0, mean = 0;
     double entropy = -1, entropy_sum = 0, entropies = 0;     /* entropies: latents that have one */
@@ -8186,8 +7976,8 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *data, t
     if (entropies > 0) entropy = entropy_sum / entropies;
     if (sae->threshold) kind = "JumpReLU";
     if (sae->topk) kind = "TopK";
-    if (sae->hook >= 0) hook = hook_names[sae->hook];
-    if (start) bias = strstr(start, "geomedian") ? "yes" : "no";
+    if (!*hook) hook = "?";
+    if (*start) bias = strstr(start, "geomedian") ? "yes" : "no";
     const table_cell cells[EVAL_COLUMNS] = {
         { "sae", "SAE", sae->path, 0, 0 },
         { "data", "data", data, 0, 0 },
@@ -8261,10 +8051,7 @@ static int write_activations(sc_writer *w, void *context) {
         for (size_t t = 0; t < f->count * f->T; t++)
             SC_TRY(sc_writer_floats(w, tap->out + t * f->stride, f->D));
     if (status != SC_END) return status;
-    sc_origin origin = f->origin;
-    snprintf(origin.text[SC_LAYER], sizeof *origin.text, "%zu", tap->layer);
-    strcpy(origin.text[SC_HOOK], hook_names[tap->hook]);
-    SC_TRY(put_origin(w, &origin));
+    SC_TRY(put_origin(w, &f->origin));
     uintmax_t missing = f->set.count - f->used;              /* they make it another data set */
     uintmax_t digest = f->set.digest + missing;
     SC_TRY(put_metadata(w, "data_digest", "%016jx", digest));
@@ -8272,12 +8059,9 @@ static int write_activations(sc_writer *w, void *context) {
 }
 
 static int command_extract(session *s) {
-    const char *hook = s->o->hook ? s->o->hook : "mlp";
     const sc_images *set = &s->data.set;
-    long layer = s->o->layer ? s->o->layer : -2;
-    size_t place;
     SC_TRY(open_session(s));
-    SC_TRY(add_tap(&s->data, layer, (sc_hook)find_hook(hook), &place));
+    SC_TRY(add_tap(&s->data, &s->data.origin));
     size_t room = 8192 + names_room(set->class_name, set->classes, 8);
     return save_tensors(s->o->output, room, write_activations, s);
 }
@@ -8309,11 +8093,11 @@ static int write_images(sc_writer *w, void *context) {
 static int command_pack(session *s) {
     const options *o = s->o;
     feed *f = &s->data;
-    const char *crop = o->crop ? o->crop : "torchvision";
-    size_t square = o->square > 0 ? (size_t)o->square : 0;
-    size_t side = square ? square : (size_t)o->size;
-    SC_TRY(open_photos(f, o));
-    set_preprocessing(f, side, square, crop);
+    int square = o->square > 0 ? (int)o->square : 0;
+    f->skip_bad = o->skip_bad;
+    f->preprocess = (sc_preprocess){ .size = square ? square : (int)o->size, .square = square,
+                                     .crop_hf = o->crop && strcmp(o->crop, "hf") == 0 };
+    SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
     size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
     for (size_t i = 0; i < f->set.count; i++) room += 7 * strlen(image_name(f, i)) + 4;
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
@@ -8590,18 +8374,15 @@ static int parse_latents(viewer *v, const char *text) {
 static int open_statistics(viewer *v, const char *path) {
     statistics *s = &v->stats;
     const sc_images *set = &v->s->data.set;
-    const sc_origin now = origin_of(&v->s->sae[0]);
+    const sc_sae *sae = &v->s->sae[0];
     SC_TRY(read_statistics(s, path, &v->s->memory));
-    size_t key = origin_difference(&s->origin, &now);
     if (s->shards > 1)
         return fail("%s: statistics of one shard (expected the output of merge)", path);
     if (!v->any_data && s->data_digest != set->digest)
         return fail("%s: statistics of another data set", path);
-    if (s->sae_digest != sae_digest(&v->s->sae[0]) || s->n != v->s->sae[0].d_sae)
+    if (s->sae_digest != sae_digest(sae) || s->n != sae->d_sae)
         return fail("%s: statistics of another SAE", path);
-    if (key < SC_ORIGIN_KEYS)
-        return fail("%s: statistics of activations with %s %s (expected %s)", path,
-                    origin_keys[key], s->origin.text[key], now.text[key]);
+    SC_TRY(check_origin(path, &s->origin, sae->path, &sae->origin, NULL));
     for (size_t i = 0; i < s->n * s->K && !v->any_data; i++)
         if (s->top[i].image >= (int64_t)set->count)
             return fail("%s: damaged: image %lld of %zu", path, (long long)s->top[i].image,
