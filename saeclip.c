@@ -4168,10 +4168,10 @@ enum { MAX_OPERANDS = 1024, MAX_OPTIONS = 128 };    /* MAX_OPERANDS: also the mo
 /* What the command line says. Texts are NULL and numbers 0 where they are not given, unless the
  * option has a default (see the table of options in section 25). */
 typedef struct {
-    const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
-    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch, *shard;
+    const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype;
+    const char *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch, *shard;
     const char *operand[MAX_OPERANDS + 1];   /* IMAGES or files; NULL ends them */
-    struct { const char *mean, *std, *gelu, *epsilon, *heads; } settings;
+    const char *origin[SC_ORIGIN_KEYS];      /* without model, layer and square */
     const char *sae[SC_MAX_TAPS];
     size_t saes;
     long layer, threads, size, square, limit, k, expansion, d_sae, batch, steps, warmup;
@@ -6379,7 +6379,7 @@ void sc_model_close(sc_model *model) {
  * 17. SAEs' files
  *
  * The tensors of an SAE, and of a training's state, in and out by one table; where activations come
- * from; what an SAE's metadata and SAELens's cfg.json say of it.
+ * from; the settings of an SAE in its metadata, or in SAELens's cfg.json.
  * ============================================================================================ */
 
 /* Opens an output and discards it, so that a wrong path fails before the work is done. */
@@ -6390,21 +6390,28 @@ static int try_output(const char *path) {
     return SC_OK;
 }
 
-/* A tensor of floats with its shape in files; a vector has one row. In memory its element [r, c]
- * is at values[r * down + c * across]. */
+/* A tensor of floats. In memory its rows are padded to 16 numbers, but a vector is not. */
 typedef struct {
     const char *name;
-    float *values;                   /* NULL: there is no such tensor */
+    float *values;                   /* NULL: it is not read or written */
     int rank;
-    size_t shape[SC_MAX_RANK], down, across;
+    size_t shape[SC_MAX_RANK];       /* in files */
+    int transposed;                  /* whether its rows are columns in memory */
 } float_tensor;
 
 /* Writes a tensor or, if there is no writer, reads it from a file. Adds it to a digest if there is
  * one. row: [columns], scratch memory */
 static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
                        digest64 *digest, float *row) {
-    size_t rows = t->rank == 1 ? 1 : t->shape[0], columns = t->shape[t->rank - 1];
+    size_t rows = t->rank == 2 ? t->shape[0] : 1;
+    size_t columns = t->shape[t->rank - 1];
+    size_t down = padded(columns);                           /* in memory, to the next row */
+    size_t across = 1;                                       /* and to the next column */
     const sc_tensor *source = NULL;
+    if (t->transposed) {
+        down = 1;
+        across = padded(rows);
+    }
     if (w) SC_TRY(sc_writer_tensor(w, t->name, SC_F32, t->rank, t->shape));
     else source = sc_tensor_find(file, t->name);
     if (!w && (!source || memcmp(source->shape, t->shape, sizeof t->shape) != 0))
@@ -6413,7 +6420,7 @@ static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_wri
     for (size_t r = 0; r < rows; r++) {
         if (!w) SC_TRY(sc_tensor_floats(file, source, r * columns, columns, row));
         for (size_t c = 0; c < columns; c++) {
-            float *value = t->values + r * t->down + c * t->across;
+            float *value = t->values + r * down + c * across;
             if (w) row[c] = *value;
             else *value = row[c];
             if (digest) digest64_number(digest, bits_of_float(row[c]));
@@ -6423,27 +6430,43 @@ static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_wri
     return SC_OK;
 }
 
-/* Writes or reads the tensors of an SAE and, with a trainer, of Adam. W_enc is [D, n] in files and
- * [n, D] in memory. */
+/* Writes or reads the tensors of an SAE and, with a trainer, of Adam. A file that is read may have
+ * no others: they might change what the SAE computes. */
 static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safetensors *file,
                         sc_writer *w, digest64 *digest) {
     static const sc_trainer none;
-    size_t n = sae->d_sae, D = sae->d_in, down = sae->stride;
+    size_t n = sae->d_sae;
+    size_t D = sae->d_in;
+    size_t tensors = w ? 0 : file->tensors;
     if (!t) t = &none;
-    const float_tensor tensor[] = {
-        { "W_enc", sae->W_enc, 2, { D, n }, 1, down }, { "b_enc", sae->b_enc, 1, { n }, 0, 1 },
-        { "W_dec", sae->W_dec, 2, { n, D }, down, 1 }, { "b_dec", sae->b_dec, 1, { D }, 0, 1 },
-        { "threshold", sae->threshold, 1, { n }, 0, 1 },
-        { "W_enc_m", t->W_enc.m, 2, { n, D }, down, 1 },
-        { "W_enc_v", t->W_enc.v, 2, { n, D }, down, 1 },
-        { "W_dec_m", t->W_dec.m, 2, { n, D }, down, 1 },
-        { "W_dec_v", t->W_dec.v, 2, { n, D }, down, 1 },
-        { "b_enc_m", t->b_enc.m, 1, { n }, 0, 1 }, { "b_enc_v", t->b_enc.v, 1, { n }, 0, 1 },
-        { "b_dec_m", t->b_dec.m, 1, { D }, 0, 1 }, { "b_dec_v", t->b_dec.v, 1, { D }, 0, 1 } };
+    const float_tensor list[] = {
+        { "W_enc", sae->W_enc, 2, { D, n }, 1 },
+        { "b_enc", sae->b_enc, 1, { n }, 0 },
+        { "W_dec", sae->W_dec, 2, { n, D }, 0 },
+        { "b_dec", sae->b_dec, 1, { D }, 0 },
+        { sae->threshold ? "threshold" : "", sae->threshold, 1, { n }, 0 },
+        { "W_enc_m", t->W_enc.m, 2, { n, D }, 0 },           /* a checkpoint's: Adam's moments */
+        { "W_enc_v", t->W_enc.v, 2, { n, D }, 0 },
+        { "W_dec_m", t->W_dec.m, 2, { n, D }, 0 },
+        { "W_dec_v", t->W_dec.v, 2, { n, D }, 0 },
+        { "b_enc_m", t->b_enc.m, 1, { n }, 0 },
+        { "b_enc_v", t->b_enc.v, 1, { n }, 0 },
+        { "b_dec_m", t->b_dec.m, 1, { D }, 0 },
+        { "b_dec_v", t->b_dec.v, 1, { D }, 0 },
+        { "silent", NULL, 1, { n }, 0 } };                   /* integers */
+    for (size_t i = 0; i < tensors; i++) {
+        const char *name = file->tensor[i].name;
+        size_t k = 0;
+        while (k < COUNT(list) && strcmp(name, list[k].name) != 0) k++;
+        if (k == COUNT(list))
+            return fail("%s: tensor %.100s may change what the SAE computes (expected W_enc, "
+                        "b_enc, W_dec, b_dec, and threshold with architecture jumprelu)",
+                        file->path, name);
+    }
     float *row = new_array(n + D, sizeof *row);              /* long enough for each */
     int status = row ? SC_OK : SC_FAILED;
-    for (size_t i = 0; i < COUNT(tensor) && status == SC_OK; i++)
-        if (tensor[i].values) status = move_tensor(&tensor[i], file, w, digest, row);
+    for (size_t i = 0; i < COUNT(list) && status == SC_OK; i++)
+        if (list[i].values) status = move_tensor(&list[i], file, w, digest, row);
     free(row);
     return status;
 }
@@ -6451,8 +6474,8 @@ static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safeten
 /* --- The origin of activations (saeclip.h) ---
  *
  * The value of a key is that of the first source which gives one: an option, the data, the SAEs in
- * turn, the model's metadata, the usual value. It is parsed, and printed in one form. Then a source
- * whose text differs is refused by the key, unless it is an option that overrules the source. */
+ * turn, the model's metadata, the usual value. It is parsed, and printed in one form. A source that
+ * says something else is then refused by the key; an option overrules it with a remark instead. */
 
 static const char *const origin_keys[SC_ORIGIN_KEYS] = {
     "model", "layer", "hook", "tokens", "mean", "std", "gelu", "epsilon", "heads", "square", "crop"
@@ -6470,7 +6493,7 @@ static void print_floats(char *text, const float *value, int count) {
     }
 }
 
-/* The origin in a file's metadata. */
+/* What the metadata say. */
 static sc_origin read_origin(const sc_safetensors *file) {
     sc_origin origin = { 0 };
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
@@ -6492,27 +6515,29 @@ static void fill_origin(sc_origin *origin, const sc_origin *other) {
         if (!*origin->text[k]) strcpy(origin->text[k], other->text[k]);
 }
 
-/* Refuses a file whose origin contradicts another one, which is from `other`. What options say
- * (NULL: nothing) overrules the file, with a remark. */
-static int check_origin(const char *path, const sc_origin *origin, const char *other,
-                        const sc_origin *expected, const sc_origin *said) {
+/* Refuses a file whose origin contradicts the one in force. What options say (NULL: nothing)
+ * overrules the file. */
+static int check_origin(const char *path, const sc_origin *origin, const sc_origin *in_force,
+                        const sc_origin *said) {
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
-        const char *key = origin_keys[k], *found = origin->text[k], *now = expected->text[k];
+        const char *key = origin_keys[k];
+        const char *found = origin->text[k];
+        const char *now = in_force->text[k];
         if (!*found || !*now || strcmp(found, now) == 0) continue;
         if (!said || !*said->text[k])
-            return fail("%s: %s is %s (expected %s, as in %s)", path, key, found, now, other);
+            return fail("%s: %s is %s (expected %s, the value in force)", path, key, found, now);
         note("%s: %s is %s, overruled by %s", path, key, found, now);
     }
     return SC_OK;
 }
 
 int sc_hook_point(const sc_origin *origin, sc_tap *tap) {
-    static const char *const names[] = { "attn", "mlp", "resid" };
+    static const char *const names[] = { "attn", "mlp", "resid" };   /* in the order of sc_hook */
+    int hook = SC_ATTN;
+    while (hook <= SC_RESID && strcmp(origin->text[SC_HOOK], names[hook]) != 0) hook++;
+    tap->hook = (sc_hook)hook;
     tap->layer = (size_t)strtoul(origin->text[SC_LAYER], NULL, 10);
-    for (int hook = SC_ATTN; hook <= SC_RESID; hook++) {
-        tap->hook = (sc_hook)hook;
-        if (tap->layer > 0 && strcmp(origin->text[SC_HOOK], names[hook]) == 0) return SC_OK;
-    }
+    if (hook <= SC_RESID && tap->layer > 0) return SC_OK;
     return fail("no hook point (expected a layer, and attn, mlp or resid)");
 }
 
@@ -6520,7 +6545,8 @@ int sc_hook_point(const sc_origin *origin, sc_tap *tap) {
 
 static const char *architecture_of(const sc_sae *sae) {
     if (sae->topk) return "topk";
-    return sae->threshold ? "jumprelu" : "standard";
+    if (sae->threshold) return "jumprelu";
+    return "standard";
 }
 
 static int write_sae(sc_writer *w, void *context) {
@@ -6545,11 +6571,13 @@ static int write_saelens(const sc_sae *sae, const char *path) {
     static const char *const places[] = { "attn_out", "mlp_out", "resid_post" };
     const char *model = sae->origin.text[SC_MODEL];
     char hook[64] = "unknown";
+    size_t layer = 0;
     sc_tap tap;
     sc_output out;
-    if (sc_hook_point(&sae->origin, &tap) == SC_OK)
-        snprintf(hook, sizeof hook, "blocks.%zu.hook_%s", tap.layer - 1, places[tap.hook]);
-    else tap.layer = 1;
+    if (sc_hook_point(&sae->origin, &tap) == SC_OK) {
+        layer = tap.layer - 1;
+        snprintf(hook, sizeof hook, "blocks.%zu.hook_%s", layer, places[tap.hook]);
+    }
     SC_TRY(output_open(&out, path));
     FILE *f = out.file;
     fprintf(f, "{\n  \"architecture\": \"%s\",\n  \"d_in\": %zu,\n  \"d_sae\": %zu,\n",
@@ -6565,43 +6593,55 @@ static int write_saelens(const sc_sae *sae, const char *path) {
             "  \"finetuning_scaling_factor\": false,\n  \"context_size\": 1,\n"
             "  \"prepend_bos\": false,\n  \"dataset_path\": \"\",\n"
             "  \"dataset_trust_remote_code\": false,\n  \"sae_lens_training_version\": null,\n"
-            "  \"model_name\": ", hook, tap.layer - 1);
+            "  \"model_name\": ", hook, layer);
     print_json(f, *model ? model : "unknown");
     fputs("\n}\n", f);
     return output_commit(&out);
 }
 
-/* --- SAEs in: our own, and those of SAELens (jbloomAus/SAELens, versions 2 to 6), whose settings
- * stand in a file cfg.json beside the weights --- */
+/* --- SAEs in ---
+ *
+ * Our own SAEs have their settings in the metadata. Those of SAELens (jbloomAus/SAELens, versions 2
+ * to 6) have them in a file cfg.json beside the weights. Both are taken, and must agree. */
+
+static const char saelens_weights[] = "sae_weights.safetensors";
 
 enum { ARCHITECTURE, TOP_K, D_IN, D_SAE, SAE_SETTINGS };
 
-/* What the metadata and cfg.json say. */
+static const char *const sae_keys[SAE_SETTINGS] = { "architecture", "k", "d_in", "d_sae" };
+
+/* The keys that change what an SAE computes, and their values for what is computed here. */
+static const char *const sae_rules[][2] = {
+    { "architecture", "standard|topk|jumprelu" },
+    { "activation_fn", "relu|topk" },                        /* until version 2 */
+    { "activation_fn_str", "relu|topk" },
+    { "apply_b_dec_to_input", "true" },
+    { "normalize_activations", "none|false|null" },
+    { "reshape_activations", "none|null" },
+    { "finetuning_scaling_factor", "false|null" },
+    { "rescale_acts_by_decoder_norm", "false|null" },
+    { "hook_head_index", "null" } };
+
 typedef struct {
     const char *path;                /* the file that is being read */
-    char text[SAE_SETTINGS][16];     /* "" where they are silent */
+    char text[SAE_SETTINGS][16];     /* "" where nothing is said */
     int topk;                        /* whether the activation function is TopK */
 } sae_settings;
 
 /* Takes a setting. In cfg.json it may be nested: only the last part of its key counts. */
 static int take_setting(void *context, const char *key, const char *value) {
-    static const char *const names[SAE_SETTINGS] = { "architecture", "k", "d_in", "d_sae" };
-    /* The keys that change what an SAE computes, and their values for what is computed here. */
-    static const char *const rules[][2] = {
-        { "architecture", "standard|topk|jumprelu" }, { "activation_fn", "relu|topk" },
-        { "activation_fn_str", "relu|topk" }, { "apply_b_dec_to_input", "true" },
-        { "normalize_activations", "none|false|null" }, { "reshape_activations", "none|null" },
-        { "finetuning_scaling_factor", "false|null" },
-        { "rescale_acts_by_decoder_norm", "false|null" }, { "hook_head_index", "null" } };
     sae_settings *s = context;
-    const char *dot = strrchr(key, '.'), *name = dot ? dot + 1 : key;
-    for (size_t i = 0; i < COUNT(rules); i++)
-        if (strcmp(name, rules[i][0]) == 0 && !is_choice(rules[i][1], value))
-            return fail("%s: %s is %s (expected %s)", s->path, key, value, rules[i][1]);
+    const char *dot = strrchr(key, '.');
+    const char *name = dot ? dot + 1 : key;
+    for (size_t i = 0; i < COUNT(sae_rules); i++)
+        if (strcmp(name, sae_rules[i][0]) == 0 && !is_choice(sae_rules[i][1], value))
+            return fail("%s: %s is %s (expected %s)", s->path, key, value, sae_rules[i][1]);
     if (strncmp(name, "activation_fn", 13) == 0 && strcmp(value, "topk") == 0) s->topk = 1;
     for (size_t i = 0; i < SAE_SETTINGS; i++) {
         char *text = s->text[i];
-        if (strcmp(name, names[i]) != 0 || strcmp(value, "null") == 0) continue;
+        if (strcmp(name, sae_keys[i]) != 0 || strcmp(value, "null") == 0) continue;
+        if (i != ARCHITECTURE && value[strspn(value, "0123456789")])
+            return fail("%s: %s is %s (expected a whole number)", s->path, key, value);
         if (*text && strcmp(text, value) != 0)
             return fail("%s: %s is %s (expected %s, as read before)", s->path, key, value, text);
         snprintf(text, sizeof *s->text, "%s", value);
@@ -6613,85 +6653,68 @@ static int take_setting(void *context, const char *key, const char *value) {
 static int take_settings(sae_settings *s, const sc_safetensors *weights, const char *config) {
     enum { MOST = 1 << 20 };                     /* bytes; JSON that is cut is refused */
     s->path = weights->path;
-    for (size_t i = 0; i < weights->entries; i++)
-        SC_TRY(take_setting(s, weights->metadata[i].key, weights->metadata[i].value));
+    for (size_t i = 0; i < weights->entries; i++) {
+        const sc_entry *entry = &weights->metadata[i];
+        SC_TRY(take_setting(s, entry->key, entry->value));
+    }
     s->path = config;
     FILE *file = fopen(config, "r");
     if (!file && errno == ENOENT) return SC_OK;
     if (!file) return fail("%s: cannot be opened: %s", config, strerror(errno));
     char *text = new_array(MOST + 1, 1);
-    size_t length = text ? fread(text, 1, MOST, file) : 0;
+    int status = SC_FAILED;
+    if (text) {
+        size_t length = fread(text, 1, MOST, file);
+        status = json_scalars(text, length, config, take_setting, s);
+    }
     fclose(file);
-    int status = text ? json_scalars(text, length, config, take_setting, s) : SC_FAILED;
     free(text);
     return status;
 }
 
 static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config) {
-    static const char *const known[] = {
-        "W_enc", "b_enc", "W_dec", "b_dec", "threshold",
-        /* tensors of our checkpoints */
-        "W_enc_m", "W_enc_v", "W_dec_m", "W_dec_v", "b_enc_m", "b_enc_v", "b_dec_m", "b_dec_v",
-        "silent" };
     const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
     const char *start = sc_metadata_find(file, "b_dec_start");
-    digest64 digest = { 0 };
     sae_settings s = { 0 };
     const char *architecture = s.text[ARCHITECTURE];
-    double k = 0;
+    digest64 digest = { 0 };
     if (!encoder || encoder->rank != 2 || encoder->count == 0)
         return fail("%s: not an SAE (expected a tensor W_enc [d_in, d_sae])", file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
     snprintf(s.text[D_IN], sizeof *s.text, "%zu", sae->d_in);
     snprintf(s.text[D_SAE], sizeof *s.text, "%zu", sae->d_sae);
     SC_TRY(take_settings(&s, file, config));
-    if (*s.text[TOP_K] && (parse_number(s.text[TOP_K], "k", 1, (double)sae->d_sae, &k) != SC_OK
-                           || k != floor(k)))
-        return fail("%s: k is %s (expected a whole number from 1 to %zu)", file->path,
-                    s.text[TOP_K], sae->d_sae);
-    /* Other tensors may change what the SAE computes. */
-    for (size_t t = 0; t < file->tensors; t++) {
-        size_t i = 0;
-        while (i < COUNT(known) && strcmp(file->tensor[t].name, known[i]) != 0) i++;
-        if (i == COUNT(known))
-            return fail("%s: tensor %.100s may change what the SAE computes (expected W_enc, "
-                        "b_enc, W_dec, b_dec, and threshold of a JumpReLU SAE)", file->path,
-                        file->tensor[t].name);
+    /* A k without an architecture means TopK. The activation function of SAELens's standard SAE may
+     * be TopK. */
+    sae->k = (size_t)strtoul(s.text[TOP_K], NULL, 10);
+    sae->topk = s.topk || strcmp(architecture, "topk") == 0 || (!*architecture && *s.text[TOP_K]);
+    if (!sae->topk && strcmp(architecture, "jumprelu") == 0) {
+        sae->threshold = new_array(sae->d_sae, sizeof *sae->threshold);
+        if (!sae->threshold) return SC_FAILED;
     }
-    /* A k without an architecture means TopK. SAELens's standard SAE may have TopK as its activation
-     * function. */
-    sae->k = (size_t)k;
-    sae->topk = s.topk || strcmp(architecture, "topk") == 0 || (!*architecture && sae->k > 0);
-    int jumprelu = !sae->topk && strcmp(architecture, "jumprelu") == 0;
-    if (!jumprelu && sc_tensor_find(file, "threshold"))
-        return fail("%s: tensor threshold without architecture jumprelu (expected that in its "
-                    "metadata or in cfg.json)", file->path);
-    if (jumprelu) sae->threshold = new_array(sae->d_sae, sizeof *sae->threshold);
-    if (jumprelu && !sae->threshold) return SC_FAILED;
     SC_TRY(move_tensors(sae, NULL, file, NULL, &digest));
-    sae->digest = digest64_value(&digest);
-    for (size_t j = 0; jumprelu && j < sae->d_sae; j++)
+    for (size_t j = 0; j < sae->d_sae && sae->threshold; j++)
         if (sae->threshold[j] < 0)
             return fail("%s: threshold[%zu] is %g (expected at least 0)", file->path, j,
                         (double)sae->threshold[j]);
-    if (start) snprintf(sae->b_dec_start, sizeof sae->b_dec_start, "%s", start);
+    sae->digest = digest64_value(&digest);
     sae->origin = read_origin(file);
+    if (start) snprintf(sae->b_dec_start, sizeof sae->b_dec_start, "%s", start);
     sae->path = copy_string(file->path);
     return sae->path ? SC_OK : SC_FAILED;
 }
 
-static const char saelens_weights[] = "sae_weights.safetensors";
-
 /* Opens a file, with the cfg.json beside it if there is one, or a folder of SAELens. */
 int sc_sae_open(sc_sae *sae, const char *path) {
-    char weights[MAX_PATH], folder[MAX_PATH], config[MAX_PATH];
+    char weights[MAX_PATH], config[MAX_PATH];
     sc_safetensors file;
     struct stat about;
-    int is_folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
     *sae = (sc_sae){ 0 };
-    SC_TRY(join_path(is_folder ? path : "", is_folder ? saelens_weights : path, weights));
-    snprintf(folder, sizeof folder, "%.*s", (int)(base_name(weights) - weights), weights);
-    SC_TRY(join_path(folder, "cfg.json", config));
+    if (stat(path, &about) == 0 && S_ISDIR(about.st_mode))
+        SC_TRY(join_path(path, saelens_weights, weights));
+    else SC_TRY(join_path("", path, weights));
+    int folder = (int)(base_name(weights) - weights);        /* its length */
+    snprintf(config, sizeof config, "%.*scfg.json", folder, weights);
     SC_TRY(sc_safetensors_open(&file, weights));
     int status = read_sae(sae, &file, config);
     sc_safetensors_close(&file);
@@ -6699,7 +6722,7 @@ int sc_sae_open(sc_sae *sae, const char *path) {
     return status;
 }
 
-/* By this digest statistics of another SAE are refused: options may have changed its settings. */
+/* By this digest statistics of another SAE are refused. Options may have changed the settings. */
 static uint64_t sae_digest(const sc_sae *sae) {
     uint64_t digest = digest64_step(sae->digest, sae->topk ? sae->k : 0);
     return digest64_step(digest, sae->threshold != NULL);
@@ -6719,10 +6742,10 @@ typedef struct {
     size_t T, D, stride;             /* tokens per image, width, width padded to 16 */
     size_t grid;                     /* patches per side, 0 where the tokens are not a grid */
     size_t first_patch;              /* 1 where token 0 is the class token */
-    sc_origin said, origin;          /* what options say; of the data, where a model runs without
-                                      * a hook point unless options give it */
+    sc_origin said, origin;          /* what options say; of the data, but a model's hook point only
+                                      * as options say it */
     size_t taps;
-    sc_tap tap[SC_MAX_TAPS];         /* hook points; out: [room, T, stride] */
+    sc_tap tap[SC_MAX_TAPS];         /* a hook point per SAE; out: [room, T, stride] */
     size_t *image;                   /* [room], the batch's images in the data set */
     int64_t *label;                  /* [room], -1 without */
     unsigned char *pixels;           /* [room, S, S, 3] */
@@ -6761,13 +6784,11 @@ static int blame_token(const feed *f, size_t token) {
 
 /* The origin as far as options give it; a layer from the end is negative. */
 static sc_origin options_origin(const options *o) {
-    const char *const text[SC_ORIGIN_KEYS] = {
-        o->model ? base_name(o->model) : NULL, NULL, o->hook, o->tokens, o->settings.mean,
-        o->settings.std, o->settings.gelu, o->settings.epsilon, o->settings.heads, NULL, o->crop };
     sc_origin said = { 0 };
-    size_t room = sizeof *said.text;
+    const size_t room = sizeof *said.text;
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        if (text[k]) snprintf(said.text[k], room, "%s", text[k]);
+        if (o->origin[k]) snprintf(said.text[k], room, "%s", o->origin[k]);
+    if (o->model) snprintf(said.text[SC_MODEL], room, "%s", base_name(o->model));
     if (o->layer) snprintf(said.text[SC_LAYER], room, "%ld", o->layer);
     if (o->square >= 0) snprintf(said.text[SC_SQUARE], room, "%ld", o->square);
     return said;
@@ -6776,7 +6797,7 @@ static sc_origin options_origin(const options *o) {
 /* Opens saved activations. A file without the digest of its data set gets that of its labels. */
 static int open_activations(feed *f, const options *o) {
     SC_TRY(sc_safetensors_open(&f->file, o->acts));
-    const sc_tensor *a = f->activations = sc_tensor_find(&f->file, "activations");
+    const sc_tensor *a = sc_tensor_find(&f->file, "activations");
     const char *digest = sc_metadata_find(&f->file, "data_digest");
     const sc_origin saved = read_origin(&f->file);
     if (!a || a->rank != 3 || a->count == 0)
@@ -6785,29 +6806,33 @@ static int open_activations(feed *f, const options *o) {
     if (o->layer < 0)
         return usage("--layer: %ld (expected a number from 1 for saved activations)", o->layer);
     f->is_file = 1;
+    f->activations = a;
     f->T = a->shape[1];
     f->D = a->shape[2];
     fill_origin(&f->origin, &saved);
-    SC_TRY(check_origin(o->acts, &saved, "", &f->origin, &f->said));
+    SC_TRY(check_origin(o->acts, &saved, &f->origin, &f->said));
     f->first_patch = strcmp(f->origin.text[SC_TOKENS], "patches") != 0;
-    f->set.limit = o->limit ? (size_t)o->limit : SIZE_MAX;
+    f->set.limit = SIZE_MAX;
+    if (o->limit) f->set.limit = (size_t)o->limit;
     SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1, NULL));
-    f->set.digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : images_digest(&f->set);
-    if (f->set.count < a->shape[0])                          /* another data set */
+    f->set.digest = images_digest(&f->set);
+    if (digest) f->set.digest = strtoull(digest, NULL, 16);
+    if (f->set.count < a->shape[0])              /* --limit makes it another data set */
         f->set.digest = digest64_step(f->set.digest, f->set.count);
     return SC_OK;
 }
 
-/* Opens images and a model, with the settings of options, a packed set, and SAEs. */
+/* Opens images and a model. */
 static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes) {
     static const sc_origin usual = {
         .text = { [SC_TOKENS] = "all", [SC_SQUARE] = "0", [SC_CROP] = "torchvision" } };
-    const size_t room = sizeof *usual.text, most = 16384;
+    const size_t room = sizeof *usual.text;
     sc_origin *now = &f->origin;
     sc_model *m = &f->model;
     f->skip_bad = o->skip_bad;
     SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
-    const sc_origin packed = read_origin(&f->set.packed);    /* knows nothing of another set */
+    /* What the options leave open, a packed set says, else an SAE, else the model's file. */
+    const sc_origin packed = read_origin(&f->set.packed);
     fill_origin(now, &packed);
     for (size_t i = 0; i < saes; i++) fill_origin(now, &sae[i].origin);
     fill_origin(now, &usual);
@@ -6815,28 +6840,30 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
     if (status == SC_USAGE && saes > 0)
         return usage("%s, from an option or from %s", sc_error(), sae->path);
     SC_TRY(status);
-    /* Which tokens are kept, and how images are made. */
+    /* Parse the other values. */
+    const char *tokens = now->text[SC_TOKENS];
+    int patches = strcmp(tokens, "patches") == 0;
+    int class = strcmp(tokens, "cls") == 0;
     f->D = m->width;
     f->T = m->tokens;
-    f->first_patch = strcmp(now->text[SC_TOKENS], "patches") != 0;
-    int only_class = strcmp(now->text[SC_TOKENS], "cls") == 0;
-    if (!f->first_patch) f->T--;
-    if (only_class) f->T = 1;
-    f->preprocess = (sc_preprocess){
-        .size = (int)m->image_size, .crop_hf = strcmp(now->text[SC_CROP], "hf") == 0,
-        .square = (int)smaller(strtoul(now->text[SC_SQUARE], NULL, 10), most) };
-    /* The values in force, as they were understood. Each SAE has its own hook point. */
+    if (patches) f->T--;
+    if (class) f->T = 1;
+    f->first_patch = !patches;
+    f->preprocess.size = (int)m->image_size;
+    f->preprocess.square = (int)smaller(strtoul(now->text[SC_SQUARE], NULL, 10), 16384);
+    f->preprocess.crop_hf = strcmp(now->text[SC_CROP], "hf") == 0;
+    /* Print what is in force. Each SAE has its own hook point. */
     strcpy(now->text[SC_LAYER], f->said.text[SC_LAYER]);
     strcpy(now->text[SC_HOOK], f->said.text[SC_HOOK]);
-    if (f->first_patch && !only_class) strcpy(now->text[SC_TOKENS], "all");
+    if (!patches && !class) strcpy(now->text[SC_TOKENS], "all");
     print_floats(now->text[SC_MEAN], m->mean, 3);
     print_floats(now->text[SC_STD], m->std, 3);
     print_floats(now->text[SC_EPSILON], &m->epsilon, 1);
     strcpy(now->text[SC_GELU], m->activation == QUICK_GELU ? "quick_gelu" : "gelu");
     snprintf(now->text[SC_HEADS], room, "%zu", m->heads);
     snprintf(now->text[SC_SQUARE], room, "%d", f->preprocess.square);
-    strcpy(now->text[SC_CROP], f->preprocess.crop_hf ? "hf" : "torchvision");
-    return check_origin(f->set.packed.path, &packed, "the options", now, &f->said);
+    if (!f->preprocess.crop_hf) strcpy(now->text[SC_CROP], "torchvision");
+    return check_origin(f->set.packed.path, &packed, now, &f->said);
 }
 
 /* Opens DATA: saved activations (--acts), or images through a model, with the settings of SAEs. */
@@ -6856,15 +6883,16 @@ static int open_feed(feed *f, const options *o, const sc_sae *sae, size_t saes) 
     return SC_OK;
 }
 
-/* Adds a hook point, that of an origin, usually the MLP of the last block but one. A layer from the
- * end gets its number. The hook point of saved activations need not be known. */
+/* Adds the hook point of an origin, the MLP of the last block but one if it has none. A layer from
+ * the end gets its number. Saved activations have one hook point, which may be unknown. */
 static int add_tap(feed *f, sc_origin *origin) {
     static const sc_origin usual = { .text = { [SC_LAYER] = "-2", [SC_HOOK] = "mlp" } };
+    long blocks = (long)f->model.blocks;
     sc_tap *tap = &f->tap[f->taps++];            /* there is room for one per SAE */
     tap->stride = f->stride;
     if (f->is_file) return SC_OK;
     fill_origin(origin, &usual);
-    long blocks = (long)f->model.blocks, layer = strtol(origin->text[SC_LAYER], NULL, 10);
+    long layer = strtol(origin->text[SC_LAYER], NULL, 10);
     if (layer == 0 || labs(layer) > blocks)
         return fail("%s: layer %ld (expected 1 to %ld, or -1 to -%ld)", f->model.file.path, layer,
                     blocks, blocks);
@@ -6874,49 +6902,53 @@ static int add_tap(feed *f, sc_origin *origin) {
 }
 
 /* Connects an SAE to a hook point of its own. Options overrule its architecture and k. Its origin
- * must agree with that of the data, and then is the origin in force. */
+ * must agree with that of the data, and then is the one in force. */
 static int connect_sae(feed *f, sc_sae *sae, const options *o) {
-    const char *path = sae->path, *data = f->is_file ? o->acts : "the images or an SAE before it";
+    const char *path = sae->path;                /* NULL: it is new */
     sc_origin now = f->origin;
-    sc_tap known;
+    sc_tap tap;
     if (o->k) sae->k = (size_t)o->k;
     if (o->arch) {
         sae->topk = strcmp(o->arch, "topk") == 0;
         free(sae->threshold);
         sae->threshold = NULL;
     }
-    if (check_k(sae) != SC_OK) {
-        fail("%s: k is %zu (expected 1 to %zu: see --k)", path ? path : o->output, sae->k,
-             sae->d_sae);
-        return o->k ? SC_USAGE : SC_FAILED;
-    }
+    int bad_k = check_k(sae) != SC_OK;
+    if (bad_k && o->k) return usage("--k: %s", sc_error());
+    if (bad_k) return fail("%s: %s: see --k", path ? path : o->output, sc_error());
     if (sae->d_in != f->D)
         return fail("%s: the SAE has width %zu, the activations have %zu", path, sae->d_in, f->D);
     fill_origin(&now, &sae->origin);
-    if (path && !f->is_file && sc_hook_point(&now, &known) != SC_OK)
+    if (path && !f->is_file && sc_hook_point(&now, &tap) != SC_OK)
         return usage("%s: does not name its hook point (expected --layer and --hook)", path);
     SC_TRY(add_tap(f, &now));
-    SC_TRY(check_origin(path, &sae->origin, data, &now, &f->said));
+    SC_TRY(check_origin(path, &sae->origin, &now, &f->said));
     sae->origin = now;
     return SC_OK;
 }
 
 /* Prepares batches of up to `room` images, in an order (NULL: first to last). */
 static int start_feed(feed *f, size_t room, draw_function *order, void *context, int with_logits) {
-    size_t S = (size_t)f->preprocess.size, T = f->is_file ? f->T : f->model.tokens, deepest = 0;
+    size_t S = (size_t)f->preprocess.size;
+    size_t row = f->stride * sizeof(float);
+    size_t deepest = 0;                          /* the last block that is needed */
+    size_t T = f->T;
+    if (!f->is_file) T = f->model.tokens;        /* not all are kept */
     for (size_t i = 0; i < f->taps; i++)
         if (f->tap[i].layer > deepest) deepest = f->tap[i].layer;
     if (with_logits) deepest = f->model.blocks;
     if (f->model.blocks) SC_TRY(sc_model_load(&f->model, deepest, with_logits));
     f->order = order;
     f->order_context = context;
-    const array_spec arrays[] = { ARRAY(f->image, room, 1), ARRAY(f->label, room, 1),
-                                  ARRAY(f->pixels, room, S * S * 3) };
+    const array_spec arrays[] = {
+        ARRAY(f->image, room, 1),
+        ARRAY(f->label, room, 1),
+        ARRAY(f->pixels, room, S * S * 3) };
     SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
     for (size_t i = 0; i < f->taps; i++) {
-        sc_tap *tap = &f->tap[i];
-        if (f->is_file && i > 0) tap->out = f->tap[0].out;   /* all SAEs have the same data */
-        else SC_TRY(allocate(&f->memory, &tap->out, room, T * f->stride * sizeof *tap->out));
+        float **out = &f->tap[i].out;
+        if (f->is_file && i > 0) *out = f->tap[0].out;       /* the same for all SAEs */
+        else SC_TRY(allocate(&f->memory, out, room, T * row));
     }
     if (!with_logits) return SC_OK;
     return allocate(&f->memory, &f->logits, room, f->model.classes * sizeof *f->logits);
@@ -6927,39 +6959,44 @@ static int start_feed(feed *f, size_t room, draw_function *order, void *context,
 /* Reads the image in slot f->count + task: its pixels, or its saved activations. */
 static int load_task(void *context, size_t task) {
     feed *f = context;
-    size_t i = f->count + task, image = f->image[i], S = (size_t)f->preprocess.size;
-    f->label[i] = f->set.image[image].label;
-    if (!f->is_file) return load_image(&f->set, image, &f->preprocess, f->pixels + i * S * S * 3);
+    size_t S = (size_t)f->preprocess.size;
+    size_t slot = f->count + task;
+    size_t image = f->image[slot];
+    f->label[slot] = f->set.image[image].label;
+    if (!f->is_file)
+        return load_image(&f->set, image, &f->preprocess, f->pixels + slot * S * S * 3);
     for (size_t t = 0; t < f->T; t++) {
         size_t first = (image * f->T + t) * f->D;
-        float *out = f->tap[0].out + (i * f->T + t) * f->stride;
+        float *out = f->tap[0].out + (slot * f->T + t) * f->stride;
         if (sc_tensor_floats(&f->file, f->activations, first, f->D, out) != SC_OK)
-            return blame_token(f, i * f->T + t);
+            return blame_token(f, slot * f->T + t);
     }
     return SC_OK;
 }
 
 /* Fills the batch with `want` images, or fewer at the end; all threads decode at once. With
- * skip_bad a bad image is named once and loses its name. If all are bad this fails, since the order
- * may be endless. */
+ * skip_bad a bad image is reported once, and loses its name. If all are bad this fails, since the
+ * order may be endless. */
 static int load_images(feed *f, size_t want) {
     const size_t last = smaller(f->set.count, f->set.limit);
     for (;;) {
         /* Draw the batch, without bad images. */
-        size_t draw = f->drawn, end = 0;
+        size_t draw = f->drawn;
+        size_t end = 0;
         for (; end < want; draw++) {
             size_t image = draw;
             if (f->order && f->order(f->order_context, draw, &image) == SC_END) break;
             if (!f->order && draw >= last) break;
             if (f->set.image[image].name) f->image[end++] = image;
         }
-        /* Load what is not loaded yet. If an image is bad, draw again: those before it stay. */
+        /* Load what is not loaded yet. */
         int status = parallel_for(end - f->count, load_task, f);
         if (status == SC_OK) {
             f->drawn = draw;
             f->count = end;
             return SC_OK;
         }
+        /* Images before a bad one stay. */
         f->count += pool.failed_task;
         if (status != SC_FAILED || !f->skip_bad) return SC_FAILED;
         note("%s; passed over", sc_error());
@@ -6971,7 +7008,8 @@ static int load_images(feed *f, size_t want) {
 
 /* Finite weights may still give numbers that are not finite. rows: [images, count, stride] */
 static int check_finite(const feed *f, const float *rows, size_t count, size_t stride) {
-    size_t numbers = f->count * count * stride, bad = first_not_finite(rows, numbers);
+    size_t numbers = f->count * count * stride;
+    size_t bad = first_not_finite(rows, numbers);
     if (bad == numbers) return SC_OK;
     fail("%s gives %g (expected a finite number)", f->model.file.path, (double)rows[bad]);
     return blame_token(f, bad / stride * (f->T / count));
@@ -6979,29 +7017,36 @@ static int check_finite(const feed *f, const float *rows, size_t count, size_t s
 
 /* Reads the next batch and computes its activations: f->count images, 0 at the end. */
 static int next_batch(feed *f, size_t want) {
-    size_t S = f->model.image_size, T = f->model.tokens, classes = f->model.classes, images;
+    size_t S = f->model.image_size;
+    size_t T = f->model.tokens;
+    size_t classes = f->model.classes;
+    size_t kept = f->T * f->stride;              /* numbers of an image */
+    size_t images;
     f->used += f->count;
     f->count = 0;
     SC_TRY(load_images(f, want));
     if (f->is_file || (f->taps == 0 && !f->logits)) return SC_OK;
+    /* Forward passes over some images each */
     for (size_t first = 0; first < f->count; first += images) {
+        const unsigned char *pixels = f->pixels + first * S * S * 3;
         sc_tap tap[SC_MAX_TAPS];
-        float *head = f->logits ? f->logits + first * classes : NULL;
+        float *head = f->logits;
         images = smaller(f->count - first, FORWARD_IMAGES);
         memcpy(tap, f->tap, sizeof tap);
         for (size_t i = 0; i < f->taps; i++) tap[i].out += first * T * f->stride;
-        SC_TRY(sc_model_forward(&f->model, f->pixels + first * S * S * 3, images, tap, f->taps,
-                                head));
+        if (head) head += first * classes;
+        SC_TRY(sc_model_forward(&f->model, pixels, images, tap, f->taps, head));
     }
+    /* The tokens that are kept move together. */
     for (size_t i = 0; i < f->taps; i++) {
-        /* Move the tokens that are kept together: from [images, model's tokens, stride]. */
-        size_t kept = f->T * f->stride, skipped = f->first_patch ? 0 : f->stride;
         float *out = f->tap[i].out;
+        const float *from = f->first_patch ? out : out + f->stride;
         for (size_t image = 0; image < f->count; image++)
-            memmove(out + image * kept, out + image * T * f->stride + skipped, kept * sizeof *out);
+            memmove(out + image * kept, from + image * T * f->stride, kept * sizeof *out);
         SC_TRY(check_finite(f, out, f->T, f->stride));
     }
-    return f->logits ? check_finite(f, f->logits, 1, classes) : SC_OK;
+    if (!f->logits) return SC_OK;
+    return check_finite(f, f->logits, 1, classes);
 }
 
 static void close_feed(feed *f) {
@@ -7806,7 +7851,7 @@ static int check_shard(const char *path, const statistics *part, const char *fir
     else if (part->classes != first->classes) differs = "classes";
     else if (part->shards != first->shards) differs = "number of shards";
     if (differs) return fail("%s: differs from %s in its %s", path, first_path, differs);
-    return check_origin(path, &part->origin, first_path, &first->origin, NULL);
+    return check_origin(path, &part->origin, &first->origin, NULL);
 }
 
 /* Joins the shards of a data set to the bytes that one run over all of it writes. */
@@ -8085,7 +8130,7 @@ static int write_images(sc_writer *w, void *context) {
     SC_TRY(write_labels(w, &f->set));
     if (s->o->square > 0) {
         SC_TRY(put_metadata(w, "square", "%ld", s->o->square));
-        SC_TRY(sc_writer_metadata(w, "crop", s->o->crop ? s->o->crop : "torchvision"));
+        SC_TRY(sc_writer_metadata(w, "crop", f->preprocess.crop_hf ? "hf" : "torchvision"));
     }
     return *name[0] ? write_name_list(w, "file_names", name, images) : SC_OK;
 }
@@ -8093,10 +8138,11 @@ static int write_images(sc_writer *w, void *context) {
 static int command_pack(session *s) {
     const options *o = s->o;
     feed *f = &s->data;
+    const char *crop = o->origin[SC_CROP];
     int square = o->square > 0 ? (int)o->square : 0;
     f->skip_bad = o->skip_bad;
     f->preprocess = (sc_preprocess){ .size = square ? square : (int)o->size, .square = square,
-                                     .crop_hf = o->crop && strcmp(o->crop, "hf") == 0 };
+                                     .crop_hf = crop && strcmp(crop, "hf") == 0 };
     SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
     size_t room = 4096 + names_room(f->set.class_name, f->set.classes, 4);
     for (size_t i = 0; i < f->set.count; i++) room += 7 * strlen(image_name(f, i)) + 4;
@@ -8382,7 +8428,7 @@ static int open_statistics(viewer *v, const char *path) {
         return fail("%s: statistics of another data set", path);
     if (s->sae_digest != sae_digest(sae) || s->n != sae->d_sae)
         return fail("%s: statistics of another SAE", path);
-    SC_TRY(check_origin(path, &s->origin, sae->path, &sae->origin, NULL));
+    SC_TRY(check_origin(path, &s->origin, &sae->origin, NULL));
     for (size_t i = 0; i < s->n * s->K && !v->any_data; i++)
         if (s->top[i].image >= (int64_t)set->count)
             return fail("%s: damaged: image %lld of %zu", path, (long long)s->top[i].image,
@@ -9785,9 +9831,9 @@ static const struct option_row {
     /* Hook point */
     { "--layer", "L", WHOLE, AT(layer), PHOTOS,
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
-    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS,
+    { "--hook", "attn|mlp|resid", CHOICE, AT(origin[SC_HOOK]), PHOTOS,
       "hook point (default: the SAE's, else mlp)" },
-    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT,
+    { "--tokens", "all|cls|patches", CHOICE, AT(origin[SC_TOKENS]), EXTRACT,
       "tokens to write (default: all)" },
     { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT,
       "number type", "f32" },
@@ -9796,22 +9842,22 @@ static const struct option_row {
       "side of the images in pixels", "224", 1, 16384 },
     { "--square", "N", WHOLE, AT(square), IMAGES,
       "first resize the centre square to N x N", NULL, 0, 16384 },
-    { "--crop", "torchvision|hf", CHOICE, AT(crop), IMAGES,
+    { "--crop", "torchvision|hf", CHOICE, AT(origin[SC_CROP]), IMAGES,
       "rounding of the centre crop (default: the SAE's, else torchvision)" },
     { "--limit", "N", WHOLE, AT(limit), IMAGES,
       "only the first N images", NULL, 1, 2e9 },
     { "--skip-bad", NULL, FLAG, AT(skip_bad), IMAGES & ~(TOP | EXPLAIN | ATLAS),
       "name unreadable images and go on" },
     /* What the model file may not say */
-    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS,
+    { "--mean", "R,G,B", TEXT, AT(origin[SC_MEAN]), PHOTOS,
       "overrules the model's image_mean" },
-    { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS,
+    { "--std", "R,G,B", TEXT, AT(origin[SC_STD]), PHOTOS,
       "overrules the model's image_std" },
-    { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS,
+    { "--gelu", "quick|erf", CHOICE, AT(origin[SC_GELU]), PHOTOS,
       "overrules the model's activation function" },
-    { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS,
+    { "--eps", "X", TEXT, AT(origin[SC_EPSILON]), PHOTOS,
       "overrules the layer norms' epsilon" },
-    { "--heads", "N", TEXT, AT(settings.heads), PHOTOS,
+    { "--heads", "N", TEXT, AT(origin[SC_HEADS]), PHOTOS,
       "overrules the number of heads" },
     /* The SAE and its training */
     { "--arch", "relu|topk", CHOICE, AT(arch), TRAIN | SAES,
@@ -10084,7 +10130,8 @@ static int check_values(const options *o, const struct command_row *command) {
     if (o->k && !topk && (train || o->arch)) return usage("--k needs --arch topk");
     if (train && topk && was_given(o, "--l1"))
         return usage("--l1 and --arch topk exclude each other");
-    if (command->bit == ZEROSHOT && !o->saes && (o->layer || o->hook || o->arch || o->k))
+    if (command->bit == ZEROSHOT && !o->saes
+        && (o->layer || o->origin[SC_HOOK] || o->arch || o->k))
         return usage("zeroshot: --layer, --hook, --arch and --k need an SAE (-s FILE)");
     if (top_mask && !o->stats) return usage("--mask top needs -t FILE");
     if (command->bit == MASK && o->stats && !top_mask) return usage("-t needs --mask top");

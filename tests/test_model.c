@@ -54,8 +54,8 @@ static void model_zeroshot(void)
 static int model_loop_logits(const char *sae, const char *hook, long k, float *logits)
 {
     options o = { .model = GOLDEN "clip_hf.safetensors", .operand = { GOLDEN "images.safetensors" },
-                  .sae = { sae }, .saes = 1, .hook = hook, .arch = k ? "topk" : "relu", .k = k,
-                  .crop = "torchvision" };
+                  .sae = { sae }, .saes = 1, .origin[SC_HOOK] = hook, .arch = k ? "topk" : "relu", .k = k,
+                  .origin[SC_CROP] = "torchvision" };
     session s = { .o = &o };
     int status = start_zeroshot(&s);
     if (status == SC_OK) status = next_batch(&s.data, MEASURE_IMAGES);

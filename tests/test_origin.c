@@ -79,16 +79,16 @@ static void origin_test_contradictions(void)
         const cli_change none = { .key = origin_keys[k] };
         cli_edit(cli("@odd_acts"), cli("@other_acts"), other);
         cli_edit(cli("@odd_stats"), cli("@other_stats"), other);
-        snprintf(words, sizeof words, "cli_odd: %s is %s (expected %s, as in ", origin_keys[k], origin_values[k],
+        snprintf(words, sizeof words, "cli_odd: %s is %s (expected %s, the value in force)", origin_keys[k], origin_values[k],
                  origin_others[k]);
         refuses(1, words, "%s", cli("eval -s @odd --acts @other_acts"));
-        snprintf(words, sizeof words, "cli_other_stats: %s is %s (expected %s, as in ", origin_keys[k],
+        snprintf(words, sizeof words, "cli_other_stats: %s is %s (expected %s, the value in force)", origin_keys[k],
                  origin_others[k], origin_values[k]);
         refuses(1, words, "%s", cli("top -s @odd -t @other_stats -m @model @photos -l 1 -o @out"));
         cli_edit(cli("@odd_acts"), cli("@other_acts"), none);
         works("%s", cli("eval --quiet -s @odd --acts @other_acts"));
     }
-    refuses(1, "cli_other_stats: crop is torchvision (expected hf, as in ", "%s", cli("merge @odd_stats @other_stats -o @out"));
+    refuses(1, "cli_other_stats: crop is torchvision (expected hf, the value in force)", "%s", cli("merge @odd_stats @other_stats -o @out"));
 }
 
 /* Values that a key cannot have, and their status and error. */
@@ -144,8 +144,8 @@ static void origin_test_tokens(void)
         snprintf(b, sizeof b, "-s @%s -m @model @photos", kinds[k]);
         check(origin_same(a, b), "%s through the model and from saved activations", kinds[k]);
     }
-    refuses(1, "cli_cls: tokens is cls (expected all, as in ", "%s", cli("eval -s @cls --acts @acts"));
-    refuses(1, "cli_patches: tokens is patches (expected cls, as in the images or an SAE before it)", "%s", cli("eval -s @cls -s @patches -m @model @photos"));
+    refuses(1, "cli_cls: tokens is cls (expected all, the value in force)", "%s", cli("eval -s @cls --acts @acts"));
+    refuses(1, "cli_patches: tokens is patches (expected cls, the value in force)", "%s", cli("eval -s @cls -s @patches -m @model @photos"));
     refuses(1, "trained on tokens cls (expected all", "%s", cli("zeroshot --quiet -s @cls -m " GOLDEN "clip_hf.safetensors "
             "--layer 1 --hook attn @photos"));
 }
@@ -170,7 +170,7 @@ static void origin_test_packed(void)
     check(origin_same("-s @squared -m @model @photos", "-s @squared -m @model @square.safetensors"),
           "photos are resized as the set was");
     works("%s", cli("train --quiet -m @model @photos --latents 24 --steps 2 --batch 4 -o @plain"));
-    refuses(1, "cli_plain: square is 0 (expected 30, as in ", "%s", cli("eval -s @plain -m @model @square.safetensors"));
+    refuses(1, "cli_plain: square is 0 (expected 30, the value in force)", "%s", cli("eval -s @plain -m @model @square.safetensors"));
     works("%s", cli("eval -s @plain --square 0 -m @model @square.safetensors"));
     check(strstr(ran.err, "square.safetensors: square is 30, overruled by 0\n") != NULL, "a remark: %s", ran.err);
 }

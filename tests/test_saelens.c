@@ -134,7 +134,7 @@ static void saelens_test_jumprelu(void)
     saelens_make("{\"architecture\": \"jumprelu\"}", "threshold", -0.001f);
     refuses(1, "threshold[0] is -0.001 (expected at least 0)", "%s", cli("eval -s @lens --acts @acts"));
     saelens_make("{\"d_in\": 32}", "threshold", 0.1f);
-    refuses(1, "tensor threshold without architecture jumprelu", "%s", cli("eval -s @lens --acts @acts"));
+    refuses(1, "tensor threshold may change", "%s", cli("eval -s @lens --acts @acts"));
 }
 
 static void saelens_test_refused(void)
@@ -152,7 +152,7 @@ static void saelens_test_refused(void)
         { "metadata.hook_head_index is 3 (", "{\"metadata\": {\"hook_head_index\": 3}}" },
         { "k is 4.5 (expected a whole number", "{\"k\": 4.5}" },
         { "activation_fn_kwargs.k is 6 (expected 5, as read before)", "{\"k\": 5, \"activation_fn_kwargs\": {\"k\": 6}}" },
-        { "k is 25 (expected a whole number from 1 to 24)", "{\"architecture\": \"topk\", \"k\": 25}" },
+        { "k is 25 (expected 1 to 24", "{\"architecture\": \"topk\", \"k\": 25}" },
         { "k is 0 (expected 1 to 24", "{\"architecture\": \"topk\"}" },
         { "cfg.json: d_sae is 48 (expected 24, as read before)", "{\"d_in\": 32, \"d_sae\": 48}" },
         { "JSON byte 0: expected '{'", "[]" }, { "JSON byte 0: expected '{'", "" },
