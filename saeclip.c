@@ -6399,10 +6399,12 @@ typedef struct {
     int transposed;                  /* whether its rows are columns in memory */
 } float_tensor;
 
+enum { MOVED_ROWS = 16 };            /* rows in one go: a cache line of a transposed tensor */
+
 /* Writes a tensor or, if there is no writer, reads it from a file. Adds it to a digest if there is
- * one. row: [columns], scratch memory */
+ * one. some: [MOVED_ROWS, columns], scratch memory */
 static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
-                       digest64 *digest, float *row) {
+                       digest64 *digest, float *some) {
     size_t rows = t->rank == 2 ? t->shape[0] : 1;
     size_t columns = t->shape[t->rank - 1];
     size_t down = padded(columns);                           /* in memory, to the next row */
@@ -6417,15 +6419,21 @@ static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_wri
     if (!w && (!source || memcmp(source->shape, t->shape, sizeof t->shape) != 0))
         return fail("%s: missing or of another shape: tensor %s (expected %zu x %zu)", file->path,
                     t->name, rows, columns);
-    for (size_t r = 0; r < rows; r++) {
-        if (!w) SC_TRY(sc_tensor_floats(file, source, r * columns, columns, row));
+    for (size_t r = 0; r < rows; r += MOVED_ROWS) {
+        size_t height = smaller(rows - r, MOVED_ROWS);
+        size_t count = height * columns;
+        if (!w) SC_TRY(sc_tensor_floats(file, source, r * columns, count, some));
         for (size_t c = 0; c < columns; c++) {
-            float *value = t->values + r * down + c * across;
-            if (w) row[c] = *value;
-            else *value = row[c];
-            if (digest) digest64_number(digest, bits_of_float(row[c]));
+            for (size_t i = 0; i < height; i++) {
+                float *in_memory = t->values + (r + i) * down + c * across;
+                float *in_file = some + i * columns + c;
+                if (w) *in_file = *in_memory;
+                else *in_memory = *in_file;
+            }
         }
-        if (w) SC_TRY(sc_writer_floats(w, row, columns));
+        for (size_t e = 0; e < count && digest; e++)
+            digest64_number(digest, bits_of_float(some[e]));
+        if (w) SC_TRY(sc_writer_floats(w, some, count));
     }
     return SC_OK;
 }
@@ -6463,11 +6471,11 @@ static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safeten
                         "b_enc, W_dec, b_dec, and threshold with architecture jumprelu)",
                         file->path, name);
     }
-    float *row = new_array(n + D, sizeof *row);              /* long enough for each */
-    int status = row ? SC_OK : SC_FAILED;
+    float *some = new_array(n + D, MOVED_ROWS * sizeof *some);       /* enough for each */
+    int status = some ? SC_OK : SC_FAILED;
     for (size_t i = 0; i < COUNT(list) && status == SC_OK; i++)
-        if (list[i].values) status = move_tensor(&list[i], file, w, digest, row);
-    free(row);
+        if (list[i].values) status = move_tensor(&list[i], file, w, digest, some);
+    free(some);
     return status;
 }
 
