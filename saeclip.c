@@ -6405,11 +6405,12 @@ enum { MOVED_ROWS = 16 };            /* rows in one go: a cache line of a transp
  * one. some: [MOVED_ROWS, columns], scratch memory */
 static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
                        digest64 *digest, float *some) {
-    size_t rows = t->rank == 2 ? t->shape[0] : 1;
+    size_t rows = 1;
     size_t columns = t->shape[t->rank - 1];
-    size_t down = padded(columns);                           /* in memory, to the next row */
-    size_t across = 1;                                       /* and to the next column */
+    size_t down = padded(columns);               /* in memory, to the next row */
+    size_t across = 1;           /* and to the next column */
     const sc_tensor *source = NULL;
+    if (t->rank == 2) rows = t->shape[0];
     if (t->transposed) {
         down = 1;
         across = padded(rows);
@@ -6445,15 +6446,16 @@ static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safeten
     static const sc_trainer none;
     size_t n = sae->d_sae;
     size_t D = sae->d_in;
-    size_t tensors = w ? 0 : file->tensors;
+    size_t found = 0;            /* tensors in the file */
+    if (!w) found = file->tensors;
     if (!t) t = &none;
     const float_tensor list[] = {
-        { "W_enc", sae->W_enc, 2, { D, n }, 1 },
+        { "W_enc", sae->W_enc, 2, { D, n }, 1 }, /* the SAE */
         { "b_enc", sae->b_enc, 1, { n }, 0 },
         { "W_dec", sae->W_dec, 2, { n, D }, 0 },
         { "b_dec", sae->b_dec, 1, { D }, 0 },
         { sae->threshold ? "threshold" : "", sae->threshold, 1, { n }, 0 },
-        { "W_enc_m", t->W_enc.m, 2, { n, D }, 0 },           /* a checkpoint's: Adam's moments */
+        { "W_enc_m", t->W_enc.m, 2, { n, D }, 0 },           /* Adam's moments, in checkpoints */
         { "W_enc_v", t->W_enc.v, 2, { n, D }, 0 },
         { "W_dec_m", t->W_dec.m, 2, { n, D }, 0 },
         { "W_dec_v", t->W_dec.v, 2, { n, D }, 0 },
@@ -6461,8 +6463,8 @@ static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safeten
         { "b_enc_v", t->b_enc.v, 1, { n }, 0 },
         { "b_dec_m", t->b_dec.m, 1, { D }, 0 },
         { "b_dec_v", t->b_dec.v, 1, { D }, 0 },
-        { "silent", NULL, 1, { n }, 0 } };                   /* integers */
-    for (size_t i = 0; i < tensors; i++) {
+        { "silent", NULL, 1, { n }, 0 } };       /* there too, but not of floats */
+    for (size_t i = 0; i < found; i++) {
         const char *name = file->tensor[i].name;
         size_t k = 0;
         while (k < COUNT(list) && strcmp(name, list[k].name) != 0) k++;
@@ -6485,9 +6487,10 @@ static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safeten
  * turn, the model's metadata, the usual value. It is parsed, and printed in one form. A source that
  * says something else is then refused by the key; an option overrules it with a remark instead. */
 
-static const char *const origin_keys[SC_ORIGIN_KEYS] = {
-    "model", "layer", "hook", "tokens", "mean", "std", "gelu", "epsilon", "heads", "square", "crop"
-};
+static const char *const origin_keys[SC_ORIGIN_KEYS] = {     /* in the order of saeclip.h */
+    "model", "layer", "hook", "tokens",
+    "mean", "std", "gelu", "epsilon", "heads",   /* settings of the model */
+    "square", "crop" };          /* and of its images */
 
 /* Prints floats with the fewest digits that give the same floats again; %g cuts trailing zeros, and
  * six digits are never too many. text: [256] */
@@ -6495,8 +6498,9 @@ static void print_floats(char *text, const float *value, int count) {
     for (int i = 0; i < count; i++) {
         int digits = 6;
         if (i > 0) *text++ = ',';
-        do sprintf(text, "%.*g", digits, (double)value[i]);
-        while (strtof(text, NULL) != value[i] && digits++ < 9);
+        do {
+            sprintf(text, "%.*g", digits, (double)value[i]);
+        } while (strtof(text, NULL) != value[i] && digits++ < 9);
         text += strlen(text);
     }
 }
@@ -6511,9 +6515,12 @@ static sc_origin read_origin(const sc_safetensors *file) {
     return origin;
 }
 
+/* Makes metadata of it. */
 static int put_origin(sc_writer *w, const sc_origin *origin) {
-    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        if (*origin->text[k]) SC_TRY(sc_writer_metadata(w, origin_keys[k], origin->text[k]));
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
+        const char *text = origin->text[k];
+        if (*text) SC_TRY(sc_writer_metadata(w, origin_keys[k], text));
+    }
     return SC_OK;
 }
 
@@ -6540,7 +6547,7 @@ static int check_origin(const char *path, const sc_origin *origin, const sc_orig
 }
 
 int sc_hook_point(const sc_origin *origin, sc_tap *tap) {
-    static const char *const names[] = { "attn", "mlp", "resid" };   /* in the order of sc_hook */
+    static const char *const names[] = { "attn", "mlp", "resid" };   /* as in sc_hook */
     int hook = SC_ATTN;
     while (hook <= SC_RESID && strcmp(origin->text[SC_HOOK], names[hook]) != 0) hook++;
     tap->hook = (sc_hook)hook;
@@ -6551,10 +6558,11 @@ int sc_hook_point(const sc_origin *origin, sc_tap *tap) {
 
 /* --- SAEs out --- */
 
+/* SAELens's name for the kind of an SAE. */
 static const char *architecture_of(const sc_sae *sae) {
     if (sae->topk) return "topk";
     if (sae->threshold) return "jumprelu";
-    return "standard";
+    return "standard";                           /* ReLU */
 }
 
 static int write_sae(sc_writer *w, void *context) {
@@ -6579,9 +6587,10 @@ static int write_saelens(const sc_sae *sae, const char *path) {
     static const char *const places[] = { "attn_out", "mlp_out", "resid_post" };
     const char *model = sae->origin.text[SC_MODEL];
     char hook[64] = "unknown";
-    size_t layer = 0;
+    size_t layer = 0;                            /* a key that may not be missing */
     sc_tap tap;
     sc_output out;
+    if (!*model) model = "unknown";
     if (sc_hook_point(&sae->origin, &tap) == SC_OK) {
         layer = tap.layer - 1;
         snprintf(hook, sizeof hook, "blocks.%zu.hook_%s", layer, places[tap.hook]);
@@ -6602,7 +6611,7 @@ static int write_saelens(const sc_sae *sae, const char *path) {
             "  \"prepend_bos\": false,\n  \"dataset_path\": \"\",\n"
             "  \"dataset_trust_remote_code\": false,\n  \"sae_lens_training_version\": null,\n"
             "  \"model_name\": ", hook, layer);
-    print_json(f, *model ? model : "unknown");
+    print_json(f, model);
     fputs("\n}\n", f);
     return output_commit(&out);
 }
@@ -6610,18 +6619,19 @@ static int write_saelens(const sc_sae *sae, const char *path) {
 /* --- SAEs in ---
  *
  * Our own SAEs have their settings in the metadata. Those of SAELens (jbloomAus/SAELens, versions 2
- * to 6) have them in a file cfg.json beside the weights. Both are taken, and must agree. */
+ * to 6) have them in a file cfg.json beside the weights. Both are read, and must agree. */
 
 static const char saelens_weights[] = "sae_weights.safetensors";
 
-enum { ARCHITECTURE, TOP_K, D_IN, D_SAE, SAE_SETTINGS };
+enum { ARCHITECTURE, TOP_K, D_IN, D_SAE, SAE_KEYS };
 
-static const char *const sae_keys[SAE_SETTINGS] = { "architecture", "k", "d_in", "d_sae" };
+/* The keys that are used. */
+static const char *const sae_keys[SAE_KEYS] = { "architecture", "k", "d_in", "d_sae" };
 
 /* The keys that change what an SAE computes, and their values for what is computed here. */
 static const char *const sae_rules[][2] = {
     { "architecture", "standard|topk|jumprelu" },
-    { "activation_fn", "relu|topk" },                        /* until version 2 */
+    { "activation_fn", "relu|topk" },            /* until version 2 */
     { "activation_fn_str", "relu|topk" },
     { "apply_b_dec_to_input", "true" },
     { "normalize_activations", "none|false|null" },
@@ -6630,10 +6640,11 @@ static const char *const sae_rules[][2] = {
     { "rescale_acts_by_decoder_norm", "false|null" },
     { "hook_head_index", "null" } };
 
+/* What was read so far. */
 typedef struct {
     const char *path;                /* the file that is being read */
-    char text[SAE_SETTINGS][16];     /* "" where nothing is said */
-    int topk;                        /* whether the activation function is TopK */
+    char text[SAE_KEYS][16];         /* the values, "" where nothing is said */
+    int topk;                        /* the activation function is TopK, also of "standard" SAEs */
 } sae_settings;
 
 /* Takes a setting. In cfg.json it may be nested: only the last part of its key counts. */
@@ -6641,11 +6652,14 @@ static int take_setting(void *context, const char *key, const char *value) {
     sae_settings *s = context;
     const char *dot = strrchr(key, '.');
     const char *name = dot ? dot + 1 : key;
-    for (size_t i = 0; i < COUNT(sae_rules); i++)
-        if (strcmp(name, sae_rules[i][0]) == 0 && !is_choice(sae_rules[i][1], value))
-            return fail("%s: %s is %s (expected %s)", s->path, key, value, sae_rules[i][1]);
+    for (size_t i = 0; i < COUNT(sae_rules); i++) {
+        const char *allowed = sae_rules[i][1];
+        if (strcmp(name, sae_rules[i][0]) == 0 && !is_choice(allowed, value))
+            return fail("%s: %s is %s (expected %s)", s->path, key, value, allowed);
+    }
+    /* activation_fn or activation_fn_str */
     if (strncmp(name, "activation_fn", 13) == 0 && strcmp(value, "topk") == 0) s->topk = 1;
-    for (size_t i = 0; i < SAE_SETTINGS; i++) {
+    for (size_t i = 0; i < SAE_KEYS; i++) {
         char *text = s->text[i];
         if (strcmp(name, sae_keys[i]) != 0 || strcmp(value, "null") == 0) continue;
         if (i != ARCHITECTURE && value[strspn(value, "0123456789")])
@@ -6657,45 +6671,36 @@ static int take_setting(void *context, const char *key, const char *value) {
     return SC_OK;
 }
 
-/* Takes the settings of the metadata, then those of cfg.json if there is one. */
-static int take_settings(sae_settings *s, const sc_safetensors *weights, const char *config) {
-    enum { MOST = 1 << 20 };                     /* bytes; JSON that is cut is refused */
-    s->path = weights->path;
-    for (size_t i = 0; i < weights->entries; i++) {
-        const sc_entry *entry = &weights->metadata[i];
-        SC_TRY(take_setting(s, entry->key, entry->value));
-    }
-    s->path = config;
-    FILE *file = fopen(config, "r");
-    if (!file && errno == ENOENT) return SC_OK;
-    if (!file) return fail("%s: cannot be opened: %s", config, strerror(errno));
-    char *text = new_array(MOST + 1, 1);
-    int status = SC_FAILED;
-    if (text) {
-        size_t length = fread(text, 1, MOST, file);
-        status = json_scalars(text, length, config, take_setting, s);
-    }
-    fclose(file);
-    free(text);
-    return status;
-}
-
+/* config: the path of cfg.json */
 static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config) {
     const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
     const char *start = sc_metadata_find(file, "b_dec_start");
-    sae_settings s = { 0 };
-    const char *architecture = s.text[ARCHITECTURE];
+    sae_settings s = { .path = file->path };
     digest64 digest = { 0 };
+    char text[1 << 16] = "";         /* of cfg.json; JSON that is cut is refused */
     if (!encoder || encoder->rank != 2 || encoder->count == 0)
         return fail("%s: not an SAE (expected a tensor W_enc [d_in, d_sae])", file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
+    /* The settings: the sizes, then the metadata, then cfg.json if there is one. */
     snprintf(s.text[D_IN], sizeof *s.text, "%zu", sae->d_in);
     snprintf(s.text[D_SAE], sizeof *s.text, "%zu", sae->d_sae);
-    SC_TRY(take_settings(&s, file, config));
-    /* A k without an architecture means TopK. The activation function of SAELens's standard SAE may
-     * be TopK. */
-    sae->k = (size_t)strtoul(s.text[TOP_K], NULL, 10);
-    sae->topk = s.topk || strcmp(architecture, "topk") == 0 || (!*architecture && *s.text[TOP_K]);
+    for (size_t i = 0; i < file->entries; i++) {
+        SC_TRY(take_setting(&s, file->metadata[i].key, file->metadata[i].value));
+    }
+    FILE *cfg = fopen(config, "r");
+    if (!cfg && errno != ENOENT)
+        return fail("%s: cannot be opened: %s", config, strerror(errno));
+    if (cfg) {
+        size_t length = fread(text, 1, sizeof text - 1, cfg);
+        fclose(cfg);
+        s.path = config;
+        SC_TRY(json_scalars(text, length, config, take_setting, &s));
+    }
+    /* A k without an architecture means TopK. */
+    const char *architecture = s.text[ARCHITECTURE];
+    const char *k = s.text[TOP_K];
+    sae->k = (size_t)strtoul(k, NULL, 10);
+    sae->topk = s.topk || strcmp(architecture, "topk") == 0 || (!*architecture && *k);
     if (!sae->topk && strcmp(architecture, "jumprelu") == 0) {
         sae->threshold = new_array(sae->d_sae, sizeof *sae->threshold);
         if (!sae->threshold) return SC_FAILED;
@@ -6706,6 +6711,7 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config)
             return fail("%s: threshold[%zu] is %g (expected at least 0)", file->path, j,
                         (double)sae->threshold[j]);
     sae->digest = digest64_value(&digest);
+    /* What else the metadata say. */
     sae->origin = read_origin(file);
     if (start) snprintf(sae->b_dec_start, sizeof sae->b_dec_start, "%s", start);
     sae->path = copy_string(file->path);
@@ -6718,9 +6724,11 @@ int sc_sae_open(sc_sae *sae, const char *path) {
     sc_safetensors file;
     struct stat about;
     *sae = (sc_sae){ 0 };
-    if (stat(path, &about) == 0 && S_ISDIR(about.st_mode))
+    if (stat(path, &about) == 0 && S_ISDIR(about.st_mode)) {
         SC_TRY(join_path(path, saelens_weights, weights));
-    else SC_TRY(join_path("", path, weights));
+    } else {
+        SC_TRY(join_path("", path, weights));
+    }
     int folder = (int)(base_name(weights) - weights);        /* its length */
     snprintf(config, sizeof config, "%.*scfg.json", folder, weights);
     SC_TRY(sc_safetensors_open(&file, weights));
@@ -6732,8 +6740,9 @@ int sc_sae_open(sc_sae *sae, const char *path) {
 
 /* By this digest statistics of another SAE are refused. Options may have changed the settings. */
 static uint64_t sae_digest(const sc_sae *sae) {
-    uint64_t digest = digest64_step(sae->digest, sae->topk ? sae->k : 0);
-    return digest64_step(digest, sae->threshold != NULL);
+    uint64_t digest = digest64_step(sae->digest, sae->threshold != NULL);
+    if (sae->topk) digest = digest64_step(digest, sae->k);
+    return digest;
 }
 
 /* ============================================================================================
@@ -6747,11 +6756,12 @@ static uint64_t sae_digest(const sc_sae *sae) {
 typedef int draw_function(void *context, size_t draw, size_t *image);
 
 typedef struct {
-    size_t T, D, stride;             /* tokens per image, width, width padded to 16 */
+    size_t T;                        /* tokens per image */
+    size_t D, stride;                /* width; from row to row, the width padded to 16 */
     size_t grid;                     /* patches per side, 0 where the tokens are not a grid */
     size_t first_patch;              /* 1 where token 0 is the class token */
-    sc_origin said, origin;          /* what options say; of the data, but a model's hook point only
-                                      * as options say it */
+    sc_origin said;                  /* as options say it; a layer from the end is negative */
+    sc_origin origin;                /* in force; without the hook points of SAEs */
     size_t taps;
     sc_tap tap[SC_MAX_TAPS];         /* a hook point per SAE; out: [room, T, stride] */
     size_t *image;                   /* [room], the batch's images in the data set */
@@ -6760,11 +6770,13 @@ typedef struct {
     float *logits;                   /* [room, classes], where they are asked for */
     size_t count;                    /* images in the current batch */
     size_t used;                     /* images in the batches before it */
-    size_t drawn, bad;               /* the next draw; images passed over as bad */
+    size_t drawn;                    /* the next draw */
+    size_t bad;                      /* images passed over as bad */
+    int skip_bad;                    /* whether they are passed over */
     memory_list memory;
-    int is_file, skip_bad;
-    sc_safetensors file;             /* saved activations, where is_file */
-    const sc_tensor *activations;
+    int is_file;                     /* whether activations were saved */
+    sc_safetensors file;             /* in this file */
+    const sc_tensor *activations;    /* [images, T, D] */
     sc_images set;                   /* the images; of saved activations only their labels */
     sc_model model;
     sc_preprocess preprocess;
@@ -6784,23 +6796,11 @@ static const char *image_name(const feed *f, size_t image) { return f->set.image
 static int blame_token(const feed *f, size_t token) {
     size_t image = f->image[token / f->T];
     const char *name = image_name(f, image);
-    return fail("image %zu%s%s, token %zu: %s", image, *name ? " " : "", name, token % f->T,
-                sc_error());
+    const char *blank = *name ? " " : "";
+    return fail("image %zu%s%s, token %zu: %s", image, blank, name, token % f->T, sc_error());
 }
 
 /* --- Opening --- */
-
-/* The origin as far as options give it; a layer from the end is negative. */
-static sc_origin options_origin(const options *o) {
-    sc_origin said = { 0 };
-    const size_t room = sizeof *said.text;
-    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        if (o->origin[k]) snprintf(said.text[k], room, "%s", o->origin[k]);
-    if (o->model) snprintf(said.text[SC_MODEL], room, "%s", base_name(o->model));
-    if (o->layer) snprintf(said.text[SC_LAYER], room, "%ld", o->layer);
-    if (o->square >= 0) snprintf(said.text[SC_SQUARE], room, "%ld", o->square);
-    return said;
-}
 
 /* Opens saved activations. A file without the digest of its data set gets that of its labels. */
 static int open_activations(feed *f, const options *o) {
@@ -6812,7 +6812,7 @@ static int open_activations(feed *f, const options *o) {
         return fail("%s: not saved activations (expected a tensor activations [images, tokens, "
                     "width])", o->acts);
     if (o->layer < 0)
-        return usage("--layer: %ld (expected a number from 1 for saved activations)", o->layer);
+        return usage("--layer: %ld (expected 1 or more for saved activations)", o->layer);
     f->is_file = 1;
     f->activations = a;
     f->T = a->shape[1];
@@ -6830,11 +6830,12 @@ static int open_activations(feed *f, const options *o) {
     return SC_OK;
 }
 
-/* Opens images and a model. */
+/* Opens images and a model. The origin is filled, parsed, and printed. */
 static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes) {
     static const sc_origin usual = {
         .text = { [SC_TOKENS] = "all", [SC_SQUARE] = "0", [SC_CROP] = "torchvision" } };
     const size_t room = sizeof *usual.text;
+    const size_t largest = 16384;                /* --square */
     sc_origin *now = &f->origin;
     sc_model *m = &f->model;
     f->skip_bad = o->skip_bad;
@@ -6848,26 +6849,27 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
     if (status == SC_USAGE && saes > 0)
         return usage("%s, from an option or from %s", sc_error(), sae->path);
     SC_TRY(status);
-    /* Parse the other values. */
-    const char *tokens = now->text[SC_TOKENS];
-    int patches = strcmp(tokens, "patches") == 0;
-    int class = strcmp(tokens, "cls") == 0;
+    /* Which tokens are kept, and how images are made. */
+    size_t square = strtoul(now->text[SC_SQUARE], NULL, 10);
+    int patches = strcmp(now->text[SC_TOKENS], "patches") == 0;
+    int class = strcmp(now->text[SC_TOKENS], "cls") == 0;
     f->D = m->width;
     f->T = m->tokens;
     if (patches) f->T--;
     if (class) f->T = 1;
     f->first_patch = !patches;
     f->preprocess.size = (int)m->image_size;
-    f->preprocess.square = (int)smaller(strtoul(now->text[SC_SQUARE], NULL, 10), 16384);
+    f->preprocess.square = (int)smaller(square, largest);
     f->preprocess.crop_hf = strcmp(now->text[SC_CROP], "hf") == 0;
-    /* Print what is in force. Each SAE has its own hook point. */
+    /* What is in force. Each SAE has its own hook point. */
     strcpy(now->text[SC_LAYER], f->said.text[SC_LAYER]);
     strcpy(now->text[SC_HOOK], f->said.text[SC_HOOK]);
     if (!patches && !class) strcpy(now->text[SC_TOKENS], "all");
     print_floats(now->text[SC_MEAN], m->mean, 3);
     print_floats(now->text[SC_STD], m->std, 3);
     print_floats(now->text[SC_EPSILON], &m->epsilon, 1);
-    strcpy(now->text[SC_GELU], m->activation == QUICK_GELU ? "quick_gelu" : "gelu");
+    strcpy(now->text[SC_GELU], "gelu");
+    if (m->activation == QUICK_GELU) strcpy(now->text[SC_GELU], "quick_gelu");
     snprintf(now->text[SC_HEADS], room, "%zu", m->heads);
     snprintf(now->text[SC_SQUARE], room, "%d", f->preprocess.square);
     if (!f->preprocess.crop_hf) strcpy(now->text[SC_CROP], "torchvision");
@@ -6876,15 +6878,27 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
 
 /* Opens DATA: saved activations (--acts), or images through a model, with the settings of SAEs. */
 static int open_feed(feed *f, const options *o, const sc_sae *sae, size_t saes) {
-    *f = (feed){ .said = options_origin(o) };
-    f->origin = f->said;
+    *f = (feed){ 0 };
+    sc_origin *said = &f->said;
+    const size_t room = sizeof *said->text;
+    /* What the options say of the origin. */
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
+        const char *text = o->origin[k];
+        if (text) snprintf(said->text[k], room, "%s", text);
+    }
+    if (o->model) snprintf(said->text[SC_MODEL], room, "%s", base_name(o->model));
+    if (o->layer) snprintf(said->text[SC_LAYER], room, "%ld", o->layer);
+    if (o->square >= 0) snprintf(said->text[SC_SQUARE], room, "%ld", o->square);
+    f->origin = *said;
     if (o->acts && !o->operand[0]) SC_TRY(open_activations(f, o));
     else if (o->operand[0] && o->model) SC_TRY(open_model(f, o, sae, saes));
     else return usage("no data (expected --acts FILE, or -m MODEL and IMAGES)");
     f->stride = padded(f->D);
-    if (f->D > SC_MAX_WIDTH || f->T > SC_MAX_TOKENS || f->T > SIZE_MAX / sizeof(float) / f->stride)
+    size_t most = smaller(SC_MAX_TOKENS, SIZE_MAX / sizeof(float) / f->stride);
+    if (f->D > SC_MAX_WIDTH || f->T > most)
         return fail("%s: activations of %zu tokens x %zu are too large",
-                    f->is_file ? f->file.path : f->model.file.path, f->T, f->D);
+                    f->is_file ? o->acts : o->model, f->T, f->D);
+    /* The grid of patches */
     size_t patches = f->T - f->first_patch;
     while ((f->grid + 1) * (f->grid + 1) <= patches) f->grid++;
     if (f->grid * f->grid != patches) f->grid = 0;
@@ -6942,8 +6956,9 @@ static int start_feed(feed *f, size_t room, draw_function *order, void *context,
     size_t deepest = 0;                          /* the last block that is needed */
     size_t T = f->T;
     if (!f->is_file) T = f->model.tokens;        /* not all are kept */
-    for (size_t i = 0; i < f->taps; i++)
+    for (size_t i = 0; i < f->taps; i++) {
         if (f->tap[i].layer > deepest) deepest = f->tap[i].layer;
+    }
     if (with_logits) deepest = f->model.blocks;
     if (f->model.blocks) SC_TRY(sc_model_load(&f->model, deepest, with_logits));
     f->order = order;
@@ -6970,14 +6985,15 @@ static int load_task(void *context, size_t task) {
     size_t S = (size_t)f->preprocess.size;
     size_t slot = f->count + task;
     size_t image = f->image[slot];
+    unsigned char *pixels = f->pixels + slot * S * S * 3;
     f->label[slot] = f->set.image[image].label;
-    if (!f->is_file)
-        return load_image(&f->set, image, &f->preprocess, f->pixels + slot * S * S * 3);
+    if (!f->is_file) return load_image(&f->set, image, &f->preprocess, pixels);
     for (size_t t = 0; t < f->T; t++) {
+        size_t token = slot * f->T + t;          /* in the batch */
         size_t first = (image * f->T + t) * f->D;
-        float *out = f->tap[0].out + (slot * f->T + t) * f->stride;
+        float *out = f->tap[0].out + token * f->stride;
         if (sc_tensor_floats(&f->file, f->activations, first, f->D, out) != SC_OK)
-            return blame_token(f, slot * f->T + t);
+            return blame_token(f, token);
     }
     return SC_OK;
 }
@@ -6992,10 +7008,11 @@ static int load_images(feed *f, size_t want) {
         size_t draw = f->drawn;
         size_t end = 0;
         for (; end < want; draw++) {
-            size_t image = draw;
-            if (f->order && f->order(f->order_context, draw, &image) == SC_END) break;
-            if (!f->order && draw >= last) break;
-            if (f->set.image[image].name) f->image[end++] = image;
+            size_t chosen = draw;
+            int ends = draw >= last;
+            if (f->order) ends = f->order(f->order_context, draw, &chosen) == SC_END;
+            if (ends) break;
+            if (f->set.image[chosen].name) f->image[end++] = chosen;
         }
         /* Load what is not loaded yet. */
         int status = parallel_for(end - f->count, load_task, f);
@@ -7007,9 +7024,11 @@ static int load_images(feed *f, size_t want) {
         /* Images before a bad one stay. */
         f->count += pool.failed_task;
         if (status != SC_FAILED || !f->skip_bad) return SC_FAILED;
+        size_t image = f->image[f->count];
         note("%s; passed over", sc_error());
-        f->set.image[f->image[f->count]].name = NULL;
-        if (++f->bad == f->set.count)
+        f->set.image[image].name = NULL;
+        f->bad++;
+        if (f->bad == f->set.count)
             return fail("%s; none of %zu images can be read", sc_error(), f->bad);
     }
 }
@@ -7018,9 +7037,10 @@ static int load_images(feed *f, size_t want) {
 static int check_finite(const feed *f, const float *rows, size_t count, size_t stride) {
     size_t numbers = f->count * count * stride;
     size_t bad = first_not_finite(rows, numbers);
+    size_t per_row = f->T / count;               /* tokens */
     if (bad == numbers) return SC_OK;
     fail("%s gives %g (expected a finite number)", f->model.file.path, (double)rows[bad]);
-    return blame_token(f, bad / stride * (f->T / count));
+    return blame_token(f, bad / stride * per_row);
 }
 
 /* Reads the next batch and computes its activations: f->count images, 0 at the end. */
@@ -7028,29 +7048,31 @@ static int next_batch(feed *f, size_t want) {
     size_t S = f->model.image_size;
     size_t T = f->model.tokens;
     size_t classes = f->model.classes;
-    size_t kept = f->T * f->stride;              /* numbers of an image */
+    size_t all = T * f->stride;                  /* numbers of an image */
+    size_t kept = f->T * f->stride;              /* those of the tokens that are kept */
     size_t images;
     f->used += f->count;
     f->count = 0;
     SC_TRY(load_images(f, want));
     if (f->is_file || (f->taps == 0 && !f->logits)) return SC_OK;
-    /* Forward passes over some images each */
+    /* Forward passes; out: [count, model's tokens, stride] */
     for (size_t first = 0; first < f->count; first += images) {
         const unsigned char *pixels = f->pixels + first * S * S * 3;
         sc_tap tap[SC_MAX_TAPS];
         float *head = f->logits;
         images = smaller(f->count - first, FORWARD_IMAGES);
         memcpy(tap, f->tap, sizeof tap);
-        for (size_t i = 0; i < f->taps; i++) tap[i].out += first * T * f->stride;
+        for (size_t i = 0; i < f->taps; i++) tap[i].out += first * all;
         if (head) head += first * classes;
         SC_TRY(sc_model_forward(&f->model, pixels, images, tap, f->taps, head));
     }
-    /* The tokens that are kept move together. */
+    /* Move the tokens that are kept together. */
     for (size_t i = 0; i < f->taps; i++) {
         float *out = f->tap[i].out;
         const float *from = f->first_patch ? out : out + f->stride;
-        for (size_t image = 0; image < f->count; image++)
-            memmove(out + image * kept, from + image * T * f->stride, kept * sizeof *out);
+        for (size_t image = 0; image < f->count; image++) {
+            memmove(out + image * kept, from + image * all, kept * sizeof *out);
+        }
         SC_TRY(check_finite(f, out, f->T, f->stride));
     }
     if (!f->logits) return SC_OK;
