@@ -6581,13 +6581,15 @@ int sc_sae_save(const sc_sae *sae, const char *path) {
     return save_tensors(path, 8192, write_sae, &copy);
 }
 
-/* Writes the cfg.json of a folder in the form that SAELens 3 to 6 read. Hook points have the names
- * of TransformerLens, which counts blocks from 0. */
+/* Writes the cfg.json of a folder: the keys without which SAELens 3 to 6 do not read it. Hook points
+ * have the names of TransformerLens, which counts blocks from 0. */
 static int write_saelens(const sc_sae *sae, const char *path) {
     static const char *const places[] = { "attn_out", "mlp_out", "resid_post" };
     const char *model = sae->origin.text[SC_MODEL];
+    const char *activation = "relu";
+    char k[32] = "";
     char hook[64] = "unknown";
-    size_t layer = 0;                            /* a key that may not be missing */
+    size_t layer = 0;
     sc_tap tap;
     sc_output out;
     if (!*model) model = "unknown";
@@ -6595,24 +6597,20 @@ static int write_saelens(const sc_sae *sae, const char *path) {
         layer = tap.layer - 1;
         snprintf(hook, sizeof hook, "blocks.%zu.hook_%s", layer, places[tap.hook]);
     }
+    if (sae->topk) {
+        activation = "topk";
+        snprintf(k, sizeof k, "\"k\": %zu", sae->k);
+    }
     SC_TRY(output_open(&out, path));
-    FILE *f = out.file;
-    fprintf(f, "{\n  \"architecture\": \"%s\",\n  \"d_in\": %zu,\n  \"d_sae\": %zu,\n",
-            architecture_of(sae), sae->d_in, sae->d_sae);
-    if (sae->topk)                               /* before version 6, and from then on */
-        fprintf(f, "  \"activation_fn_str\": \"topk\",\n  \"activation_fn_kwargs\": {\"k\": %zu},\n"
-                "  \"k\": %zu,\n", sae->k, sae->k);
-    else
-        fputs("  \"activation_fn_str\": \"relu\",\n  \"activation_fn_kwargs\": {},\n", f);
-    fprintf(f, "  \"hook_name\": \"%s\",\n  \"hook_layer\": %zu,\n  \"hook_head_index\": null,\n"
-            "  \"dtype\": \"float32\",\n  \"device\": \"cpu\",\n  \"apply_b_dec_to_input\": true,\n"
-            "  \"normalize_activations\": \"none\",\n  \"reshape_activations\": \"none\",\n"
-            "  \"finetuning_scaling_factor\": false,\n  \"context_size\": 1,\n"
-            "  \"prepend_bos\": false,\n  \"dataset_path\": \"\",\n"
-            "  \"dataset_trust_remote_code\": false,\n  \"sae_lens_training_version\": null,\n"
-            "  \"model_name\": ", hook, layer);
-    print_json(f, model);
-    fputs("\n}\n", f);
+    fprintf(out.file, "{\n  \"architecture\": \"%s\",\n  \"d_in\": %zu,\n  \"d_sae\": %zu,\n"
+            "  \"activation_fn_str\": \"%s\",\n  \"activation_fn_kwargs\": {%s},\n"
+            "  \"apply_b_dec_to_input\": true,\n  \"normalize_activations\": \"none\",\n"
+            "  \"hook_name\": \"%s\",\n  \"hook_layer\": %zu,\n  \"hook_head_index\": null,\n"
+            "  \"dtype\": \"float32\",\n  \"device\": \"cpu\",\n"
+            "  \"context_size\": 1,\n  \"dataset_path\": \"\",\n  \"model_name\": ",
+            architecture_of(sae), sae->d_in, sae->d_sae, activation, k, hook, layer);
+    print_json(out.file, model);
+    fputs("\n}\n", out.file);
     return output_commit(&out);
 }
 

@@ -40,13 +40,11 @@ static void saelens_test_written(void)
 {
     static const char expected[] =
         "{\n  \"architecture\": \"topk\",\n  \"d_in\": 32,\n  \"d_sae\": 24,\n"
-        "  \"activation_fn_str\": \"topk\",\n  \"activation_fn_kwargs\": {\"k\": 5},\n  \"k\": 5,\n"
+        "  \"activation_fn_str\": \"topk\",\n  \"activation_fn_kwargs\": {\"k\": 5},\n"
+        "  \"apply_b_dec_to_input\": true,\n  \"normalize_activations\": \"none\",\n"
         "  \"hook_name\": \"blocks.1.hook_mlp_out\",\n  \"hook_layer\": 1,\n  \"hook_head_index\": null,\n"
-        "  \"dtype\": \"float32\",\n  \"device\": \"cpu\",\n  \"apply_b_dec_to_input\": true,\n"
-        "  \"normalize_activations\": \"none\",\n  \"reshape_activations\": \"none\",\n"
-        "  \"finetuning_scaling_factor\": false,\n  \"context_size\": 1,\n  \"prepend_bos\": false,\n"
-        "  \"dataset_path\": \"\",\n  \"dataset_trust_remote_code\": false,\n"
-        "  \"sae_lens_training_version\": null,\n  \"model_name\": \"cli_model\"\n}\n";
+        "  \"dtype\": \"float32\",\n  \"device\": \"cpu\",\n"
+        "  \"context_size\": 1,\n  \"dataset_path\": \"\",\n  \"model_name\": \"cli_model\"\n}\n";
     const struct { const char *name; int rank; size_t shape[2]; } tensors[] = {
         { "W_dec", 2, { 24, 32 } }, { "W_enc", 2, { 32, 24 } }, { "b_dec", 1, { 32 } }, { "b_enc", 1, { 24 } } };
     size_t length;
