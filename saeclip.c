@@ -6408,7 +6408,7 @@ static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_wri
     size_t rows = 1;
     size_t columns = t->shape[t->rank - 1];
     size_t down = padded(columns);               /* in memory, to the next row */
-    size_t across = 1;           /* and to the next column */
+    size_t across = 1;                           /* and to the next column */
     const sc_tensor *source = NULL;
     if (t->rank == 2) rows = t->shape[0];
     if (t->transposed) {
@@ -6446,11 +6446,11 @@ static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safeten
     static const sc_trainer none;
     size_t n = sae->d_sae;
     size_t D = sae->d_in;
-    size_t found = 0;            /* tensors in the file */
+    size_t found = 0;                            /* tensors in the file */
     if (!w) found = file->tensors;
     if (!t) t = &none;
     const float_tensor list[] = {
-        { "W_enc", sae->W_enc, 2, { D, n }, 1 }, /* the SAE */
+        { "W_enc", sae->W_enc, 2, { D, n }, 1 },             /* the SAE */
         { "b_enc", sae->b_enc, 1, { n }, 0 },
         { "W_dec", sae->W_dec, 2, { n, D }, 0 },
         { "b_dec", sae->b_dec, 1, { D }, 0 },
@@ -6463,7 +6463,7 @@ static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safeten
         { "b_enc_v", t->b_enc.v, 1, { n }, 0 },
         { "b_dec_m", t->b_dec.m, 1, { D }, 0 },
         { "b_dec_v", t->b_dec.v, 1, { D }, 0 },
-        { "silent", NULL, 1, { n }, 0 } };       /* there too, but not of floats */
+        { "silent", NULL, 1, { n }, 0 } };                   /* there too, but not of floats */
     for (size_t i = 0; i < found; i++) {
         const char *name = file->tensor[i].name;
         size_t k = 0;
@@ -6489,8 +6489,8 @@ static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safeten
 
 static const char *const origin_keys[SC_ORIGIN_KEYS] = {     /* in the order of saeclip.h */
     "model", "layer", "hook", "tokens",
-    "mean", "std", "gelu", "epsilon", "heads",   /* settings of the model */
-    "square", "crop" };          /* and of its images */
+    "mean", "std", "gelu", "epsilon", "heads",               /* settings of the model */
+    "square", "crop" };                                      /* and of its images */
 
 /* Prints floats with the fewest digits that give the same floats again; %g cuts trailing zeros, and
  * six digits are never too many. text: [256] */
@@ -6575,19 +6575,20 @@ static int write_sae(sc_writer *w, void *context) {
     return move_tensors(sae, NULL, NULL, w, NULL);
 }
 
+/* The API's: train writes more metadata. */
 int sc_sae_save(const sc_sae *sae, const char *path) {
     sc_sae copy = *sae;
     SC_TRY(check_k(sae));
     return save_tensors(path, 8192, write_sae, &copy);
 }
 
-/* Writes the cfg.json of a folder: the keys without which SAELens 3 to 6 do not read it. Hook points
- * have the names of TransformerLens, which counts blocks from 0. */
+/* Writes the cfg.json of a folder, with the keys that SAELens 3 to 6 need. Hook points have
+ * TransformerLens's names, which count blocks from 0. */
 static int write_saelens(const sc_sae *sae, const char *path) {
     static const char *const places[] = { "attn_out", "mlp_out", "resid_post" };
     const char *model = sae->origin.text[SC_MODEL];
     const char *activation = "relu";
-    char k[32] = "";
+    char k[32] = "";                             /* an argument of the activation function */
     char hook[64] = "unknown";
     size_t layer = 0;
     sc_tap tap;
@@ -6675,7 +6676,7 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config)
     const char *start = sc_metadata_find(file, "b_dec_start");
     sae_settings s = { .path = file->path };
     digest64 digest = { 0 };
-    char text[1 << 16] = "";         /* of cfg.json; JSON that is cut is refused */
+    char text[1 << 16] = "";                     /* of cfg.json; JSON that is cut is refused */
     if (!encoder || encoder->rank != 2 || encoder->count == 0)
         return fail("%s: not an SAE (expected a tensor W_enc [d_in, d_sae])", file->path);
     SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
@@ -6841,7 +6842,9 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
     /* What the options leave open, a packed set says, else an SAE, else the model's file. */
     const sc_origin packed = read_origin(&f->set.packed);
     fill_origin(now, &packed);
-    for (size_t i = 0; i < saes; i++) fill_origin(now, &sae[i].origin);
+    for (size_t i = 0; i < saes; i++) {
+        fill_origin(now, &sae[i].origin);
+    }
     fill_origin(now, &usual);
     int status = sc_model_open(m, o->model, now);
     if (status == SC_USAGE && saes > 0)
@@ -6968,8 +6971,11 @@ static int start_feed(feed *f, size_t room, draw_function *order, void *context,
     SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
     for (size_t i = 0; i < f->taps; i++) {
         float **out = &f->tap[i].out;
-        if (f->is_file && i > 0) *out = f->tap[0].out;       /* the same for all SAEs */
-        else SC_TRY(allocate(&f->memory, out, room, T * row));
+        if (f->is_file && i > 0) {
+            *out = f->tap[0].out;                /* the same for all SAEs */
+            continue;
+        }
+        SC_TRY(allocate(&f->memory, out, room, T * row));
     }
     if (!with_logits) return SC_OK;
     return allocate(&f->memory, &f->logits, room, f->model.classes * sizeof *f->logits);
@@ -7052,7 +7058,8 @@ static int next_batch(feed *f, size_t want) {
     f->used += f->count;
     f->count = 0;
     SC_TRY(load_images(f, want));
-    if (f->is_file || (f->taps == 0 && !f->logits)) return SC_OK;
+    if (f->is_file) return SC_OK;
+    if (f->taps == 0 && !f->logits) return SC_OK;
     /* Forward passes; out: [count, model's tokens, stride] */
     for (size_t first = 0; first < f->count; first += images) {
         const unsigned char *pixels = f->pixels + first * S * S * 3;
@@ -7060,7 +7067,9 @@ static int next_batch(feed *f, size_t want) {
         float *head = f->logits;
         images = smaller(f->count - first, FORWARD_IMAGES);
         memcpy(tap, f->tap, sizeof tap);
-        for (size_t i = 0; i < f->taps; i++) tap[i].out += first * all;
+        for (size_t i = 0; i < f->taps; i++) {
+            tap[i].out += first * all;
+        }
         if (head) head += first * classes;
         SC_TRY(sc_model_forward(&f->model, pixels, images, tap, f->taps, head));
     }
