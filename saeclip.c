@@ -6624,13 +6624,14 @@ static const char saelens_weights[] = "sae_weights.safetensors";
 
 enum { ARCHITECTURE, TOP_K, D_IN, D_SAE, SAE_KEYS };
 
-/* The keys that are used. */
-static const char *const sae_keys[SAE_KEYS] = { "architecture", "k", "d_in", "d_sae" };
-
-/* The keys that change what an SAE computes, and their values for what is computed here. */
+/* The keys that are used or change what an SAE computes, and their values for what is computed
+ * here; NULL: a whole number. */
 static const char *const sae_rules[][2] = {
-    { "architecture", "standard|topk|jumprelu" },
-    { "activation_fn", "relu|topk" },            /* until version 2 */
+    { "architecture", "standard|topk|jumprelu" },            /* the first SAE_KEYS are used */
+    { "k", NULL },
+    { "d_in", NULL },
+    { "d_sae", NULL },
+    { "activation_fn", "relu|topk" },                        /* until version 2 */
     { "activation_fn_str", "relu|topk" },
     { "apply_b_dec_to_input", "true" },
     { "normalize_activations", "none|false|null" },
@@ -6651,22 +6652,23 @@ static int take_setting(void *context, const char *key, const char *value) {
     sae_settings *s = context;
     const char *dot = strrchr(key, '.');
     const char *name = dot ? dot + 1 : key;
-    for (size_t i = 0; i < COUNT(sae_rules); i++) {
-        const char *allowed = sae_rules[i][1];
-        if (strcmp(name, sae_rules[i][0]) == 0 && !is_choice(allowed, value))
-            return fail("%s: %s is %s (expected %s)", s->path, key, value, allowed);
+    size_t i = 0;
+    while (i < COUNT(sae_rules) && strcmp(name, sae_rules[i][0]) != 0) i++;
+    if (i == COUNT(sae_rules)) return SC_OK;
+    const char *allowed = sae_rules[i][1];
+    if (!allowed && strcmp(value, "null") == 0) return SC_OK;
+    if (!allowed && value[strspn(value, "0123456789")])
+        return fail("%s: %s is %s (expected a whole number)", s->path, key, value);
+    if (allowed && !is_choice(allowed, value))
+        return fail("%s: %s is %s (expected %s)", s->path, key, value, allowed);
+    if (i >= SAE_KEYS) {
+        if (strcmp(value, "topk") == 0) s->topk = 1;
+        return SC_OK;
     }
-    /* activation_fn or activation_fn_str */
-    if (strncmp(name, "activation_fn", 13) == 0 && strcmp(value, "topk") == 0) s->topk = 1;
-    for (size_t i = 0; i < SAE_KEYS; i++) {
-        char *text = s->text[i];
-        if (strcmp(name, sae_keys[i]) != 0 || strcmp(value, "null") == 0) continue;
-        if (i != ARCHITECTURE && value[strspn(value, "0123456789")])
-            return fail("%s: %s is %s (expected a whole number)", s->path, key, value);
-        if (*text && strcmp(text, value) != 0)
-            return fail("%s: %s is %s (expected %s, as read before)", s->path, key, value, text);
-        snprintf(text, sizeof *s->text, "%s", value);
-    }
+    char *text = s->text[i];
+    if (*text && strcmp(text, value) != 0)
+        return fail("%s: %s is %s (expected %s, as read before)", s->path, key, value, text);
+    snprintf(text, sizeof *s->text, "%s", value);
     return SC_OK;
 }
 
@@ -6756,7 +6758,8 @@ typedef int draw_function(void *context, size_t draw, size_t *image);
 
 typedef struct {
     size_t T;                        /* tokens per image */
-    size_t D, stride;                /* width; from row to row, the width padded to 16 */
+    size_t D;                        /* width */
+    size_t stride;                   /* from row to row: the width padded to 16 */
     size_t grid;                     /* patches per side, 0 where the tokens are not a grid */
     size_t first_patch;              /* 1 where token 0 is the class token */
     sc_origin said;                  /* as options say it; a layer from the end is negative */
