@@ -3018,7 +3018,7 @@ int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t 
 
 
 static int new_sae(sc_sae *sae, size_t d_in, size_t d_sae) {
-    *sae = (sc_sae){ .d_in = d_in, .d_sae = d_sae, .stride = padded(d_in), .hook = -1 };
+    *sae = (sc_sae){ .d_in = d_in, .d_sae = d_sae, .stride = padded(d_in) };
     if (d_in == 0 || d_sae == 0 || d_in > SC_MAX_WIDTH || d_sae > SC_MAX_LATENTS)
         return fail("an SAE of %zu inputs and %zu latents is not possible", d_in, d_sae);
     sae->W_enc = new_array(d_sae, sae->stride * sizeof *sae->W_enc);
@@ -3035,7 +3035,6 @@ void sc_sae_close(sc_sae *sae) {
     free(sae->b_dec);
     free(sae->threshold);
     free(sae->path);
-    free(sae->b_dec_start);
     *sae = (sc_sae){ 0 };
 }
 
@@ -4139,10 +4138,10 @@ enum { MAX_OPERANDS = 1024 };        /* also the most shards */
 /* What the command line says. Texts are NULL and numbers 0 where they are not given, unless the
  * option has a default (see the table of options in section 25). */
 typedef struct {
-    const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype, *tokens, *hook;
-    const char *crop, *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch, *shard;
+    const char *output, *model, *acts, *stats, *also, *latents, *format, *dtype;
+    const char *order, *log, *checkpoint, *init, *b_dec, *arch, *mask, *patch, *shard;
     const char *operand[MAX_OPERANDS + 1];   /* IMAGES or files; NULL ends them */
-    sc_model_options settings;
+    const char *origin[SC_ORIGIN_KEYS];      /* without model, layer and square */
     const char *sae[SC_MAX_TAPS];
     size_t saes;
     long layer, threads, size, square, limit, k, expansion, d_sae, batch, steps, warmup;
@@ -6082,21 +6081,21 @@ static void usual_heads(size_t width, char heads[24]) {
 /* The settings that shapes do not show come from an option, else from the metadata, else from
  * the usual value. An invalid option is a usage error, an invalid value in the file is an error
  * of the file. */
-static int read_settings(sc_model *model, const sc_model_options *given) {
+static int read_settings(sc_model *model, const sc_origin *given) {
     int plain = model->naming == TIMM && !find_layer(model, PRE, 0, 0);
     char heads[24], assumed[256] = "", reason[sizeof error_text];
     const struct { const char *option, *given, *key, *usual; } settings[SETTINGS] = {
-        { "--gelu", given->gelu, "hidden_act", plain ? "gelu" : "quick_gelu" },
-        { "--eps", given->epsilon, "layer_norm_eps", plain ? "1e-6" : "1e-5" },
-        { "--heads", given->heads, "num_attention_heads", heads },
-        { "--mean", given->mean, "image_mean", "0.48145466,0.4578275,0.40821073" },
-        { "--std", given->std, "image_std", "0.26862954,0.26130258,0.27577711" } };
+        { "--gelu", given->text[SC_GELU], "hidden_act", plain ? "gelu" : "quick_gelu" },
+        { "--eps", given->text[SC_EPSILON], "layer_norm_eps", plain ? "1e-6" : "1e-5" },
+        { "--heads", given->text[SC_HEADS], "num_attention_heads", heads },
+        { "--mean", given->text[SC_MEAN], "image_mean", "0.48145466,0.4578275,0.40821073" },
+        { "--std", given->text[SC_STD], "image_std", "0.26862954,0.26130258,0.27577711" } };
     usual_heads(model->width, heads);
     for (enum setting i = 0; i < SETTINGS; i++) {
         const char *key = settings[i].key, *saved = sc_metadata_find(&model->file, key);
         const char *text = saved ? saved : settings[i].usual;
         size_t used = strlen(assumed);
-        if (settings[i].given) {
+        if (*settings[i].given) {
             SC_TRY(apply_setting(model, i, settings[i].option, settings[i].given));
             continue;
         }
@@ -6146,8 +6145,8 @@ static int check_shards(const char *path) {
                 "with its library and save it with max_shard_size=\"100GB\")", path);
 }
 
-int sc_model_open(sc_model *model, const char *path, const sc_model_options *given) {
-    static const sc_model_options none = { 0 };
+int sc_model_open(sc_model *model, const char *path, const sc_origin *given) {
+    static const sc_origin none = { 0 };
     *model = (sc_model){ 0 };
     SC_TRY(check_shards(path));
     SC_TRY(sc_safetensors_open(&model->file, path));
@@ -6225,27 +6224,14 @@ void sc_model_close(sc_model *model) {
     *model = (sc_model){ 0 };
 }
 
-static const char *const hook_names[] = { "attn", "mlp", "resid" };
-
-/* The hook point with this name, -1 if there is none. */
-static int find_hook(const char *name) {
-    for (int hook = SC_ATTN; hook <= SC_RESID; hook++)
-        if (strcmp(name, hook_names[hook]) == 0) return hook;
-    return -1;
-}
-
 /* ============================================================================================
  * 17. SAEs' files
  *
- * The tensors of an SAE, and of a training's state, in and out by one table; the metadata.
+ * The tensors of an SAE, and of a training's state, in and out by one table; where activations come
+ * from; the settings of an SAE in its metadata, or in SAELens's cfg.json.
  * ============================================================================================ */
 
-static const char *architecture_of(const sc_sae *sae) {
-    if (sae->topk) return "topk";
-    return sae->threshold ? "jumprelu" : "standard";
-}
-
-/* Opens the output and discards it, so that a wrong path fails before the work is done. */
+/* Opens an output and discards it, so that a wrong path fails before the work is done. */
 static int try_output(const char *path) {
     sc_writer w;
     SC_TRY(sc_writer_open(&w, path));
@@ -6253,163 +6239,180 @@ static int try_output(const char *path) {
     return SC_OK;
 }
 
-/* A tensor, with its shape in files (a vector of rank 1 has one row). Its element [r, c] is at
- * values[r * down + c * across] in memory. */
+/* A tensor of floats. In memory its rows are padded to 16 numbers, but a vector is not. */
 typedef struct {
     const char *name;
-    float *values;
+    float *values;                   /* NULL: it is not read or written */
     int rank;
-    size_t rows, columns, down, across;
+    size_t shape[SC_MAX_RANK];       /* in files */
+    int transposed;                  /* whether its rows are columns in memory */
 } float_tensor;
 
-enum { SAE_TENSORS = 4, STATE_TENSORS = 12 };
+enum { MOVED_ROWS = 16 };            /* rows in one go: a cache line of a transposed tensor */
 
-/* Lists the tensors of an SAE and, with a trainer, of Adam; returns their number. W_enc is [D,
- * n] in files and [n, D] in memory. list: [STATE_TENSORS] */
-static size_t list_tensors(const sc_sae *sae, const sc_trainer *t, float_tensor *list) {
-    static const sc_trainer none;
-    size_t n = sae->d_sae, D = sae->d_in, row = sae->stride;
-    int with_adam = t != NULL;
-    if (!t) t = &none;
-    const float_tensor all[STATE_TENSORS] = {
-        { "W_enc", sae->W_enc, 2, D, n, 1, row }, { "b_enc", sae->b_enc, 1, 1, n, 0, 1 },
-        { "W_dec", sae->W_dec, 2, n, D, row, 1 }, { "b_dec", sae->b_dec, 1, 1, D, 0, 1 },
-        { "W_enc_m", t->W_enc.m, 2, n, D, row, 1 }, { "W_enc_v", t->W_enc.v, 2, n, D, row, 1 },
-        { "W_dec_m", t->W_dec.m, 2, n, D, row, 1 }, { "W_dec_v", t->W_dec.v, 2, n, D, row, 1 },
-        { "b_enc_m", t->b_enc.m, 1, 1, n, 0, 1 }, { "b_enc_v", t->b_enc.v, 1, 1, n, 0, 1 },
-        { "b_dec_m", t->b_dec.m, 1, 1, D, 0, 1 }, { "b_dec_v", t->b_dec.v, 1, 1, D, 0, 1 } };
-    memcpy(list, all, sizeof all);
-    return with_adam ? STATE_TENSORS : SAE_TENSORS;
-}
-
-/* Copies rows of a tensor between memory and `rows`. rows: [height, columns], as in the file */
-static void copy_rows(const float_tensor *t, size_t first, size_t height, float *rows, int out) {
-    for (size_t c = 0; c < t->columns; c++) {
-        for (size_t i = 0; i < height; i++) {
-            float *here = t->values + (first + i) * t->down + c * t->across;
-            float *there = rows + i * t->columns + c;
-            if (out) *there = *here;
-            else *here = *there;
-        }
-    }
-}
-
-/* Writes a tensor or, if there is no writer, reads it from a file, some rows at a time. Adds it
- * to a digest if there is one. */
+/* Writes a tensor or, if there is no writer, reads it from a file. Adds it to a digest if there is
+ * one. some: [MOVED_ROWS, columns], scratch memory */
 static int move_tensor(const float_tensor *t, const sc_safetensors *file, sc_writer *w,
-                       uint64_t *digest) {
-    enum { ROWS = 16 };
-    const sc_tensor *source = w ? NULL : sc_tensor_find(file, t->name);
-    size_t shape[2] = { t->rows, t->columns };
-    if (w) SC_TRY(sc_writer_tensor(w, t->name, SC_F32, t->rank, shape + 2 - t->rank));
-    else if (!source || source->rank == 0 || source->count != t->rows * t->columns
-             || source->shape[source->rank - 1] != t->columns)
-        return fail("%s: missing or of another shape: tensor %s (expected %zu x %zu)", file->path,
-                    t->name, t->rows, t->columns);
-    float *some = new_array(t->columns, ROWS * sizeof *some);
-    int status = some ? SC_OK : SC_FAILED;
-    for (size_t r = 0; r < t->rows && status == SC_OK; r += ROWS) {
-        size_t height = smaller(t->rows - r, ROWS), count = height * t->columns;
-        if (w) {
-            copy_rows(t, r, height, some, 1);
-            status = sc_writer_floats(w, some, count);
-        } else {
-            status = sc_tensor_floats(file, source, r * t->columns, count, some);
-            if (status == SC_OK) copy_rows(t, r, height, some, 0);
-        }
-        for (size_t i = 0; digest && i < count; i++)
-            digest64_number(digest, bits_of_float(some[i]));
+                       uint64_t *digest, float *some) {
+    size_t rows = 1;
+    size_t columns = t->shape[t->rank - 1];
+    size_t down = padded(columns);               /* in memory, to the next row */
+    size_t across = 1;                           /* and to the next column */
+    const sc_tensor *source = NULL;
+    if (t->rank == 2) rows = t->shape[0];
+    if (t->transposed) {
+        down = 1;
+        across = padded(rows);
     }
+    if (w) SC_TRY(sc_writer_tensor(w, t->name, SC_F32, t->rank, t->shape));
+    else source = sc_tensor_find(file, t->name);
+    if (!w && (!source || memcmp(source->shape, t->shape, sizeof t->shape) != 0))
+        return fail("%s: missing or of another shape: tensor %s (expected %zu x %zu)", file->path,
+                    t->name, rows, columns);
+    for (size_t r = 0; r < rows; r += MOVED_ROWS) {
+        size_t height = smaller(rows - r, MOVED_ROWS);
+        size_t count = height * columns;
+        if (!w) SC_TRY(sc_tensor_floats(file, source, r * columns, count, some));
+        for (size_t c = 0; c < columns; c++) {
+            for (size_t i = 0; i < height; i++) {
+                float *in_memory = t->values + (r + i) * down + c * across;
+                float *in_file = some + i * columns + c;
+                if (w) *in_file = *in_memory;
+                else *in_memory = *in_file;
+            }
+        }
+        for (size_t e = 0; e < count && digest; e++)
+            digest64_number(digest, bits_of_float(some[e]));
+        if (w) SC_TRY(sc_writer_floats(w, some, count));
+    }
+    return SC_OK;
+}
+
+/* Writes or reads the tensors of an SAE and, with a trainer, of Adam. A file that is read may have
+ * no others: they might change what the SAE computes. */
+static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safetensors *file,
+                        sc_writer *w, uint64_t *digest) {
+    static const sc_trainer none;
+    size_t n = sae->d_sae;
+    size_t D = sae->d_in;
+    size_t found = 0;                            /* tensors in the file */
+    if (!w) found = file->tensors;
+    if (!t) t = &none;
+    const float_tensor list[] = {
+        { "W_enc", sae->W_enc, 2, { D, n }, 1 },             /* the SAE */
+        { "b_enc", sae->b_enc, 1, { n }, 0 },
+        { "W_dec", sae->W_dec, 2, { n, D }, 0 },
+        { "b_dec", sae->b_dec, 1, { D }, 0 },
+        { sae->threshold ? "threshold" : "", sae->threshold, 1, { n }, 0 },
+        { "W_enc_m", t->W_enc.m, 2, { n, D }, 0 },           /* Adam's moments, in checkpoints */
+        { "W_enc_v", t->W_enc.v, 2, { n, D }, 0 },
+        { "W_dec_m", t->W_dec.m, 2, { n, D }, 0 },
+        { "W_dec_v", t->W_dec.v, 2, { n, D }, 0 },
+        { "b_enc_m", t->b_enc.m, 1, { n }, 0 },
+        { "b_enc_v", t->b_enc.v, 1, { n }, 0 },
+        { "b_dec_m", t->b_dec.m, 1, { D }, 0 },
+        { "b_dec_v", t->b_dec.v, 1, { D }, 0 },
+        { "silent", NULL, 1, { n }, 0 } };                   /* there too, but not of floats */
+    for (size_t i = 0; i < found; i++) {
+        const char *name = file->tensor[i].name;
+        size_t k = 0;
+        while (k < COUNT(list) && strcmp(name, list[k].name) != 0) k++;
+        if (k == COUNT(list))
+            return fail("%s: tensor %.100s may change what the SAE computes (expected W_enc, "
+                        "b_enc, W_dec, b_dec, and threshold with architecture jumprelu)",
+                        file->path, name);
+    }
+    float *some = new_array(n + D, MOVED_ROWS * sizeof *some);       /* enough for each */
+    int status = some ? SC_OK : SC_FAILED;
+    for (size_t i = 0; i < COUNT(list) && status == SC_OK; i++)
+        if (list[i].values) status = move_tensor(&list[i], file, w, digest, some);
     free(some);
     return status;
 }
 
-/* Writes or reads the tensors of an SAE and, with a trainer, of Adam. */
-static int move_tensors(const sc_sae *sae, const sc_trainer *t, const sc_safetensors *file,
-                        sc_writer *w, uint64_t *digest) {
-    const float_tensor threshold = { "threshold", sae->threshold, 1, 1, sae->d_sae, 0, 1 };
-    float_tensor list[STATE_TENSORS];
-    size_t count = list_tensors(sae, t, list);
-    for (size_t i = 0; i < count; i++) SC_TRY(move_tensor(&list[i], file, w, digest));
-    return sae->threshold ? move_tensor(&threshold, file, w, digest) : SC_OK;
+/* --- The origin of activations (saeclip.h) ---
+ *
+ * The value of a key is that of the first source which gives one: an option, the data, the SAEs in
+ * turn, the model's metadata, the usual value. It is parsed, and printed in one form. A source that
+ * says something else is then refused by the key; an option overrules it with a remark instead. */
+
+static const char *const origin_keys[SC_ORIGIN_KEYS] = {     /* in the order of saeclip.h */
+    "model", "layer", "hook", "tokens",
+    "mean", "std", "gelu", "epsilon", "heads",               /* settings of the model */
+    "square", "crop" };                                      /* and of its images */
+
+/* Prints floats with the fewest digits that give the same floats again; %g cuts trailing zeros, and
+ * six digits are never too many. text: [256] */
+static void print_floats(char *text, const float *value, int count) {
+    for (int i = 0; i < count; i++) {
+        int digits = 6;
+        if (i > 0) *text++ = ',';
+        do {
+            sprintf(text, "%.*g", digits, (double)value[i]);
+        } while (strtof(text, NULL) != value[i] && digits++ < 9);
+        text += strlen(text);
+    }
 }
 
-/* Reads a whole number of at least 1 from the metadata. If it is missing, *value is unchanged. */
-static int metadata_number(const sc_safetensors *file, const char *key, double most,
-                           size_t *value) {
-    const char *text = sc_metadata_find(file, key);
-    double number = 0;
-    if (!text) return SC_OK;
-    if (parse_number(text, key, 1, most, &number) != SC_OK || number != floor(number))
-        return fail("%s: metadata %s = '%s' (expected a whole number from 1 to %g)", file->path,
-                    key, text, most);
-    *value = (size_t)number;
-    return SC_OK;
-}
-
-/* --- The origin of activations (see saeclip.h) --- */
-
-static const char *const origin_keys[SC_ORIGIN_KEYS] = {
-    "model", "layer", "hook", "tokens", "mean", "std", "gelu", "epsilon", "heads", "square", "crop"
-};
-
-/* The origin of an SAE, whose hook point is kept as numbers. */
-static sc_origin origin_of(const sc_sae *sae) {
-    sc_origin origin = sae->origin;
-    char *layer = origin.text[SC_LAYER], *hook = origin.text[SC_HOOK];
-    *layer = *hook = '\0';
-    if (sae->layer) snprintf(layer, sizeof *origin.text, "%zu", sae->layer);
-    if (sae->hook >= 0) strcpy(hook, hook_names[sae->hook]);
+/* What the metadata say. */
+static sc_origin read_origin(const sc_safetensors *file) {
+    sc_origin origin = { 0 };
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
+        const char *text = sc_metadata_find(file, origin_keys[k]);
+        if (text) snprintf(origin.text[k], sizeof *origin.text, "%s", base_name(text));
+    }
     return origin;
 }
 
+/* Makes metadata of it. */
 static int put_origin(sc_writer *w, const sc_origin *origin) {
-    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        if (*origin->text[k]) SC_TRY(sc_writer_metadata(w, origin_keys[k], origin->text[k]));
-    return SC_OK;
-}
-
-/* Refuses a value that a key of the origin cannot have. */
-static int check_origin_value(const char *path, size_t key, const char *text) {
-    static const char *const words[SC_ORIGIN_KEYS] = {
-        [SC_HOOK] = "attn|mlp|resid", [SC_TOKENS] = "all|cls|patches",
-        [SC_GELU] = "quick_gelu|gelu", [SC_CROP] = "torchvision|hf" };
-    static const double most[SC_ORIGIN_KEYS] = {             /* of numbers */
-        [SC_LAYER] = 1e6, [SC_EPSILON] = 1, [SC_HEADS] = 1e6, [SC_SQUARE] = 16384 };
-    double least = key == SC_LAYER || key == SC_HEADS, number = 0;
-    const char *name = origin_keys[key];
-    float triple[3];
-    if (words[key] && !is_choice(words[key], text))
-        return fail("%s: metadata %s = '%s' (expected %s)", path, name, text, words[key]);
-    if ((key == SC_MEAN || key == SC_STD) && parse_triple(text, name, triple) != SC_OK)
-        return fail("%s: metadata %s = '%s' (expected three numbers)", path, name, text);
-    if (most[key] == 0) return SC_OK;
-    int is_number = parse_number(text, name, least, most[key], &number) == SC_OK;
-    if (is_number && (key == SC_EPSILON || number == floor(number))) return SC_OK;
-    return fail("%s: metadata %s = '%s' (expected a number from %g to %g)", path, name, text,
-                least, most[key]);
-}
-
-static int read_origin(sc_origin *origin, const sc_safetensors *file) {
-    *origin = (sc_origin){ 0 };
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
-        const char *text = sc_metadata_find(file, origin_keys[k]);
-        if (!text) continue;
-        if (k == SC_MODEL) text = base_name(text);
-        if (strlen(text) >= sizeof *origin->text)
-            return fail("%s: metadata %s is too long", file->path, origin_keys[k]);
-        SC_TRY(check_origin_value(file->path, k, text));
-        strcpy(origin->text[k], text);
+        const char *text = origin->text[k];
+        if (*text) SC_TRY(sc_writer_metadata(w, origin_keys[k], text));
     }
     return SC_OK;
 }
 
-/* The first key with two different values, SC_ORIGIN_KEYS if there is none. */
-static size_t origin_difference(const sc_origin *a, const sc_origin *b) {
-    size_t k = 0;
-    for (; k < SC_ORIGIN_KEYS; k++)
-        if (*a->text[k] && *b->text[k] && strcmp(a->text[k], b->text[k]) != 0) break;
-    return k;
+/* Takes from another origin what this one does not say. */
+static void fill_origin(sc_origin *origin, const sc_origin *other) {
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
+        if (!*origin->text[k]) strcpy(origin->text[k], other->text[k]);
+}
+
+/* Refuses a file whose origin contradicts the one in force. What options say (NULL: nothing)
+ * overrules the file. */
+static int check_origin(const char *path, const sc_origin *origin, const sc_origin *in_force,
+                        const sc_origin *said) {
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
+        const char *key = origin_keys[k];
+        const char *found = origin->text[k];
+        const char *now = in_force->text[k];
+        if (!*found || !*now || strcmp(found, now) == 0) continue;
+        if (!said || !*said->text[k])
+            return fail("%s: %s is %s (expected %s, the value in force)", path, key, found, now);
+        note("%s: %s is %s, overruled by %s", path, key, found, now);
+    }
+    return SC_OK;
+}
+
+static const char *const hook_names[] = { "attn", "mlp", "resid" };      /* as in sc_hook */
+
+int sc_hook_point(const sc_origin *origin, sc_tap *tap) {
+    int hook = SC_ATTN;
+    while (hook <= SC_RESID && strcmp(origin->text[SC_HOOK], hook_names[hook]) != 0) hook++;
+    tap->hook = (sc_hook)hook;
+    tap->layer = (size_t)strtoul(origin->text[SC_LAYER], NULL, 10);
+    if (hook <= SC_RESID && tap->layer > 0) return SC_OK;
+    return fail("no hook point (expected a layer, and attn, mlp or resid)");
+}
+
+/* --- SAEs out --- */
+
+/* SAELens's name for the kind of an SAE. */
+static const char *architecture_of(const sc_sae *sae) {
+    if (sae->topk) return "topk";
+    if (sae->threshold) return "jumprelu";
+    return "standard";                           /* ReLU */
 }
 
 static int write_sae(sc_writer *w, void *context) {
@@ -6418,234 +6421,178 @@ static int write_sae(sc_writer *w, void *context) {
     if (sae->topk) SC_TRY(put_metadata(w, "k", "%zu", sae->k));
     SC_TRY(put_metadata(w, "d_in", "%zu", sae->d_in));
     SC_TRY(put_metadata(w, "d_sae", "%zu", sae->d_sae));
-    const sc_origin origin = origin_of(sae);
-    SC_TRY(put_origin(w, &origin));
+    SC_TRY(put_origin(w, &sae->origin));
     return move_tensors(sae, NULL, NULL, w, NULL);
 }
 
+/* The API's: train writes more metadata. */
 int sc_sae_save(const sc_sae *sae, const char *path) {
     sc_sae copy = *sae;
     SC_TRY(check_k(sae));
     return save_tensors(path, write_sae, &copy);
 }
 
-/* --- SAELens's cfg.json, beside the weights (jbloomAus/SAELens, versions 2 to 6) --- */
-
-/* The values of a configuration; "" and 0 if they are missing. */
-typedef struct {
-    const char *path;
-    char architecture[32], activation[32];
-    size_t k, d_in, d_sae;
-} saelens;
-
-/* The keys that change what an SAE computes, and their values for what is computed here. */
-static const char *const saelens_rules[][2] = {
-    { "architecture", "standard|topk|jumprelu" }, { "activation_fn", "relu|topk" },
-    { "activation_fn_str", "relu|topk" }, { "apply_b_dec_to_input", "true" },
-    { "normalize_activations", "none|false|null" }, { "reshape_activations", "none|null" },
-    { "finetuning_scaling_factor", "false|null" },
-    { "rescale_acts_by_decoder_norm", "false|null" }, { "hook_head_index", "null" } };
-
-static int take_saelens(void *context, const char *key, const char *value) {
-    saelens *c = context;
-    size_t *number = NULL;
-    double found;
-    for (size_t i = 0; i < COUNT(saelens_rules); i++) {
-        const char *allowed = saelens_rules[i][1];
-        if (strcmp(key, saelens_rules[i][0]) == 0 && !is_choice(allowed, value))
-            return fail("%s: %s is %s (expected %s)", c->path, key, value, allowed);
-    }
-    if (strcmp(key, "architecture") == 0) strcpy(c->architecture, value);
-    if (strcmp(key, "activation_fn") == 0 || strcmp(key, "activation_fn_str") == 0)
-        strcpy(c->activation, value);            /* one of the values above, which fit */
-    if (strcmp(key, "k") == 0) number = &c->k;           /* also of activation_fn_kwargs */
-    if (strcmp(key, "d_in") == 0) number = &c->d_in;
-    if (strcmp(key, "d_sae") == 0) number = &c->d_sae;
-    if (!number || strcmp(value, "null") == 0) return SC_OK;
-    if (parse_number(value, key, 1, 1e9, &found) != SC_OK || found != floor(found))
-        return fail("%s: %s is %s (expected a whole number from 1 on)", c->path, key, value);
-    if (*number && *number != (size_t)found)
-        return fail("%s: %s is %s (expected %zu, as the file says before)", c->path, key, value,
-                    *number);
-    *number = (size_t)found;
-    return SC_OK;
-}
-
-/* Reads a cfg.json if there is one. */
-static int read_saelens(saelens *c) {
-    enum { MOST = 1 << 20 };
-    FILE *file = fopen(c->path, "r");
-    if (!file && errno == ENOENT) return SC_OK;
-    if (!file) return fail("%s: cannot be opened: %s", c->path, strerror(errno));
-    char *text = new_array(MOST + 1, 1);
-    size_t length = text ? fread(text, 1, MOST, file) : 0;
-    int status = text ? SC_OK : SC_FAILED;
-    if (status == SC_OK && ferror(file)) status = fail("%s: cannot be read", c->path);
-    fclose(file);
-    if (status == SC_OK && length == MOST)
-        status = fail("%s: too long for a configuration", c->path);
-    if (status == SC_OK) {
-        json j = json_begin(c->path, text, length);
-        status = json_scalars(&j, "", 0, take_saelens, c);
-        if (status == SC_OK) status = json_end(&j);
-    }
-    free(text);
-    return status;
-}
-
-/* Writes the cfg.json of a folder in the form that SAELens 3 to 6 read. Hook points have the
- * names of TransformerLens. */
+/* Writes the cfg.json of a folder, with the keys that SAELens 3 to 6 need. Hook points have
+ * TransformerLens's names, which count blocks from 0. */
 static int write_saelens(const sc_sae *sae, const char *path) {
     static const char *const places[] = { "attn_out", "mlp_out", "resid_post" };
     const char *model = sae->origin.text[SC_MODEL];
+    const char *activation = "relu";
+    char k[32] = "";                             /* an argument of the activation function */
+    char hook[64] = "unknown";
+    size_t layer = 0;
+    sc_tap tap;
     sc_output out;
+    if (!*model) model = "unknown";
+    if (sc_hook_point(&sae->origin, &tap) == SC_OK) {
+        layer = tap.layer - 1;
+        snprintf(hook, sizeof hook, "blocks.%zu.hook_%s", layer, places[tap.hook]);
+    }
+    if (sae->topk) {
+        activation = "topk";
+        snprintf(k, sizeof k, "\"k\": %zu", sae->k);
+    }
     SC_TRY(output_open(&out, path));
-    FILE *f = out.file;
-    size_t layer = sae->layer ? sae->layer - 1 : 0;          /* SAELens counts from 0 */
-    fprintf(f, "{\n  \"architecture\": \"%s\",\n  \"d_in\": %zu,\n  \"d_sae\": %zu,\n",
-            architecture_of(sae), sae->d_in, sae->d_sae);
-    if (sae->topk)
-        fprintf(f, "  \"k\": %zu,\n  \"activation_fn_str\": \"topk\",\n"
-                "  \"activation_fn_kwargs\": {\"k\": %zu},\n", sae->k, sae->k);
-    else
-        fputs("  \"activation_fn_str\": \"relu\",\n  \"activation_fn_kwargs\": {},\n", f);
-    fputs("  \"dtype\": \"float32\",\n  \"device\": \"cpu\",\n  \"apply_b_dec_to_input\": true,\n"
-          "  \"normalize_activations\": \"none\",\n  \"reshape_activations\": \"none\",\n"
-          "  \"finetuning_scaling_factor\": false,\n  \"model_name\": ", f);
-    print_json(f, *model ? model : "unknown");
-    if (sae->hook >= 0)
-        fprintf(f, ",\n  \"hook_name\": \"blocks.%zu.hook_%s\"", layer, places[sae->hook]);
-    else fputs(",\n  \"hook_name\": \"unknown\"", f);
-    fprintf(f, ",\n  \"hook_layer\": %zu,\n  \"hook_head_index\": null,\n"
-            "  \"context_size\": 1,\n  \"prepend_bos\": false,\n  \"dataset_path\": \"\",\n"
-            "  \"dataset_trust_remote_code\": false,\n  \"sae_lens_training_version\": null\n}\n",
-            layer);
+    fprintf(out.file, "{\n  \"architecture\": \"%s\",\n  \"d_in\": %zu,\n  \"d_sae\": %zu,\n"
+            "  \"activation_fn_str\": \"%s\",\n  \"activation_fn_kwargs\": {%s},\n"
+            "  \"apply_b_dec_to_input\": true,\n  \"normalize_activations\": \"none\",\n"
+            "  \"hook_name\": \"%s\",\n  \"hook_layer\": %zu,\n  \"hook_head_index\": null,\n"
+            "  \"dtype\": \"float32\",\n  \"device\": \"cpu\",\n"
+            "  \"context_size\": 1,\n  \"dataset_path\": \"\",\n  \"model_name\": ",
+            architecture_of(sae), sae->d_in, sae->d_sae, activation, k, hook, layer);
+    print_json(out.file, model);
+    fputs("\n}\n", out.file);
     return output_close(&out, SC_OK);
 }
 
-/* Metadata and cfg.json must agree. A file with k and without architecture is a TopK SAE, and so is
- * SAELens's standard one whose activation function is topk. */
-static int read_architecture(sc_sae *sae, const sc_safetensors *file, const saelens *config) {
-    const char *other = config->path, *told = config->architecture;
-    const char *said = sc_metadata_find(file, "architecture");
-    int threshold = sc_tensor_find(file, "threshold") != NULL;
-    size_t k = config->k;
-    if (strcmp(config->activation, "topk") == 0) told = "topk";
-    if (said && *told && strcmp(said, told) != 0)
-        return fail("%s: architecture is %s (expected %s, as %s says)", file->path, said, told,
-                    other);
-    SC_TRY(metadata_number(file, "k", (double)sae->d_sae, &k));
-    if (config->k && k != config->k)
-        return fail("%s: k is %zu (expected %zu, as %s says)", file->path, k, config->k, other);
-    if (k > sae->d_sae)
-        return fail("%s: k is %zu (expected 1 to %zu, the number of latents)", other, k,
-                    sae->d_sae);
-    sae->k = k;
-    if (*told) said = told;
-    if (!said) said = k > 0 ? "topk" : "standard";
-    sae->topk = strcmp(said, "topk") == 0;
-    int jumprelu = strcmp(said, "jumprelu") == 0;
-    if (!sae->topk && !jumprelu && strcmp(said, "standard") != 0)
-        return fail("%s: architecture '%s' (expected standard, topk or jumprelu)", file->path,
-                    said);
-    if (threshold && !jumprelu)
-        return fail("%s: tensor threshold without architecture jumprelu (expected that in its "
-                    "metadata or in cfg.json)", file->path);
-    if (!jumprelu) return SC_OK;
-    sae->threshold = new_array(sae->d_sae, sizeof *sae->threshold);
-    return sae->threshold ? SC_OK : SC_FAILED;
-}
-
-/* Refuses tensors beside those of the SAE, which may change what it computes. Harmless are the
- * tensors of checkpoints and counters of training. */
-static int check_sae_tensors(const sc_sae *sae, const sc_safetensors *file) {
-    static const sc_trainer none;
-    static const char *const harmless[] = {
-        "silent", "threshold", "sparsity", "log_sparsity", "act_freq_scores",
-        "n_forward_passes_since_fired", "num_batches_not_active" };
-    float_tensor list[STATE_TENSORS];
-    size_t count = list_tensors(sae, &none, list);
-    for (size_t t = 0; t < file->tensors; t++) {
-        const char *name = file->tensor[t].name;
-        int known = 0;
-        for (size_t i = 0; i < count; i++) known |= strcmp(name, list[i].name) == 0;
-        for (size_t i = 0; i < COUNT(harmless); i++) known |= strcmp(name, harmless[i]) == 0;
-        if (!known)
-            return fail("%s: tensor %.100s may change what the SAE computes (expected W_enc, "
-                        "b_enc, W_dec, b_dec, and threshold of a JumpReLU SAE)", file->path, name);
-    }
-    return SC_OK;
-}
-
-static int check_thresholds(const sc_sae *sae, const char *path) {
-    for (size_t j = 0; sae->threshold && j < sae->d_sae; j++)
-        if (sae->threshold[j] < 0)
-            return fail("%s: threshold[%zu] is %g (expected at least 0)", path, j,
-                        (double)sae->threshold[j]);
-    return SC_OK;
-}
-
-static int read_sae(sc_sae *sae, const sc_safetensors *file, const saelens *config) {
-    const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
-    const char *start = sc_metadata_find(file, "b_dec_start");
-    if (!encoder || encoder->rank != 2 || encoder->count == 0)
-        return fail("%s: not an SAE (expected a tensor W_enc [d_in, d_sae])", file->path);
-    SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
-    if ((config->d_in && config->d_in != sae->d_in)
-        || (config->d_sae && config->d_sae != sae->d_sae))
-        return fail("%s: an SAE [%zu, %zu] (expected [%zu, %zu], as %s says)", file->path,
-                    sae->d_in, sae->d_sae, config->d_in, config->d_sae, config->path);
-    SC_TRY(check_sae_tensors(sae, file));
-    SC_TRY(read_architecture(sae, file, config));
-    SC_TRY(move_tensors(sae, NULL, file, NULL, NULL));
-    SC_TRY(check_thresholds(sae, file->path));
-    SC_TRY(read_origin(&sae->origin, file));
-    sae->layer = (size_t)strtoul(sae->origin.text[SC_LAYER], NULL, 10);
-    sae->hook = find_hook(sae->origin.text[SC_HOOK]);
-    sae->path = join_text(file->path, "");
-    if (!sae->path) return SC_FAILED;
-    if (start) sae->b_dec_start = join_text(start, "");
-    return start && !sae->b_dec_start ? SC_FAILED : SC_OK;
-}
+/* --- SAEs in ---
+ *
+ * Our own SAEs have their settings in the metadata. Those of SAELens (jbloomAus/SAELens, versions 2
+ * to 6) have them in a file cfg.json beside the weights. Both are read, and must agree. */
 
 static const char saelens_weights[] = "sae_weights.safetensors";
 
+enum { ARCHITECTURE, TOP_K, D_IN, D_SAE, SAE_KEYS };
+
+/* The keys that are used or change what an SAE computes, and their values for what is computed
+ * here; NULL: a whole number. */
+static const char *const sae_rules[][2] = {
+    { "architecture", "standard|topk|jumprelu" },            /* the first SAE_KEYS are used */
+    { "k", NULL },
+    { "d_in", NULL },
+    { "d_sae", NULL },
+    { "activation_fn", "relu|topk" },                        /* until version 2 */
+    { "activation_fn_str", "relu|topk" },
+    { "apply_b_dec_to_input", "true" },
+    { "normalize_activations", "none|false|null" },
+    { "reshape_activations", "none|null" },
+    { "finetuning_scaling_factor", "false|null" },
+    { "rescale_acts_by_decoder_norm", "false|null" },
+    { "hook_head_index", "null" } };
+
+/* What was read so far. */
+typedef struct {
+    const char *path;                /* the file that is being read */
+    char text[SAE_KEYS][16];         /* the values, "" where nothing is said */
+    int topk;                        /* the activation function is TopK, also of "standard" SAEs */
+} sae_settings;
+
+/* Takes a setting, which may be nested in cfg.json. */
+static int take_setting(void *context, const char *key, const char *value) {
+    sae_settings *s = context;
+    size_t i = 0;
+    while (i < COUNT(sae_rules) && strcmp(key, sae_rules[i][0]) != 0) i++;
+    if (i == COUNT(sae_rules)) return SC_OK;
+    const char *allowed = sae_rules[i][1];
+    if (!allowed && strcmp(value, "null") == 0) return SC_OK;
+    if (!allowed && value[strspn(value, "0123456789")])
+        return fail("%s: %s is %s (expected a whole number)", s->path, key, value);
+    if (allowed && !is_choice(allowed, value))
+        return fail("%s: %s is %s (expected %s)", s->path, key, value, allowed);
+    if (i >= SAE_KEYS) {
+        if (strcmp(value, "topk") == 0) s->topk = 1;
+        return SC_OK;
+    }
+    char *text = s->text[i];
+    if (*text && strcmp(text, value) != 0)
+        return fail("%s: %s is %s (expected %s, as read before)", s->path, key, value, text);
+    snprintf(text, sizeof *s->text, "%s", value);
+    return SC_OK;
+}
+
+/* config: the path of cfg.json */
+static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config) {
+    const sc_tensor *encoder = sc_tensor_find(file, "W_enc");
+    const char *start = sc_metadata_find(file, "b_dec_start");
+    sae_settings s = { .path = file->path };
+    char text[1 << 16] = "";                     /* of cfg.json; JSON that is cut is refused */
+    if (!encoder || encoder->rank != 2 || encoder->count == 0)
+        return fail("%s: not an SAE (expected a tensor W_enc [d_in, d_sae])", file->path);
+    SC_TRY(new_sae(sae, encoder->shape[0], encoder->shape[1]));
+    /* The settings: the sizes, then the metadata, then cfg.json if there is one. */
+    snprintf(s.text[D_IN], sizeof *s.text, "%zu", sae->d_in);
+    snprintf(s.text[D_SAE], sizeof *s.text, "%zu", sae->d_sae);
+    for (size_t i = 0; i < file->entries; i++) {
+        SC_TRY(take_setting(&s, file->metadata[i].key, file->metadata[i].value));
+    }
+    FILE *cfg = fopen(config, "r");
+    if (!cfg && errno != ENOENT)
+        return fail("%s: cannot be opened: %s", config, strerror(errno));
+    if (cfg) {
+        size_t length = fread(text, 1, sizeof text - 1, cfg);
+        fclose(cfg);
+        s.path = config;
+        json j = json_begin(config, text, length);
+        SC_TRY(json_scalars(&j, "", 0, take_setting, &s));
+        SC_TRY(json_end(&j));
+    }
+    /* A k without an architecture means TopK. */
+    const char *architecture = s.text[ARCHITECTURE];
+    const char *k = s.text[TOP_K];
+    sae->k = (size_t)strtoul(k, NULL, 10);
+    sae->topk = s.topk || strcmp(architecture, "topk") == 0 || (!*architecture && *k);
+    if (!sae->topk && strcmp(architecture, "jumprelu") == 0) {
+        sae->threshold = new_array(sae->d_sae, sizeof *sae->threshold);
+        if (!sae->threshold) return SC_FAILED;
+    }
+    SC_TRY(move_tensors(sae, NULL, file, NULL, &sae->digest));
+    for (size_t j = 0; j < sae->d_sae && sae->threshold; j++)
+        if (sae->threshold[j] < 0)
+            return fail("%s: threshold[%zu] is %g (expected at least 0)", file->path, j,
+                        (double)sae->threshold[j]);
+    /* What else the metadata say. */
+    sae->origin = read_origin(file);
+    if (start) snprintf(sae->b_dec_start, sizeof sae->b_dec_start, "%s", start);
+    sae->path = join_text(file->path, "");
+    return sae->path ? SC_OK : SC_FAILED;
+}
+
 /* Opens a file, with the cfg.json beside it if there is one, or a folder of SAELens. */
 int sc_sae_open(sc_sae *sae, const char *path) {
-    char weights[MAX_PATH], folder[MAX_PATH], cfg[MAX_PATH];
-    saelens config = { .path = cfg };
+    char weights[MAX_PATH], config[MAX_PATH];
     sc_safetensors file;
     struct stat about;
-    int is_folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
     *sae = (sc_sae){ 0 };
-    SC_TRY(join_path(is_folder ? path : "", is_folder ? saelens_weights : path, weights));
-    snprintf(folder, sizeof folder, "%.*s", (int)(base_name(weights) - weights), weights);
-    SC_TRY(join_path(folder, "cfg.json", cfg));
+    if (stat(path, &about) == 0 && S_ISDIR(about.st_mode)) {
+        SC_TRY(join_path(path, saelens_weights, weights));
+    } else {
+        SC_TRY(join_path("", path, weights));
+    }
+    int folder = (int)(base_name(weights) - weights);        /* its length */
+    snprintf(config, sizeof config, "%.*scfg.json", folder, weights);
     SC_TRY(sc_safetensors_open(&file, weights));
-    int status = read_saelens(&config);
-    if (status == SC_OK) status = read_sae(sae, &file, &config);
+    int status = read_sae(sae, &file, config);
     sc_safetensors_close(&file);
     if (status != SC_OK) sc_sae_close(sae);
     return status;
 }
 
-/* A digest of the SAE's weights and settings, by which statistics of another SAE are refused. */
+/* By this digest statistics of another SAE are refused. Options may have changed the settings. */
 static uint64_t sae_digest(const sc_sae *sae) {
-    uint64_t d = 0;
-    const uint64_t numbers[] = { sae->d_in, sae->d_sae, (uint64_t)sae->topk,
-                                 sae->topk ? sae->k : 0 };
-    for (size_t i = 0; i < COUNT(numbers); i++) digest64_number(&d, numbers[i]);
-    for (size_t j = 0; j < sae->d_sae; j++) digest64_number(&d, bits_of_float(sae->b_enc[j]));
-    for (size_t j = 0; sae->threshold && j < sae->d_sae; j++)
-        digest64_number(&d, bits_of_float(sae->threshold[j]));
-    for (size_t i = 0; i < sae->d_in; i++) digest64_number(&d, bits_of_float(sae->b_dec[i]));
-    for (size_t j = 0; j < sae->d_sae; j++) {
-        for (size_t i = 0; i < sae->d_in; i++) {
-            uint64_t encoder = bits_of_float(sae->W_enc[j * sae->stride + i]);
-            digest64_number(&d, encoder << 32 | bits_of_float(sae->W_dec[j * sae->stride + i]));
-        }
-    }
-    return d;
+    uint64_t digest = sae->digest;
+    digest64_number(&digest, sae->threshold != NULL);
+    if (sae->topk) digest64_number(&digest, sae->k);
+    return digest;
 }
 
 /* ============================================================================================
@@ -6659,28 +6606,32 @@ static uint64_t sae_digest(const sc_sae *sae) {
 typedef int draw_function(void *context, size_t draw, size_t *image);
 
 typedef struct {
-    size_t T, D, stride;             /* tokens per image, width, width padded to 16 */
+    size_t T;                        /* tokens per image */
+    size_t D;                        /* width */
+    size_t stride;                   /* from row to row: the width padded to 16 */
     size_t grid;                     /* patches per side, 0 where the tokens are not a grid */
     size_t first_patch;              /* 1 where token 0 is the class token */
-    size_t first_token;              /* of the model's tokens, the first that is kept */
-    sc_origin origin;                /* without the hook point where a model runs */
+    sc_origin said;                  /* as options say it; a layer from the end is negative */
+    sc_origin origin;                /* in force; without the hook points of SAEs */
     size_t taps;
-    sc_tap tap[SC_MAX_TAPS];         /* hook points; out: [room, T, stride] */
-    size_t *image, *draw;            /* [room], indices in the data set and in the order */
+    sc_tap tap[SC_MAX_TAPS];         /* a hook point per SAE; out: [room, T, stride] */
+    size_t *image;                   /* [room], the batch's images in the data set */
     int64_t *label;                  /* [room], -1 without */
     unsigned char *pixels;           /* [room, S, S, 3] */
     float *logits;                   /* [room, classes], where they are asked for */
     size_t count;                    /* images in the current batch */
     size_t used;                     /* images in the batches before it */
-    size_t drawn, bad;               /* the next draw; images passed over as bad */
+    size_t drawn;                    /* the next draw */
+    size_t bad;                      /* images passed over as bad */
+    int skip_bad;                    /* whether they are passed over */
     memory_list memory;
-    int is_file, skip_bad;
-    sc_safetensors file;             /* saved activations, where is_file */
-    const sc_tensor *activations;
+    int is_file;                     /* whether activations were saved */
+    sc_safetensors file;             /* in this file */
+    const sc_tensor *activations;    /* [images, T, D] */
     sc_images set;                   /* the images; of saved activations only their labels */
     sc_model model;
     sc_preprocess preprocess;
-    draw_function *order;
+    draw_function *order;            /* NULL: first to last */
     void *order_context;
 } feed;
 
@@ -6694,308 +6645,297 @@ static const char *image_name(const feed *f, size_t image) { return f->set.image
 
 /* Adds the image and the token to an error. token: in the current batch */
 static int blame_token(const feed *f, size_t token) {
-    char reason[sizeof error_text];
     size_t image = f->image[token / f->T];
     const char *name = image_name(f, image);
-    memcpy(reason, error_text, sizeof reason);
-    return fail("image %zu%s%s, token %zu: %s", image, *name ? " " : "", name, token % f->T,
-                reason);
+    const char *blank = *name ? " " : "";
+    return fail("image %zu%s%s, token %zu: %s", image, blank, name, token % f->T, sc_error());
 }
+
+/* --- Opening --- */
 
 /* Opens saved activations. A file without the digest of its data set gets that of its labels. */
 static int open_activations(feed *f, const options *o) {
     SC_TRY(sc_safetensors_open(&f->file, o->acts));
-    const sc_tensor *a = f->activations = sc_tensor_find(&f->file, "activations");
+    const sc_tensor *a = sc_tensor_find(&f->file, "activations");
     const char *digest = sc_metadata_find(&f->file, "data_digest");
-    uint64_t labels = 0;             /* their digest */
+    const sc_origin saved = read_origin(&f->file);
     if (!a || a->rank != 3 || a->count == 0)
         return fail("%s: not saved activations (expected a tensor activations [images, tokens, "
                     "width])", o->acts);
+    if (o->layer < 0)
+        return usage("--layer: %ld (expected 1 or more for saved activations)", o->layer);
     f->is_file = 1;
+    f->activations = a;
     f->T = a->shape[1];
     f->D = a->shape[2];
-    SC_TRY(read_origin(&f->origin, &f->file));
+    fill_origin(&f->origin, &saved);
+    SC_TRY(check_origin(o->acts, &saved, &f->origin, &f->said));
     f->first_patch = strcmp(f->origin.text[SC_TOKENS], "patches") != 0;
     f->set.limit = SIZE_MAX;
+    if (o->limit) f->set.limit = (size_t)o->limit;
     SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1, NULL));
-    for (size_t i = 0; i < f->set.count; i++)
-        digest64_number(&labels, (uint64_t)f->set.image[i].label);
-    f->set.digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : labels;
-    if (o->limit && (size_t)o->limit < f->set.count) {
-        f->set.count = (size_t)o->limit;
-        digest64_number(&f->set.digest, f->set.count);       /* another data set */
-    }
+    f->set.digest = images_digest(&f->set);
+    if (digest) f->set.digest = strtoull(digest, NULL, 16);
+    if (f->set.count < a->shape[0])              /* --limit makes it another data set */
+        digest64_number(&f->set.digest, f->set.count);
     return SC_OK;
 }
 
-/* side: of the model's images; square: 0 for none; crop: "torchvision" or "hf" */
-static void set_preprocessing(feed *f, size_t side, size_t square, const char *crop) {
-    f->preprocess = (sc_preprocess){ .size = (int)side, .square = (int)square,
-                                     .crop_hf = strcmp(crop, "hf") == 0 };
-}
-
-static int open_photos(feed *f, const options *o) {
-    f->skip_bad = o->skip_bad;
-    return sc_images_open(&f->set, o->operand[0], (size_t)o->limit);
-}
-
-/* The origin as far as options give it. */
-static void options_origin(const options *o, sc_origin *said) {
-    const char *text[SC_ORIGIN_KEYS] = {
-        [SC_MODEL] = o->model ? base_name(o->model) : NULL, [SC_HOOK] = o->hook,
-        [SC_TOKENS] = o->tokens, [SC_MEAN] = o->settings.mean, [SC_STD] = o->settings.std,
-        [SC_GELU] = o->settings.gelu, [SC_EPSILON] = o->settings.epsilon,
-        [SC_HEADS] = o->settings.heads, [SC_CROP] = o->crop };
-    size_t room = sizeof *said->text;
-    *said = (sc_origin){ 0 };
-    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        if (text[k]) snprintf(said->text[k], room, "%s", text[k]);
-    if (o->layer) snprintf(said->text[SC_LAYER], room, "%ld", o->layer);
-    if (o->square >= 0) snprintf(said->text[SC_SQUARE], room, "%ld", o->square);
-}
-
-/* The origin as far as the SAEs give it, without the model and the hook points. They must agree,
- * except in what an option overrules. */
-static int agree_on_origin(sc_origin *wanted, const sc_sae *sae, size_t saes,
-                           const sc_origin *said) {
-    *wanted = (sc_origin){ 0 };
-    for (size_t i = 0; i < saes; i++) {
-        for (size_t k = SC_TOKENS; k < SC_ORIGIN_KEYS; k++) {
-            const char *here = sae[i].origin.text[k], *before = wanted->text[k];
-            if (*here && *before && !*said->text[k] && strcmp(here, before) != 0)
-                return fail("%s: trained with %s %s (expected %s, as the SAEs before it)",
-                            sae[i].path, origin_keys[k], here, before);
-            if (*here) strcpy(wanted->text[k], here);
-        }
-    }
-    return SC_OK;
-}
-
-/* Prints floats with the fewest digits that give the same floats again. text: [256] */
-static void print_floats(char *text, const float *value, size_t count) {
-    for (size_t i = 0; i < count; i++) {
-        int digits = 1;
-        if (i > 0) *text++ = ',';
-        do sprintf(text, "%.*g", digits, (double)value[i]);
-        while (strtof(text, NULL) != value[i] && digits++ < 9);
-        text += strlen(text);
-    }
-}
-
-/* A packed set that was resized to a square says so, and how it was cropped. This must agree with
- * the SAEs, unless an option overrules it. */
-static int use_packed_square(const feed *f, const sc_origin *said, const char **from) {
-    for (size_t k = SC_SQUARE; k <= SC_CROP; k++) {
-        const char *packed = sc_metadata_find(&f->set.packed, origin_keys[k]);
-        if (!packed || *said->text[k]) continue;
-        SC_TRY(check_origin_value(f->set.packed.path, k, packed));
-        if (from[k] && strcmp(packed, from[k]) != 0)
-            return fail("%s: packed with %s %s (expected %s, as the SAE)", f->set.packed.path,
-                        origin_keys[k], packed, from[k]);
-        from[k] = packed;
-    }
-    return SC_OK;
-}
-
-/* Opens images and a model. Settings come from the options, else from the SAEs, else from the
- * model's file, else they are the usual ones. */
+/* Opens images and a model. The origin is filled, parsed, and printed. */
 static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes) {
-    sc_origin said, wanted, *now = &f->origin;
+    static const sc_origin usual = {
+        .text = { [SC_TOKENS] = "all", [SC_SQUARE] = "0", [SC_CROP] = "torchvision" } };
+    const size_t room = sizeof *usual.text;
+    const size_t largest = 16384;                /* --square */
+    sc_origin *now = &f->origin;
     sc_model *m = &f->model;
-    const char *from[SC_ORIGIN_KEYS] = { NULL };
-    size_t room = sizeof *now->text;
-    options_origin(o, &said);
-    SC_TRY(agree_on_origin(&wanted, sae, saes, &said));
-    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
-        if (*wanted.text[k]) from[k] = wanted.text[k];
-        if (*said.text[k]) from[k] = said.text[k];
+    f->skip_bad = o->skip_bad;
+    SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
+    /* What the options leave open, a packed set says, else an SAE, else the model's file. */
+    const sc_origin packed = read_origin(&f->set.packed);
+    fill_origin(now, &packed);
+    for (size_t i = 0; i < saes; i++) {
+        fill_origin(now, &sae[i].origin);
     }
-    SC_TRY(open_photos(f, o));
-    SC_TRY(use_packed_square(f, &said, from));
-    if (!from[SC_TOKENS]) from[SC_TOKENS] = "all";
-    if (!from[SC_SQUARE]) from[SC_SQUARE] = "0";
-    if (!from[SC_CROP]) from[SC_CROP] = "torchvision";
-    const sc_model_options settings = { .gelu = from[SC_GELU], .epsilon = from[SC_EPSILON],
-        .heads = from[SC_HEADS], .mean = from[SC_MEAN], .std = from[SC_STD] };
-    SC_TRY(sc_model_open(m, o->model, &settings));
-    f->T = m->tokens;
+    fill_origin(now, &usual);
+    int status = sc_model_open(m, o->model, now);
+    if (status == SC_USAGE && saes > 0)
+        return usage("%s, from an option or from %s", sc_error(), sae->path);
+    SC_TRY(status);
+    /* Which tokens are kept, and how images are made. */
+    size_t square = strtoul(now->text[SC_SQUARE], NULL, 10);
+    int patches = strcmp(now->text[SC_TOKENS], "patches") == 0;
+    int class = strcmp(now->text[SC_TOKENS], "cls") == 0;
     f->D = m->width;
-    f->first_patch = 1;
-    const char *tokens = from[SC_TOKENS], *crop = from[SC_CROP];
-    size_t square = (size_t)strtoul(from[SC_SQUARE], NULL, 10);
-    if (strcmp(tokens, "cls") == 0) f->T = 1;
-    if (strcmp(tokens, "patches") == 0) {
-        f->T--;
-        f->first_token = 1;
-        f->first_patch = 0;
-    }
-    snprintf(now->text[SC_MODEL], room, "%s", base_name(o->model));
-    snprintf(now->text[SC_TOKENS], room, "%s", tokens);
+    f->T = m->tokens;
+    if (patches) f->T--;
+    if (class) f->T = 1;
+    f->first_patch = !patches;
+    f->preprocess.size = (int)m->image_size;
+    f->preprocess.square = (int)smaller(square, largest);
+    f->preprocess.crop_hf = strcmp(now->text[SC_CROP], "hf") == 0;
+    /* What is in force. Each SAE has its own hook point. */
+    strcpy(now->text[SC_LAYER], f->said.text[SC_LAYER]);
+    strcpy(now->text[SC_HOOK], f->said.text[SC_HOOK]);
+    if (!patches && !class) strcpy(now->text[SC_TOKENS], "all");
     print_floats(now->text[SC_MEAN], m->mean, 3);
     print_floats(now->text[SC_STD], m->std, 3);
     print_floats(now->text[SC_EPSILON], &m->epsilon, 1);
-    snprintf(now->text[SC_GELU], room, "%s", m->activation == QUICK_GELU ? "quick_gelu" : "gelu");
+    strcpy(now->text[SC_GELU], "gelu");
+    if (m->activation == QUICK_GELU) strcpy(now->text[SC_GELU], "quick_gelu");
     snprintf(now->text[SC_HEADS], room, "%zu", m->heads);
-    snprintf(now->text[SC_SQUARE], room, "%zu", square);
-    snprintf(now->text[SC_CROP], room, "%s", crop);
-    set_preprocessing(f, m->image_size, square, crop);
-    return SC_OK;
+    snprintf(now->text[SC_SQUARE], room, "%d", f->preprocess.square);
+    if (!f->preprocess.crop_hf) strcpy(now->text[SC_CROP], "torchvision");
+    return check_origin(f->set.packed.path, &packed, now, &f->said);
 }
 
 /* Opens DATA: saved activations (--acts), or images through a model, with the settings of SAEs. */
 static int open_feed(feed *f, const options *o, const sc_sae *sae, size_t saes) {
     *f = (feed){ 0 };
+    sc_origin *said = &f->said;
+    const size_t room = sizeof *said->text;
+    /* What the options say of the origin. */
+    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
+        const char *text = o->origin[k];
+        if (text) snprintf(said->text[k], room, "%s", text);
+    }
+    if (o->model) snprintf(said->text[SC_MODEL], room, "%s", base_name(o->model));
+    if (o->layer) snprintf(said->text[SC_LAYER], room, "%ld", o->layer);
+    if (o->square >= 0) snprintf(said->text[SC_SQUARE], room, "%ld", o->square);
+    f->origin = *said;
     if (o->acts && !o->operand[0]) SC_TRY(open_activations(f, o));
     else if (o->operand[0] && o->model) SC_TRY(open_model(f, o, sae, saes));
     else return usage("no data (expected --acts FILE, or -m MODEL and IMAGES)");
     f->stride = padded(f->D);
-    if (f->D > SC_MAX_WIDTH || f->T > SC_MAX_TOKENS || f->T > SIZE_MAX / sizeof(float) / f->stride)
+    size_t most = smaller(SC_MAX_TOKENS, SIZE_MAX / sizeof(float) / f->stride);
+    if (f->D > SC_MAX_WIDTH || f->T > most)
         return fail("%s: activations of %zu tokens x %zu are too large",
-                    f->is_file ? f->file.path : f->model.file.path, f->T, f->D);
+                    f->is_file ? o->acts : o->model, f->T, f->D);
+    /* The grid of patches */
     size_t patches = f->T - f->first_patch;
     while ((f->grid + 1) * (f->grid + 1) <= patches) f->grid++;
     if (f->grid * f->grid != patches) f->grid = 0;
     return SC_OK;
 }
 
-/* Adds a hook point; layer -1 is the last. *place: its index among the taps. Saved activations
- * have a single hook point (layer 0: not known). */
-static int add_tap(feed *f, long layer, sc_hook hook, size_t *place) {
+/* Adds the hook point of an origin, the MLP of the last block but one if it has none. A layer from
+ * the end gets its number. Saved activations have one hook point, which may be unknown. */
+static int add_tap(feed *f, sc_origin *origin) {
+    static const sc_origin usual = { .text = { [SC_LAYER] = "-2", [SC_HOOK] = "mlp" } };
     long blocks = (long)f->model.blocks;
-    if (!f->is_file && (layer == 0 || layer > blocks || -layer > blocks))
+    sc_tap *tap = &f->tap[f->taps++];            /* there is room for one per SAE */
+    tap->stride = f->stride;
+    if (f->is_file) return SC_OK;
+    fill_origin(origin, &usual);
+    long layer = strtol(origin->text[SC_LAYER], NULL, 10);
+    if (layer == 0 || labs(layer) > blocks)
         return fail("%s: layer %ld (expected 1 to %ld, or -1 to -%ld)", f->model.file.path, layer,
                     blocks, blocks);
-    sc_tap tap = { .hook = hook, .stride = f->stride };
-    if (layer > 0) tap.layer = (size_t)layer;
-    else if (!f->is_file) tap.layer = (size_t)(blocks + 1 + layer);
-    for (*place = 0; *place < f->taps; ++*place) {
-        const sc_tap *there = &f->tap[*place];
-        if (f->is_file || (there->layer == tap.layer && there->hook == hook)) return SC_OK;
+    if (layer < 0) layer += blocks + 1;
+    snprintf(origin->text[SC_LAYER], sizeof *origin->text, "%ld", layer);
+    return sc_hook_point(origin, tap);
+}
+
+/* Connects an SAE to a hook point of its own. Options overrule its architecture and k. Its origin
+ * must agree with that of the data, and then is the one in force. */
+static int connect_sae(feed *f, sc_sae *sae, const options *o) {
+    const char *path = sae->path;                /* NULL: it is new */
+    sc_origin now = f->origin;
+    sc_tap tap;
+    if (o->k) sae->k = (size_t)o->k;
+    if (o->arch) {
+        sae->topk = strcmp(o->arch, "topk") == 0;
+        free(sae->threshold);
+        sae->threshold = NULL;
     }
-    f->tap[f->taps++] = tap;                     /* there is room for one tap per SAE */
+    int bad_k = check_k(sae) != SC_OK;
+    if (bad_k && o->k) return usage("--k: %s", sc_error());
+    if (bad_k) return fail("%s: %s: see --k", path ? path : o->output, sc_error());
+    if (sae->d_in != f->D)
+        return fail("%s: the SAE has width %zu, the activations have %zu", path, sae->d_in, f->D);
+    fill_origin(&now, &sae->origin);
+    if (path && !f->is_file && sc_hook_point(&now, &tap) != SC_OK)
+        return usage("%s: does not name its hook point (expected --layer and --hook)", path);
+    SC_TRY(add_tap(f, &now));
+    SC_TRY(check_origin(path, &sae->origin, &now, &f->said));
+    sae->origin = now;
     return SC_OK;
 }
 
 /* Prepares batches of up to `room` images, in an order (NULL: first to last). */
 static int start_feed(feed *f, size_t room, draw_function *order, void *context, int with_logits) {
-    size_t S = (size_t)f->preprocess.size, T = f->is_file ? f->T : f->model.tokens, deepest = 0;
-    for (size_t i = 0; i < f->taps; i++)
+    size_t S = (size_t)f->preprocess.size;
+    size_t row = f->stride * sizeof(float);
+    size_t deepest = 0;                          /* the last block that is needed */
+    size_t T = f->T;
+    if (!f->is_file) T = f->model.tokens;        /* not all are kept */
+    for (size_t i = 0; i < f->taps; i++) {
         if (f->tap[i].layer > deepest) deepest = f->tap[i].layer;
+    }
     if (with_logits) deepest = f->model.blocks;
     if (f->model.blocks) SC_TRY(sc_model_load(&f->model, deepest, with_logits));
     f->order = order;
     f->order_context = context;
     const array_spec arrays[] = {
-        ARRAY(f->image, room, 1), ARRAY(f->draw, room, 1), ARRAY(f->label, room, 1),
+        ARRAY(f->image, room, 1),
+        ARRAY(f->label, room, 1),
         ARRAY(f->pixels, room, S * S * 3) };
     SC_TRY(new_arrays(&f->memory, arrays, COUNT(arrays)));
     for (size_t i = 0; i < f->taps; i++) {
-        const array_spec out = ARRAY(f->tap[i].out, room, T * f->stride);
-        SC_TRY(new_arrays(&f->memory, &out, 1));
+        float **out = &f->tap[i].out;
+        if (f->is_file && i > 0) {
+            *out = f->tap[0].out;                /* the same for all SAEs */
+            continue;
+        }
+        SC_TRY(allocate(&f->memory, out, room, T * row));
     }
     if (!with_logits) return SC_OK;
     return allocate(&f->memory, &f->logits, room, f->model.classes * sizeof *f->logits);
 }
 
+/* --- Reading --- */
+
 /* Reads the image in slot f->count + task: its pixels, or its saved activations. */
 static int load_task(void *context, size_t task) {
     feed *f = context;
-    size_t i = f->count + task, image = f->image[i], S = (size_t)f->preprocess.size;
-    f->label[i] = f->set.image[image].label;
-    if (!f->is_file) return load_image(&f->set, image, &f->preprocess, f->pixels + i * S * S * 3);
+    size_t S = (size_t)f->preprocess.size;
+    size_t slot = f->count + task;
+    size_t image = f->image[slot];
+    unsigned char *pixels = f->pixels + slot * S * S * 3;
+    f->label[slot] = f->set.image[image].label;
+    if (!f->is_file) return load_image(&f->set, image, &f->preprocess, pixels);
     for (size_t t = 0; t < f->T; t++) {
+        size_t token = slot * f->T + t;          /* in the batch */
         size_t first = (image * f->T + t) * f->D;
-        float *out = f->tap[0].out + (i * f->T + t) * f->stride;
+        float *out = f->tap[0].out + token * f->stride;
         if (sc_tensor_floats(&f->file, f->activations, first, f->D, out) != SC_OK)
-            return blame_token(f, i * f->T + t);
+            return blame_token(f, token);
     }
     return SC_OK;
-}
-
-/* Chooses the next images for the free slots of a batch; returns the end of the slots used.
- * Images that were skipped as bad have no name any more. */
-static size_t draw_images(feed *f, size_t want) {
-    size_t last = smaller(f->set.count, f->set.limit), end = f->count;
-    for (size_t draw = f->drawn; end < want; draw++) {
-        size_t image = draw;
-        if (f->order && f->order(f->order_context, draw, &image) == SC_END) break;
-        if (!f->order && draw >= last) break;
-        if (!f->set.image[image].name) continue;
-        f->draw[end] = draw;
-        f->image[end++] = image;
-    }
-    return end;
 }
 
 /* Fills the batch with `want` images, or fewer at the end; all threads decode at once. With
- * skip_bad a bad image is named once and then skipped. If all are bad this fails, since the
+ * skip_bad a bad image is reported once, and loses its name. If all are bad this fails, since the
  * order may be endless. */
 static int load_images(feed *f, size_t want) {
-    while (f->count < want) {
-        size_t end = draw_images(f, want);
-        if (end == f->count) return SC_OK;
+    const size_t last = smaller(f->set.count, f->set.limit);
+    for (;;) {
+        /* Draw the batch, without bad images. */
+        size_t draw = f->drawn;
+        size_t end = 0;
+        for (; end < want; draw++) {
+            size_t chosen = draw;
+            int ends = draw >= last;
+            if (f->order) ends = f->order(f->order_context, draw, &chosen) == SC_END;
+            if (ends) break;
+            if (f->set.image[chosen].name) f->image[end++] = chosen;
+        }
+        /* Load what is not loaded yet. */
         int status = parallel_for(end - f->count, load_task, f);
         if (status == SC_OK) {
-            f->drawn = f->draw[end - 1] + 1;
+            f->drawn = draw;
             f->count = end;
-            continue;
+            return SC_OK;
         }
-        size_t slot = f->count + pool.failed_task;       /* all images before it are loaded */
-        f->drawn = f->draw[slot];
-        f->count = slot;
+        /* Images before a bad one stay. */
+        f->count += pool.failed_task;
         if (status != SC_FAILED || !f->skip_bad) return SC_FAILED;
-        char reason[sizeof error_text];
-        note("%s; passed over", strcpy(reason, error_text));
-        f->set.image[f->image[slot]].name = NULL;
+        size_t image = f->image[f->count];
+        note("%s; passed over", sc_error());
+        f->set.image[image].name = NULL;
         f->bad++;
         if (f->bad == f->set.count)
-            return fail("%s; none of %zu images can be read", reason, f->bad);
+            return fail("%s; none of %zu images can be read", sc_error(), f->bad);
     }
-    return SC_OK;
 }
 
 /* Finite weights may still give numbers that are not finite. rows: [images, count, stride] */
 static int check_finite(const feed *f, const float *rows, size_t count, size_t stride) {
-    size_t numbers = f->count * count * stride, bad = first_not_finite(rows, numbers);
+    size_t numbers = f->count * count * stride;
+    size_t bad = first_not_finite(rows, numbers);
+    size_t per_row = f->T / count;               /* tokens */
     if (bad == numbers) return SC_OK;
     fail("%s gives %g (expected a finite number)", f->model.file.path, (double)rows[bad]);
-    return blame_token(f, bad / stride * (f->T / count));
+    return blame_token(f, bad / stride * per_row);
 }
 
-/* Moves the kept tokens of all images together. */
-static void keep_tokens(const feed *f, float *out) {
-    if (f->T == f->model.tokens) return;
-    for (size_t i = 0; i < f->count; i++)
-        memmove(out + i * f->T * f->stride,
-                out + (i * f->model.tokens + f->first_token) * f->stride,
-                f->T * f->stride * sizeof *out);
-}
-
-static int compute_activations(feed *f) {
-    size_t S = f->model.image_size, T = f->model.tokens, images;
-    for (size_t first = 0; first < f->count; first += images) {
-        sc_tap tap[SC_MAX_TAPS];
-        float *head = f->logits ? f->logits + first * f->model.classes : NULL;
-        images = smaller(f->count - first, FORWARD_IMAGES);
-        memcpy(tap, f->tap, sizeof tap);
-        for (size_t i = 0; i < f->taps; i++) tap[i].out += first * T * f->stride;
-        SC_TRY(sc_model_forward(&f->model, f->pixels + first * S * S * 3, images, tap, f->taps,
-                                head));
-    }
-    for (size_t i = 0; i < f->taps; i++) {
-        keep_tokens(f, f->tap[i].out);
-        SC_TRY(check_finite(f, f->tap[i].out, f->T, f->stride));
-    }
-    return f->logits ? check_finite(f, f->logits, 1, f->model.classes) : SC_OK;
-}
-
-/* Reads the next batch: f->count images, 0 at the end. */
+/* Reads the next batch and computes its activations: f->count images, 0 at the end. */
 static int next_batch(feed *f, size_t want) {
+    size_t S = f->model.image_size;
+    size_t T = f->model.tokens;
+    size_t classes = f->model.classes;
+    size_t all = T * f->stride;                  /* numbers of an image */
+    size_t kept = f->T * f->stride;              /* those of the tokens that are kept */
+    size_t images;
     f->used += f->count;
     f->count = 0;
     SC_TRY(load_images(f, want));
-    if (f->count > 0 && f->model.blocks && (f->taps || f->logits)) return compute_activations(f);
-    return SC_OK;
+    if (f->is_file) return SC_OK;
+    if (f->taps == 0 && !f->logits) return SC_OK;
+    /* Forward passes; out: [count, model's tokens, stride] */
+    for (size_t first = 0; first < f->count; first += images) {
+        const unsigned char *pixels = f->pixels + first * S * S * 3;
+        sc_tap tap[SC_MAX_TAPS];
+        float *head = f->logits;
+        images = smaller(f->count - first, FORWARD_IMAGES);
+        memcpy(tap, f->tap, sizeof tap);
+        for (size_t i = 0; i < f->taps; i++) {
+            tap[i].out += first * all;
+        }
+        if (head) head += first * classes;
+        SC_TRY(sc_model_forward(&f->model, pixels, images, tap, f->taps, head));
+    }
+    /* Move the tokens that are kept together. */
+    for (size_t i = 0; i < f->taps; i++) {
+        float *out = f->tap[i].out;
+        const float *from = f->first_patch ? out : out + f->stride;
+        for (size_t image = 0; image < f->count; image++) {
+            memmove(out + image * kept, from + image * all, kept * sizeof *out);
+        }
+        SC_TRY(check_finite(f, out, f->T, f->stride));
+    }
+    if (!f->logits) return SC_OK;
+    return check_finite(f, f->logits, 1, classes);
 }
 
 static void close_feed(feed *f) {
@@ -7004,71 +6944,6 @@ static void close_feed(feed *f) {
     sc_images_close(&f->set);
     sc_model_close(&f->model);
     *f = (feed){ 0 };
-}
-
-/* Compares the origin in an SAE's file with that of the data. An option overrules it with a
- * remark; saved activations that differ are refused. */
-static int check_origin(const feed *f, const sc_sae *sae, const options *o) {
-    sc_origin said, data = f->origin, own = origin_of(sae);
-    options_origin(o, &said);
-    long from_end = (long)f->model.blocks + 1 + o->layer;
-    if (o->layer < 0 && !f->is_file)
-        snprintf(said.text[SC_LAYER], sizeof *said.text, "%ld", from_end);
-    for (size_t k = SC_LAYER; k <= SC_HOOK; k++)
-        if (*said.text[k]) strcpy(data.text[k], said.text[k]);
-    for (size_t k; (k = origin_difference(&data, &own)) < SC_ORIGIN_KEYS; *own.text[k] = '\0') {
-        if (f->is_file && !*said.text[k])
-            return fail("%s: activations of %s %s (expected %s, the SAE's)", f->file.path,
-                        origin_keys[k], data.text[k], own.text[k]);
-        note("%s: trained with %s %s; now %s", sae->path, origin_keys[k], own.text[k],
-             data.text[k]);
-    }
-    return SC_OK;
-}
-
-/* Options overrule the architecture and k of an SAE. */
-static int choose_architecture(sc_sae *sae, const options *o) {
-    if (o->arch) {
-        sae->topk = strcmp(o->arch, "topk") == 0;
-        free(sae->threshold);
-        sae->threshold = NULL;
-    }
-    if (o->k) sae->k = (size_t)o->k;
-    if (!sae->topk || (sae->k > 0 && sae->k <= sae->d_sae)) return SC_OK;
-    if (o->k)
-        return usage("--k: %zu (expected 1 to %zu, the number of latents)", sae->k, sae->d_sae);
-    return fail("%s: k is %zu (expected 1 to %zu: give --k)", sae->path ? sae->path : o->output,
-                sae->k, sae->d_sae);
-}
-
-/* Connects an SAE to its hook point, the tap at *place. The hook point is that of the options,
- * else of the SAE, else of the saved activations, else, in training, the MLP of the last block
- * but one. The SAE then has the origin in force. */
-static int connect_sae(feed *f, sc_sae *sae, const options *o, int training, size_t *place) {
-    int hook = o->hook ? find_hook(o->hook) : sae->hook;
-    long layer = o->layer ? o->layer : (long)sae->layer;
-    SC_TRY(choose_architecture(sae, o));
-    if (sae->d_in != f->D)
-        return fail("%s: the SAE has width %zu, the activations have %zu", sae->path, sae->d_in,
-                    f->D);
-    SC_TRY(check_origin(f, sae, o));
-    if (f->is_file) {
-        if (o->layer < 0)
-            return usage("--layer: %ld (expected a number from 1 for saved activations)", o->layer);
-        if (!layer) layer = strtol(f->origin.text[SC_LAYER], NULL, 10);
-        if (hook < 0) hook = find_hook(f->origin.text[SC_HOOK]);
-    } else if (training) {
-        if (!layer) layer = -2;
-        if (hook < 0) hook = SC_MLP;
-    }
-    if (!f->is_file && (!layer || hook < 0))
-        return usage("%s: does not name its hook point (expected --layer and --hook)", sae->path);
-    SC_TRY(add_tap(f, layer, hook < 0 ? SC_MLP : (sc_hook)hook, place));
-    sae->layer = f->tap[*place].layer;
-    sae->hook = hook;
-    for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        if (*f->origin.text[k]) strcpy(sae->origin.text[k], f->origin.text[k]);
-    return SC_OK;
 }
 
 /* ********************************************************************************************
@@ -7151,7 +7026,7 @@ SC_PRINTF(3, 4) static void move_setting(transfer *to, const char *key, const ch
 static void move_recipe(const training_run *run, transfer *to) {
     const options *o = run->o;
     const sc_sae *sae = &run->sae;
-    const sc_origin origin = origin_of(sae);
+    const sc_origin origin = sae->origin;
     /* What the SAE is, and of which activations. */
     move_setting(to, "architecture", "%s", architecture_of(sae));
     if (sae->topk) move_setting(to, "k", "%zu", sae->k);
@@ -7335,7 +7210,6 @@ static int open_run(training_run *run) {
     const options *o = run->o;
     sc_sae *sae = &run->sae;
     feed *f = &run->data;
-    size_t place;                                    /* of the hook point: there is only one */
     if (o->init) SC_TRY(sc_sae_open(sae, o->init));
     SC_TRY(open_feed(f, o, sae, o->init != NULL));
     /* A new SAE, now that its number of inputs is known. */
@@ -7343,7 +7217,7 @@ static int open_run(training_run *run) {
     if (o->d_sae) n = (size_t)o->d_sae;
     if (!o->init) SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
-    SC_TRY(connect_sae(f, sae, o, 1, &place));
+    SC_TRY(connect_sae(f, sae, o));
     /* The batch, the steps, the order. */
     run->batch = (size_t)o->batch;
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
@@ -7400,7 +7274,7 @@ static int train_steps(training_run *run) {
         }
         if (status != SC_OK) return fail("step %ju: %s", (uintmax_t)step, error_text);
         /* The step is done. */
-        run->next_draw = f->draw[run->batch - 1] + 1;
+        run->next_draw = f->drawn;
         SC_TRY(log_step(run, &result));
         int due = step % (uint64_t)run->o->checkpoint_every == 0 || step == run->steps;
         if (run->checkpoints && due) SC_TRY(save_checkpoint(run));
@@ -7479,7 +7353,6 @@ typedef struct {
     options *o;
     size_t saes;                     /* open SAEs */
     sc_sae sae[SC_MAX_TAPS];         /* [saes], as all that follow */
-    size_t tap[SC_MAX_TAPS];         /* its place among the hook points of the data */
     sae_batch batch[SC_MAX_TAPS];    /* its codes of the current images */
     statistics stats[SC_MAX_TAPS];   /* its statistics over the current data set */
     feed data;
@@ -7495,7 +7368,7 @@ static int open_session(session *s) {
         SC_TRY(sc_sae_open(&s->sae[s->saes], o->sae[s->saes]));
     SC_TRY(open_feed(f, o, s->sae, s->saes));
     for (size_t i = 0; i < s->saes; i++) {
-        SC_TRY(connect_sae(f, &s->sae[i], o, 0, &s->tap[i]));
+        SC_TRY(connect_sae(f, &s->sae[i], o));
         SC_TRY(new_batch(&s->batch[i], &s->sae[i], MEASURE_IMAGES * f->T));
     }
     return SC_OK;
@@ -7522,7 +7395,7 @@ static int next_encoded(session *s, size_t total) {
     show_progress("image", f->used, total, "");
     if (f->count == 0) return SC_END;
     for (size_t i = 0; i < s->saes; i++) {
-        const sc_tap *tap = &f->tap[s->tap[i]];      /* out: [count T, stride] */
+        const sc_tap *tap = &f->tap[i];              /* out: [count T, stride] */
         if (tap->replace) continue;                  /* the forward pass has run the SAE */
         SC_TRY(run_sae(&s->batch[i], tap->out, f->count * f->T));
         if (check_batch(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
@@ -7569,7 +7442,7 @@ static int measure(session *s, int reconstruct) {
             .K = (size_t)o->top, .P = (size_t)o->top_patches,
             .classes = f->set.classes, .class_name = f->set.class_name,
             .first_patch = f->first_patch, .threshold = o->threshold,
-            .data_digest = f->set.digest, .origin = origin_of(&s->sae[i]),
+            .data_digest = f->set.digest, .origin = s->sae[i].origin,
             .shard = shard, .shards = shards,
             .batch = &s->batch[i], .image = f->image, .label = f->label };
         SC_TRY(new_statistics(&s->stats[i], &f->memory, o->class_counts));
@@ -7706,7 +7579,7 @@ static int load_statistics(statistics *s, const sc_safetensors *file, memory_lis
         .sae_digest = strtoull(sae, NULL, 16), .threshold = -1, .shard = part, .shards = parts };
     if (threshold) s->threshold = atof(threshold);           /* else images were counted */
     if (counts) s->classes = counts->shape[0];
-    SC_TRY(read_origin(&s->origin, file));
+    s->origin = read_origin(file);
     s->first_patch = strcmp(s->origin.text[SC_TOKENS], "patches") != 0;
 
     /* The names of the classes: no more bytes, and no more names, than the list has bytes. */
@@ -7747,13 +7620,12 @@ static int add_shard(statistics *all, const char *path, unsigned char *seen,
     /* It must be of the same run as the first one. */
     int same = part.n == n && part.K == K && part.P == P && part.threshold == all->threshold
             && !part.class_counts == !all->class_counts && part.classes == all->classes;
-    size_t key = origin_difference(&part.origin, &all->origin);
     if (part.sae_digest != all->sae_digest) differs = "SAE";
     else if (part.data_digest != all->data_digest) differs = "data set";
     else if (!same) differs = "--top, --top-patches, --class-counts or --threshold";
     else if (part.shards != all->shards) differs = "number of shards";
-    else if (key < SC_ORIGIN_KEYS) differs = origin_keys[key];
     if (differs) return fail("%s: differs from the first shard in its %s", path, differs);
+    SC_TRY(check_origin(path, &part.origin, &all->origin, NULL));
     if (seen[part.shard]++)
         return fail("%s: shard %zu of %zu is given twice", path, part.shard, part.shards);
 
@@ -7862,6 +7734,7 @@ static void print_json_list(metric (*row)[EVAL_COLUMNS], size_t rows) {
 static void evaluate(const statistics *s, const sc_sae *sae, const char *path, const char *data,
                      metric row[EVAL_COLUMNS]) {
     const char *kind = "ReLU", *hook = "?", *bias = "?";
+    sc_tap tap;
     double n = (double)s->n, tokens = (double)(s->images * s->T), numbers = tokens * (double)s->D;
     double error = running_total(&s->squared_error);         /* sum of ||x' - x||^2 */
     double active = running_total(&s->l0);                   /* how many f are above 0 */
@@ -7892,8 +7765,8 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *path, c
     if (entropies > 0) mean_entropy = entropy / entropies;
     if (sae->threshold) kind = "JumpReLU";
     if (sae->topk) kind = "TopK";
-    if (sae->hook >= 0) hook = hook_names[sae->hook];
-    if (sae->b_dec_start) bias = strstr(sae->b_dec_start, "geomedian") ? "yes" : "no";
+    if (sc_hook_point(&sae->origin, &tap) == SC_OK) hook = hook_names[tap.hook];
+    if (*sae->b_dec_start) bias = strstr(sae->b_dec_start, "geomedian") ? "yes" : "no";
     const metric cells[EVAL_COLUMNS] = {
         { "sae", path, 0 },
         { "data", data, 0 },
@@ -7983,8 +7856,6 @@ static int write_data_set(sc_writer *w, void *context) {
 
     /* Activations name their origin. If images are missing it is another data set. */
     if (!pack) {
-        snprintf(f->origin.text[SC_LAYER], sizeof *f->origin.text, "%zu", tap->layer);
-        strcpy(f->origin.text[SC_HOOK], hook_names[tap->hook]);
         SC_TRY(put_origin(w, &f->origin));
         uintmax_t digest = set->digest + set->count - images;
         return put_metadata(w, "data_digest", "%016jx", digest);
@@ -7999,20 +7870,21 @@ static int write_data_set(sc_writer *w, void *context) {
 }
 
 static int command_extract(session *s) {
-    const char *hook = s->o->hook ? s->o->hook : "mlp";
-    long layer = s->o->layer ? s->o->layer : -2;
-    size_t place;
     SC_TRY(open_session(s));
-    SC_TRY(add_tap(&s->data, layer, (sc_hook)find_hook(hook), &place));
+    SC_TRY(add_tap(&s->data, &s->data.origin));
     return save_tensors(s->o->output, write_data_set, s);
 }
 
 static int command_pack(session *s) {
     const options *o = s->o;
-    size_t side = (size_t)o->size, square = 0;
-    if (o->square > 0) side = square = (size_t)o->square;    /* the whole square is kept */
-    SC_TRY(open_photos(&s->data, o));
-    set_preprocessing(&s->data, side, square, o->crop ? o->crop : "torchvision");
+    feed *f = &s->data;
+    const char *crop = o->origin[SC_CROP];
+    f->skip_bad = o->skip_bad;
+    f->preprocess.size = (int)o->size;
+    f->preprocess.crop_hf = crop && strcmp(crop, "hf") == 0;
+    if (o->square > 0)                                       /* the whole square is kept */
+        f->preprocess.size = f->preprocess.square = (int)o->square;
+    SC_TRY(sc_images_open(&f->set, o->operand[0], (size_t)o->limit));
     return save_tensors(o->output, write_data_set, s);
 }
 
@@ -8281,17 +8153,15 @@ static int open_viewer(viewer *v, int same_data) {
     if (o->stats) {
         /* What they are of: the origin, the SAE, the data set. */
         statistics *stats = &v->stats;
-        const sc_origin now = origin_of(sae);
         const char *differs = NULL;
         SC_TRY(read_statistics(stats, o->stats, &s->memory));
-        size_t key = origin_difference(&stats->origin, &now);    /* or SC_ORIGIN_KEYS */
-        if (key < SC_ORIGIN_KEYS) differs = origin_keys[key];
         if (stats->sae_digest != sae_digest(sae) || stats->n != sae->d_sae) differs = "SAE";
         int other_data = stats->data_digest != f->set.digest;
         for (size_t i = 0; i < stats->n * stats->K; i++)     /* damaged, if only this is so */
             other_data |= stats->top[i].image >= (int64_t)f->set.count;
         if (same_data && other_data) differs = "data set";
         if (differs) return fail("%s: statistics of another %s", o->stats, differs);
+        SC_TRY(check_origin(o->stats, &stats->origin, &sae->origin, NULL));
         if (stats->shards > 1)
             return fail("%s: statistics of one shard (expected the output of merge)", o->stats);
     }
@@ -9545,9 +9415,9 @@ static const struct option_row {
     /* Hook point */
     { "--layer", "L", WHOLE, AT(layer), PHOTOS,
       "block, from 1; -1 is the last (default: the SAE's, else -2)", NULL, -100000, 100000 },
-    { "--hook", "attn|mlp|resid", CHOICE, AT(hook), PHOTOS,
+    { "--hook", "attn|mlp|resid", CHOICE, AT(origin[SC_HOOK]), PHOTOS,
       "hook point (default: the SAE's, else mlp)" },
-    { "--tokens", "all|cls|patches", CHOICE, AT(tokens), EXTRACT,
+    { "--tokens", "all|cls|patches", CHOICE, AT(origin[SC_TOKENS]), EXTRACT,
       "tokens to write (default: all)" },
     { "--dtype", "f32|f16", CHOICE, AT(dtype), EXTRACT,
       "number type", "f32" },
@@ -9556,22 +9426,22 @@ static const struct option_row {
       "side of the images in pixels", "224", 1, 16384 },
     { "--square", "N", WHOLE, AT(square), IMAGES,
       "first resize the centre square to N x N", NULL, 0, 16384 },
-    { "--crop", "torchvision|hf", CHOICE, AT(crop), IMAGES,
+    { "--crop", "torchvision|hf", CHOICE, AT(origin[SC_CROP]), IMAGES,
       "rounding of the centre crop (default: the SAE's, else torchvision)" },
     { "--limit", "N", WHOLE, AT(limit), IMAGES,
       "only the first N images", NULL, 1, 2e9 },
     { "--skip-bad", NULL, FLAG, AT(skip_bad), IMAGES & ~(TOP | EXPLAIN | ATLAS),
       "name unreadable images and go on" },
     /* What the model file may not say */
-    { "--mean", "R,G,B", TEXT, AT(settings.mean), PHOTOS,
+    { "--mean", "R,G,B", TEXT, AT(origin[SC_MEAN]), PHOTOS,
       "overrules the model's image_mean" },
-    { "--std", "R,G,B", TEXT, AT(settings.std), PHOTOS,
+    { "--std", "R,G,B", TEXT, AT(origin[SC_STD]), PHOTOS,
       "overrules the model's image_std" },
-    { "--gelu", "quick|erf", CHOICE, AT(settings.gelu), PHOTOS,
+    { "--gelu", "quick|erf", CHOICE, AT(origin[SC_GELU]), PHOTOS,
       "overrules the model's activation function" },
-    { "--eps", "X", TEXT, AT(settings.epsilon), PHOTOS,
+    { "--eps", "X", TEXT, AT(origin[SC_EPSILON]), PHOTOS,
       "overrules the layer norms' epsilon" },
-    { "--heads", "N", TEXT, AT(settings.heads), PHOTOS,
+    { "--heads", "N", TEXT, AT(origin[SC_HEADS]), PHOTOS,
       "overrules the number of heads" },
     /* The SAE and its training */
     { "--arch", "relu|topk", CHOICE, AT(arch), TRAIN | SAES,

@@ -214,11 +214,18 @@ typedef struct {
     struct sc_forward_memory *forward_memory;    /* arrays of the last pass, kept for the next */
 } sc_model;
 
-/* Values that override the metadata; NULL: the metadata, else the layout's usual value. */
-typedef struct { const char *gelu, *epsilon, *heads, *mean, *std; } sc_model_options;
+/* Where activations come from: the model's file (without its folder), the block and the hook point,
+ * the tokens kept (all, cls or patches), and the settings in force, whether an option, the model's
+ * file or the usual value gave them. Activations, SAEs and statistics keep it as metadata. */
+enum {
+    SC_MODEL, SC_LAYER, SC_HOOK, SC_TOKENS, SC_MEAN, SC_STD, SC_GELU, SC_EPSILON, SC_HEADS,
+    SC_SQUARE, SC_CROP, SC_ORIGIN_KEYS
+};
+typedef struct { char text[SC_ORIGIN_KEYS][256]; } sc_origin;    /* "" where it is not known */
 
-/* Recognises a model by its tensors' names; weights are read by sc_model_load(). */
-int sc_model_open(sc_model *model, const char *path, const sc_model_options *options);
+/* Recognises a model by its tensors' names; weights are read by sc_model_load(). What an origin says
+ * of mean, std, gelu, epsilon and heads overrules the model's metadata; given: NULL for none */
+int sc_model_open(sc_model *model, const char *path, const sc_origin *given);
 int sc_model_load(sc_model *model, size_t blocks, int head);
 void sc_model_close(sc_model *model);
 
@@ -232,14 +239,8 @@ int sc_model_forward_plain(const sc_model *model, const unsigned char *pixels, s
 int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
                      const sc_tap *taps, size_t count, float *head);
 
-/* Where activations come from: the model's file (without its folder), the block and the hook point,
- * the tokens kept (all, cls or patches), and the settings in force, whether an option, the model's
- * file or the usual value gave them. Activations, SAEs and statistics keep it as metadata. */
-enum {
-    SC_MODEL, SC_LAYER, SC_HOOK, SC_TOKENS, SC_MEAN, SC_STD, SC_GELU, SC_EPSILON, SC_HEADS,
-    SC_SQUARE, SC_CROP, SC_ORIGIN_KEYS
-};
-typedef struct { char text[SC_ORIGIN_KEYS][256]; } sc_origin;    /* "" where it is not known */
+/* Sets a tap's layer and hook. SC_FAILED if the origin does not name them. */
+int sc_hook_point(const sc_origin *origin, sc_tap *tap);
 
 /* --- The sparse autoencoder (Bricken et al., 2023; Gao et al., 2024; Lim et al., 2025) ---
  *
@@ -251,15 +252,15 @@ typedef struct {
     size_t d_in, d_sae, stride;      /* D, n; floats from row to row, D padded to 16 */
     int topk;
     size_t k;
-    size_t layer;                    /* 0: not known */
-    int hook;                        /* an sc_hook, -1: not known */
     float *W_enc;                    /* [n, stride]: latent by latent; in files [D, n] */
     float *b_enc;                    /* [n] */
     float *W_dec;                    /* [n, stride] */
     float *b_dec;                    /* [stride] */
     float *threshold;                /* [n], >= 0: JumpReLU, f = h where h > it; NULL: none */
     sc_origin origin;                /* of the activations it was trained on */
-    char *path, *b_dec_start;        /* NULL: not known */
+    char *path;                      /* its file, NULL: none */
+    char b_dec_start[32];            /* where training started b_dec; "" where it is not known */
+    uint64_t digest;                 /* of the tensors in its file */
 } sc_sae;
 
 int sc_sae_open(sc_sae *sae, const char *path);

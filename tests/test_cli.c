@@ -543,21 +543,21 @@ static void cli_test_saes(void)
         { "tensor b_enc (expected 1 x 24)", { .drop = "b_enc" } },
         { "tensor b_dec (expected 1 x 32)", { .drop = "b_dec" } },
         { "W_dec", RESHAPED("W_dec", 32, 24) },
-        { "b_enc", RESHAPED("W_enc", 24, 32) },
+        { "d_in is 32 (expected 24, as read before)", RESHAPED("W_enc", 24, 32) },
         { "not an SAE", RESHAPED("W_enc", 768) },
         { "not an SAE", RESHAPED("W_enc", 32, 0) },
         { "b_enc", RESHAPED("b_enc", 23) },
         { "b_enc", { .shape_of = "b_enc", .rank = 0 } },
         { "b_dec", RESHAPED("b_dec", 2, 16) },
-        { "architecture 'gated'", METADATA("architecture", "gated") },
-        { "metadata k = '25'", METADATA("k", "25") },
-        { "metadata k = '0'", METADATA("k", "0") },
-        { "metadata k = '2.5'", METADATA("k", "2.5") },
-        { "metadata k = 'few'", METADATA("k", "few") },
-        { "(expected 1 to 24: give --k)", METADATA("k", NULL) },
-        { "metadata layer = '0'", METADATA("layer", "0") },
-        { "metadata layer = '1.5'", METADATA("layer", "1.5") },
-        { "metadata hook = 'ear'", METADATA("hook", "ear") } };
+        { "architecture is gated", METADATA("architecture", "gated") },
+        { "k is 25 (expected 1 to 24, the number of latents): see --k", METADATA("k", "25") },
+        { "k is 0 (expected 1 to 24", METADATA("k", "0") },
+        { "k is 2.5 (expected a whole number", METADATA("k", "2.5") },
+        { "k is few (expected a whole number", METADATA("k", "few") },
+        { "k is 0 (expected 1 to 24", METADATA("k", NULL) },
+        { "layer is 0 (expected 2, the value in force)", METADATA("layer", "0") },
+        { "layer is 1.5 (expected 2", METADATA("layer", "1.5") },
+        { "hook is ear (expected mlp", METADATA("hook", "ear") } };
     static const char *const lines[] = {
         "eval -s @bad --acts @acts", "stats -s @bad --acts @acts -o @out",
         "encode -s @bad --acts @acts -o @out", "mask -s @bad --acts @acts -l 0 -o @out" };
@@ -584,20 +584,20 @@ static void cli_test_mismatches(void)
         { 1, "width 20", "train --acts @acts --init " GOLDEN "init_90.safetensors -o @out" },
         { 1, "@model: not an SAE", "eval -s @model --acts @acts" },
         { 1, "@no-such: cannot be opened", "eval -s @sae -s @no-such --acts @acts" },
-        { 1, "@acts: activations of layer 2 (expected 3", "eval -s @layer3 --acts @acts" },
-        { 1, "@acts: activations of layer 2 (expected 3",
+        { 1, "@layer3: layer is 3 (expected 2, the value in force)", "eval -s @layer3 --acts @acts" },
+        { 1, "@layer3: layer is 3 (expected 2, the value in force)",
           "stats -s @layer3 --acts @acts -o @out" },
-        { 1, "@acts: activations of layer 2 (expected 3",
+        { 1, "@layer3: layer is 3 (expected 2, the value in force)",
           "train --init @layer3 --acts @acts -o @out" },
-        { 1, "@acts: activations of hook mlp (expected attn", "encode -s @attn --acts @acts -o @out" },
-        { 1, "@acts: activations of hook mlp (expected attn",
+        { 1, "@attn: hook is attn (expected mlp, the value in force)", "encode -s @attn --acts @acts -o @out" },
+        { 1, "@attn: hook is attn (expected mlp, the value in force)",
           "train --init @attn --acts @acts -o @out" },
         { 1, "layer 9 (expected 1 to 3", "eval --quiet -s @layer9 -m @model @photos" },
         { 2, "@nowhere: does not name its hook point",
           "eval --quiet -s @nowhere -m @model @photos" },
-        { 2, "--k: 25 (expected 1 to 24", "eval -s @sae --arch topk --k 25 --acts @acts" },
-        { 1, "(expected 1 to 24: give --k)", "eval -s @sae --arch topk --acts @acts" },
-        { 2, "--k: 25 (expected 1 to 24",
+        { 2, "--k: k is 25 (expected 1 to 24", "eval -s @sae --arch topk --k 25 --acts @acts" },
+        { 1, "k is 0 (expected 1 to 24", "eval -s @sae --arch topk --acts @acts" },
+        { 2, "--k: k is 25 (expected 1 to 24",
           "train --acts @acts --latents 24 --arch topk --k 25 -o @out" },
         { 2, "-l: invalid value at '24' (expected at most 1024 numbers from 0 to 23", "mask -s @sae --acts @acts -l 3,24 -o @out" },
         { 1, "@stats: statistics of another SAE",
@@ -645,8 +645,7 @@ static void cli_test_activations(void)
         { 1, "@names: ", "stats -s @sae --acts @names -o @out" },
         { 1, "an SAE of 131072 inputs and 268566528 latents is not possible",
           "train --acts @wide --expansion 2049 -o @out" },
-        { 1, "@ear: metadata hook = 'ear'", "train --acts @ear -o @out" },
-        { 1, "@ear: metadata hook = 'ear' (expected attn|mlp|resid)", "eval -s @sae --acts @ear" },
+        { 1, "@sae: hook is mlp (expected ear, the value in force)", "eval -s @sae --acts @ear" },
         { 1, "@no-such: cannot be opened", "eval -s @sae --acts @acts --also @no-such" },
         { 0, NULL, NULL } };
     const char *activations = "activations", *labels = "labels";
@@ -679,7 +678,7 @@ static void cli_test_late_refusals(void)
         { 1, "@scaled: tensor blocks.0.ls1.gamma has no place",
           "extract --quiet -m @scaled @photos -o @out" },
         { 1, "@mute: no tensor text_embeds [classes", "zeroshot --quiet -m @mute @photos" },
-        { 1, "@jump: tensor threshold without architecture jumprelu", "eval -s @jump --acts @acts" },
+        { 1, "@jump: tensor threshold may change", "eval -s @jump --acts @acts" },
         { 2, "-s: given more than 16", "eval" MANY MANY MANY MANY " -s @sae --acts @acts" },
         { 2, "@late.ckpt: a checkpoint of step 4, but this run ends at step 2", "train --acts @acts --latents 8 --steps 2 "
                                                               "--checkpoint @late.ckpt --resume -o @out" },
@@ -1434,7 +1433,7 @@ static void cli_test_resume(void)
         snprintf(changed, sizeof changed, "%s", cli_recipe);
         char *old = strstr(changed, option), *value = old ? strchr(old + 1, ' ') + 1 : NULL;
         if (old) memmove(old, strchr(value, ' '), strlen(strchr(value, ' ')) + 1);
-        snprintf(line, sizeof line, "%s%s --steps 30 -o @out --checkpoint @ckpt12 --resume",
+        snprintf(line, sizeof line, "%s%s --quiet --steps 30 -o @out --checkpoint @ckpt12 --resume",
                  changed, others[i]);
         cli_refuses(1, "@ckpt12: a checkpoint of another run", line);
     }

@@ -673,7 +673,7 @@ static void images_test_reader(void)
         size_t draw = 0, wrong = 0;
         int status = images_feed(&f, &set, images_in_circles, &order, room, 0);
         while (status == SC_OK && (status = images_next(&f)) == SC_OK) {
-            wrong += f.draw[0] != draw || f.image[0] != draw * 7 % N || f.pixels[0] != f.image[0];
+            wrong += f.drawn != draw + 1 || f.image[0] != draw * 7 % N || f.pixels[0] != f.image[0];
             draw++;
         }
         check(status == SC_END && draw == 3 * N + 5 && wrong == 0, "in order with room for %zu",
@@ -685,10 +685,12 @@ static void images_test_reader(void)
     for (size_t want = 2; want <= 50; want += 3) {
         size_t draw = 0, wrong = 0;
         int status = images_feed(&f, &set, images_in_circles, &order, 50, 0);
-        for (; status == SC_OK && (status = next_batch(&f, want)) == SC_OK && f.count > 0;)
+        for (; status == SC_OK && (status = next_batch(&f, want)) == SC_OK && f.count > 0;) {
             for (size_t i = 0; i < f.count; i++, draw++)
-                wrong += f.draw[i] != draw || f.image[i] != draw * 7 % N || f.label[i] != -1
+                wrong += f.image[i] != draw * 7 % N || f.label[i] != -1
                          || f.pixels[3 * i] != f.image[i];
+            wrong += f.drawn != draw;
+        }
         check(status == SC_OK && draw == 3 * N + 5 && wrong == 0, "in batches of %zu", want);
         images_end(&f);
     }
@@ -707,13 +709,13 @@ static void images_test_reader(void)
           "an error comes in its turn (%zu)", good);
     check(images_next(&f) == SC_FAILED && strstr(sc_error(), "07.ppm"), "and stays");
     images_end(&f);
-    size_t last = 0, gaps = 0;
+    size_t last = 1, gaps = 0;
     good = 0;
     images_listen();
     status = images_feed(&f, &set, images_in_circles, &order, 16, 1);
     while (status == SC_OK && (status = images_next(&f)) == SC_OK) {
-        gaps += f.draw[0] > last + 1;
-        last = f.draw[0];
+        gaps += f.drawn > last + 1;
+        last = f.drawn;
         good++;
     }
     int lines = images_heard("short");

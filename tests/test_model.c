@@ -54,8 +54,8 @@ static void model_zeroshot(void)
 static int model_loop_logits(const char *sae, const char *hook, long k, float *logits)
 {
     options o = { .model = GOLDEN "clip_hf.safetensors", .operand = { GOLDEN "images.safetensors" },
-                  .sae = { sae }, .saes = 1, .hook = hook, .arch = k ? "topk" : "relu", .k = k,
-                  .crop = "torchvision" };
+                  .sae = { sae }, .saes = 1, .origin[SC_HOOK] = hook, .arch = k ? "topk" : "relu", .k = k,
+                  .origin[SC_CROP] = "torchvision" };
     session s = { .o = &o };
     int status = start_zeroshot(&s);
     if (status == SC_OK) status = next_batch(&s.data, MEASURE_IMAGES);
@@ -101,7 +101,7 @@ static void model_loop(void)
         snprintf(line, sizeof line, "images,top1,top5\n3,%d,%d\n", cases[c].top1, cases[c].top5);
         check(strcmp(ran.out, line) == 0, "zeroshot with the SAE at %s gives %s", cases[c].golden, ran.out);
     }
-    refuses(2, "need an SAE", "zeroshot -m " GOLDEN "clip_hf.safetensors --hook attn " GOLDEN "images.safetensors");
+    refuses(2, "--hook needs -s", "zeroshot -m " GOLDEN "clip_hf.safetensors --hook attn " GOLDEN "images.safetensors");
     refuses(1, "has width 20, the activations have 32", "zeroshot --quiet -m " GOLDEN "clip_hf.safetensors -s "
             GOLDEN "init_90.safetensors " GOLDEN "images.safetensors");
 }

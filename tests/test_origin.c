@@ -59,12 +59,12 @@ static void origin_test_settings(void)
     snprintf(line, sizeof line, "-s @odd -m @model %s @photos", origin_odd);
     check(origin_same("-s @odd -m @model @photos", line), "the SAE's settings are used");
     check(origin_same("-s @odd -m @model @photos", "-s @odd --acts @odd_acts"), "... as in the activations");
-    check(!strstr(ran.err, "trained with"), "no remark without a difference: %s", ran.err);
+    check(!strstr(ran.err, "overruled"), "no remark without a difference: %s", ran.err);
     check(!origin_same("-s @odd -m @model @photos", "-s @odd -m @model --square 0 @photos"), "--square overrules");
-    check(strstr(ran.err, "trained with square 23; now 0\n") != NULL, "a remark says so: %s", ran.err);
+    check(strstr(ran.err, "square is 23, overruled by 0\n") != NULL, "a remark says so: %s", ran.err);
     check(!origin_same("-s @odd -m @model @photos", "-s @odd -m @model --layer -1 --mean 0,0,0 @photos"),
           "--layer and --mean overrule");
-    check(strstr(ran.err, "trained with layer 2; now 3\n") && strstr(ran.err, "trained with mean 0.5,0.25,0.125; now 0"),
+    check(strstr(ran.err, "layer is 2, overruled by 3\n") && strstr(ran.err, "mean is 0.5,0.25,0.125, overruled by 0,0,0\n"),
           "remarks say so: %s", ran.err);
     works("%s", cli("train --quiet --init @odd -m @model @photos --steps 2 --batch 4 -o @odd_again"));
     origin_test_record("@odd_again");
@@ -79,31 +79,40 @@ static void origin_test_contradictions(void)
         const cli_change none = { .key = origin_keys[k] };
         cli_edit(cli("@odd_acts"), cli("@other_acts"), other);
         cli_edit(cli("@odd_stats"), cli("@other_stats"), other);
-        snprintf(words, sizeof words, "activations of %s %s (expected %s", origin_keys[k], origin_others[k],
-                 origin_values[k]);
+        snprintf(words, sizeof words, "cli_odd: %s is %s (expected %s, the value in force)", origin_keys[k], origin_values[k],
+                 origin_others[k]);
         refuses(1, words, "%s", cli("eval -s @odd --acts @other_acts"));
-        snprintf(words, sizeof words, "statistics of another %s", origin_keys[k]);
+        snprintf(words, sizeof words, "cli_other_stats: %s is %s (expected %s, the value in force)", origin_keys[k],
+                 origin_others[k], origin_values[k]);
         refuses(1, words, "%s", cli("top -s @odd -t @other_stats -m @model @photos -l 1 -o @out"));
         cli_edit(cli("@odd_acts"), cli("@other_acts"), none);
         works("%s", cli("eval --quiet -s @odd --acts @other_acts"));
     }
-    refuses(1, "differs from", "%s", cli("merge @odd_stats @other_stats -o @out"));
+    refuses(1, "cli_other_stats: crop is torchvision (expected hf, the value in force)", "%s", cli("merge @odd_stats @other_stats -o @out"));
 }
 
-/* Values that a key cannot have. */
+/* Values that a key cannot have, and their status and error. */
 static void origin_test_values(void)
 {
-    static const char *const bad[SC_ORIGIN_KEYS] = { NULL, "-1", "MLP", "some", "1,2", "a,b,c", "relu", "2", "0.5", "20000",
-                                                     "left" };
-    char words[100];
-    for (size_t k = 1; k < SC_ORIGIN_KEYS; k++) {
-        cli_edit(cli("@odd"), cli("@bad_value"), (cli_change){ .key = origin_keys[k], .text = bad[k] });
-        snprintf(words, sizeof words, "cli_bad_value: metadata %s = '%s' (expected", origin_keys[k], bad[k]);
-        refuses(1, words, "%s", cli("eval -s @bad_value -m @model @photos"));
+    static const struct { const char *value, *words; int status; } bad[SC_ORIGIN_KEYS] = {
+        [SC_LAYER] = { "-1", "cli_bad_value: layer is -1 (expected 3", 1 },
+        [SC_HOOK] = { "MLP", "cli_bad_value: does not name its hook point", 2 },
+        [SC_TOKENS] = { "some", "cli_bad_value: tokens is some (expected all", 1 },
+        [SC_MEAN] = { "1,2", "--mean: invalid value '1,2' (", 2 },
+        [SC_STD] = { "a,b,c", "--std: invalid value 'a,b,c' (", 2 },
+        [SC_GELU] = { "relu", "--gelu: invalid value 'relu' (", 2 },
+        [SC_EPSILON] = { "2", "--eps: invalid value '2' (", 2 },
+        [SC_HEADS] = { "0.5", "--heads: invalid value '0.5' (", 2 },
+        [SC_SQUARE] = { "20000", "cli_bad_value: square is 20000 (expected 16384", 1 },
+        [SC_CROP] = { "left", "cli_bad_value: crop is left (expected torchvision", 1 } };
+    for (size_t k = SC_LAYER; k < SC_ORIGIN_KEYS; k++) {
+        cli_edit(cli("@odd"), cli("@bad_value"), (cli_change){ .key = origin_keys[k], .text = bad[k].value });
+        refuses(bad[k].status, bad[k].words, "%s", cli("eval -s @bad_value -m @model @photos"));
+        check(strstr(ran.err, "cli_bad_value") != NULL, "the file is named: %s", ran.err);
     }
     works("%s", cli("pack --quiet --square 30 @photos -o @bad.safetensors"));
     cli_edit(cli("@bad.safetensors"), cli("@worse.safetensors"), (cli_change){ .key = "square", .text = "99999999" });
-    refuses(1, "metadata square = '99999999' (expected", "%s", cli("extract -m @model @worse.safetensors -o @out"));
+    refuses(1, "cli_worse.safetensors: square is 99999999 (expected 16384", "%s", cli("extract --quiet -m @model @worse.safetensors -o @out"));
 }
 
 /* Whether saved activations of the photos are tokens first .. of those in @all_acts. */
@@ -135,8 +144,8 @@ static void origin_test_tokens(void)
         snprintf(b, sizeof b, "-s @%s -m @model @photos", kinds[k]);
         check(origin_same(a, b), "%s through the model and from saved activations", kinds[k]);
     }
-    refuses(1, "activations of tokens all (expected cls", "%s", cli("eval -s @cls --acts @acts"));
-    refuses(1, "trained with tokens patches (expected cls", "%s", cli("eval -s @cls -s @patches -m @model @photos"));
+    refuses(1, "cli_cls: tokens is cls (expected all, the value in force)", "%s", cli("eval -s @cls --acts @acts"));
+    refuses(1, "cli_patches: tokens is patches (expected cls, the value in force)", "%s", cli("eval -s @cls -s @patches -m @model @photos"));
     refuses(1, "trained on tokens cls (expected all", "%s", cli("zeroshot --quiet -s @cls -m " GOLDEN "clip_hf.safetensors "
             "--layer 1 --hook attn @photos"));
 }
@@ -146,9 +155,9 @@ static void origin_test_several(void)
 {
     works("%s", cli("train --quiet -m @model --square 30 @photos --latents 24 --steps 2 --batch 4 -o @wide"));
     works("%s", cli("train --quiet -m @model --square 20 @photos --latents 24 --steps 2 --batch 4 -o @small"));
-    refuses(1, "trained with square 20 (expected 30", "%s", cli("eval -s @wide -s @small -m @model @photos"));
+    refuses(1, "cli_small: square is 20 (expected 30", "%s", cli("eval -s @wide -s @small -m @model @photos"));
     works("%s", cli("eval -s @wide -s @small --square 30 -m @model @photos"));
-    check(strstr(ran.err, "cli_small: trained with square 20; now 30\n") != NULL, "a remark: %s", ran.err);
+    check(strstr(ran.err, "cli_small: square is 20, overruled by 30\n") != NULL, "a remark: %s", ran.err);
 }
 
 /* A packed square is part of the origin: photos are resized in the same way. */
@@ -161,8 +170,9 @@ static void origin_test_packed(void)
     check(origin_same("-s @squared -m @model @photos", "-s @squared -m @model @square.safetensors"),
           "photos are resized as the set was");
     works("%s", cli("train --quiet -m @model @photos --latents 24 --steps 2 --batch 4 -o @plain"));
-    refuses(1, "packed with square 30 (expected 0, as the SAE)", "%s", cli("eval -s @plain -m @model @square.safetensors"));
-    works("%s", cli("eval --quiet -s @plain --square 0 -m @model @square.safetensors"));
+    refuses(1, "cli_plain: square is 0 (expected 30, the value in force)", "%s", cli("eval -s @plain -m @model @square.safetensors"));
+    works("%s", cli("eval -s @plain --square 0 -m @model @square.safetensors"));
+    check(strstr(ran.err, "square.safetensors: square is 30, overruled by 0\n") != NULL, "a remark: %s", ran.err);
 }
 
 static void test_origin(void)

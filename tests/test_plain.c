@@ -329,6 +329,7 @@ static void plain_read_images(plain_data *p, const char *model, const char *imag
     if (sc_model_open(&m, model, NULL) != SC_OK || sc_images_open(&set, images, 0) != SC_OK)
         need("%s", sc_error());
     sc_preprocess prep = { .size = (int)m.image_size };
+    sc_tap tap;
     unsigned char *pixels = new_array(m.image_size * m.image_size, 3);
     p->N = set.count;
     p->T = m.tokens;
@@ -339,7 +340,8 @@ static void plain_read_images(plain_data *p, const char *model, const char *imag
         float *x = p->x + i * p->T * m.width;
         p->label[i] = set.image[i].label;
         if (sc_image_load(&set, i, &prep, pixels) != SC_OK
-            || sc_model_forward_plain(&m, pixels, p->sae.layer, (sc_hook)p->sae.hook, x) != SC_OK)
+            || sc_hook_point(&p->sae.origin, &tap) != SC_OK
+            || sc_model_forward_plain(&m, pixels, tap.layer, tap.hook, x) != SC_OK)
             need("%s", sc_error());
     }
     free(pixels);

@@ -23,14 +23,15 @@ int main(int count, char **argument) {
     need(sc_model_open(&model, argument[1], NULL));
     need(sc_sae_open(&sae, argument[2]));
     need(sc_images_open(&images, argument[3], 1));
-    need(sc_model_load(&model, sae.layer, 0));       /* the blocks up to the SAE's hook point */
 
     sc_preprocess prep = { .size = (int)model.image_size };
     unsigned char *pixels = calloc(3 * model.image_size, model.image_size);
     float *x = calloc(model.tokens, model.width * sizeof *x);
     float *f = calloc(model.tokens, sae.d_sae * sizeof *f);
     if (!pixels || !x || !f) return SC_FAILED;
-    sc_tap tap = { .layer = sae.layer, .hook = (sc_hook)sae.hook, .out = x, .stride = model.width };
+    sc_tap tap = { .out = x, .stride = model.width };
+    need(sc_hook_point(&sae.origin, &tap));
+    need(sc_model_load(&model, tap.layer, 0));       /* the blocks up to the SAE's hook point */
     need(sc_image_load(&images, 0, &prep, pixels));
     need(sc_model_forward(&model, pixels, 1, &tap, 1, NULL));
     need(sc_sae_encode(&sae, x, model.tokens, f));
