@@ -5188,130 +5188,95 @@ static int save_tensors(const char *path, size_t header_room,
  * formats through a decoder program, Pillow's resize, data sets.
  * ============================================================================================ */
 
-/* Further results beside SC_OK and SC_FAILED. MACHINE_FAILED: the machine failed, not the image,
- * so --skip-bad does not apply. */
+/* Further results beside SC_OK and SC_FAILED. SC_END: there is no more. MACHINE_FAILED: the machine
+ * failed, not the image, so --skip-bad does not apply. */
 enum { SC_END = -1, MACHINE_FAILED = -2 };
 enum { MAX_PATH = 4096, MAX_DEPTH = 16, CHUNK = 1024, WEIGHT_BITS = 22 };
 #define MAX_PIXELS ((size_t)1 << 28)           /* of one image: 16,384 x 16,384 */
 
-/* rgb: [height, width, 3], 8 bits, `stride` bytes from row to row */
-typedef struct { size_t width, height, stride; const unsigned char *rgb; } picture;
-
-/* A file format, recognised by its first bytes (magic: ? is any byte, _ a blank), and the Debian
- * package that decodes it, or NULL for what is decoded here. */
 typedef struct {
-    const char *name, *magic, *decoder, *package;
-    size_t length;
-    const char *option;              /* for ImageMagick */
-    int (*check)(const char *path, FILE *file);      /* refuses what decoders treat differently */
-} image_format;
-
-/* The source of an image: a file or the pipe of a decoder. rgb: [capacity, CHUNK, 3], its pixels */
-typedef struct {
-    const char *name;
-    const image_format *format;
-    FILE *file;
-    unsigned char *rgb;
-    size_t capacity;
-} image_source;
+    size_t width, height, stride;    /* stride: bytes from row to row */
+    const unsigned char *rgb;        /* [height, width, 3], 8 bits */
+    unsigned char *memory;           /* to be freed; NULL where rgb lies in a mapped file */
+} picture;
 
 /* --- PNM (netpbm.sourceforge.net/doc/pnm.html); P4 is what pngtopnm makes of one-bit PNGs --- */
 
-typedef struct { int kind, byte; size_t maxval, width, height, channels; } pnm_header;
-
-static int is_blank(int byte) { return byte == ' ' || (byte >= '\t' && byte <= '\r'); }
-
-/* The next byte of the header or of text samples. A comment is read as the newline that ends it. */
-static int text_byte(FILE *file) {
-    int byte = getc(file);
-    if (byte != '#') return byte;
-    while (byte != '\n' && byte != '\r' && byte != EOF) byte = getc(file);
-    return byte;
-}
-
-static int source_ended(const image_source *source, const char *before) {
-    if (!ferror(source->file)) return fail("%s: the file ends before its %s", source->name, before);
-    return fail("%s: cannot be read: %s", source->name, strerror(errno));
-}
-
-/* Reads one number and the single blank after it. */
-static int pnm_number(const image_source *source, const char *what, size_t largest,
+/* Reads a number and the single blank after it. A comment counts as the newline that ends it. */
+static int pnm_number(const char *path, FILE *file, const char *what, size_t largest,
                       size_t *value) {
-    int byte = text_byte(source->file);
-    while (is_blank(byte)) byte = text_byte(source->file);
-    if (byte == EOF) return source_ended(source, what);
-    for (*value = 0; byte >= '0' && byte <= '9'; byte = text_byte(source->file)) {
-        *value = 10 * *value + (size_t)(byte - '0');
-        if (*value > largest)
-            return fail("%s: a PNM %s above %zu", source->name, what, largest);
+    int begun = 0;
+    *value = 0;
+    for (;;) {
+        int byte = getc(file);
+        if (byte == '#') {
+            while (byte != '\n' && byte != '\r' && byte != EOF) byte = getc(file);
+        }
+        if (isdigit(byte)) {
+            begun = 1;
+            *value = 10 * *value + (size_t)(byte - '0');
+            if (*value > largest) return fail("%s: a PNM %s above %zu", path, what, largest);
+        } else if (begun && (byte == EOF || isspace(byte))) {
+            return SC_OK;
+        } else if (byte == EOF) {
+            return fail("%s: the file ends before its %s", path, what);
+        } else if (!isspace(byte)) {
+            return fail("%s: byte 0x%02x (expected a PNM %s)", path, (unsigned)byte, what);
+        }
     }
-    if (byte == EOF || is_blank(byte)) return SC_OK;
-    return fail("%s: byte 0x%02x (expected a PNM %s)", source->name, (unsigned)byte, what);
 }
 
-/* Reads sample `index`: text, a bit (1 is black; each row begins with a new byte), or one or two
- * bytes, the high byte first. */
-static int pnm_sample(const image_source *source, pnm_header *header, size_t index,
-                      size_t *value) {
-    if (header->kind <= 3) return pnm_number(source, "last sample", header->maxval, value);
-    size_t bit = header->kind == 4 ? index % header->width % 8 : 0;
-    int high = header->maxval > 255 ? getc(source->file) : 0;
-    if (bit == 0) header->byte = getc(source->file);
-    if (header->byte == EOF) return source_ended(source, "last sample");
-    *value = (size_t)high << 8 | (size_t)header->byte;
-    if (header->kind == 4) *value = ~*value >> (7 - bit) & 1;
-    if (*value <= header->maxval) return SC_OK;
-    return fail("%s: a sample of %zu above maxval %zu", source->name, *value, header->maxval);
-}
-
-/* round-half-even(255 v / maxval). The double quotient is a half only where the exact one is. */
-static unsigned char to_8_bits(size_t v, size_t maxval) {
-    if (maxval == 255) return (unsigned char)v;
-    return (unsigned char)rint(255.0 * (double)v / (double)maxval);
-}
-
-/* Reads the pixels into source->rgb, which grows as they arrive, so that a header with a wrong
- * size does not allocate memory. */
-static int pnm_pixels(image_source *source, pnm_header *h) {
-    size_t pixels = h->width * h->height;
+/* Reads one image; SC_END where the file is empty. Memory grows as pixels arrive, so that a header
+ * with a wrong size does not allocate any. */
+static int pnm_read(const char *path, FILE *file, picture *result) {
+    size_t width, height, maxval = 1, chunks = 0;
+    int byte = getc(file), kind = getc(file) - '0';
+    if (byte == EOF) {
+        fail("%s: the file is empty", path);
+        return SC_END;
+    }
+    if (byte != 'P' || kind < 2 || kind > 6)
+        return fail("%s: not a PNM image (expected P2, P3, P5 or P6)", path);
+    SC_TRY(pnm_number(path, file, "width", MAX_PIXELS, &width));
+    SC_TRY(pnm_number(path, file, "height", MAX_PIXELS, &height));
+    if (kind != 4) SC_TRY(pnm_number(path, file, "maxval", 65535, &maxval));
+    if (!width || !height || !maxval || height > MAX_PIXELS / width)
+        return fail("%s: a PNM image of %zu x %zu, maxval %zu (expected at least 1 of each and at "
+                    "most %zu pixels)", path, width, height, maxval, MAX_PIXELS);
+    size_t pixels = width * height, channels = kind % 3 == 0 ? 3 : 1;
     for (size_t i = 0; i < pixels; i++) {
-        if (grow(&source->rgb, &source->capacity, i / CHUNK, 3 * CHUNK) != SC_OK)
-            return MACHINE_FAILED;
-        unsigned char *rgb = source->rgb + 3 * i;
-        if (h->kind == 6 && h->maxval == 255) {          /* the usual case, read in blocks */
-            size_t many = smaller(pixels - i, CHUNK);
-            if (fread(rgb, 3, many, source->file) != many)
-                return source_ended(source, "last sample");
-            i += many - 1;
+        if (grow(&result->memory, &chunks, i / CHUNK, 3 * CHUNK) != SC_OK) return MACHINE_FAILED;
+        unsigned char *rgb = result->memory + 3 * i;
+        if (kind == 6 && maxval == 255) {                /* the usual case, read in blocks */
+            size_t block = smaller(pixels - i, CHUNK);
+            if (fread(rgb, 3, block, file) != block)
+                return fail("%s: the file ends before its last sample", path);
+            i += block - 1;
             continue;
         }
-        for (size_t c = 0; c < h->channels; c++) {
-            size_t v = 0;
-            SC_TRY(pnm_sample(source, h, i * h->channels + c, &v));
-            rgb[c] = to_8_bits(v, h->maxval);
+        for (size_t c = 0; c < channels; c++) {
+            size_t v;
+            if (kind <= 3) {                             /* text */
+                SC_TRY(pnm_number(path, file, "last sample", maxval, &v));
+            } else {
+                int high = maxval > 255 ? getc(file) : 0;        /* the high byte comes first */
+                if (kind == 4 && i % width % 8 > 0) byte <<= 1;  /* each row begins a new byte */
+                else byte = getc(file);
+                if (byte == EOF) return fail("%s: the file ends before its last sample", path);
+                v = (size_t)high << 8 | (size_t)byte;
+                if (kind == 4) v = !(byte & 0x80);               /* 1 is black */
+            }
+            if (v > maxval)
+                return fail("%s: a sample of %zu above maxval %zu", path, v, maxval);
+            /* half to even; the double quotient is a half only where the exact one is */
+            rgb[c] = (unsigned char)rint(255.0 * (double)v / (double)maxval);
         }
-        if (h->channels == 1) rgb[1] = rgb[2] = rgb[0];
+        if (channels == 1) rgb[1] = rgb[2] = rgb[0];
     }
-    return SC_OK;
-}
-
-/* Reads one image; SC_END where the file is empty. */
-static int pnm_read(image_source *source, picture *result) {
-    int byte = getc(source->file);
-    if (byte == EOF && !ferror(source->file)) return SC_END;
-    int kind = byte == 'P' ? getc(source->file) : 0;
-    if (byte == EOF || kind == EOF) return source_ended(source, "header");
-    if (kind < '2' || kind > '6')
-        return fail("%s: not a PNM image (expected P2, P3, P5 or P6)", source->name);
-    pnm_header h = { .kind = kind - '0', .maxval = 1, .channels = kind % 3 == 0 ? 3 : 1 };
-    SC_TRY(pnm_number(source, "width", MAX_PIXELS, &h.width));
-    SC_TRY(pnm_number(source, "height", MAX_PIXELS, &h.height));
-    if (kind != '4') SC_TRY(pnm_number(source, "maxval", 65535, &h.maxval));
-    if (!h.width || !h.height || !h.maxval || h.height > MAX_PIXELS / h.width)
-        return fail("%s: a PNM image of %zu x %zu, maxval %zu (expected at least 1 of each and at "
-                    "most %zu pixels)", source->name, h.width, h.height, h.maxval, MAX_PIXELS);
-    SC_TRY(pnm_pixels(source, &h));
-    *result = (picture){ h.width, h.height, 3 * h.width, source->rgb };
+    result->width = width;
+    result->height = height;
+    result->stride = 3 * width;
+    result->rgb = result->memory;
     return SC_OK;
 }
 
@@ -5331,31 +5296,29 @@ static int start_child(child_process *c, char **argument, int input) {
     posix_spawnattr_t attributes;
     int end[2] = { -1, -1 };
     *c = (child_process){ .errors = tmpfile() };
-    if (!c->errors) return errno;
+    posix_spawnattr_init(&attributes);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
+    posix_spawn_file_actions_init(&files);
     pthread_mutex_lock(&lock);
-    int error = pipe(end) != 0 ? errno : 0;
+    if (c->errors && pipe(end) == 0) c->output = fdopen(end[0], "r");
+    int error = c->output ? 0 : errno;
     if (!error) {
         fcntl(end[0], F_SETFD, FD_CLOEXEC);
         fcntl(end[1], F_SETFD, FD_CLOEXEC);
-        c->output = fdopen(end[0], "r");
-        posix_spawnattr_init(&attributes);
-        posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
-        posix_spawn_file_actions_init(&files);
         error = posix_spawn_file_actions_adddup2(&files, input, 0);
         if (!error) error = posix_spawn_file_actions_adddup2(&files, end[1], 1);
         if (!error) error = posix_spawn_file_actions_adddup2(&files, fileno(c->errors), 2);
-        if (!error && !c->output) error = ENOMEM;
         if (!error)
             error = posix_spawnp(&c->pid, *argument, &files, &attributes, argument, environ);
-        posix_spawn_file_actions_destroy(&files);
-        posix_spawnattr_destroy(&attributes);
-        close(end[1]);
     }
     pthread_mutex_unlock(&lock);
+    posix_spawn_file_actions_destroy(&files);
+    posix_spawnattr_destroy(&attributes);
+    if (end[1] >= 0) close(end[1]);
     if (!error) return 0;
     if (c->output) fclose(c->output);
     else if (end[0] >= 0) close(end[0]);
-    fclose(c->errors);
+    if (c->errors) fclose(c->errors);
     return error;
 }
 
@@ -5369,205 +5332,185 @@ static int end_child(child_process *c, const char *wanted, char *words, size_t r
     fclose(c->output);
     while (waitpid(c->pid, &ended, 0) < 0 && errno == EINTR) {}
     rewind(c->errors);
-    for (*words = '\0'; fgets(line, sizeof line, c->errors);) {
-        const char *text = line + strspn(line, " \t\r\n");
-        line[strcspn(text, "\r\n") + (size_t)(text - line)] = '\0';
-        if (*text && (wanted || !*words)) snprintf(words, room, "%s", text);
-        if (wanted && strstr(text, wanted)) break;
+    *words = '\0';
+    while (fscanf(c->errors, " %255[^\r\n]", line) == 1) {
+        if (wanted || !*words) snprintf(words, room, "%s", line);
+        if (wanted && strstr(line, wanted)) break;
     }
     fclose(c->errors);
     return ended;
 }
 
 /* The chunk sBIT of a PNG gives the number of significant bits of its samples. pngtopnm rescales
- * the samples by it, other decoders do not, so a PNG with fewer significant bits than the bit
- * depth is refused. A chunk has a length, a name, data and a checksum. The first one is IHDR,
- * with the bit depth in byte 8 and the colour type in byte 9; sBIT comes before IDAT. */
+ * the samples by it, other decoders do not, so a PNG with fewer significant bits than the bit depth
+ * is refused. A chunk has a length (32 bits, big-endian), a name, data and a checksum. The first
+ * one is IHDR, with the bit depth in byte 8 and the colour type in byte 9. */
 static int check_png(const char *path, FILE *file) {
-    unsigned char chunk[8], header[10], bits[4];
-    if (fseeko(file, 8, SEEK_SET) != 0 || fread(chunk, 1, 8, file) != 8
-        || fread(header, 1, 10, file) != 10 || fseeko(file, 8 + 8 + 13 + 4, SEEK_SET) != 0)
-        return SC_OK;                                        /* the decoder reports the error */
-    unsigned depth = header[9] == 3 ? 8 : header[8];         /* a palette's colours have 8 bits */
+    unsigned char chunk[8], data[13] = { 0 };
+    unsigned depth = 0;
+    fseeko(file, 8, SEEK_SET);
     while (fread(chunk, 1, 8, file) == 8 && memcmp(chunk + 4, "IDAT", 4) != 0) {
-        uint32_t length = 0;
+        size_t length = 0;
         for (int i = 0; i < 4; i++) length = length << 8 | chunk[i];
-        if (memcmp(chunk + 4, "sBIT", 4) == 0) {
-            size_t samples = length < 4 ? length : 4;
-            if (fread(bits, 1, samples, file) != samples) return SC_OK;
-            for (size_t i = 0; i < samples; i++) {
-                if (bits[i] == depth) continue;
+        size_t count = fread(data, 1, smaller(length, sizeof data), file);
+        if (memcmp(chunk + 4, "IHDR", 4) == 0)
+            depth = data[9] == 3 ? 8 : data[8];          /* a palette's colours have 8 bits */
+        for (size_t i = 0; i < count && memcmp(chunk + 4, "sBIT", 4) == 0; i++) {
+            if (data[i] != depth)
                 return fail("%s: a PNG of %u bits with sBIT %d, which decoders treat differently "
                             "(expected none: rewrite it, as with pngcrush -rem sBIT)", path, depth,
-                            bits[i]);
-            }
-            length -= (uint32_t)samples;
+                            data[i]);
         }
-        if (fseeko(file, (off_t)length + 4, SEEK_CUR) != 0) return SC_OK;
+        fseeko(file, (off_t)(length - count) + 4, SEEK_CUR);
     }
     return SC_OK;
 }
 
-/* If the first frame of a GIF does not cover the canvas, Pillow fills the rest with the
- * transparent colour, or else with colour 0, and ImageMagick with the background colour. A GIF
- * for which these differ is refused. The header has the width and height (16 bits,
- * little-endian) from byte 6, flags in byte 10 and the background in byte 11; then follow the
- * palette, extensions (0x21, a label, blocks up to an empty one) and the frame (0x2c, x, y,
- * width, height). */
+/* Decoders fill what the first frame of a GIF leaves of the canvas with different colours, so such
+ * a GIF is refused. The header has the canvas's width and height (16 bits each) from byte 6 and
+ * flags in byte 10. A palette follows, then extensions (0x21, a label, blocks up to an empty one),
+ * then the frame (0x2c, x, y, width, height). */
 static int check_gif(const char *path, FILE *file) {
-    unsigned char header[13], block[256];
-    int transparent = 0, byte, label, size;
-    if (fseeko(file, 0, SEEK_SET) != 0 || fread(header, 1, 13, file) != 13) return SC_OK;
-    if (header[10] & 0x80 && fseeko(file, 6 << (header[10] & 7), SEEK_CUR) != 0) return SC_OK;
-    while ((byte = getc(file)) == 0x21) {
-        label = getc(file);
-        while ((size = getc(file)) > 0) {
-            if (fread(block, 1, (size_t)size, file) != (size_t)size) return SC_OK;
-            if (label == 0xf9) transparent = block[0] & 1;
-        }
+    unsigned char header[13], frame[8];
+    int size;
+    if (fread(header, 1, 13, file) != 13) return SC_OK;      /* the decoder reports the error */
+    if (header[10] & 0x80) fseeko(file, 6 << (header[10] & 7), SEEK_CUR);
+    while (getc(file) == 0x21) {
+        getc(file);
+        while ((size = getc(file)) > 0) fseeko(file, size, SEEK_CUR);
     }
-    if (byte != 0x2c || fread(block, 1, 8, file) != 8) return SC_OK;
-    int covers = memcmp(block, "\0\0\0", 4) == 0 && memcmp(block + 4, header + 6, 4) == 0;
-    if (covers || (!transparent && header[11] == 0)) return SC_OK;
+    if (fread(frame, 1, 8, file) != 8) return SC_OK;
+    if (memcmp(frame, "\0\0\0", 4) == 0 && memcmp(frame + 4, header + 6, 4) == 0) return SC_OK;
     return fail("%s: a GIF whose frame leaves a part of the canvas open, which decoders fill "
                 "differently (expected a frame of the canvas's size)", path);
 }
 
+/* A file format, recognised by its first bytes. In magic, ? is any byte, _ a blank and 0 a byte 0.
+ * package: Debian's, with a decoder; NULL for what is decoded here */
+typedef struct {
+    const char *name, *magic, *package, *decoder;
+    int (*check)(const char *path, FILE *file);      /* refuses what decoders treat differently */
+    const char *option;                              /* for ImageMagick */
+} image_format;
+
 static const image_format formats[] = {
-    { "PNM", "P2_", NULL, NULL, 3, "", NULL },
-    { "PNM", "P3_", NULL, NULL, 3, "", NULL },
-    { "PNM", "P5_", NULL, NULL, 3, "", NULL },
-    { "PNM", "P6_", NULL, NULL, 3, "", NULL },
-    { "JPEG", "\xff\xd8\xff", "djpeg -verbose -verbose -verbose -dct int -pnm",
-      "libjpeg-turbo-progs", 3, "", NULL },
-    { "PNG", "\x89PNG\r\n\x1a\n", "pngtopnm", "netpbm", 8, "", check_png },
-    { "TIFF", "II*\0", NULL, "imagemagick", 4, "", NULL },
-    { "TIFF", "MM\0*", NULL, "imagemagick", 4, "", NULL },
-    { "GIF", "GIF8?a", NULL, "imagemagick", 6, "-coalesce ", check_gif },  /* the canvas */
-    { "BMP", "BM????\0\0\0\0", NULL, "imagemagick", 10, "", NULL },
-    { "WebP", "RIFF????WEBP", NULL, "imagemagick", 12, "-coalesce ", NULL },
+    { "PNM", .magic = "P2_" },
+    { "PNM", .magic = "P3_" },
+    { "PNM", .magic = "P5_" },
+    { "PNM", .magic = "P6_" },
+    { "JPEG", "\xff\xd8\xff", "libjpeg-turbo-progs",
+      .decoder = "djpeg -verbose -verbose -verbose -dct int -pnm" },
+    { "PNG", "\x89PNG\r\n\x1a\n", "netpbm", .decoder = "pngtopnm", .check = check_png },
+    { "TIFF", "II*0", .package = "imagemagick" },
+    { "TIFF", "MM0*", .package = "imagemagick" },
+    { "GIF", "GIF8?a", .package = "imagemagick", .check = check_gif },
+    { "BMP", "BM????0000", .package = "imagemagick" },
+    { "WebP", "RIFF????WEBP", .package = "imagemagick", .option = "-coalesce" },
 };
 
-/* The format of a file that begins with these bytes; NULL if it is not an image. */
-static const image_format *format_of(const char *start, size_t size) {
-    for (size_t f = 0; f < COUNT(formats); f++) {
-        const char *magic = formats[f].magic;
-        size_t same = 0;
-        while (same < size && same < formats[f].length) {
-            int any = magic[same] == '?' || (magic[same] == '_' && is_blank(start[same]));
-            if (!any && magic[same] != start[same]) break;
-            same++;
-        }
-        if (same == formats[f].length) return &formats[f];
-    }
-    return NULL;
-}
-
-/* Opens an image; with source NULL only checks what it is. Returns SC_END if it is not an image.
- * With O_NONBLOCK a named pipe is refused instead of waited for. */
-static int open_image(const char *path, image_source *source) {
-    char start[16];
+/* Opens a file; NULL if it cannot be read. *format: NULL, and a reason, if it is not an image. With
+ * O_NONBLOCK a named pipe is refused instead of waited for. */
+static FILE *open_image(const char *path, const image_format **format) {
+    char start[16] = "";
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
-    ssize_t got = read(fd, start, sizeof start);
-    int status = SC_OK;
-    const image_format *format = NULL;
-    if (got < 0) status = fail("%s: cannot be read: %s", path, strerror(errno));
-    else format = format_of(start, (size_t)got);
-    if (status == SC_OK && !format) {
-        fail("%s: not an image (expected a JPEG, PNG or PNM file)", path);
-        status = SC_END;
-    }
-    if (status != SC_OK || !source) {
-        close(fd);
-        return status;
+    FILE *file = fd < 0 ? NULL : fdopen(fd, "r");
+    *format = NULL;
+    if (!file || read(fd, start, sizeof start) < 0) {
+        fail("%s: cannot be opened: %s", path, strerror(errno));
+        if (file) fclose(file);
+        else if (fd >= 0) close(fd);
+        return NULL;
     }
     lseek(fd, 0, SEEK_SET);
-    *source = (image_source){ .name = path, .format = format, .file = fdopen(fd, "r") };
-    if (source->file) return SC_OK;
-    close(fd);
-    return fail("%s: cannot be opened: %s", path, strerror(errno));
+    for (size_t f = 0; f < COUNT(formats) && !*format; f++) {
+        const char *magic = formats[f].magic;
+        int same = 1;
+        for (size_t i = 0; magic[i] && same; i++) {
+            same = magic[i] == '?' || magic[i] == start[i];
+            if (magic[i] == '_') same = isspace((unsigned char)start[i]);
+            if (magic[i] == '0') same = start[i] == '\0';
+        }
+        if (same) *format = &formats[f];
+    }
+    if (!*format)
+        fail("%s: not an image (expected an image such as a JPEG, PNG or PNM file, a folder, a "
+             "list named *.txt or a packed set named *.safetensors)", path);
+    return file;
 }
 
-/* Runs one decoder on a file. The image is accepted if the decoder ends with status 0. djpeg
- * ends with 2 after warnings: as in Pillow, a damaged image is accepted, but not one that ends
- * early. djpeg prints only its first warning unless it is verbose. Returns SC_END if the decoder
- * failed without writing a byte, and MACHINE_FAILED if it could not be started; then there is no
- * message if it is not installed. */
-static int run_decoder(const char *command, int file, image_source *source, picture *result) {
+/* Runs a decoder on a file. The image is accepted if the decoder ends with status 0. djpeg ends
+ * with 2 after warnings: as in Pillow, a damaged image is accepted, but not one that ends early.
+ * djpeg prints only its first warning unless it is verbose. Returns SC_END if the decoder failed
+ * without writing a byte, and MACHINE_FAILED if it could not be started. */
+static int run_decoder(const char *command, const char *path, FILE *file,
+                       const image_format *format, picture *result) {
     static const char cut[] = "Premature end of JPEG file";
-    char text[512], words[256], *argument[sizeof text / 2 + 1] = { NULL }, *rest = NULL;
-    int length = snprintf(text, sizeof text, "%s", command), count = 0;
+    char text[512] = "", words[256], *rest = NULL, *argument[sizeof text / 2 + 1] = { text };
+    int count = 0, status = SC_END, ended = 0;
     child_process child;
+    if (strlen(command) < sizeof text) strcpy(text, command);
     for (char *word = strtok_r(text, " \t", &rest); word; word = strtok_r(NULL, " \t", &rest))
         argument[count++] = word;
-    if (count == 0 || (size_t)length >= sizeof text) {
-        fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
-        return MACHINE_FAILED;
-    }
-    lseek(file, 0, SEEK_SET);
-    int error = start_child(&child, argument, file);
-    if (error) {
-        if (error != ENOENT && error != EACCES)
-            fail("%s: %s cannot be started: %s", source->name, argument[0], strerror(error));
-        return MACHINE_FAILED;
-    }
-    source->file = child.output;
+    lseek(fileno(file), 0, SEEK_SET);
     int djpeg = strstr(argument[0], "djpeg") != NULL;
-    int status = pnm_read(source, result);
-    int ended = end_child(&child, djpeg ? cut : NULL, words, sizeof words);
+    int error = start_child(&child, argument, fileno(file));
+    if (!error) {
+        status = pnm_read(path, child.output, result);
+        ended = end_child(&child, djpeg ? cut : NULL, words, sizeof words);
+        /* some systems find out only in the child that there is no such program */
+        if (status == SC_END && WIFEXITED(ended) && WEXITSTATUS(ended) == 127 && !*words)
+            error = ENOENT;
+    }
+    if (error) {
+        fail("%s: '%s' cannot be started: %s (expected a decoder of %s: Debian's package %s has "
+             "one)", path, argument[0], strerror(error), format->name, format->package);
+        return MACHINE_FAILED;
+    }
     int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
-    int warned = code == 2 && djpeg && !strstr(words, cut);
+    int warned = djpeg && code == 2 && !strstr(words, cut);
     if (!killed && (code == 0 || warned) && status != SC_END) return status;
-    if (!killed && code == 127 && status == SC_END && !*words) return MACHINE_FAILED;
-    fail("%s: %s ended with %s %d: %s", source->name, argument[0], killed ? "signal" : "status",
-         code, *words ? words : "no message");
+    fail("%s: %s ended with %s %d: %s", path, argument[0], killed ? "signal" : "status", code,
+         *words ? words : "no message");
     return status == SC_END ? SC_END : SC_FAILED;
 }
 
-/* Decodes an image with a program. The decoders of its format are tried in turn: the next one if
- * one is missing or failed without writing a byte (some builds of djpeg refuse CMYK). The error
- * quotes the first one that ran. */
-static int decode_image(image_source *source, picture *result) {
-    const image_format *format = source->format;
-    const char *own = getenv("SAECLIP_DECODER");
-    char magick[64], convert[64], reason[sizeof error_text];
+/* Decodes an image with a program. Those for its format are tried in turn: the next one if one is
+ * missing or failed without writing a byte (some builds of djpeg refuse CMYK). The error is that of
+ * the first one that ran. */
+static int decode_image(const char *path, FILE *file, const image_format *format,
+                        picture *result) {
+    const char *own = getenv("SAECLIP_DECODER"), *option = format->option ? format->option : "";
+    char magick[64], convert[64], reason[sizeof error_text] = "";
     const char *command[] = { own ? own : format->decoder, magick, convert };
-    int tries = own ? 1 : 3, now = MACHINE_FAILED, status = MACHINE_FAILED;
-    int file = fileno(source->file);
-    snprintf(magick, sizeof magick, "magick -[0] %s-alpha off -depth 8 ppm:-", format->option);
-    snprintf(convert, sizeof convert, "convert -[0] %s-alpha off -depth 8 ppm:-", format->option);
-    if (!own && format->check) SC_TRY(format->check(source->name, source->file));
-    if (own) fail("%s: cannot start '%s' (SAECLIP_DECODER)", source->name, own);
-    else
-        fail("%s: a program that decodes %s is missing; Debian's package %s has one",
-             source->name, format->name, format->package);
-    for (int i = 0; i < tries && (now == MACHINE_FAILED || now == SC_END); i++) {
-        if (command[i]) now = run_decoder(command[i], file, source, result);
-        if (status == MACHINE_FAILED) memcpy(reason, error_text, sizeof reason);
+    int tries = own ? 1 : 3, status = MACHINE_FAILED;
+    snprintf(magick, sizeof magick, "magick -[0] %s -alpha off -depth 8 ppm:-", option);
+    snprintf(convert, sizeof convert, "convert -[0] %s -alpha off -depth 8 ppm:-", option);
+    if (!own && format->check) SC_TRY(format->check(path, file));
+    for (int i = 0; i < tries && (status == MACHINE_FAILED || status == SC_END); i++) {
+        if (!command[i]) continue;
+        int now = run_decoder(command[i], path, file, format, result);
+        if (!*reason || (status == MACHINE_FAILED && now != MACHINE_FAILED))
+            memcpy(reason, error_text, sizeof reason);
         if (now != MACHINE_FAILED) status = now;
     }
     memcpy(error_text, reason, sizeof reason);
-    return status == SC_END ? SC_FAILED : status;
+    return status;
 }
 
-/* Reads a file's image into source->rgb, which the caller frees. */
-static int read_picture(const char *path, image_source *source, picture *result) {
-    int status = open_image(path, source);
-    if (status != SC_OK) return SC_FAILED;
-    FILE *file = source->file;
-    if (source->format->package) status = decode_image(source, result);
-    else status = pnm_read(source, result);
-    fclose(file);
-    return status;
+/* Reads a file's image; result->memory is to be freed even after a failure. */
+static int read_picture(const char *path, picture *result) {
+    const image_format *format;
+    FILE *file = open_image(path, &format);
+    int status = SC_FAILED;
+    *result = (picture){ 0 };
+    if (format && format->package) status = decode_image(path, file, format, result);
+    else if (format) status = pnm_read(path, file, result);
+    if (file) fclose(file);
+    return status == SC_END ? SC_FAILED : status;
 }
 
 /* --- Pillow's resize (src/libImaging/Resample.c): bicubic, a = -0.5, stretched by the scale when
  * shrinking, weights of 22 bits, rows first, 8 bits in between; only what the crop keeps --- */
-
-/* `from` pixels become from / scale pixels, of which `count` from `first` on are kept. The input
- * lacks its first `skipped` pixels, which none of these need. */
-typedef struct { size_t from, skipped, count; uint64_t first; double scale, stretch; } resize_axis;
 
 /* Where the crop to `keep` of `from` pixels begins: torchvision rounds half to even. */
 static uint64_t crop_start(uint64_t from, uint64_t keep, int crop_hf) {
@@ -5583,50 +5526,38 @@ static double bicubic(double x) {
     return 0;
 }
 
-/* An axis of an image whose shorter side becomes `side`, as the crop does. */
-static resize_axis make_axis(size_t from, size_t shorter, size_t side, int crop_hf) {
-    uint64_t full = (uint64_t)side * from / shorter;
-    double scale = (double)from / (double)full;
-    return (resize_axis){ from, 0, side, crop_start(full, side, crop_hf), scale, fmax(scale, 1) };
-}
-
-/* The weights of output pixel i: weight[x - start] for input pixels x from *start on. Returns
- * their number. */
-static size_t resize_weights(const resize_axis *axis, size_t i, int32_t *weight, size_t *start) {
-    double support = 2 * axis->stretch, step = 1 / axis->stretch;
-    double centre = ((double)(axis->first + i) + 0.5) * axis->scale, total = 0;
-    double low = centre - support + 0.5, high = centre + support + 0.5;
-    size_t end = high > (double)axis->from ? axis->from : (size_t)high;
-    *start = low < 0 ? 0 : (size_t)low;
-    for (size_t x = *start; x < end; x++)
-        total += bicubic(((double)x - centre + 0.5) * step);
-    for (size_t x = *start; x < end; x++) {
-        double exact = bicubic(((double)x - centre + 0.5) * step);
-        exact = exact / (total != 0 ? total : 1) * (1 << WEIGHT_BITS);
-        weight[x - *start] = (int32_t)(exact + (exact < 0 ? -0.5 : 0.5));
-    }
-    return end - *start;
-}
-
-static unsigned char clip_to_8_bits(int32_t sum) {
-    if (sum < 0) return 0;
-    return (unsigned char)(sum >> WEIGHT_BITS > 255 ? 255 : sum >> WEIGHT_BITS);
-}
-
-/* Resamples the rows of `in` and transposes the image; a second call then resamples its columns.
- * out: [axis.count, in.height, 3] */
-static int resample(const resize_axis *axis, const picture *in, unsigned char *out) {
-    int32_t *weight = new_array((size_t)ceil(2 * axis->stretch) * 2 + 1, sizeof *weight);
-    if (!weight) return SC_FAILED;
-    for (size_t i = 0; i < axis->count; i++) {
-        size_t start, terms = resize_weights(axis, i, weight, &start);
+/* Resizes the rows of an image whose shorter side becomes `side`, of which the middle `side` pixels
+ * are kept, and transposes it: a second call then resizes the columns. out: [side, height, 3] */
+static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_hf,
+                       unsigned char *out) {
+    uint64_t full = (uint64_t)side * in->width / shorter;
+    uint64_t first = crop_start(full, side, crop_hf);
+    double scale = (double)in->width / (double)full, stretch = fmax(scale, 1);
+    int32_t *weight = new_array((size_t)ceil(2 * stretch) * 2 + 1, sizeof *weight);
+    if (!weight) return MACHINE_FAILED;
+    for (size_t i = 0; i < side; i++) {
+        /* output pixel i is the sum of weight[x - start] times input pixel x, start <= x < end */
+        double centre = ((double)(first + i) + 0.5) * scale, step = 1 / stretch, total = 0;
+        size_t start = (size_t)fmax(centre - 2 * stretch + 0.5, 0);
+        size_t end = (size_t)fmin(centre + 2 * stretch + 0.5, (double)in->width);
+        for (size_t x = start; x < end; x++)
+            total += bicubic(((double)x - centre + 0.5) * step);
+        for (size_t x = start; x < end; x++) {
+            double exact = bicubic(((double)x - centre + 0.5) * step);
+            exact = exact / (total != 0 ? total : 1) * (1 << WEIGHT_BITS);
+            weight[x - start] = (int32_t)(exact + (exact < 0 ? -0.5 : 0.5));
+        }
         for (size_t y = 0; y < in->height; y++) {
-            const unsigned char *pixel = in->rgb + y * in->stride + (start - axis->skipped) * 3;
+            const unsigned char *pixel = in->rgb + y * in->stride + start * 3;
             int32_t half = 1 << (WEIGHT_BITS - 1), sum[3] = { half, half, half };
-            for (size_t t = 0; t < terms; t++) {
-                for (size_t c = 0; c < 3; c++) sum[c] += weight[t] * pixel[3 * t + c];
+            for (size_t x = 0; x < end - start; x++) {
+                for (size_t c = 0; c < 3; c++) sum[c] += weight[x] * pixel[3 * x + c];
             }
-            for (size_t c = 0; c < 3; c++) *out++ = clip_to_8_bits(sum[c]);
+            for (size_t c = 0; c < 3; c++) {
+                if (sum[c] < 0) sum[c] = 0;
+                int32_t level = sum[c] >> WEIGHT_BITS;
+                *out++ = (unsigned char)(level > 255 ? 255 : level);
+            }
         }
     }
     free(weight);
@@ -5636,59 +5567,22 @@ static int resample(const resize_axis *axis, const picture *in, unsigned char *o
 /* Resizes the shorter side to `side` and crops the centre. pixels: [side, side, 3] */
 static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsigned char *pixels) {
     size_t shorter = smaller(from->width, from->height);
-    resize_axis across = make_axis(from->width, shorter, side, crop_hf);
-    resize_axis down = make_axis(from->height, shorter, side, crop_hf);
-    double top = (double)down.first * down.scale - 2 * down.stretch;
-    double end = (double)(down.first + side) * down.scale + 2 * down.stretch + 1;
-    if (top > 0) down.skipped = (size_t)top;   /* rows of a tall image that are not needed */
-    size_t count = (size_t)fmin(end, (double)from->height) - down.skipped;
-    picture rows = { from->width, count, from->stride, from->rgb + down.skipped * from->stride };
-    unsigned char *turned = new_array(count, 3 * side);
-    if (!turned) return SC_FAILED;
-    int status = resample(&across, &rows, turned);
-    picture columns = { count, side, 3 * count, turned };
-    if (status == SC_OK) status = resample(&down, &columns, pixels);
+    unsigned char *turned = new_array(from->height, 3 * side);
+    if (!turned) return MACHINE_FAILED;
+    picture columns = { from->height, side, 3 * from->height, turned, NULL };
+    int status = resize_rows(from, shorter, side, crop_hf, turned);
+    if (status == SC_OK) status = resize_rows(&columns, shorter, side, crop_hf, pixels);
     free(turned);
-    return status;
-}
-
-/* Resizes and crops an image of any size to the size of the model. pixels: [size, size, 3] */
-static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pixels) {
-    size_t square = (size_t)prep->square, size = (size_t)prep->size;
-    int is_square = from.width == square && from.height == square;   /* as in a packed set */
-    if (square == 0 || is_square) return resize_and_crop(&from, size, prep->crop_hf, pixels);
-    size_t side = smaller(from.width, from.height);
-    from.rgb += crop_start(from.height, side, prep->crop_hf) * from.stride;
-    from.rgb += crop_start(from.width, side, prep->crop_hf) * 3;
-    from.width = from.height = side;
-    unsigned char *middle = new_array(square, 3 * square);
-    if (!middle) return SC_FAILED;
-    int status = resize_and_crop(&from, square, prep->crop_hf, middle);
-    from = (picture){ square, square, 3 * square, middle };
-    if (status == SC_OK) status = resize_and_crop(&from, size, prep->crop_hf, pixels);
-    free(middle);
     return status;
 }
 
 /* --- Data sets --- */
 
-/* Stores a name in blocks that many names share: an image takes 16 bytes and its name. */
-static char *keep_name(sc_images *set, const char *name) {
-    size_t bytes = strlen(name) + 1, block = bytes > 1 << 16 ? bytes : 1 << 16;
-    if (set->room < bytes) {
-        if (allocate(&set->memory, &set->text, block, 1) != SC_OK) return NULL;
-        set->room = block;
-    }
-    char *copy = memcpy(set->text, name, bytes);
-    set->text += bytes;
-    set->room -= bytes;
-    return copy;
-}
-
+/* A name takes 8 bytes more than its letters with strdup(), 64 with copy_string(). */
 static int add_image(sc_images *set, const char *name, int64_t label) {
-    char *copy = keep_name(set, name);
-    if (!copy) return SC_FAILED;
     SC_TRY(grow(&set->image, &set->capacity, set->count, sizeof *set->image));
+    char *copy = strdup(name);
+    if (!copy) return fail("out of memory: cannot allocate the name of image %zu", set->count);
     set->image[set->count++] = (sc_image){ copy, label };
     if (label >= (int64_t)set->classes) set->classes = (size_t)label + 1;
     return SC_OK;
@@ -5696,8 +5590,9 @@ static int add_image(sc_images *set, const char *name, int64_t label) {
 
 static int add_class(sc_images *set, const char *name) {
     SC_TRY(grow(&set->class_name, &set->class_capacity, set->classes, sizeof *set->class_name));
-    set->class_name[set->classes] = keep_name(set, name);
-    return set->class_name[set->classes++] ? SC_OK : SC_FAILED;
+    SC_TRY(allocate(&set->memory, &set->class_name[set->classes], strlen(name) + 1, 1));
+    strcpy(set->class_name[set->classes++], name);
+    return SC_OK;
 }
 
 static const char *base_name(const char *path) {
@@ -5715,6 +5610,11 @@ static int join_path(const char *folder, const char *name, char path[MAX_PATH]) 
     return fail("%s%s%s: the path is too long", folder, slash, name);
 }
 
+static int is_folder(const char *path) {
+    struct stat about;
+    return stat(path, &about) == 0 && S_ISDIR(about.st_mode);
+}
+
 /* Names of helper folders, such as .thumbs and @eaDir, are left out. */
 static int is_visible(const struct dirent *entry) { return !strchr(".@", entry->d_name[0]); }
 
@@ -5722,11 +5622,12 @@ static int by_entry(const struct dirent **a, const struct dirent **b) {
     return strcmp((*a)->d_name, (*b)->d_name);
 }
 
-/* Lists all files below a folder, and as classes the folders at the top. A dangling link counts
- * as a file; a link to a folder above it ends at MAX_DEPTH. */
-static int walk_folder(sc_images *set, const char *folder, int64_t label, int depth) {
+/* Adds all images below a folder to `set` and other files to `others`; the folders at the top are
+ * the classes. What cannot be opened counts as an image: the error is reported when it is read. A
+ * link to a folder above it ends at MAX_DEPTH. */
+static int walk_folder(sc_images *set, sc_images *others, const char *folder, int64_t label,
+                       int depth) {
     char path[MAX_PATH];
-    struct stat about;
     struct dirent **entry;
     if (depth > MAX_DEPTH)
         return fail("%s: lies too deep (expected at most %d folders)", folder, MAX_DEPTH);
@@ -5735,16 +5636,16 @@ static int walk_folder(sc_images *set, const char *folder, int64_t label, int de
     for (int i = 0; i < entries && status == SC_OK; i++) {
         status = join_path(folder, entry[i]->d_name, path);
         if (status != SC_OK) break;
-        int found = stat(path, &about) == 0;
-        if (found && S_ISDIR(about.st_mode)) {
-            int64_t inside = label;
-            if (depth == 0) {
-                status = add_class(set, entry[i]->d_name);
-                inside = (int64_t)set->classes - 1;
-            }
-            if (status == SC_OK) status = walk_folder(set, path, inside, depth + 1);
-        } else if (!found || S_ISREG(about.st_mode)) {
-            status = add_image(set, path + strlen(set->root), label);
+        if (is_folder(path)) {
+            if (depth == 0) status = add_class(set, entry[i]->d_name);
+            int64_t inside = depth == 0 ? (int64_t)set->classes - 1 : label;
+            if (status == SC_OK) status = walk_folder(set, others, path, inside, depth + 1);
+        } else {
+            const image_format *format;
+            FILE *file = open_image(path, &format);
+            sc_images *kind = file && !format ? others : set;
+            if (file) fclose(file);
+            status = add_image(kind, path + strlen(set->root), label);
         }
     }
     for (int i = 0; i < entries; i++) free(entry[i]);
@@ -5752,102 +5653,73 @@ static int walk_folder(sc_images *set, const char *folder, int64_t label, int de
     return status;
 }
 
-/* Keeps the files that are images, and those that cannot be opened, which are reported when they
- * are read. in_classes[1] counts the images in class folders, in_classes[0] the others. A remark
- * names the first files that are not images. */
-static int keep_images(sc_images *set, const char *folder, size_t in_classes[2]) {
-    char path[MAX_PATH], names[160] = "";
-    size_t kept = 0, others = 0;
-    for (size_t i = 0; i < set->count; i++) {
-        SC_TRY(join_path(set->root, set->image[i].name, path));
-        if (open_image(path, NULL) != SC_END) {
-            in_classes[set->image[i].label >= 0]++;
-            set->image[kept++] = set->image[i];
-        } else if (others++ < 3) {
-            size_t used = strlen(names);
-            snprintf(names + used, sizeof names - used, " %.48s", set->image[i].name);
-        }
-    }
-    if (kept == 0)
-        return fail("%s: no image among the %zu files of this folder (expected "
-                    "FOLDER/<class>/<image> or FOLDER/<image>)", folder, set->count);
-    if (others > 0)
-        note("%s: %zu files passed over, which are not images:%s%s", folder, others, names,
-             others > 3 ? " ..." : "");
-    set->count = smaller(kept, set->limit);
-    return SC_OK;
-}
-
 /* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. */
 static int open_folder(sc_images *set, const char *folder) {
-    size_t in_classes[2] = { 0 };
-    SC_TRY(walk_folder(set, folder, -1, 0));
+    sc_images others = { 0 };
+    char names[160] = "";
+    size_t loose = 0, used = 0;                      /* loose: images beside the class folders */
+    int status = walk_folder(set, &others, folder, -1, 0);
     if (set->count) qsort(set->image, set->count, sizeof *set->image, by_name);
-    SC_TRY(keep_images(set, folder, in_classes));
-    if (in_classes[0] && in_classes[1])
-        return fail("%s: %zu images in class folders and %zu beside them (expected FOLDER/<class>/"
-                    "<image> or FOLDER/<image> alone)", folder, in_classes[1], in_classes[0]);
-    if (in_classes[1]) return SC_OK;
-    free(set->class_name);
-    set->class_name = NULL;
-    set->classes = 0;
-    return SC_OK;
+    for (size_t i = 0; i < set->count; i++) loose += set->image[i].label < 0;
+    if (status == SC_OK && set->count == 0)
+        status = fail("%s: no image among the %zu files of this folder (expected FOLDER/<class>/"
+                      "<image> or FOLDER/<image>)", folder, others.count);
+    if (status == SC_OK && loose > 0 && loose < set->count)
+        status = fail("%s: %zu images in class folders and %zu beside them (expected FOLDER/"
+                      "<class>/<image> or FOLDER/<image> alone)", folder, set->count - loose,
+                      loose);
+    if (loose > 0) {                                 /* the folders are no classes */
+        free(set->class_name);
+        set->class_name = NULL;
+        set->classes = 0;
+    }
+    for (size_t i = 0; i < others.count && i < 3; i++)
+        used += (size_t)sprintf(names + used, " %.48s", others.image[i].name);
+    if (status == SC_OK && others.count > 0)
+        note("%s: %zu files passed over, which are not images:%s%s", folder, others.count, names,
+             others.count > 3 ? " ..." : "");
+    set->count = smaller(set->count, set->limit);
+    sc_images_close(&others);
+    return status;
 }
 
-/* Whether a line "path 3" without a TAB is not the name of a file, but "path" is. */
-static int lacks_tab(const sc_images *set, const char *line) {
-    char path[MAX_PATH];
-    size_t end = strlen(line), digits = 0;
-    while (digits < end && isdigit((unsigned char)line[end - digits - 1])) digits++;
-    if (digits == 0 || digits == end || !is_blank(line[end - digits - 1])) return 0;
-    if (join_path(set->root, line, path) != SC_OK || access(path, F_OK) == 0) return 0;
-    end = strlen(path) - digits;
-    while (end > 0 && is_blank(path[end - 1])) path[--end] = '\0';
-    path[end] = '\0';
-    return access(path, F_OK) == 0;
-}
-
-/* Reads one line "path" or "path<TAB>label". A # begins a comment at the start of a line or
- * after a label. */
+/* Reads one line "path" or "path<TAB>label" of a list. A # begins a comment at the line's start. */
 static int read_line(sc_images *set, const char *list, size_t number, char *line) {
-    line += strspn(line, " \t\r\n");
-    char *end = line + strlen(line);
-    while (end > line && is_blank(end[-1])) end--;
-    *end = '\0';
-    if (!*line || *line == '#') return SC_OK;
+    char path[MAX_PATH], *end;
     int64_t label = -1;
-    char *tab = strchr(line, '\t');
+    if (number == 1 && strncmp(line, "\xef\xbb\xbf", 3) == 0) line += 3;     /* UTF-8's mark */
+    line[strcspn(line, "\r\n")] = '\0';
+    if (!*line || *line == '#') return SC_OK;
+    char *tab = strchr(line, '\t'), *blank = strrchr(line, ' ');
     if (tab) {
         label = (int64_t)strtoll(tab + 1, &end, 10);
         *tab = '\0';
-        size_t blanks = strspn(end, " \t");
-        if (blanks > 0 && end[blanks] == '#') end += strlen(end);        /* a comment */
         if (*end || end == tab + 1 || label < 0 || label >= SC_MAX_CLASSES)
             return fail("%s: line %zu: invalid label (expected a whole number from 0 to %d)", list,
                         number, SC_MAX_CLASSES - 1);
+    } else if (blank && !blank[1 + strspn(blank + 1, "0123456789")]) {
+        SC_TRY(join_path(set->root, line, path));    /* "path 3" may be the name of a file */
+        if (access(path, F_OK) != 0)
+            return fail("%s: line %zu: a blank before the label (expected path<TAB>label)", list,
+                        number);
     }
-    if (!tab && lacks_tab(set, line))
-        return fail("%s: line %zu: a blank before the label (expected path<TAB>label)", list,
-                    number);
-    if (set->count > 0 && (set->image[0].label < 0) != (label < 0))
+    if (set->count > 0 && (set->image[0].label < 0) != !tab)
         return fail("%s: line %zu: labels on some lines only (expected on all or none)", list,
                     number);
     return add_image(set, line, label);
 }
 
 static int open_list(sc_images *set, const char *path) {
-    char text[MAX_PATH + 64];
+    char line[MAX_PATH + 64];
     FILE *list = fopen(path, "r");
     if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
     int status = SC_OK;
     for (size_t number = 1; status == SC_OK && set->count < set->limit; number++) {
-        if (!fgets(text, sizeof text, list)) break;
-        int mark = number == 1 && memcmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;    /* of UTF-8 */
-        if (number == 1 && (!memcmp(text, "\xff\xfe", 2) || !memcmp(text, "\xfe\xff", 2)))
-            status = fail("%s: UTF-16 text (expected UTF-8)", path);
-        else if (!strchr(text, '\n') && !feof(list))
-            status = fail("%s: line %zu: too long, or with a byte 0", path, number);
-        else status = read_line(set, path, number, text + mark);
+        if (!fgets(line, sizeof line, list)) break;
+        if (strchr(line, '\n') || feof(list)) status = read_line(set, path, number, line);
+        else
+            status = fail("%s: line %zu: too long, or with a byte 0 (expected a list in UTF-8)",
+                          path, number);
     }
     if (status == SC_OK && ferror(list)) status = fail("%s: cannot be read", path);
     if (status == SC_OK && set->count == 0) status = fail("%s: a list without an image", path);
@@ -5894,26 +5766,10 @@ static int open_packed(sc_images *set, const char *path) {
     return status;
 }
 
-/* A digest of N, the classes, the labels and the names below the root. Moving or packing a data
- * set does not change it. */
-static uint64_t images_digest(const sc_images *set) {
-    digest64 digest = { 0 };
-    digest64_number(&digest, set->count);
-    digest64_number(&digest, set->class_name ? set->classes : 0);
-    for (size_t c = 0; c < set->classes && set->class_name; c++)
-        digest64_name(&digest, set->class_name[c]);
-    for (size_t i = 0; i < set->count; i++) {
-        digest64_name(&digest, set->image[i].name);
-        digest64_number(&digest, (uint64_t)set->image[i].label);
-    }
-    return digest64_value(&digest);
-}
-
 int sc_images_open(sc_images *set, const char *path, size_t limit) {
     const char *suffix = strrchr(path, '.');
-    struct stat about;
+    int folder = is_folder(path), status = SC_FAILED;
     *set = (sc_images){ .limit = limit ? limit : SIZE_MAX };
-    int folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode), status;
     set->root = join_text(path, folder && *base_name(path) ? "/" : "");
     if (!set->root) return SC_FAILED;
     if (!folder) set->root[base_name(path) - path] = '\0';
@@ -5924,21 +5780,31 @@ int sc_images_open(sc_images *set, const char *path, size_t limit) {
     } else if (suffix && strcmp(suffix, ".safetensors") == 0) {
         status = open_packed(set, path);
     } else {
-        status = open_image(path, NULL);
-        if (status == SC_END)
-            fail("%s: not an image (expected a folder, an image, a list named *.txt or a packed "
-                 "set named *.safetensors)", path);
-        if (status == SC_OK) status = add_image(set, base_name(path), -1);
+        const image_format *format;
+        FILE *file = open_image(path, &format);
+        if (format) status = add_image(set, base_name(path), -1);
+        if (file) fclose(file);
     }
-    if (status == SC_OK) {
-        set->digest = images_digest(set);
-        return SC_OK;
+    if (status != SC_OK) {
+        sc_images_close(set);
+        return SC_FAILED;
     }
-    sc_images_close(set);
-    return SC_FAILED;
+    /* the digest: of names below the root, so that moving or packing a set does not change it */
+    digest64 digest = { 0 };
+    digest64_number(&digest, set->count);
+    digest64_number(&digest, set->class_name ? set->classes : 0);
+    for (size_t c = 0; c < set->classes && set->class_name; c++)
+        digest64_name(&digest, set->class_name[c]);
+    for (size_t i = 0; i < set->count; i++) {
+        digest64_name(&digest, set->image[i].name);
+        digest64_number(&digest, (uint64_t)set->image[i].label);
+    }
+    set->digest = digest64_value(&digest);
+    return SC_OK;
 }
 
 void sc_images_close(sc_images *set) {
+    for (size_t i = 0; i < set->capacity; i++) free(set->image[i].name);     /* NULL: unused */
     release(&set->memory);
     sc_safetensors_close(&set->packed);
     free(set->class_name);
@@ -5947,23 +5813,38 @@ void sc_images_close(sc_images *set) {
     *set = (sc_images){ 0 };
 }
 
-/* Reads and preprocesses image `index`. pixels: [S, S, 3] */
+/* Reads image `index`, resizes it and crops it to the model's size. pixels: [S, S, 3] */
 static int load_image(const sc_images *set, size_t index, const sc_preprocess *prep,
                       unsigned char *pixels) {
-    image_source source = { 0 };
-    picture found;
+    size_t square = (size_t)prep->square, size = (size_t)prep->size;
+    int crop_hf = prep->crop_hf, status = SC_OK;
+    picture from = { 0 };
     char path[MAX_PATH];
-    int status = SC_OK;
+    unsigned char *middle = NULL;
     if (set->packed.path) {
         const sc_tensor *images = sc_tensor_find(&set->packed, "images");
-        size_t height = images->shape[1], width = images->shape[2];
-        found = (picture){ width, height, 3 * width, images->data + index * height * width * 3 };
+        from.height = images->shape[1];
+        from.width = images->shape[2];
+        from.stride = 3 * from.width;
+        from.rgb = images->data + index * from.height * from.stride;
     } else {
         status = join_path(set->root, set->image[index].name, path);
-        if (status == SC_OK) status = read_picture(path, &source, &found);
+        if (status == SC_OK) status = read_picture(path, &from);
     }
-    if (status == SC_OK && preprocess(found, prep, pixels) != SC_OK) status = MACHINE_FAILED;
-    free(source.rgb);
+    int is_square = from.width == square && from.height == square;   /* as in a packed set */
+    if (status == SC_OK && square > 0 && !is_square) {
+        /* first the square in the middle, at its own size */
+        size_t side = smaller(from.width, from.height);
+        from.rgb += crop_start(from.height, side, crop_hf) * from.stride;
+        from.rgb += crop_start(from.width, side, crop_hf) * 3;
+        from.width = from.height = side;
+        middle = new_array(square, 3 * square);
+        status = middle ? resize_and_crop(&from, square, crop_hf, middle) : MACHINE_FAILED;
+        from = (picture){ square, square, 3 * square, middle, from.memory };
+    }
+    if (status == SC_OK) status = resize_and_crop(&from, size, crop_hf, pixels);
+    free(middle);
+    free(from.memory);
     return status;
 }
 
@@ -6051,9 +5932,7 @@ static int read_layer_tensor(const sc_model *model, enum role role, size_t block
         spell_name(name, model->naming, role, block, bias, "qkv"[i]);
         const sc_tensor *tensor = sc_tensor_find(&model->file, name);
         if (!tensor) return fail("%s: tensor %s is missing", path, name);
-        if (rows != 0 && columns > SIZE_MAX / rows)
-            return fail("%s: tensor %s is too large", path, name);
-        while (first < tensor->rank && tensor->shape[first] == 1 && rows != 1) first++;
+        while (first < tensor->rank && tensor->shape[first] == 1) first++;
         if (tensor->count != rows * columns || (rows > 1 && tensor->shape[first] != rows))
             return fail("%s: tensor %s has %zu numbers (expected %zu x %zu)", path, name,
                         tensor->count, rows, columns);
@@ -6063,57 +5942,82 @@ static int read_layer_tensor(const sc_model *model, enum role role, size_t block
 }
 
 /* Reads a layer. The weight of a linear layer is [N, K] in the file, as in PyTorch (OpenAI's
- * projection is [K, N]). It is packed for the products, except for Part I. */
-static int read_layer(const sc_model *model, enum role role, size_t block, int plain) {
+ * projection is [K, N]). It is packed for the products, unless the model is for Part I and has no
+ * forward_memory. */
+static int read_layer(const sc_model *model, enum role role, size_t block) {
     const size_t sizes[] = { 1, model->width, 3 * model->width, model->hidden, model->tokens,
                              3 * model->patch * model->patch, model->outputs };
-    size_t N = sizes[layers[role].rows], K = sizes[layers[role].columns], biases = N == 1 ? K : N;
-    int swapped = role == HEAD && model->naming == OPENAI;
-    int has_bias = strchr(layers[role].name[model->naming], '*') != NULL;
-    int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
+    size_t N = sizes[layers[role].rows], K = sizes[layers[role].columns];
     sc_layer *layer = &model->layer[block * ROLES + role];
-    size_t rows = swapped ? K : N, columns = swapped ? N : K;
-    layer->weight = new_array(N, padded(K) * sizeof(float));
+    layer->weight = new_array(N, padded(K) * sizeof *layer->weight);
     if (!layer->weight) return SC_FAILED;
-    SC_TRY(read_layer_tensor(model, role, block, 0, rows, columns, layer->weight));
-    if (plain && swapped) {
-        float *turned = new_array(N, K * sizeof *turned);
-        if (!turned) return SC_FAILED;
-        for (size_t e = 0; e < N * K; e++) turned[e] = layer->weight[e % K * N + e / K];
-        free(layer->weight);
-        layer->weight = turned;
+    if (role == HEAD && model->naming == OPENAI) {
+        const sc_tensor *head = find_layer(model, HEAD, 0, 0);
+        for (size_t e = 0; e < N * K; e++)
+            SC_TRY(sc_tensor_floats(&model->file, head, e % K * N + e / K, 1, layer->weight + e));
+    } else {
+        SC_TRY(read_layer_tensor(model, role, block, 0, N, K, layer->weight));
     }
-    if (layers[role].linear && !plain) {
+    if (layers[role].linear && model->forward_memory) {
         SC_TRY(new_packed(&layer->matrix, K, N));
-        pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, swapped ? N : 1,
-                    swapped ? 1 : K);
+        pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, 1, K);
         free(layer->weight);
         layer->weight = NULL;
     }
-    if (!has_bias || (may_lack && !find_layer(model, role, block, 1))) return SC_OK;
-    layer->bias = new_array(padded(biases), sizeof(float));
+    int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
+    if (!strchr(layers[role].name[model->naming], '*')) return SC_OK;        /* no bias at all */
+    if (may_lack && !find_layer(model, role, block, 1)) return SC_OK;
+    size_t biases = layers[role].linear ? N : K;
+    layer->bias = new_array(padded(biases), sizeof *layer->bias);
     if (!layer->bias) return SC_FAILED;
     return read_layer_tensor(model, role, block, 1, 1, biases, layer->bias);
 }
 
+static int is_in_block(enum role role) { return role >= NORM1 && role <= FC2; }
+
+/* Reads the layers of a block, and with the first one those that exist once: the norm before the
+ * blocks if there is one, and the head if its size was taken. */
 static int load_block(void *context, size_t block) {
-    for (enum role role = NORM1; role <= FC2; role++) SC_TRY(read_layer(context, role, block, 0));
+    const sc_model *model = context;
+    for (enum role role = CLASS_TOKEN; role < ROLES; role++) {
+        if (block > 0 && !is_in_block(role)) continue;
+        if (role == PRE && !find_layer(model, PRE, 0, 0)) continue;
+        if (role >= POST && !model->outputs) continue;
+        SC_TRY(read_layer(model, role, block));
+    }
     return SC_OK;
 }
 
-/* Reads the final norm, the projection or classifier, and text_embeds [C, P], the embeddings of
+/* Reads the weights of the first `blocks` blocks, on all threads. */
+static int load_layers(sc_model *model, size_t blocks) {
+    model->loaded = blocks;
+    model->layer = new_array(blocks, ROLES * sizeof *model->layer);
+    if (!model->layer) return SC_FAILED;
+    return parallel_for(blocks, load_block, model);
+}
+
+static void free_layers(sc_model *model) {
+    for (size_t i = 0; model->layer && i < model->loaded * ROLES; i++) {
+        free(model->layer[i].matrix.data);
+        free(model->layer[i].weight);
+        free(model->layer[i].bias);
+    }
+    free(model->layer);
+    model->layer = NULL;
+}
+
+/* Takes the size of the projection or classifier, and reads text_embeds [C, P], the embeddings of
  * the class prompts, with which those of images are compared; their rows are scaled to unit
  * length. */
-static int load_head(sc_model *model) {
+static int open_head(sc_model *model) {
     const sc_tensor *head = find_layer(model, HEAD, 0, 0);
     const sc_tensor *text = sc_tensor_find(&model->file, "text_embeds");
-    if (!head || head->rank != 2)
-        return fail("%s: no head (expected %s [outputs, width])",
-                    model->file.path, layers[HEAD].name[model->naming]);
-    size_t outputs = head->shape[model->naming == OPENAI ? 1 : 0], P = padded(outputs);
+    int outputs_at = model->naming == OPENAI;            /* which dimension they are */
+    if (!head || head->rank != 2 || head->shape[!outputs_at] != model->width)
+        return fail("%s: no head (expected %s of width %zu)", model->file.path,
+                    layers[HEAD].name[model->naming], model->width);
+    size_t outputs = head->shape[outputs_at], P = padded(outputs);
     model->outputs = model->classes = outputs;
-    SC_TRY(read_layer(model, POST, 0, 0));
-    SC_TRY(read_layer(model, HEAD, 0, 0));
     if (!text) return SC_OK;
     if (text->rank != 2 || text->shape[1] != outputs || text->shape[0] == 0)
         return fail("%s: tensor text_embeds (expected [classes, %zu], the projection's width)",
@@ -6129,41 +6033,45 @@ static int load_head(sc_model *model) {
     return SC_OK;
 }
 
-/* Whether a tensor's name is in the table, for a block before `blocks`. */
-static int is_known(int naming, size_t blocks, const char *found) {
-    char name[NAME_LENGTH];
-    for (enum role role = CLASS_TOKEN; role < ROLES; role++) {
-        int in_blocks = role >= NORM1 && role <= FC2;
-        for (size_t block = 0; block < (in_blocks ? blocks : 1); block++) {
-            for (int i = 0; i < 6; i++) {                /* weight and bias; of q, k and v */
-                spell_name(name, naming, role, block, i % 2, "qkv"[i / 2]);
-                if (strcmp(name, found) == 0) return 1;
-            }
-        }
-    }
-    return 0;
+/* Reads and packs the weights of the first `blocks` blocks, and of the head if asked. */
+int sc_model_load(sc_model *model, size_t blocks, int head) {
+    SC_TRY(choose_kernels());
+    model->forward_memory = new_array(1, sizeof *model->forward_memory);
+    if (!model->forward_memory) return SC_FAILED;
+    if (head) SC_TRY(open_head(model));
+    if (blocks < 1) blocks = 1;
+    return load_layers(model, smaller(blocks, model->blocks));
 }
 
-/* Every tensor of the vision tower must be known: blocks are numbered without a gap, and there
- * is no LayerScale, no register tokens, no norms of q and k, and so on. Not part of the vision
- * tower are a text tower, text_embeds, and the position numbers that Hugging Face saves. */
+/* Every tensor of the vision tower must have its place: blocks are numbered without a gap, and
+ * there is no LayerScale, no register tokens, no norms of q and k, and so on. Not part of the
+ * vision tower are a text tower, text_embeds, and the position numbers that Hugging Face saves. */
 static int check_tensors(const sc_model *model) {
-    char blocks[NAME_LENGTH];
-    const char *path = model->file.path, *tower = name_begins[model->naming];
-    snprintf(blocks, sizeof blocks, "%s%s", tower, block_begins[model->naming]);
-    for (size_t t = 0; t < model->file.tensors; t++) {
-        const char *found = model->file.tensor[t].name;
-        if (strncmp(found, tower, strlen(tower)) != 0 || strcmp(found, "text_embeds") == 0
-            || strcmp(found, "vision_model.embeddings.position_ids") == 0) continue;
-        if (strncmp(found, blocks, strlen(blocks)) == 0
-            && strtoul(found + strlen(blocks), NULL, 10) >= model->blocks)
-            return fail("%s: tensor %.100s, but block %zu is missing (expected blocks without a "
-                        "gap)", path, found, model->blocks);
-        if (!is_known(model->naming, model->blocks, found))
-            return fail("%s: tensor %.100s has no place in the transformers known here", path,
-                        found);
+    const sc_safetensors *file = &model->file;
+    const char *tower = name_begins[model->naming];
+    char name[NAME_LENGTH];
+    size_t t = 0;
+    unsigned char *known = new_array(file->tensors, 1);
+    if (!known) return SC_FAILED;
+    for (enum role role = CLASS_TOKEN; role < ROLES; role++) {
+        size_t blocks = is_in_block(role) ? model->blocks : 1;
+        for (size_t i = 0; i < 6 * blocks; i++) {        /* weight and bias; of q, k and v */
+            spell_name(name, model->naming, role, i / 6, i % 2, "qkv"[i / 2 % 3]);
+            const sc_tensor *tensor = sc_tensor_find(file, name);
+            if (tensor) known[tensor - file->tensor] = 1;
+        }
     }
-    return SC_OK;
+    for (; t < file->tensors; t++) {
+        const char *found = file->tensor[t].name;
+        int in_tower = strncmp(found, tower, strlen(tower)) == 0
+                       && strcmp(found, "text_embeds") != 0
+                       && strcmp(found, "vision_model.embeddings.position_ids") != 0;
+        if (in_tower && !known[t]) break;
+    }
+    free(known);
+    if (t == file->tensors) return SC_OK;
+    return fail("%s: tensor %.100s has no place in the transformers known here (expected %zu "
+                "blocks, without a gap)", file->path, file->tensor[t].name, model->blocks);
 }
 
 /* Takes all sizes from the shapes of tensors. */
@@ -6200,8 +6108,11 @@ static int apply_setting(sc_model *model, enum setting setting, const char *what
                          const char *text) {
     float *triple = setting == MEAN ? model->mean : model->std;
     double number = 0;
-    int quick;
     switch (setting) {
+    case GELU:
+        model->activation = is_choice("quick_gelu|quick", text) ? QUICK_GELU : ERF_GELU;
+        if (is_choice("quick_gelu|quick|gelu|erf", text)) return SC_OK;
+        return usage("%s: invalid value '%s' (expected quick_gelu or gelu)", what, text);
     case EPSILON:
         SC_TRY(parse_number(text, what, 0, 1, &number));
         model->epsilon = (float)number;
@@ -6211,11 +6122,6 @@ static int apply_setting(sc_model *model, enum setting setting, const char *what
         model->heads = (size_t)number;
         if ((double)model->heads == number && model->width % model->heads == 0) return SC_OK;
         return usage("%s: width %zu cannot be split into %g heads", what, model->width, number);
-    case GELU:
-        quick = strcmp(text, "quick_gelu") == 0 || strcmp(text, "quick") == 0;
-        model->activation = quick ? QUICK_GELU : ERF_GELU;
-        if (quick || strcmp(text, "gelu") == 0 || strcmp(text, "erf") == 0) return SC_OK;
-        return usage("%s: invalid value '%s' (expected quick_gelu or gelu)", what, text);
     default:
         SC_TRY(parse_triple(text, what, triple));
         if (setting == MEAN || (triple[0] > 0 && triple[1] > 0 && triple[2] > 0)) return SC_OK;
@@ -6223,41 +6129,36 @@ static int apply_setting(sc_model *model, enum setting setting, const char *what
     }
 }
 
-/* The number of heads that published models of a width have; "" where none is known. */
-static void usual_heads(size_t width, char heads[24]) {
-    if (width == 1280 || width == 1408 || width == 1664) strcpy(heads, "16");
-    else if (width < 1280) snprintf(heads, 24, "%zu", width / 64);
-    else strcpy(heads, "");
-}
-
 /* The settings that shapes do not show come from an option, else from the metadata, else from
  * the usual value. An invalid option is a usage error, an invalid value in the file is an error
  * of the file. */
 static int read_settings(sc_model *model, const sc_model_options *given) {
     int plain = model->naming == TIMM && !find_layer(model, PRE, 0, 0);
-    char heads[24], assumed[256] = "", reason[sizeof error_text];
+    size_t D = model->width, used = 0;
+    char heads[64] = "not known: give --heads", assumed[256] = "", what[MAX_PATH + 64];
     const struct { const char *option, *given, *key, *usual; } settings[SETTINGS] = {
         { "--gelu", given->gelu, "hidden_act", plain ? "gelu" : "quick_gelu" },
         { "--eps", given->epsilon, "layer_norm_eps", plain ? "1e-6" : "1e-5" },
         { "--heads", given->heads, "num_attention_heads", heads },
         { "--mean", given->mean, "image_mean", "0.48145466,0.4578275,0.40821073" },
         { "--std", given->std, "image_std", "0.26862954,0.26130258,0.27577711" } };
-    usual_heads(model->width, heads);
+    /* heads of 64, except in the large models that were published */
+    if (D < 1280) snprintf(heads, sizeof heads, "%zu", D / 64);
+    if (D == 1280 || D == 1408 || D == 1664) strcpy(heads, "16");
     for (enum setting i = 0; i < SETTINGS; i++) {
-        const char *key = settings[i].key, *saved = sc_metadata_find(&model->file, key);
-        const char *text = saved ? saved : settings[i].usual;
-        size_t used = strlen(assumed);
+        const char *key = settings[i].key, *text = sc_metadata_find(&model->file, key);
+        const char *source = "metadata";
         if (settings[i].given) {
             SC_TRY(apply_setting(model, i, settings[i].option, settings[i].given));
             continue;
         }
-        if (!*text)
-            return fail("%s: does not name its %s, and no published model has width %zu (expected "
-                        "%s)", model->file.path, key, model->width, settings[i].option);
-        if (!saved) snprintf(assumed + used, sizeof assumed - used, ", %s %s", key, text);
-        if (apply_setting(model, i, key, text) == SC_OK) continue;
-        memcpy(reason, error_text, sizeof reason);
-        return fail("%s: %s %s", model->file.path, saved ? "metadata" : "assumed", reason);
+        if (!text) {
+            source = "assumed";
+            text = settings[i].usual;
+            used += (size_t)sprintf(assumed + used, ", %s %s", key, text);
+        }
+        snprintf(what, sizeof what, "%s: %s %s", model->file.path, source, key);
+        if (apply_setting(model, i, what, text) != SC_OK) return SC_FAILED;
     }
     if (*assumed) note("%s: not in the file, assumed: %s", model->file.path, assumed + 2);
     return SC_OK;
@@ -6266,104 +6167,31 @@ static int read_settings(sc_model *model, const sc_model_options *given) {
 /* The naming of a file's tensors, NAMINGS if it has none of them. */
 static int naming_of(const sc_safetensors *file) {
     char name[NAME_LENGTH];
-    for (int naming = 0; naming < NAMINGS; naming++) {
+    int naming = 0;
+    for (; naming < NAMINGS; naming++) {
         spell_name(name, naming, CLASS_TOKEN, 0, 0, 'q');
-        if (sc_tensor_find(file, name)) return naming;
+        if (sc_tensor_find(file, name)) break;
     }
-    return NAMINGS;
-}
-
-/* Reports that a file is not a model: a prefix stands before its names, or they are unknown. */
-static int refuse_names(const sc_safetensors *file) {
-    static const char *const begins[] = { "module.", "model.", "visual.trunk.", "trunk." };
-    for (size_t t = 0; t < file->tensors; t++) {
-        for (size_t i = 0; i < COUNT(begins); i++) {
-            const char *name = file->tensor[t].name;
-            if (strncmp(name, begins[i], strlen(begins[i])) == 0)
-                return fail("%s: tensor names begin with '%s' (expected without: python3 "
-                            "weights/convert.py IN OUT %s cuts it)", file->path, begins[i],
-                            begins[i]);
-        }
-    }
-    return fail("%s: not a vision transformer under Hugging Face's, OpenAI's or timm's names "
-                "(expected a tensor visual.class_embedding or the like)", file->path);
-}
-
-/* A shard is named NAME-00001-of-00002.safetensors. */
-static int check_shards(const char *path) {
-    const char *of = strstr(base_name(path), "-of-");
-    if (!of || strtoul(of + 4, NULL, 10) < 2 || !isdigit((unsigned char)of[-1])) return SC_OK;
-    return fail("%s: one of several shards of a model (expected all of it in one file: load it "
-                "with its library and save it with max_shard_size=\"100GB\")", path);
+    return naming;
 }
 
 int sc_model_open(sc_model *model, const char *path, const sc_model_options *given) {
     static const sc_model_options none = { 0 };
+    const char *of = strstr(base_name(path), "-of-000");     /* NAME-00001-of-00002.safetensors */
     *model = (sc_model){ 0 };
-    SC_TRY(check_shards(path));
+    if (of && strtoul(of + 4, NULL, 10) > 1)
+        return fail("%s: one of several shards of a model (expected all of it in one file: load it "
+                    "with its library and save it with max_shard_size=\"100GB\")", path);
     SC_TRY(sc_safetensors_open(&model->file, path));
     model->naming = naming_of(&model->file);
     int status = SC_OK;
-    if (model->naming == NAMINGS) status = refuse_names(&model->file);
+    if (model->naming == NAMINGS)
+        status = fail("%s: not a vision transformer under Hugging Face's, OpenAI's or timm's names "
+                      "(expected a tensor visual.class_embedding or the like; weights/convert.py "
+                      "cuts a prefix such as module. off)", path);
     if (status == SC_OK) status = measure_model(model);
     if (status == SC_OK) status = read_settings(model, given ? given : &none);
     if (status != SC_OK) sc_model_close(model);
-    return status;
-}
-
-/* Reads and packs the weights of the first `blocks` blocks, and of the head if asked. */
-int sc_model_load(sc_model *model, size_t blocks, int head) {
-    SC_TRY(choose_kernels());
-    if (blocks > model->blocks) blocks = model->blocks;
-    model->loaded = blocks;
-    model->layer = new_array(blocks ? blocks : 1, ROLES * sizeof *model->layer);
-    model->forward_memory = new_array(1, sizeof *model->forward_memory);
-    if (!model->layer || !model->forward_memory) return SC_FAILED;
-    for (enum role role = CLASS_TOKEN; role <= PATCHES; role++)
-        SC_TRY(read_layer(model, role, 0, 0));
-    if (find_layer(model, PRE, 0, 0)) SC_TRY(read_layer(model, PRE, 0, 0));
-    SC_TRY(parallel_for(blocks, load_block, model));
-    return head ? load_head(model) : SC_OK;
-}
-
-static void free_layers(sc_model *model) {
-    size_t count = (model->loaded ? model->loaded : 1) * ROLES;
-    for (size_t i = 0; model->layer && i < count; i++) {
-        free(model->layer[i].matrix.data);
-        free(model->layer[i].weight);
-        free(model->layer[i].bias);
-    }
-    free(model->layer);
-    model->layer = NULL;
-}
-
-/* Makes a copy of a model for Part I, whose layers hold the weights as PyTorch has them: of the
- * first `blocks` blocks, and of the head if asked. It is closed by free_layers(). */
-static int open_plain_model(sc_model *plain, const sc_model *model, size_t blocks, int head) {
-    int status = SC_OK;
-    *plain = *model;
-    plain->loaded = blocks;
-    plain->layer = new_array(blocks ? blocks : 1, ROLES * sizeof *plain->layer);
-    if (!plain->layer) return SC_FAILED;
-    for (enum role role = CLASS_TOKEN; role < ROLES && status == SC_OK; role++) {
-        int in_blocks = role >= NORM1 && role <= FC2;
-        if (role == PRE && !find_layer(model, PRE, 0, 0)) continue;
-        if (role >= POST && !head) continue;
-        for (size_t block = 0; block < (in_blocks ? blocks : 1) && status == SC_OK; block++)
-            status = read_layer(plain, role, block, 1);
-    }
-    if (status != SC_OK) free_layers(plain);
-    return status;
-}
-
-int sc_model_forward_plain(const sc_model *model, const unsigned char *pixels, size_t layer,
-                           sc_hook hook, float *out) {
-    sc_model plain;
-    if (layer < 1 || layer > model->blocks)
-        return usage("%s: layer %zu (expected 1 to %zu)", model->file.path, layer, model->blocks);
-    SC_TRY(open_plain_model(&plain, model, layer, 0));
-    int status = vit_forward(&plain, pixels, layer, hook, out, NULL);
-    free_layers(&plain);
     return status;
 }
 
@@ -6374,6 +6202,18 @@ void sc_model_close(sc_model *model) {
     free(model->text);
     sc_safetensors_close(&model->file);
     *model = (sc_model){ 0 };
+}
+
+int sc_model_forward_plain(const sc_model *model, const unsigned char *pixels, size_t layer,
+                           sc_hook hook, float *out) {
+    sc_model plain = *model;
+    if (layer < 1 || layer > model->blocks)
+        return usage("%s: layer %zu (expected 1 to %zu)", model->file.path, layer, model->blocks);
+    plain.forward_memory = NULL;             /* read_layer() then keeps the weights as they are */
+    int status = load_layers(&plain, layer);
+    if (status == SC_OK) status = vit_forward(&plain, pixels, layer, hook, out, NULL);
+    free_layers(&plain);
+    return status;
 }
 
 static const char *const hook_names[] = { "attn", "mlp", "resid" };
@@ -7094,6 +6934,7 @@ static int load_images(feed *f, size_t want) {
         if (status != SC_FAILED || !f->skip_bad) return SC_FAILED;
         char reason[sizeof error_text];
         note("%s; passed over", strcpy(reason, error_text));
+        free(f->set.image[f->image[slot]].name);
         f->set.image[f->image[slot]].name = NULL;
         f->bad++;
         if (f->bad == f->set.count)
@@ -9111,16 +8952,15 @@ static int count_rows(plot_series *s, const statistics *stats) {
 /* Column 0: the patches' values from 0 to 1, row by row. A mask is an image with one pixel per
  * patch; grey has the same value in all channels. */
 static int read_mask(plot_series *s) {
-    image_source source = { 0 };
-    picture mask = { 0, 0, 0, NULL };
-    int status = read_picture(s->path, &source, &mask) == SC_OK ? SC_OK : SC_FAILED;
+    picture mask;
+    int status = read_picture(s->path, &mask) == SC_OK ? SC_OK : SC_FAILED;
     if (status == SC_OK && (mask.width != mask.height || mask.width > MASK_CELLS))
         status = fail("%s: not a mask (expected a square PGM of at most %d x %d)", s->path,
                       MASK_CELLS, MASK_CELLS);
     size_t patches = mask.width * mask.width;
     for (size_t i = 0; i < patches && status == SC_OK; i++)
         status = add_row(s, mask.rgb[3 * i] / 255.0, 0, 0, 0);
-    free(source.rgb);
+    free(mask.memory);
     return status;
 }
 
