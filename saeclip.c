@@ -5323,89 +5323,52 @@ static int start_child(child_process *c, char **argument, int input) {
 }
 
 /* Reads the rest of a program's output and waits for its end; returns its wait status. words:
- * [room], the first line of its messages; for a verbose program (wanted not NULL) the line that
- * contains `wanted`, else the last line. */
+ * [room], the line of its messages that contains `wanted` (if not NULL), else the first one about an
+ * error, else the last one. */
 static int end_child(child_process *c, const char *wanted, char *words, size_t room) {
     char rest[4096], line[256];
-    int ended = 0;
+    int ended = 0, found = 0;
     while (fread(rest, 1, sizeof rest, c->output) > 0) {}
     fclose(c->output);
     while (waitpid(c->pid, &ended, 0) < 0 && errno == EINTR) {}
     rewind(c->errors);
     *words = '\0';
-    while (fscanf(c->errors, " %255[^\r\n]", line) == 1) {
-        if (wanted || !*words) snprintf(words, room, "%s", line);
-        if (wanted && strstr(line, wanted)) break;
+    while (!found && fscanf(c->errors, " %255[^\r\n]", line) == 1) {
+        found = wanted && strstr(line, wanted);
+        if (found || !strstr(words, " error")) snprintf(words, room, "%s", line);
     }
     fclose(c->errors);
     return ended;
 }
 
-/* The chunk sBIT of a PNG gives the number of significant bits of its samples. pngtopnm rescales
- * the samples by it, other decoders do not, so a PNG with fewer significant bits than the bit depth
- * is refused. A chunk has a length (32 bits, big-endian), a name, data and a checksum. The first
- * one is IHDR, with the bit depth in byte 8 and the colour type in byte 9. */
-static int check_png(const char *path, FILE *file) {
-    unsigned char chunk[8], data[13] = { 0 };
-    unsigned depth = 0;
-    fseeko(file, 8, SEEK_SET);
-    while (fread(chunk, 1, 8, file) == 8 && memcmp(chunk + 4, "IDAT", 4) != 0) {
-        size_t length = 0;
-        for (int i = 0; i < 4; i++) length = length << 8 | chunk[i];
-        size_t count = fread(data, 1, smaller(length, sizeof data), file);
-        if (memcmp(chunk + 4, "IHDR", 4) == 0)
-            depth = data[9] == 3 ? 8 : data[8];          /* a palette's colours have 8 bits */
-        for (size_t i = 0; i < count && memcmp(chunk + 4, "sBIT", 4) == 0; i++) {
-            if (data[i] != depth)
-                return fail("%s: a PNG of %u bits with sBIT %d, which decoders treat differently "
-                            "(expected none: rewrite it, as with pngcrush -rem sBIT)", path, depth,
-                            data[i]);
-        }
-        fseeko(file, (off_t)(length - count) + 4, SEEK_CUR);
-    }
-    return SC_OK;
-}
-
-/* Decoders fill what the first frame of a GIF leaves of the canvas with different colours, so such
- * a GIF is refused. The header has the canvas's width and height (16 bits each) from byte 6 and
- * flags in byte 10. A palette follows, then extensions (0x21, a label, blocks up to an empty one),
- * then the frame (0x2c, x, y, width, height). */
-static int check_gif(const char *path, FILE *file) {
-    unsigned char header[13], frame[8];
-    int size;
-    if (fread(header, 1, 13, file) != 13) return SC_OK;      /* the decoder reports the error */
-    if (header[10] & 0x80) fseeko(file, 6 << (header[10] & 7), SEEK_CUR);
-    while (getc(file) == 0x21) {
-        getc(file);
-        while ((size = getc(file)) > 0) fseeko(file, size, SEEK_CUR);
-    }
-    if (fread(frame, 1, 8, file) != 8) return SC_OK;
-    if (memcmp(frame, "\0\0\0", 4) == 0 && memcmp(frame + 4, header + 6, 4) == 0) return SC_OK;
-    return fail("%s: a GIF whose frame leaves a part of the canvas open, which decoders fill "
-                "differently (expected a frame of the canvas's size)", path);
-}
-
-/* A file format, recognised by its first bytes. In magic, ? is any byte, _ a blank and 0 a byte 0.
- * package: Debian's, with a decoder; NULL for what is decoded here */
+/* A file format, recognised by its first bytes: in magic, ? is any byte, _ a blank and 0 a byte 0. */
 typedef struct {
-    const char *name, *magic, *package, *decoder;
-    int (*check)(const char *path, FILE *file);      /* refuses what decoders treat differently */
-    const char *option;                              /* for ImageMagick */
+    const char *name, *magic;
+    const char *package;             /* Debian's, with a decoder; NULL for what is decoded here */
+    const char *decoders;            /* commands, one per line; the first that does it is taken */
+    const char *refuse;              /* what a decoder says of an image that it does not keep */
 } image_format;
 
+#define IMAGEMAGICK(option) "magick -[0] " option "-alpha off -depth 8 ppm:-\n"                    \
+                            "convert -[0] " option "-alpha off -depth 8 ppm:-"
+
+/* djpeg prints only its first warning, and pngtopnm may not say that it rescales samples by the
+ * chunk sBIT, unless they are verbose. */
 static const image_format formats[] = {
     { "PNM", .magic = "P2_" },
     { "PNM", .magic = "P3_" },
     { "PNM", .magic = "P5_" },
     { "PNM", .magic = "P6_" },
     { "JPEG", "\xff\xd8\xff", "libjpeg-turbo-progs",
-      .decoder = "djpeg -verbose -verbose -verbose -dct int -pnm" },
-    { "PNG", "\x89PNG\r\n\x1a\n", "netpbm", .decoder = "pngtopnm", .check = check_png },
-    { "TIFF", "II*0", .package = "imagemagick" },
-    { "TIFF", "MM0*", .package = "imagemagick" },
-    { "GIF", "GIF8?a", .package = "imagemagick", .check = check_gif },
-    { "BMP", "BM????0000", .package = "imagemagick" },
-    { "WebP", "RIFF????WEBP", .package = "imagemagick", .option = "-coalesce" },
+      "djpeg -verbose -verbose -verbose -dct int -pnm\n" IMAGEMAGICK(""),
+      "Premature end of JPEG file" },
+    { "PNG", "\x89PNG\r\n\x1a\n", "netpbm", "pngtopnm -verbose\n" IMAGEMAGICK(""),
+      "fewer significant bits" },
+    { "TIFF", "II*0", "imagemagick", .decoders = IMAGEMAGICK("") },
+    { "TIFF", "MM0*", "imagemagick", .decoders = IMAGEMAGICK("") },
+    { "GIF", "GIF8?a", "imagemagick", .decoders = IMAGEMAGICK("") },
+    { "BMP", "BM????0000", "imagemagick", .decoders = IMAGEMAGICK("") },
+    { "WebP", "RIFF????WEBP", "imagemagick", .decoders = IMAGEMAGICK("-coalesce ") },
 };
 
 /* Opens a file; NULL if it cannot be read. *format: NULL, and a reason, if it is not an image. With
@@ -5438,37 +5401,36 @@ static FILE *open_image(const char *path, const image_format **format) {
     return file;
 }
 
-/* Runs a decoder on a file. The image is accepted if the decoder ends with status 0. djpeg ends
- * with 2 after warnings: as in Pillow, a damaged image is accepted, but not one that ends early.
- * djpeg prints only its first warning unless it is verbose. Returns SC_END if the decoder failed
- * without writing a byte, and MACHINE_FAILED if it could not be started. */
+/* Runs a decoder on a file. The image is accepted if the decoder ends with status 0 and does not
+ * say that it lost something. djpeg ends with 2 after warnings: as in Pillow, a damaged image is
+ * accepted, but not one that ends early. Returns SC_END if the decoder failed without writing a
+ * byte, and MACHINE_FAILED if it could not be started. */
 static int run_decoder(const char *command, const char *path, FILE *file,
                        const image_format *format, picture *result) {
-    static const char cut[] = "Premature end of JPEG file";
     char text[512] = "", words[256], *rest = NULL, *argument[sizeof text / 2 + 1] = { text };
-    int count = 0, status = SC_END, ended = 0;
+    int count = 0, status = SC_END, ended = 0, length = (int)strcspn(command, "\n");
     child_process child;
-    if (strlen(command) < sizeof text) strcpy(text, command);
+    if (length < (int)sizeof text) sprintf(text, "%.*s", length, command);
     for (char *word = strtok_r(text, " \t", &rest); word; word = strtok_r(NULL, " \t", &rest))
         argument[count++] = word;
     lseek(fileno(file), 0, SEEK_SET);
-    int djpeg = strstr(argument[0], "djpeg") != NULL;
     int error = start_child(&child, argument, fileno(file));
     if (!error) {
         status = pnm_read(path, child.output, result);
-        ended = end_child(&child, djpeg ? cut : NULL, words, sizeof words);
-        /* some systems find out only in the child that there is no such program */
+        ended = end_child(&child, format->refuse, words, sizeof words);
+        /* some systems notice only in the child that there is no such program */
         if (status == SC_END && WIFEXITED(ended) && WEXITSTATUS(ended) == 127 && !*words)
             error = ENOENT;
     }
     if (error) {
-        fail("%s: '%s' cannot be started: %s (expected a decoder of %s: Debian's package %s has "
-             "one)", path, argument[0], strerror(error), format->name, format->package);
+        fail("%s: '%s' cannot be started: %s (expected a decoder of %s, as in Debian's package "
+             "%s)", path, argument[0], strerror(error), format->name, format->package);
         return MACHINE_FAILED;
     }
     int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
-    int warned = djpeg && code == 2 && !strstr(words, cut);
-    if (!killed && (code == 0 || warned) && status != SC_END) return status;
+    int warned = code == 2 && strstr(argument[0], "djpeg");
+    int refused = format->refuse && strstr(words, format->refuse);
+    if (!killed && !refused && (code == 0 || warned) && status != SC_END) return status;
     fail("%s: %s ended with %s %d: %s", path, argument[0], killed ? "signal" : "status", code,
          *words ? words : "no message");
     return status == SC_END ? SC_END : SC_FAILED;
@@ -5479,22 +5441,27 @@ static int run_decoder(const char *command, const char *path, FILE *file,
  * the first one that ran. */
 static int decode_image(const char *path, FILE *file, const image_format *format,
                         picture *result) {
-    const char *own = getenv("SAECLIP_DECODER"), *option = format->option ? format->option : "";
-    char magick[64], convert[64], reason[sizeof error_text] = "";
-    const char *command[] = { own ? own : format->decoder, magick, convert };
-    int tries = own ? 1 : 3, status = MACHINE_FAILED;
-    snprintf(magick, sizeof magick, "magick -[0] %s -alpha off -depth 8 ppm:-", option);
-    snprintf(convert, sizeof convert, "convert -[0] %s -alpha off -depth 8 ppm:-", option);
-    if (!own && format->check) SC_TRY(format->check(path, file));
-    for (int i = 0; i < tries && (status == MACHINE_FAILED || status == SC_END); i++) {
-        if (!command[i]) continue;
-        int now = run_decoder(command[i], path, file, format, result);
+    const char *own = getenv("SAECLIP_DECODER"), *command = own ? own : format->decoders;
+    char reason[sizeof error_text] = "";
+    unsigned char b[10] = { 0 };
+    int status = MACHINE_FAILED;
+    while (command && (status == MACHINE_FAILED || status == SC_END)) {
+        int now = run_decoder(command, path, file, format, result);
         if (!*reason || (status == MACHINE_FAILED && now != MACHINE_FAILED))
             memcpy(reason, error_text, sizeof reason);
         if (now != MACHINE_FAILED) status = now;
+        command = strchr(command, '\n');
+        if (command) command++;
     }
     memcpy(error_text, reason, sizeof reason);
-    return status;
+    if (status != SC_OK || own || strcmp(format->name, "GIF") != 0) return status;
+    /* What the first frame of a GIF leaves of the canvas is filled differently by decoders. The
+     * canvas's width and height are in 16 bits each from byte 6 on. */
+    fseeko(file, 0, SEEK_SET);
+    if (fread(b, 1, sizeof b, file) == sizeof b && result->width == b[6] + 256u * b[7]
+        && result->height == b[8] + 256u * b[9]) return SC_OK;
+    return fail("%s: a GIF whose first frame does not cover the canvas (expected a frame of %u x "
+                "%u)", path, b[6] + 256u * b[7], b[8] + 256u * b[9]);
 }
 
 /* Reads a file's image; result->memory is to be freed even after a failure. */
@@ -5683,43 +5650,37 @@ static int open_folder(sc_images *set, const char *folder) {
     return status;
 }
 
-/* Reads one line "path" or "path<TAB>label" of a list. A # begins a comment at the line's start. */
-static int read_line(sc_images *set, const char *list, size_t number, char *line) {
-    char path[MAX_PATH], *end;
-    int64_t label = -1;
-    if (number == 1 && strncmp(line, "\xef\xbb\xbf", 3) == 0) line += 3;     /* UTF-8's mark */
-    line[strcspn(line, "\r\n")] = '\0';
-    if (!*line || *line == '#') return SC_OK;
-    char *tab = strchr(line, '\t'), *blank = strrchr(line, ' ');
-    if (tab) {
-        label = (int64_t)strtoll(tab + 1, &end, 10);
-        *tab = '\0';
-        if (*end || end == tab + 1 || label < 0 || label >= SC_MAX_CLASSES)
-            return fail("%s: line %zu: invalid label (expected a whole number from 0 to %d)", list,
-                        number, SC_MAX_CLASSES - 1);
-    } else if (blank && !blank[1 + strspn(blank + 1, "0123456789")]) {
-        SC_TRY(join_path(set->root, line, path));    /* "path 3" may be the name of a file */
-        if (access(path, F_OK) != 0)
-            return fail("%s: line %zu: a blank before the label (expected path<TAB>label)", list,
-                        number);
-    }
-    if (set->count > 0 && (set->image[0].label < 0) != !tab)
-        return fail("%s: line %zu: labels on some lines only (expected on all or none)", list,
-                    number);
-    return add_image(set, line, label);
-}
-
+/* A list: one line per image, "path" or "path<TAB>label". A # at a line's start begins a comment. */
 static int open_list(sc_images *set, const char *path) {
-    char line[MAX_PATH + 64];
+    char text[MAX_PATH + 64], file[MAX_PATH], *end = text;
     FILE *list = fopen(path, "r");
-    if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
     int status = SC_OK;
+    if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
     for (size_t number = 1; status == SC_OK && set->count < set->limit; number++) {
-        if (!fgets(line, sizeof line, list)) break;
-        if (strchr(line, '\n') || feof(list)) status = read_line(set, path, number, line);
-        else
-            status = fail("%s: line %zu: too long, or with a byte 0 (expected a list in UTF-8)",
-                          path, number);
+        const char *wrong = NULL;
+        char *line = text;
+        int64_t label = -1;
+        if (!fgets(text, sizeof text, list)) break;
+        if (!strchr(text, '\n') && !feof(list))
+            wrong = "too long, or with a byte 0 (expected text in UTF-8)";
+        if (number == 1 && strncmp(line, "\xef\xbb\xbf", 3) == 0) line += 3; /* UTF-8's mark */
+        line[strcspn(line, "\r\n")] = '\0';
+        if (!wrong && (!*line || *line == '#')) continue;
+        char *tab = strchr(line, '\t'), *blank = strrchr(line, ' ');
+        if (tab) {
+            *tab = '\0';
+            label = (int64_t)strtoll(tab + 1, &end, 10);
+            if (*end || end == tab + 1 || label < 0 || label >= SC_MAX_CLASSES)
+                wrong = "invalid label (expected a whole number from 0 to 16777215)";
+        } else if (blank && !blank[1 + strspn(blank + 1, "0123456789")]) {
+            /* "path 3" may be the name of a file */
+            if (join_path(set->root, line, file) != SC_OK || access(file, F_OK) != 0)
+                wrong = "a blank before the label (expected path<TAB>label)";
+        }
+        if (!wrong && set->count > 0 && (set->image[0].label < 0) != !tab)
+            wrong = "labels on some lines only (expected on all or none)";
+        if (wrong) status = fail("%s: line %zu: %s", path, number, wrong);
+        else status = add_image(set, line, label);
     }
     if (status == SC_OK && ferror(list)) status = fail("%s: cannot be read", path);
     if (status == SC_OK && set->count == 0) status = fail("%s: a list without an image", path);
@@ -5866,15 +5827,14 @@ int sc_image_load(const sc_images *set, size_t index, const sc_preprocess *prep,
 enum { HUGGING_FACE, OPENAI, TIMM, NAMINGS };
 
 static const char *const naming_names[] = { "Hugging Face CLIP", "OpenAI / OpenCLIP", "timm" };
-static const char *const name_begins[] = { "vision_model.", "visual.", "" };
-static const char *const block_begins[] = { "encoder.layers.", "transformer.resblocks.",
-                                            "blocks." };
+static const char *const towers[] = { "vision_model.", "visual.", "" };
+static const char *const stacks[] = { "encoder.layers.", "transformer.resblocks.", "blocks." };
 
 enum size { ONE, WIDTH, WIDTH3, HIDDEN, TOKENS, PIXELS, OUTPUTS };
 
-/* The names of each layer's tensors in the three namings (* stands for weight or bias, # for the
- * block, ? for q, k or v, ~ for the prefix of the naming), the shape of the weight in the file,
- * and whether it is the matrix of a product. */
+/* The names of each layer's tensors in the three namings, the shape of the weight in the file, and
+ * whether it is the matrix of a product. In a name, ~ stands for the vision tower's prefix, # for
+ * that and the block's, * for weight or bias, ? for q, k or v. */
 static const struct {
     const char *name[NAMINGS];
     enum size rows, columns;
@@ -5885,30 +5845,28 @@ static const struct {
       TOKENS, WIDTH, 0 },
     { { "~embeddings.patch_embedding.*", "~conv1.*", "patch_embed.proj.*" }, WIDTH, PIXELS, 1 },
     { { "~pre_layrnorm.*", "~ln_pre.*", "norm_pre.*" }, ONE, WIDTH, 0 },
-    { { "~#layer_norm1.*", "~#ln_1.*", "#norm1.*" }, ONE, WIDTH, 0 },
-    { { "~#self_attn.?_proj.*", "~#attn.in_proj_*", "#attn.qkv.*" }, WIDTH3, WIDTH, 1 },
-    { { "~#self_attn.out_proj.*", "~#attn.out_proj.*", "#attn.proj.*" }, WIDTH, WIDTH, 1 },
-    { { "~#layer_norm2.*", "~#ln_2.*", "#norm2.*" }, ONE, WIDTH, 0 },
-    { { "~#mlp.fc1.*", "~#mlp.c_fc.*", "#mlp.fc1.*" }, HIDDEN, WIDTH, 1 },
-    { { "~#mlp.fc2.*", "~#mlp.c_proj.*", "#mlp.fc2.*" }, WIDTH, HIDDEN, 1 },
+    { { "#layer_norm1.*", "#ln_1.*", "#norm1.*" }, ONE, WIDTH, 0 },
+    { { "#self_attn.?_proj.*", "#attn.in_proj_*", "#attn.qkv.*" }, WIDTH3, WIDTH, 1 },
+    { { "#self_attn.out_proj.*", "#attn.out_proj.*", "#attn.proj.*" }, WIDTH, WIDTH, 1 },
+    { { "#layer_norm2.*", "#ln_2.*", "#norm2.*" }, ONE, WIDTH, 0 },
+    { { "#mlp.fc1.*", "#mlp.c_fc.*", "#mlp.fc1.*" }, HIDDEN, WIDTH, 1 },
+    { { "#mlp.fc2.*", "#mlp.c_proj.*", "#mlp.fc2.*" }, WIDTH, HIDDEN, 1 },
     { { "~post_layernorm.*", "~ln_post.*", "norm.*" }, ONE, WIDTH, 0 },
     { { "visual_projection.*", "~proj", "head.*" }, OUTPUTS, WIDTH, 1 },
 };
 
 enum { NAME_LENGTH = 128 };
 
-/* Writes out the name of a tensor. name: [NAME_LENGTH] */
+/* Writes out the name of a tensor. name: [NAME_LENGTH]; part: q, k or v */
 static void spell_name(char *name, int naming, enum role role, size_t block, int bias, char part) {
-    size_t used = 0;
-    *name = '\0';
+    const char *tower = towers[naming], *stack = stacks[naming];
     for (const char *c = layers[role].name[naming]; *c; c++) {
-        size_t room = NAME_LENGTH - used;
-        if (*c == '~') snprintf(name + used, room, "%s", name_begins[naming]);
-        else if (*c == '#') snprintf(name + used, room, "%s%zu.", block_begins[naming], block);
-        else if (*c == '*') snprintf(name + used, room, "%s", bias ? "bias" : "weight");
-        else snprintf(name + used, room, "%c", *c == '?' ? part : *c);
-        used += strlen(name + used);
+        if (*c == '~') name += sprintf(name, "%s", tower);
+        else if (*c == '#') name += sprintf(name, "%s%s%zu.", tower, stack, block);
+        else if (*c == '*') name += sprintf(name, "%s", bias ? "bias" : "weight");
+        else *name++ = *c == '?' ? part : *c;
     }
+    *name = '\0';
 }
 
 static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t block, int bias) {
@@ -5917,60 +5875,53 @@ static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t
     return sc_tensor_find(&model->file, name);
 }
 
-/* Reads a layer's weight or bias of rows x columns numbers; leading dimensions of 1 are ignored.
- * A tensor that is missing or has another shape is an error. Hugging Face stores q, k and v
- * separately. */
-static int read_layer_tensor(const sc_model *model, enum role role, size_t block, int bias,
-                             size_t rows, size_t columns, float *out) {
-    char name[NAME_LENGTH];
-    const char *path = model->file.path;
-    size_t parts = role == QKV && model->naming == HUGGING_FACE ? 3 : 1;
-    if (bias) columns /= parts;
-    else rows /= parts;
-    for (size_t i = 0; i < parts; i++) {
-        int first = 0;
-        spell_name(name, model->naming, role, block, bias, "qkv"[i]);
-        const sc_tensor *tensor = sc_tensor_find(&model->file, name);
-        if (!tensor) return fail("%s: tensor %s is missing", path, name);
-        while (first < tensor->rank && tensor->shape[first] == 1) first++;
-        if (tensor->count != rows * columns || (rows > 1 && tensor->shape[first] != rows))
-            return fail("%s: tensor %s has %zu numbers (expected %zu x %zu)", path, name,
-                        tensor->count, rows, columns);
-        SC_TRY(sc_tensor_floats(&model->file, tensor, 0, tensor->count, out + i * rows * columns));
-    }
-    return SC_OK;
-}
-
 /* Reads a layer. The weight of a linear layer is [N, K] in the file, as in PyTorch (OpenAI's
  * projection is [K, N]). It is packed for the products, unless the model is for Part I and has no
- * forward_memory. */
+ * forward_memory. A tensor that is missing or of another shape is refused. */
 static int read_layer(const sc_model *model, enum role role, size_t block) {
     const size_t sizes[] = { 1, model->width, 3 * model->width, model->hidden, model->tokens,
                              3 * model->patch * model->patch, model->outputs };
-    size_t N = sizes[layers[role].rows], K = sizes[layers[role].columns];
+    const size_t N = sizes[layers[role].rows], K = sizes[layers[role].columns];
+    const char *names = layers[role].name[model->naming], *path = model->file.path;
+    const int linear = layers[role].linear, swapped = role == HEAD && model->naming == OPENAI;
+    const int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
+    const size_t parts = strchr(names, '?') ? 3 : 1;     /* q, k and v, one below the other */
     sc_layer *layer = &model->layer[block * ROLES + role];
-    layer->weight = new_array(N, padded(K) * sizeof *layer->weight);
-    if (!layer->weight) return SC_FAILED;
-    if (role == HEAD && model->naming == OPENAI) {
-        const sc_tensor *head = find_layer(model, HEAD, 0, 0);
-        for (size_t e = 0; e < N * K; e++)
-            SC_TRY(sc_tensor_floats(&model->file, head, e % K * N + e / K, 1, layer->weight + e));
-    } else {
-        SC_TRY(read_layer_tensor(model, role, block, 0, N, K, layer->weight));
+    for (int bias = 0; bias <= 1; bias++) {
+        char name[NAME_LENGTH];
+        size_t rows = N / parts, columns = K;            /* of one part */
+        if (bias && !strchr(names, '*')) break;
+        if (bias && may_lack && !find_layer(model, role, block, 1)) break;
+        if (bias) rows = 1;
+        if (bias && linear) columns = N / parts;
+        if (swapped) {
+            rows = K;
+            columns = N;
+        }
+        float *out = new_array(rows * parts, padded(columns) * sizeof *out);
+        if (!out) return SC_FAILED;
+        if (bias) layer->bias = out;
+        else layer->weight = out;
+        for (size_t i = 0; i < parts; i++, out += rows * columns) {
+            spell_name(name, model->naming, role, block, bias, "qkv"[i]);
+            const sc_tensor *tensor = sc_tensor_find(&model->file, name);
+            if (!tensor) return fail("%s: tensor %s is missing", path, name);
+            int first = 0;                               /* leading dimensions of 1 are ignored */
+            while (first < tensor->rank && tensor->shape[first] == 1) first++;
+            if (tensor->count != rows * columns || (rows > 1 && tensor->shape[first] != rows))
+                return fail("%s: tensor %s has %zu numbers (expected %zu x %zu)", path, name,
+                            tensor->count, rows, columns);
+            if (!swapped) SC_TRY(sc_tensor_floats(&model->file, tensor, 0, tensor->count, out));
+            for (size_t e = 0; swapped && e < tensor->count; e++)
+                SC_TRY(sc_tensor_floats(&model->file, tensor, e % K * N + e / K, 1, out + e));
+        }
     }
-    if (layers[role].linear && model->forward_memory) {
-        SC_TRY(new_packed(&layer->matrix, K, N));
-        pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, 1, K);
-        free(layer->weight);
-        layer->weight = NULL;
-    }
-    int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
-    if (!strchr(layers[role].name[model->naming], '*')) return SC_OK;        /* no bias at all */
-    if (may_lack && !find_layer(model, role, block, 1)) return SC_OK;
-    size_t biases = layers[role].linear ? N : K;
-    layer->bias = new_array(padded(biases), sizeof *layer->bias);
-    if (!layer->bias) return SC_FAILED;
-    return read_layer_tensor(model, role, block, 1, 1, biases, layer->bias);
+    if (!linear || !model->forward_memory) return SC_OK;
+    SC_TRY(new_packed(&layer->matrix, K, N));
+    pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, 1, K);
+    free(layer->weight);
+    layer->weight = NULL;
+    return SC_OK;
 }
 
 static int is_in_block(enum role role) { return role >= NORM1 && role <= FC2; }
@@ -6012,11 +5963,10 @@ static void free_layers(sc_model *model) {
 static int open_head(sc_model *model) {
     const sc_tensor *head = find_layer(model, HEAD, 0, 0);
     const sc_tensor *text = sc_tensor_find(&model->file, "text_embeds");
-    int outputs_at = model->naming == OPENAI;            /* which dimension they are */
-    if (!head || head->rank != 2 || head->shape[!outputs_at] != model->width)
-        return fail("%s: no head (expected %s of width %zu)", model->file.path,
-                    layers[HEAD].name[model->naming], model->width);
-    size_t outputs = head->shape[outputs_at], P = padded(outputs);
+    if (!head || head->rank != 2)
+        return fail("%s: no head (expected %s [outputs, width])", model->file.path,
+                    layers[HEAD].name[model->naming]);
+    size_t outputs = head->shape[model->naming == OPENAI], P = padded(outputs);
     model->outputs = model->classes = outputs;
     if (!text) return SC_OK;
     if (text->rank != 2 || text->shape[1] != outputs || text->shape[0] == 0)
@@ -6048,7 +5998,7 @@ int sc_model_load(sc_model *model, size_t blocks, int head) {
  * vision tower are a text tower, text_embeds, and the position numbers that Hugging Face saves. */
 static int check_tensors(const sc_model *model) {
     const sc_safetensors *file = &model->file;
-    const char *tower = name_begins[model->naming];
+    const char *tower = towers[model->naming];
     char name[NAME_LENGTH];
     size_t t = 0;
     unsigned char *known = new_array(file->tensors, 1);
@@ -6074,14 +6024,13 @@ static int check_tensors(const sc_model *model) {
                 "blocks, without a gap)", file->path, file->tensor[t].name, model->blocks);
 }
 
-/* Takes all sizes from the shapes of tensors. */
+/* Takes all sizes from the shapes of tensors; read_layer() compares the others with them. */
 static int measure_model(sc_model *model) {
     const char *path = model->file.path;
     const sc_tensor *patch = find_layer(model, PATCHES, 0, 0), *fc1 = find_layer(model, FC1, 0, 0);
     const sc_tensor *positions = find_layer(model, POSITIONS, 0, 0);
     if (!patch || patch->rank != 4 || patch->shape[1] != 3 || patch->shape[2] != patch->shape[3]
-        || patch->shape[2] == 0 || patch->shape[2] > 1024 || patch->shape[0] == 0
-        || patch->shape[0] > SC_MAX_WIDTH)
+        || patch->count == 0)
         return fail("%s: the patch embedding's weight (expected [width, 3, patch, patch])", path);
     size_t D = model->width = patch->shape[0];
     model->patch = patch->shape[2];
@@ -6089,13 +6038,13 @@ static int measure_model(sc_model *model) {
         return fail("%s: the position embedding (expected [tokens, %zu])", path, D);
     size_t T = model->tokens = positions->count / D;
     while ((model->grid + 1) * (model->grid + 1) < T) model->grid++;
-    if (T < 2 || T > SC_MAX_TOKENS || model->grid * model->grid + 1 != T)
-        return fail("%s: %zu positions (expected a class token and a square of patches)", path, T);
-    if (!fc1 || fc1->rank != 2 || fc1->shape[1] != D || fc1->shape[0] > SC_MAX_WIDTH)
+    size_t S = model->image_size = model->grid * model->patch;
+    if (S < 1 || S > MAX_PIXELS / S || model->grid * model->grid + 1 != T)
+        return fail("%s: %zu positions (expected a class token and a square of patches, of at most "
+                    "%zu pixels)", path, T, MAX_PIXELS);
+    if (!fc1 || fc1->rank != 2)
         return fail("%s: the first layer of block 0's MLP (expected [hidden, %zu])", path, D);
     model->hidden = fc1->shape[0];
-    size_t S = model->image_size = model->grid * model->patch;
-    if (S > MAX_PIXELS / S) return fail("%s: images of %zu x %zu are too large", path, S, S);
     while (find_layer(model, NORM1, model->blocks, 0)) model->blocks++;
     if (model->blocks == 0) return fail("%s: the model has no block 0", path);
     return check_tensors(model);
@@ -6146,19 +6095,21 @@ static int read_settings(sc_model *model, const sc_model_options *given) {
     if (D < 1280) snprintf(heads, sizeof heads, "%zu", D / 64);
     if (D == 1280 || D == 1408 || D == 1664) strcpy(heads, "16");
     for (enum setting i = 0; i < SETTINGS; i++) {
-        const char *key = settings[i].key, *text = sc_metadata_find(&model->file, key);
-        const char *source = "metadata";
-        if (settings[i].given) {
-            SC_TRY(apply_setting(model, i, settings[i].option, settings[i].given));
-            continue;
-        }
-        if (!text) {
-            source = "assumed";
+        const char *key = settings[i].key, *text = settings[i].given;
+        const char *saved = sc_metadata_find(&model->file, key), *source = "metadata";
+        int failure = SC_FAILED;
+        if (!saved) source = "assumed";
+        snprintf(what, sizeof what, "%s: %s %s", model->file.path, source, key);
+        if (text) {
+            failure = SC_USAGE;
+            strcpy(what, settings[i].option);
+        } else if (saved) {
+            text = saved;
+        } else {
             text = settings[i].usual;
             used += (size_t)sprintf(assumed + used, ", %s %s", key, text);
         }
-        snprintf(what, sizeof what, "%s: %s %s", model->file.path, source, key);
-        if (apply_setting(model, i, what, text) != SC_OK) return SC_FAILED;
+        if (apply_setting(model, i, what, text) != SC_OK) return failure;
     }
     if (*assumed) note("%s: not in the file, assumed: %s", model->file.path, assumed + 2);
     return SC_OK;

@@ -452,7 +452,7 @@ static void cli_test_models(void)
         { "patch embedding", RESHAPED("patch_embed.proj.weight", 32, 3, 10, 20) },
         { "patch embedding", RESHAPED("patch_embed.proj.weight", 9600) },
         { "cls_token", RESHAPED("cls_token", 1, 1, 31) },
-        { "block 0's MLP", RESHAPED("blocks.0.mlp.fc1.weight", 32, 100) },
+        { "blocks.0.mlp.fc1.weight", RESHAPED("blocks.0.mlp.fc1.weight", 32, 100) },
         { "blocks.1.mlp.fc2.weight", RESHAPED("blocks.1.mlp.fc2.weight", 100, 32) },
         { "blocks.1.mlp.fc1.weight", RESHAPED("blocks.1.mlp.fc1.weight", 99, 32) },
         { "blocks.0.mlp", RESHAPED("blocks.0.mlp.fc1.weight", 0, 32) },
@@ -772,7 +772,7 @@ static void cli_test_decoders(void)
     put_file(cli("@shot.gif"), "GIF89a no more", 14);
     setenv("PATH", "/no-such", 1);
     cli_refuses(1, "@shot.jpg: 'djpeg' cannot be started: No such file or directory (expected a decoder of "
-                "JPEG: Debian's package libjpeg-turbo-progs has one)",
+                "JPEG, as in Debian's package libjpeg-turbo-progs)",
                 "extract --quiet -m @model @shot.jpg -o @out");
     cli_refuses(1, "@shot.png: 'pngtopnm' cannot be started: *Debian's package netpbm",
                 "zeroshot --quiet -m @model @shot.png");

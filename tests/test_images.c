@@ -319,7 +319,7 @@ static void images_test_list(void)
     put_file(images_file("list.txt"), "a.ppm\nb.p\0m\n", 13);
     check(images_refuses("list.txt", "line 2: too long, or with a byte 0"), "a byte 0 is refused");
     put_file(images_file("list.txt"), "\xff\xfe" "a\0\n\0b\0\n", 10);
-    check(images_refuses("list.txt", "line 1: too long, or with a byte 0 (expected a list in UTF-8)"), "UTF-16 is refused");
+    check(images_refuses("list.txt", "line 1: too long, or with a byte 0 (expected text in UTF-8)"), "UTF-16 is refused");
     free(line);
 }
 
@@ -432,8 +432,10 @@ static void images_test_decoders(void)
           "much on both outputs is no deadlock");
     check(strstr(images_decoded("printf 'P2 1 1 255 7'; echo; echo ' bad thing\nmore' >&2; exit 3",
           "fake.jpg",
-                         pixel), "fake.jpg: sh ended with status 3: bad thing") &&
-          !strstr(sc_error(), "more"), "a complaint counts, and is quoted in one line");
+                         pixel), "fake.jpg: sh ended with status 3: more") &&
+          !strstr(sc_error(), "bad"), "a complaint counts, and its last line is quoted");
+    check(strstr(images_decoded("printf 'banner\nan error\nanother error\nmore' >&2; exit 3", "fake.jpg", pixel),
+                 "status 3: an error"), "the first line about an error is quoted");
     check(strstr(images_decoded("kill -9 $$", "fake.jpg", pixel), "signal 9"),
           "a killed decoder is named");
     check(strstr(images_decoded("exit 0", "fake.jpg", pixel), "status 0"), "no picture is an error");
@@ -535,26 +537,39 @@ static void images_write_png(const char *name, int type, int depth, const char *
 static void images_test_sbit(void)
 {
     static const struct { int type, depth; const char *sbit; size_t bits; int refused; } cases[] = {
-        { 2, 8, "", 0, 0 }, { 2, 8, "\x8\x8\x8", 3, 0 }, { 2, 8, "\x5\x6\x5", 3, 5 }, { 2, 8, "\x8\x8\x7", 3, 7 },
-        { 0, 8, "\x8", 1, 0 }, { 0, 8, "\x4", 1, 4 }, { 0, 4, "\x4", 1, 0 }, { 0, 4, "\x3", 1, 3 },
-        { 0, 16, "\x10", 1, 0 }, { 0, 16, "\xc", 1, 12 }, { 6, 8, "\x8\x8\x8\x8", 4, 0 },
-        { 6, 8, "\x8\x8\x8\x1", 4, 1 }, { 3, 8, "\x8\x8\x8", 3, 0 }, { 3, 8, "\x8\x5\x8", 3, 5 },
-        { 3, 1, "\x8\x8\x8", 3, 0 }, { 4, 8, "\x2\x8", 2, 2 } };
+        { 2, 8, "", 0, 0 }, { 2, 8, "\x8\x8\x8", 3, 0 }, { 2, 8, "\x5\x6\x5", 3, 0 }, { 2, 8, "\x5\x5\x5", 3, 1 },
+        { 0, 8, "\x8", 1, 0 }, { 0, 8, "\x4", 1, 1 }, { 0, 4, "\x4", 1, 0 }, { 0, 4, "\x3", 1, 1 },
+        { 0, 16, "\x10", 1, 0 }, { 0, 16, "\xc", 1, 1 }, { 6, 8, "\x8\x8\x8\x8", 4, 0 },
+        { 6, 8, "\x8\x8\x8\x1", 4, 0 }, { 3, 8, "\x8\x8\x8", 3, 0 }, { 3, 8, "\x5\x5\x5", 3, 1 },
+        { 3, 1, "\x8\x8\x8", 3, 0 }, { 4, 8, "\x2\x8", 2, 1 } };
     unsigned char pixel[3];
-    char words[32];
     sc_images set;
-    int decoded = can_decode("PNG");
-    if (!decoded) skip("PNGs whose chunk sBIT changes nothing: no program here decodes PNG");
+    if (!can_decode("PNG") || system("pngtopnm --version >/dev/null 2>&1") != 0) {
+        skip("PNGs with the chunk sBIT: no pngtopnm here");
+        return;
+    }
     for (size_t i = 0; i < COUNT(cases); i++) {
         images_write_png("sbit.png", cases[i].type, cases[i].depth, cases[i].sbit, cases[i].bits);
-        if (!cases[i].refused && !decoded) continue;
         if (sc_images_open(&set, images_file("sbit.png"), 0) != SC_OK) need("%s", sc_error());
         int status = sc_image_load(&set, 0, &images_one, pixel);
-        snprintf(words, sizeof words, "with sBIT %d,", cases[i].refused);
-        check(cases[i].refused ? status != SC_OK && strstr(sc_error(), words) != NULL : status == SC_OK && pixel[0] == 0,
-              "a PNG of type %d, depth %d, with sBIT %d", cases[i].type, cases[i].depth, cases[i].refused);
+        check(cases[i].refused ? status != SC_OK && strstr(sc_error(), "fewer significant bits") != NULL
+                               : status == SC_OK && pixel[0] == 0,
+              "a PNG of type %d, depth %d, with sBIT: %s", cases[i].type, cases[i].depth, sc_error());
         sc_images_close(&set);
     }
+    char *path = copy_string(getenv("PATH"));    /* an older pngtopnm says so only if it is verbose */
+    setenv("PATH", in_folder("images"), 1);
+    images_write_text("pngtopnm", "#!/bin/sh\nprintf 'P2 1 1 31 7'\n[ \"$1\" != -verbose ] || printf 'pngtopnm: reading\\n"
+                      "pngtopnm: image has fewer significant bits\\npngtopnm: Writing\\n' >&2\n");
+    chmod(images_file("pngtopnm"), 0755);
+    if (sc_images_open(&set, images_file("sbit.png"), 0) != SC_OK) need("%s", sc_error());
+    check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED
+          && strstr(sc_error(), "pngtopnm ended with status 0: pngtopnm: image has fewer significant bits"),
+          "a decoder that changes samples: %s", sc_error());
+    sc_images_close(&set);
+    unlink(images_file("pngtopnm"));
+    setenv("PATH", path, 1);
+    free(path);
 }
 
 /* A GIF of one red pixel: on a canvas of 1 x 1, or at (1, 0) or (0, 0) of a canvas of 2 x 1, whose other pixel
@@ -578,7 +593,7 @@ static void images_test_gif(void)
         gif[size + 1] = (unsigned char)cases[i].x;
         size += sizeof frame - 1;
         put_file(images_file("canvas.gif"), gif, size);
-        if (cases[i].right && !decodes("", images_file("canvas.gif"))) {
+        if (!decodes("", images_file("canvas.gif"))) {
             skip("GIF %zu: no program here decodes it", i);
             continue;
         }
