@@ -5191,7 +5191,7 @@ static int save_tensors(const char *path, size_t header_room,
 /* Further results beside SC_OK and SC_FAILED. SC_END: there is no more. MACHINE_FAILED: the machine
  * failed, not the image, so --skip-bad does not apply. */
 enum { SC_END = -1, MACHINE_FAILED = -2 };
-enum { MAX_PATH = 4096, MAX_DEPTH = 16, CHUNK = 1024, WEIGHT_BITS = 22 };
+enum { MAX_PATH = 4096, MAX_DEPTH = 16, MAX_COMMAND = 1024, CHUNK = 1024, WEIGHT_BITS = 22 };
 #define MAX_PIXELS ((size_t)1 << 28)           /* of one image: 16,384 x 16,384 */
 
 typedef struct {
@@ -5205,7 +5205,7 @@ typedef struct {
 /* Reads a number and the single blank after it. A comment counts as the newline that ends it. */
 static int pnm_number(const char *path, FILE *file, const char *what, size_t largest,
                       size_t *value) {
-    int begun = 0;
+    int begun = 0;                                       /* whether a digit was read */
     *value = 0;
     for (;;) {
         int byte = getc(file);
@@ -5215,14 +5215,12 @@ static int pnm_number(const char *path, FILE *file, const char *what, size_t lar
         if (isdigit(byte)) {
             begun = 1;
             *value = 10 * *value + (size_t)(byte - '0');
-            if (*value > largest) return fail("%s: a PNM %s above %zu", path, what, largest);
-        } else if (begun && (byte == EOF || isspace(byte))) {
-            return SC_OK;
-        } else if (byte == EOF) {
-            return fail("%s: the file ends before its %s", path, what);
-        } else if (!isspace(byte)) {
-            return fail("%s: byte 0x%02x (expected a PNM %s)", path, (unsigned)byte, what);
+            if (*value <= largest) continue;
         }
+        if (isspace(byte) && !begun) continue;
+        if (begun && (isspace(byte) || byte == EOF)) return SC_OK;
+        return fail("%s: its %s is missing or invalid (expected a PNM number of at most %zu)", path,
+                    what, largest);
     }
 }
 
@@ -5237,13 +5235,14 @@ static int pnm_read(const char *path, FILE *file, picture *result) {
     }
     if (byte != 'P' || kind < 2 || kind > 6)
         return fail("%s: not a PNM image (expected P2, P3, P5 or P6)", path);
+    /* the header: every claim is checked before it is used */
     SC_TRY(pnm_number(path, file, "width", MAX_PIXELS, &width));
     SC_TRY(pnm_number(path, file, "height", MAX_PIXELS, &height));
     if (kind != 4) SC_TRY(pnm_number(path, file, "maxval", 65535, &maxval));
     if (!width || !height || !maxval || height > MAX_PIXELS / width)
         return fail("%s: a PNM image of %zu x %zu, maxval %zu (expected at least 1 of each and at "
                     "most %zu pixels)", path, width, height, maxval, MAX_PIXELS);
-    size_t pixels = width * height, channels = kind % 3 == 0 ? 3 : 1;
+    size_t pixels = width * height, channels = kind % 3 == 0 ? 3 : 1;    /* P3 and P6: RGB */
     for (size_t i = 0; i < pixels; i++) {
         if (grow(&result->memory, &chunks, i / CHUNK, 3 * CHUNK) != SC_OK) return MACHINE_FAILED;
         unsigned char *rgb = result->memory + 3 * i;
@@ -5264,19 +5263,16 @@ static int pnm_read(const char *path, FILE *file, picture *result) {
                 else byte = getc(file);
                 if (byte == EOF) return fail("%s: the file ends before its last sample", path);
                 v = (size_t)high << 8 | (size_t)byte;
-                if (kind == 4) v = !(byte & 0x80);               /* 1 is black */
+                if (kind == 4) v = !(byte & 0x80);               /* a bit of 1 is black */
             }
             if (v > maxval)
                 return fail("%s: a sample of %zu above maxval %zu", path, v, maxval);
             /* half to even; the double quotient is a half only where the exact one is */
             rgb[c] = (unsigned char)rint(255.0 * (double)v / (double)maxval);
         }
-        if (channels == 1) rgb[1] = rgb[2] = rgb[0];
+        if (channels == 1) rgb[1] = rgb[2] = rgb[0];     /* grey */
     }
-    result->width = width;
-    result->height = height;
-    result->stride = 3 * width;
-    result->rgb = result->memory;
+    *result = (picture){ width, height, 3 * width, result->memory, result->memory };
     return SC_OK;
 }
 
@@ -5301,8 +5297,8 @@ static int start_child(child_process *c, char **argument, int input) {
     posix_spawn_file_actions_init(&files);
     pthread_mutex_lock(&lock);
     if (c->errors && pipe(end) == 0) c->output = fdopen(end[0], "r");
-    int error = c->output ? 0 : errno;
-    if (!error) {
+    int error = errno;                                   /* if there is no output */
+    if (c->output) {
         fcntl(end[0], F_SETFD, FD_CLOEXEC);
         fcntl(end[1], F_SETFD, FD_CLOEXEC);
         error = posix_spawn_file_actions_adddup2(&files, input, 0);
@@ -5314,7 +5310,7 @@ static int start_child(child_process *c, char **argument, int input) {
     pthread_mutex_unlock(&lock);
     posix_spawn_file_actions_destroy(&files);
     posix_spawnattr_destroy(&attributes);
-    if (end[1] >= 0) close(end[1]);
+    if (end[1] >= 0) close(end[1]);                      /* so that its output ends when it does */
     if (!error) return 0;
     if (c->output) fclose(c->output);
     else if (end[0] >= 0) close(end[0]);
@@ -5323,12 +5319,12 @@ static int start_child(child_process *c, char **argument, int input) {
 }
 
 /* Reads the rest of a program's output and waits for its end; returns its wait status. words:
- * [room], the line of its messages that contains `wanted` (if not NULL), else the first one about an
- * error, else the last one. */
+ * [room], the line of its messages that contains `wanted` (if not NULL), else the first line about
+ * an error, else the last line. */
 static int end_child(child_process *c, const char *wanted, char *words, size_t room) {
     char rest[4096], line[256];
     int ended = 0, found = 0;
-    while (fread(rest, 1, sizeof rest, c->output) > 0) {}
+    while (fread(rest, 1, sizeof rest, c->output) > 0) {}    /* else it could wait for a reader */
     fclose(c->output);
     while (waitpid(c->pid, &ended, 0) < 0 && errno == EINTR) {}
     rewind(c->errors);
@@ -5341,7 +5337,7 @@ static int end_child(child_process *c, const char *wanted, char *words, size_t r
     return ended;
 }
 
-/* A file format, recognised by its first bytes: in magic, ? is any byte, _ a blank and 0 a byte 0. */
+/* A file format, recognised by its first bytes. In magic, ? is any byte, _ a blank, 0 a byte 0. */
 typedef struct {
     const char *name, *magic;
     const char *package;             /* Debian's, with a decoder; NULL for what is decoded here */
@@ -5355,17 +5351,17 @@ typedef struct {
 /* djpeg prints only its first warning, and pngtopnm may not say that it rescales samples by the
  * chunk sBIT, unless they are verbose. */
 static const image_format formats[] = {
-    { "PNM", .magic = "P2_" },
-    { "PNM", .magic = "P3_" },
-    { "PNM", .magic = "P5_" },
-    { "PNM", .magic = "P6_" },
+    { "PNM", .magic = "P2_" },       /* text, grey */
+    { "PNM", .magic = "P3_" },       /* text, RGB */
+    { "PNM", .magic = "P5_" },       /* binary, grey */
+    { "PNM", .magic = "P6_" },       /* binary, RGB */
     { "JPEG", "\xff\xd8\xff", "libjpeg-turbo-progs",
       "djpeg -verbose -verbose -verbose -dct int -pnm\n" IMAGEMAGICK(""),
       "Premature end of JPEG file" },
     { "PNG", "\x89PNG\r\n\x1a\n", "netpbm", "pngtopnm -verbose\n" IMAGEMAGICK(""),
       "fewer significant bits" },
-    { "TIFF", "II*0", "imagemagick", .decoders = IMAGEMAGICK("") },
-    { "TIFF", "MM0*", "imagemagick", .decoders = IMAGEMAGICK("") },
+    { "TIFF", "II*0", "imagemagick", .decoders = IMAGEMAGICK("") },      /* little-endian */
+    { "TIFF", "MM0*", "imagemagick", .decoders = IMAGEMAGICK("") },      /* big-endian */
     { "GIF", "GIF8?a", "imagemagick", .decoders = IMAGEMAGICK("") },
     { "BMP", "BM????0000", "imagemagick", .decoders = IMAGEMAGICK("") },
     { "WebP", "RIFF????WEBP", "imagemagick", .decoders = IMAGEMAGICK("-coalesce ") },
@@ -5385,6 +5381,7 @@ static FILE *open_image(const char *path, const image_format **format) {
         return NULL;
     }
     lseek(fd, 0, SEEK_SET);
+    /* the first format whose bytes fit */
     for (size_t f = 0; f < COUNT(formats) && !*format; f++) {
         const char *magic = formats[f].magic;
         int same = 1;
@@ -5403,37 +5400,30 @@ static FILE *open_image(const char *path, const image_format **format) {
 
 /* Runs a decoder on a file. The image is accepted if the decoder ends with status 0 and does not
  * say that it lost something. djpeg ends with 2 after warnings: as in Pillow, a damaged image is
- * accepted, but not one that ends early. Returns SC_END if the decoder failed without writing a
- * byte, and MACHINE_FAILED if it could not be started. */
-static int run_decoder(const char *command, const char *path, FILE *file,
-                       const image_format *format, picture *result) {
-    char text[512] = "", words[256], *rest = NULL, *argument[sizeof text / 2 + 1] = { text };
-    int count = 0, status = SC_END, ended = 0, length = (int)strcspn(command, "\n");
+ * accepted, but not one that ends early. Returns SC_END if another decoder may do better: this one
+ * wrote nothing, or, without a message, could not be started. */
+static int run_decoder(char *command, const char *path, FILE *file, const char *refuse,
+                       picture *result) {
+    char words[256], *rest = command, *argument[MAX_COMMAND / 2 + 1] = { NULL };
     child_process child;
-    if (length < (int)sizeof text) sprintf(text, "%.*s", length, command);
-    for (char *word = strtok_r(text, " \t", &rest); word; word = strtok_r(NULL, " \t", &rest))
-        argument[count++] = word;
-    lseek(fileno(file), 0, SEEK_SET);
-    int error = start_child(&child, argument, fileno(file));
-    if (!error) {
-        status = pnm_read(path, child.output, result);
-        ended = end_child(&child, format->refuse, words, sizeof words);
-        /* some systems notice only in the child that there is no such program */
-        if (status == SC_END && WIFEXITED(ended) && WEXITSTATUS(ended) == 127 && !*words)
-            error = ENOENT;
-    }
-    if (error) {
-        fail("%s: '%s' cannot be started: %s (expected a decoder of %s, as in Debian's package "
-             "%s)", path, argument[0], strerror(error), format->name, format->package);
-        return MACHINE_FAILED;
-    }
-    int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
-    int warned = code == 2 && strstr(argument[0], "djpeg");
-    int refused = format->refuse && strstr(words, format->refuse);
-    if (!killed && !refused && (code == 0 || warned) && status != SC_END) return status;
-    fail("%s: %s ended with %s %d: %s", path, argument[0], killed ? "signal" : "status", code,
-         *words ? words : "no message");
-    return status == SC_END ? SC_END : SC_FAILED;
+    for (int i = 0; i < MAX_COMMAND / 2; i++) argument[i] = strtok_r(rest, " \t", &rest);
+    lseek(fileno(file), 0, SEEK_SET);                    /* a decoder before it may have read */
+    if (!*argument || start_child(&child, argument, fileno(file)) != 0) return SC_END;
+    int status = pnm_read(path, child.output, result);
+    int ended = end_child(&child, refuse, words, sizeof words);
+    int warned = WIFEXITED(ended) && WEXITSTATUS(ended) == 2 && strstr(*argument, "djpeg");
+    int refused = refuse && strstr(words, refuse);
+    if ((ended == 0 || warned) && !refused && status != SC_END) return status;
+    /* status 127 alone: some systems notice only in the child that there is no such program */
+    *error_text = '\0';
+    if (status == SC_END && WIFEXITED(ended) && WEXITSTATUS(ended) == 127 && !*words) return SC_END;
+    if (!*words) strcpy(words, "no message");
+    if (refused) fail("%s: %s lost or changed samples: %s", path, *argument, words);
+    else if (WIFEXITED(ended))
+        fail("%s: %s ended with status %d: %s", path, *argument, WEXITSTATUS(ended), words);
+    else fail("%s: %s ended with signal %d: %s", path, *argument, WTERMSIG(ended), words);
+    if (status != SC_END) status = SC_FAILED;
+    return status;
 }
 
 /* Decodes an image with a program. Those for its format are tried in turn: the next one if one is
@@ -5441,22 +5431,27 @@ static int run_decoder(const char *command, const char *path, FILE *file,
  * the first one that ran. */
 static int decode_image(const char *path, FILE *file, const image_format *format,
                         picture *result) {
-    const char *own = getenv("SAECLIP_DECODER"), *command = own ? own : format->decoders;
-    char reason[sizeof error_text] = "";
+    const char *own = getenv("SAECLIP_DECODER"), *text = own;
+    char commands[MAX_COMMAND] = "", reason[sizeof error_text] = "", *rest = commands, *command;
     unsigned char b[10] = { 0 };
-    int status = MACHINE_FAILED;
-    while (command && (status == MACHINE_FAILED || status == SC_END)) {
-        int now = run_decoder(command, path, file, format, result);
-        if (!*reason || (status == MACHINE_FAILED && now != MACHINE_FAILED))
-            memcpy(reason, error_text, sizeof reason);
-        if (now != MACHINE_FAILED) status = now;
-        command = strchr(command, '\n');
-        if (command) command++;
+    int status = SC_END;
+    if (!own) text = format->decoders;
+    if (strlen(text) < sizeof commands) strcpy(commands, text);      /* else it cannot be started */
+    while (status == SC_END && (command = strtok_r(rest, "\n", &rest)) != NULL) {
+        *error_text = '\0';
+        status = run_decoder(command, path, file, format->refuse, result);
+        if (!*reason) memcpy(reason, error_text, sizeof reason);
     }
-    memcpy(error_text, reason, sizeof reason);
+    if (status == SC_END && !*reason) {
+        fail("%s: cannot start '%.*s' (expected a decoder of %s: Debian's package %s has one)", path,
+             (int)strcspn(text, " "), text, format->name, format->package);
+        return MACHINE_FAILED;
+    }
+    if (status != SC_OK) memcpy(error_text, reason, sizeof reason);
+    if (status == SC_END) return SC_FAILED;
     if (status != SC_OK || own || strcmp(format->name, "GIF") != 0) return status;
-    /* What the first frame of a GIF leaves of the canvas is filled differently by decoders. The
-     * canvas's width and height are in 16 bits each from byte 6 on. */
+    /* Decoders fill what the first frame of a GIF leaves of the canvas with different colours. The
+     * header has the canvas's width and height, 16 bits each, from byte 6 on. */
     fseeko(file, 0, SEEK_SET);
     if (fread(b, 1, sizeof b, file) == sizeof b && result->width == b[6] + 256u * b[7]
         && result->height == b[8] + 256u * b[9]) return SC_OK;
@@ -5473,7 +5468,7 @@ static int read_picture(const char *path, picture *result) {
     if (format && format->package) status = decode_image(path, file, format, result);
     else if (format) status = pnm_read(path, file, result);
     if (file) fclose(file);
-    return status == SC_END ? SC_FAILED : status;
+    return status;
 }
 
 /* --- Pillow's resize (src/libImaging/Resample.c): bicubic, a = -0.5, stretched by the scale when
@@ -5503,7 +5498,7 @@ static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_
     int32_t *weight = new_array((size_t)ceil(2 * stretch) * 2 + 1, sizeof *weight);
     if (!weight) return MACHINE_FAILED;
     for (size_t i = 0; i < side; i++) {
-        /* output pixel i is the sum of weight[x - start] times input pixel x, start <= x < end */
+        /* the weights of output pixel i: weight[x - start] is that of input pixel x */
         double centre = ((double)(first + i) + 0.5) * scale, step = 1 / stretch, total = 0;
         size_t start = (size_t)fmax(centre - 2 * stretch + 0.5, 0);
         size_t end = (size_t)fmin(centre + 2 * stretch + 0.5, (double)in->width);
@@ -5511,9 +5506,11 @@ static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_
             total += bicubic(((double)x - centre + 0.5) * step);
         for (size_t x = start; x < end; x++) {
             double exact = bicubic(((double)x - centre + 0.5) * step);
-            exact = exact / (total != 0 ? total : 1) * (1 << WEIGHT_BITS);
-            weight[x - start] = (int32_t)(exact + (exact < 0 ? -0.5 : 0.5));
+            if (total != 0) exact /= total;
+            exact *= 1 << WEIGHT_BITS;
+            weight[x - start] = (int32_t)(exact + copysign(0.5, exact));
         }
+        /* output pixel i of every row, in fixed point */
         for (size_t y = 0; y < in->height; y++) {
             const unsigned char *pixel = in->rgb + y * in->stride + start * 3;
             int32_t half = 1 << (WEIGHT_BITS - 1), sum[3] = { half, half, half };
@@ -5534,7 +5531,7 @@ static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_
 /* Resizes the shorter side to `side` and crops the centre. pixels: [side, side, 3] */
 static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsigned char *pixels) {
     size_t shorter = smaller(from->width, from->height);
-    unsigned char *turned = new_array(from->height, 3 * side);
+    unsigned char *turned = new_array(from->height, 3 * side);   /* [side, height, 3] */
     if (!turned) return MACHINE_FAILED;
     picture columns = { from->height, side, 3 * from->height, turned, NULL };
     int status = resize_rows(from, shorter, side, crop_hf, turned);
@@ -5564,7 +5561,8 @@ static int add_class(sc_images *set, const char *name) {
 
 static const char *base_name(const char *path) {
     const char *slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
+    if (!slash) return path;
+    return slash + 1;
 }
 
 /* folder: may end with a slash; "" is the current folder */
@@ -5592,8 +5590,7 @@ static int by_entry(const struct dirent **a, const struct dirent **b) {
 /* Adds all images below a folder to `set` and other files to `others`; the folders at the top are
  * the classes. What cannot be opened counts as an image: the error is reported when it is read. A
  * link to a folder above it ends at MAX_DEPTH. */
-static int walk_folder(sc_images *set, sc_images *others, const char *folder, int64_t label,
-                       int depth) {
+static int walk_folder(sc_images *set, sc_images *others, const char *folder, int depth) {
     char path[MAX_PATH];
     struct dirent **entry;
     if (depth > MAX_DEPTH)
@@ -5602,16 +5599,16 @@ static int walk_folder(sc_images *set, sc_images *others, const char *folder, in
     if (entries < 0) return fail("%s: cannot be opened: %s", folder, strerror(errno));
     for (int i = 0; i < entries && status == SC_OK; i++) {
         status = join_path(folder, entry[i]->d_name, path);
-        if (status != SC_OK) break;
-        if (is_folder(path)) {
+        if (status == SC_OK && is_folder(path)) {
             if (depth == 0) status = add_class(set, entry[i]->d_name);
-            int64_t inside = depth == 0 ? (int64_t)set->classes - 1 : label;
-            if (status == SC_OK) status = walk_folder(set, others, path, inside, depth + 1);
-        } else {
+            if (status == SC_OK) status = walk_folder(set, others, path, depth + 1);
+        } else if (status == SC_OK) {
             const image_format *format;
+            int64_t label = -1;
             FILE *file = open_image(path, &format);
             sc_images *kind = file && !format ? others : set;
             if (file) fclose(file);
+            if (depth > 0) label = (int64_t)set->classes - 1;        /* the last class so far */
             status = add_image(kind, path + strlen(set->root), label);
         }
     }
@@ -5625,7 +5622,8 @@ static int open_folder(sc_images *set, const char *folder) {
     sc_images others = { 0 };
     char names[160] = "";
     size_t loose = 0, used = 0;                      /* loose: images beside the class folders */
-    int status = walk_folder(set, &others, folder, -1, 0);
+    int status = walk_folder(set, &others, folder, 0);
+    /* in byte order of whole paths: a-1/x comes before a/x */
     if (set->count) qsort(set->image, set->count, sizeof *set->image, by_name);
     for (size_t i = 0; i < set->count; i++) loose += set->image[i].label < 0;
     if (status == SC_OK && set->count == 0)
@@ -5640,6 +5638,7 @@ static int open_folder(sc_images *set, const char *folder) {
         set->class_name = NULL;
         set->classes = 0;
     }
+    /* the first names of what was passed over */
     for (size_t i = 0; i < others.count && i < 3; i++)
         used += (size_t)sprintf(names + used, " %.48s", others.image[i].name);
     if (status == SC_OK && others.count > 0)
@@ -5650,7 +5649,7 @@ static int open_folder(sc_images *set, const char *folder) {
     return status;
 }
 
-/* A list: one line per image, "path" or "path<TAB>label". A # at a line's start begins a comment. */
+/* A list: one image per line, "path" or "path<TAB>label"; a # at a line's start is a comment. */
 static int open_list(sc_images *set, const char *path) {
     char text[MAX_PATH + 64], file[MAX_PATH], *end = text;
     FILE *list = fopen(path, "r");
@@ -5663,7 +5662,7 @@ static int open_list(sc_images *set, const char *path) {
         if (!fgets(text, sizeof text, list)) break;
         if (!strchr(text, '\n') && !feof(list))
             wrong = "too long, or with a byte 0 (expected text in UTF-8)";
-        if (number == 1 && strncmp(line, "\xef\xbb\xbf", 3) == 0) line += 3; /* UTF-8's mark */
+        if (number == 1 && strncmp(line, "\xef\xbb\xbf", 3) == 0) line += 3; /* byte order mark */
         line[strcspn(line, "\r\n")] = '\0';
         if (!wrong && (!*line || *line == '#')) continue;
         char *tab = strchr(line, '\t'), *blank = strrchr(line, ' ');
@@ -5693,17 +5692,19 @@ static int open_list(sc_images *set, const char *path) {
 static int add_images(sc_images *set, const sc_safetensors *file, size_t count, int64_t least,
                       char **name) {
     const sc_tensor *labels = sc_tensor_find(file, "labels");
-    const char *classes = labels ? sc_metadata_find(file, "class_names") : NULL;
-    int64_t label = -1;
+    const char *classes = sc_metadata_find(file, "class_names");
+    int64_t label = -1, most = SC_MAX_CLASSES;
     if (labels && (labels->dtype != SC_I64 || labels->rank != 1 || labels->count != count))
         return fail("%s: tensor labels (expected I64 [%zu])", file->path, count);
-    if (classes) SC_TRY(json_string_array(classes, file->path, &set->class_name, &set->classes));
-    size_t most = classes ? set->classes : SC_MAX_CLASSES;
+    if (labels && classes) {
+        SC_TRY(json_string_array(classes, file->path, &set->class_name, &set->classes));
+        most = (int64_t)set->classes;
+    }
     for (size_t i = 0; i < count && i < set->limit; i++) {
         if (labels) SC_TRY(sc_tensor_integers(file, labels, i, 1, &label));
-        if (labels && (label < least || label >= (int64_t)most))
-            return fail("%s: image %zu: label %lld (expected one of %zu classes)", file->path, i,
-                        (long long)label, most);
+        if (labels && (label < least || label >= most))
+            return fail("%s: image %zu: label %lld (expected one of %lld classes)", file->path, i,
+                        (long long)label, (long long)most);
         SC_TRY(add_image(set, name ? name[i] : "", label));
     }
     return SC_OK;
@@ -5731,6 +5732,7 @@ int sc_images_open(sc_images *set, const char *path, size_t limit) {
     const char *suffix = strrchr(path, '.');
     int folder = is_folder(path), status = SC_FAILED;
     *set = (sc_images){ .limit = limit ? limit : SIZE_MAX };
+    /* names are relative to the folder, or to that of the file */
     set->root = join_text(path, folder && *base_name(path) ? "/" : "");
     if (!set->root) return SC_FAILED;
     if (!folder) set->root[base_name(path) - path] = '\0';
@@ -5750,12 +5752,14 @@ int sc_images_open(sc_images *set, const char *path, size_t limit) {
         sc_images_close(set);
         return SC_FAILED;
     }
-    /* the digest: of names below the root, so that moving or packing a set does not change it */
+    /* a digest of the names below the root, the labels and the classes: moving or packing a set
+     * does not change it */
     digest64 digest = { 0 };
+    size_t named = 0;
+    if (set->class_name) named = set->classes;
     digest64_number(&digest, set->count);
-    digest64_number(&digest, set->class_name ? set->classes : 0);
-    for (size_t c = 0; c < set->classes && set->class_name; c++)
-        digest64_name(&digest, set->class_name[c]);
+    digest64_number(&digest, named);
+    for (size_t c = 0; c < named; c++) digest64_name(&digest, set->class_name[c]);
     for (size_t i = 0; i < set->count; i++) {
         digest64_name(&digest, set->image[i].name);
         digest64_number(&digest, (uint64_t)set->image[i].label);
@@ -5782,6 +5786,7 @@ static int load_image(const sc_images *set, size_t index, const sc_preprocess *p
     picture from = { 0 };
     char path[MAX_PATH];
     unsigned char *middle = NULL;
+    /* the image: in the mapped file, or read into from.memory */
     if (set->packed.path) {
         const sc_tensor *images = sc_tensor_find(&set->packed, "images");
         from.height = images->shape[1];
@@ -5792,15 +5797,15 @@ static int load_image(const sc_images *set, size_t index, const sc_preprocess *p
         status = join_path(set->root, set->image[index].name, path);
         if (status == SC_OK) status = read_picture(path, &from);
     }
-    int is_square = from.width == square && from.height == square;   /* as in a packed set */
-    if (status == SC_OK && square > 0 && !is_square) {
-        /* first the square in the middle, at its own size */
+    if (status == SC_OK && square > 0 && (from.width != square || from.height != square)) {
+        /* first the square in the middle is resized; in a packed set this may have been done */
         size_t side = smaller(from.width, from.height);
         from.rgb += crop_start(from.height, side, crop_hf) * from.stride;
         from.rgb += crop_start(from.width, side, crop_hf) * 3;
         from.width = from.height = side;
         middle = new_array(square, 3 * square);
-        status = middle ? resize_and_crop(&from, square, crop_hf, middle) : MACHINE_FAILED;
+        if (!middle) status = MACHINE_FAILED;
+        else status = resize_and_crop(&from, square, crop_hf, middle);
         from = (picture){ square, square, 3 * square, middle, from.memory };
     }
     if (status == SC_OK) status = resize_and_crop(&from, size, crop_hf, pixels);
@@ -5828,13 +5833,14 @@ enum { HUGGING_FACE, OPENAI, TIMM, NAMINGS };
 
 static const char *const naming_names[] = { "Hugging Face CLIP", "OpenAI / OpenCLIP", "timm" };
 static const char *const towers[] = { "vision_model.", "visual.", "" };
-static const char *const stacks[] = { "encoder.layers.", "transformer.resblocks.", "blocks." };
+static const char *const stacks[] = {
+    "vision_model.encoder.layers.", "visual.transformer.resblocks.", "blocks." };
 
 enum size { ONE, WIDTH, WIDTH3, HIDDEN, TOKENS, PIXELS, OUTPUTS };
 
 /* The names of each layer's tensors in the three namings, the shape of the weight in the file, and
- * whether it is the matrix of a product. In a name, ~ stands for the vision tower's prefix, # for
- * that and the block's, * for weight or bias, ? for q, k or v. */
+ * whether it is the matrix of a product. In a name ~ stands for the vision tower's prefix, # for
+ * the block's, * for weight or bias, ? for q, k or v. */
 static const struct {
     const char *name[NAMINGS];
     enum size rows, columns;
@@ -5859,10 +5865,9 @@ enum { NAME_LENGTH = 128 };
 
 /* Writes out the name of a tensor. name: [NAME_LENGTH]; part: q, k or v */
 static void spell_name(char *name, int naming, enum role role, size_t block, int bias, char part) {
-    const char *tower = towers[naming], *stack = stacks[naming];
     for (const char *c = layers[role].name[naming]; *c; c++) {
-        if (*c == '~') name += sprintf(name, "%s", tower);
-        else if (*c == '#') name += sprintf(name, "%s%s%zu.", tower, stack, block);
+        if (*c == '~') name += sprintf(name, "%s", towers[naming]);
+        else if (*c == '#') name += sprintf(name, "%s%zu.", stacks[naming], block);
         else if (*c == '*') name += sprintf(name, "%s", bias ? "bias" : "weight");
         else *name++ = *c == '?' ? part : *c;
     }
@@ -6084,7 +6089,7 @@ static int apply_setting(sc_model *model, enum setting setting, const char *what
 static int read_settings(sc_model *model, const sc_model_options *given) {
     int plain = model->naming == TIMM && !find_layer(model, PRE, 0, 0);
     size_t D = model->width, used = 0;
-    char heads[64] = "not known: give --heads", assumed[256] = "", what[MAX_PATH + 64];
+    char heads[64] = "not known: give --heads", assumed[256] = "";
     const struct { const char *option, *given, *key, *usual; } settings[SETTINGS] = {
         { "--gelu", given->gelu, "hidden_act", plain ? "gelu" : "quick_gelu" },
         { "--eps", given->epsilon, "layer_norm_eps", plain ? "1e-6" : "1e-5" },
@@ -6095,21 +6100,19 @@ static int read_settings(sc_model *model, const sc_model_options *given) {
     if (D < 1280) snprintf(heads, sizeof heads, "%zu", D / 64);
     if (D == 1280 || D == 1408 || D == 1664) strcpy(heads, "16");
     for (enum setting i = 0; i < SETTINGS; i++) {
-        const char *key = settings[i].key, *text = settings[i].given;
-        const char *saved = sc_metadata_find(&model->file, key), *source = "metadata";
-        int failure = SC_FAILED;
-        if (!saved) source = "assumed";
-        snprintf(what, sizeof what, "%s: %s %s", model->file.path, source, key);
-        if (text) {
-            failure = SC_USAGE;
-            strcpy(what, settings[i].option);
-        } else if (saved) {
-            text = saved;
-        } else {
+        const char *key = settings[i].key, *text = sc_metadata_find(&model->file, key);
+        const char *source = "metadata";
+        if (settings[i].given) {
+            SC_TRY(apply_setting(model, i, settings[i].option, settings[i].given));
+            continue;
+        }
+        if (!text) {
+            source = "assumed";
             text = settings[i].usual;
             used += (size_t)sprintf(assumed + used, ", %s %s", key, text);
         }
-        if (apply_setting(model, i, what, text) != SC_OK) return failure;
+        if (apply_setting(model, i, key, text) != SC_OK)
+            return fail("%s: %s %s", model->file.path, source, error_text);
     }
     if (*assumed) note("%s: not in the file, assumed: %s", model->file.path, assumed + 2);
     return SC_OK;
@@ -6118,12 +6121,11 @@ static int read_settings(sc_model *model, const sc_model_options *given) {
 /* The naming of a file's tensors, NAMINGS if it has none of them. */
 static int naming_of(const sc_safetensors *file) {
     char name[NAME_LENGTH];
-    int naming = 0;
-    for (; naming < NAMINGS; naming++) {
+    for (int naming = 0; naming < NAMINGS; naming++) {
         spell_name(name, naming, CLASS_TOKEN, 0, 0, 'q');
-        if (sc_tensor_find(file, name)) break;
+        if (sc_tensor_find(file, name)) return naming;
     }
-    return naming;
+    return NAMINGS;
 }
 
 int sc_model_open(sc_model *model, const char *path, const sc_model_options *given) {
