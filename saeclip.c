@@ -5235,7 +5235,7 @@ static int pnm_read(const char *path, FILE *file, picture *result) {
     }
     if (byte != 'P' || kind < 2 || kind > 6)
         return fail("%s: not a PNM image (expected P2, P3, P5 or P6)", path);
-    /* the header: every claim is checked before it is used */
+    /* the header, of which every claim is checked */
     SC_TRY(pnm_number(path, file, "width", MAX_PIXELS, &width));
     SC_TRY(pnm_number(path, file, "height", MAX_PIXELS, &height));
     if (kind != 4) SC_TRY(pnm_number(path, file, "maxval", 65535, &maxval));
@@ -5247,7 +5247,7 @@ static int pnm_read(const char *path, FILE *file, picture *result) {
         if (grow(&result->memory, &chunks, i / CHUNK, 3 * CHUNK) != SC_OK) return MACHINE_FAILED;
         unsigned char *rgb = result->memory + 3 * i;
         if (kind == 6 && maxval == 255) {                /* the usual case, read in blocks */
-            size_t block = smaller(pixels - i, CHUNK);
+            size_t block = smaller(pixels - i, CHUNK);   /* i is a multiple of CHUNK */
             if (fread(rgb, 3, block, file) != block)
                 return fail("%s: the file ends before its last sample", path);
             i += block - 1;
@@ -5293,7 +5293,7 @@ static int start_child(child_process *c, char **argument, int input) {
     int end[2] = { -1, -1 };
     *c = (child_process){ .errors = tmpfile() };
     posix_spawnattr_init(&attributes);
-    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);    /* its own process group */
     posix_spawn_file_actions_init(&files);
     pthread_mutex_lock(&lock);
     if (c->errors && pipe(end) == 0) c->output = fdopen(end[0], "r");
@@ -5301,7 +5301,7 @@ static int start_child(child_process *c, char **argument, int input) {
     if (c->output) {
         fcntl(end[0], F_SETFD, FD_CLOEXEC);
         fcntl(end[1], F_SETFD, FD_CLOEXEC);
-        error = posix_spawn_file_actions_adddup2(&files, input, 0);
+        error = posix_spawn_file_actions_adddup2(&files, input, 0);  /* 0 is standard input */
         if (!error) error = posix_spawn_file_actions_adddup2(&files, end[1], 1);
         if (!error) error = posix_spawn_file_actions_adddup2(&files, fileno(c->errors), 2);
         if (!error)
@@ -5327,6 +5327,7 @@ static int end_child(child_process *c, const char *wanted, char *words, size_t r
     while (fread(rest, 1, sizeof rest, c->output) > 0) {}    /* else it could wait for a reader */
     fclose(c->output);
     while (waitpid(c->pid, &ended, 0) < 0 && errno == EINTR) {}
+    /* its messages, line by line, without the blanks at their start */
     rewind(c->errors);
     *words = '\0';
     while (!found && fscanf(c->errors, " %255[^\r\n]", line) == 1) {
@@ -5431,11 +5432,11 @@ static int run_decoder(char *command, const char *path, FILE *file, const char *
  * the first one that ran. */
 static int decode_image(const char *path, FILE *file, const image_format *format,
                         picture *result) {
-    const char *own = getenv("SAECLIP_DECODER"), *text = own;
+    const char *text = getenv("SAECLIP_DECODER");
     char commands[MAX_COMMAND] = "", reason[sizeof error_text] = "", *rest = commands, *command;
     unsigned char b[10] = { 0 };
     int status = SC_END;
-    if (!own) text = format->decoders;
+    if (!text) text = format->decoders;
     if (strlen(text) < sizeof commands) strcpy(commands, text);      /* else it cannot be started */
     while (status == SC_END && (command = strtok_r(rest, "\n", &rest)) != NULL) {
         *error_text = '\0';
@@ -5443,13 +5444,13 @@ static int decode_image(const char *path, FILE *file, const image_format *format
         if (!*reason) memcpy(reason, error_text, sizeof reason);
     }
     if (status == SC_END && !*reason) {
-        fail("%s: cannot start '%.*s' (expected a decoder of %s: Debian's package %s has one)", path,
-             (int)strcspn(text, " "), text, format->name, format->package);
+        fail("%s: cannot start '%.*s' (expected a decoder of %s: Debian's package %s has one)",
+             path, (int)strcspn(text, " "), text, format->name, format->package);
         return MACHINE_FAILED;
     }
     if (status != SC_OK) memcpy(error_text, reason, sizeof reason);
     if (status == SC_END) return SC_FAILED;
-    if (status != SC_OK || own || strcmp(format->name, "GIF") != 0) return status;
+    if (status != SC_OK || strcmp(format->name, "GIF") != 0) return status;
     /* Decoders fill what the first frame of a GIF leaves of the canvas with different colours. The
      * header has the canvas's width and height, 16 bits each, from byte 6 on. */
     fseeko(file, 0, SEEK_SET);
@@ -5481,6 +5482,7 @@ static uint64_t crop_start(uint64_t from, uint64_t keep, int crop_hf) {
     return start;
 }
 
+/* The filter's weight at distance x. */
 static double bicubic(double x) {
     x = fabs(x);
     if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
@@ -5495,6 +5497,7 @@ static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_
     uint64_t full = (uint64_t)side * in->width / shorter;
     uint64_t first = crop_start(full, side, crop_hf);
     double scale = (double)in->width / (double)full, stretch = fmax(scale, 1);
+    /* support: 2 pixels to either side, times the stretch */
     int32_t *weight = new_array((size_t)ceil(2 * stretch) * 2 + 1, sizeof *weight);
     if (!weight) return MACHINE_FAILED;
     for (size_t i = 0; i < side; i++) {
@@ -5552,6 +5555,7 @@ static int add_image(sc_images *set, const char *name, int64_t label) {
     return SC_OK;
 }
 
+/* Adds the next class of a folder. */
 static int add_class(sc_images *set, const char *name) {
     SC_TRY(grow(&set->class_name, &set->class_capacity, set->classes, sizeof *set->class_name));
     SC_TRY(allocate(&set->memory, &set->class_name[set->classes], strlen(name) + 1, 1));
@@ -5559,6 +5563,7 @@ static int add_class(sc_images *set, const char *name) {
     return SC_OK;
 }
 
+/* What follows the last slash. */
 static const char *base_name(const char *path) {
     const char *slash = strrchr(path, '/');
     if (!slash) return path;
@@ -5583,6 +5588,7 @@ static int is_folder(const char *path) {
 /* Names of helper folders, such as .thumbs and @eaDir, are left out. */
 static int is_visible(const struct dirent *entry) { return !strchr(".@", entry->d_name[0]); }
 
+/* For scandir(): byte order. */
 static int by_entry(const struct dirent **a, const struct dirent **b) {
     return strcmp((*a)->d_name, (*b)->d_name);
 }
@@ -5633,7 +5639,7 @@ static int open_folder(sc_images *set, const char *folder) {
         status = fail("%s: %zu images in class folders and %zu beside them (expected FOLDER/"
                       "<class>/<image> or FOLDER/<image> alone)", folder, set->count - loose,
                       loose);
-    if (loose > 0) {                                 /* the folders are no classes */
+    if (loose > 0) {                                 /* a flat folder: no labels */
         free(set->class_name);
         set->class_name = NULL;
         set->classes = 0;
@@ -5644,7 +5650,7 @@ static int open_folder(sc_images *set, const char *folder) {
     if (status == SC_OK && others.count > 0)
         note("%s: %zu files passed over, which are not images:%s%s", folder, others.count, names,
              others.count > 3 ? " ..." : "");
-    set->count = smaller(set->count, set->limit);
+    set->count = smaller(set->count, set->limit);    /* the others are freed with the set */
     sc_images_close(&others);
     return status;
 }
@@ -5666,7 +5672,7 @@ static int open_list(sc_images *set, const char *path) {
         line[strcspn(line, "\r\n")] = '\0';
         if (!wrong && (!*line || *line == '#')) continue;
         char *tab = strchr(line, '\t'), *blank = strrchr(line, ' ');
-        if (tab) {
+        if (tab) {                                   /* what follows is the label */
             *tab = '\0';
             label = (int64_t)strtoll(tab + 1, &end, 10);
             if (*end || end == tab + 1 || label < 0 || label >= SC_MAX_CLASSES)
@@ -5688,48 +5694,47 @@ static int open_list(sc_images *set, const char *path) {
 }
 
 /* Adds the images of a file that may hold labels (I64 [count], at least `least`) and, in its
- * metadata, the class names. name: [count], or NULL */
-static int add_images(sc_images *set, const sc_safetensors *file, size_t count, int64_t least,
-                      char **name) {
+ * metadata, their names and those of the classes. */
+static int add_images(sc_images *set, const sc_safetensors *file, size_t count, int64_t least) {
     const sc_tensor *labels = sc_tensor_find(file, "labels");
     const char *classes = sc_metadata_find(file, "class_names");
+    const char *names = sc_metadata_find(file, "file_names");
     int64_t label = -1, most = SC_MAX_CLASSES;
+    size_t named = count;
+    char **name = NULL;
+    int status = SC_OK;
     if (labels && (labels->dtype != SC_I64 || labels->rank != 1 || labels->count != count))
         return fail("%s: tensor labels (expected I64 [%zu])", file->path, count);
-    if (labels && classes) {
+    if (labels && classes) {                             /* classes with names */
         SC_TRY(json_string_array(classes, file->path, &set->class_name, &set->classes));
         most = (int64_t)set->classes;
     }
-    for (size_t i = 0; i < count && i < set->limit; i++) {
-        if (labels) SC_TRY(sc_tensor_integers(file, labels, i, 1, &label));
-        if (labels && (label < least || label >= most))
-            return fail("%s: image %zu: label %lld (expected one of %lld classes)", file->path, i,
-                        (long long)label, (long long)most);
-        SC_TRY(add_image(set, name ? name[i] : "", label));
+    if (names) SC_TRY(json_string_array(names, file->path, &name, &named));
+    if (named != count)
+        status = fail("%s: %zu file_names for %zu images", file->path, named, count);
+    for (size_t i = 0; i < count && i < set->limit && status == SC_OK; i++) {
+        if (labels) status = sc_tensor_integers(file, labels, i, 1, &label);
+        if (labels && status == SC_OK && (label < least || label >= most))
+            status = fail("%s: image %zu: label %lld (expected one of %lld classes)", file->path,
+                          i, (long long)label, (long long)most);
+        if (status == SC_OK) status = add_image(set, name ? name[i] : "", label);
     }
-    return SC_OK;
+    free(name);
+    return status;
 }
 
 /* A packed set: images U8 [N, H, W, 3], labels and names. */
 static int open_packed(sc_images *set, const char *path) {
     SC_TRY(sc_safetensors_open(&set->packed, path));
     const sc_tensor *images = sc_tensor_find(&set->packed, "images");
-    const char *file_names = sc_metadata_find(&set->packed, "file_names");
     if (!images || images->dtype != SC_U8 || images->rank != 4 || images->bytes == 0 ||
         images->shape[1] > MAX_PIXELS / images->shape[2] || images->shape[3] != 3)
         return fail("%s: not a packed set (expected a tensor images U8 [N, H, W, 3])", path);
-    size_t count = images->shape[0], names = count;
-    char **name = NULL;
-    if (file_names) SC_TRY(json_string_array(file_names, path, &name, &names));
-    int status;
-    if (names == count) status = add_images(set, &set->packed, count, 0, name);
-    else status = fail("%s: %zu file_names for %zu images", path, names, count);
-    free(name);
-    return status;
+    return add_images(set, &set->packed, images->shape[0], 0);
 }
 
 int sc_images_open(sc_images *set, const char *path, size_t limit) {
-    const char *suffix = strrchr(path, '.');
+    const char *dot = strrchr(path, '.'), *suffix = dot ? dot : "";
     int folder = is_folder(path), status = SC_FAILED;
     *set = (sc_images){ .limit = limit ? limit : SIZE_MAX };
     /* names are relative to the folder, or to that of the file */
@@ -5738,9 +5743,9 @@ int sc_images_open(sc_images *set, const char *path, size_t limit) {
     if (!folder) set->root[base_name(path) - path] = '\0';
     if (folder) {
         status = open_folder(set, path);
-    } else if (suffix && strcmp(suffix, ".txt") == 0) {
+    } else if (strcmp(suffix, ".txt") == 0) {
         status = open_list(set, path);
-    } else if (suffix && strcmp(suffix, ".safetensors") == 0) {
+    } else if (strcmp(suffix, ".safetensors") == 0) {
         status = open_packed(set, path);
     } else {
         const image_format *format;
@@ -5800,8 +5805,8 @@ static int load_image(const sc_images *set, size_t index, const sc_preprocess *p
     if (status == SC_OK && square > 0 && (from.width != square || from.height != square)) {
         /* first the square in the middle is resized; in a packed set this may have been done */
         size_t side = smaller(from.width, from.height);
-        from.rgb += crop_start(from.height, side, crop_hf) * from.stride;
-        from.rgb += crop_start(from.width, side, crop_hf) * 3;
+        from.rgb += crop_start(from.height, side, crop_hf) * from.stride
+                    + crop_start(from.width, side, crop_hf) * 3;
         from.width = from.height = side;
         middle = new_array(square, 3 * square);
         if (!middle) status = MACHINE_FAILED;
@@ -5831,12 +5836,13 @@ int sc_image_load(const sc_images *set, size_t index, const sc_preprocess *prep,
 
 enum { HUGGING_FACE, OPENAI, TIMM, NAMINGS };
 
+/* Of each naming: what it is called, and how names begin in the vision tower and in its blocks. */
 static const char *const naming_names[] = { "Hugging Face CLIP", "OpenAI / OpenCLIP", "timm" };
 static const char *const towers[] = { "vision_model.", "visual.", "" };
 static const char *const stacks[] = {
     "vision_model.encoder.layers.", "visual.transformer.resblocks.", "blocks." };
 
-enum size { ONE, WIDTH, WIDTH3, HIDDEN, TOKENS, PIXELS, OUTPUTS };
+enum size { ONE, WIDTH, WIDTH3, HIDDEN, TOKENS, PIXELS, OUTPUTS };       /* see read_layer() */
 
 /* The names of each layer's tensors in the three namings, the shape of the weight in the file, and
  * whether it is the matrix of a product. In a name ~ stands for the vision tower's prefix, # for
@@ -5846,17 +5852,20 @@ static const struct {
     enum size rows, columns;
     int linear;
 } layers[ROLES] = {
+    /* before the blocks: class token, positions, patches, the norm that CLIP has there */
     { { "~embeddings.class_embedding", "~class_embedding", "cls_token" }, ONE, WIDTH, 0 },
     { { "~embeddings.position_embedding.weight", "~positional_embedding", "pos_embed" },
       TOKENS, WIDTH, 0 },
     { { "~embeddings.patch_embedding.*", "~conv1.*", "patch_embed.proj.*" }, WIDTH, PIXELS, 1 },
     { { "~pre_layrnorm.*", "~ln_pre.*", "norm_pre.*" }, ONE, WIDTH, 0 },
+    /* in each block: norm, attention in and out, norm, MLP */
     { { "#layer_norm1.*", "#ln_1.*", "#norm1.*" }, ONE, WIDTH, 0 },
     { { "#self_attn.?_proj.*", "#attn.in_proj_*", "#attn.qkv.*" }, WIDTH3, WIDTH, 1 },
     { { "#self_attn.out_proj.*", "#attn.out_proj.*", "#attn.proj.*" }, WIDTH, WIDTH, 1 },
     { { "#layer_norm2.*", "#ln_2.*", "#norm2.*" }, ONE, WIDTH, 0 },
     { { "#mlp.fc1.*", "#mlp.c_fc.*", "#mlp.fc1.*" }, HIDDEN, WIDTH, 1 },
     { { "#mlp.fc2.*", "#mlp.c_proj.*", "#mlp.fc2.*" }, WIDTH, HIDDEN, 1 },
+    /* after the blocks: norm, projection or classifier */
     { { "~post_layernorm.*", "~ln_post.*", "norm.*" }, ONE, WIDTH, 0 },
     { { "visual_projection.*", "~proj", "head.*" }, OUTPUTS, WIDTH, 1 },
 };
@@ -5889,17 +5898,18 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
     const size_t N = sizes[layers[role].rows], K = sizes[layers[role].columns];
     const char *names = layers[role].name[model->naming], *path = model->file.path;
     const int linear = layers[role].linear, swapped = role == HEAD && model->naming == OPENAI;
+    /* layers that have no bias in some models */
     const int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
     const size_t parts = strchr(names, '?') ? 3 : 1;     /* q, k and v, one below the other */
     sc_layer *layer = &model->layer[block * ROLES + role];
     for (int bias = 0; bias <= 1; bias++) {
         char name[NAME_LENGTH];
         size_t rows = N / parts, columns = K;            /* of one part */
-        if (bias && !strchr(names, '*')) break;
+        if (bias && !strchr(names, '*')) break;          /* an embedding */
         if (bias && may_lack && !find_layer(model, role, block, 1)) break;
         if (bias) rows = 1;
         if (bias && linear) columns = N / parts;
-        if (swapped) {
+        if (swapped) {                                   /* as it is in the file */
             rows = K;
             columns = N;
         }
@@ -5921,6 +5931,7 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
                 SC_TRY(sc_tensor_floats(&model->file, tensor, e % K * N + e / K, 1, out + e));
         }
     }
+    /* for the products, the packed matrix takes the weight's place */
     if (!linear || !model->forward_memory) return SC_OK;
     SC_TRY(new_packed(&layer->matrix, K, N));
     pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, 1, K);
@@ -5952,6 +5963,7 @@ static int load_layers(sc_model *model, size_t blocks) {
     return parallel_for(blocks, load_block, model);
 }
 
+/* Frees what load_layers() allocated, also where it failed. */
 static void free_layers(sc_model *model) {
     for (size_t i = 0; model->layer && i < model->loaded * ROLES; i++) {
         free(model->layer[i].matrix.data);
@@ -5972,7 +5984,7 @@ static int open_head(sc_model *model) {
         return fail("%s: no head (expected %s [outputs, width])", model->file.path,
                     layers[HEAD].name[model->naming]);
     size_t outputs = head->shape[model->naming == OPENAI], P = padded(outputs);
-    model->outputs = model->classes = outputs;
+    model->outputs = model->classes = outputs;           /* a classifier's outputs are classes */
     if (!text) return SC_OK;
     if (text->rank != 2 || text->shape[1] != outputs || text->shape[0] == 0)
         return fail("%s: tensor text_embeds (expected [classes, %zu], the projection's width)",
@@ -5994,7 +6006,7 @@ int sc_model_load(sc_model *model, size_t blocks, int head) {
     model->forward_memory = new_array(1, sizeof *model->forward_memory);
     if (!model->forward_memory) return SC_FAILED;
     if (head) SC_TRY(open_head(model));
-    if (blocks < 1) blocks = 1;
+    if (blocks < 1) blocks = 1;              /* the first one is read with the embeddings */
     return load_layers(model, smaller(blocks, model->blocks));
 }
 
@@ -6008,14 +6020,17 @@ static int check_tensors(const sc_model *model) {
     size_t t = 0;
     unsigned char *known = new_array(file->tensors, 1);
     if (!known) return SC_FAILED;
+    /* look up every name that the table can give */
     for (enum role role = CLASS_TOKEN; role < ROLES; role++) {
-        size_t blocks = is_in_block(role) ? model->blocks : 1;
+        size_t blocks = 1;
+        if (is_in_block(role)) blocks = model->blocks;
         for (size_t i = 0; i < 6 * blocks; i++) {        /* weight and bias; of q, k and v */
             spell_name(name, model->naming, role, i / 6, i % 2, "qkv"[i / 2 % 3]);
             const sc_tensor *tensor = sc_tensor_find(file, name);
             if (tensor) known[tensor - file->tensor] = 1;
         }
     }
+    /* the first tensor that was not looked up */
     for (; t < file->tensors; t++) {
         const char *found = file->tensor[t].name;
         int in_tower = strncmp(found, tower, strlen(tower)) == 0
@@ -6037,8 +6052,10 @@ static int measure_model(sc_model *model) {
     if (!patch || patch->rank != 4 || patch->shape[1] != 3 || patch->shape[2] != patch->shape[3]
         || patch->count == 0)
         return fail("%s: the patch embedding's weight (expected [width, 3, patch, patch])", path);
+    /* width and patch size: the convolution that embeds the patches */
     size_t D = model->width = patch->shape[0];
     model->patch = patch->shape[2];
+    /* tokens: a class token and grid x grid patches */
     if (!positions || positions->rank < 2 || positions->shape[positions->rank - 1] != D)
         return fail("%s: the position embedding (expected [tokens, %zu])", path, D);
     size_t T = model->tokens = positions->count / D;
@@ -6047,6 +6064,7 @@ static int measure_model(sc_model *model) {
     if (S < 1 || S > MAX_PIXELS / S || model->grid * model->grid + 1 != T)
         return fail("%s: %zu positions (expected a class token and a square of patches, of at most "
                     "%zu pixels)", path, T, MAX_PIXELS);
+    /* the MLP's hidden width; blocks as far as they are numbered without a gap */
     if (!fc1 || fc1->rank != 2)
         return fail("%s: the first layer of block 0's MLP (expected [hidden, %zu])", path, D);
     model->hidden = fc1->shape[0];
@@ -6064,19 +6082,21 @@ static int apply_setting(sc_model *model, enum setting setting, const char *what
     double number = 0;
     switch (setting) {
     case GELU:
-        model->activation = is_choice("quick_gelu|quick", text) ? QUICK_GELU : ERF_GELU;
-        if (is_choice("quick_gelu|quick|gelu|erf", text)) return SC_OK;
+        model->activation = ERF_GELU;
+        if (is_choice("gelu|erf", text)) return SC_OK;
+        model->activation = QUICK_GELU;
+        if (is_choice("quick_gelu|quick", text)) return SC_OK;
         return usage("%s: invalid value '%s' (expected quick_gelu or gelu)", what, text);
     case EPSILON:
         SC_TRY(parse_number(text, what, 0, 1, &number));
         model->epsilon = (float)number;
         return SC_OK;
-    case HEADS:
+    case HEADS:                              /* a whole number that divides the width */
         SC_TRY(parse_number(text, what, 1, 1 << 20, &number));
         model->heads = (size_t)number;
         if ((double)model->heads == number && model->width % model->heads == 0) return SC_OK;
         return usage("%s: width %zu cannot be split into %g heads", what, model->width, number);
-    default:
+    default:                                 /* MEAN, STD */
         SC_TRY(parse_triple(text, what, triple));
         if (setting == MEAN || (triple[0] > 0 && triple[1] > 0 && triple[2] > 0)) return SC_OK;
         return usage("%s: invalid value '%s' (expected three numbers above 0)", what, text);
@@ -6096,17 +6116,17 @@ static int read_settings(sc_model *model, const sc_model_options *given) {
         { "--heads", given->heads, "num_attention_heads", heads },
         { "--mean", given->mean, "image_mean", "0.48145466,0.4578275,0.40821073" },
         { "--std", given->std, "image_std", "0.26862954,0.26130258,0.27577711" } };
-    /* heads of 64, except in the large models that were published */
+    /* heads are 64 wide, except in the large models that were published */
     if (D < 1280) snprintf(heads, sizeof heads, "%zu", D / 64);
     if (D == 1280 || D == 1408 || D == 1664) strcpy(heads, "16");
     for (enum setting i = 0; i < SETTINGS; i++) {
         const char *key = settings[i].key, *text = sc_metadata_find(&model->file, key);
-        const char *source = "metadata";
+        const char *source = "metadata";     /* for errors */
         if (settings[i].given) {
             SC_TRY(apply_setting(model, i, settings[i].option, settings[i].given));
             continue;
         }
-        if (!text) {
+        if (!text) {                         /* the file does not say */
             source = "assumed";
             text = settings[i].usual;
             used += (size_t)sprintf(assumed + used, ", %s %s", key, text);
@@ -6159,7 +6179,7 @@ void sc_model_close(sc_model *model) {
 
 int sc_model_forward_plain(const sc_model *model, const unsigned char *pixels, size_t layer,
                            sc_hook hook, float *out) {
-    sc_model plain = *model;
+    sc_model plain = *model;                 /* with layers of its own */
     if (layer < 1 || layer > model->blocks)
         return usage("%s: layer %zu (expected 1 to %zu)", model->file.path, layer, model->blocks);
     plain.forward_memory = NULL;             /* read_layer() then keeps the weights as they are */
@@ -6658,7 +6678,7 @@ static int open_activations(feed *f, const options *o) {
     SC_TRY(read_origin(&f->origin, &f->file));
     f->first_patch = strcmp(f->origin.text[SC_TOKENS], "patches") != 0;
     f->set.limit = SIZE_MAX;
-    SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1, NULL));
+    SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1));
     for (size_t i = 0; i < f->set.count; i++)
         digest64_number(&labels, (uint64_t)f->set.image[i].label);
     f->set.digest = digest ? (uint64_t)strtoull(digest, NULL, 16) : digest64_value(&labels);
