@@ -5243,6 +5243,7 @@ static int pnm_read(const char *path, FILE *file, picture *result) {
         return fail("%s: a PNM image of %zu x %zu, maxval %zu (expected at least 1 of each and at "
                     "most %zu pixels)", path, width, height, maxval, MAX_PIXELS);
     size_t pixels = width * height, channels = kind % 3 == 0 ? 3 : 1;    /* P3 and P6: RGB */
+    /* the pixels; where one is not read, the file has ended or is damaged */
     for (size_t i = 0; i < pixels; i++) {
         if (grow(&result->memory, &chunks, i / CHUNK, 3 * CHUNK) != SC_OK) return MACHINE_FAILED;
         unsigned char *rgb = result->memory + 3 * i;
@@ -5449,7 +5450,7 @@ static int decode_image(const char *path, FILE *file, const image_format *format
         return MACHINE_FAILED;
     }
     if (status != SC_OK) memcpy(error_text, reason, sizeof reason);
-    if (status == SC_END) return SC_FAILED;
+    if (status == SC_END) status = SC_FAILED;
     if (status != SC_OK || strcmp(format->name, "GIF") != 0) return status;
     /* Decoders fill what the first frame of a GIF leaves of the canvas with different colours. The
      * header has the canvas's width and height, 16 bits each, from byte 6 on. */
@@ -5608,7 +5609,7 @@ static int walk_folder(sc_images *set, sc_images *others, const char *folder, in
         if (status == SC_OK && is_folder(path)) {
             if (depth == 0) status = add_class(set, entry[i]->d_name);
             if (status == SC_OK) status = walk_folder(set, others, path, depth + 1);
-        } else if (status == SC_OK) {
+        } else if (status == SC_OK) {                /* its first bytes say what it is */
             const image_format *format;
             int64_t label = -1;
             FILE *file = open_image(path, &format);
@@ -5632,6 +5633,7 @@ static int open_folder(sc_images *set, const char *folder) {
     /* in byte order of whole paths: a-1/x comes before a/x */
     if (set->count) qsort(set->image, set->count, sizeof *set->image, by_name);
     for (size_t i = 0; i < set->count; i++) loose += set->image[i].label < 0;
+    /* images must be there, all in class folders or all beside them */
     if (status == SC_OK && set->count == 0)
         status = fail("%s: no image among the %zu files of this folder (expected FOLDER/<class>/"
                       "<image> or FOLDER/<image>)", folder, others.count);
@@ -5709,6 +5711,7 @@ static int add_images(sc_images *set, const sc_safetensors *file, size_t count, 
         SC_TRY(json_string_array(classes, file->path, &set->class_name, &set->classes));
         most = (int64_t)set->classes;
     }
+    /* as many names as images, or none */
     if (names) SC_TRY(json_string_array(names, file->path, &name, &named));
     if (named != count)
         status = fail("%s: %zu file_names for %zu images", file->path, named, count);
@@ -5902,6 +5905,7 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
     const int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
     const size_t parts = strchr(names, '?') ? 3 : 1;     /* q, k and v, one below the other */
     sc_layer *layer = &model->layer[block * ROLES + role];
+    /* the weight, then the bias */
     for (int bias = 0; bias <= 1; bias++) {
         char name[NAME_LENGTH];
         size_t rows = N / parts, columns = K;            /* of one part */
@@ -5948,6 +5952,7 @@ static int load_block(void *context, size_t block) {
     const sc_model *model = context;
     for (enum role role = CLASS_TOKEN; role < ROLES; role++) {
         if (block > 0 && !is_in_block(role)) continue;
+        /* these are not in every model, or not asked for */
         if (role == PRE && !find_layer(model, PRE, 0, 0)) continue;
         if (role >= POST && !model->outputs) continue;
         SC_TRY(read_layer(model, role, block));
@@ -5960,7 +5965,7 @@ static int load_layers(sc_model *model, size_t blocks) {
     model->loaded = blocks;
     model->layer = new_array(blocks, ROLES * sizeof *model->layer);
     if (!model->layer) return SC_FAILED;
-    return parallel_for(blocks, load_block, model);
+    return parallel_for(blocks, load_block, model);          /* one task per block */
 }
 
 /* Frees what load_layers() allocated, also where it failed. */
@@ -5986,6 +5991,7 @@ static int open_head(sc_model *model) {
     size_t outputs = head->shape[model->naming == OPENAI], P = padded(outputs);
     model->outputs = model->classes = outputs;           /* a classifier's outputs are classes */
     if (!text) return SC_OK;
+    /* the classes are those of the text embeddings */
     if (text->rank != 2 || text->shape[1] != outputs || text->shape[0] == 0)
         return fail("%s: tensor text_embeds (expected [classes, %zu], the projection's width)",
                     model->file.path, outputs);
@@ -6080,6 +6086,7 @@ static int apply_setting(sc_model *model, enum setting setting, const char *what
                          const char *text) {
     float *triple = setting == MEAN ? model->mean : model->std;
     double number = 0;
+    /* a number or word that is not valid is a usage error here */
     switch (setting) {
     case GELU:
         model->activation = ERF_GELU;
@@ -6155,6 +6162,7 @@ int sc_model_open(sc_model *model, const char *path, const sc_model_options *giv
     if (of && strtoul(of + 4, NULL, 10) > 1)
         return fail("%s: one of several shards of a model (expected all of it in one file: load it "
                     "with its library and save it with max_shard_size=\"100GB\")", path);
+    /* what the file is, its sizes, its settings */
     SC_TRY(sc_safetensors_open(&model->file, path));
     model->naming = naming_of(&model->file);
     int status = SC_OK;
@@ -6168,6 +6176,7 @@ int sc_model_open(sc_model *model, const char *path, const sc_model_options *giv
     return status;
 }
 
+/* Also a model that was opened or loaded in part. */
 void sc_model_close(sc_model *model) {
     free_layers(model);
     if (model->forward_memory) release(&model->forward_memory->memory);
