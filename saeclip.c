@@ -5292,11 +5292,11 @@ static int start_child(child_process *c, char **argument, int input) {
     posix_spawn_file_actions_t files;
     posix_spawnattr_t attributes;
     int end[2] = { -1, -1 };
-    *c = (child_process){ .errors = tmpfile() };
-    posix_spawnattr_init(&attributes);
+    if (posix_spawnattr_init(&attributes) != 0) return ENOMEM;
+    if (posix_spawn_file_actions_init(&files) != 0) return ENOMEM;
     posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);    /* its own process group */
-    posix_spawn_file_actions_init(&files);
     pthread_mutex_lock(&lock);
+    *c = (child_process){ .errors = tmpfile() };
     if (c->errors && pipe(end) == 0) c->output = fdopen(end[0], "r");
     int error = errno;                                   /* if there is no output */
     if (c->output) {
