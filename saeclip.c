@@ -6086,7 +6086,6 @@ static int apply_setting(sc_model *model, enum setting setting, const char *what
                          const char *text) {
     float *triple = setting == MEAN ? model->mean : model->std;
     double number = 0;
-    /* a number or word that is not valid is a usage error here */
     switch (setting) {
     case GELU:
         model->activation = ERF_GELU;
@@ -6160,16 +6159,15 @@ int sc_model_open(sc_model *model, const char *path, const sc_model_options *giv
     const char *of = strstr(base_name(path), "-of-000");     /* NAME-00001-of-00002.safetensors */
     *model = (sc_model){ 0 };
     if (of && strtoul(of + 4, NULL, 10) > 1)
-        return fail("%s: one of several shards of a model (expected all of it in one file: load it "
-                    "with its library and save it with max_shard_size=\"100GB\")", path);
+        return fail("%s: one of several shards of a model (expected all of it in one file: save it "
+                    "with max_shard_size=\"100GB\")", path);
     /* what the file is, its sizes, its settings */
     SC_TRY(sc_safetensors_open(&model->file, path));
     model->naming = naming_of(&model->file);
     int status = SC_OK;
     if (model->naming == NAMINGS)
-        status = fail("%s: not a vision transformer under Hugging Face's, OpenAI's or timm's names "
-                      "(expected a tensor visual.class_embedding or the like; weights/convert.py "
-                      "cuts a prefix such as module. off)", path);
+        status = fail("%s: not a vision transformer (expected Hugging Face's, OpenAI's or timm's "
+                      "names; weights/convert.py cuts prefixes such as module.)", path);
     if (status == SC_OK) status = measure_model(model);
     if (status == SC_OK) status = read_settings(model, given ? given : &none);
     if (status != SC_OK) sc_model_close(model);
