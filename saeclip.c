@@ -19,7 +19,7 @@
  *   13. Options and messages             14. Files
  *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 7223
+ *  Part IV: the program                      line 7044
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
