@@ -19,7 +19,7 @@
  *   13. Options and messages             14. Files
  *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 7044
+ *  Part IV: the program                      line 7063
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -5242,7 +5242,8 @@ static int pnm_read(const char *path, FILE *file, picture *result) {
     if (!width || !height || !maxval || height > MAX_PIXELS / width)
         return fail("%s: a PNM image of %zu x %zu, maxval %zu (expected at least 1 of each and at "
                     "most %zu pixels)", path, width, height, maxval, MAX_PIXELS);
-    size_t pixels = width * height, channels = kind % 3 == 0 ? 3 : 1;    /* P3 and P6: RGB */
+    size_t pixels = width * height;
+    size_t channels = kind % 3 == 0 ? 3 : 1;             /* P3 and P6: RGB */
     /* the pixels; where one is not read, the file has ended or is damaged */
     for (size_t i = 0; i < pixels; i++) {
         if (grow(&result->memory, &chunks, i / CHUNK, 3 * CHUNK) != SC_OK) return MACHINE_FAILED;
@@ -5406,7 +5407,8 @@ static FILE *open_image(const char *path, const image_format **format) {
  * wrote nothing, or, without a message, could not be started. */
 static int run_decoder(char *command, const char *path, FILE *file, const char *refuse,
                        picture *result) {
-    char words[256], *rest = command, *argument[MAX_COMMAND / 2 + 1] = { NULL };
+    char words[256], *rest = command;
+    char *argument[MAX_COMMAND / 2 + 1] = { NULL };      /* ends with a NULL */
     child_process child;
     for (int i = 0; i < MAX_COMMAND / 2; i++) argument[i] = strtok_r(rest, " \t", &rest);
     lseek(fileno(file), 0, SEEK_SET);                    /* a decoder before it may have read */
@@ -5418,7 +5420,8 @@ static int run_decoder(char *command, const char *path, FILE *file, const char *
     if ((ended == 0 || warned) && !refused && status != SC_END) return status;
     /* status 127 alone: some systems notice only in the child that there is no such program */
     *error_text = '\0';
-    if (status == SC_END && WIFEXITED(ended) && WEXITSTATUS(ended) == 127 && !*words) return SC_END;
+    int missing = WIFEXITED(ended) && WEXITSTATUS(ended) == 127;
+    if (status == SC_END && missing && !*words) return SC_END;
     if (!*words) strcpy(words, "no message");
     if (refused) fail("%s: %s lost or changed samples: %s", path, *argument, words);
     else if (WIFEXITED(ended))
@@ -5429,12 +5432,12 @@ static int run_decoder(char *command, const char *path, FILE *file, const char *
 }
 
 /* Decodes an image with a program. Those for its format are tried in turn: the next one if one is
- * missing or failed without writing a byte (some builds of djpeg refuse CMYK). The error is that of
- * the first one that ran. */
+ * missing or failed without writing a byte (some builds of djpeg refuse CMYK). */
 static int decode_image(const char *path, FILE *file, const image_format *format,
                         picture *result) {
     const char *text = getenv("SAECLIP_DECODER");
-    char commands[MAX_COMMAND] = "", reason[sizeof error_text] = "", *rest = commands, *command;
+    char commands[MAX_COMMAND] = "", *rest = commands, *command;
+    char reason[sizeof error_text] = "";                 /* of the first one that ran */
     unsigned char b[10] = { 0 };
     int status = SC_END;
     if (!text) text = format->decoders;
@@ -5455,10 +5458,12 @@ static int decode_image(const char *path, FILE *file, const image_format *format
     /* Decoders fill what the first frame of a GIF leaves of the canvas with different colours. The
      * header has the canvas's width and height, 16 bits each, from byte 6 on. */
     fseeko(file, 0, SEEK_SET);
-    if (fread(b, 1, sizeof b, file) == sizeof b && result->width == b[6] + 256u * b[7]
-        && result->height == b[8] + 256u * b[9]) return SC_OK;
-    return fail("%s: a GIF whose first frame does not cover the canvas (expected a frame of %u x "
-                "%u)", path, b[6] + 256u * b[7], b[8] + 256u * b[9]);
+    size_t count = fread(b, 1, sizeof b, file);
+    size_t width = b[6] + 256u * b[7];
+    size_t height = b[8] + 256u * b[9];
+    if (count == sizeof b && result->width == width && result->height == height) return SC_OK;
+    return fail("%s: a GIF whose first frame does not cover the canvas (expected a frame of %zu x "
+                "%zu)", path, width, height);
 }
 
 /* Reads a file's image; result->memory is to be freed even after a failure. */
@@ -5497,13 +5502,15 @@ static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_
                        unsigned char *out) {
     uint64_t full = (uint64_t)side * in->width / shorter;
     uint64_t first = crop_start(full, side, crop_hf);
-    double scale = (double)in->width / (double)full, stretch = fmax(scale, 1);
+    double scale = (double)in->width / (double)full;
+    double stretch = fmax(scale, 1);
     /* support: 2 pixels to either side, times the stretch */
     int32_t *weight = new_array((size_t)ceil(2 * stretch) * 2 + 1, sizeof *weight);
     if (!weight) return MACHINE_FAILED;
     for (size_t i = 0; i < side; i++) {
         /* the weights of output pixel i: weight[x - start] is that of input pixel x */
-        double centre = ((double)(first + i) + 0.5) * scale, step = 1 / stretch, total = 0;
+        double centre = ((double)(first + i) + 0.5) * scale;
+        double step = 1 / stretch, total = 0;
         size_t start = (size_t)fmax(centre - 2 * stretch + 0.5, 0);
         size_t end = (size_t)fmin(centre + 2 * stretch + 0.5, (double)in->width);
         for (size_t x = start; x < end; x++)
@@ -5517,7 +5524,8 @@ static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_
         /* output pixel i of every row, in fixed point */
         for (size_t y = 0; y < in->height; y++) {
             const unsigned char *pixel = in->rgb + y * in->stride + start * 3;
-            int32_t half = 1 << (WEIGHT_BITS - 1), sum[3] = { half, half, half };
+            int32_t half = 1 << (WEIGHT_BITS - 1);       /* rounds */
+            int32_t sum[3] = { half, half, half };
             for (size_t x = 0; x < end - start; x++) {
                 for (size_t c = 0; c < 3; c++) sum[c] += weight[x] * pixel[3 * x + c];
             }
@@ -5673,7 +5681,8 @@ static int open_list(sc_images *set, const char *path) {
         if (number == 1 && strncmp(line, "\xef\xbb\xbf", 3) == 0) line += 3; /* byte order mark */
         line[strcspn(line, "\r\n")] = '\0';
         if (!wrong && (!*line || *line == '#')) continue;
-        char *tab = strchr(line, '\t'), *blank = strrchr(line, ' ');
+        char *tab = strchr(line, '\t');
+        char *blank = strrchr(line, ' ');
         if (tab) {                                   /* what follows is the label */
             *tab = '\0';
             label = (int64_t)strtoll(tab + 1, &end, 10);
@@ -5737,8 +5746,9 @@ static int open_packed(sc_images *set, const char *path) {
 }
 
 int sc_images_open(sc_images *set, const char *path, size_t limit) {
-    const char *dot = strrchr(path, '.'), *suffix = dot ? dot : "";
+    const char *suffix = strrchr(path, '.');
     int folder = is_folder(path), status = SC_FAILED;
+    if (!suffix) suffix = "";
     *set = (sc_images){ .limit = limit ? limit : SIZE_MAX };
     /* names are relative to the folder, or to that of the file */
     set->root = join_text(path, folder && *base_name(path) ? "/" : "");
@@ -5789,7 +5799,7 @@ void sc_images_close(sc_images *set) {
 /* Reads image `index`, resizes it and crops it to the model's size. pixels: [S, S, 3] */
 static int load_image(const sc_images *set, size_t index, const sc_preprocess *prep,
                       unsigned char *pixels) {
-    size_t square = (size_t)prep->square, size = (size_t)prep->size;
+    size_t square = (size_t)prep->square;
     int crop_hf = prep->crop_hf, status = SC_OK;
     picture from = { 0 };
     char path[MAX_PATH];
@@ -5816,7 +5826,8 @@ static int load_image(const sc_images *set, size_t index, const sc_preprocess *p
         else status = resize_and_crop(&from, square, crop_hf, middle);
         from = (picture){ square, square, 3 * square, middle, from.memory };
     }
-    if (status == SC_OK) status = resize_and_crop(&from, size, crop_hf, pixels);
+    if (status == SC_OK)
+        status = resize_and_crop(&from, (size_t)prep->size, crop_hf, pixels);
     free(middle);
     free(from.memory);
     return status;
@@ -5886,6 +5897,7 @@ static void spell_name(char *name, int naming, enum role role, size_t block, int
     *name = '\0';
 }
 
+/* A layer's weight or bias in the file (of q, k and v that of q); NULL if it is not there. */
 static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t block, int bias) {
     char name[NAME_LENGTH];
     spell_name(name, model->naming, role, block, bias, 'q');
@@ -5898,9 +5910,12 @@ static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t
 static int read_layer(const sc_model *model, enum role role, size_t block) {
     const size_t sizes[] = { 1, model->width, 3 * model->width, model->hidden, model->tokens,
                              3 * model->patch * model->patch, model->outputs };
-    const size_t N = sizes[layers[role].rows], K = sizes[layers[role].columns];
-    const char *names = layers[role].name[model->naming], *path = model->file.path;
-    const int linear = layers[role].linear, swapped = role == HEAD && model->naming == OPENAI;
+    const size_t N = sizes[layers[role].rows];
+    const size_t K = sizes[layers[role].columns];
+    const char *path = model->file.path;
+    const char *names = layers[role].name[model->naming];
+    const int linear = layers[role].linear;
+    const int swapped = role == HEAD && model->naming == OPENAI;
     /* layers that have no bias in some models */
     const int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
     const size_t parts = strchr(names, '?') ? 3 : 1;     /* q, k and v, one below the other */
@@ -5944,6 +5959,7 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
     return SC_OK;
 }
 
+/* Whether every block has a layer with this role; else it exists once. */
 static int is_in_block(enum role role) { return role >= NORM1 && role <= FC2; }
 
 /* Reads the layers of a block, and with the first one those that exist once: the norm before the
@@ -5988,7 +6004,8 @@ static int open_head(sc_model *model) {
     if (!head || head->rank != 2)
         return fail("%s: no head (expected %s [outputs, width])", model->file.path,
                     layers[HEAD].name[model->naming]);
-    size_t outputs = head->shape[model->naming == OPENAI], P = padded(outputs);
+    size_t outputs = head->shape[model->naming == OPENAI];   /* [width, outputs] there */
+    size_t P = padded(outputs);
     model->outputs = model->classes = outputs;           /* a classifier's outputs are classes */
     if (!text) return SC_OK;
     /* the classes are those of the text embeddings */
@@ -6053,7 +6070,8 @@ static int check_tensors(const sc_model *model) {
 /* Takes all sizes from the shapes of tensors; read_layer() compares the others with them. */
 static int measure_model(sc_model *model) {
     const char *path = model->file.path;
-    const sc_tensor *patch = find_layer(model, PATCHES, 0, 0), *fc1 = find_layer(model, FC1, 0, 0);
+    const sc_tensor *patch = find_layer(model, PATCHES, 0, 0);
+    const sc_tensor *fc1 = find_layer(model, FC1, 0, 0);
     const sc_tensor *positions = find_layer(model, POSITIONS, 0, 0);
     if (!patch || patch->rank != 4 || patch->shape[1] != 3 || patch->shape[2] != patch->shape[3]
         || patch->count == 0)
@@ -6126,7 +6144,8 @@ static int read_settings(sc_model *model, const sc_model_options *given) {
     if (D < 1280) snprintf(heads, sizeof heads, "%zu", D / 64);
     if (D == 1280 || D == 1408 || D == 1664) strcpy(heads, "16");
     for (enum setting i = 0; i < SETTINGS; i++) {
-        const char *key = settings[i].key, *text = sc_metadata_find(&model->file, key);
+        const char *key = settings[i].key;
+        const char *text = sc_metadata_find(&model->file, key);
         const char *source = "metadata";     /* for errors */
         if (settings[i].given) {
             SC_TRY(apply_setting(model, i, settings[i].option, settings[i].given));
