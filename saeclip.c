@@ -15,11 +15,11 @@
  *    8. Kernels and matrix products       9. The vision transformer, fast
  *   10. Sparse codes                     11. Training steps
  *   12. Counting
- *  Part III: data in and out                 line 4140
+ *  Part III: data in and out                 line 4125
  *   13. Options and messages             14. Files
  *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 7207
+ *  Part IV: the program                      line 6794
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -5036,130 +5036,93 @@ static int save_tensors(const char *path, int (*write)(sc_writer *w, void *conte
  * formats through a decoder program, Pillow's resize, data sets.
  * ============================================================================================ */
 
-/* Further results beside SC_OK and SC_FAILED. MACHINE_FAILED: the machine failed, not the image,
- * so --skip-bad does not apply. */
+/* Further results beside SC_OK and SC_FAILED. SC_END: there is no more. MACHINE_FAILED: the machine
+ * failed, not the image, so --skip-bad does not apply. */
 enum { SC_END = -1, MACHINE_FAILED = -2 };
-enum { MAX_PATH = 4096, MAX_DEPTH = 16, CHUNK = 1024, WEIGHT_BITS = 22 };
+enum { MAX_PATH = 4096, MAX_DEPTH = 16, MAX_COMMAND = 1024, CHUNK = 1024, WEIGHT_BITS = 22 };
 #define MAX_PIXELS ((size_t)1 << 28)           /* of one image: 16,384 x 16,384 */
 
-/* rgb: [height, width, 3], 8 bits, `stride` bytes from row to row */
-typedef struct { size_t width, height, stride; const unsigned char *rgb; } picture;
-
-/* A file format, recognised by its first bytes (magic: ? is any byte, _ a blank), and the Debian
- * package that decodes it, or NULL for what is decoded here. */
 typedef struct {
-    const char *name, *magic, *decoder, *package;
-    size_t length;
-    const char *option;              /* for ImageMagick */
-    int (*check)(const char *path, FILE *file);      /* refuses what decoders treat differently */
-} image_format;
-
-/* The source of an image: a file or the pipe of a decoder. rgb: [capacity, CHUNK, 3], its pixels */
-typedef struct {
-    const char *name;
-    const image_format *format;
-    FILE *file;
-    unsigned char *rgb;
-    size_t capacity;
-} image_source;
+    size_t width, height, stride;    /* stride: bytes from row to row */
+    const unsigned char *rgb;        /* [height, width, 3], 8 bits */
+    unsigned char *memory;           /* to be freed; NULL where rgb lies in a mapped file */
+} picture;
 
 /* --- PNM (netpbm.sourceforge.net/doc/pnm.html); P4 is what pngtopnm makes of one-bit PNGs --- */
 
-typedef struct { int kind, byte; size_t maxval, width, height, channels; } pnm_header;
-
-static int is_blank(int byte) { return byte == ' ' || (byte >= '\t' && byte <= '\r'); }
-
-/* The next byte of the header or of text samples. A comment is read as the newline that ends it. */
-static int text_byte(FILE *file) {
-    int byte = getc(file);
-    if (byte != '#') return byte;
-    while (byte != '\n' && byte != '\r' && byte != EOF) byte = getc(file);
-    return byte;
-}
-
-static int source_ended(const image_source *source, const char *before) {
-    if (!ferror(source->file)) return fail("%s: the file ends before its %s", source->name, before);
-    return fail("%s: cannot be read: %s", source->name, strerror(errno));
-}
-
-/* Reads one number and the single blank after it. */
-static int pnm_number(const image_source *source, const char *what, size_t largest,
+/* Reads a number and the single blank after it. A comment counts as the newline that ends it. */
+static int pnm_number(const char *path, FILE *file, const char *what, size_t largest,
                       size_t *value) {
-    int byte = text_byte(source->file);
-    while (is_blank(byte)) byte = text_byte(source->file);
-    if (byte == EOF) return source_ended(source, what);
-    for (*value = 0; byte >= '0' && byte <= '9'; byte = text_byte(source->file)) {
-        *value = 10 * *value + (size_t)(byte - '0');
-        if (*value > largest)
-            return fail("%s: a PNM %s above %zu", source->name, what, largest);
+    int begun = 0;                                       /* whether a digit was read */
+    *value = 0;
+    for (;;) {
+        int byte = getc(file);
+        if (byte == '#') {
+            while (byte != '\n' && byte != '\r' && byte != EOF) byte = getc(file);
+        }
+        if (isdigit(byte)) {
+            begun = 1;
+            *value = 10 * *value + (size_t)(byte - '0');
+            if (*value <= largest) continue;
+        }
+        if (isspace(byte) && !begun) continue;
+        if (begun && (isspace(byte) || byte == EOF)) return SC_OK;
+        return fail("%s: its %s is missing or invalid (expected a PNM number of at most %zu)", path,
+                    what, largest);
     }
-    if (byte == EOF || is_blank(byte)) return SC_OK;
-    return fail("%s: byte 0x%02x (expected a PNM %s)", source->name, (unsigned)byte, what);
 }
 
-/* Reads sample `index`: text, a bit (1 is black; each row begins with a new byte), or one or two
- * bytes, the high byte first. */
-static int pnm_sample(const image_source *source, pnm_header *header, size_t index,
-                      size_t *value) {
-    if (header->kind <= 3) return pnm_number(source, "last sample", header->maxval, value);
-    size_t bit = header->kind == 4 ? index % header->width % 8 : 0;
-    int high = header->maxval > 255 ? getc(source->file) : 0;
-    if (bit == 0) header->byte = getc(source->file);
-    if (header->byte == EOF) return source_ended(source, "last sample");
-    *value = (size_t)high << 8 | (size_t)header->byte;
-    if (header->kind == 4) *value = ~*value >> (7 - bit) & 1;
-    if (*value <= header->maxval) return SC_OK;
-    return fail("%s: a sample of %zu above maxval %zu", source->name, *value, header->maxval);
-}
-
-/* round-half-even(255 v / maxval). The double quotient is a half only where the exact one is. */
-static unsigned char to_8_bits(size_t v, size_t maxval) {
-    if (maxval == 255) return (unsigned char)v;
-    return (unsigned char)rint(255.0 * (double)v / (double)maxval);
-}
-
-/* Reads the pixels into source->rgb, which grows as they arrive, so that a header with a wrong
- * size does not allocate memory. */
-static int pnm_pixels(image_source *source, pnm_header *h) {
-    size_t pixels = h->width * h->height;
+/* Reads one image; SC_END where the file is empty. Memory grows as pixels arrive, so that a header
+ * with a wrong size does not allocate any. */
+static int pnm_read(const char *path, FILE *file, picture *result) {
+    size_t width, height, maxval = 1, chunks = 0;
+    int byte = getc(file), kind = getc(file) - '0';
+    if (byte == EOF) {
+        fail("%s: the file is empty", path);
+        return SC_END;
+    }
+    if (byte != 'P' || kind < 2 || kind > 6)
+        return fail("%s: not a PNM image (expected P2, P3, P5 or P6)", path);
+    /* the header, of which every claim is checked */
+    SC_TRY(pnm_number(path, file, "width", MAX_PIXELS, &width));
+    SC_TRY(pnm_number(path, file, "height", MAX_PIXELS, &height));
+    if (kind != 4) SC_TRY(pnm_number(path, file, "maxval", 65535, &maxval));
+    if (!width || !height || !maxval || height > MAX_PIXELS / width)
+        return fail("%s: a PNM image of %zu x %zu, maxval %zu (expected at least 1 of each and at "
+                    "most %zu pixels)", path, width, height, maxval, MAX_PIXELS);
+    size_t pixels = width * height;
+    size_t channels = kind % 3 == 0 ? 3 : 1;             /* P3 and P6: RGB */
+    /* the pixels; where one is not read, the file has ended or is damaged */
     for (size_t i = 0; i < pixels; i++) {
-        if (grow(&source->rgb, &source->capacity, i / CHUNK, 3 * CHUNK) != SC_OK)
-            return MACHINE_FAILED;
-        unsigned char *rgb = source->rgb + 3 * i;
-        if (h->kind == 6 && h->maxval == 255) {          /* the usual case, read in blocks */
-            size_t many = smaller(pixels - i, CHUNK);
-            if (fread(rgb, 3, many, source->file) != many)
-                return source_ended(source, "last sample");
-            i += many - 1;
+        if (grow(&result->memory, &chunks, i / CHUNK, 3 * CHUNK) != SC_OK) return MACHINE_FAILED;
+        unsigned char *rgb = result->memory + 3 * i;
+        if (kind == 6 && maxval == 255) {                /* the usual case, read in blocks */
+            size_t block = smaller(pixels - i, CHUNK);   /* i is a multiple of CHUNK */
+            if (fread(rgb, 3, block, file) != block)
+                return fail("%s: the file ends before its last sample", path);
+            i += block - 1;
             continue;
         }
-        for (size_t c = 0; c < h->channels; c++) {
-            size_t v = 0;
-            SC_TRY(pnm_sample(source, h, i * h->channels + c, &v));
-            rgb[c] = to_8_bits(v, h->maxval);
+        for (size_t c = 0; c < channels; c++) {
+            size_t v;
+            if (kind <= 3) {                             /* text */
+                SC_TRY(pnm_number(path, file, "last sample", maxval, &v));
+            } else {
+                int high = maxval > 255 ? getc(file) : 0;        /* the high byte comes first */
+                if (kind == 4 && i % width % 8 > 0) byte <<= 1;  /* each row begins a new byte */
+                else byte = getc(file);
+                if (byte == EOF) return fail("%s: the file ends before its last sample", path);
+                v = (size_t)high << 8 | (size_t)byte;
+                if (kind == 4) v = !(byte & 0x80);               /* a bit of 1 is black */
+            }
+            if (v > maxval)
+                return fail("%s: a sample of %zu above maxval %zu", path, v, maxval);
+            /* half to even; the double quotient is a half only where the exact one is */
+            rgb[c] = (unsigned char)rint(255.0 * (double)v / (double)maxval);
         }
-        if (h->channels == 1) rgb[1] = rgb[2] = rgb[0];
+        if (channels == 1) rgb[1] = rgb[2] = rgb[0];     /* grey */
     }
-    return SC_OK;
-}
-
-/* Reads one image; SC_END where the file is empty. */
-static int pnm_read(image_source *source, picture *result) {
-    int byte = getc(source->file);
-    if (byte == EOF && !ferror(source->file)) return SC_END;
-    int kind = byte == 'P' ? getc(source->file) : 0;
-    if (byte == EOF || kind == EOF) return source_ended(source, "header");
-    if (kind < '2' || kind > '6')
-        return fail("%s: not a PNM image (expected P2, P3, P5 or P6)", source->name);
-    pnm_header h = { .kind = kind - '0', .maxval = 1, .channels = kind % 3 == 0 ? 3 : 1 };
-    SC_TRY(pnm_number(source, "width", MAX_PIXELS, &h.width));
-    SC_TRY(pnm_number(source, "height", MAX_PIXELS, &h.height));
-    if (kind != '4') SC_TRY(pnm_number(source, "maxval", 65535, &h.maxval));
-    if (!h.width || !h.height || !h.maxval || h.height > MAX_PIXELS / h.width)
-        return fail("%s: a PNM image of %zu x %zu, maxval %zu (expected at least 1 of each and at "
-                    "most %zu pixels)", source->name, h.width, h.height, h.maxval, MAX_PIXELS);
-    SC_TRY(pnm_pixels(source, &h));
-    *result = (picture){ h.width, h.height, 3 * h.width, source->rgb };
+    *result = (picture){ width, height, 3 * width, result->memory, result->memory };
     return SC_OK;
 }
 
@@ -5178,244 +5141,193 @@ static int start_child(child_process *c, char **argument, int input) {
     posix_spawn_file_actions_t files;
     posix_spawnattr_t attributes;
     int end[2] = { -1, -1 };
-    *c = (child_process){ .errors = tmpfile() };
-    if (!c->errors) return errno;
+    if (posix_spawnattr_init(&attributes) != 0) return ENOMEM;
+    if (posix_spawn_file_actions_init(&files) != 0) return ENOMEM;
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);    /* its own process group */
     pthread_mutex_lock(&lock);
-    int error = pipe(end) != 0 ? errno : 0;
-    if (!error) {
+    *c = (child_process){ .errors = tmpfile() };
+    if (c->errors && pipe(end) == 0) c->output = fdopen(end[0], "r");
+    int error = errno;                                   /* if there is no output */
+    if (c->output) {
         fcntl(end[0], F_SETFD, FD_CLOEXEC);
         fcntl(end[1], F_SETFD, FD_CLOEXEC);
-        c->output = fdopen(end[0], "r");
-        posix_spawnattr_init(&attributes);
-        posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
-        posix_spawn_file_actions_init(&files);
-        error = posix_spawn_file_actions_adddup2(&files, input, 0);
+        error = posix_spawn_file_actions_adddup2(&files, input, 0);  /* 0 is standard input */
         if (!error) error = posix_spawn_file_actions_adddup2(&files, end[1], 1);
         if (!error) error = posix_spawn_file_actions_adddup2(&files, fileno(c->errors), 2);
-        if (!error && !c->output) error = ENOMEM;
         if (!error)
             error = posix_spawnp(&c->pid, *argument, &files, &attributes, argument, environ);
-        posix_spawn_file_actions_destroy(&files);
-        posix_spawnattr_destroy(&attributes);
-        close(end[1]);
     }
     pthread_mutex_unlock(&lock);
+    posix_spawn_file_actions_destroy(&files);
+    posix_spawnattr_destroy(&attributes);
+    if (end[1] >= 0) close(end[1]);                      /* so that its output ends when it does */
     if (!error) return 0;
     if (c->output) fclose(c->output);
     else if (end[0] >= 0) close(end[0]);
-    fclose(c->errors);
+    if (c->errors) fclose(c->errors);
     return error;
 }
 
 /* Reads the rest of a program's output and waits for its end; returns its wait status. words:
- * [room], the first line of its messages; for a verbose program (wanted not NULL) the line that
- * contains `wanted`, else the last line. */
+ * [room], the line of its messages that contains `wanted` (if not NULL), else the first line about
+ * an error, else the last line. */
 static int end_child(child_process *c, const char *wanted, char *words, size_t room) {
     char rest[4096], line[256];
-    int ended = 0;
-    while (fread(rest, 1, sizeof rest, c->output) > 0) {}
+    int ended = 0, found = 0;
+    while (fread(rest, 1, sizeof rest, c->output) > 0) {}    /* else it could wait for a reader */
     fclose(c->output);
     while (waitpid(c->pid, &ended, 0) < 0 && errno == EINTR) {}
+    /* its messages, line by line, without the blanks at their start */
     rewind(c->errors);
-    for (*words = '\0'; fgets(line, sizeof line, c->errors);) {
-        const char *text = line + strspn(line, " \t\r\n");
-        line[strcspn(text, "\r\n") + (size_t)(text - line)] = '\0';
-        if (*text && (wanted || !*words)) snprintf(words, room, "%s", text);
-        if (wanted && strstr(text, wanted)) break;
+    *words = '\0';
+    while (!found && fscanf(c->errors, " %255[^\r\n]", line) == 1) {
+        found = wanted && strstr(line, wanted);
+        if (found || !strstr(words, " error")) snprintf(words, room, "%s", line);
     }
     fclose(c->errors);
     return ended;
 }
 
-/* The chunk sBIT of a PNG gives the number of significant bits of its samples. pngtopnm rescales
- * the samples by it, other decoders do not, so a PNG with fewer significant bits than the bit
- * depth is refused. A chunk has a length, a name, data and a checksum. The first one is IHDR,
- * with the bit depth in byte 8 and the colour type in byte 9; sBIT comes before IDAT. */
-static int check_png(const char *path, FILE *file) {
-    unsigned char chunk[8], header[10], bits[4];
-    if (fseeko(file, 8, SEEK_SET) != 0 || fread(chunk, 1, 8, file) != 8
-        || fread(header, 1, 10, file) != 10 || fseeko(file, 8 + 8 + 13 + 4, SEEK_SET) != 0)
-        return SC_OK;                                        /* the decoder reports the error */
-    unsigned depth = header[9] == 3 ? 8 : header[8];         /* a palette's colours have 8 bits */
-    while (fread(chunk, 1, 8, file) == 8 && memcmp(chunk + 4, "IDAT", 4) != 0) {
-        uint32_t length = 0;
-        for (int i = 0; i < 4; i++) length = length << 8 | chunk[i];
-        if (memcmp(chunk + 4, "sBIT", 4) == 0) {
-            size_t samples = length < 4 ? length : 4;
-            if (fread(bits, 1, samples, file) != samples) return SC_OK;
-            for (size_t i = 0; i < samples; i++) {
-                if (bits[i] == depth) continue;
-                return fail("%s: a PNG of %u bits with sBIT %d, which decoders treat differently "
-                            "(expected none: rewrite it, as with pngcrush -rem sBIT)", path, depth,
-                            bits[i]);
-            }
-            length -= (uint32_t)samples;
-        }
-        if (fseeko(file, (off_t)length + 4, SEEK_CUR) != 0) return SC_OK;
-    }
-    return SC_OK;
-}
+/* A file format, recognised by its first bytes. In magic, ? is any byte, _ a blank, 0 a byte 0. */
+typedef struct {
+    const char *name, *magic;
+    const char *package;             /* Debian's, with a decoder; NULL for what is decoded here */
+    const char *decoders;            /* commands, one per line; the first that does it is taken */
+    const char *refuse;              /* what a decoder says of an image that it does not keep */
+} image_format;
 
-/* If the first frame of a GIF does not cover the canvas, Pillow fills the rest with the
- * transparent colour, or else with colour 0, and ImageMagick with the background colour. A GIF
- * for which these differ is refused. The header has the width and height (16 bits,
- * little-endian) from byte 6, flags in byte 10 and the background in byte 11; then follow the
- * palette, extensions (0x21, a label, blocks up to an empty one) and the frame (0x2c, x, y,
- * width, height). */
-static int check_gif(const char *path, FILE *file) {
-    unsigned char header[13], block[256];
-    int transparent = 0, byte, label, size;
-    if (fseeko(file, 0, SEEK_SET) != 0 || fread(header, 1, 13, file) != 13) return SC_OK;
-    if (header[10] & 0x80 && fseeko(file, 6 << (header[10] & 7), SEEK_CUR) != 0) return SC_OK;
-    while ((byte = getc(file)) == 0x21) {
-        label = getc(file);
-        while ((size = getc(file)) > 0) {
-            if (fread(block, 1, (size_t)size, file) != (size_t)size) return SC_OK;
-            if (label == 0xf9) transparent = block[0] & 1;
-        }
-    }
-    if (byte != 0x2c || fread(block, 1, 8, file) != 8) return SC_OK;
-    int covers = memcmp(block, "\0\0\0", 4) == 0 && memcmp(block + 4, header + 6, 4) == 0;
-    if (covers || (!transparent && header[11] == 0)) return SC_OK;
-    return fail("%s: a GIF whose frame leaves a part of the canvas open, which decoders fill "
-                "differently (expected a frame of the canvas's size)", path);
-}
+#define IMAGEMAGICK(option) "magick -[0] " option "-alpha off -depth 8 ppm:-\n"                    \
+                            "convert -[0] " option "-alpha off -depth 8 ppm:-"
 
+/* djpeg prints only its first warning, and pngtopnm may not say that it rescales samples by the
+ * chunk sBIT, unless they are verbose. */
 static const image_format formats[] = {
-    { "PNM", "P2_", NULL, NULL, 3, "", NULL },
-    { "PNM", "P3_", NULL, NULL, 3, "", NULL },
-    { "PNM", "P5_", NULL, NULL, 3, "", NULL },
-    { "PNM", "P6_", NULL, NULL, 3, "", NULL },
-    { "JPEG", "\xff\xd8\xff", "djpeg -verbose -verbose -verbose -dct int -pnm",
-      "libjpeg-turbo-progs", 3, "", NULL },
-    { "PNG", "\x89PNG\r\n\x1a\n", "pngtopnm", "netpbm", 8, "", check_png },
-    { "TIFF", "II*\0", NULL, "imagemagick", 4, "", NULL },
-    { "TIFF", "MM\0*", NULL, "imagemagick", 4, "", NULL },
-    { "GIF", "GIF8?a", NULL, "imagemagick", 6, "-coalesce ", check_gif },  /* the canvas */
-    { "BMP", "BM????\0\0\0\0", NULL, "imagemagick", 10, "", NULL },
-    { "WebP", "RIFF????WEBP", NULL, "imagemagick", 12, "-coalesce ", NULL },
+    { "PNM", .magic = "P2_" },       /* text, grey */
+    { "PNM", .magic = "P3_" },       /* text, RGB */
+    { "PNM", .magic = "P5_" },       /* binary, grey */
+    { "PNM", .magic = "P6_" },       /* binary, RGB */
+    { "JPEG", "\xff\xd8\xff", "libjpeg-turbo-progs",
+      "djpeg -verbose -verbose -verbose -dct int -pnm\n" IMAGEMAGICK(""),
+      "Premature end of JPEG file" },
+    { "PNG", "\x89PNG\r\n\x1a\n", "netpbm", "pngtopnm -verbose\n" IMAGEMAGICK(""),
+      "fewer significant bits" },
+    { "TIFF", "II*0", "imagemagick", .decoders = IMAGEMAGICK("") },      /* little-endian */
+    { "TIFF", "MM0*", "imagemagick", .decoders = IMAGEMAGICK("") },      /* big-endian */
+    { "GIF", "GIF8?a", "imagemagick", .decoders = IMAGEMAGICK("") },
+    { "BMP", "BM????0000", "imagemagick", .decoders = IMAGEMAGICK("") },
+    { "WebP", "RIFF????WEBP", "imagemagick", .decoders = IMAGEMAGICK("-coalesce ") },
 };
 
-/* The format of a file that begins with these bytes; NULL if it is not an image. */
-static const image_format *format_of(const char *start, size_t size) {
-    for (size_t f = 0; f < COUNT(formats); f++) {
-        const char *magic = formats[f].magic;
-        size_t same = 0;
-        while (same < size && same < formats[f].length) {
-            int any = magic[same] == '?' || (magic[same] == '_' && is_blank(start[same]));
-            if (!any && magic[same] != start[same]) break;
-            same++;
-        }
-        if (same == formats[f].length) return &formats[f];
-    }
-    return NULL;
-}
-
-/* Opens an image; with source NULL only checks what it is. Returns SC_END if it is not an image.
- * With O_NONBLOCK a named pipe is refused instead of waited for. */
-static int open_image(const char *path, image_source *source) {
-    char start[16];
+/* Opens a file; NULL if it cannot be read. *format: NULL, and a reason, if it is not an image. With
+ * O_NONBLOCK a named pipe is refused instead of waited for. */
+static FILE *open_image(const char *path, const image_format **format) {
+    char start[16] = "";
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0) return fail("%s: cannot be opened: %s", path, strerror(errno));
-    ssize_t got = read(fd, start, sizeof start);
-    int status = SC_OK;
-    const image_format *format = NULL;
-    if (got < 0) status = fail("%s: cannot be read: %s", path, strerror(errno));
-    else format = format_of(start, (size_t)got);
-    if (status == SC_OK && !format) {
-        fail("%s: not an image (expected a JPEG, PNG or PNM file)", path);
-        status = SC_END;
-    }
-    if (status != SC_OK || !source) {
-        close(fd);
-        return status;
+    FILE *file = fd < 0 ? NULL : fdopen(fd, "r");
+    *format = NULL;
+    if (!file || read(fd, start, sizeof start) < 0) {
+        fail("%s: cannot be opened: %s", path, strerror(errno));
+        if (file) fclose(file);
+        else if (fd >= 0) close(fd);
+        return NULL;
     }
     lseek(fd, 0, SEEK_SET);
-    *source = (image_source){ .name = path, .format = format, .file = fdopen(fd, "r") };
-    if (source->file) return SC_OK;
-    close(fd);
-    return fail("%s: cannot be opened: %s", path, strerror(errno));
+    /* the first format whose bytes fit */
+    for (size_t f = 0; f < COUNT(formats) && !*format; f++) {
+        const char *magic = formats[f].magic;
+        int same = 1;
+        for (size_t i = 0; magic[i] && same; i++) {
+            same = magic[i] == '?' || magic[i] == start[i];
+            if (magic[i] == '_') same = isspace((unsigned char)start[i]);
+            if (magic[i] == '0') same = start[i] == '\0';
+        }
+        if (same) *format = &formats[f];
+    }
+    if (!*format)
+        fail("%s: not an image (expected an image such as a JPEG, PNG or PNM file, a folder, a "
+             "list named *.txt or a packed set named *.safetensors)", path);
+    return file;
 }
 
-/* Runs one decoder on a file. The image is accepted if the decoder ends with status 0. djpeg
- * ends with 2 after warnings: as in Pillow, a damaged image is accepted, but not one that ends
- * early. djpeg prints only its first warning unless it is verbose. Returns SC_END if the decoder
- * failed without writing a byte, and MACHINE_FAILED if it could not be started; then there is no
- * message if it is not installed. */
-static int run_decoder(const char *command, int file, image_source *source, picture *result) {
-    static const char cut[] = "Premature end of JPEG file";
-    char text[512], words[256], *argument[sizeof text / 2 + 1] = { NULL }, *rest = NULL;
-    int length = snprintf(text, sizeof text, "%s", command), count = 0;
+/* Runs a decoder on a file. The image is accepted if the decoder ends with status 0 and does not
+ * say that it lost something. djpeg ends with 2 after warnings: as in Pillow, a damaged image is
+ * accepted, but not one that ends early. Returns SC_END if another decoder may do better: this one
+ * wrote nothing, or, without a message, could not be started. */
+static int run_decoder(char *command, const char *path, FILE *file, const char *refuse,
+                       picture *result) {
+    char words[256], *rest = command;
+    char *argument[MAX_COMMAND / 2 + 1] = { NULL };      /* ends with a NULL */
     child_process child;
-    for (char *word = strtok_r(text, " \t", &rest); word; word = strtok_r(NULL, " \t", &rest))
-        argument[count++] = word;
-    if (count == 0 || (size_t)length >= sizeof text) {
-        fail("%s: SAECLIP_DECODER is not a program with its arguments", source->name);
-        return MACHINE_FAILED;
-    }
-    lseek(file, 0, SEEK_SET);
-    int error = start_child(&child, argument, file);
-    if (error) {
-        if (error != ENOENT && error != EACCES)
-            fail("%s: %s cannot be started: %s", source->name, argument[0], strerror(error));
-        return MACHINE_FAILED;
-    }
-    source->file = child.output;
-    int djpeg = strstr(argument[0], "djpeg") != NULL;
-    int status = pnm_read(source, result);
-    int ended = end_child(&child, djpeg ? cut : NULL, words, sizeof words);
-    int killed = WIFSIGNALED(ended), code = killed ? WTERMSIG(ended) : WEXITSTATUS(ended);
-    int warned = code == 2 && djpeg && !strstr(words, cut);
-    if (!killed && (code == 0 || warned) && status != SC_END) return status;
-    if (!killed && code == 127 && status == SC_END && !*words) return MACHINE_FAILED;
-    fail("%s: %s ended with %s %d: %s", source->name, argument[0], killed ? "signal" : "status",
-         code, *words ? words : "no message");
-    return status == SC_END ? SC_END : SC_FAILED;
+    for (int i = 0; i < MAX_COMMAND / 2; i++) argument[i] = strtok_r(rest, " \t", &rest);
+    lseek(fileno(file), 0, SEEK_SET);                    /* a decoder before it may have read */
+    if (!*argument || start_child(&child, argument, fileno(file)) != 0) return SC_END;
+    int status = pnm_read(path, child.output, result);
+    int ended = end_child(&child, refuse, words, sizeof words);
+    int warned = WIFEXITED(ended) && WEXITSTATUS(ended) == 2 && strstr(*argument, "djpeg");
+    int refused = refuse && strstr(words, refuse);
+    if ((ended == 0 || warned) && !refused && status != SC_END) return status;
+    /* status 127 alone: some systems notice only in the child that there is no such program */
+    *error_text = '\0';
+    int missing = WIFEXITED(ended) && WEXITSTATUS(ended) == 127;
+    if (status == SC_END && missing && !*words) return SC_END;
+    if (!*words) strcpy(words, "no message");
+    if (refused) fail("%s: %s lost or changed samples: %s", path, *argument, words);
+    else if (WIFEXITED(ended))
+        fail("%s: %s ended with status %d: %s", path, *argument, WEXITSTATUS(ended), words);
+    else fail("%s: %s ended with signal %d: %s", path, *argument, WTERMSIG(ended), words);
+    if (status != SC_END) status = SC_FAILED;
+    return status;
 }
 
-/* Decodes an image with a program. The decoders of its format are tried in turn: the next one if
- * one is missing or failed without writing a byte (some builds of djpeg refuse CMYK). The error
- * quotes the first one that ran. */
-static int decode_image(image_source *source, picture *result) {
-    const image_format *format = source->format;
-    const char *own = getenv("SAECLIP_DECODER");
-    char magick[64], convert[64], reason[sizeof error_text];
-    const char *command[] = { own ? own : format->decoder, magick, convert };
-    int tries = own ? 1 : 3, now = MACHINE_FAILED, status = MACHINE_FAILED;
-    int file = fileno(source->file);
-    snprintf(magick, sizeof magick, "magick -[0] %s-alpha off -depth 8 ppm:-", format->option);
-    snprintf(convert, sizeof convert, "convert -[0] %s-alpha off -depth 8 ppm:-", format->option);
-    if (!own && format->check) SC_TRY(format->check(source->name, source->file));
-    if (own) fail("%s: cannot start '%s' (SAECLIP_DECODER)", source->name, own);
-    else
-        fail("%s: a program that decodes %s is missing; Debian's package %s has one",
-             source->name, format->name, format->package);
-    for (int i = 0; i < tries && (now == MACHINE_FAILED || now == SC_END); i++) {
-        if (command[i]) now = run_decoder(command[i], file, source, result);
-        if (status == MACHINE_FAILED) memcpy(reason, error_text, sizeof reason);
-        if (now != MACHINE_FAILED) status = now;
+/* Decodes an image with a program. Those for its format are tried in turn: the next one if one is
+ * missing or failed without writing a byte (some builds of djpeg refuse CMYK). */
+static int decode_image(const char *path, FILE *file, const image_format *format,
+                        picture *result) {
+    const char *text = getenv("SAECLIP_DECODER");
+    char commands[MAX_COMMAND] = "", *rest = commands, *command;
+    char reason[sizeof error_text] = "";                 /* of the first one that ran */
+    unsigned char b[10] = { 0 };
+    int status = SC_END;
+    if (!text) text = format->decoders;
+    if (strlen(text) < sizeof commands) strcpy(commands, text);      /* else it cannot be started */
+    while (status == SC_END && (command = strtok_r(rest, "\n", &rest)) != NULL) {
+        *error_text = '\0';
+        status = run_decoder(command, path, file, format->refuse, result);
+        if (!*reason) memcpy(reason, error_text, sizeof reason);
     }
-    memcpy(error_text, reason, sizeof reason);
-    return status == SC_END ? SC_FAILED : status;
+    if (status == SC_END && !*reason) {
+        fail("%s: cannot start '%.*s' (expected a decoder of %s: Debian's package %s has one)",
+             path, (int)strcspn(text, " "), text, format->name, format->package);
+        return MACHINE_FAILED;
+    }
+    if (status != SC_OK) memcpy(error_text, reason, sizeof reason);
+    if (status == SC_END) status = SC_FAILED;
+    if (status != SC_OK || strcmp(format->name, "GIF") != 0) return status;
+    /* Decoders fill what the first frame of a GIF leaves of the canvas with different colours. The
+     * header has the canvas's width and height, 16 bits each, from byte 6 on. */
+    fseeko(file, 0, SEEK_SET);
+    size_t count = fread(b, 1, sizeof b, file);
+    size_t width = b[6] + 256u * b[7];
+    size_t height = b[8] + 256u * b[9];
+    if (count == sizeof b && result->width == width && result->height == height) return SC_OK;
+    return fail("%s: a GIF whose first frame does not cover the canvas (expected a frame of %zu x "
+                "%zu)", path, width, height);
 }
 
-/* Reads a file's image into source->rgb, which the caller frees. */
-static int read_picture(const char *path, image_source *source, picture *result) {
-    int status = open_image(path, source);
-    if (status != SC_OK) return SC_FAILED;
-    FILE *file = source->file;
-    if (source->format->package) status = decode_image(source, result);
-    else status = pnm_read(source, result);
-    fclose(file);
+/* Reads a file's image; result->memory is to be freed even after a failure. */
+static int read_picture(const char *path, picture *result) {
+    const image_format *format;
+    FILE *file = open_image(path, &format);
+    int status = SC_FAILED;
+    *result = (picture){ 0 };
+    if (format && format->package) status = decode_image(path, file, format, result);
+    else if (format) status = pnm_read(path, file, result);
+    if (file) fclose(file);
     return status;
 }
 
 /* --- Pillow's resize (src/libImaging/Resample.c): bicubic, a = -0.5, stretched by the scale when
  * shrinking, weights of 22 bits, rows first, 8 bits in between; only what the crop keeps --- */
-
-/* `from` pixels become from / scale pixels, of which `count` from `first` on are kept. The input
- * lacks its first `skipped` pixels, which none of these need. */
-typedef struct { size_t from, skipped, count; uint64_t first; double scale, stretch; } resize_axis;
 
 /* Where the crop to `keep` of `from` pixels begins: torchvision rounds half to even. */
 static uint64_t crop_start(uint64_t from, uint64_t keep, int crop_hf) {
@@ -5424,6 +5336,7 @@ static uint64_t crop_start(uint64_t from, uint64_t keep, int crop_hf) {
     return start;
 }
 
+/* The filter's weight at distance x. */
 static double bicubic(double x) {
     x = fabs(x);
     if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
@@ -5431,50 +5344,44 @@ static double bicubic(double x) {
     return 0;
 }
 
-/* An axis of an image whose shorter side becomes `side`, as the crop does. */
-static resize_axis make_axis(size_t from, size_t shorter, size_t side, int crop_hf) {
-    uint64_t full = (uint64_t)side * from / shorter;
-    double scale = (double)from / (double)full;
-    return (resize_axis){ from, 0, side, crop_start(full, side, crop_hf), scale, fmax(scale, 1) };
-}
-
-/* The weights of output pixel i: weight[x - start] for input pixels x from *start on. Returns
- * their number. */
-static size_t resize_weights(const resize_axis *axis, size_t i, int32_t *weight, size_t *start) {
-    double support = 2 * axis->stretch, step = 1 / axis->stretch;
-    double centre = ((double)(axis->first + i) + 0.5) * axis->scale, total = 0;
-    double low = centre - support + 0.5, high = centre + support + 0.5;
-    size_t end = high > (double)axis->from ? axis->from : (size_t)high;
-    *start = low < 0 ? 0 : (size_t)low;
-    for (size_t x = *start; x < end; x++)
-        total += bicubic(((double)x - centre + 0.5) * step);
-    for (size_t x = *start; x < end; x++) {
-        double exact = bicubic(((double)x - centre + 0.5) * step);
-        exact = exact / (total != 0 ? total : 1) * (1 << WEIGHT_BITS);
-        weight[x - *start] = (int32_t)(exact + (exact < 0 ? -0.5 : 0.5));
-    }
-    return end - *start;
-}
-
-static unsigned char clip_to_8_bits(int32_t sum) {
-    if (sum < 0) return 0;
-    return (unsigned char)(sum >> WEIGHT_BITS > 255 ? 255 : sum >> WEIGHT_BITS);
-}
-
-/* Resamples the rows of `in` and transposes the image; a second call then resamples its columns.
- * out: [axis.count, in.height, 3] */
-static int resample(const resize_axis *axis, const picture *in, unsigned char *out) {
-    int32_t *weight = new_array((size_t)ceil(2 * axis->stretch) * 2 + 1, sizeof *weight);
-    if (!weight) return SC_FAILED;
-    for (size_t i = 0; i < axis->count; i++) {
-        size_t start, terms = resize_weights(axis, i, weight, &start);
+/* Resizes the rows of an image whose shorter side becomes `side`, of which the middle `side` pixels
+ * are kept, and transposes it: a second call then resizes the columns. out: [side, height, 3] */
+static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_hf,
+                       unsigned char *out) {
+    uint64_t full = (uint64_t)side * in->width / shorter;
+    uint64_t first = crop_start(full, side, crop_hf);
+    double scale = (double)in->width / (double)full;
+    double stretch = fmax(scale, 1);
+    /* support: 2 pixels to either side, times the stretch */
+    int32_t *weight = new_array((size_t)ceil(2 * stretch) * 2 + 1, sizeof *weight);
+    if (!weight) return MACHINE_FAILED;
+    for (size_t i = 0; i < side; i++) {
+        /* the weights of output pixel i: weight[x - start] is that of input pixel x */
+        double centre = ((double)(first + i) + 0.5) * scale;
+        double step = 1 / stretch, total = 0;
+        size_t start = (size_t)fmax(centre - 2 * stretch + 0.5, 0);
+        size_t end = (size_t)fmin(centre + 2 * stretch + 0.5, (double)in->width);
+        for (size_t x = start; x < end; x++)
+            total += bicubic(((double)x - centre + 0.5) * step);
+        for (size_t x = start; x < end; x++) {
+            double exact = bicubic(((double)x - centre + 0.5) * step);
+            if (total != 0) exact /= total;
+            exact *= 1 << WEIGHT_BITS;
+            weight[x - start] = (int32_t)(exact + copysign(0.5, exact));
+        }
+        /* output pixel i of every row, in fixed point */
         for (size_t y = 0; y < in->height; y++) {
-            const unsigned char *pixel = in->rgb + y * in->stride + (start - axis->skipped) * 3;
-            int32_t half = 1 << (WEIGHT_BITS - 1), sum[3] = { half, half, half };
-            for (size_t t = 0; t < terms; t++) {
-                for (size_t c = 0; c < 3; c++) sum[c] += weight[t] * pixel[3 * t + c];
+            const unsigned char *pixel = in->rgb + y * in->stride + start * 3;
+            int32_t half = 1 << (WEIGHT_BITS - 1);       /* rounds */
+            int32_t sum[3] = { half, half, half };
+            for (size_t x = 0; x < end - start; x++) {
+                for (size_t c = 0; c < 3; c++) sum[c] += weight[x] * pixel[3 * x + c];
             }
-            for (size_t c = 0; c < 3; c++) *out++ = clip_to_8_bits(sum[c]);
+            for (size_t c = 0; c < 3; c++) {
+                if (sum[c] < 0) sum[c] = 0;
+                int32_t level = sum[c] >> WEIGHT_BITS;
+                *out++ = (unsigned char)(level > 255 ? 255 : level);
+            }
         }
     }
     free(weight);
@@ -5484,73 +5391,40 @@ static int resample(const resize_axis *axis, const picture *in, unsigned char *o
 /* Resizes the shorter side to `side` and crops the centre. pixels: [side, side, 3] */
 static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsigned char *pixels) {
     size_t shorter = smaller(from->width, from->height);
-    resize_axis across = make_axis(from->width, shorter, side, crop_hf);
-    resize_axis down = make_axis(from->height, shorter, side, crop_hf);
-    double top = (double)down.first * down.scale - 2 * down.stretch;
-    double end = (double)(down.first + side) * down.scale + 2 * down.stretch + 1;
-    if (top > 0) down.skipped = (size_t)top;   /* rows of a tall image that are not needed */
-    size_t count = (size_t)fmin(end, (double)from->height) - down.skipped;
-    picture rows = { from->width, count, from->stride, from->rgb + down.skipped * from->stride };
-    unsigned char *turned = new_array(count, 3 * side);
-    if (!turned) return SC_FAILED;
-    int status = resample(&across, &rows, turned);
-    picture columns = { count, side, 3 * count, turned };
-    if (status == SC_OK) status = resample(&down, &columns, pixels);
+    unsigned char *turned = new_array(from->height, 3 * side);   /* [side, height, 3] */
+    if (!turned) return MACHINE_FAILED;
+    picture columns = { from->height, side, 3 * from->height, turned, NULL };
+    int status = resize_rows(from, shorter, side, crop_hf, turned);
+    if (status == SC_OK) status = resize_rows(&columns, shorter, side, crop_hf, pixels);
     free(turned);
-    return status;
-}
-
-/* Resizes and crops an image of any size to the size of the model. pixels: [size, size, 3] */
-static int preprocess(picture from, const sc_preprocess *prep, unsigned char *pixels) {
-    size_t square = (size_t)prep->square, size = (size_t)prep->size;
-    int is_square = from.width == square && from.height == square;   /* as in a packed set */
-    if (square == 0 || is_square) return resize_and_crop(&from, size, prep->crop_hf, pixels);
-    size_t side = smaller(from.width, from.height);
-    from.rgb += crop_start(from.height, side, prep->crop_hf) * from.stride;
-    from.rgb += crop_start(from.width, side, prep->crop_hf) * 3;
-    from.width = from.height = side;
-    unsigned char *middle = new_array(square, 3 * square);
-    if (!middle) return SC_FAILED;
-    int status = resize_and_crop(&from, square, prep->crop_hf, middle);
-    from = (picture){ square, square, 3 * square, middle };
-    if (status == SC_OK) status = resize_and_crop(&from, size, prep->crop_hf, pixels);
-    free(middle);
     return status;
 }
 
 /* --- Data sets --- */
 
-/* Stores a name in blocks that many names share: an image takes 16 bytes and its name. */
-static char *keep_name(sc_images *set, const char *name) {
-    size_t bytes = strlen(name) + 1, block = bytes > 1 << 16 ? bytes : 1 << 16;
-    if (set->room < bytes) {
-        if (allocate(&set->memory, &set->text, block, 1) != SC_OK) return NULL;
-        set->room = block;
-    }
-    char *copy = memcpy(set->text, name, bytes);
-    set->text += bytes;
-    set->room -= bytes;
-    return copy;
-}
-
+/* A name takes 8 bytes more than its letters with strdup(), 64 with copy_string(). */
 static int add_image(sc_images *set, const char *name, int64_t label) {
-    char *copy = keep_name(set, name);
-    if (!copy) return SC_FAILED;
     SC_TRY(grow(&set->image, &set->capacity, set->count, sizeof *set->image));
+    char *copy = strdup(name);
+    if (!copy) return fail("out of memory: cannot allocate the name of image %zu", set->count);
     set->image[set->count++] = (sc_image){ copy, label };
     if (label >= (int64_t)set->classes) set->classes = (size_t)label + 1;
     return SC_OK;
 }
 
+/* Adds the next class of a folder. */
 static int add_class(sc_images *set, const char *name) {
     SC_TRY(grow(&set->class_name, &set->class_capacity, set->classes, sizeof *set->class_name));
-    set->class_name[set->classes] = keep_name(set, name);
-    return set->class_name[set->classes++] ? SC_OK : SC_FAILED;
+    SC_TRY(allocate(&set->memory, &set->class_name[set->classes], strlen(name) + 1, 1));
+    strcpy(set->class_name[set->classes++], name);
+    return SC_OK;
 }
 
+/* What follows the last slash. */
 static const char *base_name(const char *path) {
     const char *slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
+    if (!slash) return path;
+    return slash + 1;
 }
 
 /* folder: may end with a slash; "" is the current folder */
@@ -5563,18 +5437,24 @@ static int join_path(const char *folder, const char *name, char path[MAX_PATH]) 
     return fail("%s%s%s: the path is too long", folder, slash, name);
 }
 
+static int is_folder(const char *path) {
+    struct stat about;
+    return stat(path, &about) == 0 && S_ISDIR(about.st_mode);
+}
+
 /* Names of helper folders, such as .thumbs and @eaDir, are left out. */
 static int is_visible(const struct dirent *entry) { return !strchr(".@", entry->d_name[0]); }
 
+/* For scandir(): byte order. */
 static int by_entry(const struct dirent **a, const struct dirent **b) {
     return strcmp((*a)->d_name, (*b)->d_name);
 }
 
-/* Lists all files below a folder, and as classes the folders at the top. A dangling link counts
- * as a file; a link to a folder above it ends at MAX_DEPTH. */
-static int walk_folder(sc_images *set, const char *folder, int64_t label, int depth) {
+/* Adds all images below a folder to `set` and other files to `others`; the folders at the top are
+ * the classes. What cannot be opened counts as an image: the error is reported when it is read. A
+ * link to a folder above it ends at MAX_DEPTH. */
+static int walk_folder(sc_images *set, sc_images *others, const char *folder, int depth) {
     char path[MAX_PATH];
-    struct stat about;
     struct dirent **entry;
     if (depth > MAX_DEPTH)
         return fail("%s: lies too deep (expected at most %d folders)", folder, MAX_DEPTH);
@@ -5582,17 +5462,17 @@ static int walk_folder(sc_images *set, const char *folder, int64_t label, int de
     if (entries < 0) return fail("%s: cannot be opened: %s", folder, strerror(errno));
     for (int i = 0; i < entries && status == SC_OK; i++) {
         status = join_path(folder, entry[i]->d_name, path);
-        if (status != SC_OK) break;
-        int found = stat(path, &about) == 0;
-        if (found && S_ISDIR(about.st_mode)) {
-            int64_t inside = label;
-            if (depth == 0) {
-                status = add_class(set, entry[i]->d_name);
-                inside = (int64_t)set->classes - 1;
-            }
-            if (status == SC_OK) status = walk_folder(set, path, inside, depth + 1);
-        } else if (!found || S_ISREG(about.st_mode)) {
-            status = add_image(set, path + strlen(set->root), label);
+        if (status == SC_OK && is_folder(path)) {
+            if (depth == 0) status = add_class(set, entry[i]->d_name);
+            if (status == SC_OK) status = walk_folder(set, others, path, depth + 1);
+        } else if (status == SC_OK) {                /* its first bytes say what it is */
+            const image_format *format;
+            int64_t label = -1;
+            FILE *file = open_image(path, &format);
+            sc_images *kind = file && !format ? others : set;
+            if (file) fclose(file);
+            if (depth > 0) label = (int64_t)set->classes - 1;        /* the last class so far */
+            status = add_image(kind, path + strlen(set->root), label);
         }
     }
     for (int i = 0; i < entries; i++) free(entry[i]);
@@ -5600,102 +5480,71 @@ static int walk_folder(sc_images *set, const char *folder, int64_t label, int de
     return status;
 }
 
-/* Keeps the files that are images, and those that cannot be opened, which are reported when they
- * are read. in_classes[1] counts the images in class folders, in_classes[0] the others. A remark
- * names the first files that are not images. */
-static int keep_images(sc_images *set, const char *folder, size_t in_classes[2]) {
-    char path[MAX_PATH], names[160] = "";
-    size_t kept = 0, others = 0;
-    for (size_t i = 0; i < set->count; i++) {
-        SC_TRY(join_path(set->root, set->image[i].name, path));
-        if (open_image(path, NULL) != SC_END) {
-            in_classes[set->image[i].label >= 0]++;
-            set->image[kept++] = set->image[i];
-        } else if (others++ < 3) {
-            size_t used = strlen(names);
-            snprintf(names + used, sizeof names - used, " %.48s", set->image[i].name);
-        }
-    }
-    if (kept == 0)
-        return fail("%s: no image among the %zu files of this folder (expected "
-                    "FOLDER/<class>/<image> or FOLDER/<image>)", folder, set->count);
-    if (others > 0)
-        note("%s: %zu files passed over, which are not images:%s%s", folder, others, names,
-             others > 3 ? " ..." : "");
-    set->count = smaller(kept, set->limit);
-    return SC_OK;
-}
-
 /* DIR/<class>/<file>, or a flat DIR without labels where no class folder holds an image. */
 static int open_folder(sc_images *set, const char *folder) {
-    size_t in_classes[2] = { 0 };
-    SC_TRY(walk_folder(set, folder, -1, 0));
+    sc_images others = { 0 };
+    char names[160] = "";
+    size_t loose = 0, used = 0;                      /* loose: images beside the class folders */
+    int status = walk_folder(set, &others, folder, 0);
+    /* in byte order of whole paths: a-1/x comes before a/x */
     if (set->count) qsort(set->image, set->count, sizeof *set->image, by_name);
-    SC_TRY(keep_images(set, folder, in_classes));
-    if (in_classes[0] && in_classes[1])
-        return fail("%s: %zu images in class folders and %zu beside them (expected FOLDER/<class>/"
-                    "<image> or FOLDER/<image> alone)", folder, in_classes[1], in_classes[0]);
-    if (in_classes[1]) return SC_OK;
-    free(set->class_name);
-    set->class_name = NULL;
-    set->classes = 0;
-    return SC_OK;
-}
-
-/* Whether a line "path 3" without a TAB is not the name of a file, but "path" is. */
-static int lacks_tab(const sc_images *set, const char *line) {
-    char path[MAX_PATH];
-    size_t end = strlen(line), digits = 0;
-    while (digits < end && isdigit((unsigned char)line[end - digits - 1])) digits++;
-    if (digits == 0 || digits == end || !is_blank(line[end - digits - 1])) return 0;
-    if (join_path(set->root, line, path) != SC_OK || access(path, F_OK) == 0) return 0;
-    end = strlen(path) - digits;
-    while (end > 0 && is_blank(path[end - 1])) path[--end] = '\0';
-    path[end] = '\0';
-    return access(path, F_OK) == 0;
-}
-
-/* Reads one line "path" or "path<TAB>label". A # begins a comment at the start of a line or
- * after a label. */
-static int read_line(sc_images *set, const char *list, size_t number, char *line) {
-    line += strspn(line, " \t\r\n");
-    char *end = line + strlen(line);
-    while (end > line && is_blank(end[-1])) end--;
-    *end = '\0';
-    if (!*line || *line == '#') return SC_OK;
-    int64_t label = -1;
-    char *tab = strchr(line, '\t');
-    if (tab) {
-        label = (int64_t)strtoll(tab + 1, &end, 10);
-        *tab = '\0';
-        size_t blanks = strspn(end, " \t");
-        if (blanks > 0 && end[blanks] == '#') end += strlen(end);        /* a comment */
-        if (*end || end == tab + 1 || label < 0 || label >= SC_MAX_CLASSES)
-            return fail("%s: line %zu: invalid label (expected a whole number from 0 to %d)", list,
-                        number, SC_MAX_CLASSES - 1);
+    for (size_t i = 0; i < set->count; i++) loose += set->image[i].label < 0;
+    /* images must be there, all in class folders or all beside them */
+    if (status == SC_OK && set->count == 0)
+        status = fail("%s: no image among the %zu files of this folder (expected FOLDER/<class>/"
+                      "<image> or FOLDER/<image>)", folder, others.count);
+    if (status == SC_OK && loose > 0 && loose < set->count)
+        status = fail("%s: %zu images in class folders and %zu beside them (expected FOLDER/"
+                      "<class>/<image> or FOLDER/<image> alone)", folder, set->count - loose,
+                      loose);
+    if (loose > 0) {                                 /* a flat folder: no labels */
+        free(set->class_name);
+        set->class_name = NULL;
+        set->classes = 0;
     }
-    if (!tab && lacks_tab(set, line))
-        return fail("%s: line %zu: a blank before the label (expected path<TAB>label)", list,
-                    number);
-    if (set->count > 0 && (set->image[0].label < 0) != (label < 0))
-        return fail("%s: line %zu: labels on some lines only (expected on all or none)", list,
-                    number);
-    return add_image(set, line, label);
+    /* the first names of what was passed over */
+    for (size_t i = 0; i < others.count && i < 3; i++)
+        used += (size_t)sprintf(names + used, " %.48s", others.image[i].name);
+    if (status == SC_OK && others.count > 0)
+        note("%s: %zu files passed over, which are not images:%s%s", folder, others.count, names,
+             others.count > 3 ? " ..." : "");
+    set->count = smaller(set->count, set->limit);    /* the others are freed with the set */
+    sc_images_close(&others);
+    return status;
 }
 
+/* A list: one image per line, "path" or "path<TAB>label"; a # at a line's start is a comment. */
 static int open_list(sc_images *set, const char *path) {
-    char text[MAX_PATH + 64];
+    char text[MAX_PATH + 64], file[MAX_PATH], *end = text;
     FILE *list = fopen(path, "r");
-    if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
     int status = SC_OK;
+    if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
     for (size_t number = 1; status == SC_OK && set->count < set->limit; number++) {
+        const char *wrong = NULL;
+        char *line = text;
+        int64_t label = -1;
         if (!fgets(text, sizeof text, list)) break;
-        int mark = number == 1 && memcmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;    /* of UTF-8 */
-        if (number == 1 && (!memcmp(text, "\xff\xfe", 2) || !memcmp(text, "\xfe\xff", 2)))
-            status = fail("%s: UTF-16 text (expected UTF-8)", path);
-        else if (!strchr(text, '\n') && !feof(list))
-            status = fail("%s: line %zu: too long, or with a byte 0", path, number);
-        else status = read_line(set, path, number, text + mark);
+        if (!strchr(text, '\n') && !feof(list))
+            wrong = "too long, or with a byte 0 (expected text in UTF-8)";
+        if (number == 1 && strncmp(line, "\xef\xbb\xbf", 3) == 0) line += 3; /* byte order mark */
+        line[strcspn(line, "\r\n")] = '\0';
+        if (!wrong && (!*line || *line == '#')) continue;
+        char *tab = strchr(line, '\t');
+        char *blank = strrchr(line, ' ');
+        if (tab) {                                   /* what follows is the label */
+            *tab = '\0';
+            label = (int64_t)strtoll(tab + 1, &end, 10);
+            if (*end || end == tab + 1 || label < 0 || label >= SC_MAX_CLASSES)
+                wrong = "invalid label (expected a whole number from 0 to 16777215)";
+        } else if (blank && !blank[1 + strspn(blank + 1, "0123456789")]) {
+            /* "path 3" may be the name of a file */
+            if (join_path(set->root, line, file) != SC_OK || access(file, F_OK) != 0)
+                wrong = "a blank before the label (expected path<TAB>label)";
+        }
+        if (!wrong && set->count > 0 && (set->image[0].label < 0) != !tab)
+            wrong = "labels on some lines only (expected on all or none)";
+        if (wrong) status = fail("%s: line %zu: %s", path, number, wrong);
+        else status = add_image(set, line, label);
     }
     if (status == SC_OK && ferror(list)) status = fail("%s: cannot be read", path);
     if (status == SC_OK && set->count == 0) status = fail("%s: a list without an image", path);
@@ -5704,52 +5553,55 @@ static int open_list(sc_images *set, const char *path) {
 }
 
 /* Adds the images of a file that may hold labels (I64 [count], at least `least`) and, in its
- * metadata, the class names. name: [count], or NULL */
-static int add_images(sc_images *set, const sc_safetensors *file, size_t count, int64_t least,
-                      char **name) {
+ * metadata, their names and those of the classes. */
+static int add_images(sc_images *set, const sc_safetensors *file, size_t count, int64_t least) {
     const sc_tensor *labels = sc_tensor_find(file, "labels");
-    const char *classes = labels ? sc_metadata_find(file, "class_names") : NULL;
-    int64_t label = -1;
+    const char *classes = sc_metadata_find(file, "class_names");
+    const char *names = sc_metadata_find(file, "file_names");
+    int64_t label = -1, most = SC_MAX_CLASSES;
+    size_t named = count;
+    char **name = NULL;
+    int status = SC_OK;
     if (labels && (labels->dtype != SC_I64 || labels->rank != 1 || labels->count != count))
         return fail("%s: tensor labels (expected I64 [%zu])", file->path, count);
-    if (classes) SC_TRY(json_string_array(classes, file->path, &set->class_name, &set->classes));
-    size_t most = classes ? set->classes : SC_MAX_CLASSES;
-    for (size_t i = 0; i < count && i < set->limit; i++) {
-        if (labels) SC_TRY(sc_tensor_integers(file, labels, i, 1, &label));
-        if (labels && (label < least || label >= (int64_t)most))
-            return fail("%s: image %zu: label %lld (expected one of %zu classes)", file->path, i,
-                        (long long)label, most);
-        SC_TRY(add_image(set, name ? name[i] : "", label));
+    if (labels && classes) {                             /* classes with names */
+        SC_TRY(json_string_array(classes, file->path, &set->class_name, &set->classes));
+        most = (int64_t)set->classes;
     }
-    return SC_OK;
+    /* as many names as images, or none */
+    if (names) SC_TRY(json_string_array(names, file->path, &name, &named));
+    if (named != count)
+        status = fail("%s: %zu file_names for %zu images", file->path, named, count);
+    for (size_t i = 0; i < count && i < set->limit && status == SC_OK; i++) {
+        if (labels) status = sc_tensor_integers(file, labels, i, 1, &label);
+        if (labels && status == SC_OK && (label < least || label >= most))
+            status = fail("%s: image %zu: label %lld (expected one of %lld classes)", file->path,
+                          i, (long long)label, (long long)most);
+        if (status == SC_OK) status = add_image(set, name ? name[i] : "", label);
+    }
+    free(name);
+    return status;
 }
 
 /* A packed set: images U8 [N, H, W, 3], labels and names. */
 static int open_packed(sc_images *set, const char *path) {
     SC_TRY(sc_safetensors_open(&set->packed, path));
     const sc_tensor *images = sc_tensor_find(&set->packed, "images");
-    const char *file_names = sc_metadata_find(&set->packed, "file_names");
     if (!images || images->dtype != SC_U8 || images->rank != 4 || images->bytes == 0 ||
         images->shape[1] > MAX_PIXELS / images->shape[2] || images->shape[3] != 3)
         return fail("%s: not a packed set (expected a tensor images U8 [N, H, W, 3])", path);
-    size_t count = images->shape[0], names = count;
-    char **name = NULL;
-    if (file_names) SC_TRY(json_string_array(file_names, path, &name, &names));
-    int status;
-    if (names == count) status = add_images(set, &set->packed, count, 0, name);
-    else status = fail("%s: %zu file_names for %zu images", path, names, count);
-    free(name);
-    return status;
+    return add_images(set, &set->packed, images->shape[0], 0);
 }
 
 /* A digest of N, the classes, the labels and the names below the root. Moving or packing a data
  * set does not change it. */
 static uint64_t images_digest(const sc_images *set) {
     uint64_t digest = 0;
+    size_t named = 0;
+    if (set->class_name) named = set->classes;
     digest64_number(&digest, set->count);
-    digest64_number(&digest, set->class_name ? set->classes : 0);
-    for (size_t c = 0; c < set->classes && set->class_name; c++)
-        digest64_name(&digest, set->class_name[c]);
+    digest64_number(&digest, named);
+    for (size_t c = 0; c < named; c++) digest64_name(&digest, set->class_name[c]);
     for (size_t i = 0; i < set->count; i++) {
         digest64_name(&digest, set->image[i].name);
         digest64_number(&digest, (uint64_t)set->image[i].label);
@@ -5759,34 +5611,35 @@ static uint64_t images_digest(const sc_images *set) {
 
 int sc_images_open(sc_images *set, const char *path, size_t limit) {
     const char *suffix = strrchr(path, '.');
-    struct stat about;
+    int folder = is_folder(path), status = SC_FAILED;
+    if (!suffix) suffix = "";
     *set = (sc_images){ .limit = limit ? limit : SIZE_MAX };
-    int folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode), status;
+    /* names are relative to the folder, or to that of the file */
     set->root = join_text(path, folder && *base_name(path) ? "/" : "");
     if (!set->root) return SC_FAILED;
     if (!folder) set->root[base_name(path) - path] = '\0';
     if (folder) {
         status = open_folder(set, path);
-    } else if (suffix && strcmp(suffix, ".txt") == 0) {
+    } else if (strcmp(suffix, ".txt") == 0) {
         status = open_list(set, path);
-    } else if (suffix && strcmp(suffix, ".safetensors") == 0) {
+    } else if (strcmp(suffix, ".safetensors") == 0) {
         status = open_packed(set, path);
     } else {
-        status = open_image(path, NULL);
-        if (status == SC_END)
-            fail("%s: not an image (expected a folder, an image, a list named *.txt or a packed "
-                 "set named *.safetensors)", path);
-        if (status == SC_OK) status = add_image(set, base_name(path), -1);
+        const image_format *format;
+        FILE *file = open_image(path, &format);
+        if (format) status = add_image(set, base_name(path), -1);
+        if (file) fclose(file);
     }
-    if (status == SC_OK) {
-        set->digest = images_digest(set);
-        return SC_OK;
+    if (status != SC_OK) {
+        sc_images_close(set);
+        return SC_FAILED;
     }
-    sc_images_close(set);
-    return SC_FAILED;
+    set->digest = images_digest(set);
+    return SC_OK;
 }
 
 void sc_images_close(sc_images *set) {
+    for (size_t i = 0; i < set->capacity; i++) free(set->image[i].name);     /* NULL: unused */
     release(&set->memory);
     sc_safetensors_close(&set->packed);
     free(set->class_name);
@@ -5795,23 +5648,40 @@ void sc_images_close(sc_images *set) {
     *set = (sc_images){ 0 };
 }
 
-/* Reads and preprocesses image `index`. pixels: [S, S, 3] */
+/* Reads image `index`, resizes it and crops it to the model's size. pixels: [S, S, 3] */
 static int load_image(const sc_images *set, size_t index, const sc_preprocess *prep,
                       unsigned char *pixels) {
-    image_source source = { 0 };
-    picture found;
+    size_t square = (size_t)prep->square;
+    int crop_hf = prep->crop_hf, status = SC_OK;
+    picture from = { 0 };
     char path[MAX_PATH];
-    int status = SC_OK;
+    unsigned char *middle = NULL;
+    /* the image: in the mapped file, or read into from.memory */
     if (set->packed.path) {
         const sc_tensor *images = sc_tensor_find(&set->packed, "images");
-        size_t height = images->shape[1], width = images->shape[2];
-        found = (picture){ width, height, 3 * width, images->data + index * height * width * 3 };
+        from.height = images->shape[1];
+        from.width = images->shape[2];
+        from.stride = 3 * from.width;
+        from.rgb = images->data + index * from.height * from.stride;
     } else {
         status = join_path(set->root, set->image[index].name, path);
-        if (status == SC_OK) status = read_picture(path, &source, &found);
+        if (status == SC_OK) status = read_picture(path, &from);
     }
-    if (status == SC_OK && preprocess(found, prep, pixels) != SC_OK) status = MACHINE_FAILED;
-    free(source.rgb);
+    if (status == SC_OK && square > 0 && (from.width != square || from.height != square)) {
+        /* first the square in the middle is resized; in a packed set this may have been done */
+        size_t side = smaller(from.width, from.height);
+        from.rgb += crop_start(from.height, side, crop_hf) * from.stride
+                    + crop_start(from.width, side, crop_hf) * 3;
+        from.width = from.height = side;
+        middle = new_array(square, 3 * square);
+        if (!middle) status = MACHINE_FAILED;
+        else status = resize_and_crop(&from, square, crop_hf, middle);
+        from = (picture){ square, square, 3 * square, middle, from.memory };
+    }
+    if (status == SC_OK)
+        status = resize_and_crop(&from, (size_t)prep->size, crop_hf, pixels);
+    free(middle);
+    free(from.memory);
     return status;
 }
 
@@ -5832,137 +5702,165 @@ int sc_image_load(const sc_images *set, size_t index, const sc_preprocess *prep,
 
 enum { HUGGING_FACE, OPENAI, TIMM, NAMINGS };
 
+/* Of each naming: what it is called, and how names begin in the vision tower and in its blocks. */
 static const char *const naming_names[] = { "Hugging Face CLIP", "OpenAI / OpenCLIP", "timm" };
-static const char *const name_begins[] = { "vision_model.", "visual.", "" };
-static const char *const block_begins[] = { "encoder.layers.", "transformer.resblocks.",
-                                            "blocks." };
+static const char *const towers[] = { "vision_model.", "visual.", "" };
+static const char *const stacks[] = {
+    "vision_model.encoder.layers.", "visual.transformer.resblocks.", "blocks." };
 
-enum size { ONE, WIDTH, WIDTH3, HIDDEN, TOKENS, PIXELS, OUTPUTS };
+enum size { ONE, WIDTH, WIDTH3, HIDDEN, TOKENS, PIXELS, OUTPUTS };       /* see read_layer() */
 
-/* The names of each layer's tensors in the three namings (* stands for weight or bias, # for the
- * block, ? for q, k or v, ~ for the prefix of the naming), the shape of the weight in the file,
- * and whether it is the matrix of a product. */
+/* The names of each layer's tensors in the three namings, the shape of the weight in the file, and
+ * whether it is the matrix of a product. In a name ~ stands for the vision tower's prefix, # for
+ * the block's, * for weight or bias, ? for q, k or v. */
 static const struct {
     const char *name[NAMINGS];
     enum size rows, columns;
     int linear;
 } layers[ROLES] = {
+    /* before the blocks: class token, positions, patches, the norm that CLIP has there */
     { { "~embeddings.class_embedding", "~class_embedding", "cls_token" }, ONE, WIDTH, 0 },
     { { "~embeddings.position_embedding.weight", "~positional_embedding", "pos_embed" },
       TOKENS, WIDTH, 0 },
     { { "~embeddings.patch_embedding.*", "~conv1.*", "patch_embed.proj.*" }, WIDTH, PIXELS, 1 },
     { { "~pre_layrnorm.*", "~ln_pre.*", "norm_pre.*" }, ONE, WIDTH, 0 },
-    { { "~#layer_norm1.*", "~#ln_1.*", "#norm1.*" }, ONE, WIDTH, 0 },
-    { { "~#self_attn.?_proj.*", "~#attn.in_proj_*", "#attn.qkv.*" }, WIDTH3, WIDTH, 1 },
-    { { "~#self_attn.out_proj.*", "~#attn.out_proj.*", "#attn.proj.*" }, WIDTH, WIDTH, 1 },
-    { { "~#layer_norm2.*", "~#ln_2.*", "#norm2.*" }, ONE, WIDTH, 0 },
-    { { "~#mlp.fc1.*", "~#mlp.c_fc.*", "#mlp.fc1.*" }, HIDDEN, WIDTH, 1 },
-    { { "~#mlp.fc2.*", "~#mlp.c_proj.*", "#mlp.fc2.*" }, WIDTH, HIDDEN, 1 },
+    /* in each block: norm, attention in and out, norm, MLP */
+    { { "#layer_norm1.*", "#ln_1.*", "#norm1.*" }, ONE, WIDTH, 0 },
+    { { "#self_attn.?_proj.*", "#attn.in_proj_*", "#attn.qkv.*" }, WIDTH3, WIDTH, 1 },
+    { { "#self_attn.out_proj.*", "#attn.out_proj.*", "#attn.proj.*" }, WIDTH, WIDTH, 1 },
+    { { "#layer_norm2.*", "#ln_2.*", "#norm2.*" }, ONE, WIDTH, 0 },
+    { { "#mlp.fc1.*", "#mlp.c_fc.*", "#mlp.fc1.*" }, HIDDEN, WIDTH, 1 },
+    { { "#mlp.fc2.*", "#mlp.c_proj.*", "#mlp.fc2.*" }, WIDTH, HIDDEN, 1 },
+    /* after the blocks: norm, projection or classifier */
     { { "~post_layernorm.*", "~ln_post.*", "norm.*" }, ONE, WIDTH, 0 },
     { { "visual_projection.*", "~proj", "head.*" }, OUTPUTS, WIDTH, 1 },
 };
 
 enum { NAME_LENGTH = 128 };
 
-/* Writes out the name of a tensor. name: [NAME_LENGTH] */
+/* Writes out the name of a tensor. name: [NAME_LENGTH]; part: q, k or v */
 static void spell_name(char *name, int naming, enum role role, size_t block, int bias, char part) {
-    size_t used = 0;
-    *name = '\0';
     for (const char *c = layers[role].name[naming]; *c; c++) {
-        size_t room = NAME_LENGTH - used;
-        if (*c == '~') snprintf(name + used, room, "%s", name_begins[naming]);
-        else if (*c == '#') snprintf(name + used, room, "%s%zu.", block_begins[naming], block);
-        else if (*c == '*') snprintf(name + used, room, "%s", bias ? "bias" : "weight");
-        else snprintf(name + used, room, "%c", *c == '?' ? part : *c);
-        used += strlen(name + used);
+        if (*c == '~') name += sprintf(name, "%s", towers[naming]);
+        else if (*c == '#') name += sprintf(name, "%s%zu.", stacks[naming], block);
+        else if (*c == '*') name += sprintf(name, "%s", bias ? "bias" : "weight");
+        else *name++ = *c == '?' ? part : *c;
     }
+    *name = '\0';
 }
 
+/* A layer's weight or bias in the file (of q, k and v that of q); NULL if it is not there. */
 static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t block, int bias) {
     char name[NAME_LENGTH];
     spell_name(name, model->naming, role, block, bias, 'q');
     return sc_tensor_find(&model->file, name);
 }
 
-/* Reads a layer's weight or bias of rows x columns numbers; leading dimensions of 1 are ignored.
- * A tensor that is missing or has another shape is an error. Hugging Face stores q, k and v
- * separately. */
-static int read_layer_tensor(const sc_model *model, enum role role, size_t block, int bias,
-                             size_t rows, size_t columns, float *out) {
-    char name[NAME_LENGTH];
-    const char *path = model->file.path;
-    size_t parts = role == QKV && model->naming == HUGGING_FACE ? 3 : 1;
-    if (bias) columns /= parts;
-    else rows /= parts;
-    for (size_t i = 0; i < parts; i++) {
-        int first = 0;
-        spell_name(name, model->naming, role, block, bias, "qkv"[i]);
-        const sc_tensor *tensor = sc_tensor_find(&model->file, name);
-        if (!tensor) return fail("%s: tensor %s is missing", path, name);
-        if (rows != 0 && columns > SIZE_MAX / rows)
-            return fail("%s: tensor %s is too large", path, name);
-        while (first < tensor->rank && tensor->shape[first] == 1 && rows != 1) first++;
-        if (tensor->count != rows * columns || (rows > 1 && tensor->shape[first] != rows))
-            return fail("%s: tensor %s has %zu numbers (expected %zu x %zu)", path, name,
-                        tensor->count, rows, columns);
-        SC_TRY(sc_tensor_floats(&model->file, tensor, 0, tensor->count, out + i * rows * columns));
-    }
-    return SC_OK;
-}
-
 /* Reads a layer. The weight of a linear layer is [N, K] in the file, as in PyTorch (OpenAI's
- * projection is [K, N]). It is packed for the products, except for Part I. */
-static int read_layer(const sc_model *model, enum role role, size_t block, int plain) {
+ * projection is [K, N]). It is packed for the products, unless the model is for Part I and has no
+ * forward_memory. A tensor that is missing or of another shape is refused. */
+static int read_layer(const sc_model *model, enum role role, size_t block) {
     const size_t sizes[] = { 1, model->width, 3 * model->width, model->hidden, model->tokens,
                              3 * model->patch * model->patch, model->outputs };
-    size_t N = sizes[layers[role].rows], K = sizes[layers[role].columns], biases = N == 1 ? K : N;
-    int swapped = role == HEAD && model->naming == OPENAI;
-    int has_bias = strchr(layers[role].name[model->naming], '*') != NULL;
-    int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
+    const size_t N = sizes[layers[role].rows];
+    const size_t K = sizes[layers[role].columns];
+    const char *path = model->file.path;
+    const char *names = layers[role].name[model->naming];
+    const int linear = layers[role].linear;
+    const int swapped = role == HEAD && model->naming == OPENAI;
+    /* layers that have no bias in some models */
+    const int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
+    const size_t parts = strchr(names, '?') ? 3 : 1;     /* q, k and v, one below the other */
     sc_layer *layer = &model->layer[block * ROLES + role];
-    size_t rows = swapped ? K : N, columns = swapped ? N : K;
-    layer->weight = new_array(N, padded(K) * sizeof(float));
-    if (!layer->weight) return SC_FAILED;
-    SC_TRY(read_layer_tensor(model, role, block, 0, rows, columns, layer->weight));
-    if (plain && swapped) {
-        float *turned = new_array(N, K * sizeof *turned);
-        if (!turned) return SC_FAILED;
-        for (size_t e = 0; e < N * K; e++) turned[e] = layer->weight[e % K * N + e / K];
-        free(layer->weight);
-        layer->weight = turned;
+    /* the weight, then the bias */
+    for (int bias = 0; bias <= 1; bias++) {
+        char name[NAME_LENGTH];
+        size_t rows = N / parts, columns = K;            /* of one part */
+        if (bias && !strchr(names, '*')) break;          /* an embedding */
+        if (bias && may_lack && !find_layer(model, role, block, 1)) break;
+        if (bias) rows = 1;
+        if (bias && linear) columns = N / parts;
+        if (swapped) {                                   /* as it is in the file */
+            rows = K;
+            columns = N;
+        }
+        float *out = new_array(rows * parts, padded(columns) * sizeof *out);
+        if (!out) return SC_FAILED;
+        if (bias) layer->bias = out;
+        else layer->weight = out;
+        for (size_t i = 0; i < parts; i++, out += rows * columns) {
+            spell_name(name, model->naming, role, block, bias, "qkv"[i]);
+            const sc_tensor *tensor = sc_tensor_find(&model->file, name);
+            if (!tensor) return fail("%s: tensor %s is missing", path, name);
+            int first = 0;                               /* leading dimensions of 1 are ignored */
+            while (first < tensor->rank && tensor->shape[first] == 1) first++;
+            if (tensor->count != rows * columns || (rows > 1 && tensor->shape[first] != rows))
+                return fail("%s: tensor %s has %zu numbers (expected %zu x %zu)", path, name,
+                            tensor->count, rows, columns);
+            if (!swapped) SC_TRY(sc_tensor_floats(&model->file, tensor, 0, tensor->count, out));
+            for (size_t e = 0; swapped && e < tensor->count; e++)
+                SC_TRY(sc_tensor_floats(&model->file, tensor, e % K * N + e / K, 1, out + e));
+        }
     }
-    if (layers[role].linear && !plain) {
-        SC_TRY(new_packed(&layer->matrix, K, N));
-        pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, swapped ? N : 1,
-                    swapped ? 1 : K);
-        free(layer->weight);
-        layer->weight = NULL;
-    }
-    if (!has_bias || (may_lack && !find_layer(model, role, block, 1))) return SC_OK;
-    layer->bias = new_array(padded(biases), sizeof(float));
-    if (!layer->bias) return SC_FAILED;
-    return read_layer_tensor(model, role, block, 1, 1, biases, layer->bias);
-}
-
-static int load_block(void *context, size_t block) {
-    for (enum role role = NORM1; role <= FC2; role++) SC_TRY(read_layer(context, role, block, 0));
+    /* for the products, the packed matrix takes the weight's place */
+    if (!linear || !model->forward_memory) return SC_OK;
+    SC_TRY(new_packed(&layer->matrix, K, N));
+    pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, 1, K);
+    free(layer->weight);
+    layer->weight = NULL;
     return SC_OK;
 }
 
-/* Reads the final norm, the projection or classifier, and text_embeds [C, P], the embeddings of
+/* Whether every block has a layer with this role; else it exists once. */
+static int is_in_block(enum role role) { return role >= NORM1 && role <= FC2; }
+
+/* Reads the layers of a block, and with the first one those that exist once: the norm before the
+ * blocks if there is one, and the head if its size was taken. */
+static int load_block(void *context, size_t block) {
+    const sc_model *model = context;
+    for (enum role role = CLASS_TOKEN; role < ROLES; role++) {
+        if (block > 0 && !is_in_block(role)) continue;
+        /* these are not in every model, or not asked for */
+        if (role == PRE && !find_layer(model, PRE, 0, 0)) continue;
+        if (role >= POST && !model->outputs) continue;
+        SC_TRY(read_layer(model, role, block));
+    }
+    return SC_OK;
+}
+
+/* Reads the weights of the first `blocks` blocks, on all threads. */
+static int load_layers(sc_model *model, size_t blocks) {
+    model->loaded = blocks;
+    model->layer = new_array(blocks, ROLES * sizeof *model->layer);
+    if (!model->layer) return SC_FAILED;
+    return parallel_for(blocks, load_block, model);          /* one task per block */
+}
+
+/* Frees what load_layers() allocated, also where it failed. */
+static void free_layers(sc_model *model) {
+    for (size_t i = 0; model->layer && i < model->loaded * ROLES; i++) {
+        free(model->layer[i].matrix.data);
+        free(model->layer[i].weight);
+        free(model->layer[i].bias);
+    }
+    free(model->layer);
+    model->layer = NULL;
+}
+
+/* Takes the size of the projection or classifier, and reads text_embeds [C, P], the embeddings of
  * the class prompts, with which those of images are compared; their rows are scaled to unit
  * length. */
-static int load_head(sc_model *model) {
+static int open_head(sc_model *model) {
     const sc_tensor *head = find_layer(model, HEAD, 0, 0);
     const sc_tensor *text = sc_tensor_find(&model->file, "text_embeds");
     if (!head || head->rank != 2)
-        return fail("%s: no head (expected %s [outputs, width])",
-                    model->file.path, layers[HEAD].name[model->naming]);
-    size_t outputs = head->shape[model->naming == OPENAI ? 1 : 0], P = padded(outputs);
-    model->outputs = model->classes = outputs;
-    SC_TRY(read_layer(model, POST, 0, 0));
-    SC_TRY(read_layer(model, HEAD, 0, 0));
+        return fail("%s: no head (expected %s [outputs, width])", model->file.path,
+                    layers[HEAD].name[model->naming]);
+    size_t outputs = head->shape[model->naming == OPENAI];   /* [width, outputs] there */
+    size_t P = padded(outputs);
+    model->outputs = model->classes = outputs;           /* a classifier's outputs are classes */
     if (!text) return SC_OK;
+    /* the classes are those of the text embeddings */
     if (text->rank != 2 || text->shape[1] != outputs || text->shape[0] == 0)
         return fail("%s: tensor text_embeds (expected [classes, %zu], the projection's width)",
                     model->file.path, outputs);
@@ -5977,65 +5875,75 @@ static int load_head(sc_model *model) {
     return SC_OK;
 }
 
-/* Whether a tensor's name is in the table, for a block before `blocks`. */
-static int is_known(int naming, size_t blocks, const char *found) {
+/* Reads and packs the weights of the first `blocks` blocks, and of the head if asked. */
+int sc_model_load(sc_model *model, size_t blocks, int head) {
+    SC_TRY(choose_kernels());
+    model->forward_memory = new_array(1, sizeof *model->forward_memory);
+    if (!model->forward_memory) return SC_FAILED;
+    if (head) SC_TRY(open_head(model));
+    if (blocks < 1) blocks = 1;              /* the first one is read with the embeddings */
+    return load_layers(model, smaller(blocks, model->blocks));
+}
+
+/* Every tensor of the vision tower must have its place: blocks are numbered without a gap, and
+ * there is no LayerScale, no register tokens, no norms of q and k, and so on. Not part of the
+ * vision tower are a text tower, text_embeds, and the position numbers that Hugging Face saves. */
+static int check_tensors(const sc_model *model) {
+    const sc_safetensors *file = &model->file;
+    const char *tower = towers[model->naming];
     char name[NAME_LENGTH];
+    size_t t = 0;
+    unsigned char *known = new_array(file->tensors, 1);
+    if (!known) return SC_FAILED;
+    /* look up every name that the table can give */
     for (enum role role = CLASS_TOKEN; role < ROLES; role++) {
-        int in_blocks = role >= NORM1 && role <= FC2;
-        for (size_t block = 0; block < (in_blocks ? blocks : 1); block++) {
-            for (int i = 0; i < 6; i++) {                /* weight and bias; of q, k and v */
-                spell_name(name, naming, role, block, i % 2, "qkv"[i / 2]);
-                if (strcmp(name, found) == 0) return 1;
-            }
+        size_t blocks = 1;
+        if (is_in_block(role)) blocks = model->blocks;
+        for (size_t i = 0; i < 6 * blocks; i++) {        /* weight and bias; of q, k and v */
+            spell_name(name, model->naming, role, i / 6, i % 2, "qkv"[i / 2 % 3]);
+            const sc_tensor *tensor = sc_tensor_find(file, name);
+            if (tensor) known[tensor - file->tensor] = 1;
         }
     }
-    return 0;
-}
-
-/* Every tensor of the vision tower must be known: blocks are numbered without a gap, and there
- * is no LayerScale, no register tokens, no norms of q and k, and so on. Not part of the vision
- * tower are a text tower, text_embeds, and the position numbers that Hugging Face saves. */
-static int check_tensors(const sc_model *model) {
-    char blocks[NAME_LENGTH];
-    const char *path = model->file.path, *tower = name_begins[model->naming];
-    snprintf(blocks, sizeof blocks, "%s%s", tower, block_begins[model->naming]);
-    for (size_t t = 0; t < model->file.tensors; t++) {
-        const char *found = model->file.tensor[t].name;
-        if (strncmp(found, tower, strlen(tower)) != 0 || strcmp(found, "text_embeds") == 0
-            || strcmp(found, "vision_model.embeddings.position_ids") == 0) continue;
-        if (strncmp(found, blocks, strlen(blocks)) == 0
-            && strtoul(found + strlen(blocks), NULL, 10) >= model->blocks)
-            return fail("%s: tensor %.100s, but block %zu is missing (expected blocks without a "
-                        "gap)", path, found, model->blocks);
-        if (!is_known(model->naming, model->blocks, found))
-            return fail("%s: tensor %.100s has no place in the transformers known here", path,
-                        found);
+    /* the first tensor that was not looked up */
+    for (; t < file->tensors; t++) {
+        const char *found = file->tensor[t].name;
+        int in_tower = strncmp(found, tower, strlen(tower)) == 0
+                       && strcmp(found, "text_embeds") != 0
+                       && strcmp(found, "vision_model.embeddings.position_ids") != 0;
+        if (in_tower && !known[t]) break;
     }
-    return SC_OK;
+    free(known);
+    if (t == file->tensors) return SC_OK;
+    return fail("%s: tensor %.100s has no place in the transformers known here (expected %zu "
+                "blocks, without a gap)", file->path, file->tensor[t].name, model->blocks);
 }
 
-/* Takes all sizes from the shapes of tensors. */
+/* Takes all sizes from the shapes of tensors; read_layer() compares the others with them. */
 static int measure_model(sc_model *model) {
     const char *path = model->file.path;
-    const sc_tensor *patch = find_layer(model, PATCHES, 0, 0), *fc1 = find_layer(model, FC1, 0, 0);
+    const sc_tensor *patch = find_layer(model, PATCHES, 0, 0);
+    const sc_tensor *fc1 = find_layer(model, FC1, 0, 0);
     const sc_tensor *positions = find_layer(model, POSITIONS, 0, 0);
     if (!patch || patch->rank != 4 || patch->shape[1] != 3 || patch->shape[2] != patch->shape[3]
-        || patch->shape[2] == 0 || patch->shape[2] > 1024 || patch->shape[0] == 0
-        || patch->shape[0] > SC_MAX_WIDTH)
+        || patch->count == 0)
         return fail("%s: the patch embedding's weight (expected [width, 3, patch, patch])", path);
+    /* width and patch size: the convolution that embeds the patches */
     size_t D = model->width = patch->shape[0];
     model->patch = patch->shape[2];
+    /* tokens: a class token and grid x grid patches */
     if (!positions || positions->rank < 2 || positions->shape[positions->rank - 1] != D)
         return fail("%s: the position embedding (expected [tokens, %zu])", path, D);
     size_t T = model->tokens = positions->count / D;
     while ((model->grid + 1) * (model->grid + 1) < T) model->grid++;
-    if (T < 2 || T > SC_MAX_TOKENS || model->grid * model->grid + 1 != T)
-        return fail("%s: %zu positions (expected a class token and a square of patches)", path, T);
-    if (!fc1 || fc1->rank != 2 || fc1->shape[1] != D || fc1->shape[0] > SC_MAX_WIDTH)
+    size_t S = model->image_size = model->grid * model->patch;
+    if (S < 1 || S > MAX_PIXELS / S || model->grid * model->grid + 1 != T)
+        return fail("%s: %zu positions (expected a class token and a square of patches, of at most "
+                    "%zu pixels)", path, T, MAX_PIXELS);
+    /* the MLP's hidden width; blocks as far as they are numbered without a gap */
+    if (!fc1 || fc1->rank != 2)
         return fail("%s: the first layer of block 0's MLP (expected [hidden, %zu])", path, D);
     model->hidden = fc1->shape[0];
-    size_t S = model->image_size = model->grid * model->patch;
-    if (S > MAX_PIXELS / S) return fail("%s: images of %zu x %zu are too large", path, S, S);
     while (find_layer(model, NORM1, model->blocks, 0)) model->blocks++;
     if (model->blocks == 0) return fail("%s: the model has no block 0", path);
     return check_tensors(model);
@@ -6048,34 +5956,27 @@ static int apply_setting(sc_model *model, enum setting setting, const char *what
                          const char *text) {
     float *triple = setting == MEAN ? model->mean : model->std;
     double number = 0;
-    int quick;
     switch (setting) {
+    case GELU:
+        model->activation = ERF_GELU;
+        if (is_choice("gelu|erf", text)) return SC_OK;
+        model->activation = QUICK_GELU;
+        if (is_choice("quick_gelu|quick", text)) return SC_OK;
+        return usage("%s: invalid value '%s' (expected quick_gelu or gelu)", what, text);
     case EPSILON:
         SC_TRY(parse_number(text, what, 0, 1, &number));
         model->epsilon = (float)number;
         return SC_OK;
-    case HEADS:
+    case HEADS:                              /* a whole number that divides the width */
         SC_TRY(parse_number(text, what, 1, 1 << 20, &number));
         model->heads = (size_t)number;
         if ((double)model->heads == number && model->width % model->heads == 0) return SC_OK;
         return usage("%s: width %zu cannot be split into %g heads", what, model->width, number);
-    case GELU:
-        quick = strcmp(text, "quick_gelu") == 0 || strcmp(text, "quick") == 0;
-        model->activation = quick ? QUICK_GELU : ERF_GELU;
-        if (quick || strcmp(text, "gelu") == 0 || strcmp(text, "erf") == 0) return SC_OK;
-        return usage("%s: invalid value '%s' (expected quick_gelu or gelu)", what, text);
-    default:
+    default:                                 /* MEAN, STD */
         SC_TRY(parse_triple(text, what, triple));
         if (setting == MEAN || (triple[0] > 0 && triple[1] > 0 && triple[2] > 0)) return SC_OK;
         return usage("%s: invalid value '%s' (expected three numbers above 0)", what, text);
     }
-}
-
-/* The number of heads that published models of a width have; "" where none is known. */
-static void usual_heads(size_t width, char heads[24]) {
-    if (width == 1280 || width == 1408 || width == 1664) strcpy(heads, "16");
-    else if (width < 1280) snprintf(heads, 24, "%zu", width / 64);
-    else strcpy(heads, "");
 }
 
 /* The settings that shapes do not show come from an option, else from the metadata, else from
@@ -6083,29 +5984,32 @@ static void usual_heads(size_t width, char heads[24]) {
  * of the file. */
 static int read_settings(sc_model *model, const sc_origin *given) {
     int plain = model->naming == TIMM && !find_layer(model, PRE, 0, 0);
-    char heads[24], assumed[256] = "", reason[sizeof error_text];
+    size_t D = model->width, used = 0;
+    char heads[64] = "not known: give --heads", assumed[256] = "";
     const struct { const char *option, *given, *key, *usual; } settings[SETTINGS] = {
         { "--gelu", given->text[SC_GELU], "hidden_act", plain ? "gelu" : "quick_gelu" },
         { "--eps", given->text[SC_EPSILON], "layer_norm_eps", plain ? "1e-6" : "1e-5" },
         { "--heads", given->text[SC_HEADS], "num_attention_heads", heads },
         { "--mean", given->text[SC_MEAN], "image_mean", "0.48145466,0.4578275,0.40821073" },
         { "--std", given->text[SC_STD], "image_std", "0.26862954,0.26130258,0.27577711" } };
-    usual_heads(model->width, heads);
+    /* heads are 64 wide, except in the large models that were published */
+    if (D < 1280) snprintf(heads, sizeof heads, "%zu", D / 64);
+    if (D == 1280 || D == 1408 || D == 1664) strcpy(heads, "16");
     for (enum setting i = 0; i < SETTINGS; i++) {
-        const char *key = settings[i].key, *saved = sc_metadata_find(&model->file, key);
-        const char *text = saved ? saved : settings[i].usual;
-        size_t used = strlen(assumed);
+        const char *key = settings[i].key;
+        const char *text = sc_metadata_find(&model->file, key);
+        const char *source = "metadata";     /* for errors */
         if (*settings[i].given) {
             SC_TRY(apply_setting(model, i, settings[i].option, settings[i].given));
             continue;
         }
-        if (!*text)
-            return fail("%s: does not name its %s, and no published model has width %zu (expected "
-                        "%s)", model->file.path, key, model->width, settings[i].option);
-        if (!saved) snprintf(assumed + used, sizeof assumed - used, ", %s %s", key, text);
-        if (apply_setting(model, i, key, text) == SC_OK) continue;
-        memcpy(reason, error_text, sizeof reason);
-        return fail("%s: %s %s", model->file.path, saved ? "metadata" : "assumed", reason);
+        if (!text) {                         /* the file does not say */
+            source = "assumed";
+            text = settings[i].usual;
+            used += (size_t)sprintf(assumed + used, ", %s %s", key, text);
+        }
+        if (apply_setting(model, i, key, text) != SC_OK)
+            return fail("%s: %s %s", model->file.path, source, error_text);
     }
     if (*assumed) note("%s: not in the file, assumed: %s", model->file.path, assumed + 2);
     return SC_OK;
@@ -6121,100 +6025,27 @@ static int naming_of(const sc_safetensors *file) {
     return NAMINGS;
 }
 
-/* Reports that a file is not a model: a prefix stands before its names, or they are unknown. */
-static int refuse_names(const sc_safetensors *file) {
-    static const char *const begins[] = { "module.", "model.", "visual.trunk.", "trunk." };
-    for (size_t t = 0; t < file->tensors; t++) {
-        for (size_t i = 0; i < COUNT(begins); i++) {
-            const char *name = file->tensor[t].name;
-            if (strncmp(name, begins[i], strlen(begins[i])) == 0)
-                return fail("%s: tensor names begin with '%s' (expected without: python3 "
-                            "weights/convert.py IN OUT %s cuts it)", file->path, begins[i],
-                            begins[i]);
-        }
-    }
-    return fail("%s: not a vision transformer under Hugging Face's, OpenAI's or timm's names "
-                "(expected a tensor visual.class_embedding or the like)", file->path);
-}
-
-/* A shard is named NAME-00001-of-00002.safetensors. */
-static int check_shards(const char *path) {
-    const char *of = strstr(base_name(path), "-of-");
-    if (!of || strtoul(of + 4, NULL, 10) < 2 || !isdigit((unsigned char)of[-1])) return SC_OK;
-    return fail("%s: one of several shards of a model (expected all of it in one file: load it "
-                "with its library and save it with max_shard_size=\"100GB\")", path);
-}
-
 int sc_model_open(sc_model *model, const char *path, const sc_origin *given) {
     static const sc_origin none = { 0 };
+    const char *of = strstr(base_name(path), "-of-000");     /* NAME-00001-of-00002.safetensors */
     *model = (sc_model){ 0 };
-    SC_TRY(check_shards(path));
+    if (of && strtoul(of + 4, NULL, 10) > 1)
+        return fail("%s: one of several shards of a model (expected all of it in one file: save it "
+                    "with max_shard_size=\"100GB\")", path);
+    /* what the file is, its sizes, its settings */
     SC_TRY(sc_safetensors_open(&model->file, path));
     model->naming = naming_of(&model->file);
     int status = SC_OK;
-    if (model->naming == NAMINGS) status = refuse_names(&model->file);
+    if (model->naming == NAMINGS)
+        status = fail("%s: not a vision transformer (expected Hugging Face's, OpenAI's or timm's "
+                      "names; weights/convert.py cuts prefixes such as module.)", path);
     if (status == SC_OK) status = measure_model(model);
     if (status == SC_OK) status = read_settings(model, given ? given : &none);
     if (status != SC_OK) sc_model_close(model);
     return status;
 }
 
-/* Reads and packs the weights of the first `blocks` blocks, and of the head if asked. */
-int sc_model_load(sc_model *model, size_t blocks, int head) {
-    SC_TRY(choose_kernels());
-    if (blocks > model->blocks) blocks = model->blocks;
-    model->loaded = blocks;
-    model->layer = new_array(blocks ? blocks : 1, ROLES * sizeof *model->layer);
-    model->forward_memory = new_array(1, sizeof *model->forward_memory);
-    if (!model->layer || !model->forward_memory) return SC_FAILED;
-    for (enum role role = CLASS_TOKEN; role <= PATCHES; role++)
-        SC_TRY(read_layer(model, role, 0, 0));
-    if (find_layer(model, PRE, 0, 0)) SC_TRY(read_layer(model, PRE, 0, 0));
-    SC_TRY(parallel_for(blocks, load_block, model));
-    return head ? load_head(model) : SC_OK;
-}
-
-static void free_layers(sc_model *model) {
-    size_t count = (model->loaded ? model->loaded : 1) * ROLES;
-    for (size_t i = 0; model->layer && i < count; i++) {
-        free(model->layer[i].matrix.data);
-        free(model->layer[i].weight);
-        free(model->layer[i].bias);
-    }
-    free(model->layer);
-    model->layer = NULL;
-}
-
-/* Makes a copy of a model for Part I, whose layers hold the weights as PyTorch has them: of the
- * first `blocks` blocks, and of the head if asked. It is closed by free_layers(). */
-static int open_plain_model(sc_model *plain, const sc_model *model, size_t blocks, int head) {
-    int status = SC_OK;
-    *plain = *model;
-    plain->loaded = blocks;
-    plain->layer = new_array(blocks ? blocks : 1, ROLES * sizeof *plain->layer);
-    if (!plain->layer) return SC_FAILED;
-    for (enum role role = CLASS_TOKEN; role < ROLES && status == SC_OK; role++) {
-        int in_blocks = role >= NORM1 && role <= FC2;
-        if (role == PRE && !find_layer(model, PRE, 0, 0)) continue;
-        if (role >= POST && !head) continue;
-        for (size_t block = 0; block < (in_blocks ? blocks : 1) && status == SC_OK; block++)
-            status = read_layer(plain, role, block, 1);
-    }
-    if (status != SC_OK) free_layers(plain);
-    return status;
-}
-
-int sc_model_forward_plain(const sc_model *model, const unsigned char *pixels, size_t layer,
-                           sc_hook hook, float *out) {
-    sc_model plain;
-    if (layer < 1 || layer > model->blocks)
-        return usage("%s: layer %zu (expected 1 to %zu)", model->file.path, layer, model->blocks);
-    SC_TRY(open_plain_model(&plain, model, layer, 0));
-    int status = vit_forward(&plain, pixels, layer, hook, out, NULL);
-    free_layers(&plain);
-    return status;
-}
-
+/* Also a model that was opened or loaded in part. */
 void sc_model_close(sc_model *model) {
     free_layers(model);
     if (model->forward_memory) release(&model->forward_memory->memory);
@@ -6222,6 +6053,18 @@ void sc_model_close(sc_model *model) {
     free(model->text);
     sc_safetensors_close(&model->file);
     *model = (sc_model){ 0 };
+}
+
+int sc_model_forward_plain(const sc_model *model, const unsigned char *pixels, size_t layer,
+                           sc_hook hook, float *out) {
+    sc_model plain = *model;                 /* with layers of its own */
+    if (layer < 1 || layer > model->blocks)
+        return usage("%s: layer %zu (expected 1 to %zu)", model->file.path, layer, model->blocks);
+    plain.forward_memory = NULL;             /* read_layer() then keeps the weights as they are */
+    int status = load_layers(&plain, layer);
+    if (status == SC_OK) status = vit_forward(&plain, pixels, layer, hook, out, NULL);
+    free_layers(&plain);
+    return status;
 }
 
 /* ============================================================================================
@@ -6673,7 +6516,7 @@ static int open_activations(feed *f, const options *o) {
     f->first_patch = strcmp(f->origin.text[SC_TOKENS], "patches") != 0;
     f->set.limit = SIZE_MAX;
     if (o->limit) f->set.limit = (size_t)o->limit;
-    SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1, NULL));
+    SC_TRY(add_images(&f->set, &f->file, a->shape[0], -1));
     f->set.digest = images_digest(&f->set);
     if (digest) f->set.digest = strtoull(digest, NULL, 16);
     if (f->set.count < a->shape[0])              /* --limit makes it another data set */
@@ -6882,6 +6725,7 @@ static int load_images(feed *f, size_t want) {
         if (status != SC_FAILED || !f->skip_bad) return SC_FAILED;
         size_t image = f->image[f->count];
         note("%s; passed over", sc_error());
+        free(f->set.image[image].name);
         f->set.image[image].name = NULL;
         f->bad++;
         if (f->bad == f->set.count)
@@ -8596,9 +8440,8 @@ static int count_rows(plot_series *s, const statistics *stats) {
 /* Columns: x, y and value of a patch, each from 0 to 1. A mask is an image with one pixel per
  * patch; grey has the same value in all channels. */
 static int read_mask(plot_series *s) {
-    image_source source = { 0 };
-    picture mask = { 0, 0, 0, NULL };
-    int status = read_picture(s->path, &source, &mask) == SC_OK ? SC_OK : SC_FAILED;
+    picture mask;
+    int status = read_picture(s->path, &mask) == SC_OK ? SC_OK : SC_FAILED;
     size_t side = mask.width;
     if (status == SC_OK && (side != mask.height || side > 64))
         status = fail("%s: not a mask (expected a square PGM of at most 64 x 64)", s->path);
@@ -8607,7 +8450,7 @@ static int read_mask(plot_series *s) {
         double y = ((double)(i / side) + 0.5) / (double)side;
         status = add_row(s, x, 1 - y, mask.rgb[3 * i] / 255.0, 0);
     }
-    free(source.rgb);
+    free(mask.memory);
     return status;
 }
 

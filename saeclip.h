@@ -152,7 +152,7 @@ typedef struct {
 } sc_preprocess;
 
 typedef struct {
-    const char *name;                /* relative to the set's root; "" where there is none */
+    char *name;                      /* relative to the set's root; "" where there is none */
     int64_t label;                   /* class index, -1: none */
 } sc_image;
 
@@ -165,9 +165,8 @@ typedef struct {
     char *root;                      /* what stands before names: a folder with its slash, or "" */
     size_t limit;                    /* at most so many images; SIZE_MAX: all */
     sc_safetensors packed;           /* path NULL: not a packed set */
-    void *memory;                    /* the names' blocks; in the last one text is free, of room */
-    char *text;
-    size_t room, capacity, class_capacity;       /* capacities: of image and class_name */
+    void *memory;                    /* holds the names of class folders */
+    size_t capacity, class_capacity; /* of image and class_name */
 } sc_images;
 
 /* A folder of class folders, a flat folder, a list, a packed set or one image; limit: how many

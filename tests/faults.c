@@ -291,7 +291,7 @@ static void make_inputs(void)
     for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) mkdir(in_folder("%s", folders[i]), 0777);
     for (unsigned i = 0; i < sizeof pictures / sizeof *pictures; i++)
         put_picture(in_folder("in/photos/%s.ppm", pictures[i]), i + 1, "");
-    put_text(in_folder("in/list.txt"), "photos/cats/a.ppm\t1  # a cat\nphotos/birds/c.ppm\t0\n");
+    put_text(in_folder("in/list.txt"), "# two\nphotos/cats/a.ppm\t1\nphotos/birds/c.ppm\t0\n");
     put_picture(in_folder("in/decoded/a.png"), 3, "\x89PNG\r\n\x1a\n");
     put_picture(in_folder("in/decoded/b.png"), 4, "\x89PNG\r\n\x1a\n");
     copy_file(GOLDEN "clip_timm.safetensors", in_folder("in/model"));
@@ -745,6 +745,7 @@ const char *sc_error(void);
 #define FIRST(a, ...) (a)
 
 #define posix_memalign(p, a, n) (FAULT(FAULT_MEMORY, "posix_memalign", ENOMEM) ? ENOMEM : posix_memalign(p, a, n))
+#define strdup(t) (FAULT(FAULT_MEMORY, "strdup", ENOMEM) ? NULL : strdup(t))
 #define scandir(f, l, v, b) (FAULT(FAULT_MEMORY, "scandir", ENOMEM) ? -1 : scandir(f, l, v, b))
 #define open_memstream(p, n) (FAULT(FAULT_MEMORY, "open_memstream", ENOMEM) ? NULL : open_memstream(p, n))
 #define mmap(...) (FAULT(FAULT_MEMORY, "mmap", ENOMEM) ? MAP_FAILED : seam_mapped(mmap(__VA_ARGS__)))

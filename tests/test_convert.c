@@ -65,7 +65,7 @@ static void convert_sae(const char *name, const char *path) {
 static void convert_safetensors(void) {
     char golden[600];
     if (!check(convert_run("names", "") == 0, "names.pt is not converted: %s", ran.err)) return;
-    refuses(1, "begin with 'trunk.'", "extract --quiet -m %s " GOLDEN "images.safetensors -o %s",
+    refuses(1, "weights/convert.py cuts", "extract --quiet -m %s " GOLDEN "images.safetensors -o %s",
             convert_output("names"), in_folder("pt/none"));
     int status = convert_file(convert_output("names"), convert_output("cut"), "module. trunk.");
     if (check(status == 0, "a safetensors file is not converted: %s", ran.err))

@@ -330,7 +330,7 @@ static void figures_mask(void)
     char big[66 * 66 * 2 + 20] = "P2 65 65 255";
     static const struct { const char *text, *says; } bad[] = {
         { "P2 2 1 255 0 0 ", "square PGM" },
-        { "P2 2 2 255 0 0 ", "ends before" }, { "P2 0 0 255 ", "at least 1 of each" }, { "step,loss\n", "not an image" } };
+        { "P2 2 2 255 0 0 ", "missing or invalid" }, { "P2 0 0 255 ", "at least 1 of each" }, { "step,loss\n", "not an image" } };
     put_text(path, "P2 2 2 255 0 255 128 0 ");
     const char *svg = figures_plot("mask %s", path);
     figures_has(svg, 1 + COLOURS, " stroke-width=\"100.0\"");

@@ -264,11 +264,13 @@ static void plain_hooks(const sc_model *m, const unsigned char *pixels, const ch
 
 static void plain_head(const sc_model *m, const unsigned char *pixels, const char *how)
 {
-    sc_model plain = { .loaded = 0 };
+    sc_model plain = *m;
     float *head = plain_floats(m->classes);
     float *expected = plain_floats(m->classes);
     int status = sc_model_forward(m, pixels, 1, NULL, 0, head);
-    if (status == SC_OK) status = open_plain_model(&plain, m, m->blocks, 1);
+    plain.forward_memory = NULL;             /* the weights are read for Part I */
+    plain.layer = NULL;
+    if (status == SC_OK) status = load_layers(&plain, m->blocks);
     if (status == SC_OK) status = vit_forward(&plain, pixels, 0, SC_MLP, NULL, expected);
     check(status == SC_OK && plain_same(head, expected, m->classes),
           "%s: the head of %s differs from Part I", how, m->file.path);

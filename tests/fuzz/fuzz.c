@@ -272,7 +272,7 @@ static void make_fixtures(void) {
     put_file("photos/a.ppm", photo, sizeof photo - 1);
     put_file("image.ppm", photo, sizeof photo - 1);
     put_text("photos/b.pgm", "P2 3 3 9 1 2 3 4 5 6 7 8 9\n");
-    put_text("list.txt", "photos/a.ppm\t0\nphotos/b.pgm\t1 # remark\n");
+    put_text("list.txt", "photos/a.ppm\t0\nphotos/b.pgm\t1\n");
     quiet = 1;
     make_fixture("extract --quiet -m model --layer 1 --hook mlp list.txt -o acts");
     make_fixture("train --quiet --acts acts --latents 4 --steps 2 --batch 1 -o sae");
@@ -536,7 +536,7 @@ static void seed_images(void) {
 }
 
 static void seed_lists(void) {
-    seed_text("# pictures\nphotos/a.ppm\t0\nphotos/b.pgm\t2   # last\r\n");
+    seed_text("# pictures\nphotos/a.ppm\t0\nphotos/b.pgm\t2\r\n");
     seed_text("sae\nmodel\n\n  set.safetensors  \n");
     seed_text("a b#c.ppm\t16777215\n\tx\n");
 }
