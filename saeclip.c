@@ -7584,9 +7584,8 @@ static void evaluate(const statistics *s, const sc_sae *sae, const char *path, c
     double active = running_total(&s->l0);                   /* how many f are above 0 */
     double sum_f = running_total(&s->l1);
     double x2 = 0, mean2 = 0, explained = 0, activation = 0;
-    double means = 0, entropy = 0, entropies = 0;            /* sums; latents with an entropy */
-    double always = 0, on[3] = { 0 };                        /* latents; on 0, 1, 2 images */
-    double mean_entropy = -1;
+    double means = 0, entropy = 0, mean_entropy = -1;
+    double entropies = 0, always = 0, on[3] = { 0 };         /* latents; on 0, 1, 2 images */
     for (size_t d = 0; d < s->D; d++) {                      /* the variance about the mean token */
         double mean = running_total(&s->x[d][0]) / tokens;
         mean2 += mean * mean;
