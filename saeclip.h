@@ -209,7 +209,7 @@ typedef struct {
     size_t loaded;                   /* blocks whose weights are in memory */
     sc_layer *layer;                 /* block by block in the order of saeclip.c's table */
     float *text;                     /* [classes, outputs], unit rows, or NULL */
-    struct sc_forward_memory *forward_memory;    /* arrays of the last pass, kept for the next */
+    struct sc_forward_pass *pass;    /* the last one, whose arrays are kept for the next */
 } sc_model;
 
 /* Values that override the metadata; NULL: the metadata, else the layout's usual value. */
