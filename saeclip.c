@@ -6,20 +6,20 @@
  * method is PatchSAE's (Lim et al., ICLR 2025). There are no dependencies. The order of each sum is
  * defined (section 1), so that every machine, compiler and number of threads gives the same bits.
  *
- *  Part I: the method                        line 81: read this; about 1550 lines
+ *  Part I: the method                        line 84: read this; about 1580 lines
  *    1. Numbers                           2. The vision transformer
  *    3. The sparse autoencoder            4. Training
  *    5. Measuring
- *  Part II: the same, fast                   line 1631
+ *  Part II: the same, fast                   line 1666
  *    6. Errors and memory                 7. Threads
  *    8. Kernels and matrix products       9. The vision transformer, fast
  *   10. Sparse codes                     11. Training steps
  *   12. Counting
- *  Part III: data in and out                 line 4156
+ *  Part III: data in and out                 line 3794
  *   13. Options and messages             14. Files
  *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 7223
+ *  Part IV: the program                      line 6861
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
