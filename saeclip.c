@@ -6,20 +6,20 @@
  * method is PatchSAE's (Lim et al., ICLR 2025). There are no dependencies. The order of each sum is
  * defined (section 1), so that every machine, compiler and number of threads gives the same bits.
  *
- *  Part I: the method                        line 81: read this; about 1530 lines
+ *  Part I: the method                        line 84: read this; about 1570 lines
  *    1. Numbers                           2. The vision transformer
  *    3. The sparse autoencoder            4. Training
  *    5. Measuring
- *  Part II: the same, fast                   line 1615
+ *  Part II: the same, fast                   line 1650
  *    6. Errors and memory                 7. Threads
  *    8. Kernels and matrix products       9. The vision transformer, fast
  *   10. Sparse codes                     11. Training steps
  *   12. Counting
- *  Part III: data in and out                 line 4125
+ *  Part III: data in and out                 line 3763
  *   13. Options and messages             14. Files
  *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 6794
+ *  Part IV: the program                      line 6432
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -67,8 +67,11 @@ char *(realpath)(const char *restrict path, char *restrict resolved);
 
 #if defined(__GNUC__)
 #define SC_PRINTF(text, first) __attribute__((format(printf, text, first)))
+/* Part of each caller, so that those of section 8 compile it for their instruction set. */
+#define SC_INLINE __attribute__((always_inline)) inline
 #else
 #define SC_PRINTF(text, first)
+#define SC_INLINE inline
 #endif
 
 #define SC_TRY(call)                                                                               \
@@ -227,14 +230,17 @@ void sc_matmul_plain(size_t M, size_t N, size_t K, const float *a, const float *
     }
 }
 
-/* p: [n], overwritten; n = 16, 8, 4, 2 or 1. Adds partial sums by halves, p[i] + p[i + n / 2]. */
-static inline float join(float *p, int n) {
-    for (int half = n / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; i++) {
-            p[i] += p[i + half];
-        }
+/* p: [16]. Adds partial sums by halves: p[i] + p[i + 8], of these [i] + [i + 4], and so on. */
+static SC_INLINE float join(const float *p) {
+    float eight[8];
+    float four[4];
+    for (int i = 0; i < 8; i++) {
+        eight[i] = p[i] + p[i + 8];
     }
-    return p[0];
+    for (int i = 0; i < 4; i++) {
+        four[i] = eight[i] + eight[i + 4];
+    }
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 /* a, b: [n]. sum_e a[e] b[e] along a row: element e goes to partial sum e mod 16. 16 floats fill
@@ -244,16 +250,45 @@ float sc_dot_plain(const float *a, const float *b, size_t n) {
     for (size_t e = 0; e < n; e++) {
         p[e % PARTIALS] = fma32(a[e], b[e], p[e % PARTIALS]);
     }
-    return join(p, PARTIALS);
+    return join(p);
 }
 
-/* a: [n]. sum_e a[e], in the same order. */
-static float row_sum(const float *a, size_t n) {
+/* a: [n]. sum_e a[e], in the same order: groups of 16, then the rest. */
+static SC_INLINE float row_sum(const float *a, size_t n) {
     float p[PARTIALS] = { 0 };
-    for (size_t e = 0; e < n; e++) {
-        p[e % PARTIALS] += a[e];
+    size_t whole = n - n % PARTIALS;
+    for (size_t e = 0; e < whole; e += PARTIALS) {
+        for (size_t i = 0; i < PARTIALS; i++) {
+            p[i] += a[e + i];
+        }
     }
-    return join(p, PARTIALS);
+    for (size_t e = whole; e < n; e++) {
+        p[e - whole] += a[e];
+    }
+    return join(p);
+}
+
+static SC_INLINE float larger(float a, float b) { return a > b ? a : b; }
+
+/* a: [n]. The largest number of a row: of 16 interleaved ones, then of these and the rest. */
+static SC_INLINE float row_max(const float *a, size_t n) {
+    float most[PARTIALS];
+    size_t whole = n - n % PARTIALS;
+    for (size_t i = 0; i < PARTIALS; i++) {
+        most[i] = a[0];
+    }
+    for (size_t e = 0; e < whole; e += PARTIALS) {
+        for (size_t i = 0; i < PARTIALS; i++) {
+            most[i] = larger(most[i], a[e + i]);
+        }
+    }
+    for (size_t e = whole; e < n; e++) {
+        most[0] = larger(most[0], a[e]);
+    }
+    for (size_t i = 1; i < PARTIALS; i++) {
+        most[0] = larger(most[0], most[i]);
+    }
+    return most[0];
 }
 
 /* row: [n]. row / ||row||; a row of zeros is left as it is. */
@@ -286,7 +321,7 @@ static double sum_in_blocks(const double *value, size_t n) {
  * n is rounded to an integer by adding 1.5 * 2^23. ln 2 is split into two parts, the first with 9
  * bits, so that n times it is exact. e^r is its Taylor polynomial of degree 7. 2^n is applied in
  * two factors, so that results below the normal range are rounded once. */
-static inline float exp32(float x) {
+static SC_INLINE float exp32(float x) {
     const float magic = 12582912.0f;
     uint32_t low;
     memcpy(&low, &x, sizeof low);
@@ -319,13 +354,13 @@ static inline float exp32(float x) {
 }
 
 /* x sigmoid(1.702 x): the activation of OpenAI's CLIP (Radford et al., 2021). */
-static inline float quick_gelu(float x) { return x / (1.0f + exp32(-1.702f * x)); }
+static SC_INLINE float quick_gelu(float x) { return x / (1.0f + exp32(-1.702f * x)); }
 
 /* x Phi(x), Phi the normal distribution (Hendrycks and Gimpel, "Gaussian error linear units",
  * 2016). With z = |x| / sqrt 2 and t = 1 / (1 + z / 2): Phi(-|x|) = erfc(z) / 2 = t exp(-z^2) P(t).
  * P is fitted (tests/golden/fit_gelu.py) with a relative error below 5e-8 for z in [0, 10], so the
  * left tail keeps its relative precision. */
-static inline float gelu(float x) {
+static SC_INLINE float gelu(float x) {
     float a = x < 0 ? -x : x;
     float t = 1.0f / (1.0f + 0.353553391f * a);
     float p = -0.0295332961f;
@@ -506,13 +541,8 @@ static void linear_forward(float *out, const float *x, const sc_layer *linear, s
 
 /* row: [n]. row = exp(scale * row) / the sum of these over the row. Subtracting the largest entry
  * first changes nothing mathematically and avoids overflow. */
-static void softmax_forward(float *row, size_t n, float scale) {
-    float largest = row[0];
-    for (size_t e = 1; e < n; e++) {
-        if (row[e] > largest) {
-            largest = row[e];
-        }
-    }
+static SC_INLINE void softmax_forward(float *row, size_t n, float scale) {
+    float largest = row_max(row, n);
     for (size_t e = 0; e < n; e++) {
         row[e] = exp32(scale * (row[e] - largest));
     }
@@ -552,7 +582,7 @@ static void attention_forward(float *out, const float *qkv, float *scores, size_
 }
 
 /* x: [count]. The activation function between the two layers of the MLP. */
-static void gelu_forward(float *x, size_t count, activation_kind kind) {
+static SC_INLINE void gelu_forward(float *x, size_t count, activation_kind kind) {
     for (size_t i = 0; i < count; i++) {
         if (kind == QUICK_GELU) {
             x[i] = quick_gelu(x[i]);
@@ -569,31 +599,35 @@ static void residual_forward(float *x, const float *branch, size_t count) {
     }
 }
 
-/* pixels: [S, S, 3], 8 bits; patch: [3 p^2], scratch; x: [T, D].
- * The tokens of an image before the first block (Dosovitskiy et al., equation 1). Patches go from
- * left to right, then down. A patch is a row of 3 p^2 numbers, channel by channel, each
- * (v / 255 - mean) / std with the mean and std of its channel. */
+/* pixels: [S, S, 3], 8 bits; patch: [3 p^2].
+ * Patch i of an image; patches go from left to right, then down. It becomes a row of 3 p^2 numbers,
+ * channel by channel, each (v / 255 - mean) / std with the mean and std of its channel. */
+static void patch_forward(float *patch, const sc_model *m, const unsigned char *pixels, size_t i) {
+    size_t p = m->patch;
+    size_t top = i / m->grid * p;                        /* the patch's first row of pixels */
+    size_t left = i % m->grid * p;
+    for (size_t c = 0; c < 3; c++) {
+        for (size_t y = top; y < top + p; y++) {
+            for (size_t x = left; x < left + p; x++) {
+                float v = pixels[3 * (y * m->image_size + x) + c];
+                *patch++ = (v / 255.0f - m->mean[c]) / m->std[c];
+            }
+        }
+    }
+}
+
+/* pixels: [S, S, 3]; patch: [3 p^2], scratch; x: [T, D].
+ * The tokens of an image before the first block (Dosovitskiy et al., equation 1). */
 static void embed_forward(float *x, const sc_model *m, const unsigned char *pixels, float *patch) {
     size_t D = m->width;
-    size_t p = m->patch;
-    size_t S = m->image_size;
     const float *positions = m->layer[POSITIONS].weight;
     for (size_t d = 0; d < D; d++) {
         x[d] = m->layer[CLASS_TOKEN].weight[d] + positions[d] + 0.0f;
     }
     for (size_t i = 0; i < m->grid * m->grid; i++) {
-        size_t top = i / m->grid * p;                    /* the patch's first row of pixels */
-        size_t left = i % m->grid * p;
-        float *to = patch;
-        for (size_t c = 0; c < 3; c++) {
-            for (size_t e = 0; e < p * p; e++) {
-                size_t pixel = (top + e / p) * S + left + e % p;
-                float v = pixels[3 * pixel + c];
-                *to++ = (v / 255.0f - m->mean[c]) / m->std[c];
-            }
-        }
         float *token = x + (i + 1) * D;                  /* token 0 is the class token */
-        linear_forward(token, patch, &m->layer[PATCHES], 1, 3 * p * p, D);
+        patch_forward(patch, m, pixels, i);
+        linear_forward(token, patch, &m->layer[PATCHES], 1, 3 * m->patch * m->patch, D);
         residual_forward(token, positions + (i + 1) * D, D);
     }
 }
@@ -1308,7 +1342,8 @@ static adam_step next_adam_step(sc_trainer *t, double lr) {
 /* w, dw and the moments m, v: [count].
  *     m = 0.9 m + 0.1 dw          v = 0.999 v + 0.001 dw^2
  *     w -= step_size m / (sqrt(v) root_scale + 1e-8) */
-static void adam_update(float *w, adam_moments a, const float *dw, size_t count, adam_step step) {
+static SC_INLINE void adam_update(float *w, adam_moments a, const float *dw, size_t count,
+                                  adam_step step) {
     for (size_t i = 0; i < count; i++) {
         float square = dw[i] * dw[i];
         a.m[i] = 0.9f * a.m[i] + 0.1f * dw[i];
@@ -1856,23 +1891,22 @@ int sc_threads_start(int threads) {
 /* ============================================================================================
  * 8. Kernels and matrix products
  *
- * The sums of section 1 and all work along rows, in vectors. Each kernel is written once, in words
+ * The sums of section 1 and the work along rows, in vectors. Each kernel is written once, in words
  * such as SC_FMA, and compiled once for each instruction set: this file includes itself with SC_ISA
  * defined, and then only the part between #ifdef SC_ISA and #else is read.
  *
  * The width of a vector changes no bit of a result. Its lanes hold neighbouring columns of a
- * product, or neighbouring partial sums of a row, never successive terms of one sum; so each number
- * is the same sum in the same order, whether 1, 4, 8 or 16 of them are computed at a time. Loops
- * without explicit vectors are left to the compiler: they consist of operations that IEEE 754
- * rounds in the same way in every lane.
+ * product, or neighbouring partial sums of a row, never successive terms of one sum. Loops without
+ * explicit vectors, those of Part I too, are left to the compiler: IEEE 754 rounds their operations
+ * in the same way in every lane.
  * ============================================================================================ */
 
 enum {
     CHAIN_STRIDE = CHAIN + 16,       /* floats between the rows of a copied block of A */
     MAX_ROWS = 14, MAX_COLUMNS = 32, /* size of the largest tile of any instruction set */
     TILES_AT_ONCE = 8,               /* tiles that use a block of B while it is in the cache */
-    SHARES = 16,                     /* tasks per thread into which a product is divided */
-    MASK_BITS = 64
+    COLUMNS_AT_ONCE = 1536,          /* columns whose sums are kept from block to block */
+    SHARES = 8                       /* tasks per thread into which a product is divided */
 };
 
 /* Where a part of a product is stored, and what is added to it first: the sum, row_bias, bias and
@@ -1882,8 +1916,7 @@ typedef struct {
     size_t c_stride;
     const float *bias;               /* [columns], or NULL */
     const float *row_bias;           /* [rows], or NULL */
-    const float *residual;           /* [rows, columns], or NULL; may be the same as c */
-    size_t residual_stride;
+    const float *residual;           /* like c, or NULL; may be the same */
     activation_kind activation;      /* applied last */
 } tile_target;
 
@@ -1892,26 +1925,20 @@ typedef struct {
     const char *name;
     size_t rows, columns;            /* of a tile */
     /* matrix products: the chains of a tile, and what is added to them */
-    void (*tile)(size_t rows, size_t terms, const float *a, const float *b, float *sum, int add);
+    void (*tile)(size_t terms, const float *a, const float *b, float *sum);
     void (*finish)(const float *sum, size_t rows, size_t columns, const tile_target *to);
-    /* dot products: of two rows, of a row with listed rows, of all rows of two matrices */
+    /* dot products: of two rows, of a row with listed rows */
     float (*dot)(const float *a, const float *b, size_t n);
-    void (*dots)(const float *a, size_t n, const float *rows, size_t stride, const uint32_t *index,
-                 size_t count, float *out);
-    void (*dot_table)(const float *a, size_t count, const float *b, size_t columns, size_t n,
-                      float *out, size_t out_stride);
+    void (*dots)(const float *a, const float *rows, size_t n, const uint32_t *index, size_t count,
+                 float *out);
     /* sums of rows: of one with a factor, of listed ones with a factor each */
     void (*add_scaled)(float factor, const float *x, float *sum, size_t n);
     void (*add_chain)(const float *factor, const uint32_t *index, size_t count, const float *rows,
                       float *sum, size_t n);
     /* work on a row */
-    void (*layer_norm)(const float *x, const float *weight, const float *bias, float epsilon,
-                       float *out, size_t n);
     void (*softmax)(float *row, size_t n, float scale);
-    void (*exponentials)(float *row, size_t n);
-    int (*find_above)(const float *row, const float *limit, size_t n, uint64_t *mask);
-    void (*unit_row)(float *row, size_t n);
-    void (*adam)(float *w, float *m, float *v, const float *gradient, size_t n, adam_step step);
+    size_t (*find_above)(const float *row, const float *limit, size_t n, uint32_t *index);
+    void (*adam)(float *w, adam_moments moments, const float *dw, size_t n, adam_step step);
     /* whether this build fuses operations that are separate in the source */
     int (*contracts)(void);
 } kernel_set;
@@ -1923,18 +1950,15 @@ typedef struct {
 #define SC_COLUMNS (SC_VECTORS * SC_LANES)        /* columns of a tile */
 #define SC_PARTIAL_VECTORS (PARTIALS / SC_LANES)  /* vectors of 16 partial sums */
 
-/* The innermost loop of every product: one chain, up to 256 terms, of each element of a tile. The
- * chains are in registers. A row of b, VECTORS vectors, is loaded once for all rows of a; each pair
- * of a vector and a number of a is one multiply-add. An addition waits 4 cycles for the one before
- * it in its chain, and the processor starts one or two per cycle: the tile has enough chains to
- * keep it busy. `add`: the chains are added to sum, else stored there.
- * a: [rows][CHAIN_STRIDE]; b: [terms][COLUMNS]; sum: [rows][COLUMNS] */
-SC_TARGET static SC_INLINE void KERNEL(chains)(int rows, size_t terms, const float *a,
-                                               const float *b, float *sum, int add) {
+/* The innermost loop of every product: adds one chain, up to 256 terms, to each element of a tile.
+ * The chains are in registers; a row of b is loaded once for all rows of a. An addition waits 4
+ * cycles for the one before it in its chain, and the processor starts one or two per cycle: a tile
+ * has enough chains to keep it busy.
+ * a: [TILE_ROWS][CHAIN_STRIDE]; b: [terms][COLUMNS]; sum: [TILE_ROWS][COLUMNS] */
+SC_TARGET static void KERNEL(tile)(size_t terms, const float *a, const float *b, float *sum) {
     SC_V chain[SC_TILE_ROWS][SC_VECTORS];
-    SC_UNROLL for (int r = 0; r < rows; r++) {
-        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
-            chain[r][v] = SC_SET(0.0f);
+    SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++) {
+        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) chain[r][v] = SC_SET(0.0f);
     }
     for (size_t k = 0; k < terms; k++, b += SC_COLUMNS) {
         SC_V column[SC_VECTORS];
@@ -1942,184 +1966,94 @@ SC_TARGET static SC_INLINE void KERNEL(chains)(int rows, size_t terms, const flo
             SC_PREFETCH((uintptr_t)b + (CHAIN * SC_COLUMNS + v) * sizeof *b);  /* the next block */
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
             column[v] = SC_LOAD(b + v * SC_LANES);
-        SC_UNROLL for (int r = 0; r < rows; r++) {
+        SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++) {
             SC_V factor = SC_SET(a[r * CHAIN_STRIDE + k]);
             SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
                 chain[r][v] = SC_FMA(factor, column[v], chain[r][v]);
         }
     }
-    SC_UNROLL for (int r = 0; r < rows; r++) {
-        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++, sum += SC_LANES) {
-            if (add) chain[r][v] = SC_ADD(SC_LOAD(sum), chain[r][v]);
-            SC_STORE(sum, chain[r][v]);
+    SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++) {
+        SC_UNROLL for (int v = 0; v < SC_VECTORS; v++, sum += SC_LANES)
+            SC_STORE(sum, SC_LOAD(sum) + chain[r][v]);
+    }
+}
+
+/* c = activation(sum + row_bias + bias + residual + 0) for some rows of a tile.
+ * sum: [rows][COLUMNS], of which `columns` are used */
+SC_TARGET static SC_INLINE void KERNEL(finish_rows)(const float *sum, size_t rows, size_t columns,
+                                                    const tile_target *to) {
+    for (size_t r = 0; r < rows; r++, sum += SC_COLUMNS) {
+        const float *residual = to->residual;
+        float row_bias = to->row_bias ? to->row_bias[r] : 0;
+        float x[SC_COLUMNS];
+        for (size_t j = 0; j < columns; j++) x[j] = sum[j] + row_bias;
+        if (to->bias) {
+            for (size_t j = 0; j < columns; j++) x[j] += to->bias[j];
         }
+        if (to->residual) {
+            residual += r * to->c_stride;
+            for (size_t j = 0; j < columns; j++) x[j] += residual[j];
+        }
+        for (size_t j = 0; j < columns; j++) x[j] += 0.0f;
+        if (to->activation != NO_ACTIVATION) gelu_forward(x, columns, to->activation);
+        memcpy(to->c + r * to->c_stride, x, columns * sizeof *x);
     }
 }
 
-/* A tile of `rows` rows, or as many as a tile has if that is less. The last rows of a matrix may
- * fill less than half a tile: then half the work is enough. Shapes as above. */
-SC_TARGET static void KERNEL(tile)(size_t rows, size_t terms, const float *a, const float *b,
-                                   float *sum, int add) {
-    if (rows > SC_TILE_ROWS / 2) {
-        KERNEL(chains)(SC_TILE_ROWS, terms, a, b, sum, add);
-    } else {
-        KERNEL(chains)(SC_TILE_ROWS / 2, terms, a, b, sum, add);
-    }
-}
-
-/* c = sum + row_bias + bias + residual + 0 for one row of a whole tile. sum, c: [COLUMNS]; bias,
- * residual: [COLUMNS], or NULL */
-SC_TARGET static SC_INLINE void KERNEL(finish_row)(const float *sum, float row_bias,
-                                                   const float *bias, const float *residual,
-                                                   float *c) {
-    SC_UNROLL for (int j = 0; j < SC_COLUMNS; j += SC_LANES) {
-        SC_V x = SC_ADD(SC_LOAD(sum + j), SC_SET(row_bias));
-        if (bias) x = SC_ADD(x, SC_LOAD(bias + j));
-        if (residual) x = SC_ADD(x, SC_LOAD(residual + j));
-        SC_STORE(c + j, SC_ADD(x, SC_SET(0.0f)));
-    }
-}
-
-/* The same for a row that the edge of the matrix cuts off. sum, c: [columns] */
-SC_TARGET static void KERNEL(finish_edge)(const float *sum, size_t columns, float row_bias,
-                                          const float *bias, const float *residual, float *c) {
-    for (size_t j = 0; j < columns; j++) {
-        float x = sum[j] + row_bias;
-        if (bias) x += bias[j];
-        if (residual) x += residual[j];
-        c[j] = x + 0.0f;
-    }
-}
-
-/* c = activation(sum + row_bias + bias + residual + 0). sum: [rows][COLUMNS] */
+/* The same; the compiler knows how many columns there are, except at the edge of the matrix. */
 SC_TARGET static void KERNEL(finish)(const float *sum, size_t rows, size_t columns,
                                      const tile_target *to) {
-    for (size_t r = 0; r < rows; r++, sum += SC_COLUMNS) {
-        float *c = to->c + r * to->c_stride;
-        float row_bias = to->row_bias ? to->row_bias[r] : 0;
-        const float *residual = NULL;
-        if (to->residual) residual = to->residual + r * to->residual_stride;
-        if (columns == SC_COLUMNS) {
-            KERNEL(finish_row)(sum, row_bias, to->bias, residual, c);
-        } else {
-            KERNEL(finish_edge)(sum, columns, row_bias, to->bias, residual, c);
-        }
-        if (to->activation == QUICK_GELU) {
-            for (size_t j = 0; j < columns; j++) c[j] = quick_gelu(c[j]);
-        }
-        if (to->activation == ERF_GELU) {
-            for (size_t j = 0; j < columns; j++) c[j] = gelu(c[j]);
-        }
+    if (columns == SC_COLUMNS) {
+        KERNEL(finish_rows)(sum, rows, SC_COLUMNS, to);
+    } else {
+        KERNEL(finish_rows)(sum, rows, columns, to);
     }
 }
 
-/* Joins 16 partial sums in vectors, which are overwritten: across vectors, then within one. */
-SC_TARGET static SC_INLINE float KERNEL(join)(SC_V *partial) {
-    float p[SC_LANES];
-    SC_UNROLL for (int half = SC_PARTIAL_VECTORS / 2; half > 0; half /= 2) {
-        SC_UNROLL for (int v = 0; v < half; v++)
-            partial[v] = SC_ADD(partial[v], partial[v + half]);
+/* out[i] = sum_e a[e] b[i][e], the bits of sc_dot_plain(), for 1 or 4 rows: sums of several rows
+ * overlap, instead of waiting for their own additions, and share the loads of a. */
+SC_TARGET static SC_INLINE void KERNEL(dot_rows)(int rows, const float *a, const float *const *b,
+                                                 size_t n, float *out) {
+    SC_V partial[4][SC_PARTIAL_VECTORS];
+    float p[PARTIALS];
+    SC_UNROLL for (int r = 0; r < rows; r++) {
+        SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++) partial[r][v] = SC_SET(0.0f);
     }
-    SC_STORE(p, partial[0]);
-    return join_quickly(p, SC_LANES);
-}
-
-/* sum_e a[e] b[e], the bits of sc_dot_plain(). a, b: [n], n a multiple of 16 */
-SC_TARGET static float KERNEL(dot)(const float *a, const float *b, size_t n) {
-    SC_V partial[SC_PARTIAL_VECTORS];
-    SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++)
-        partial[v] = SC_SET(0.0f);
     for (size_t e = 0; e < n; e += PARTIALS) {
         SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++) {
             SC_V x = SC_LOAD(a + e + v * SC_LANES);
-            SC_V y = SC_LOAD(b + e + v * SC_LANES);
-            partial[v] = SC_FMA(x, y, partial[v]);
-        }
-    }
-    return KERNEL(join)(partial);
-}
-
-/* out[i] = the dot product of a and row index[i]. One dot product would wait for its own additions;
- * four at a time overlap, and share the loads of a.
- * a: [n]; rows: [any number, stride]; index, out: [count] */
-SC_TARGET static void KERNEL(dots)(const float *a, size_t n, const float *rows, size_t stride,
-                                   const uint32_t *index, size_t count, float *out) {
-    enum { TOGETHER = 4 };
-    size_t i = 0;
-    for (; i + TOGETHER <= count; i += TOGETHER) {
-        SC_V partial[TOGETHER][SC_PARTIAL_VECTORS];
-        SC_UNROLL for (int r = 0; r < TOGETHER; r++) {
-            SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++)
-                partial[r][v] = SC_SET(0.0f);
-        }
-        for (size_t e = 0; e < n; e += PARTIALS) {
-            SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++) {
-                SC_V x = SC_LOAD(a + e + v * SC_LANES);
-                SC_UNROLL for (int r = 0; r < TOGETHER; r++) {
-                    const float *row = rows + index[i + r] * stride;
-                    SC_V y = SC_LOAD(row + e + v * SC_LANES);
-                    partial[r][v] = SC_FMA(x, y, partial[r][v]);
-                }
+            SC_UNROLL for (int r = 0; r < rows; r++) {
+                SC_V y = SC_LOAD(b[r] + e + v * SC_LANES);
+                partial[r][v] = SC_FMA(x, y, partial[r][v]);
             }
         }
-        SC_UNROLL for (int r = 0; r < TOGETHER; r++)
-            out[i + r] = KERNEL(join)(partial[r]);
+    }
+    SC_UNROLL for (int r = 0; r < rows; r++) {
+        SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++)
+            SC_STORE(p + v * SC_LANES, partial[r][v]);
+        out[r] = join(p);
+    }
+}
+
+/* a, b: [n], n a multiple of 16 */
+SC_TARGET static float KERNEL(dot)(const float *a, const float *b, size_t n) {
+    float sum;
+    KERNEL(dot_rows)(1, a, &b, n, &sum);
+    return sum;
+}
+
+/* out[i] = the dot product of a and row index[i].
+ * a: [n]; rows: [any number, n]; index, out: [count] */
+SC_TARGET static void KERNEL(dots)(const float *a, const float *rows, size_t n,
+                                   const uint32_t *index, size_t count, float *out) {
+    size_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        const float *const b[4] = { rows + index[i] * n, rows + index[i + 1] * n,
+                                    rows + index[i + 2] * n, rows + index[i + 3] * n };
+        KERNEL(dot_rows)(4, a, b, n, out + i);
     }
     for (; i < count; i++)
-        out[i] = KERNEL(dot)(a, rows + index[i] * stride, n);
-}
-
-/* out[i][j] = the dot product of a's row i and b's row j, a tile of DOT_ROWS x DOT_COLUMNS whose
- * partial sums fill the registers. a: [DOT_ROWS, n]; b: [DOT_COLUMNS, n]; n a multiple of 16 */
-SC_TARGET static SC_INLINE void KERNEL(dot_tile)(const float *a, const float *b, size_t n,
-                                                 float *out, size_t out_stride) {
-    SC_V partial[SC_DOT_ROWS][SC_DOT_COLUMNS][SC_PARTIAL_VECTORS];
-    SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++) {
-        SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++) {
-            SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++)
-                partial[i][j][v] = SC_SET(0.0f);
-        }
-    }
-    for (size_t e = 0; e < n; e += PARTIALS) {
-        SC_UNROLL for (int v = 0; v < SC_PARTIAL_VECTORS; v++) {
-            SC_V x[SC_DOT_COLUMNS];
-            SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
-                x[j] = SC_LOAD(b + j * n + e + v * SC_LANES);
-            SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++) {
-                SC_V y = SC_LOAD(a + i * n + e + v * SC_LANES);
-                SC_KEEP(y);
-                SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
-                    partial[i][j][v] = SC_FMA(y, x[j], partial[i][j][v]);
-            }
-        }
-    }
-    SC_UNROLL for (int i = 0; i < SC_DOT_ROWS; i++) {
-        SC_UNROLL for (int j = 0; j < SC_DOT_COLUMNS; j++)
-            out[i * out_stride + j] = KERNEL(join)(partial[i][j]);
-    }
-}
-
-/* out[i][j] = the dot product of rows i of a and j of b. Some rows of b stay in the first-level
- * cache while all rows of a pass. a: [count, n]; b: [columns, n]; out: [count, columns], rows
- * out_stride floats apart; n a multiple of 16 */
-SC_TARGET static void KERNEL(dot_table)(const float *a, size_t count, const float *b,
-                                        size_t columns, size_t n, float *out, size_t out_stride) {
-    enum { ROWS = SC_DOT_ROWS, COLUMNS = SC_DOT_COLUMNS, NEAR = 3 * COLUMNS };
-    for (size_t near = 0; near < columns; near += NEAR) {
-        for (size_t i = 0; i < count; i += ROWS) {
-            for (size_t j = near; j < columns && j < near + NEAR; j += COLUMNS) {
-                float *to = out + i * out_stride + j;
-                if (i + ROWS <= count && j + COLUMNS <= columns) {
-                    KERNEL(dot_tile)(a + i * n, b + j * n, n, to, out_stride);
-                    continue;
-                }
-                for (size_t r = 0; r < ROWS && i + r < count; r++) {
-                    for (size_t c = 0; c < COLUMNS && j + c < columns; c++)
-                        to[r * out_stride + c] = KERNEL(dot)(a + (i + r) * n, b + (j + c) * n, n);
-                }
-            }
-        }
-    }
+        out[i] = KERNEL(dot)(a, rows + index[i] * n, n);
 }
 
 /* sum = fma(factor, x, sum): the next term of n chains. x, sum: [n], n a multiple of 16 */
@@ -2134,7 +2068,7 @@ SC_TARGET static void KERNEL(add_scaled)(float factor, const float *x, float *su
 SC_TARGET static SC_INLINE void KERNEL(add_strip)(int vectors, const float *factor,
                                                   const uint32_t *index, size_t count,
                                                   const float *rows, float *sum, size_t n) {
-    SC_V chain[SC_STRIP];
+    SC_V chain[PARTIALS];
     SC_UNROLL for (int v = 0; v < vectors; v++) chain[v] = SC_SET(0.0f);
     for (size_t i = 0; i < count; i++) {
         const float *x = rows + index[i] * n;
@@ -2143,7 +2077,7 @@ SC_TARGET static SC_INLINE void KERNEL(add_strip)(int vectors, const float *fact
             chain[v] = SC_FMA(f, SC_LOAD(x + v * SC_LANES), chain[v]);
     }
     SC_UNROLL for (int v = 0; v < vectors; v++, sum += SC_LANES)
-        SC_STORE(sum, SC_ADD(SC_LOAD(sum), chain[v]));
+        SC_STORE(sum, SC_LOAD(sum) + chain[v]);
 }
 
 /* sum += sum_i factor[i] rows[index[i]], one chain: a product in which only the rows of b with a
@@ -2151,102 +2085,45 @@ SC_TARGET static SC_INLINE void KERNEL(add_strip)(int vectors, const float *fact
  * multiple of 16 */
 SC_TARGET static void KERNEL(add_chain)(const float *factor, const uint32_t *index, size_t count,
                                         const float *rows, float *sum, size_t n) {
-    enum { WIDTH = SC_STRIP * SC_LANES };
-    size_t e = 0;
-    for (; e + WIDTH <= n; e += WIDTH)
-        KERNEL(add_strip)(SC_STRIP, factor, index, count, rows + e, sum + e, n);
-    for (; e < n; e += PARTIALS)
-        KERNEL(add_strip)(SC_PARTIAL_VECTORS, factor, index, count, rows + e, sum + e, n);
+    enum { STRIP = 8, WIDTH = STRIP * SC_LANES };      /* enough chains to keep it busy */
+    const float *end = sum + n;
+    for (; sum + WIDTH <= end; sum += WIDTH, rows += WIDTH)
+        KERNEL(add_strip)(STRIP, factor, index, count, rows, sum, n);
+    for (; sum < end; sum += PARTIALS, rows += PARTIALS)
+        KERNEL(add_strip)(SC_PARTIAL_VECTORS, factor, index, count, rows, sum, n);
 }
 
-/* Sum of a row, the bits of row_sum(). row: [n] */
-SC_TARGET static float KERNEL(row_sum)(const float *row, size_t n) {
-    float p[PARTIALS] = { 0 };
-    size_t whole = n / PARTIALS * PARTIALS;
-    for (size_t e = 0; e < whole; e += PARTIALS) {
-        for (int i = 0; i < PARTIALS; i++) p[i] += row[e + i];
-    }
-    for (size_t e = whole; e < n; e++) p[e - whole] += row[e];
-    return join(p, PARTIALS);
-}
-
-/* out = (x - mean) / sqrt(variance + epsilon) * weight + bias, the bits of layer_norm_forward().
- * x, weight, bias: [n]; out: [n], padded with zeros to a multiple of 16 */
-SC_TARGET static void KERNEL(layer_norm)(const float *x, const float *weight, const float *bias,
-                                         float epsilon, float *out, size_t n) {
-    float mean = KERNEL(row_sum)(x, n) / (float)n;
-    for (size_t e = 0; e < n; e++) out[e] = x[e] - mean;
-    for (size_t e = n; e < padded(n); e++) out[e] = 0;
-    float variance = KERNEL(dot)(out, out, padded(n)) / (float)n;
-    float scale = 1.0f / sqrtf(variance + epsilon);
-    for (size_t e = 0; e < n; e++)
-        out[e] = out[e] * scale * weight[e] + bias[e];
-}
-
-/* row = exp(row). row: [n] */
-SC_TARGET static void KERNEL(exponentials)(float *row, size_t n) {
-    for (size_t e = 0; e < n; e++) row[e] = exp32(row[e]);
-}
-
-/* row = exp(scale (row - max)) / sum of these, the bits of softmax_forward(). The maximum is that
- * of 16 interleaved ones, which can be vectors. row: [n] */
+/* Part I's loops, compiled into vectors of this instruction set. */
 SC_TARGET static void KERNEL(softmax)(float *row, size_t n, float scale) {
-    float most[PARTIALS];
-    for (int i = 0; i < PARTIALS; i++) most[i] = row[0];
-    size_t whole = n / PARTIALS * PARTIALS;
-    for (size_t e = 0; e < whole; e += PARTIALS) {
-        for (int i = 0; i < PARTIALS; i++)
-            most[i] = row[e + i] > most[i] ? row[e + i] : most[i];
-    }
-    float largest = most[0];
-    for (int i = 1; i < PARTIALS; i++)
-        largest = most[i] > largest ? most[i] : largest;
-    for (size_t e = whole; e < n; e++)
-        largest = row[e] > largest ? row[e] : largest;
-    for (size_t e = 0; e < n; e++) row[e] = scale * (row[e] - largest);
-    KERNEL(exponentials)(row, n);
-    float sum = KERNEL(row_sum)(row, n);
-    for (size_t e = 0; e < n; e++) row[e] /= sum;
+    softmax_forward(row, n, scale);
 }
 
-/* Sets bit e of mask if row[e] > limit[e]; returns whether any bit is set. Few pre-activations of
- * an SAE are above the limit: the caller skips 64 of them by looking at one word.
- * row, limit: [n], n a multiple of 64; mask: [n / 64] */
-SC_TARGET static int KERNEL(find_above)(const float *row, const float *limit, size_t n,
-                                        uint64_t *mask) {
-    uint64_t any = 0;
-    for (size_t e = 0; e < n; e += MASK_BITS) {
-        uint64_t bits = 0;
-        for (int i = 0; i < MASK_BITS; i += SC_GROUP)
-            bits |= (uint64_t)SC_ABOVE(row + e + i, limit + e + i) << i;
-        mask[e / MASK_BITS] = bits;
-        any |= bits;
-    }
-    return any != 0;
-}
-
-/* row = row / ||row||, the bits of unit_row(). row: [n], n a multiple of 16 */
-SC_TARGET static void KERNEL(unit_row)(float *row, size_t n) {
-    float norm = sqrtf(KERNEL(dot)(row, row, n));
-    if (norm > 0) {
-        for (size_t e = 0; e < n; e++) row[e] /= norm;
-    }
-}
-
-/* One step of Adam on n weights, the bits of adam_update(). w, m, v, gradient: [n] */
-SC_TARGET static void KERNEL(adam)(float *w, float *m, float *v, const float *gradient, size_t n,
+SC_TARGET static void KERNEL(adam)(float *w, adam_moments moments, const float *dw, size_t n,
                                    adam_step step) {
-    for (size_t e = 0; e < n; e++) {
-        float g = gradient[e];
-        m[e] = 0.9f * m[e] + 0.1f * g;
-        v[e] = 0.999f * v[e] + 0.001f * (g * g);
-        w[e] -= step.step_size * (m[e] / (sqrtf(v[e]) * step.root_scale + 1e-8f));
-    }
+    adam_update(w, moments, dw, n, step);
 }
 
-/* Whether the compiler fuses a multiplication and an addition that are separate in the source. Each
- * instruction set is tested, since only some have the fused instruction. For a = 1 + 2^-12, a * a
- * is 1 + 2^-11 + 2^-24, which rounds to 1 + 2^-11: only a fused operation leaves a rest. */
+/* Lists in index the places where row[e] > limit[e]; returns how many there are. They are few, so
+ * 32 places are looked at one by one only if a loop in vectors finds that there is one among them.
+ * row, limit: [n], n a multiple of 32; index: [n] */
+SC_TARGET static size_t KERNEL(find_above)(const float *row, const float *limit, size_t n,
+                                           uint32_t *index) {
+    size_t count = 0;
+    for (size_t e = 0; e < n; e += 32) {
+        int any = 0;
+        for (size_t i = 0; i < 32; i++) any |= row[e + i] > limit[e + i];
+        if (!any) continue;
+        for (size_t i = e; i < e + 32; i++) {
+            index[count] = (uint32_t)i;
+            count += row[i] > limit[i];          /* otherwise the next one takes this place */
+        }
+    }
+    return count;
+}
+
+/* Whether the compiler fuses a multiplication and an addition that are separate in the source. For
+ * a = 1 + 2^-12, a * a is 1 + 2^-11 + 2^-24, which rounds to 1 + 2^-11: only a fused operation
+ * leaves a rest. */
 SC_TARGET static int KERNEL(contracts)(void) {
     volatile float a = 1.0f + 0x1p-12f, b = -(1.0f + 0x1p-11f), one = a;
     volatile double c = 1.0 + 0x1p-27, d = -(1.0 + 0x1p-26), two = c;
@@ -2261,14 +2138,10 @@ static const kernel_set KERNEL(kernels) = {
     .finish = KERNEL(finish),
     .dot = KERNEL(dot),
     .dots = KERNEL(dots),
-    .dot_table = KERNEL(dot_table),
     .add_scaled = KERNEL(add_scaled),
     .add_chain = KERNEL(add_chain),
-    .layer_norm = KERNEL(layer_norm),
     .softmax = KERNEL(softmax),
-    .exponentials = KERNEL(exponentials),
     .find_above = KERNEL(find_above),
-    .unit_row = KERNEL(unit_row),
     .adam = KERNEL(adam),
     .contracts = KERNEL(contracts)
 };
@@ -2280,17 +2153,10 @@ static const kernel_set KERNEL(kernels) = {
 #undef SC_LANES
 #undef SC_TILE_ROWS
 #undef SC_VECTORS
-#undef SC_DOT_ROWS
-#undef SC_DOT_COLUMNS
-#undef SC_STRIP
-#undef SC_GROUP
 #undef SC_SET
 #undef SC_LOAD
 #undef SC_STORE
-#undef SC_ADD
 #undef SC_FMA
-#undef SC_ABOVE
-#undef SC_KEEP
 
 #else /* !SC_ISA */
 
@@ -2302,20 +2168,10 @@ static const kernel_set KERNEL(kernels) = {
 #define SC_UNROLL
 #endif
 #if defined(__GNUC__)
-#define SC_INLINE __attribute__((always_inline)) inline
 #define SC_PREFETCH(address) __builtin_prefetch((const void *)(address), 0, 2)
 #else
-#define SC_INLINE inline
 #define SC_PREFETCH(address) ((void)0)
 #endif
-
-/* join() of section 1, in the form that GCC and clang keep in registers. */
-static inline float join_quickly(float *p, int n) {
-    for (int i = 0; n > 8 && i < 8; i++) p[i] += p[i + 8];
-    for (int i = 0; n > 4 && i < 4; i++) p[i] += p[i + 4];
-    for (int i = 0; n > 2 && i < 2; i++) p[i] += p[i + 2];
-    return n > 1 ? p[0] + p[1] : p[0];
-}
 
 #define PASTE2(a, b) a##_##b
 #define PASTE(a, b) PASTE2(a, b)
@@ -2326,21 +2182,14 @@ static inline float join_quickly(float *p, int n) {
 /* Plain C: vectors of one float. Here are all the words that an instruction set must define. */
 #define SC_ISA scalar
 #define SC_TARGET                                /* lets a function use the instructions */
-#define SC_V float                               /* the vector type */
+#define SC_V float                               /* the vector type, which + adds */
 #define SC_LANES 1                               /* floats in a vector */
 #define SC_TILE_ROWS 4                           /* rows of a tile of a product */
 #define SC_VECTORS 4                             /* vectors in a row of it */
-#define SC_DOT_ROWS 1                            /* a tile of dot products: rows of a */
-#define SC_DOT_COLUMNS 1                         /* and rows of b */
-#define SC_STRIP 16                              /* vectors of a sum that are kept in registers */
-#define SC_GROUP 1                               /* floats that SC_ABOVE compares */
 #define SC_SET(x) (x)                            /* the same number in all lanes */
 #define SC_LOAD(p) (*(p))
 #define SC_STORE(p, v) (*(p) = (v))
-#define SC_ADD(a, b) ((a) + (b))
 #define SC_FMA(a, b, c) fma32(a, b, c)           /* a * b + c, rounded once */
-#define SC_ABOVE(p, q) (*(p) > *(q))             /* bit i: p[i] > q[i] */
-#define SC_KEEP(v) (void)(v)                     /* keeps v in a register */
 #include "saeclip.c"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -2353,18 +2202,10 @@ static inline float join_quickly(float *p, int n) {
 #define SC_LANES 8
 #define SC_TILE_ROWS 6
 #define SC_VECTORS 2
-#define SC_DOT_ROWS 3
-#define SC_DOT_COLUMNS 2
-#define SC_STRIP 12
-#define SC_GROUP 8
 #define SC_SET(x) _mm256_set1_ps(x)
 #define SC_LOAD(p) _mm256_loadu_ps(p)
 #define SC_STORE(p, v) _mm256_storeu_ps(p, v)
-#define SC_ADD(a, b) _mm256_add_ps(a, b)
 #define SC_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define SC_ABOVE(p, q)                                                                             \
-    (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(SC_LOAD(p), SC_LOAD(q), _CMP_GT_OQ))
-#define SC_KEEP(v) __asm__("" : "+x"(v))
 #include "saeclip.c"
 
 /* AVX-512 has 32 registers: 28 for the chains of a tile. */
@@ -2374,17 +2215,10 @@ static inline float join_quickly(float *p, int n) {
 #define SC_LANES 16
 #define SC_TILE_ROWS 14
 #define SC_VECTORS 2
-#define SC_DOT_ROWS 4
-#define SC_DOT_COLUMNS 5
-#define SC_STRIP 12
-#define SC_GROUP 16
 #define SC_SET(x) _mm512_set1_ps(x)
 #define SC_LOAD(p) _mm512_loadu_ps(p)
 #define SC_STORE(p, v) _mm512_storeu_ps(p, v)
-#define SC_ADD(a, b) _mm512_add_ps(a, b)
 #define SC_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define SC_ABOVE(p, q) (unsigned)_mm512_cmp_ps_mask(SC_LOAD(p), SC_LOAD(q), _CMP_GT_OQ)
-#define SC_KEEP(v) __asm__("" : "+v"(v))
 #include "saeclip.c"
 
 #elif defined(__aarch64__) && defined(__ARM_NEON)
@@ -2397,17 +2231,10 @@ static inline float join_quickly(float *p, int n) {
 #define SC_LANES 4
 #define SC_TILE_ROWS 8
 #define SC_VECTORS 3
-#define SC_DOT_ROWS 2
-#define SC_DOT_COLUMNS 3
-#define SC_STRIP 12
-#define SC_GROUP 1
 #define SC_SET(x) vdupq_n_f32(x)
 #define SC_LOAD(p) vld1q_f32(p)
 #define SC_STORE(p, v) vst1q_f32(p, v)
-#define SC_ADD(a, b) vaddq_f32(a, b)
 #define SC_FMA(a, b, c) vfmaq_f32(c, a, b)
-#define SC_ABOVE(p, q) (*(p) > *(q))
-#define SC_KEEP(v) __asm__("" : "+w"(v))
 #include "saeclip.c"
 #endif
 
@@ -2422,8 +2249,7 @@ static const kernel_set *const kernel_sets[] = {
     &kernels_scalar
 };
 
-static const kernel_set *kernels = &kernels_scalar;        /* in use */
-static int kernels_chosen;
+static const kernel_set *kernels;    /* in use; NULL: none is chosen yet */
 
 /* Whether this machine has the instructions. */
 static int is_usable(const kernel_set *set) {
@@ -2438,25 +2264,11 @@ static int is_usable(const kernel_set *set) {
     return set != NULL;
 }
 
-/* Floats of A that are copied at once: 9/16 of the second-level cache, the rest is for B and C.
- * Where the system does not tell its size, 512 KB are assumed. */
-static size_t buffer_floats = 72 << 10;
-
-static void measure_cache(void) {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (bytes >= 1 << 18)
-        buffer_floats = (size_t)bytes / 16 * 9 / sizeof(float);
-#endif
-}
-
 int sc_instruction_set(const char *name) {
     for (size_t i = 0; i < COUNT(kernel_sets); i++) {
         const kernel_set *set = kernel_sets[i];
         if ((name && strcmp(name, set->name) != 0) || !is_usable(set)) continue;
         kernels = set;
-        kernels_chosen = 1;
-        measure_cache();
         if (!set->contracts() && !kernels_scalar.contracts()) return SC_OK;
         return fail("this build contracts a * b + c (expected the option -ffp-contract=off)");
     }
@@ -2466,45 +2278,57 @@ int sc_instruction_set(const char *name) {
 
 /* Chooses the fastest kernels if the caller of the library has not chosen any. */
 static int choose_kernels(void) {
-    return kernels_chosen ? SC_OK : sc_instruction_set(NULL);
+    return kernels ? SC_OK : sc_instruction_set(NULL);
 }
 
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
+/* How many parts of this size n things make; the last one may be smaller. */
+static size_t parts_of(size_t n, size_t size) { return (n + size - 1) / size; }
+
 /* --------------------------------------------------------------------------------------------
  * Matrix products, c = a b: the bits of sc_matmul_plain().
  *
- * A number must be used many times once it has been loaded, for a processor multiplies faster than
- * it loads. So a product is computed in pieces that fit the registers and the caches (Goto and van
- * de Geijn, "Anatomy of high-performance matrix multiplication", 2008); sizes are AVX-512's:
+ * A processor multiplies faster than it loads, so a number must be used many times once it has been
+ * loaded. A product is computed in pieces that fit the registers and the caches (Goto and van de
+ * Geijn, "Anatomy of high-performance matrix multiplication", 2008); sizes are AVX-512's:
  *
  *                       b: panels of 32 columns           registers: a tile of c, 14 x 32
  *                       +----+----+----+                  first-level cache: a block of b, 256 x
  *                       |////|    |    |                      32 numbers, contiguous since b is
- *                       |----|    |    | 256 rows             packed as [panels][K][32]
- *                       |    |    |    |                  second-level cache: the rows of a of up
- *       256 columns     +----+----+----+                      to 8 tiles, copied in blocks of 256
- *       +-----+-----+   +----+----+----+                      columns
+ *                       |----|    |    | 256 rows             packed as [blocks][panels][256][32]
+ *                       |    |    |    |                  second-level cache: a copied block of a,
+ *       256 columns     +----+----+----+                      8 x 14 rows of 256 terms, and the
+ *       +-----+-----+   +----+----+----+                      sums of its rows of c
  *       |/////|     |   |////|    |    | tile
  *       |-----|     |   |----|    |    |
  *       +-----+-----+   +----+----+----+
  *          a: [M, K]       c: [M, N]
  *
- * For each panel and each block of 256 terms, one chain per element, the tiles take turns with the
- * block of b. The copied rows of a are 272 floats apart: at 256 floats, a power of two, they would
- * compete for the same few places of the cache. Panels are padded with zeros after column N, tiles
- * after row M. Threads take different rows and panels, so no sum is divided.
+ * Some rows of a are multiplied with some panels at a time. For each 256 terms, one chain of each
+ * element, the rows are copied, and for each panel the 8 tiles take turns with its block of b. The
+ * copied rows are 272 floats apart: at 256 floats, a power of two, they would compete for the same
+ * few places of the cache. Panels are padded with zeros after column N; rows of a tile after row M
+ * are computed and not stored. Threads take different rows and panels, so no sum is divided.
  * -------------------------------------------------------------------------------------------- */
 
-typedef sc_matrix packed_matrix;     /* data: [panels][K][kernels->columns] */
+typedef sc_matrix packed_matrix;     /* data: [blocks][panels][256 or the rest][kernels->columns] */
 
-static size_t panels_of(size_t N) { return (N + kernels->columns - 1) / kernels->columns; }
+static size_t panels_of(size_t N) { return parts_of(N, kernels->columns); }
+
+/* Rows of A that are copied at once. */
+static size_t rows_at_once(void) { return TILES_AT_ONCE * kernels->rows; }
 
 /* Allocates a [K, N] matrix of zeros. */
 static int new_packed(packed_matrix *b, size_t K, size_t N) {
     *b = (packed_matrix){ .K = K, .N = N, .panels = panels_of(N) };
     b->data = new_array(b->panels * kernels->columns, K * sizeof *b->data);
     return b->data ? SC_OK : SC_FAILED;
+}
+
+/* Where rows k to k + 255 of a panel begin; k: a multiple of 256 */
+static float *block_of(const packed_matrix *b, size_t panel, size_t k) {
+    return b->data + (k * b->panels + panel * smaller(b->K - k, CHAIN)) * kernels->columns;
 }
 
 /* Packs panels first .. last - 1 of the matrix whose element (k, j) is
@@ -2514,54 +2338,27 @@ static void pack_panels(packed_matrix *b, size_t first, size_t last, const float
     size_t columns = kernels->columns;
     for (size_t panel = first; panel < last; panel++) {
         size_t width = smaller(b->N - panel * columns, columns);
-        const float *from = w + panel * columns * j_stride;
-        float *to = b->data + panel * b->K * columns;
-        if (j_stride == 1) {
-            for (size_t k = 0; k < b->K; k++)
-                memcpy(to + k * columns, from + k * k_stride, width * sizeof *to);
-            continue;
-        }
-        for (size_t j = 0; j < width; j++) {
-            for (size_t k = 0; k < b->K; k++)
-                to[k * columns + j] = from[k * k_stride + j * j_stride];
+        for (size_t block = 0; block < b->K; block += CHAIN) {
+            size_t terms = smaller(b->K - block, CHAIN);
+            const float *from = w + panel * columns * j_stride + block * k_stride;
+            float *to = block_of(b, panel, block);
+            if (j_stride == 1) {
+                for (size_t k = 0; k < terms; k++)
+                    memcpy(to + k * columns, from + k * k_stride, width * sizeof *to);
+                continue;
+            }
+            for (size_t j = 0; j < width; j++) {
+                for (size_t k = 0; k < terms; k++)
+                    to[k * columns + j] = from[k * k_stride + j * j_stride];
+            }
         }
     }
 }
 
-/* How many chains a sum of K terms has. */
-static size_t chains_of(size_t K) { return (K + CHAIN - 1) / CHAIN; }
-
-/* Rows of A that are copied at once: those of 1 to 8 tiles, as the cache allows. */
-static size_t rows_at_once(size_t K) {
-    size_t tile = (chains_of(K) + 1) * kernels->rows * CHAIN_STRIDE;
-    size_t tiles = smaller(buffer_floats / tile, TILES_AT_ONCE);
-    if (tiles == 0) tiles = 1;
-    return tiles * kernels->rows;
-}
-
-/* Floats in the buffer for the copy, for products of this K or a smaller one. */
-static size_t row_buffer_size(size_t K) {
-    size_t tile = chains_of(K) * kernels->rows * CHAIN_STRIDE;
-    return tile > buffer_floats ? tile : buffer_floats;
-}
-
-/* Copies rows of A: the first ones, or those listed in `index`, and zeros up to a whole tile.
- * a: [any number, K], rows a_stride floats apart; index: [rows] or NULL;
- * buffer: [chains][room][CHAIN_STRIDE] */
-static void load_rows(float *buffer, const float *a, size_t a_stride, const size_t *index,
-                      size_t rows, size_t K, size_t room) {
-    size_t end = (rows + kernels->rows - 1) / kernels->rows * kernels->rows;
-    for (size_t block = 0; block < K; block += CHAIN) {
-        size_t bytes = smaller(K - block, CHAIN) * sizeof *a;
-        for (size_t r = 0; r < rows; r++) {
-            size_t row = index ? index[r] : r;
-            memcpy(buffer + r * CHAIN_STRIDE, a + row * a_stride + block, bytes);
-        }
-        for (size_t r = rows; r < end; r++)
-            memset(buffer + r * CHAIN_STRIDE, 0, bytes);
-        buffer += room * CHAIN_STRIDE;
-    }
-}
+/* Each thread's copied block of A, [rows_at_once()][CHAIN_STRIDE], and the sums of its part of C,
+ * panel by panel, [panels][rows_at_once()][columns]. */
+static _Thread_local float copied[TILES_AT_ONCE * MAX_ROWS * CHAIN_STRIDE];
+static _Thread_local float part_sums[TILES_AT_ONCE * MAX_ROWS * COLUMNS_AT_ONCE];
 
 /* The target of the part that begins at this row and column. */
 static tile_target part_of(const tile_target *whole, size_t row, size_t column) {
@@ -2569,99 +2366,70 @@ static tile_target part_of(const tile_target *whole, size_t row, size_t column) 
     part.c += row * whole->c_stride + column;
     if (whole->bias) part.bias += column;
     if (whole->row_bias) part.row_bias += row;
-    if (whole->residual)
-        part.residual += row * whole->residual_stride + column;
+    if (whole->residual) part.residual += row * whole->c_stride + column;
     return part;
 }
 
-/* The product of the rows in a buffer and one panel. buffer: [chains][room][CHAIN_STRIDE]; to: of
- * these rows, at column 0 */
-static void product_panel(const float *buffer, size_t rows, size_t room, const packed_matrix *b,
-                          size_t panel, const tile_target *to) {
-    size_t columns = kernels->columns;
-    size_t first = panel * columns;
-    const float *b_block = b->data + panel * b->K * columns;
-    float sum[TILES_AT_ONCE * MAX_ROWS * MAX_COLUMNS];
-    for (size_t block = 0; block < b->K; block += CHAIN) {
-        size_t terms = smaller(b->K - block, CHAIN);
-        for (size_t r = 0; r < rows; r += kernels->rows) {
-            kernels->tile(rows - r, terms, buffer + r * CHAIN_STRIDE, b_block, sum + r * columns,
-                          block > 0);
-        }
-        buffer += room * CHAIN_STRIDE;
-        b_block += CHAIN * columns;
-    }
-    tile_target part = part_of(to, 0, first);
-    kernels->finish(sum, rows, smaller(b->N - first, columns), &part);
-}
-
-/* Rows of a product in panels first .. last - 1, by one thread. a: [rows, K], or the rows listed in
- * `index` (which row_bias follows); to: of these rows, at column 0; buffer: [row_buffer_size(K)] */
-static void product_rows(const float *a, size_t a_stride, const size_t *index, size_t rows,
-                         const packed_matrix *b, size_t first, size_t last, const tile_target *to,
-                         float *buffer) {
-    size_t room = rows_at_once(b->K);
-    float row_bias[TILES_AT_ONCE * MAX_ROWS];
-    for (size_t i = 0; i < rows; i += room) {
-        size_t some = smaller(rows - i, room);
-        tile_target part = part_of(to, i, 0);
-        if (index) {
-            load_rows(buffer, a, a_stride, index + i, some, b->K, room);
-        } else {
-            load_rows(buffer, a + i * a_stride, a_stride, NULL, some, b->K, room);
-        }
-        if (index && to->row_bias) {
-            for (size_t r = 0; r < some; r++)
-                row_bias[r] = to->row_bias[index[i + r]];
-            part.row_bias = row_bias;
-        }
-        for (size_t panel = first; panel < last; panel++)
-            product_panel(buffer, some, room, b, panel, &part);
-    }
-}
-
-/* A product that all threads share. */
+/* The product of M rows of a and panels first .. last - 1 of b, in parts: up to rows_at_once() rows
+ * and panel_step panels, of COLUMNS_AT_ONCE columns at most. */
 typedef struct {
     const float *a;                  /* [M, K], rows a_stride floats apart */
-    size_t M, a_stride;
+    size_t a_stride, M;
     const packed_matrix *b;          /* [K, N] */
-    tile_target to;                  /* [M, N] */
-    size_t row_step, panel_step;     /* rows and panels of one task */
-    size_t row_tasks;
-    float *buffer;                   /* [workers][row_buffer_size(K)] */
+    size_t first, last;
+    const tile_target *to;           /* of these rows and panels */
+    size_t row_parts, panel_step;
 } product;
 
-static int product_task(void *context, size_t task) {
+static int product_part(void *context, size_t part) {
     const product *p = context;
-    size_t row = task % p->row_tasks * p->row_step;
-    size_t panel = task / p->row_tasks * p->panel_step;
-    size_t rows = smaller(p->M - row, p->row_step);
-    size_t last = smaller(panel + p->panel_step, p->b->panels);
-    tile_target part = part_of(&p->to, row, 0);
-    float *buffer = p->buffer + worker * row_buffer_size(p->b->K);
-    product_rows(p->a + row * p->a_stride, p->a_stride, NULL, rows, p->b, panel, last, &part,
-                 buffer);
+    const packed_matrix *b = p->b;
+    size_t columns = kernels->columns;
+    size_t row = part % p->row_parts * rows_at_once();
+    size_t rows = smaller(p->M - row, rows_at_once());
+    size_t first = p->first + part / p->row_parts * p->panel_step;
+    const float *a = p->a + row * p->a_stride;
+    for (size_t block = 0; block < b->K; block += CHAIN) {
+        size_t terms = smaller(b->K - block, CHAIN);
+        float *sum = part_sums;
+        for (size_t r = 0; r < rows; r++)
+            memcpy(copied + r * CHAIN_STRIDE, a + r * p->a_stride + block, terms * sizeof *a);
+        for (size_t panel = first; panel < smaller(first + p->panel_step, p->last); panel++) {
+            const float *b_block = block_of(b, panel, block);
+            for (size_t r = 0; r < rows; r += kernels->rows, sum += kernels->rows * columns) {
+                if (block == 0) memset(sum, 0, kernels->rows * columns * sizeof *sum);
+                kernels->tile(terms, copied + r * CHAIN_STRIDE, b_block, sum);
+                if (block + terms < b->K) continue;
+                /* the last terms: the tile is stored while it is in the cache */
+                tile_target tile = part_of(p->to, row + r, (panel - p->first) * columns);
+                kernels->finish(sum, smaller(rows - r, kernels->rows),
+                                smaller(b->N - panel * columns, columns), &tile);
+            }
+        }
+    }
     return SC_OK;
 }
 
-/* c = activation(a b + bias + residual), on all threads. A task is as many rows as are copied at
- * once. If that makes too few tasks to keep all threads busy until the end, panels are divided too.
- * a: [M, K], rows a_stride floats apart */
+/* All parts of a product, by one thread. */
+static void product_rows(const float *a, size_t a_stride, size_t M, const packed_matrix *b,
+                         size_t first, size_t last, const tile_target *to) {
+    product p = { a, a_stride, M, b, first, last, to, parts_of(M, rows_at_once()),
+                  COLUMNS_AT_ONCE / kernels->columns };
+    size_t parts = p.row_parts * parts_of(last - first, p.panel_step);
+    for (size_t part = 0; part < parts; part++)
+        product_part(&p, part);
+}
+
+/* c = activation(a b + bias + residual), on all threads: the bits of sc_matmul_plain(). Each part
+ * is a task; parts have fewer panels if there would be too few tasks to keep all threads busy until
+ * the end. a: [M, K], rows a_stride floats apart */
 static int multiply(const float *a, size_t M, size_t a_stride, const packed_matrix *b,
                     tile_target to) {
-    size_t threads = (size_t)thread_count();
-    product p = { .a = a, .M = M, .a_stride = a_stride, .b = b, .to = to };
+    product p = { a, a_stride, M, b, 0, b->panels, &to, parts_of(M, rows_at_once()), 0 };
     if (M == 0 || b->N == 0) return SC_OK;
-    p.row_step = rows_at_once(b->K);
-    p.row_tasks = (M + p.row_step - 1) / p.row_step;
-    size_t panel_tasks = (SHARES * threads + p.row_tasks - 1) / p.row_tasks;
-    p.panel_step = (b->panels + panel_tasks - 1) / panel_tasks;
-    panel_tasks = (b->panels + p.panel_step - 1) / p.panel_step;
-    p.buffer = reserve_array(threads * row_buffer_size(b->K), sizeof *p.buffer);
-    if (!p.buffer) return SC_FAILED;
-    int status = parallel_for(p.row_tasks * panel_tasks, product_task, &p);
-    free(p.buffer);
-    return status;
+    size_t panel_parts = parts_of(SHARES * (size_t)thread_count(), p.row_parts);
+    p.panel_step = smaller(parts_of(b->panels, panel_parts), COLUMNS_AT_ONCE / kernels->columns);
+    return parallel_for(p.row_parts * parts_of(b->panels, p.panel_step), product_part, &p);
 }
 
 /* ============================================================================================
@@ -2672,46 +2440,57 @@ static int multiply(const float *a, size_t M, size_t a_stride, const packed_matr
  * their place (an SAE's reconstruction), and stops where nothing later is needed.
  * ============================================================================================ */
 
-/* The values of a forward pass. B images, T tokens, D width, H hidden, p patch; M = B T.
- * Numbers between the end of a row of normed or wide and its stride are undefined. */
+/* One worker's memory for one head of one image, d = D / heads. */
 typedef struct {
+    packed_matrix keys;              /* [d, T], k transposed */
+    packed_matrix values;            /* [T, d] */
+    float *scores;                   /* [rows_at_once(), T padded], of some queries */
+} head_scratch;
+
+/* A forward pass. B images, T tokens, D width, H hidden, p patch; M = B T. It stays with the model
+ * for the next call, as its arrays, 58 MB for 16 images of ViT-B/16, would otherwise be mapped and
+ * cleared each time. Numbers between the end of a row of normed or wide and its stride are
+ * undefined. */
+typedef struct sc_forward_pass {
     const sc_model *model;
     size_t images, rows;             /* B, M */
     const unsigned char *pixels;     /* [B, S, S, 3], 8 bits, S pixels per side */
     const sc_tap *taps;              /* [count], the hook points */
     size_t count;
     size_t last;                     /* the last block that is needed, from 1 */
-    int stops_at_attn;               /* whether that block's MLP is not needed */
+    const sc_layer *norm;            /* what norm_task applies */
     float *x;                        /* [M, D], the residual stream */
     float *normed;                   /* [M, D], a norm's output, or the attention's */
-    float *wide;                     /* [M, max(3 D, H, 3 p^2)], qkv, hidden or patches */
+    float *wide;                     /* [M, the largest of 3 D, H, 3 p^2 and outputs] */
     size_t normed_stride, wide_stride;
-    unsigned char *scratch;          /* [workers][scratch_bytes], for one head each */
-    size_t scratch_bytes;
-    const sc_layer *norm;            /* what norm_task applies */
-} forward_pass;
-
-/* The arrays of a pass stay with the model for the next one: for 16 images of ViT-B/16 they take
- * 58 MB, which would be mapped and cleared each time. */
-struct sc_forward_memory {
-    size_t rows, scratch;            /* tokens and bytes that there is room for */
-    float *x, *normed, *wide;
-    unsigned char *heads;
+    head_scratch *scratch;           /* [workers] */
+    size_t room, workers;            /* rows and workers that there is memory for */
     memory_list memory;
-};
+} forward_pass;
 
 enum { ROWS_PER_TASK = 32 };
 
-/* normed = layer_norm(x) for some rows. */
+/* layer_norm_forward() of one row. x: [n]; out: [n], padded with zeros to a multiple of 16 */
+static void norm_row(float *out, const float *x, const sc_layer *norm, float epsilon, size_t n) {
+    float mean = row_sum(x, n) / (float)n;
+    for (size_t e = 0; e < n; e++)
+        out[e] = x[e] - mean;
+    for (size_t e = n; e < padded(n); e++)
+        out[e] = 0;
+    float variance = kernels->dot(out, out, padded(n)) / (float)n;
+    float scale = 1.0f / sqrtf(variance + epsilon);
+    for (size_t e = 0; e < n; e++)
+        out[e] = out[e] * scale * norm->weight[e] + norm->bias[e];
+}
+
+/* Some rows of norm_rows(), below. */
 static int norm_task(void *context, size_t task) {
     const forward_pass *pass = context;
-    const sc_layer *norm = pass->norm;
     size_t D = pass->model->width;
     size_t first = task * ROWS_PER_TASK;
-    size_t end = smaller(first + ROWS_PER_TASK, pass->rows);
-    for (size_t i = first; i < end; i++) {
-        kernels->layer_norm(pass->x + i * D, norm->weight, norm->bias, pass->model->epsilon,
-                            pass->normed + i * pass->normed_stride, D);
+    for (size_t i = first; i < smaller(first + ROWS_PER_TASK, pass->rows); i++) {
+        norm_row(pass->normed + i * pass->normed_stride, pass->x + i * D, pass->norm,
+                 pass->model->epsilon, D);
     }
     return SC_OK;
 }
@@ -2719,56 +2498,43 @@ static int norm_task(void *context, size_t task) {
 /* normed = layer_norm(x) for all rows, on all threads. */
 static int norm_rows(forward_pass *pass, const sc_layer *norm) {
     pass->norm = norm;
-    return parallel_for((pass->rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, norm_task, pass);
+    return parallel_for(parts_of(pass->rows, ROWS_PER_TASK), norm_task, pass);
 }
 
-/* The patches of an image as rows of 3 p^2 normalised numbers, as in embed_forward(). They are
- * stored in wide: [B (T - 1), 3 p^2]. */
+/* The patches of an image as rows of wide: [B (T - 1), 3 p^2]. */
 static int patch_task(void *context, size_t image) {
     const forward_pass *pass = context;
     const sc_model *model = pass->model;
-    size_t p = model->patch;
     size_t S = model->image_size;
     size_t patches = model->tokens - 1;
-    const unsigned char *pixels = pass->pixels + image * S * S * 3;
-    float normal[3][256];            /* the result for every value of a channel */
-    for (int c = 0; c < 3; c++) {
-        for (int v = 0; v < 256; v++)
-            normal[c][v] = ((float)v / 255.0f - model->mean[c]) / model->std[c];
-    }
     for (size_t i = 0; i < patches; i++) {
-        size_t top = i / model->grid * p;
-        size_t left = i % model->grid * p;
-        const unsigned char *corner = pixels + (top * S + left) * 3;
-        float *out = pass->wide + (image * patches + i) * pass->wide_stride;
-        for (size_t c = 0; c < 3; c++) {
-            for (size_t y = 0; y < p; y++) {
-                for (size_t x = 0; x < p; x++)
-                    *out++ = normal[c][corner[(y * S + x) * 3 + c]];
-            }
-        }
+        float *patch = pass->wide + (image * patches + i) * pass->wide_stride;
+        patch_forward(patch, model, pass->pixels + image * S * S * 3, i);
     }
     return SC_OK;
 }
 
-/* x = [class token; patches W + bias] + positions, then the first norm if the model has one. */
+/* embed_forward(): x = [class token; patches W + bias] + positions, then the first norm if the
+ * model has one. */
 static int embed(forward_pass *pass) {
     const sc_model *model = pass->model;
-    const sc_layer *patch_layer = &model->layer[PATCHES];
+    const sc_layer *linear = &model->layer[PATCHES];
     const float *class_token = model->layer[CLASS_TOKEN].weight;
     const float *positions = model->layer[POSITIONS].weight;
     size_t D = model->width;
     size_t T = model->tokens;
+    /* the class token, then the patches, in one product per image, to which positions are added */
     SC_TRY(parallel_for(pass->images, patch_task, pass));
     for (size_t image = 0; image < pass->images; image++) {
         float *x = pass->x + image * T * D;
         const float *patches = pass->wide + image * (T - 1) * pass->wide_stride;
-        tile_target to = { .c = x + D, .c_stride = D, .bias = patch_layer->bias,
-                           .residual = positions + D, .residual_stride = D };
+        tile_target to = { .c = x + D, .c_stride = D, .bias = linear->bias,
+                           .residual = positions + D };
         for (size_t d = 0; d < D; d++)
             x[d] = class_token[d] + positions[d] + 0.0f;
-        SC_TRY(multiply(patches, T - 1, pass->wide_stride, &patch_layer->matrix, to));
+        SC_TRY(multiply(patches, T - 1, pass->wide_stride, &linear->matrix, to));
     }
+    /* CLIP's norm */
     if (!model->layer[PRE].weight) return SC_OK;
     SC_TRY(norm_rows(pass, &model->layer[PRE]));
     for (size_t i = 0; i < pass->rows; i++)
@@ -2776,31 +2542,8 @@ static int embed(forward_pass *pass) {
     return SC_OK;
 }
 
-/* One worker's memory for one head of one image, d = D / heads. */
-typedef struct {
-    packed_matrix keys;              /* [d, T], k transposed */
-    packed_matrix values;            /* [T, d] */
-    float *scores;                   /* [rows_at_once(d), T padded], of some queries */
-    float *buffer;                   /* for product_rows */
-} head_scratch;
-
-/* Places a worker's arrays in `memory`, or only measures them if that is NULL. */
-static size_t lay_out_head(head_scratch *s, const sc_model *model, void *memory) {
-    size_t T = model->tokens;
-    size_t d = model->width / model->heads;
-    size_t longest = T > d ? T : d;
-    s->keys = (packed_matrix){ .K = d, .N = T, .panels = panels_of(T) };
-    s->values = (packed_matrix){ .K = T, .N = d, .panels = panels_of(d) };
-    const array_spec arrays[] = {
-        ARRAY(s->keys.data, s->keys.panels * kernels->columns, d),
-        ARRAY(s->values.data, s->values.panels * kernels->columns, T),
-        ARRAY(s->scores, rows_at_once(d), padded(T)),
-        ARRAY(s->buffer, row_buffer_size(longest), 1) };
-    return lay_out(arrays, COUNT(arrays), memory);
-}
-
-/* Attention of one head in one image, normed = softmax(q k^T / sqrt d) v: attention_forward() for
- * some queries at a time, so that their scores stay in a near cache.
+/* attention_forward() for one head of one image, normed = softmax(q k^T / sqrt d) v, for some
+ * queries at a time, so that their scores stay in a near cache.
  * q, k, v: [T, d], columns of qkv: [T, 3 D] */
 static int head_task(void *context, size_t task) {
     const forward_pass *pass = context;
@@ -2816,35 +2559,30 @@ static int head_task(void *context, size_t task) {
     const float *k = q + D;
     const float *v = k + D;
     float scale = 1.0f / sqrtf((float)d);
-    head_scratch s;
-    lay_out_head(&s, model, pass->scratch + worker * pass->scratch_bytes);
-    /* all queries of the head share its keys and values, packed once */
-    tile_target to_scores = { .c = s.scores, .c_stride = row };
+    head_scratch *s = &pass->scratch[worker];
+    tile_target to_scores = { .c = s->scores, .c_stride = row };
     tile_target to_out = { .c = pass->normed + image * T * pass->normed_stride + head * d,
                            .c_stride = pass->normed_stride };
-    pack_panels(&s.keys, 0, s.keys.panels, k, 1, stride);
-    pack_panels(&s.values, 0, s.values.panels, v, stride, 1);
-    for (size_t first = 0; first < T; first += rows_at_once(d)) {
-        size_t rows = smaller(T - first, rows_at_once(d));
-        product_rows(q + first * stride, stride, NULL, rows, &s.keys, 0, s.keys.panels, &to_scores,
-                     s.buffer);
+    /* all queries of the head share its keys and values, packed once */
+    pack_panels(&s->keys, 0, s->keys.panels, k, 1, stride);
+    pack_panels(&s->values, 0, s->values.panels, v, stride, 1);
+    for (size_t first = 0; first < T; first += rows_at_once()) {
+        size_t rows = smaller(T - first, rows_at_once());
+        product_rows(q + first * stride, stride, rows, &s->keys, 0, s->keys.panels, &to_scores);
         /* how much each query attends to each token, then the values weighted by that */
         for (size_t t = 0; t < rows; t++)
-            kernels->softmax(s.scores + t * row, T, scale);
-        product_rows(s.scores, row, NULL, rows, &s.values, 0, s.values.panels, &to_out, s.buffer);
+            kernels->softmax(s->scores + t * row, T, scale);
+        product_rows(s->scores, row, rows, &s->values, 0, s->values.panels, &to_out);
         to_out.c += rows * to_out.c_stride;
     }
     return SC_OK;
 }
 
-static int is_at(const sc_tap *tap, size_t layer, sc_hook hook) {
-    return tap->layer == layer && tap->hook == hook;
-}
-
 /* Whether anything is to be done with the output at a hook point. */
 static int is_tapped(const forward_pass *pass, size_t layer, sc_hook hook) {
-    for (size_t i = 0; i < pass->count; i++)
-        if (is_at(&pass->taps[i], layer, hook)) return 1;
+    for (size_t i = 0; i < pass->count; i++) {
+        if (pass->taps[i].layer == layer && pass->taps[i].hook == hook) return 1;
+    }
     return 0;
 }
 
@@ -2855,7 +2593,7 @@ static int tap_output(const forward_pass *pass, size_t layer, sc_hook hook, floa
     size_t bytes = pass->model->width * sizeof *output;
     for (size_t i = 0; i < pass->count; i++) {
         const sc_tap *tap = &pass->taps[i];
-        if (!is_at(tap, layer, hook)) continue;
+        if (tap->layer != layer || tap->hook != hook) continue;
         for (size_t row = 0; row < pass->rows; row++)
             memcpy(tap->out + row * tap->stride, output + row * stride, bytes);
         if (!tap->replace) continue;
@@ -2867,155 +2605,156 @@ static int tap_output(const forward_pass *pass, size_t layer, sc_hook hook, floa
 }
 
 /* x += a W + bias, the end of the attention or the MLP. Without a tap the product is added to x as
- * it is computed; with one it is first stored in whichever of normed and wide is not a.
- * a: [M, K], normed or wide */
-static int add_layer(forward_pass *pass, const float *a, const sc_layer *layer, size_t number,
-                     sc_hook hook) {
+ * it is computed; with one it is first stored in `output`.
+ * a, output: [M, any number], normed and wide or the other way round, with their strides */
+static int add_layer(forward_pass *pass, const float *a, size_t a_stride, float *output,
+                     size_t stride, const sc_layer *layer, size_t number, sc_hook hook) {
     size_t D = pass->model->width;
-    size_t a_stride = pass->normed_stride;
-    size_t stride = pass->wide_stride;
-    float *output = pass->wide;
-    if (a == pass->wide) {
-        a_stride = pass->wide_stride;
-        stride = pass->normed_stride;
-        output = pass->normed;
-    }
-    if (!is_tapped(pass, number, hook)) {
-        tile_target to_x = { .c = pass->x, .c_stride = D, .bias = layer->bias,
-                             .residual = pass->x, .residual_stride = D };
-        return multiply(a, pass->rows, a_stride, &layer->matrix, to_x);
-    }
-    tile_target to = { .c = output, .c_stride = stride, .bias = layer->bias };
+    tile_target to = { .c = pass->x, .c_stride = D, .bias = layer->bias,
+                       .residual = pass->x };
+    if (!is_tapped(pass, number, hook))
+        return multiply(a, pass->rows, a_stride, &layer->matrix, to);
+    to = (tile_target){ .c = output, .c_stride = stride, .bias = layer->bias };
     SC_TRY(multiply(a, pass->rows, a_stride, &layer->matrix, to));
     SC_TRY(tap_output(pass, number, hook, output, stride));
-    for (size_t i = 0; i < pass->rows; i++) {
-        float *x = pass->x + i * D;
-        for (size_t d = 0; d < D; d++)
-            x[d] = output[i * stride + d] + x[d] + 0.0f;
-    }
+    for (size_t i = 0; i < pass->rows; i++)
+        residual_forward(pass->x + i * D, output + i * stride, D);
     return SC_OK;
 }
 
-/* x = x + attention(norm1(x)); x = x + mlp(norm2(x)). number: of the block, from 1 */
-static int forward_block(forward_pass *pass, size_t number) {
+/* block_forward(): x = x + attention(norm1(x)); x = x + mlp(norm2(x)). number: of the block, from
+ * 1; attn_only: whether the MLP is not needed */
+static int forward_block(forward_pass *pass, size_t number, int attn_only) {
     const sc_model *model = pass->model;
     const sc_layer *block = &model->layer[(number - 1) * ROLES];
-    tile_target to_qkv = { .c = pass->wide, .c_stride = pass->wide_stride,
-                           .bias = block[QKV].bias };
-    tile_target to_hidden = { .c = pass->wide, .c_stride = pass->wide_stride,
-                              .bias = block[FC1].bias,
+    float *normed = pass->normed;
+    float *wide = pass->wide;
+    size_t normed_stride = pass->normed_stride;
+    size_t wide_stride = pass->wide_stride;
+    tile_target to_qkv = { .c = wide, .c_stride = wide_stride, .bias = block[QKV].bias };
+    tile_target to_hidden = { .c = wide, .c_stride = wide_stride, .bias = block[FC1].bias,
                               .activation = (activation_kind)model->activation };
     /* attention: normed = norm1(x); wide = qkv; normed = all heads side by side */
     SC_TRY(norm_rows(pass, &block[NORM1]));
-    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[QKV].matrix, to_qkv));
+    SC_TRY(multiply(normed, pass->rows, normed_stride, &block[QKV].matrix, to_qkv));
     SC_TRY(parallel_for(pass->images * model->heads, head_task, pass));
-    SC_TRY(add_layer(pass, pass->normed, &block[OUT], number, SC_ATTN));
-    if (number == pass->last && pass->stops_at_attn) return SC_OK;
+    SC_TRY(add_layer(pass, normed, normed_stride, wide, wide_stride, &block[OUT], number,
+                     SC_ATTN));
+    if (attn_only) return SC_OK;
     /* MLP: normed = norm2(x); wide = gelu(hidden) */
     SC_TRY(norm_rows(pass, &block[NORM2]));
-    SC_TRY(multiply(pass->normed, pass->rows, pass->normed_stride, &block[FC1].matrix, to_hidden));
-    SC_TRY(add_layer(pass, pass->wide, &block[FC2], number, SC_MLP));
+    SC_TRY(multiply(normed, pass->rows, normed_stride, &block[FC1].matrix, to_hidden));
+    SC_TRY(add_layer(pass, wide, wide_stride, normed, normed_stride, &block[FC2], number, SC_MLP));
     return tap_output(pass, number, SC_RESID, pass->x, model->width);
 }
 
-/* The cosine of an embedding with that of each class prompt, whose rows have unit length.
- * embedding: [outputs], overwritten; out: [classes] */
-static void compare_with_prompts(const sc_model *model, float *embedding, float *out) {
-    size_t P = padded(model->outputs);
-    kernels->unit_row(embedding, P);
-    for (size_t c = 0; c < model->classes; c++)
-        out[c] = kernels->dot(embedding, model->text + c * P, P);
-}
-
-/* head(norm(class token)): a classifier's logits or, with class prompts, the cosines with them.
- * out: [B, classes] */
+/* head_forward(): a classifier's logits, head(norm(class token)); for CLIP with class prompts,
+ * whose embeddings are unit rows, the cosines with them. out: [B, classes] */
 static int forward_head(forward_pass *pass, float *out) {
     const sc_model *model = pass->model;
-    const sc_layer *post = &model->layer[POST];
     const sc_layer *head = &model->layer[HEAD];
-    size_t P = padded(model->outputs);
-    tile_target to = { .c = out, .c_stride = model->outputs, .bias = head->bias };
-    float *embedding = new_array(pass->images, P * sizeof *embedding);
-    if (!embedding) return SC_FAILED;
+    size_t P = model->outputs;
+    tile_target to = { .c = out, .c_stride = P, .bias = head->bias };
+    /* with prompts, the product is the projected class token, and goes into a row of wide */
     if (model->text) {
-        to.c = embedding;
-        to.c_stride = P;
+        to.c = pass->wide;
+        to.c_stride = pass->wide_stride;
     }
     for (size_t b = 0; b < pass->images; b++) {
         const float *class_token = pass->x + b * model->tokens * model->width;
-        kernels->layer_norm(class_token, post->weight, post->bias, model->epsilon,
-                            pass->normed + b * pass->normed_stride, model->width);
+        norm_row(pass->normed + b * pass->normed_stride, class_token, &model->layer[POST],
+                 model->epsilon, model->width);
     }
-    int status = multiply(pass->normed, pass->images, pass->normed_stride, &head->matrix, to);
-    if (status == SC_OK && model->text) {
-        for (size_t b = 0; b < pass->images; b++)
-            compare_with_prompts(model, embedding + b * P, out + b * model->classes);
+    SC_TRY(multiply(pass->normed, pass->images, pass->normed_stride, &head->matrix, to));
+    if (!model->text) return SC_OK;
+    /* the cosines with the prompts, rows of norm 1 */
+    for (size_t b = 0; b < pass->images; b++) {
+        float *row = pass->wide + b * pass->wide_stride;
+        memset(row + P, 0, (padded(P) - P) * sizeof *row);
+        unit_row(row, P);
+        for (size_t c = 0; c < model->classes; c++)
+            out[b * model->classes + c] = kernels->dot(row, model->text + c * padded(P), padded(P));
     }
-    free(embedding);
-    return status;
-}
-
-/* Takes the model's arrays, which grow where they are too small. */
-static int start_forward_pass(forward_pass *pass, const sc_model *model) {
-    size_t D = model->width;
-    size_t widest = 3 * model->patch * model->patch;
-    head_scratch s;
-    if (widest < 3 * D) widest = 3 * D;
-    if (widest < model->hidden) widest = model->hidden;
-    pass->model = model;
-    pass->rows = pass->images * model->tokens;
-    pass->normed_stride = padded(D);
-    pass->wide_stride = padded(widest);
-    pass->scratch_bytes = lay_out_head(&s, model, NULL);
-    struct sc_forward_memory *kept = model->forward_memory;
-    size_t scratch = (size_t)thread_count() * pass->scratch_bytes;
-    if (kept->rows < pass->rows || kept->scratch < scratch) {
-        release(&kept->memory);
-        *kept = (struct sc_forward_memory){ 0 };
-        const array_spec arrays[] = {
-            ARRAY(kept->x, pass->rows, D), ARRAY(kept->normed, pass->rows, pass->normed_stride),
-            ARRAY(kept->wide, pass->rows, pass->wide_stride), ARRAY(kept->heads, scratch, 1) };
-        SC_TRY(new_arrays(&kept->memory, arrays, COUNT(arrays)));
-        kept->rows = pass->rows;
-        kept->scratch = scratch;
-    }
-    pass->x = kept->x;
-    pass->normed = kept->normed;
-    pass->wide = kept->wide;
-    pass->scratch = kept->heads;
     return SC_OK;
 }
 
+/* Allocates the arrays of a pass, unless those of an earlier one are large enough. */
+static int prepare_pass(forward_pass *pass) {
+    const sc_model *model = pass->model;
+    const size_t widths[] = { 3 * model->width, model->hidden, model->outputs,
+                              3 * model->patch * model->patch };
+    size_t T = model->tokens;
+    size_t d = model->width / model->heads;
+    size_t workers = (size_t)thread_count();
+    size_t widest = 0;
+    if (pass->room >= pass->rows && pass->workers >= workers) return SC_OK;
+    release(&pass->memory);
+    pass->room = 0;
+    for (size_t i = 0; i < COUNT(widths); i++) {
+        if (widths[i] > widest) widest = widths[i];
+    }
+    pass->normed_stride = padded(model->width);
+    pass->wide_stride = padded(widest);
+    /* the batch's arrays, then each worker's own */
+    const array_spec arrays[] = {
+        ARRAY(pass->x, pass->rows, model->width),
+        ARRAY(pass->normed, pass->rows, pass->normed_stride),
+        ARRAY(pass->wide, pass->rows, pass->wide_stride),
+        ARRAY(pass->scratch, workers, 1) };
+    SC_TRY(new_arrays(&pass->memory, arrays, COUNT(arrays)));
+    for (size_t w = 0; w < workers; w++) {
+        head_scratch *s = &pass->scratch[w];
+        s->keys = (packed_matrix){ .K = d, .N = T, .panels = panels_of(T) };
+        s->values = (packed_matrix){ .K = T, .N = d, .panels = panels_of(d) };
+        const array_spec own[] = {
+            ARRAY(s->keys.data, s->keys.panels * kernels->columns, d),
+            ARRAY(s->values.data, s->values.panels * kernels->columns, T),
+            ARRAY(s->scores, rows_at_once(), padded(T)) };
+        SC_TRY(new_arrays(&pass->memory, own, COUNT(own)));
+    }
+    pass->room = pass->rows;
+    pass->workers = workers;
+    return SC_OK;
+}
+
+/* The bits of vit_forward() for each image, at any number of hook points. */
 int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t images,
                      const sc_tap *taps, size_t count, float *head) {
-    forward_pass pass = { .images = images, .pixels = pixels, .taps = taps, .count = count };
-    if (head) pass.last = model->blocks;
+    forward_pass *pass = model->pass;
+    size_t last = head ? model->blocks : 0;
     for (size_t i = 0; i < count; i++) {
-        if (taps[i].layer > pass.last) pass.last = taps[i].layer;
+        if (taps[i].layer > last) last = taps[i].layer;
     }
-    if (pass.last > model->loaded || !model->forward_memory)
-        return fail("%s: block %zu is not loaded", model->file.path, pass.last);
-    /* a hook point at "attn" of the last block does not need the block's MLP */
-    pass.stops_at_attn = !head && !is_tapped(&pass, pass.last, SC_MLP)
-                         && !is_tapped(&pass, pass.last, SC_RESID);
-    int status = start_forward_pass(&pass, model);
-    if (status == SC_OK) status = embed(&pass);
-    for (size_t number = 1; number <= pass.last && status == SC_OK; number++)
-        status = forward_block(&pass, number);
-    if (status == SC_OK && head) status = forward_head(&pass, head);
-    return status;
+    if (last > model->loaded || !pass)
+        return fail("%s: block %zu is not loaded", model->file.path, last);
+    pass->model = model;
+    pass->images = images;
+    pass->rows = images * model->tokens;
+    pass->pixels = pixels;
+    pass->taps = taps;
+    pass->count = count;
+    /* the forward pass, up to the last block that is needed */
+    SC_TRY(prepare_pass(pass));
+    SC_TRY(embed(pass));
+    for (size_t number = 1; number <= last; number++) {
+        /* a hook point at "attn" of the last block does not need the block's MLP */
+        int needs_mlp = number < last || head || is_tapped(pass, last, SC_MLP)
+                        || is_tapped(pass, last, SC_RESID);
+        SC_TRY(forward_block(pass, number, !needs_mlp));
+    }
+    return head ? forward_head(pass, head) : SC_OK;
 }
 
 /* ============================================================================================
  * 10. Sparse codes
  *
- *     h = W_enc^T (x - b_dec) + b_enc       f = relu(h), or relu of the k largest of h
- *     x' = W_dec^T f + b_dec                 (Bricken et al., 2023; Gao et al., 2024)
+ * Section 3 for a batch of tokens. Instead of a matrix f: [T, n], which would be mostly zeros, it
+ * keeps codes: for each latent the tokens on which it fires, and its activations there.
  *
- * Weights lie latent by latent. A batch's tokens are cut into tiles of at most 256; a tile's
- * pre-activations become sparse codes while in cache, so there is no tokens x latents matrix.
+ * The batch is cut into tiles of up to 512 tokens, each the task of one thread. Some rows of
+ * W_enc at a time are multiplied with all tokens of the tile, and the products become codes while
+ * they are in the cache; then the codes are decoded.
  * ============================================================================================ */
-
 
 static int new_sae(sc_sae *sae, size_t d_in, size_t d_sae) {
     *sae = (sc_sae){ .d_in = d_in, .d_sae = d_sae, .stride = padded(d_in) };
@@ -3040,7 +2779,7 @@ void sc_sae_close(sc_sae *sae) {
 
 typedef struct { sc_sae *sae; uint64_t seed; } initialisation;
 
-static int initial_row(void *context, size_t j) {
+static int initialise_task(void *context, size_t j) {
     const initialisation *start = context;
     initialise_latent(start->sae, j, start->seed);
     return SC_OK;
@@ -3049,440 +2788,342 @@ static int initial_row(void *context, size_t j) {
 int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed) {
     initialisation start = { sae, seed };
     int status = new_sae(sae, d_in, d_sae);
-    if (status == SC_OK) status = parallel_for(d_sae, initial_row, &start);
+    if (status == SC_OK) status = parallel_for(d_sae, initialise_task, &start);
     if (status != SC_OK) sc_sae_close(sae);
     return status;
 }
 
-/* --------------------------------------------------------------------------------------------
- * Sparse codes: latent by latent, the tokens of a tile where it fires, and its activations there.
- * -------------------------------------------------------------------------------------------- */
-
 enum {
-    TILE_TOKENS = 256,               /* so that a token of a tile fits in a byte */
-    TILES_A_TASK = 4                 /* the most tiles in a task */
+    TILE_TOKENS = 512,               /* the most tokens in a tile */
+    TILE_STRIDE = TILE_TOKENS + 16,  /* floats between rows of h, no power of two (section 8) */
+    DENSE_SHARE = 8                  /* as a matrix if more than 1/8 of the codes are active */
 };
 
+/* The codes of a tile. */
 typedef struct {
-    size_t first, tokens;            /* the first token in the batch, and their number */
-    size_t *start;                   /* [n + 1], where latent j's codes begin */
-    uint8_t *token;                  /* [start[n]], ascending within a latent */
-    float *value;                    /* [start[n]] */
+    size_t first, tokens;            /* where the tile begins in the batch, how long it is */
+    size_t *start;                   /* [n + 1]: latent j has codes start[j] .. start[j + 1] - 1 */
+    uint16_t *token;                 /* [start[n]], within the tile, ascending for each latent */
+    float *value;                    /* [start[n]], the activations */
 } tile_codes;
 
-/* Visits the codes of a latent in a tile: the tokens where it fires, in order. token: within the
- * tile; value: the activation there */
-typedef struct { const tile_codes *tile; size_t next, end, token; float value; } code_walk;
+/* One worker's memory for a tile. */
+typedef struct {
+    float *h;                        /* [rows_at_once(), TILE_STRIDE], pre-activations */
+    uint32_t index[TILE_TOKENS];     /* from find_above() */
+    float limit[TILE_TOKENS];        /* of each token: above it h can be active */
+    uint64_t *heap;                  /* [TILE_TOKENS, k], see offer_candidate() */
+    float *dense;                    /* [TILE_TOKENS, CHAIN], codes of 256 latents as a matrix */
+    packed_matrix weights;           /* [CHAIN, D], the rows of W_dec of 256 latents */
+    float *apart;                    /* [stride], x' - x of a token */
+} tile_scratch;
 
-static code_walk walk_codes(const tile_codes *tile, size_t j) {
-    return (code_walk){ .tile = tile, .next = tile->start[j], .end = tile->start[j + 1] };
-}
-
-static inline int next_code(code_walk *w) {
-    if (w->next == w->end) return 0;
-    w->token = w->tile->token[w->next];
-    w->value = w->tile->value[w->next++];
-    return 1;
-}
-
-/* A batch of T tokens on its way through the SAE. D is padded to `stride` in every array. */
+/* A batch of T tokens on its way through the SAE. Rows of D numbers are `stride` floats apart. */
 typedef struct {
     const sc_sae *sae;
-    size_t T, room;                  /* tokens, and for how many there is room */
+    size_t T;
     int reconstruct;                 /* whether x' is wanted */
-    const float *x;                  /* [T, D], the caller's */
+    const float *given;              /* [T, D], the caller's, rows given_stride floats apart */
+    size_t given_stride;
+    float *x;                        /* [T, D], the same, padded with zeros */
     float *centred;                  /* [T, D], x - b_dec */
-    packed_matrix panels;            /* the same as columns, [D, T] */
-    float *output;                   /* [T, D], x', later its gradient */
+    packed_matrix columns;           /* [D, T], the same as columns */
+    float *output;                   /* [T, D], x'; in training later its gradient */
     double *norm;                    /* [T], ||x|| */
     double *squared_error;           /* [T], ||x' - x||^2 */
     double *sum_f;                   /* [T], sum of f */
-    double *active;                  /* [T], latents that fire */
+    double *active;                  /* [T], how many latents fire */
     tile_codes *tile;                /* [tiles] */
-    size_t tiles, tiles_a_task, tile_room;
-    unsigned char *scratch;          /* [workers][scratch_bytes] */
-    size_t scratch_bytes;
+    size_t tiles;
+    size_t *start;                   /* [tiles, n + 1], the tiles' start */
+    uint16_t *token;                 /* of all tiles, and */
+    float *value;                    /* the values: as many as there can be */
+    tile_scratch *scratch;           /* [workers] */
     memory_list memory;
 } sae_batch;
 
-/* One worker's memory for a tile, in the batch's scratch. */
-typedef struct {
-    float *h;                        /* [rows_at_once(D)][TILE_TOKENS] */
-    float *buffer;                   /* for load_rows */
-    float *dense;                    /* [TILE_TOKENS][CHAIN], codes as a matrix */
-    packed_matrix weights;           /* [CHAIN, D], the rows of W_dec of 256 latents */
-    float *sum;                      /* [stride] */
-    uint64_t *heap;                  /* [TILES_A_TASK][TILE_TOKENS][k], see offer_candidates() */
-    float *limit;                    /* [TILES_A_TASK][TILE_TOKENS], what a candidate must exceed */
-} tile_scratch;
-
-/* Places a worker's arrays in `memory`, or only measures them if that is NULL. */
-static size_t lay_out_scratch(tile_scratch *s, const sc_sae *sae, void *memory) {
-    size_t deepest = sae->d_in > CHAIN ? sae->d_in : CHAIN, columns = (size_t)kernels->columns;
-    s->weights = (packed_matrix){ .K = CHAIN, .N = sae->d_in, .panels = panels_of(sae->d_in) };
-    const array_spec arrays[] = {
-        ARRAY(s->h, rows_at_once(sae->d_in), TILE_TOKENS),
-        ARRAY(s->buffer, row_buffer_size(deepest), 1),
-        ARRAY(s->dense, TILE_TOKENS, CHAIN), ARRAY(s->sum, sae->stride, 1),
-        ARRAY(s->weights.data, s->weights.panels * columns, CHAIN),
-        ARRAY(s->heap, sae->topk ? sae->k : 0, TILES_A_TASK * TILE_TOKENS),
-        ARRAY(s->limit, TILES_A_TASK, TILE_TOKENS) };
-    return lay_out(arrays, COUNT(arrays), memory);
-}
-
-static tile_scratch worker_scratch(const sae_batch *batch) {
-    tile_scratch s;
-    lay_out_scratch(&s, batch->sae, batch->scratch + worker * batch->scratch_bytes);
-    return s;
-}
-
 static void free_batch(sae_batch *batch) {
-    for (size_t i = 0; batch->tile && i < batch->tile_room; i++) {
-        free(batch->tile[i].value);
-        free(batch->tile[i].token);
-    }
+    free(batch->token);
+    free(batch->value);
     release(&batch->memory);
     *batch = (sae_batch){ 0 };
 }
 
-/* Cuts T tokens into tiles of about the same length. Each thread gets the same number of tasks,
- * each task the same number of tiles. */
-static void cut_tiles(sae_batch *batch, size_t T) {
-    size_t columns = (size_t)kernels->columns, panels = panels_of(T), most = TILE_TOKENS / columns;
-    size_t share = (size_t)thread_count() * TILES_A_TASK * most;
-    size_t tasks = (size_t)thread_count() * ((panels + share - 1) / share);
-    if (tasks > panels) tasks = panels;
-    batch->tiles_a_task = ((panels + tasks - 1) / tasks + most - 1) / most;
-    batch->tiles = tasks * batch->tiles_a_task;
-    for (size_t i = 0; batch->tile && i < batch->tiles; i++) {
-        size_t first = i * panels / batch->tiles * columns;
-        size_t end = (i + 1) * panels / batch->tiles * columns;
-        batch->tile[i].first = first;
-        batch->tile[i].tokens = (end < T ? end : T) - first;
-    }
+/* How many tiles T tokens are cut into: the same number for each thread. */
+static size_t tiles_of(size_t T) {
+    size_t threads = (size_t)thread_count();
+    size_t room = threads * (TILE_TOKENS / kernels->columns);
+    return smaller(panels_of(T), threads * parts_of(panels_of(T), room));
 }
 
-/* Allocates a batch of up to `room` tokens. */
+/* The most codes that a token can have. */
+static size_t most_codes(const sc_sae *sae) { return sae->topk ? sae->k : sae->d_sae; }
+
+/* Allocates a batch of up to `room` tokens. The codes' room is not zeroed, so that only as much of
+ * it as is used is taken from the system. */
 static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
-    tile_scratch s;
-    size_t n = sae->d_sae, columns = panels_of(room) * (size_t)kernels->columns, *starts = NULL;
-    *batch = (sae_batch){ .sae = sae, .room = room, .reconstruct = 1,
-                          .scratch_bytes = lay_out_scratch(&s, sae, NULL) };
-    batch->panels.K = sae->d_in;
-    cut_tiles(batch, room);
-    size_t tiles = batch->tile_room = batch->tiles;
+    size_t workers = (size_t)thread_count();
+    *batch = (sae_batch){ .sae = sae, .reconstruct = 1, .columns = { .K = sae->d_in } };
     const array_spec arrays[] = {
-        ARRAY(batch->centred, room, sae->stride), ARRAY(batch->output, room, sae->stride),
-        ARRAY(batch->panels.data, columns, sae->d_in), ARRAY(batch->norm, room, 1),
-        ARRAY(batch->squared_error, room, 1), ARRAY(batch->sum_f, room, 1),
-        ARRAY(batch->active, room, 1), ARRAY(batch->tile, tiles, 1), ARRAY(starts, n + 1, tiles),
-        ARRAY(batch->scratch, (size_t)thread_count(), batch->scratch_bytes) };
+        ARRAY(batch->x, room, sae->stride),
+        ARRAY(batch->centred, room, sae->stride),
+        ARRAY(batch->output, room, sae->stride),
+        ARRAY(batch->columns.data, panels_of(room) * kernels->columns, sae->d_in),
+        ARRAY(batch->norm, room, 1),
+        ARRAY(batch->squared_error, room, 1),
+        ARRAY(batch->sum_f, room, 1),
+        ARRAY(batch->active, room, 1),
+        ARRAY(batch->tile, tiles_of(room), 1),
+        ARRAY(batch->start, tiles_of(room), sae->d_sae + 1),
+        ARRAY(batch->scratch, workers, 1) };
     SC_TRY(new_arrays(&batch->memory, arrays, COUNT(arrays)));
-    for (size_t i = 0; i < tiles; i++) {         /* room for all codes that there can be */
-        size_t most = sae->topk ? sae->k : n;
-        batch->tile[i].start = starts + i * (n + 1);
-        batch->tile[i].token = reserve_array(most, TILE_TOKENS * sizeof(uint8_t));
-        batch->tile[i].value = reserve_array(most, TILE_TOKENS * sizeof(float));
-        if (!batch->tile[i].token || !batch->tile[i].value) return SC_FAILED;
+    for (size_t w = 0; w < workers; w++) {
+        tile_scratch *s = &batch->scratch[w];
+        s->weights = (packed_matrix){ .N = sae->d_in, .panels = panels_of(sae->d_in) };
+        const array_spec own[] = {
+            ARRAY(s->h, rows_at_once(), TILE_STRIDE),
+            ARRAY(s->heap, sae->topk ? sae->k : 0, TILE_TOKENS),
+            ARRAY(s->dense, TILE_TOKENS, CHAIN),
+            ARRAY(s->weights.data, s->weights.panels * kernels->columns, CHAIN),
+            ARRAY(s->apart, sae->stride, 1) };
+        SC_TRY(new_arrays(&batch->memory, own, COUNT(own)));
     }
-    return SC_OK;
+    batch->token = reserve_array(room, most_codes(sae) * sizeof *batch->token);
+    batch->value = reserve_array(room, most_codes(sae) * sizeof *batch->value);
+    return batch->token && batch->value ? SC_OK : SC_FAILED;
 }
 
-/* The panels of a tile's tokens. */
-static packed_matrix tile_panels(const sae_batch *batch, const tile_codes *tile) {
-    packed_matrix panels = batch->panels;
-    panels.data += tile->first * panels.K;
-    panels.panels = panels_of(tile->tokens);
-    panels.N = panels.panels * (size_t)kernels->columns;
-    return panels;
-}
+/* The panels of batch->columns with a tile's tokens: from the first one up to, but without, the
+ * end. Only the last tile may end within a panel. */
+static size_t first_panel(const tile_codes *tile) { return tile->first / kernels->columns; }
+static size_t end_panel(const tile_codes *tile) { return panels_of(tile->first + tile->tokens); }
 
-/* pre_activation_forward() with one row per latent: h = W_enc^T (x - b_dec) + b_enc of latents j
- * .. j + count - 1, or of those listed in `latent` (then j is 0). latent: [count] or NULL;
- * panels: tokens as columns; h: [count, tokens], rows h_stride floats apart, whose entries past
- * the last token are undefined */
-static void pre_activations(const sc_sae *sae, size_t j, const size_t *latent, size_t count,
-                            const packed_matrix *panels, float *h, size_t h_stride, float *buffer) {
+/* h = W_enc^T (x - b_dec) + b_enc of latents j .. j + count - 1: pre_activation_forward() with one
+ * row per latent. first, end: panels of tokens; h: [count, their tokens], rows h_stride floats
+ * apart */
+static void pre_activations(const sae_batch *batch, size_t j, size_t count, size_t first,
+                            size_t end, float *h, size_t h_stride) {
+    const sc_sae *sae = batch->sae;
+    const float *W_enc = sae->W_enc + j * sae->stride;
     tile_target to = { .c = h, .c_stride = h_stride, .row_bias = sae->b_enc + j };
-    product_rows(sae->W_enc + j * sae->stride, sae->stride, latent, count, panels, 0,
-                 panels->panels, &to, buffer);
+    product_rows(W_enc, sae->stride, count, &batch->columns, first, end, &to);
 }
 
-/* relu_forward() or jumprelu_forward() of latent j: appends its codes, h > threshold, to the
- * `used` codes of the tile; returns their new number. h: [TILE_TOKENS] */
-static size_t append_codes(tile_codes *tile, size_t used, const float *h, const float *limit,
-                           float threshold) {
-    uint64_t mask[TILE_TOKENS / MASK_BITS];
-    kernels->find_above(h, limit, TILE_TOKENS, mask);
-    for (size_t first = 0; first < tile->tokens; first += MASK_BITS) {
-        size_t end = first + MASK_BITS < tile->tokens ? first + MASK_BITS : tile->tokens;
-        for (size_t t = first; mask[first / MASK_BITS] && t < end; t++) {
-            tile->token[used] = (uint8_t)t;      /* else the next one takes this place */
-            tile->value[used] = h[t];
-            used += h[t] > threshold;
-        }
-    }
-    return used;
-}
-
-/* topk_forward() with a heap of the k best candidates per token. A candidate is the number h
- * 2^32 + (2^32 - 1 - latent), with the bits of h: positive floats are ordered as their bits are,
- * and of two equal ones the lower latent is the larger number. 0 is an empty place. */
-static uint64_t candidate_of(float h, size_t latent) {
-    return (uint64_t)bits_of_float(h) << 32 | (uint32_t)~(uint32_t)latent;
-}
-
-static float candidate_value(uint64_t c) { return float_of_bits((uint32_t)(c >> 32)); }
-static size_t candidate_latent(uint64_t c) { return (uint32_t)~(uint32_t)c; }
-
-/* Replaces the least number of a heap, its first, by a larger one. In a heap no number is larger
- * than its children, those at 2 i + 1 and 2 i + 2. heap: [k] */
-static void replace_least(uint64_t *heap, size_t k, uint64_t number) {
+/* topk_forward(), which takes the latents in order and keeps the k best of each token in a heap: no
+ * number in it is larger than its children, those at 2 i + 1 and 2 i + 2. A candidate is the number
+ * h 2^32 + (2^32 - 1 - j), with the bits of h, which order as integers since h > 0; so of equal
+ * ones the lower latent is the better one. 0: no candidate yet. A new one takes the place of the
+ * least, the first. Returns the h of the least then: below it there are no more candidates. */
+static float offer_candidate(uint64_t *heap, size_t k, float h, size_t j) {
+    uint64_t candidate = (uint64_t)bits_of_float(h) << 32 | (UINT32_MAX - j);
     size_t place = 0;
     for (size_t child = 1; child < k; child = 2 * place + 1) {
         if (child + 1 < k && heap[child + 1] < heap[child]) child++;
-        if (heap[child] >= number) break;
+        if (heap[child] >= candidate) break;
         heap[place] = heap[child];
         place = child;
     }
-    heap[place] = number;
+    heap[place] = candidate;
+    return float_of_bits((uint32_t)(heap[0] >> 32));
 }
 
-/* Offers the pre-activations of latent j to the heaps of a tile's tokens. limit: the least of
- * the k best of each token, above which h is a candidate. h, limit: [TILE_TOKENS]; heap:
- * [TILE_TOKENS][k] */
-static void offer_candidates(const sc_sae *sae, size_t j, const float *h, size_t tokens,
-                             uint64_t *heap, float *limit) {
-    uint64_t mask[TILE_TOKENS / MASK_BITS];
-    if (!kernels->find_above(h, limit, TILE_TOKENS, mask)) return;
-    for (size_t t = 0; t < tokens; t++) {
-        uint64_t bits = mask[t / MASK_BITS] >> t % MASK_BITS;
-        if (bits == 0) t |= MASK_BITS - 1;     /* no candidate in this word */
-        if (!(bits & 1)) continue;
-        replace_least(heap + t * sae->k, sae->k, candidate_of(h[t], j));
-        limit[t] = candidate_value(heap[t * sae->k]);
-    }
-}
+static size_t candidate_latent(uint64_t candidate) { return UINT32_MAX - (uint32_t)candidate; }
 
-/* Makes the k best of each token the codes of the tile, sorted by latent: count, add up, place.
- * heap: [TILE_TOKENS][k] */
+/* The k best of each token become the tile's codes, sorted by latent: count, add up, place.
+ * heap: [tokens, k] */
 static void select_codes(const sc_sae *sae, tile_codes *tile, const uint64_t *heap) {
-    size_t n = sae->d_sae, k = sae->k, *start = tile->start;
-    memset(start, 0, (n + 1) * sizeof *start);
-    for (size_t i = 0; i < tile->tokens * k; i++)
-        if (heap[i]) start[candidate_latent(heap[i]) + 1]++;
-    for (size_t j = 0; j < n; j++) start[j + 1] += start[j];
-    for (size_t i = 0; i < tile->tokens * k; i++) {    /* each start moves to its end, */
-        if (!heap[i]) continue;
-        size_t at = start[candidate_latent(heap[i])]++;
-        tile->token[at] = (uint8_t)(i / k);
-        tile->value[at] = candidate_value(heap[i]);
+    size_t *start = tile->start;
+    size_t *next = start + 1;
+    size_t offers = tile->tokens * sae->k;
+    memset(start, 0, (sae->d_sae + 1) * sizeof *start);
+    for (size_t i = 0; i < offers; i++) {
+        if (heap[i]) next[candidate_latent(heap[i])]++;
     }
-    memmove(start + 1, start, n * sizeof *start);            /* where the next latent starts */
-    start[0] = 0;
+    /* from counts to beginnings: those of latent j at next[j], which end as those of j + 1 */
+    for (size_t j = 0, sum = 0; j < sae->d_sae; j++) {
+        size_t codes = next[j];
+        next[j] = sum;
+        sum += codes;
+    }
+    for (size_t i = 0; i < offers; i++) {
+        if (!heap[i]) continue;
+        size_t place = next[candidate_latent(heap[i])]++;
+        tile->token[place] = (uint16_t)(i / sae->k);
+        tile->value[place] = float_of_bits((uint32_t)(heap[i] >> 32));
+    }
 }
 
-/* encode_forward() for the tiles of a task. Rows of W_enc are loaded once for all of them. */
-static void encode_tiles(const sae_batch *batch, tile_codes *tile, const tile_scratch *s) {
+/* The codes of a tile: encode_forward(), with relu_forward() or jumprelu_forward() in order of
+ * latents, or topk_forward(). */
+static void encode_tile(sae_batch *batch, tile_codes *tile, tile_scratch *s) {
     const sc_sae *sae = batch->sae;
-    size_t D = sae->d_in, rows = rows_at_once(D), tiles = batch->tiles_a_task;
-    size_t heap_size = sae->topk ? TILE_TOKENS * sae->k : 0, used[TILES_A_TASK] = { 0 };
-    tile_target to = { .c = s->h, .c_stride = TILE_TOKENS };
-    memset(s->heap, 0, tiles * heap_size * sizeof *s->heap);
-    memset(s->limit, 0, tiles * TILE_TOKENS * sizeof *s->limit);
-    for (size_t group = 0; group < sae->d_sae; group += rows) {
-        size_t count = sae->d_sae - group < rows ? sae->d_sae - group : rows;
-        load_rows(s->buffer, sae->W_enc + group * sae->stride, sae->stride, NULL, count, D, rows);
-        to.row_bias = sae->b_enc + group;
-        for (size_t i = 0; i < tiles; i++) {
-            packed_matrix panels = tile_panels(batch, &tile[i]);
-            float *limit = s->limit + i * TILE_TOKENS;
-            for (size_t panel = 0; panel < panels.panels; panel++)
-                product_panel(s->buffer, count, rows, &panels, panel, &to);
-            for (size_t r = 0; r < count; r++) {
-                const float *h = s->h + r * TILE_TOKENS;
-                tile[i].start[group + r] = used[i];
-                if (sae->topk)
-                    offer_candidates(sae, group + r, h, tile[i].tokens, s->heap + i * heap_size,
-                                     limit);
-                else
-                    used[i] = append_codes(&tile[i], used[i], h, limit,
-                                           sae->threshold ? sae->threshold[group + r] : 0);
+    size_t stride = sae->stride;
+    size_t rows = rows_at_once();
+    size_t first = first_panel(tile);
+    size_t end = end_panel(tile);
+    size_t used = 0;
+    for (size_t t = tile->first; t < tile->first + tile->tokens; t++) {
+        float *x = batch->x + t * stride;
+        memcpy(x, batch->given + t * batch->given_stride, sae->d_in * sizeof *x);
+        for (size_t d = 0; d < stride; d++)
+            batch->centred[t * stride + d] = x[d] - sae->b_dec[d];
+    }
+    pack_panels(&batch->columns, first, end, batch->centred, 1, stride);
+    for (size_t t = 0; t < TILE_TOKENS; t++)
+        s->limit[t] = t < tile->tokens ? 0 : INFINITY;
+    if (sae->topk) memset(s->heap, 0, tile->tokens * sae->k * sizeof *s->heap);
+    for (size_t j = 0; j < sae->d_sae; j++) {
+        const float *h = s->h + j % rows * TILE_STRIDE;
+        float threshold = sae->threshold ? sae->threshold[j] : 0;
+        if (j % rows == 0)
+            pre_activations(batch, j, smaller(sae->d_sae - j, rows), first, end, s->h,
+                            TILE_STRIDE);
+        tile->start[j] = used;
+        size_t found = kernels->find_above(h, s->limit, TILE_TOKENS, s->index);
+        for (size_t i = 0; i < found; i++) {
+            size_t t = s->index[i];
+            if (sae->topk) {
+                s->limit[t] = offer_candidate(s->heap + t * sae->k, sae->k, h[t], j);
+            } else {
+                tile->token[used] = (uint16_t)t;
+                tile->value[used] = h[t];
+                used += h[t] > threshold;    /* otherwise the next one takes this place */
             }
         }
     }
-    for (size_t i = 0; i < tiles; i++) {
-        tile[i].start[sae->d_sae] = used[i];
-        if (sae->topk) select_codes(sae, &tile[i], s->heap + i * heap_size);
-    }
+    tile->start[sae->d_sae] = used;
+    if (sae->topk) select_codes(sae, tile, s->heap);
 }
 
-/* --------------------------------------------------------------------------------------------
- * Decoding: x' = W_dec^T f + b_dec, in blocks of 256 latents, each a chain. A block with few codes
- * adds up their rows; one with many is multiplied out in full. Both are the same chains.
- * -------------------------------------------------------------------------------------------- */
-
-enum { DENSE_SHARE = 8 };            /* as a matrix if more than 1/8 of the codes are active */
-
-/* Adds one chain of decode_forward(), over a block of latents, visiting only those that fire.
- * The codes are first sorted by token, by counting, which keeps the order of latents. out:
- * [tokens, stride] */
-static void decode_sparse(const sc_sae *sae, const tile_codes *tile, size_t block, size_t latents,
-                          float *out) {
-    size_t place[TILE_TOKENS + 1] = { 0 }, stride = sae->stride;
-    float value[TILE_TOKENS * CHAIN / DENSE_SHARE];
-    uint32_t latent[TILE_TOKENS * CHAIN / DENSE_SHARE];
-    for (size_t i = tile->start[block]; i < tile->start[block + latents]; i++)
-        place[tile->token[i] + 1]++;
-    for (size_t t = 0; t < tile->tokens; t++) place[t + 1] += place[t];
-    for (size_t j = 0; j < latents; j++)
-        for (code_walk w = walk_codes(tile, block + j); next_code(&w); place[w.token]++) {
-            value[place[w.token]] = w.value;
-            latent[place[w.token]] = (uint32_t)j;
-        }
-    for (size_t t = 0, i = 0; t < tile->tokens; i = place[t++]) /* places are the ends */
-        kernels->add_chain(value + i, latent + i, place[t] - i, sae->W_dec + block * stride,
-                           out + t * stride, stride);
-}
-
-/* The same chain as a product over all latents of the block. */
-static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t latents,
-                         float *out, tile_scratch *s) {
-    tile_target to = { .c = out, .c_stride = sae->stride,
-                       .residual = out, .residual_stride = sae->stride };
+/* out += f W_dec for latents block .. block + latents - 1, at most 256, so one chain of each sum.
+ * f: s->dense; out: [tokens, stride] */
+static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t latents, float *out,
+                         tile_scratch *s) {
+    tile_target to = { .c = out, .c_stride = sae->stride, .residual = out };
+    const float *W_dec = sae->W_dec + block * sae->stride;
     s->weights.K = latents;
-    pack_panels(&s->weights, 0, s->weights.panels, sae->W_dec + block * sae->stride, sae->stride,
-                1);
-    product_rows(s->dense, CHAIN, NULL, tokens, &s->weights, 0, s->weights.panels, &to, s->buffer);
+    pack_panels(&s->weights, 0, s->weights.panels, W_dec, sae->stride, 1);
+    product_rows(s->dense, CHAIN, tokens, &s->weights, 0, s->weights.panels, &to);
 }
 
+/* x' of a tile: decode_forward(), 256 latents, i.e. one chain, at a time. */
 static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
+    static const float zero[CHAIN];
     const sc_sae *sae = batch->sae;
-    float *out = batch->output + tile->first * sae->stride;
-    memset(out, 0, tile->tokens * sae->stride * sizeof *out);
+    size_t stride = sae->stride;
+    float *out = batch->output + tile->first * stride;
+    float value[CHAIN];
+    memset(out, 0, tile->tokens * stride * sizeof *out);
     for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
-        size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
-        size_t active = tile->start[block + latents] - tile->start[block];
-        if (active * DENSE_SHARE <= tile->tokens * latents) {
-            decode_sparse(sae, tile, block, latents, out);
+        size_t latents = smaller(sae->d_sae - block, CHAIN);
+        size_t codes = tile->start[block + latents] - tile->start[block];
+        memset(s->dense, 0, tile->tokens * CHAIN * sizeof *s->dense);
+        for (size_t i = 0; i < latents; i++) {
+            for (size_t c = tile->start[block + i]; c < tile->start[block + i + 1]; c++)
+                s->dense[tile->token[c] * CHAIN + i] = tile->value[c];
+        }
+        if (codes * DENSE_SHARE > tile->tokens * latents) {
+            decode_dense(sae, tile->tokens, block, latents, out, s);
             continue;
         }
-        memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
-        for (size_t i = 0; i < latents; i++)
-            for (code_walk w = walk_codes(tile, block + i); next_code(&w);)
-                s->dense[w.token * CHAIN + i] = w.value;
-        decode_dense(sae, tile->tokens, block, latents, out, s);
+        /* only rows of W_dec with f > 0 are visited */
+        for (size_t t = 0; t < tile->tokens; t++) {
+            const float *f = s->dense + t * CHAIN;
+            size_t count = kernels->find_above(f, zero, CHAIN, s->index);
+            for (size_t i = 0; i < count; i++)
+                value[i] = f[s->index[i]];
+            kernels->add_chain(value, s->index, count, sae->W_dec + block * stride,
+                               out + t * stride, stride);
+        }
     }
-    for (size_t t = 0; t < tile->tokens; t++)
+    for (size_t t = 0; t < tile->tokens; t++, out += stride) {
         for (size_t d = 0; d < sae->d_in; d++)
-            out[t * sae->stride + d] = out[t * sae->stride + d] + sae->b_dec[d] + 0.0f;
+            out[d] = out[d] + sae->b_dec[d] + 0.0f;
+    }
 }
 
-/* Computes what losses and metrics need of each token: norms, errors, activity. */
-static void measure_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
+/* Encodes and decodes a tile; then the figures of each token that losses and statistics are made
+ * of: those of token_errors(), and the terms of activity_sum(). */
+static int tile_task(void *context, size_t i) {
+    sae_batch *batch = context;
+    tile_codes *tile = &batch->tile[i];
+    tile_scratch *s = &batch->scratch[worker];
     size_t stride = batch->sae->stride;
+    encode_tile(batch, tile, s);
+    if (batch->reconstruct) decode_tile(batch, tile, s);
     for (size_t t = tile->first; t < tile->first + tile->tokens; t++) {
-        const float *x = batch->x + t * stride, *output = batch->output + t * stride;
-        for (size_t d = 0; d < stride; d++) s->sum[d] = output[d] - x[d];
-        batch->norm[t] = sqrtf(kernels->dot(x, x, stride));
-        batch->squared_error[t] = batch->reconstruct ? kernels->dot(s->sum, s->sum, stride) : 0;
-        batch->sum_f[t] = batch->active[t] = 0;
-    }
-    for (size_t j = 0; j < batch->sae->d_sae; j++)
-        for (code_walk w = walk_codes(tile, j); next_code(&w);) {
-            batch->sum_f[tile->first + w.token] += w.value;
-            batch->active[tile->first + w.token]++;
-        }
-}
-
-static int centre_task(void *context, size_t panel) {
-    sae_batch *batch = context;
-    const sc_sae *sae = batch->sae;
-    size_t columns = (size_t)kernels->columns, stride = sae->stride;
-    for (size_t t = panel * columns; t < batch->T && t < (panel + 1) * columns; t++)
+        const float *x = batch->x + t * stride;
+        const float *output = batch->output + t * stride;
         for (size_t d = 0; d < stride; d++)
-            batch->centred[t * stride + d] = batch->x[t * stride + d] - sae->b_dec[d];
-    pack_panels(&batch->panels, panel, panel + 1, batch->centred, 1, stride);
-    return SC_OK;
-}
-
-static int tile_task(void *context, size_t task) {
-    sae_batch *batch = context;
-    tile_codes *tile = &batch->tile[task * batch->tiles_a_task];
-    tile_scratch s = worker_scratch(batch);
-    encode_tiles(batch, tile, &s);
-    for (size_t i = 0; i < batch->tiles_a_task; i++) {
-        if (batch->reconstruct) decode_tile(batch, &tile[i], &s);
-        measure_tile(batch, &tile[i], &s);
+            s->apart[d] = output[d] - x[d];
+        batch->norm[t] = sqrtf(kernels->dot(x, x, stride));
+        batch->squared_error[t] = 0;
+        if (batch->reconstruct)
+            batch->squared_error[t] = kernels->dot(s->apart, s->apart, stride);
+        batch->sum_f[t] = 0;
+        batch->active[t] = 0;
+    }
+    for (size_t c = 0; c < tile->start[batch->sae->d_sae]; c++) {
+        size_t t = tile->first + tile->token[c];
+        batch->sum_f[t] += tile->value[c];
+        batch->active[t]++;
     }
     return SC_OK;
 }
 
-/* Encodes and decodes T tokens, at least 1, as sc_sae_encode_plain() and sc_sae_decode_plain()
- * do. x: [T, stride] */
-static int run_sae(sae_batch *batch, const float *x, size_t T) {
-    batch->x = x;
-    batch->T = batch->panels.N = T;
-    batch->panels.panels = panels_of(T);
-    cut_tiles(batch, T);
-    SC_TRY(parallel_for(batch->panels.panels, centre_task, batch));
-    return parallel_for(batch->tiles / batch->tiles_a_task, tile_task, batch);
-}
-
-/* Copies rows and pads them with zeros. to: [rows, stride]; from: [rows, width] */
-static const float *pad_rows(float *to, const float *from, size_t rows, size_t width,
-                             size_t stride) {
-    for (size_t i = 0; i < rows; i++) {
-        memcpy(to + i * stride, from + i * width, width * sizeof *to);
-        memset(to + i * stride + width, 0, (stride - width) * sizeof *to);
-    }
-    return to;
-}
-
-/* Writes the codes of a batch into a matrix of zeros. f: [batch->T, n] */
-static void spread_batch(const sae_batch *batch, float *f) {
-    size_t n = batch->sae->d_sae;
+/* Encodes and decodes T tokens, from 1 to as many as there is room for, in tiles of about the same
+ * length, of whole panels. x: [T, D], rows x_stride floats apart */
+static int run_sae(sae_batch *batch, const float *x, size_t x_stride, size_t T) {
+    size_t panels = panels_of(T);
+    size_t codes = most_codes(batch->sae);
+    batch->given = x;
+    batch->given_stride = x_stride;
+    batch->T = batch->columns.N = T;
+    batch->columns.panels = panels;
+    batch->tiles = tiles_of(T);
     for (size_t i = 0; i < batch->tiles; i++) {
-        const tile_codes *tile = &batch->tile[i];
-        for (size_t j = 0; j < n; j++) {
-            for (code_walk w = walk_codes(tile, j); next_code(&w);)
-                f[(tile->first + w.token) * n + j] = w.value;
-        }
+        size_t first = i * panels / batch->tiles * kernels->columns;
+        size_t end = (i + 1) * panels / batch->tiles * kernels->columns;
+        batch->tile[i] = (tile_codes){ .first = first,
+                                       .tokens = smaller(end, T) - first,
+                                       .start = batch->start + i * (batch->sae->d_sae + 1),
+                                       .token = batch->token + first * codes,
+                                       .value = batch->value + first * codes };
     }
+    return parallel_for(batch->tiles, tile_task, batch);
 }
 
-/* The bits of sc_sae_encode_plain(), some tokens at a time. */
+/* The bits of sc_sae_encode_plain(): one batch, whose codes are written into a matrix of zeros. */
 int sc_sae_encode(const sc_sae *sae, const float *x, size_t tokens, float *f) {
-    enum { TOGETHER = 2048 };
-    size_t room = tokens < TOGETHER ? tokens : TOGETHER;
-    sae_batch batch = { 0 };
+    size_t n = sae->d_sae;
+    sae_batch batch;
     SC_TRY(check_k(sae));
     SC_TRY(check_rows(x, tokens, sae->d_in, "x"));
     SC_TRY(choose_kernels());
     if (tokens == 0) return SC_OK;
-    memset(f, 0, tokens * sae->d_sae * sizeof *f);
-    float *rows = new_array(room, sae->stride * sizeof *rows);
-    int status = rows ? new_batch(&batch, sae, room) : SC_FAILED;
+    int status = new_batch(&batch, sae, tokens);
     batch.reconstruct = 0;
-    for (size_t first = 0; first < tokens && status == SC_OK; first += room) {
-        size_t some = tokens - first < room ? tokens - first : room;
-        pad_rows(rows, x + first * sae->d_in, some, sae->d_in, sae->stride);
-        status = run_sae(&batch, rows, some);
-        if (status == SC_OK) spread_batch(&batch, f + first * sae->d_sae);
+    if (status == SC_OK) status = run_sae(&batch, x, sae->d_in, tokens);
+    memset(f, 0, tokens * n * sizeof *f);
+    for (size_t i = 0; i < batch.tiles; i++) {
+        const tile_codes *tile = &batch.tile[i];
+        for (size_t j = 0; j < n; j++) {
+            for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++)
+                f[(tile->first + tile->token[c]) * n + j] = tile->value[c];
+        }
     }
     free_batch(&batch);
-    free(rows);
     return status;
 }
 
 /* The bits of sc_sae_decode_plain(), as one matrix product. */
 int sc_sae_decode(const sc_sae *sae, const float *f, size_t tokens, float *reconstruction) {
-    size_t n = sae->d_sae, D = sae->d_in;
-    tile_target to = { .c = reconstruction, .c_stride = D, .bias = sae->b_dec };
+    size_t n = sae->d_sae;
+    tile_target to = { .c = reconstruction, .c_stride = sae->d_in, .bias = sae->b_dec };
     packed_matrix W_dec = { 0 };
     SC_TRY(check_rows(f, tokens, n, "f"));
     SC_TRY(choose_kernels());
-    SC_TRY(new_packed(&W_dec, n, D));
+    SC_TRY(new_packed(&W_dec, n, sae->d_in));
     pack_panels(&W_dec, 0, W_dec.panels, sae->W_dec, sae->stride, 1);
     int status = multiply(f, tokens, n, &W_dec, to);
     free(W_dec.data);
@@ -3492,102 +3133,102 @@ int sc_sae_decode(const sc_sae *sae, const float *f, size_t tokens, float *recon
 /* ============================================================================================
  * 11. Training steps
  *
- * sc_train_step() gives the bits of sc_train_step_plain(), see section 4 for the formulas, but with
- * sparse codes, in tiles of tokens and groups of latents:
- *   rows of W_dec to unit norm                                unit_task
- *   encode and decode, tile by tile                           run_sae (section 10)
- *   losses; dx' in the place of x'; the ghost loss and dg     output_gradient_task
- *   for each group of latents, whose rows stay in cache: dW_dec, dW_enc and db_enc, from the codes
- *   where they are few, else as products; projection; Adam    update_task
- *   db_dec and Adam                                           b_dec_task
+ * sc_train_step_plain() from sparse codes; section 4 has the formulas. A step on T tokens:
+ *   rows of W_dec to unit norm                                unit_task(), 256 latents
+ *   encode and decode                                         run_sae(), section 10
+ *   losses; x' becomes its gradient, g that of the ghost loss gradient_task(), a tile
+ *   sums over tokens                                          column_task(), 16 dimensions
+ *   gradients of W_dec, W_enc and b_enc, projection, Adam     update_task(), 256 latents
+ *   gradient of b_dec, Adam of the biases                     update_biases()
+ *
+ * A latent's gradients are sums over the tokens where it fires, usually few: the other tokens have
+ * a factor 0, which changes no bit of a sum.
  * ============================================================================================ */
 
-/* The workspace of fast steps. T: tokens in a step; stride: D padded to 16 */
+enum { LATENTS_AT_ONCE = 64 };       /* they share 256 tokens while these are in the cache */
+
+/* The gradients of a latent so far, and what is needed for those of the next 256 tokens. */
+typedef struct {
+    uint32_t token[CHAIN];           /* those on which it fires, */
+    float f[CHAIN], dh[CHAIN];       /* and its f and dh there */
+    size_t count;                    /* how many they are */
+    size_t codes;                    /* of all tokens so far */
+    double db_enc;
+} latent_gradient;
+
+/* One worker's memory for the gradients of 64 latents. */
+typedef struct {
+    latent_gradient latent[LATENTS_AT_ONCE];
+    float *e;                        /* [64, T], exp(h) of dead latents, else 0 */
+    float *dW_enc, *dW_dec;          /* [64, stride] */
+    float *dW_ghost;                 /* [64, stride], the part of dW_dec from the ghost loss */
+} update_scratch;
+
+/* The arrays of fast steps. W_dec and W_enc are updated latent by latent, so their gradients exist
+ * only for the few latents at hand. */
 typedef struct fast_trainer {
     sc_trainer *state;
-    sc_sae *sae;                             /* the state's */
+    sc_sae *sae;                     /* the state's */
     sae_batch batch;
-    float *x;                                /* [T, stride], a caller's rows, padded */
+    int ghosts;                      /* whether this step has dead latents to revive */
+    float *ghost;                    /* [T, stride], g, later its gradient dg */
+    double *token_loss;              /* [T], the terms of a loss */
+    double *deviation, *square;      /* [stride], sums over tokens of (x - mean)^2 and x^2 */
+    double *sum_dx;                  /* [stride], the sum over tokens of dx' */
+    float *db_enc, *db_dec;          /* [n], [stride] */
+    float *W_enc_db;                 /* [blocks of 256 latents, stride], chains of W_enc db_enc */
+    float l1;                        /* the gradient of the L1 loss where f > 0 */
     adam_step adam;
-    int ghosts;                              /* whether latents are dead, with --ghost */
-    float *ghost;                            /* [T, stride], g, later its gradient */
-    double *token_loss;                      /* [T], a token's part of a loss */
-    packed_matrix x_rows, g_rows, ghost_rows;/* [T, D]: centred, dx' and dg for products */
-    float *db_enc;                           /* [n] */
-    float *W_enc_db;                         /* [chains of n][stride], chains of W_enc db_enc */
-    double *deviation, *square;              /* [stride], sum over tokens of (x - mean)^2, of x^2 */
-    unsigned char *scratch;                  /* [workers][scratch_bytes] */
-    size_t scratch_bytes;
-    memory_list memory;
+    update_scratch *scratch;         /* [workers] */
 } fast_trainer;
 
-/* One worker's memory for a group of latents in the backward pass. R: rows_at_once(T); Tp: T padded
- * to whole panels. */
-typedef struct {
-    float *f, *dh, *e;                       /* [R, Tp], e = exp(h) of dead latents */
-    uint32_t *token;                         /* [T], where a latent fires */
-    float *code_f, *code_dh;                 /* [T], its f and dh there */
-    float *dW_enc, *dW_dec, *extra;          /* [R, stride] */
-    float *buffer;                           /* for load_rows */
-} backward_scratch;
-
-static size_t padded_tokens(const fast_trainer *t) { return padded(t->batch.room) + MAX_COLUMNS; }
-
-static size_t lay_out_backward(backward_scratch *s, const fast_trainer *t, void *memory) {
-    size_t R = rows_at_once(t->batch.room), T = padded_tokens(t), stride = t->sae->stride;
-    size_t deepest = T > stride ? T : stride;        /* of a product: over tokens, or W_enc^T x */
+/* Allocates the arrays of a trainer, of plain steps and of fast ones. */
+static int prepare_trainer(sc_trainer *trainer) {
+    size_t n = trainer->sae->d_sae;
+    size_t stride = trainer->sae->stride;
+    size_t T = trainer->tokens;
+    size_t ghosts = trainer->options.ghost ? T : 0;
+    size_t workers = (size_t)thread_count();
+    memory_list *memory = &trainer->memory;
+    SC_TRY(allocate(memory, &trainer->fast, 1, sizeof *trainer->fast));
+    fast_trainer *t = trainer->fast;
+    t->state = trainer;
+    t->sae = trainer->sae;
+    /* the state that checkpoints hold, then what a step computes, then each worker's own arrays;
+     * biases are padded as rows are, so that Adam takes whole vectors */
     const array_spec arrays[] = {
-        ARRAY(s->f, T, R), ARRAY(s->dh, T, R), ARRAY(s->e, t->state->options.ghost ? T : 0, R),
-        ARRAY(s->token, T, 1), ARRAY(s->code_f, T, 1), ARRAY(s->code_dh, T, 1),
-        ARRAY(s->dW_enc, R, stride), ARRAY(s->dW_dec, R, stride), ARRAY(s->extra, R, stride),
-        ARRAY(s->buffer, row_buffer_size(deepest), 1) };
-    return lay_out(arrays, COUNT(arrays), memory);
-}
-
-static int prepare_fast_trainer(fast_trainer *t, size_t T) {
-    size_t n = t->sae->d_sae, D = t->sae->d_in, stride = t->sae->stride, N = padded(n);
-    size_t ghosts = 0, columns = panels_of(D) * (size_t)kernels->columns;
-    backward_scratch s;
-    if (t->state->options.ghost) ghosts = T;
-    SC_TRY(new_batch(&t->batch, t->sae, T));
-    t->scratch_bytes = lay_out_backward(&s, t, NULL);
-    t->x_rows = (packed_matrix){ .K = T, .N = D, .panels = panels_of(D) };
-    t->g_rows = t->ghost_rows = t->x_rows;
-    const array_spec arrays[] = {
-        ARRAY(t->x, D == stride ? 0 : T, stride), ARRAY(t->x_rows.data, T, columns),
-        ARRAY(t->g_rows.data, T, columns), ARRAY(t->ghost_rows.data, ghosts, columns),
-        ARRAY(t->ghost, ghosts, stride), ARRAY(t->token_loss, T, 1),
-        ARRAY(t->deviation, stride, 1), ARRAY(t->square, stride, 1), ARRAY(t->db_enc, N, 1),
-        ARRAY(t->W_enc_db, chains_of(n), stride),
-        ARRAY(t->scratch, (size_t)thread_count(), t->scratch_bytes) };
-    return new_arrays(&t->memory, arrays, COUNT(arrays));
-}
-
-void sc_trainer_free(sc_trainer *t) {
-    if (!t) return;
-    if (t->fast) {
-        free_batch(&t->fast->batch);
-        release(&t->fast->memory);
-        free(t->fast);
+        ARRAY(trainer->silent, n, 1),
+        ARRAY(trainer->W_enc.m, n, stride),
+        ARRAY(trainer->W_enc.v, n, stride),
+        ARRAY(trainer->W_dec.m, n, stride),
+        ARRAY(trainer->W_dec.v, n, stride),
+        ARRAY(trainer->b_enc.m, padded(n), 1),
+        ARRAY(trainer->b_enc.v, padded(n), 1),
+        ARRAY(trainer->b_dec.m, stride, 1),
+        ARRAY(trainer->b_dec.v, stride, 1),
+        ARRAY(t->ghost, ghosts, stride),
+        ARRAY(t->token_loss, T, 1),
+        ARRAY(t->deviation, stride, 1),
+        ARRAY(t->square, stride, 1),
+        ARRAY(t->sum_dx, stride, 1),
+        ARRAY(t->db_enc, padded(n), 1),
+        ARRAY(t->db_dec, stride, 1),
+        ARRAY(t->W_enc_db, parts_of(n, CHAIN), stride),
+        ARRAY(t->scratch, workers, 1) };
+    SC_TRY(new_arrays(memory, arrays, COUNT(arrays)));
+    for (size_t w = 0; w < workers; w++) {
+        update_scratch *s = &t->scratch[w];
+        const array_spec own[] = {
+            ARRAY(s->e, LATENTS_AT_ONCE, ghosts),
+            ARRAY(s->dW_enc, LATENTS_AT_ONCE, stride),
+            ARRAY(s->dW_dec, LATENTS_AT_ONCE, stride),
+            ARRAY(s->dW_ghost, LATENTS_AT_ONCE, ghosts ? stride : 0) };
+        SC_TRY(new_arrays(memory, own, COUNT(own)));
     }
-    release(&t->memory);
-    free(t);
+    return new_batch(&t->batch, t->sae, T);
 }
 
-static int prepare_trainer(sc_trainer *t) {
-    size_t n = t->sae->d_sae, stride = t->sae->stride, N = padded(n);
-    const array_spec arrays[] = {
-        ARRAY(t->silent, n, 1), ARRAY(t->W_enc.m, n, stride), ARRAY(t->W_enc.v, n, stride),
-        ARRAY(t->W_dec.m, n, stride), ARRAY(t->W_dec.v, n, stride), ARRAY(t->b_enc.m, N, 1),
-        ARRAY(t->b_enc.v, N, 1), ARRAY(t->b_dec.m, stride, 1), ARRAY(t->b_dec.v, stride, 1) };
-    SC_TRY(new_arrays(&t->memory, arrays, COUNT(arrays)));
-    t->fast = new_array(1, sizeof *t->fast);
-    if (!t->fast) return SC_FAILED;
-    t->fast->state = t;
-    t->fast->sae = t->sae;
-    return prepare_fast_trainer(t->fast, t->tokens);
-}
-
+/* A trainer before its first step: see saeclip.h. */
 sc_trainer *sc_trainer_new(sc_sae *sae, const sc_train_options *options, size_t tokens) {
     if (check_k(sae) != SC_OK || choose_kernels() != SC_OK) return NULL;
     if (sae->threshold) {
@@ -3608,231 +3249,105 @@ sc_trainer *sc_trainer_new(sc_sae *sae, const sc_train_options *options, size_t 
     return NULL;
 }
 
+void sc_trainer_free(sc_trainer *t) {
+    if (!t) return;
+    if (t->fast) free_batch(&t->fast->batch);
+    release(&t->memory);
+    free(t);
+}
+
+/* unit_row() for 256 latents. */
 static int unit_task(void *context, size_t block) {
     const sc_sae *sae = context;
-    for (size_t j = block * CHAIN; j < sae->d_sae && j < (block + 1) * CHAIN; j++)
-        kernels->unit_row(sae->W_dec + j * sae->stride, sae->stride);
+    size_t end = smaller(sae->d_sae, (block + 1) * CHAIN);
+    for (size_t j = block * CHAIN; j < end; j++) {
+        float *row = sae->W_dec + j * sae->stride;
+        float norm = sqrtf(kernels->dot(row, row, sae->stride));
+        if (!(norm > 0)) continue;                       /* a row of zeros stays as it is */
+        for (size_t d = 0; d < sae->stride; d++)
+            row[d] /= norm;
+    }
     return SC_OK;
 }
 
-/* ghost_forward() for a tile: g = W_dec^T exp(h) over the dead latents. */
-static void ghost_decode(fast_trainer *t, const tile_codes *tile, tile_scratch *s) {
-    const sc_sae *sae = t->sae;
-    size_t rows = rows_at_once(sae->d_in);
-    packed_matrix panels = tile_panels(&t->batch, tile);
-    float *out = t->ghost + tile->first * sae->stride;
-    memset(out, 0, tile->tokens * sae->stride * sizeof *out);
-    for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
-        size_t latents = sae->d_sae - block < CHAIN ? sae->d_sae - block : CHAIN;
-        size_t dead[CHAIN], count = 0;
-        for (size_t j = block; j < block + latents; j++)
-            if (is_dead(t->state, j)) dead[count++] = j;
-        if (count == 0) continue;
-        memset(s->dense, 0, TILE_TOKENS * CHAIN * sizeof *s->dense);
-        for (size_t i = 0; i < count; i++) {
-            float *h = s->h + i % rows * TILE_TOKENS;
-            if (i % rows == 0)
-                pre_activations(sae, 0, dead + i, count - i < rows ? count - i : rows, &panels,
-                                s->h, TILE_TOKENS, s->buffer);
-            kernels->exponentials(h, tile->tokens);
-            for (size_t k = 0; k < tile->tokens; k++) s->dense[k * CHAIN + dead[i] - block] = h[k];
-        }
-        decode_dense(sae, tile->tokens, block, latents, out, s);
+/* How many of latents first .. end - 1 are dead. */
+static size_t count_dead(const sc_trainer *t, size_t first, size_t end) {
+    size_t dead = 0;
+    for (size_t j = first; j < end; j++)
+        dead += (size_t)is_dead(t, j);
+    return dead;
+}
+
+/* exp(h) of the dead ones among latents j .. j + count - 1, 0 for the others, as ghost_forward()
+ * has them. first, end: panels of tokens; e: [count, tokens], rows e_stride floats apart */
+static void dead_exponentials(const fast_trainer *t, size_t j, size_t count, size_t first,
+                              size_t end, float *e, size_t e_stride) {
+    size_t columns = kernels->columns;
+    size_t tokens = smaller(end * columns, t->batch.T) - first * columns;
+    pre_activations(&t->batch, j, count, first, end, e, e_stride);
+    for (size_t i = 0; i < count; i++, e += e_stride) {
+        int dead = is_dead(t->state, j + i);
+        for (size_t k = 0; k < tokens; k++)
+            e[k] = dead ? exp32(e[k]) : 0;
     }
 }
 
-/* The losses of a tile's tokens and their gradients: x' becomes dx', and g becomes dg
- * (mse_backward() and the ghost loss of section 4). */
-static int output_gradient_task(void *context, size_t task) {
+/* g = W_dec^T exp(h) over the dead latents, for a tile: ghost_forward(), 256 latents at a time. */
+static void ghost_decode(fast_trainer *t, const tile_codes *tile, tile_scratch *s) {
+    const sc_sae *sae = t->sae;
+    float *out = t->ghost + tile->first * sae->stride;
+    memset(out, 0, tile->tokens * sae->stride * sizeof *out);
+    for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
+        size_t end = smaller(block + CHAIN, sae->d_sae);
+        if (count_dead(t->state, block, end) == 0) continue;
+        /* s->h has room for some latents; their rows become columns of s->dense */
+        for (size_t j = block; j < end; j += rows_at_once()) {
+            size_t count = smaller(end - j, rows_at_once());
+            float *dense = s->dense + j - block;
+            dead_exponentials(t, j, count, first_panel(tile), end_panel(tile), s->h, TILE_STRIDE);
+            for (size_t i = 0; i < count; i++) {
+                for (size_t k = 0; k < tile->tokens; k++)
+                    dense[k * CHAIN + i] = s->h[i * TILE_STRIDE + k];
+            }
+        }
+        decode_dense(sae, tile->tokens, block, end - block, out, s);
+    }
+}
+
+/* mse_backward() and ghost_token() for a tile: x' becomes dx', and g becomes dg. */
+static int gradient_task(void *context, size_t task) {
     fast_trainer *t = context;
     const sc_sae *sae = t->sae;
     sae_batch *batch = &t->batch;
     const tile_codes *tile = &batch->tile[task];
-    tile_scratch s = worker_scratch(batch);
+    tile_scratch *s = &batch->scratch[worker];
+    size_t stride = sae->stride;
     double scale = 1.0 / ((double)batch->T * (double)sae->d_in);
-    if (t->ghosts) ghost_decode(t, tile, &s);
+    if (t->ghosts) ghost_decode(t, tile, s);
     for (size_t i = tile->first; i < tile->first + tile->tokens; i++) {
-        const float *x = batch->x + i * sae->stride;
-        float *output = batch->output + i * sae->stride;
+        const float *x = batch->x + i * stride;
+        float *output = batch->output + i * stride;
+        float *g = t->ghost + i * stride;
         float factor = (float)(2 * scale / batch->norm[i]);
-        t->token_loss[i] = !t->ghosts ? 0
-            : ghost_token(t->ghost + i * sae->stride, t->ghost + i * sae->stride, x, output, s.sum,
-                          batch->norm[i], sae->d_in, scale);
-        for (size_t d = 0; d < sae->stride; d++) output[d] = (output[d] - x[d]) * factor;
+        t->token_loss[i] = 0;
+        /* the ghost loss first, since it needs x' */
+        if (t->ghosts)
+            t->token_loss[i] = ghost_token(g, g, x, output, s->apart, batch->norm[i], sae->d_in,
+                                           scale);
+        for (size_t d = 0; d < stride; d++)
+            output[d] = (output[d] - x[d]) * factor;
     }
     return SC_OK;
 }
 
-static int pack_rows_task(void *context, size_t panel) {
-    fast_trainer *t = context;
-    size_t stride = t->sae->stride;
-    pack_panels(&t->x_rows, panel, panel + 1, t->batch.centred, stride, 1);
-    pack_panels(&t->g_rows, panel, panel + 1, t->batch.output, stride, 1);
-    if (t->ghosts) pack_panels(&t->ghost_rows, panel, panel + 1, t->ghost, stride, 1);
-    return SC_OK;
-}
-
-static size_t count_codes(const sae_batch *batch, size_t j) {
-    size_t count = 0;
-    for (size_t i = 0; i < batch->tiles; i++)
-        count += batch->tile[i].start[j + 1] - batch->tile[i].start[j];
-    return count;
-}
-
-/* sum over tokens of dh in float64, in blocks of 256. dh: [count], of the tokens listed, or all */
-static double sum_by_blocks(const uint32_t *token, const float *dh, size_t count) {
-    double sum = 0;
-    for (size_t i = 0; i < count;) {
-        size_t end = ((token ? token[i] : i) / CHAIN + 1) * CHAIN;
-        double part = 0;
-        for (; i < count && (token ? token[i] : i) < end; i++) part += dh[i];
-        sum += part;
-    }
-    return sum;
-}
-
-/* The gradient of the L1 loss with respect to any f above 0. */
-static float l1_gradient(const fast_trainer *t) {
-    return t->sae->topk ? 0 : (float)(t->state->options.l1 / (double)t->batch.T);
-}
-
-/* Collects the tokens where latent j fires, in order, with f and dh there; returns their number. */
-static size_t gather_codes(const fast_trainer *t, size_t j, backward_scratch *s) {
-    const sae_batch *batch = &t->batch;
-    const sc_sae *sae = t->sae;
-    float l1 = l1_gradient(t);
-    size_t count = 0;
-    for (size_t i = 0; i < batch->tiles; i++)
-        for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w); count++) {
-            s->token[count] = (uint32_t)(batch->tile[i].first + w.token);
-            s->code_f[count] = w.value;
-        }
-    kernels->dots(sae->W_dec + j * sae->stride, sae->stride, batch->output, sae->stride, s->token,
-                  count, s->code_dh);
-    for (size_t i = 0; i < count; i++) s->code_dh[i] += l1;
-    return count;
-}
-
-/* decode_backward() and encode_backward() of latents j .. j + count - 1 from the tokens where
- * they fire: one chain for every 256 tokens of the batch. */
-static void sparse_gradients(fast_trainer *t, size_t j, size_t count, backward_scratch *s) {
-    size_t stride = t->sae->stride;
-    memset(s->dW_dec, 0, count * stride * sizeof *s->dW_dec);
-    memset(s->dW_enc, 0, count * stride * sizeof *s->dW_enc);
-    for (size_t i = 0; i < count; i++) {
-        size_t codes = gather_codes(t, j + i, s);
-        for (size_t k = 0, next; k < codes; k = next) {
-            size_t end = (s->token[k] / CHAIN + 1) * CHAIN;
-            for (next = k; next < codes && s->token[next] < end;) next++;
-            kernels->add_chain(s->code_f + k, s->token + k, next - k, t->batch.output,
-                               s->dW_dec + i * stride, stride);
-            kernels->add_chain(s->code_dh + k, s->token + k, next - k, t->batch.centred,
-                               s->dW_enc + i * stride, stride);
-        }
-        t->db_enc[j + i] = (float)sum_by_blocks(s->token, s->code_dh, codes);
-    }
-}
-
-/* ghost_backward() for the dead among latents j .. j + count - 1: adds to dW_dec and dh. f is
- * overwritten. */
-static void ghost_gradients(const fast_trainer *t, size_t j, size_t count, backward_scratch *s) {
-    const sae_batch *batch = &t->batch;
-    size_t row = padded_tokens(t), stride = t->sae->stride;
-    tile_target to = { .c = s->extra, .c_stride = stride };
-    pre_activations(t->sae, j, NULL, count, &batch->panels, s->e, row, s->buffer);
-    kernels->dot_table(t->sae->W_dec + j * stride, count, t->ghost, batch->T, stride, s->f, row);
-    for (size_t i = 0; i < count; i++) {
-        float *e = s->e + i * row;
-        if (is_dead(t->state, j + i)) kernels->exponentials(e, batch->T);
-        else memset(e, 0, batch->T * sizeof *e);
-        for (size_t k = 0; is_dead(t->state, j + i) && k < batch->T; k++)
-            s->dh[i * row + k] += e[k] * s->f[i * row + k];
-    }
-    product_rows(s->e, row, NULL, count, &t->ghost_rows, 0, t->ghost_rows.panels, &to, s->buffer);
-    for (size_t e = 0; e < count * stride; e++) s->dW_dec[e] += s->extra[e];
-}
-
-/* Writes f and dh of latent j for all tokens: dh, which holds df, keeps it where the latent
- * fires and becomes 0 elsewhere. f, dh: [T] */
-static void spread_codes(const fast_trainer *t, size_t j, float *f, float *dh) {
-    const sae_batch *batch = &t->batch;
-    float l1 = l1_gradient(t);
-    size_t at = 0;
-    for (size_t i = 0; i < batch->tiles; i++)
-        for (code_walk w = walk_codes(&batch->tile[i], j); next_code(&w); at++) {
-            for (; at < batch->tile[i].first + w.token; at++) f[at] = dh[at] = 0;
-            f[at] = w.value;
-            dh[at] += l1;
-        }
-    for (; at < batch->T; at++) f[at] = dh[at] = 0;
-}
-
-/* The same gradients as products over all tokens, used where many codes are active or dead
- * latents take part. A factor 0 changes no bit. */
-static void dense_gradients(fast_trainer *t, size_t j, size_t count, int ghosts,
-                            backward_scratch *s) {
-    size_t row = padded_tokens(t), stride = t->sae->stride;
-    tile_target to_dec = { .c = s->dW_dec, .c_stride = stride };
-    tile_target to_enc = { .c = s->dW_enc, .c_stride = stride };
-    kernels->dot_table(t->sae->W_dec + j * stride, count, t->batch.output, t->batch.T, stride,
-                       s->dh, row);
-    for (size_t i = 0; i < count; i++) spread_codes(t, j + i, s->f + i * row, s->dh + i * row);
-    product_rows(s->f, row, NULL, count, &t->g_rows, 0, t->g_rows.panels, &to_dec, s->buffer);
-    if (ghosts) ghost_gradients(t, j, count, s);
-    product_rows(s->dh, row, NULL, count, &t->x_rows, 0, t->x_rows.panels, &to_enc, s->buffer);
-    for (size_t i = 0; i < count; i++)
-        t->db_enc[j + i] = (float)sum_by_blocks(NULL, s->dh + i * row, t->batch.T);
-}
-
-/* The gradients, projection and Adam for a group of latents. */
-static int update_latents(fast_trainer *t, size_t j, size_t count, float *W_enc_db,
-                          backward_scratch *s) {
-    const sc_sae *sae = t->sae;
-    const adam_moments m_dec = t->state->W_dec, m_enc = t->state->W_enc;
-    size_t stride = sae->stride, terms = 0;
-    int ghosts = 0;
-    for (size_t i = 0; i < count; i++) {
-        terms += count_codes(&t->batch, j + i);
-        ghosts |= t->ghosts && is_dead(t->state, j + i);
-    }
-    if (ghosts || terms * DENSE_SHARE > count * t->batch.T) dense_gradients(t, j, count, ghosts, s);
-    else sparse_gradients(t, j, count, s);
-    for (size_t i = 0; i < count; i++) {
-        size_t row = (j + i) * stride;
-        float *W_dec = sae->W_dec + row, *dW_dec = s->dW_dec + i * stride;
-        float *W_enc = sae->W_enc + row, *dW_enc = s->dW_enc + i * stride;
-        kernels->add_scaled(-kernels->dot(dW_dec, W_dec, stride), W_dec, dW_dec, stride);
-        kernels->add_scaled(t->db_enc[j + i], W_enc, W_enc_db, stride);
-        kernels->adam(W_dec, m_dec.m + row, m_dec.v + row, dW_dec, stride, t->adam);
-        kernels->adam(W_enc, m_enc.m + row, m_enc.v + row, dW_enc, stride, t->adam);
-        t->state->silent[j + i]++;
-        if (count_codes(&t->batch, j + i) > 0) t->state->silent[j + i] = 0;
-        SC_TRY(check_latent(t->state, j + i));
-    }
-    return SC_OK;
-}
-
-static int update_task(void *context, size_t block) {
-    fast_trainer *t = context;
-    size_t rows = rows_at_once(t->batch.room), end = (block + 1) * CHAIN;
-    float *W_enc_db = t->W_enc_db + block * t->sae->stride;
-    backward_scratch s;
-    lay_out_backward(&s, t, t->scratch + worker * t->scratch_bytes);
-    memset(W_enc_db, 0, t->sae->stride * sizeof *W_enc_db);
-    if (end > t->sae->d_sae) end = t->sae->d_sae;
-    for (size_t j = block * CHAIN; j < end; j += rows)
-        SC_TRY(update_latents(t, j, end - j < rows ? end - j : rows, W_enc_db, &s));
-    return SC_OK;
-}
-
-/* Sums over T rows of 16 dimensions, in float64, in blocks of 256 rows: of x, or of (x -
- * centre)^2 if there is a centre. x: [T, stride]; centre, sum: [16] */
+/* Sums over T rows of 16 columns, in the order of sum_in_blocks(): of x, or of (x - centre)^2 if
+ * there is a centre. x: [T, stride]; centre, sum: [16] */
 static void column_sums(const float *x, size_t T, size_t stride, const double *centre,
                         double *sum) {
     memset(sum, 0, PARTIALS * sizeof *sum);
     for (size_t block = 0; block < T; block += CHAIN) {
         double part[PARTIALS] = { 0 };
-        for (size_t t = block; t < T && t < block + CHAIN; t++) {
+        for (size_t t = block; t < smaller(block + CHAIN, T); t++) {
             for (int d = 0; d < PARTIALS; d++) {
                 double value = x[t * stride + d];
                 if (centre) value = (value - centre[d]) * (value - centre[d]);
@@ -3843,36 +3358,168 @@ static void column_sums(const float *x, size_t T, size_t stride, const double *c
     }
 }
 
-/* b_dec_backward() and Adam for 16 dimensions per task: the sum over tokens of dx', minus W_enc
- * db_enc. */
-static int b_dec_task(void *context, size_t task) {
+/* For 16 dimensions: what explained_variance() adds up, and the sum of dx' for b_dec_backward(). */
+static int column_task(void *context, size_t task) {
+    static const double zero[PARTIALS];
     fast_trainer *t = context;
-    size_t stride = t->sae->stride, first = task * PARTIALS;
-    double sum[PARTIALS];
-    float gradient[PARTIALS], along[PARTIALS] = { 0 };
-    column_sums(t->batch.output + first, t->batch.T, stride, NULL, sum);
-    for (size_t block = 0; block < chains_of(t->sae->d_sae); block++)
-        for (int d = 0; d < PARTIALS; d++) along[d] += t->W_enc_db[block * stride + first + d];
-    for (int d = 0; d < PARTIALS; d++) gradient[d] = (float)sum[d] - along[d];
-    kernels->adam(t->sae->b_dec + first, t->state->b_dec.m + first,
-                  t->state->b_dec.v + first, gradient, PARTIALS, t->adam);
-    return SC_OK;
-}
-
-/* The sums over tokens of (x - mean)^2 and of x^2, 16 dimensions per task. */
-static int variance_task(void *context, size_t task) {
-    fast_trainer *t = context;
-    const float *x = t->batch.x + task * PARTIALS;
-    const double zero[PARTIALS] = { 0 };
+    size_t T = t->batch.T;
+    size_t stride = t->sae->stride;
+    size_t first = task * PARTIALS;
+    const float *x = t->batch.x + first;
     double mean[PARTIALS];
-    column_sums(x, t->batch.T, t->sae->stride, NULL, mean);
-    for (int d = 0; d < PARTIALS; d++) mean[d] /= (double)t->batch.T;
-    column_sums(x, t->batch.T, t->sae->stride, mean, t->deviation + task * PARTIALS);
-    column_sums(x, t->batch.T, t->sae->stride, zero, t->square + task * PARTIALS);
+    /* sum of (x - mean)^2 and of x^2 */
+    column_sums(x, T, stride, NULL, mean);
+    for (int d = 0; d < PARTIALS; d++) mean[d] /= (double)T;
+    column_sums(x, T, stride, mean, t->deviation + first);
+    column_sums(x, T, stride, zero, t->square + first);
+    /* by now the output is dx' */
+    column_sums(t->batch.output + first, T, stride, NULL, t->sum_dx + first);
     return SC_OK;
 }
 
-/* Refuses a batch with figures that are not finite. *bad: the token at fault, or SIZE_MAX */
+/* ghost_backward() of latent j on 256 tokens or fewer: adds to dW_ghost, and to dh of every token,
+ * so that l lists all of them. e: [256]; dW_ghost: [stride] */
+static void ghost_gradients(const fast_trainer *t, size_t j, size_t block, const float *e,
+                            float *dW_ghost, latent_gradient *l) {
+    size_t stride = t->sae->stride;
+    size_t tokens = smaller(t->batch.T - block, CHAIN);
+    size_t listed = l->count;
+    float *de = l->f;                                    /* f is not needed any more */
+    /* from the end, so that nothing is overwritten before it is moved */
+    for (size_t k = tokens; k-- > 0;) {
+        float dh = 0;
+        if (listed > 0 && l->token[listed - 1] == block + k) dh = l->dh[--listed];
+        l->dh[k] = dh;
+        l->token[k] = (uint32_t)(block + k);
+    }
+    kernels->dots(t->sae->W_dec + j * stride, t->ghost, stride, l->token, tokens, de);
+    kernels->add_chain(e, l->token, tokens, t->ghost, dW_ghost, stride);
+    for (size_t k = 0; k < tokens; k++)
+        l->dh[k] += e[k] * de[k];
+    l->count = tokens;
+}
+
+/* decode_backward() and l1_backward() of latent j on 256 tokens. tile: the first one with some of
+ * them; dW_dec: [stride], added to */
+static void decoder_gradients(const fast_trainer *t, size_t j, size_t block,
+                              const tile_codes *tile, float *dW_dec, latent_gradient *l) {
+    const sae_batch *batch = &t->batch;
+    const tile_codes *end = batch->tile + batch->tiles;
+    size_t stride = t->sae->stride;
+    /* the codes: a tile may begin before the 256 tokens or end after them */
+    l->count = 0;
+    for (; tile < end && tile->first < block + CHAIN; tile++) {
+        for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++) {
+            size_t token = tile->first + tile->token[c];
+            if (token < block || token >= block + CHAIN) continue;
+            l->token[l->count] = (uint32_t)token;
+            l->f[l->count++] = tile->value[c];
+        }
+    }
+    if (l->count == 0) return;
+    /* df = W_dec . dx', and dh = df where f > 0; dW_dec += f dx', one chain */
+    l->codes += l->count;
+    kernels->dots(t->sae->W_dec + j * stride, batch->output, stride, l->token, l->count, l->dh);
+    for (size_t c = 0; c < l->count; c++)
+        l->dh[c] += t->l1;
+    kernels->add_chain(l->f, l->token, l->count, batch->output, dW_dec, stride);
+}
+
+/* The gradients of latents first .. first + count - 1, in s. For all of them 256 tokens at a time,
+ * one chain of each sum: in a near cache these serve all the latents. */
+static void find_gradients(const fast_trainer *t, size_t first, size_t count, update_scratch *s) {
+    const sae_batch *batch = &t->batch;
+    size_t stride = t->sae->stride;
+    const tile_codes *tile = batch->tile;
+    int ghosts = t->ghosts && count_dead(t->state, first, first + count) > 0;
+    /* all sums begin at 0 */
+    for (size_t i = 0; i < count; i++) {
+        s->latent[i].codes = 0;
+        s->latent[i].db_enc = 0;
+    }
+    memset(s->dW_dec, 0, count * stride * sizeof *s->dW_dec);
+    memset(s->dW_enc, 0, count * stride * sizeof *s->dW_enc);
+    if (ghosts) {
+        memset(s->dW_ghost, 0, count * stride * sizeof *s->dW_ghost);
+        dead_exponentials(t, first, count, 0, batch->columns.panels, s->e, batch->T);
+    }
+    for (size_t block = 0; block < batch->T; block += CHAIN) {
+        /* decode_backward(), l1_backward() and ghost_backward() read rows of dx' and dg; then
+         * encode_backward() reads those of x - b_dec */
+        while (tile->first + tile->tokens <= block) tile++;
+        for (size_t i = 0; i < count; i++) {
+            decoder_gradients(t, first + i, block, tile, s->dW_dec + i * stride, &s->latent[i]);
+            if (ghosts && is_dead(t->state, first + i))
+                ghost_gradients(t, first + i, block, s->e + i * batch->T + block,
+                                s->dW_ghost + i * stride, &s->latent[i]);
+        }
+        /* dW_enc += dh (x - b_dec), one chain, and db_enc += dh */
+        for (size_t i = 0; i < count; i++) {
+            latent_gradient *l = &s->latent[i];
+            double db_enc = 0;
+            if (l->count == 0) continue;
+            kernels->add_chain(l->dh, l->token, l->count, batch->centred, s->dW_enc + i * stride,
+                               stride);
+            for (size_t c = 0; c < l->count; c++)
+                db_enc += l->dh[c];
+            l->db_enc += db_enc;
+        }
+    }
+    if (ghosts) kernels->add_scaled(1, s->dW_ghost, s->dW_dec, count * stride);
+}
+
+/* Gradients, project_gradient() and Adam of 256 latents; counts the steps since they fired. */
+static int update_task(void *context, size_t block) {
+    fast_trainer *t = context;
+    sc_trainer *state = t->state;
+    update_scratch *s = &t->scratch[worker];
+    size_t stride = t->sae->stride;
+    size_t end = smaller((block + 1) * CHAIN, t->sae->d_sae);
+    float *W_enc_db = t->W_enc_db + block * stride;
+    memset(W_enc_db, 0, stride * sizeof *W_enc_db);
+    for (size_t j = block * CHAIN; j < end; j++) {
+        size_t i = j % LATENTS_AT_ONCE;
+        size_t row = j * stride;
+        float *W_dec = t->sae->W_dec + row;
+        float *W_enc = t->sae->W_enc + row;
+        float *dW_dec = s->dW_dec + i * stride;
+        float *dW_enc = s->dW_enc + i * stride;
+        const adam_moments dec = { state->W_dec.m + row, state->W_dec.v + row };
+        const adam_moments enc = { state->W_enc.m + row, state->W_enc.v + row };
+        /* the gradients of this latent and those after it, less their component along W_dec */
+        if (i == 0) find_gradients(t, j, smaller(end - j, LATENTS_AT_ONCE), s);
+        float along = kernels->dot(dW_dec, W_dec, stride);
+        kernels->add_scaled(-along, W_dec, dW_dec, stride);
+        t->db_enc[j] = (float)s->latent[i].db_enc;
+        /* the next term of this block's chain, with W_enc before its update */
+        kernels->add_scaled(t->db_enc[j], W_enc, W_enc_db, stride);
+        kernels->adam(W_dec, dec, dW_dec, stride, t->adam);
+        kernels->adam(W_enc, enc, dW_enc, stride, t->adam);
+        /* as count_silent_steps() */
+        state->silent[j]++;
+        if (s->latent[i].codes > 0) state->silent[j] = 0;
+        SC_TRY(check_latent(state, j));
+    }
+    return SC_OK;
+}
+
+/* b_dec_backward(), from its two sums, and Adam of the biases. W_enc^T db_enc is a product over the
+ * latents, so each block of 256 has made one chain of it. */
+static int update_biases(fast_trainer *t) {
+    sc_trainer *state = t->state;
+    sc_sae *sae = t->sae;
+    for (size_t d = 0; d < sae->stride; d++) {
+        float through_h = 0;
+        for (size_t block = 0; block < parts_of(sae->d_sae, CHAIN); block++)
+            through_h += t->W_enc_db[block * sae->stride + d];
+        t->db_dec[d] = (float)t->sum_dx[d] - through_h;
+    }
+    kernels->adam(sae->b_dec, state->b_dec, t->db_dec, sae->stride, t->adam);
+    kernels->adam(sae->b_enc, state->b_enc, t->db_enc, padded(sae->d_sae), t->adam);
+    return check_biases(state);
+}
+
+/* Refuses a batch whose figures are not finite; *bad: the token at fault, or SIZE_MAX. */
 static int check_batch(const sae_batch *batch, size_t *bad) {
     for (size_t t = 0; t < batch->T; t++) {
         *bad = t;
@@ -3885,60 +3532,52 @@ static int check_batch(const sae_batch *batch, size_t *bad) {
     return SC_OK;
 }
 
-static int measure_losses(fast_trainer *t, sc_step *result, size_t *bad) {
+/* One training step. x: [T, D], rows x_stride floats apart; bad: the token at fault, or SIZE_MAX */
+static int train_step(sc_trainer *state, const float *x, size_t x_stride, sc_step *result,
+                      size_t *bad) {
+    fast_trainer *t = state->fast;
     const sae_batch *batch = &t->batch;
-    size_t T = batch->T, D = t->sae->d_in;
-    double tokens = (double)T, numbers = tokens * (double)D;
+    size_t T = state->tokens;
+    size_t D = t->sae->d_in;
+    size_t n = t->sae->d_sae;
+    *bad = SIZE_MAX;
+    *result = (sc_step){ .lr = learning_rate(&state->options, state->step),
+                         .dead = count_dead(state, 0, n) };
+    t->ghosts = state->options.ghost && result->dead > 0;
+    /* encode_forward() and decode_forward() */
+    SC_TRY(parallel_for(parts_of(n, CHAIN), unit_task, t->sae));
+    SC_TRY(run_sae(&t->batch, x, x_stride, T));
     SC_TRY(check_batch(batch, bad));
-    SC_TRY(parallel_for(t->sae->stride / PARTIALS, variance_task, t));
+    /* losses(), and the gradients of x' and g */
+    result->mse = mse_forward(t->token_loss, batch->norm, batch->squared_error, T, D);
+    result->l0 = sum_in_blocks(batch->active, T) / (double)T;
+    if (!t->sae->topk) {
+        result->l1 = state->options.l1 * (sum_in_blocks(batch->sum_f, T) / (double)T);
+        t->l1 = (float)(state->options.l1 / (double)T);
+    }
+    SC_TRY(parallel_for(batch->tiles, gradient_task, t));
+    SC_TRY(parallel_for(t->sae->stride / PARTIALS, column_task, t));
     double error = sum_in_blocks(batch->squared_error, T);
-    double deviation = sum_in_blocks(t->deviation, D), square = sum_in_blocks(t->square, D);
+    double deviation = sum_in_blocks(t->deviation, D);
+    double square = sum_in_blocks(t->square, D);
     if (deviation > 0) result->explained_variance = 1 - error / deviation;
     if (square > 0) result->explained_variance_uncentred = 1 - error / square;
-    for (size_t i = 0; i < T; i++) t->token_loss[i] = batch->squared_error[i] / batch->norm[i];
-    result->mse = sum_in_blocks(t->token_loss, T) / numbers;
-    result->l0 = sum_in_blocks(batch->active, T) / tokens;
-    if (!t->sae->topk) {
-        double l1 = sum_in_blocks(batch->sum_f, T) / tokens;
-        result->l1 = t->state->options.l1 * l1;
-    }
-    SC_TRY(parallel_for(batch->tiles, output_gradient_task, t));
-    result->ghost = sum_in_blocks(t->token_loss, T) / numbers;
+    result->ghost = sum_in_blocks(t->token_loss, T) / ((double)T * (double)D);
     result->loss = result->mse + result->l1 + result->ghost;
-    if (isfinite(result->loss)) return SC_OK;
-    return fail("the loss is not finite");
-}
-
-/* One training step. x: [T, stride], padded rows; bad: the token at fault, or SIZE_MAX */
-static int train_step(sc_trainer *state, const float *x, sc_step *result, size_t *bad) {
-    fast_trainer *t = state->fast;
-    sc_sae *sae = t->sae;
-    size_t n = sae->d_sae, T = state->tokens, blocks = chains_of(n);
-    *bad = SIZE_MAX;
-    *result = (sc_step){ .lr = learning_rate(&state->options, state->step) };
-    for (size_t j = 0; j < n; j++) result->dead += (size_t)is_dead(state, j);
-    t->ghosts = state->options.ghost && result->dead > 0;
-    SC_TRY(parallel_for(blocks, unit_task, sae));
-    SC_TRY(run_sae(&t->batch, x, T));
-    SC_TRY(measure_losses(t, result, bad));
+    if (!isfinite(result->loss)) return fail("the loss is not finite");
+    /* gradients(), and the update of a latent as soon as its gradients are known */
     t->adam = next_adam_step(state, result->lr);
-    t->x_rows.K = t->g_rows.K = t->ghost_rows.K = T;
-    SC_TRY(parallel_for(t->x_rows.panels, pack_rows_task, t));
-    SC_TRY(parallel_for(blocks, update_task, t));
-    SC_TRY(parallel_for(sae->stride / PARTIALS, b_dec_task, t));
-    kernels->adam(sae->b_enc, state->b_enc.m, state->b_enc.v, t->db_enc, padded(n), t->adam);
+    SC_TRY(parallel_for(parts_of(n, CHAIN), update_task, t));
     state->step++;
-    return check_biases(state);
+    return update_biases(t);
 }
 
+/* The bits of sc_train_step_plain(). */
 int sc_train_step(sc_trainer *t, const float *x, sc_step *result) {
-    const sc_sae *sae = t->sae;
     size_t bad;
-    SC_TRY(check_tokens(x, t->tokens, sae->d_in));
-    if (sae->stride != sae->d_in) x = pad_rows(t->fast->x, x, t->tokens, sae->d_in, sae->stride);
-    return train_step(t, x, result, &bad);
+    SC_TRY(check_tokens(x, t->tokens, t->sae->d_in));
+    return train_step(t, x, t->sae->d_in, result, &bad);
 }
-
 
 /* ============================================================================================
  * 12. Counting
@@ -3996,8 +3635,11 @@ typedef struct {
 /* The arrays of statistics whose sizes are set. */
 static int new_statistics(statistics *s, memory_list *memory, int class_counts) {
     const array_spec arrays[] = {
-        ARRAY(s->latent, s->n, 1), ARRAY(s->top, s->n, s->K), ARRAY(s->patch, s->n, s->P),
-        ARRAY(s->histogram, (size_t)thread_count(), 1), ARRAY(s->x, s->D, 1),
+        ARRAY(s->latent, s->n, 1),
+        ARRAY(s->top, s->n, s->K),
+        ARRAY(s->patch, s->n, s->P),
+        ARRAY(s->histogram, (size_t)thread_count(), 1),
+        ARRAY(s->x, s->D, 1),
         ARRAY(s->class_counts, s->n, s->classes) };
     size_t count = COUNT(arrays);
     if (!class_counts) count--;
@@ -4028,41 +3670,37 @@ static void count_class(statistics *s, size_t j, int64_t label) {
     if (s->class_counts && label >= 0) s->class_counts[(size_t)label * s->n + j]++;
 }
 
-/* Latent j's sum of activations over the batch's image i. */
-static void count_image(statistics *s, size_t j, size_t i, double sum) {
-    float mean = (float)(sum / (double)s->T);
-    if (!(mean > 0)) return;
-    s->latent[j].images++;
-    exact_add_float(&s->latent[j].means, mean);
-    if (s->threshold < 0) count_class(s, j, s->label[i]);
-    keep_largest(s->top + j * s->K, s->K, (sc_top){ mean, (int64_t)s->image[i], s->label[i] });
-}
-
-/* Activation f of latent j on a token of the batch's image i. The threshold is compared as float32,
- * as PyTorch does. */
-static void count_token(statistics *s, size_t j, size_t i, size_t token, float f) {
-    s->latent[j].tokens++;
-    exact_add_float(&s->latent[j].activations, f);
-    s->histogram[worker][histogram_bin(f)]++;
-    if (s->threshold >= 0 && f > (float)s->threshold) count_class(s, j, s->label[i]);
-    if (token < s->first_patch) return;
-    keep_largest(s->patch + j * s->P, s->P,
-                 (sc_top){ f, (int64_t)s->image[i], (int64_t)token });
-}
-
+/* sc_latent_measure_plain() for 256 latents, of the current images. */
 static int count_task(void *context, size_t block) {
     statistics *s = context;
-    for (size_t j = block * CHAIN; j < s->n && j < (block + 1) * CHAIN; j++) {
+    for (size_t j = block * CHAIN; j < smaller(s->n, (block + 1) * CHAIN); j++) {
+        latent_record *l = &s->latent[j];
         double sum[COUNTED_IMAGES] = { 0 };
-        for (size_t i = 0; i < s->batch->tiles; i++) {
-            code_walk w = walk_codes(&s->batch->tile[i], j);
-            while (next_code(&w)) {
-                size_t t = s->batch->tile[i].first + w.token;
-                sum[t / s->T] += w.value;
-                count_token(s, j, t / s->T, t % s->T, w.value);
+        for (size_t k = 0; k < s->batch->tiles; k++) {
+            const tile_codes *tile = &s->batch->tile[k];
+            for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++) {
+                float f = tile->value[c];
+                size_t i = (tile->first + tile->token[c]) / s->T;
+                size_t token = (tile->first + tile->token[c]) % s->T;
+                const sc_top patch = { f, (int64_t)s->image[i], (int64_t)token };
+                sum[i] += f;
+                l->tokens++;
+                exact_add_float(&l->activations, f);
+                s->histogram[worker][histogram_bin(f)]++;
+                /* compared as float32, as PyTorch does */
+                if (s->threshold >= 0 && f > (float)s->threshold) count_class(s, j, s->label[i]);
+                if (token >= s->first_patch) keep_largest(s->patch + j * s->P, s->P, patch);
             }
         }
-        for (size_t i = 0; i < s->count; i++) count_image(s, j, i, sum[i]);
+        for (size_t i = 0; i < s->count; i++) {
+            float mean = (float)(sum[i] / (double)s->T);
+            const sc_top image = { mean, (int64_t)s->image[i], s->label[i] };
+            if (!(mean > 0)) continue;
+            l->images++;
+            exact_add_float(&l->means, mean);
+            if (s->threshold < 0) count_class(s, j, s->label[i]);
+            keep_largest(s->top + j * s->K, s->K, image);
+        }
     }
     return SC_OK;
 }
@@ -4093,7 +3731,7 @@ static int count_batch(statistics *s, size_t *bad) {
     }
     if (b->reconstruct) SC_TRY(parallel_for(s->D, sum_x_task, s));
     s->images += s->count;
-    return parallel_for(chains_of(s->n), count_task, s);
+    return parallel_for(parts_of(s->n, CHAIN), count_task, s);
 }
 
 static double mean_activation(const latent_record *l) {
@@ -5758,7 +5396,7 @@ static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t
 
 /* Reads a layer. The weight of a linear layer is [N, K] in the file, as in PyTorch (OpenAI's
  * projection is [K, N]). It is packed for the products, unless the model is for Part I and has no
- * forward_memory. A tensor that is missing or of another shape is refused. */
+ * pass. A tensor that is missing or of another shape is refused. */
 static int read_layer(const sc_model *model, enum role role, size_t block) {
     const size_t sizes[] = { 1, model->width, 3 * model->width, model->hidden, model->tokens,
                              3 * model->patch * model->patch, model->outputs };
@@ -5803,7 +5441,7 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
         }
     }
     /* for the products, the packed matrix takes the weight's place */
-    if (!linear || !model->forward_memory) return SC_OK;
+    if (!linear || !model->pass) return SC_OK;
     SC_TRY(new_packed(&layer->matrix, K, N));
     pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, 1, K);
     free(layer->weight);
@@ -5870,7 +5508,7 @@ static int open_head(sc_model *model) {
     for (size_t c = 0; c < model->classes; c++) {
         float *row = model->text + c * P;
         SC_TRY(sc_tensor_floats(&model->file, text, c * outputs, outputs, row));
-        kernels->unit_row(row, P);
+        unit_row(row, P);
     }
     return SC_OK;
 }
@@ -5878,8 +5516,8 @@ static int open_head(sc_model *model) {
 /* Reads and packs the weights of the first `blocks` blocks, and of the head if asked. */
 int sc_model_load(sc_model *model, size_t blocks, int head) {
     SC_TRY(choose_kernels());
-    model->forward_memory = new_array(1, sizeof *model->forward_memory);
-    if (!model->forward_memory) return SC_FAILED;
+    model->pass = new_array(1, sizeof *model->pass);
+    if (!model->pass) return SC_FAILED;
     if (head) SC_TRY(open_head(model));
     if (blocks < 1) blocks = 1;              /* the first one is read with the embeddings */
     return load_layers(model, smaller(blocks, model->blocks));
@@ -6048,8 +5686,8 @@ int sc_model_open(sc_model *model, const char *path, const sc_origin *given) {
 /* Also a model that was opened or loaded in part. */
 void sc_model_close(sc_model *model) {
     free_layers(model);
-    if (model->forward_memory) release(&model->forward_memory->memory);
-    free(model->forward_memory);
+    if (model->pass) release(&model->pass->memory);
+    free(model->pass);
     free(model->text);
     sc_safetensors_close(&model->file);
     *model = (sc_model){ 0 };
@@ -6060,7 +5698,7 @@ int sc_model_forward_plain(const sc_model *model, const unsigned char *pixels, s
     sc_model plain = *model;                 /* with layers of its own */
     if (layer < 1 || layer > model->blocks)
         return usage("%s: layer %zu (expected 1 to %zu)", model->file.path, layer, model->blocks);
-    plain.forward_memory = NULL;             /* read_layer() then keeps the weights as they are */
+    plain.pass = NULL;                       /* read_layer() then keeps the weights as they are */
     int status = load_layers(&plain, layer);
     if (status == SC_OK) status = vit_forward(&plain, pixels, layer, hook, out, NULL);
     free_layers(&plain);
@@ -7111,7 +6749,7 @@ static int train_steps(training_run *run) {
                         (uintmax_t)step - 1, run->checkpoint);
         }
         if (status == SC_OK) {
-            status = train_step(t, f->tap[0].out, &result, &token);
+            status = train_step(t, f->tap[0].out, f->stride, &result, &token);
             if (token != SIZE_MAX) blame_token(f, token);
         } else if (run->checkpoints) {
             SC_TRY(save_checkpoint(run));            /* a success leaves the reason as it is */
@@ -7241,7 +6879,7 @@ static int next_encoded(session *s, size_t total) {
     for (size_t i = 0; i < s->saes; i++) {
         const sc_tap *tap = &f->tap[i];              /* out: [count T, stride] */
         if (tap->replace) continue;                  /* the forward pass has run the SAE */
-        SC_TRY(run_sae(&s->batch[i], tap->out, f->count * f->T));
+        SC_TRY(run_sae(&s->batch[i], tap->out, f->stride, f->count * f->T));
         if (check_batch(&s->batch[i], &bad) != SC_OK) return blame_token(f, bad);
     }
     return SC_OK;
@@ -7745,10 +7383,10 @@ static int spool_failed(void) {
 static double sum_codes(const sae_batch *b, size_t j, size_t first, size_t end) {
     double sum = 0;
     for (size_t i = 0; i < b->tiles; i++) {
-        code_walk w = walk_codes(&b->tile[i], j);
-        while (next_code(&w)) {
-            size_t token = b->tile[i].first + w.token;
-            if (token >= first && token < end) sum += w.value;
+        const tile_codes *tile = &b->tile[i];
+        for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++) {
+            size_t token = tile->first + tile->token[c];
+            if (token >= first && token < end) sum += tile->value[c];
         }
     }
     return sum;
@@ -7766,8 +7404,8 @@ static void spool_batch(session *s, float *f) {
         /* Latent by latent becomes token by token. */
         memset(f, 0, count * sizeof *f);
         for (size_t j = 0; j < n; j++) {
-            code_walk w = walk_codes(tile, j);
-            while (next_code(&w)) f[w.token * n + j] = w.value;
+            for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++)
+                f[tile->token[c] * n + j] = tile->value[c];
         }
 
         /* The lists and f itself. */
@@ -7847,7 +7485,7 @@ static int replace_by_output(void *context, float *x, size_t tokens) {
     session *s = context;
     sae_batch *b = &s->batch[0];
     size_t bad;
-    SC_TRY(run_sae(b, x, tokens));
+    SC_TRY(run_sae(b, x, b->sae->stride, tokens));
     if (check_batch(b, &bad) != SC_OK) return blame_token(&s->data, bad);
     memcpy(x, b->output, tokens * b->sae->stride * sizeof *x);
     return SC_OK;
@@ -8038,13 +7676,13 @@ static void find_masks(viewer *v, size_t j) {
     const sae_batch *b = &v->s->batch[0];
     memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
     for (size_t k = 0; k < b->tiles; k++) {
-        code_walk w = walk_codes(&b->tile[k], j);
-        while (next_code(&w)) {
-            size_t row = b->tile[k].first + w.token;
+        const tile_codes *tile = &b->tile[k];
+        for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++) {
+            size_t row = tile->first + tile->token[c];
             size_t image = row / f->T;
             size_t token = row % f->T;
             if (token < f->first_patch) continue;            /* the class token */
-            v->mask[image * v->patches + token - f->first_patch] = w.value;
+            v->mask[image * v->patches + token - f->first_patch] = tile->value[c];
         }
     }
     if (v->kind != TOP_MASK) return;

@@ -210,7 +210,7 @@ typedef struct {
     size_t loaded;                   /* blocks whose weights are in memory */
     sc_layer *layer;                 /* block by block in the order of saeclip.c's table */
     float *text;                     /* [classes, outputs], unit rows, or NULL */
-    struct sc_forward_memory *forward_memory;    /* arrays of the last pass, kept for the next */
+    struct sc_forward_pass *pass;    /* the last one, whose arrays are kept for the next */
 } sc_model;
 
 /* Where activations come from: the model's file (without its folder), the block and the hook point,

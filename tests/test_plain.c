@@ -268,7 +268,7 @@ static void plain_head(const sc_model *m, const unsigned char *pixels, const cha
     float *head = plain_floats(m->classes);
     float *expected = plain_floats(m->classes);
     int status = sc_model_forward(m, pixels, 1, NULL, 0, head);
-    plain.forward_memory = NULL;             /* the weights are read for Part I */
+    plain.pass = NULL;             /* the weights are read for Part I */
     plain.layer = NULL;
     if (status == SC_OK) status = load_layers(&plain, m->blocks);
     if (status == SC_OK) status = vit_forward(&plain, pixels, 0, SC_MLP, NULL, expected);

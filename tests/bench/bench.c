@@ -316,7 +316,7 @@ static int prepare_encoder(void) {
 
 static int run_encoder(void) {
     at.flops = 2.0 * STEP_TOKENS * D * LATENTS_OF_SAE;
-    return run_sae(&at.batch, at.input, STEP_TOKENS);
+    return run_sae(&at.batch, at.input, D, STEP_TOKENS);
 }
 
 static int prepare_step(void) {
@@ -361,7 +361,7 @@ static int run_stats(void) {
     }
     size_t bad;
     SC_TRY(run_vit());
-    SC_TRY(run_sae(batch, at.data.tap[0].out, tokens));
+    SC_TRY(run_sae(batch, at.data.tap[0].out, D, tokens));
     at.flops += 2.0 * (double)tokens * D * latents;
     return count_batch(&at.stats, &bad);
 }
