@@ -1903,7 +1903,7 @@ int sc_threads_start(int threads) {
 
 enum {
     CHAIN_STRIDE = CHAIN + 16,       /* floats between the rows of a copied block of A */
-    MAX_ROWS = 14, MAX_COLUMNS = 32, /* size of the largest tile of any instruction set */
+    MAX_ROWS = 14,                   /* of the largest tile of any instruction set */
     TILES_AT_ONCE = 8,               /* tiles that use a block of B while it is in the cache */
     COLUMNS_AT_ONCE = 1536,          /* columns whose sums are kept from block to block */
     SHARES = 8                       /* tasks per thread into which a product is divided */
@@ -2268,9 +2268,10 @@ int sc_instruction_set(const char *name) {
     for (size_t i = 0; i < COUNT(kernel_sets); i++) {
         const kernel_set *set = kernel_sets[i];
         if ((name && strcmp(name, set->name) != 0) || !is_usable(set)) continue;
+        if (set->contracts() || kernels_scalar.contracts())
+            return fail("this build contracts a * b + c (expected the option -ffp-contract=off)");
         kernels = set;
-        if (!set->contracts() && !kernels_scalar.contracts()) return SC_OK;
-        return fail("this build contracts a * b + c (expected the option -ffp-contract=off)");
+        return SC_OK;
     }
     return usage("SAECLIP_ISA=%s: not available in this machine or build (expected avx512, avx2, "
                  "neon or scalar)", name);
@@ -2953,8 +2954,8 @@ static void select_codes(const sc_sae *sae, tile_codes *tile, const uint64_t *he
     }
 }
 
-/* The codes of a tile: encode_forward(), with relu_forward() or jumprelu_forward() in order of
- * latents, or topk_forward(). */
+/* The codes of a tile: encode_forward(), with relu_forward() in order of latents, or
+ * topk_forward(). */
 static void encode_tile(sae_batch *batch, tile_codes *tile, tile_scratch *s) {
     const sc_sae *sae = batch->sae;
     size_t stride = sae->stride;
@@ -4452,12 +4453,11 @@ static int output_close(sc_output *out, int status) {
     if (status == SC_OK) status = flush_output(out->file, out->path);
     if (status == SC_OK && out->temporary && fsync(fileno(out->file)) != 0)
         status = write_failed(out->path, errno);
-    if (status == SC_OK && out->previous) {
+    if (status == SC_OK && out->temporary && out->previous && access(out->path, F_OK) == 0) {
         /* With a link NAME is never missing; some file systems have none. */
         unlink(out->previous);
-        int kept = link(out->path, out->previous) == 0 || errno == ENOENT
-                || rename(out->path, out->previous) == 0;
-        if (!kept) status = write_failed(out->previous, errno);
+        if (link(out->path, out->previous) != 0 && rename(out->path, out->previous) != 0)
+            status = write_failed(out->previous, errno);
     }
     if (status == SC_OK && out->temporary && rename(out->temporary, out->path) != 0)
         status = write_failed(out->path, errno);
@@ -4601,7 +4601,7 @@ int sc_writer_values(sc_writer *w, const void *values, size_t count, sc_dtype ki
     double most = halves ? 65520 : (double)INFINITY;     /* beyond it, infinite in the file */
     if (!w->tensor.name || kind != (halves ? SC_F32 : dtype))
         return fail("%s: %s values without a tensor of theirs", w->out.path, sc_dtype_name(kind));
-    for (size_t i = 0; i < count && kind <= SC_F64; i++) {
+    for (size_t i = 0; i < count && (kind == SC_F32 || kind == SC_F64); i++) {
         double value = kind == SC_F64 ? wide[i] : (double)single[i];
         if (!(fabs(value) < most))
             return fail("%s: tensor '%.100s', element %zu cannot be held by %s", w->out.path,

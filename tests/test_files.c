@@ -832,6 +832,24 @@ static void files_writer_errors(void)
     sc_writer_floats(&w, floats, 1);
     sc_writer_close(&w, SC_FAILED);
 
+    /* two numbers of 2 bytes; what follows them in memory is NaN as float32 */
+    const uint16_t brief[4] = { 0x3f80, 0x4000, 0xffff, 0xffff };
+    check(sc_writer_open(&w, in_folder("bad")) == SC_OK && sc_writer_tensor(&w, "b", SC_BF16, 1, two) == SC_OK &&
+          sc_writer_values(&w, brief, 2, SC_BF16) == SC_OK, "BF16: %s", sc_error());
+    sc_writer_close(&w, SC_FAILED);
+
+    /* the file before stays until there is a newer one, and a device has none */
+    put_file(in_folder("kept.prev"), "old", 3);
+    symlink("/dev/null", in_folder("null"));
+    static const char *const names[] = { "kept", "null" };
+    for (int i = 0; i < 2; i++) {
+        check(sc_writer_open(&w, in_folder("%s", names[i])) == SC_OK, "open");
+        w.out.previous = in_folder("%s.prev", names[i]);
+        check(sc_writer_tensor(&w, "b", SC_F32, 1, two) == SC_OK && sc_writer_floats(&w, floats, 2) == SC_OK &&
+              sc_writer_close(&w, SC_OK) == SC_OK, "%s: %s", names[i], sc_error());
+    }
+    check(holds(in_folder("kept.prev"), "old") && !exists(in_folder("null.prev")), "the file before");
+
     /* what the dtype cannot hold */
     static const struct { sc_dtype dtype; double value; const char *error; } held[] = {
         { SC_F32, (double)FLT_MAX, NULL }, { SC_F32, (double)-INFINITY, "element 3 cannot be held" },
