@@ -2726,8 +2726,8 @@ int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t 
     for (size_t i = 0; i < count; i++) {
         if (taps[i].layer > last) last = taps[i].layer;
     }
-    if (last > model->loaded || !pass)
-        return fail("%s: block %zu is not loaded", model->file.path, last);
+    if (last > model->loaded || !pass || (head && !model->outputs))
+        return fail("%s: block %zu or the head is not loaded", model->file.path, last);
     pass->model = model;
     pass->images = images;
     pass->rows = images * model->tokens;

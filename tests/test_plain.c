@@ -283,6 +283,13 @@ static void plain_model(const char *path, const char *how)
 {
     sc_model m;
     if (sc_model_open(&m, path, NULL) != SC_OK) need("%s", sc_error());
+    float head;
+    check(sc_model_forward(&m, NULL, 1, NULL, 0, &head) == SC_FAILED, "%s: runs before it is loaded", path);
+    if (sc_model_load(&m, m.blocks, 0) != SC_OK) need("%s", sc_error());
+    check(sc_model_forward(&m, NULL, 1, NULL, 0, &head) == SC_FAILED,
+          "%s: a head that is not loaded", path);
+    sc_model_close(&m);
+    if (sc_model_open(&m, path, NULL) != SC_OK) need("%s", sc_error());
     if (sc_model_load(&m, m.blocks, 1) != SC_OK) need("%s", sc_error());
     size_t bytes = m.image_size * m.image_size * 3 * 2;
     unsigned char *pixels = new_array(bytes, 1);
