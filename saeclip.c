@@ -1903,7 +1903,7 @@ int sc_threads_start(int threads) {
 
 enum {
     CHAIN_STRIDE = CHAIN + 16,       /* floats between the rows of a copied block of A */
-    MAX_ROWS = 14,                   /* of the largest tile of any instruction set */
+    MAX_ROWS = 14,                   /* of the largest tile */
     TILES_AT_ONCE = 8,               /* tiles that use a block of B while it is in the cache */
     COLUMNS_AT_ONCE = 1536,          /* columns whose sums are kept from block to block */
     SHARES = 8                       /* tasks per thread into which a product is divided */
@@ -2860,8 +2860,8 @@ static size_t tiles_of(size_t T) {
 /* The most codes that a token can have. */
 static size_t most_codes(const sc_sae *sae) { return sae->topk ? sae->k : sae->d_sae; }
 
-/* Allocates a batch of up to `room` tokens. The codes' room is not zeroed, so that only as much of
- * it as is used is taken from the system. */
+/* Allocates a batch of up to `room` tokens. Only as much of the codes' room as is used takes
+ * memory. */
 static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
     size_t workers = (size_t)thread_count();
     *batch = (sae_batch){ .sae = sae, .reconstruct = 1, .columns = { .K = sae->d_in } };
