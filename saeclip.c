@@ -7745,14 +7745,14 @@ static int write_picture(const viewer *v, const char *name, size_t channels, siz
 static int write_mask(const viewer *v, size_t j, size_t i) {
     const feed *f = &v->s->data;
     const double *mask = v->mask + i * v->patches;
-    const char *image = base_name(image_name(f, f->image[i]));
     long class = v->s->o->class_index;                       /* -1: not given */
     size_t S = f->model.image_size;
     double largest = 0;
     /* The image's index and, as far as it is harmless, its name; a long one loses its end. */
     char name[129];
-    snprintf(name, sizeof name, "latent_%zu_%zu_%s", j, f->image[i], image);
     if (class >= 0) snprintf(name, sizeof name, "latent_%zu_class_%ld", j, class);
+    else snprintf(name, sizeof name, "latent_%zu_%zu_%s", j, f->image[i],
+                  base_name(image_name(f, f->image[i])));
     for (char *c = name; *c; c++) {
         int harmless = isalnum((unsigned char)*c) || *c == '.' || *c == '-';
         if (!harmless) *c = '_';
@@ -7804,6 +7804,7 @@ static int command_mask(session *s) {
     }
     if (status != SC_END) return status;
     if (class < 0) return SC_OK;
+    if (f->used == 0) return fail("--class %ld: none of %zu images can be read", class, v.images);
     /* The means, one after the other, in the place of the batch's first mask. */
     for (size_t l = 0; l < v.latents; l++) {
         for (size_t p = 0; p < v.patches; p++)
