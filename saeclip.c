@@ -8188,7 +8188,8 @@ static void draw_path(const plot *p, const plot_series *s, int column, int shade
                       const char *colour) {
     double width = 3;
     int line = 0;                                        /* whether it has begun */
-    if (!p->kind->x) width = p->kind->width / sqrt((double)s->rows);     /* a mask's patch */
+    /* a mask's patches overlap a little, so that no gap shows */
+    if (!p->kind->x) width = 0.5 + p->kind->width / sqrt((double)s->rows);
     if (shade < 0) width = 1.5;
     fprintf(p->out, "<path fill=\"none\" stroke=\"%s\" stroke-width=\"%.1f\" "
             "stroke-linecap=\"square\" d=\"", colour, width);
