@@ -3739,17 +3739,14 @@ static double mean_activation(const latent_record *l) {
     return l->images ? exact_value(l->means) / (double)l->images : 0;
 }
 
-/* Derives the rest from the counts and joins the workers' histograms. Returns the number of
- * latents whose mean is below 2^-64, the unit of exact sums, so that it is 0 although they fire. */
-static size_t derive_statistics(statistics *s) {
-    size_t lost = 0;
+/* Derives the rest from the counts and joins the workers' histograms. */
+static void derive_statistics(statistics *s) {
     for (size_t j = 0; j < s->n; j++) {
         latent_record *l = &s->latent[j];
         l->sparsity = s->images ? (float)((double)l->images / (double)s->images) : 0;
         l->mean = (float)mean_activation(l);
         l->entropy = (float)top_entropy(s->top + j * s->K, s->K);
         l->sum = exact_value(l->activations);
-        lost += l->tokens > 0 && (l->sum == 0 || (l->images > 0 && l->mean == 0));
     }
     for (int w = 1; w < thread_count(); w++) {
         for (size_t b = 0; b < HISTOGRAM_BINS; b++) {
@@ -3757,7 +3754,6 @@ static size_t derive_statistics(statistics *s) {
             s->histogram[w][b] = 0;
         }
     }
-    return lost;
 }
 
 /* ********************************************************************************************
@@ -7166,32 +7162,31 @@ static void print_text(metric (*row)[EVAL_COLUMNS], size_t rows) {
         printf("%-28s", row[0][c].name);                     /* the longest name */
         for (size_t r = 0; r < rows; r++) {
             const metric *m = &row[r][c];
-            if (m->text) printf("  %22s", shown(m->text));
+            size_t length = m->text ? strlen(m->text) : 0, cut = length > 22 ? length - 22 : 0;
+            if (m->text) printf("  %22s", shown(m->text + cut));         /* the end of a path */
             else printf("  %22.9g", m->number);
         }
         puts("");
     }
 }
 
-/* A text as CSV has it: in quotes, and a quote within it is doubled. */
-static void print_csv_text(const char *text) {
-    putchar('"');
-    for (const char *c = shown(text); *c; c++) {
-        if (*c == '"') putchar('"');
-        putchar(*c);
-    }
-    putchar('"');
-}
-
-/* A line of names, then one line per row. */
+/* A line of names, then one line per row; texts in quotes, where a quote is doubled. */
 static void print_csv(metric (*row)[EVAL_COLUMNS], size_t rows) {
     for (size_t c = 0; c < EVAL_COLUMNS; c++) printf("%s%s", c ? "," : "", row[0][c].name);
     for (size_t r = 0; r < rows; r++) {
         for (size_t c = 0; c < EVAL_COLUMNS; c++) {
             const metric *m = &row[r][c];
             putchar(c ? ',' : '\n');
-            if (m->text) print_csv_text(m->text);
-            else printf("%.9g", m->number);
+            if (!m->text) {
+                printf("%.9g", m->number);
+                continue;
+            }
+            putchar('"');
+            for (const char *t = shown(m->text); *t; t++) {
+                if (*t == '"') putchar('"');
+                putchar(*t);
+            }
+            putchar('"');
         }
     }
     puts("");
@@ -7393,9 +7388,9 @@ static double sum_codes(const sae_batch *b, size_t j, size_t first, size_t end) 
 }
 
 /* Appends the current batch to the temporary files. f: [TILE_TOKENS, n], a tile's codes */
-static void spool_batch(session *s, float *f) {
+static int spool_batch(const session *s, float *f) {
     const sae_batch *b = &s->batch[0];
-    FILE **spool = s->spool;                                 /* in the order of write_codes() */
+    FILE *const *spool = s->spool;                           /* in the order of write_codes() */
     size_t T = s->data.T, n = b->sae->d_sae;
     for (size_t i = 0; i < b->tiles; i++) {
         const tile_codes *tile = &b->tile[i];
@@ -7428,6 +7423,12 @@ static void spool_batch(session *s, float *f) {
         float mean = (float)(sum_codes(b, e % n, first, first + T) / (double)T);
         fwrite(&mean, sizeof mean, 1, spool[5]);
     }
+
+    /* A full disk ends the run at once. */
+    errno = EIO;                                             /* where an earlier write failed */
+    for (size_t i = 0; i < SPOOLS; i++)
+        if (spool[i] && (fflush(spool[i]) != 0 || ferror(spool[i]))) return spool_failed();
+    return SC_OK;
 }
 
 /* Copies the temporary files to tensors. */
@@ -7448,8 +7449,7 @@ static int write_codes(sc_writer *w, void *context) {
         size_t size = sc_dtype_size(dtype), shape[] = { SC_ROWS, tensor[i].columns };
         int rank = 1 + (shape[1] > 0);                       /* a list has no columns */
         if (!spool) continue;
-        errno = EIO;                                         /* where an earlier write failed */
-        if (ferror(spool) || fseeko(spool, 0, SEEK_SET) != 0) return spool_failed();
+        if (fseeko(spool, 0, SEEK_SET) != 0) return spool_failed();
         SC_TRY(sc_writer_tensor(w, tensor[i].name, dtype, rank, shape));
         while ((count = fread(block, size, sizeof block / size, spool)) > 0)
             SC_TRY(sc_writer_values(w, block, count, dtype));
@@ -7473,7 +7473,8 @@ static int command_encode(session *s) {
     s->batch[0].reconstruct = o->reconstruction;
     SC_TRY(allocate(&s->memory, &f, TILE_TOKENS, s->sae[0].d_sae * sizeof *f));
     SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
-    while ((status = next_encoded(s, s->data.set.count)) == SC_OK) spool_batch(s, f);
+    while ((status = next_encoded(s, s->data.set.count)) == SC_OK)
+        SC_TRY(spool_batch(s, f));
     if (status != SC_END) return status;
     return save_tensors(o->output, write_codes, s);
 }
@@ -7632,7 +7633,6 @@ static int open_viewer(viewer *v, int same_data) {
     if (f->grid == 0 || f->T == 1)
         return fail("the tokens are not a square of patches (expected --tokens all or patches)");
     if (o->stats) {
-        /* What they are of: the origin, the SAE, the data set. */
         statistics *stats = &v->stats;
         const char *differs = NULL;
         SC_TRY(read_statistics(stats, o->stats, &s->memory));
@@ -7745,14 +7745,14 @@ static int write_picture(const viewer *v, const char *name, size_t channels, siz
 static int write_mask(const viewer *v, size_t j, size_t i) {
     const feed *f = &v->s->data;
     const double *mask = v->mask + i * v->patches;
-    const char *image = base_name(image_name(f, f->image[i]));
     long class = v->s->o->class_index;                       /* -1: not given */
     size_t S = f->model.image_size;
     double largest = 0;
     /* The image's index and, as far as it is harmless, its name; a long one loses its end. */
     char name[129];
-    snprintf(name, sizeof name, "latent_%zu_%zu_%s", j, f->image[i], image);
     if (class >= 0) snprintf(name, sizeof name, "latent_%zu_class_%ld", j, class);
+    else snprintf(name, sizeof name, "latent_%zu_%zu_%s", j, f->image[i],
+                  base_name(image_name(f, f->image[i])));
     for (char *c = name; *c; c++) {
         int harmless = isalnum((unsigned char)*c) || *c == '.' || *c == '-';
         if (!harmless) *c = '_';
@@ -7804,6 +7804,7 @@ static int command_mask(session *s) {
     }
     if (status != SC_END) return status;
     if (class < 0) return SC_OK;
+    if (f->used == 0) return fail("--class %ld: none of %zu images can be read", class, v.images);
     /* The means, one after the other, in the place of the batch's first mask. */
     for (size_t l = 0; l < v.latents; l++) {
         for (size_t p = 0; p < v.patches; p++)
@@ -7924,15 +7925,14 @@ static int command_explain(session *s) {
         end = first + 1;
     }
     /* One image, and each latent's mean over its tokens. */
+    if (f->set.count != 1) return fail("%s: more than one image (expected one)", o->operand[0]);
     SC_TRY(start_feed(f, MEASURE_IMAGES, NULL, NULL, 0));
     SC_TRY(next_encoded(s, 1));
-    if (f->count != 1) return fail("%s: more than one image (expected one)", o->operand[0]);
     for (size_t i = 0; i < EXPLAINED; i++)
         strongest[i] = nothing;
     for (size_t j = 0; j < v.stats.n; j++) {
         if ((double)v.stats.latent[j].sparsity > o->max_frequency) continue;
-        double sum = sum_codes(&s->batch[0], j, first, end);
-        double mean = sum / (double)(end - first);
+        double mean = sum_codes(&s->batch[0], j, first, end) / (double)(end - first);
         keep_largest(strongest, EXPLAINED, (sc_top){ (float)mean, (int64_t)j, 0 });
     }
     /* The table, and the masks in the same order. */
@@ -8188,7 +8188,8 @@ static void draw_path(const plot *p, const plot_series *s, int column, int shade
                       const char *colour) {
     double width = 3;
     int line = 0;                                        /* whether it has begun */
-    if (!p->kind->x) width = p->kind->width / sqrt((double)s->rows);     /* a mask's patch */
+    /* a mask's patches overlap a little, so that no gap shows */
+    if (!p->kind->x) width = 0.5 + p->kind->width / sqrt((double)s->rows);
     if (shade < 0) width = 1.5;
     fprintf(p->out, "<path fill=\"none\" stroke=\"%s\" stroke-width=\"%.1f\" "
             "stroke-linecap=\"square\" d=\"", colour, width);
@@ -8272,7 +8273,6 @@ static int command_plot(session *s) {
     plot p = { .kind = NULL };
     sc_output out;
     int status = SC_OK;
-    /* KIND FILE ... */
     for (size_t i = 0; i < COUNT(plot_kinds); i++)
         if (strcmp(plot_kinds[i].name, operand[0]) == 0) p.kind = &plot_kinds[i];
     if (!p.kind)
@@ -8291,7 +8291,6 @@ static int command_plot(session *s) {
             release(&memory);
         }
     }
-    /* The figure. */
     if (status == SC_OK) status = output_open(&out, s->o->output);
     if (status == SC_OK) {
         p.out = out.file;
@@ -8675,17 +8674,6 @@ static const char *join_sizes(const size_t *sizes, int count, const char *betwee
     return shown(out);
 }
 
-/* This machine, and what of it the program uses. */
-static void describe_machine(void) {
-    printf("saeclip %s\ninstruction sets:", SC_VERSION);
-    for (size_t i = 0; i < COUNT(kernel_sets); i++) {
-        const kernel_set *set = kernel_sets[i];
-        if (is_usable(set)) printf(" %s", set->name);
-        if (set == kernels) printf(" (in use)");
-    }
-    printf("\nthreads: %d of %ld processors\n", thread_count(), sysconf(_SC_NPROCESSORS_ONLN));
-}
-
 /* A model's sizes, and the settings that its numbers depend on. */
 static void describe_model(const char *path) {
     sc_model m;
@@ -8714,8 +8702,15 @@ static int command_info(session *s) {
     const char *path = s->o->operand[0];
     sc_safetensors file;
     size_t kind = 0;
-    if (!path) {                                 /* without a file */
-        describe_machine();
+    if (!path) {                                 /* this machine, and what of it is used */
+        printf("saeclip %s\ninstruction sets:", SC_VERSION);
+        for (size_t i = 0; i < COUNT(kernel_sets); i++) {
+            const kernel_set *set = kernel_sets[i];
+            if (is_usable(set)) printf(" %s", set->name);
+            if (set == kernels) printf(" (in use)");
+        }
+        printf("\nthreads: %d of %ld processors\n", thread_count(),
+               sysconf(_SC_NPROCESSORS_ONLN));
         return end_of_output();
     }
     SC_TRY(sc_safetensors_open(&file, path));
@@ -8725,7 +8720,6 @@ static int command_info(session *s) {
         printf("    %-48s %-5s %-20s %12zu bytes\n", shown(t->name), sc_dtype_name(t->dtype),
                join_sizes(t->shape, t->rank, " x "), t->bytes);
     }
-    /* Metadata. */
     printf("%zu entries of metadata\n", file.entries);
     for (size_t i = 0; i < file.entries; i++)
         printf("    %s = %s\n", shown(file.metadata[i].key), shown(file.metadata[i].value));
@@ -8766,7 +8760,6 @@ static double distance_at(const sc_tensor *a, const sc_tensor *b, size_t i, doub
 static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options *o) {
     size_t beyond = 0, at = 0, index[SC_MAX_RANK];
     double largest = 0;                              /* |a - b|, and `at` its place */
-    /* The name, types and shapes. */
     printf("%-40s %s", shown(a->name), sc_dtype_name(a->dtype));
     if (a->dtype != b->dtype) printf(" and %s", sc_dtype_name(b->dtype));
     printf(", %s: ", join_sizes(a->shape, a->rank, " x "));
@@ -8774,7 +8767,6 @@ static int compare_tensors(const sc_tensor *a, const sc_tensor *b, const options
         printf("the other is %s\n", join_sizes(b->shape, b->rank, " x "));
         return 1;
     }
-    /* The values. */
     if (a->dtype == b->dtype && memcmp(a->data, b->data, a->bytes) == 0) {
         puts("the same bits");
         return 0;
@@ -8813,7 +8805,6 @@ static int compare_files(const sc_safetensors *file, const options *o) {
         }
     }
     SC_TRY(end_of_output());
-    /* The verdict. */
     if (o->common && lines == 0)
         return fail("%s: has no tensor in common with %s", file[0].path, file[1].path);
     if (differing == 0) return SC_OK;
@@ -9092,7 +9083,8 @@ static int print_help(void) {
         printf("    %-9s %s\n", command_table[i].name, command_table[i].help);
     puts("\nIMAGES: a folder (or a folder of folders, one per class), a list (.txt), a packed set\n"
          "(.safetensors) or one image. `saeclip COMMAND --help` lists the options of a command.\n"
-         "Environment: SAECLIP_ISA and SAECLIP_DECODER, see README.md.");
+         "Environment: SAECLIP_ISA=avx512|avx2|neon|scalar; SAECLIP_DECODER, a program from an\n"
+         "image in any format to PNM.");
     return end_of_output();
 }
 

@@ -987,6 +987,13 @@ static void cli_test_outputs(void)
         check(!exists(cli("@out")) && !exists(cli("@out.tmp")), "%s, disk full: output is left",
               line);
     }
+    char list[600] = "";                                     /* image 16, which is missing, is in the second batch */
+    for (int i = 0; i < 16; i++) strcat(list, "cli_photos/cats/a.ppm\n");
+    put_text(cli("@full.txt"), strcat(list, "missing.ppm\n"));
+    with.file_bytes = 600;
+    cli_run("encode --dense -s @sae -m @model @full.txt -o @out");
+    with.file_bytes = 0;
+    check(cli_said(1, "a temporary file cannot be written"), "encode goes on when the disk is full: %s", ran.err);
     static const cli_case cases[] = {
         { 1, "@file/x/latent_1_0_a.ppm.pgm: cannot be written",
           "mask --quiet -s @sae -m @model @photos -l 1 -o @file/x" },

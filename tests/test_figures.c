@@ -323,7 +323,7 @@ static void figures_activations(void)
     refuses(1, "negative counts", "plot activations %s -o %s", path, in_folder("none.svg"));
 }
 
-/* 4 cells of 100 pixels, the brightest of viridis's last colour. */
+/* 4 cells of 100 pixels, drawn half a pixel larger, the brightest of viridis's last colour. */
 static void figures_mask(void)
 {
     const char *path = in_folder("mask.pgm"), *refused = in_folder("none.svg");
@@ -333,10 +333,10 @@ static void figures_mask(void)
         { "P2 2 2 255 0 0 ", "missing or invalid" }, { "P2 0 0 255 ", "at least 1 of each" }, { "step,loss\n", "not an image" } };
     put_text(path, "P2 2 2 255 0 255 128 0 ");
     const char *svg = figures_plot("mask %s", path);
-    figures_has(svg, 1 + COLOURS, " stroke-width=\"100.0\"");
-    figures_has(svg, 1, "\"#fde725\" stroke-width=\"100.0\" stroke-linecap=\"square\" d=\"M150.0 50.0h0\"");
-    figures_has(svg, 1, "\"#21908d\" stroke-width=\"100.0\" stroke-linecap=\"square\" d=\"M50.0 150.0h0\"");
-    figures_has(svg, 1, "\"#440154\" stroke-width=\"100.0\" stroke-linecap=\"square\" d=\"M50.0 50.0h0M150.0 150.0h0\"");
+    figures_has(svg, 1 + COLOURS, " stroke-width=\"100.5\"");
+    figures_has(svg, 1, "\"#fde725\" stroke-width=\"100.5\" stroke-linecap=\"square\" d=\"M150.0 50.0h0\"");
+    figures_has(svg, 1, "\"#21908d\" stroke-width=\"100.5\" stroke-linecap=\"square\" d=\"M50.0 150.0h0\"");
+    figures_has(svg, 1, "\"#440154\" stroke-width=\"100.5\" stroke-linecap=\"square\" d=\"M50.0 50.0h0M150.0 150.0h0\"");
     figures_has(svg, 1, ">mask.pgm<");
     figures_has(svg, 1, ">0<");
     figures_has(svg, 1, ">0.25<");
@@ -348,7 +348,7 @@ static void figures_mask(void)
     figures_has(svg, 1, "translate(0,304)");                 /* the next row */
     put_text(path, "P2 1 1 255 0 ");
     figures_has(figures_plot("mask %s", path), 1,
-                "\"#440154\" stroke-width=\"200.0\" stroke-linecap=\"square\" d=\"M100.0 100.0h0\"");
+                "\"#440154\" stroke-width=\"200.5\" stroke-linecap=\"square\" d=\"M100.0 100.0h0\"");
     for (size_t i = 0; i < COUNT(bad); i++) {
         put_text(path, bad[i].text);
         refuses(1, bad[i].says, "plot mask %s -o %s", path, refused);

@@ -268,6 +268,17 @@ static void look_mask(void)
           && is_mask("classes/latent_1_class_1.pgm", 0, 255, 0, 0), "class by class");
     check(access("classes/latent_0_0_0.ppm.pgm", F_OK) != 0, "a class has no single masks");
     check(!exists(in_folder("look/classes/latent_0_class_0.ppm")), "a class has no image for an overlay");
+    /* Class 0 has 16 images, one batch, and a bad one; class 1 has a bad one alone. */
+    look_folder("skip");
+    look_folder("skip/a");
+    look_folder("skip/b");
+    for (char name[] = "skip/a/a.ppm"; name[7] < 'a' + 16; name[7]++) look_patches(name, red0, none);
+    look_write("skip/a/z.ppm", "P6\n4 4\n255\n", 11);
+    look_write("skip/b/z.ppm", "P6\n4 4\n255\n", 11);
+    check(look_run("mask -s sae.safetensors -m model.safetensors skip --skip-bad -l 0 -o classes --class 0") == 0
+          && is_mask("classes/latent_0_class_0.pgm", 255, 191, 64, 0), "a class whose last image is bad");
+    check(look_run("mask -s sae.safetensors -m model.safetensors skip --skip-bad -l 0 -o bad --class 1") == 1
+          && look_says("--class 1: none of 1 images can be read"), "a class whose images are all bad");
     check(look_run("mask -s sae.safetensors -m model.safetensors flat --quiet -l 0 -o safe") == 0
           && is_mask("safe/latent_0_0_-__2J_.ppm.pgm", 255, 191, 64, 0), "names are made safe");
 }
