@@ -4983,8 +4983,9 @@ static double bicubic(double x) {
 }
 
 /* Resizes the rows of an image whose shorter side becomes `side`, of which the middle `side` pixels
- * are kept, and transposes it: a second call then resizes the columns. out: [side, height, 3] */
-static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_hf,
+ * are kept, and transposes it: a second call then resizes the columns. Rows lack their first
+ * `skipped` pixels, which the crop does not need. out: [side, height, 3] */
+static int resize_rows(const picture *in, size_t skipped, size_t shorter, size_t side, int crop_hf,
                        unsigned char *out) {
     uint64_t full = (uint64_t)side * in->width / shorter;
     uint64_t first = crop_start(full, side, crop_hf);
@@ -5009,7 +5010,7 @@ static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_
         }
         /* output pixel i of every row, in fixed point */
         for (size_t y = 0; y < in->height; y++) {
-            const unsigned char *pixel = in->rgb + y * in->stride + start * 3;
+            const unsigned char *pixel = in->rgb + y * in->stride + (start - skipped) * 3;
             int32_t half = 1 << (WEIGHT_BITS - 1);       /* rounds */
             int32_t sum[3] = { half, half, half };
             for (size_t x = 0; x < end - start; x++) {
@@ -5029,11 +5030,19 @@ static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_
 /* Resizes the shorter side to `side` and crops the centre. pixels: [side, side, 3] */
 static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsigned char *pixels) {
     size_t shorter = smaller(from->width, from->height);
-    unsigned char *turned = new_array(from->height, 3 * side);   /* [side, height, 3] */
+    /* only the rows of a tall image that the crop needs */
+    uint64_t full = (uint64_t)side * from->height / shorter;
+    double scale = (double)from->height / (double)full, margin = 2 * fmax(scale, 1) + 1;
+    double first = (double)crop_start(full, side, crop_hf) * scale;
+    double end = fmin(first + (double)side * scale + margin, (double)from->height);
+    size_t top = (size_t)fmax(first - margin, 0);
+    picture rows = { from->width, (size_t)end - top, from->stride, from->rgb + top * from->stride,
+                     NULL };
+    unsigned char *turned = new_array(rows.height, 3 * side);    /* [side, height, 3] */
     if (!turned) return MACHINE_FAILED;
-    picture columns = { from->height, side, 3 * from->height, turned, NULL };
-    int status = resize_rows(from, shorter, side, crop_hf, turned);
-    if (status == SC_OK) status = resize_rows(&columns, shorter, side, crop_hf, pixels);
+    picture columns = { from->height, side, 3 * rows.height, turned, NULL };
+    int status = resize_rows(&rows, 0, shorter, side, crop_hf, turned);
+    if (status == SC_OK) status = resize_rows(&columns, top, shorter, side, crop_hf, pixels);
     free(turned);
     return status;
 }

@@ -164,6 +164,12 @@ static void images_test_golden(void)
         free(pixels);
     }
     fclose(file);
+    /* 256 million rows that share one pixel: only those that the crop needs take memory */
+    const picture tall = { .width = 1, .height = MAX_PIXELS, .rgb = (const unsigned char *)"abc" };
+    pixels = new_array(224 * 224, 3);
+    check(resize_and_crop(&tall, 224, 0, pixels) == SC_OK && memcmp(pixels, "abc", 3) == 0 &&
+          memcmp(pixels, pixels + 3, 3 * 224 * 224 - 3) == 0, "a very tall image");
+    free(pixels);
 }
 
 /* --- Data sets --- */
