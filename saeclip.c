@@ -4870,7 +4870,6 @@ static FILE *open_image(const char *path, const image_format **format) {
         return NULL;
     }
     lseek(fd, 0, SEEK_SET);
-    /* the first format whose bytes fit */
     for (size_t f = 0; f < COUNT(formats) && !*format; f++) {
         const char *magic = formats[f].magic;
         int same = 1;
@@ -4898,7 +4897,12 @@ static int run_decoder(char *command, const char *path, FILE *file, const char *
     child_process child;
     for (int i = 0; i < MAX_COMMAND / 2; i++) argument[i] = strtok_r(rest, " \t", &rest);
     lseek(fileno(file), 0, SEEK_SET);                    /* a decoder before it may have read */
-    if (!*argument || start_child(&child, argument, fileno(file)) != 0) return SC_END;
+    int error = *argument ? start_child(&child, argument, fileno(file)) : ENOENT;
+    if (error == ENOENT || error == EACCES) return SC_END;       /* it is not there */
+    if (error) {
+        fail("%s: cannot start '%s': %s", path, *argument, strerror(error));
+        return MACHINE_FAILED;
+    }
     int status = pnm_read(path, child.output, result);
     int ended = end_child(&child, refuse, words, sizeof words);
     int warned = WIFEXITED(ended) && WEXITSTATUS(ended) == 2 && strstr(*argument, "djpeg");
@@ -4931,7 +4935,7 @@ static int decode_image(const char *path, FILE *file, const image_format *format
     while (status == SC_END && (command = strtok_r(rest, "\n", &rest)) != NULL) {
         *error_text = '\0';
         status = run_decoder(command, path, file, format->refuse, result);
-        if (!*reason) memcpy(reason, error_text, sizeof reason);
+        if (!*reason || status == MACHINE_FAILED) memcpy(reason, error_text, sizeof reason);
     }
     if (status == SC_END && !*reason) {
         fail("%s: cannot start '%.*s' (expected a decoder of %s: Debian's package %s has one)",
@@ -5030,14 +5034,11 @@ static int resize_rows(const picture *in, size_t skipped, size_t shorter, size_t
 /* Resizes the shorter side to `side` and crops the centre. pixels: [side, side, 3] */
 static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsigned char *pixels) {
     size_t shorter = smaller(from->width, from->height);
-    /* only the rows of a tall image that the crop needs */
-    uint64_t full = (uint64_t)side * from->height / shorter;
-    double scale = (double)from->height / (double)full, margin = 2 * fmax(scale, 1) + 1;
-    double first = (double)crop_start(full, side, crop_hf) * scale;
-    double end = fmin(first + (double)side * scale + margin, (double)from->height);
-    size_t top = (size_t)fmax(first - margin, 0);
-    picture rows = { from->width, (size_t)end - top, from->stride, from->rgb + top * from->stride,
-                     NULL };
+    /* the crop and the filter need fewer than 20 x `shorter` rows, those in the middle */
+    picture rows = *from;
+    rows.height = smaller(from->height, 20 * shorter);
+    size_t top = (from->height - rows.height) / 2;
+    rows.rgb += top * from->stride;
     unsigned char *turned = new_array(rows.height, 3 * side);    /* [side, height, 3] */
     if (!turned) return MACHINE_FAILED;
     picture columns = { from->height, side, 3 * rows.height, turned, NULL };
@@ -5049,7 +5050,7 @@ static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsign
 
 /* --- Data sets --- */
 
-/* A name takes 8 bytes more than its letters with strdup(), 64 with copy_string(). */
+/* A name takes 8 bytes more than its letters with strdup(), 64 more in set->memory. */
 static int add_image(sc_images *set, const char *name, int64_t label) {
     SC_TRY(grow(&set->image, &set->capacity, set->count, sizeof *set->image));
     char *copy = strdup(name);
@@ -5059,7 +5060,6 @@ static int add_image(sc_images *set, const char *name, int64_t label) {
     return SC_OK;
 }
 
-/* Adds the next class of a folder. */
 static int add_class(sc_images *set, const char *name) {
     SC_TRY(grow(&set->class_name, &set->class_capacity, set->classes, sizeof *set->class_name));
     SC_TRY(allocate(&set->memory, &set->class_name[set->classes], strlen(name) + 1, 1));
@@ -5067,7 +5067,6 @@ static int add_class(sc_images *set, const char *name) {
     return SC_OK;
 }
 
-/* What follows the last slash. */
 static const char *base_name(const char *path) {
     const char *slash = strrchr(path, '/');
     if (!slash) return path;
@@ -5162,7 +5161,7 @@ static int open_folder(sc_images *set, const char *folder) {
 
 /* A list: one image per line, "path" or "path<TAB>label"; a # at a line's start is a comment. */
 static int open_list(sc_images *set, const char *path) {
-    char text[MAX_PATH + 64], file[MAX_PATH], *end = text;
+    char text[MAX_PATH + 64], file[MAX_PATH], *end;
     FILE *list = fopen(path, "r");
     int status = SC_OK;
     if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
@@ -5174,7 +5173,9 @@ static int open_list(sc_images *set, const char *path) {
         if (!strchr(text, '\n') && !feof(list))
             wrong = "too long, or with a byte 0 (expected text in UTF-8)";
         if (number == 1 && strncmp(line, "\xef\xbb\xbf", 3) == 0) line += 3; /* byte order mark */
-        line[strcspn(line, "\r\n")] = '\0';
+        end = line + strcspn(line, "\r\n");
+        if (*end == '\r' && end[1] && end[1] != '\n') wrong = "a carriage return within it";
+        *end = '\0';
         if (!wrong && (!*line || *line == '#')) continue;
         char *tab = strchr(line, '\t');
         char *blank = strrchr(line, ' ');
@@ -5419,7 +5420,6 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
     const int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
     const size_t parts = strchr(names, '?') ? 3 : 1;     /* q, k and v, one below the other */
     sc_layer *layer = &model->layer[block * ROLES + role];
-    /* the weight, then the bias */
     for (int bias = 0; bias <= 1; bias++) {
         char name[NAME_LENGTH];
         size_t rows = N / parts, columns = K;            /* of one part */
@@ -5431,10 +5431,7 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
             rows = K;
             columns = N;
         }
-        float *out = new_array(rows * parts, padded(columns) * sizeof *out);
-        if (!out) return SC_FAILED;
-        if (bias) layer->bias = out;
-        else layer->weight = out;
+        float *out = NULL;
         for (size_t i = 0; i < parts; i++, out += rows * columns) {
             spell_name(name, model->naming, role, block, bias, "qkv"[i]);
             const sc_tensor *tensor = sc_tensor_find(&model->file, name);
@@ -5444,12 +5441,17 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
             if (tensor->count != rows * columns || (rows > 1 && tensor->shape[first] != rows))
                 return fail("%s: tensor %s has %zu numbers (expected %zu x %zu)", path, name,
                             tensor->count, rows, columns);
+            if (i == 0) {                                /* memory for what the file has */
+                out = new_array(rows * parts, padded(columns) * sizeof *out);
+                if (!out) return SC_FAILED;
+                if (bias) layer->bias = out;
+                else layer->weight = out;
+            }
             if (!swapped) SC_TRY(sc_tensor_floats(&model->file, tensor, 0, tensor->count, out));
             for (size_t e = 0; swapped && e < tensor->count; e++)
                 SC_TRY(sc_tensor_floats(&model->file, tensor, e % K * N + e / K, 1, out + e));
         }
     }
-    /* for the products, the packed matrix takes the weight's place */
     if (!linear || !model->pass) return SC_OK;
     SC_TRY(new_packed(&layer->matrix, K, N));
     pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, 1, K);
@@ -5679,7 +5681,6 @@ int sc_model_open(sc_model *model, const char *path, const sc_origin *given) {
     if (of && strtoul(of + 4, NULL, 10) > 1)
         return fail("%s: one of several shards of a model (expected all of it in one file: save it "
                     "with max_shard_size=\"100GB\")", path);
-    /* what the file is, its sizes, its settings */
     SC_TRY(sc_safetensors_open(&model->file, path));
     model->naming = naming_of(&model->file);
     int status = SC_OK;
@@ -5854,7 +5855,6 @@ static sc_origin read_origin(const sc_safetensors *file) {
     return origin;
 }
 
-/* Makes metadata of it. */
 static int put_origin(sc_writer *w, const sc_origin *origin) {
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
         const char *text = origin->text[k];
@@ -6022,9 +6022,8 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config)
     /* The settings: the sizes, then the metadata, then cfg.json if there is one. */
     snprintf(s.text[D_IN], sizeof *s.text, "%zu", sae->d_in);
     snprintf(s.text[D_SAE], sizeof *s.text, "%zu", sae->d_sae);
-    for (size_t i = 0; i < file->entries; i++) {
+    for (size_t i = 0; i < file->entries; i++)
         SC_TRY(take_setting(&s, file->metadata[i].key, file->metadata[i].value));
-    }
     FILE *cfg = fopen(config, "r");
     if (!cfg && errno != ENOENT)
         return fail("%s: cannot be opened: %s", config, strerror(errno));
@@ -6050,7 +6049,6 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config)
         if (sae->threshold[j] < 0)
             return fail("%s: threshold[%zu] is %g (expected at least 0)", file->path, j,
                         (double)sae->threshold[j]);
-    /* What else the metadata say. */
     sae->origin = read_origin(file);
     if (start) snprintf(sae->b_dec_start, sizeof sae->b_dec_start, "%s", start);
     sae->path = join_text(file->path, "");
@@ -6061,13 +6059,9 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config)
 int sc_sae_open(sc_sae *sae, const char *path) {
     char weights[MAX_PATH], config[MAX_PATH];
     sc_safetensors file;
-    struct stat about;
     *sae = (sc_sae){ 0 };
-    if (stat(path, &about) == 0 && S_ISDIR(about.st_mode)) {
-        SC_TRY(join_path(path, saelens_weights, weights));
-    } else {
-        SC_TRY(join_path("", path, weights));
-    }
+    if (is_folder(path)) SC_TRY(join_path(path, saelens_weights, weights));
+    else SC_TRY(join_path("", path, weights));
     int folder = (int)(base_name(weights) - weights);        /* its length */
     snprintf(config, sizeof config, "%.*scfg.json", folder, weights);
     SC_TRY(sc_safetensors_open(&file, weights));
@@ -6176,7 +6170,6 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
     static const sc_origin usual = {
         .text = { [SC_TOKENS] = "all", [SC_SQUARE] = "0", [SC_CROP] = "torchvision" } };
     const size_t room = sizeof *usual.text;
-    const size_t largest = 16384;                /* --square */
     sc_origin *now = &f->origin;
     sc_model *m = &f->model;
     f->skip_bad = o->skip_bad;
@@ -6184,9 +6177,8 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
     /* What the options leave open, a packed set says, else an SAE, else the model's file. */
     const sc_origin packed = read_origin(&f->set.packed);
     fill_origin(now, &packed);
-    for (size_t i = 0; i < saes; i++) {
+    for (size_t i = 0; i < saes; i++)
         fill_origin(now, &sae[i].origin);
-    }
     fill_origin(now, &usual);
     int status = sc_model_open(m, o->model, now);
     if (status == SC_USAGE && saes > 0)
@@ -6202,7 +6194,7 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
     if (class) f->T = 1;
     f->first_patch = !patches;
     f->preprocess.size = (int)m->image_size;
-    f->preprocess.square = (int)smaller(square, largest);
+    f->preprocess.square = (int)smaller(square, 16384);
     f->preprocess.crop_hf = strcmp(now->text[SC_CROP], "hf") == 0;
     /* What is in force. Each SAE has its own hook point. */
     strcpy(now->text[SC_LAYER], f->said.text[SC_LAYER]);
@@ -6224,7 +6216,6 @@ static int open_feed(feed *f, const options *o, const sc_sae *sae, size_t saes) 
     *f = (feed){ 0 };
     sc_origin *said = &f->said;
     const size_t room = sizeof *said->text;
-    /* What the options say of the origin. */
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
         const char *text = o->origin[k];
         if (text) snprintf(said->text[k], room, "%s", text);
@@ -6241,7 +6232,6 @@ static int open_feed(feed *f, const options *o, const sc_sae *sae, size_t saes) 
     if (f->D > SC_MAX_WIDTH || f->T > most)
         return fail("%s: activations of %zu tokens x %zu are too large",
                     f->is_file ? o->acts : o->model, f->T, f->D);
-    /* The grid of patches */
     size_t patches = f->T - f->first_patch;
     while ((f->grid + 1) * (f->grid + 1) <= patches) f->grid++;
     if (f->grid * f->grid != patches) f->grid = 0;
@@ -6360,7 +6350,6 @@ static int load_images(feed *f, size_t want) {
             if (ends) break;
             if (f->set.image[chosen].name) f->image[end++] = chosen;
         }
-        /* Load what is not loaded yet. */
         int status = parallel_for(end - f->count, load_task, f);
         if (status == SC_OK) {
             f->drawn = draw;
@@ -6401,8 +6390,7 @@ static int next_batch(feed *f, size_t want) {
     f->used += f->count;
     f->count = 0;
     SC_TRY(load_images(f, want));
-    if (f->is_file) return SC_OK;
-    if (f->taps == 0 && !f->logits) return SC_OK;
+    if (f->is_file || (f->taps == 0 && !f->logits)) return SC_OK;
     /* Forward passes; out: [count, model's tokens, stride] */
     for (size_t first = 0; first < f->count; first += images) {
         const unsigned char *pixels = f->pixels + first * S * S * 3;
@@ -6517,14 +6505,13 @@ SC_PRINTF(3, 4) static void move_setting(transfer *to, const char *key, const ch
 static void move_recipe(const training_run *run, transfer *to) {
     const options *o = run->o;
     const sc_sae *sae = &run->sae;
-    const sc_origin origin = sae->origin;
     /* What the SAE is, and of which activations. */
     move_setting(to, "architecture", "%s", architecture_of(sae));
     if (sae->topk) move_setting(to, "k", "%zu", sae->k);
     move_setting(to, "d_in", "%zu", sae->d_in);
     move_setting(to, "d_sae", "%zu", sae->d_sae);
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        move_setting(to, origin_keys[k], "%s", origin.text[k]);
+        move_setting(to, origin_keys[k], "%s", sae->origin.text[k]);
     /* How it is trained. */
     if (!sae->topk) move_setting(to, "l1", "%.17g", o->l1);
     move_setting(to, "lr", "%.17g", o->lr);
@@ -6538,7 +6525,6 @@ static void move_recipe(const training_run *run, transfer *to) {
     move_setting(to, "order", "%s", o->order);
 }
 
-/* Writes the SAE's file. */
 static int write_trained(sc_writer *w, void *context) {
     const training_run *run = context;
     transfer to = { .w = w };
@@ -6667,7 +6653,6 @@ static int open_log(training_run *run) {
             if (step == 0 || !strchr(line, '\n') || strtoull(line, NULL, 10) > step) break;
             end = ftello(run->log);
         }
-        /* Off with the other rows. */
         if (ferror(run->log) || fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fd, end) != 0)
             return write_failed(path, errno);
     }
@@ -6709,7 +6694,6 @@ static int open_run(training_run *run) {
     if (!o->init) SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
     SC_TRY(connect_sae(f, sae, o));
-    /* The batch, the steps, the order. */
     run->batch = (size_t)o->batch;
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
         return usage("--batch: %zu images of %zu tokens are too many", run->batch, f->T);
@@ -6764,7 +6748,6 @@ static int train_steps(training_run *run) {
             SC_TRY(save_checkpoint(run));            /* a success leaves the reason as it is */
         }
         if (status != SC_OK) return fail("step %ju: %s", (uintmax_t)step, error_text);
-        /* The step is done. */
         run->next_draw = f->drawn;
         SC_TRY(log_step(run, &result));
         int due = step % (uint64_t)run->o->checkpoint_every == 0 || step == run->steps;
@@ -6778,7 +6761,6 @@ static int run_training(training_run *run) {
     const options *o = run->o;
     sc_train_options settings = { .l1 = o->l1, .lr = o->lr, .warmup = (size_t)o->warmup,
                                   .dead_window = (size_t)o->dead_window, .ghost = o->ghost };
-    /* A wrong path shows before the work begins. */
     SC_TRY(try_output(run->output));
     if (run->checkpoints) SC_TRY(try_output(run->checkpoint));
     SC_TRY(open_run(run));
