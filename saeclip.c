@@ -6248,7 +6248,7 @@ static int add_tap(feed *f, sc_origin *origin) {
     if (f->is_file) return SC_OK;
     fill_origin(origin, &usual);
     long layer = strtol(origin->text[SC_LAYER], NULL, 10);
-    if (layer == 0 || labs(layer) > blocks)
+    if (layer == 0 || layer > blocks || layer < -blocks)
         return fail("%s: layer %ld (expected 1 to %ld, or -1 to -%ld)", f->model.file.path, layer,
                     blocks, blocks);
     if (layer < 0) layer += blocks + 1;
@@ -6512,7 +6512,6 @@ static void move_recipe(const training_run *run, transfer *to) {
     move_setting(to, "d_sae", "%zu", sae->d_sae);
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
         move_setting(to, origin_keys[k], "%s", sae->origin.text[k]);
-    /* How it is trained. */
     if (!sae->topk) move_setting(to, "l1", "%.17g", o->l1);
     move_setting(to, "lr", "%.17g", o->lr);
     move_setting(to, "warmup", "%ld", o->warmup);
