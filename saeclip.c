@@ -4866,7 +4866,6 @@ static FILE *open_image(const char *path, const image_format **format) {
         return NULL;
     }
     lseek(fd, 0, SEEK_SET);
-    /* the first format whose bytes fit */
     for (size_t f = 0; f < COUNT(formats) && !*format; f++) {
         const char *magic = formats[f].magic;
         int same = 1;
@@ -4894,7 +4893,12 @@ static int run_decoder(char *command, const char *path, FILE *file, const char *
     child_process child;
     for (int i = 0; i < MAX_COMMAND / 2; i++) argument[i] = strtok_r(rest, " \t", &rest);
     lseek(fileno(file), 0, SEEK_SET);                    /* a decoder before it may have read */
-    if (!*argument || start_child(&child, argument, fileno(file)) != 0) return SC_END;
+    int error = *argument ? start_child(&child, argument, fileno(file)) : ENOENT;
+    if (error == ENOENT || error == EACCES) return SC_END;       /* it is not there */
+    if (error) {
+        fail("%s: cannot start '%s': %s", path, *argument, strerror(error));
+        return MACHINE_FAILED;
+    }
     int status = pnm_read(path, child.output, result);
     int ended = end_child(&child, refuse, words, sizeof words);
     int warned = WIFEXITED(ended) && WEXITSTATUS(ended) == 2 && strstr(*argument, "djpeg");
@@ -4927,7 +4931,7 @@ static int decode_image(const char *path, FILE *file, const image_format *format
     while (status == SC_END && (command = strtok_r(rest, "\n", &rest)) != NULL) {
         *error_text = '\0';
         status = run_decoder(command, path, file, format->refuse, result);
-        if (!*reason) memcpy(reason, error_text, sizeof reason);
+        if (!*reason || status == MACHINE_FAILED) memcpy(reason, error_text, sizeof reason);
     }
     if (status == SC_END && !*reason) {
         fail("%s: cannot start '%.*s' (expected a decoder of %s: Debian's package %s has one)",
@@ -4979,8 +4983,9 @@ static double bicubic(double x) {
 }
 
 /* Resizes the rows of an image whose shorter side becomes `side`, of which the middle `side` pixels
- * are kept, and transposes it: a second call then resizes the columns. out: [side, height, 3] */
-static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_hf,
+ * are kept, and transposes it: a second call then resizes the columns. Rows lack their first
+ * `skipped` pixels, which the crop does not need. out: [side, height, 3] */
+static int resize_rows(const picture *in, size_t skipped, size_t shorter, size_t side, int crop_hf,
                        unsigned char *out) {
     uint64_t full = (uint64_t)side * in->width / shorter;
     uint64_t first = crop_start(full, side, crop_hf);
@@ -5005,7 +5010,7 @@ static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_
         }
         /* output pixel i of every row, in fixed point */
         for (size_t y = 0; y < in->height; y++) {
-            const unsigned char *pixel = in->rgb + y * in->stride + start * 3;
+            const unsigned char *pixel = in->rgb + y * in->stride + (start - skipped) * 3;
             int32_t half = 1 << (WEIGHT_BITS - 1);       /* rounds */
             int32_t sum[3] = { half, half, half };
             for (size_t x = 0; x < end - start; x++) {
@@ -5025,18 +5030,23 @@ static int resize_rows(const picture *in, size_t shorter, size_t side, int crop_
 /* Resizes the shorter side to `side` and crops the centre. pixels: [side, side, 3] */
 static int resize_and_crop(const picture *from, size_t side, int crop_hf, unsigned char *pixels) {
     size_t shorter = smaller(from->width, from->height);
-    unsigned char *turned = new_array(from->height, 3 * side);   /* [side, height, 3] */
+    /* the crop and the filter need fewer than 20 x `shorter` rows, those in the middle */
+    picture rows = *from;
+    rows.height = smaller(from->height, 20 * shorter);
+    size_t top = (from->height - rows.height) / 2;
+    rows.rgb += top * from->stride;
+    unsigned char *turned = new_array(rows.height, 3 * side);    /* [side, height, 3] */
     if (!turned) return MACHINE_FAILED;
-    picture columns = { from->height, side, 3 * from->height, turned, NULL };
-    int status = resize_rows(from, shorter, side, crop_hf, turned);
-    if (status == SC_OK) status = resize_rows(&columns, shorter, side, crop_hf, pixels);
+    picture columns = { from->height, side, 3 * rows.height, turned, NULL };
+    int status = resize_rows(&rows, 0, shorter, side, crop_hf, turned);
+    if (status == SC_OK) status = resize_rows(&columns, top, shorter, side, crop_hf, pixels);
     free(turned);
     return status;
 }
 
 /* --- Data sets --- */
 
-/* A name takes 8 bytes more than its letters with strdup(), 64 with copy_string(). */
+/* A name takes 8 bytes more than its letters with strdup(), 64 more in set->memory. */
 static int add_image(sc_images *set, const char *name, int64_t label) {
     SC_TRY(grow(&set->image, &set->capacity, set->count, sizeof *set->image));
     char *copy = strdup(name);
@@ -5046,7 +5056,6 @@ static int add_image(sc_images *set, const char *name, int64_t label) {
     return SC_OK;
 }
 
-/* Adds the next class of a folder. */
 static int add_class(sc_images *set, const char *name) {
     SC_TRY(grow(&set->class_name, &set->class_capacity, set->classes, sizeof *set->class_name));
     SC_TRY(allocate(&set->memory, &set->class_name[set->classes], strlen(name) + 1, 1));
@@ -5054,7 +5063,6 @@ static int add_class(sc_images *set, const char *name) {
     return SC_OK;
 }
 
-/* What follows the last slash. */
 static const char *base_name(const char *path) {
     const char *slash = strrchr(path, '/');
     if (!slash) return path;
@@ -5149,7 +5157,7 @@ static int open_folder(sc_images *set, const char *folder) {
 
 /* A list: one image per line, "path" or "path<TAB>label"; a # at a line's start is a comment. */
 static int open_list(sc_images *set, const char *path) {
-    char text[MAX_PATH + 64], file[MAX_PATH], *end = text;
+    char text[MAX_PATH + 64], file[MAX_PATH], *end;
     FILE *list = fopen(path, "r");
     int status = SC_OK;
     if (!list) return fail("%s: cannot be opened: %s", path, strerror(errno));
@@ -5161,7 +5169,9 @@ static int open_list(sc_images *set, const char *path) {
         if (!strchr(text, '\n') && !feof(list))
             wrong = "too long, or with a byte 0 (expected text in UTF-8)";
         if (number == 1 && strncmp(line, "\xef\xbb\xbf", 3) == 0) line += 3; /* byte order mark */
-        line[strcspn(line, "\r\n")] = '\0';
+        end = line + strcspn(line, "\r\n");
+        if (*end == '\r' && end[1] && end[1] != '\n') wrong = "a carriage return within it";
+        *end = '\0';
         if (!wrong && (!*line || *line == '#')) continue;
         char *tab = strchr(line, '\t');
         char *blank = strrchr(line, ' ');
@@ -5406,7 +5416,6 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
     const int may_lack = role == PATCHES || role == HEAD || (role == QKV && model->naming == TIMM);
     const size_t parts = strchr(names, '?') ? 3 : 1;     /* q, k and v, one below the other */
     sc_layer *layer = &model->layer[block * ROLES + role];
-    /* the weight, then the bias */
     for (int bias = 0; bias <= 1; bias++) {
         char name[NAME_LENGTH];
         size_t rows = N / parts, columns = K;            /* of one part */
@@ -5418,10 +5427,7 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
             rows = K;
             columns = N;
         }
-        float *out = new_array(rows * parts, padded(columns) * sizeof *out);
-        if (!out) return SC_FAILED;
-        if (bias) layer->bias = out;
-        else layer->weight = out;
+        float *out = NULL;
         for (size_t i = 0; i < parts; i++, out += rows * columns) {
             spell_name(name, model->naming, role, block, bias, "qkv"[i]);
             const sc_tensor *tensor = sc_tensor_find(&model->file, name);
@@ -5431,12 +5437,17 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
             if (tensor->count != rows * columns || (rows > 1 && tensor->shape[first] != rows))
                 return fail("%s: tensor %s has %zu numbers (expected %zu x %zu)", path, name,
                             tensor->count, rows, columns);
+            if (i == 0) {                                /* memory for what the file has */
+                out = new_array(rows * parts, padded(columns) * sizeof *out);
+                if (!out) return SC_FAILED;
+                if (bias) layer->bias = out;
+                else layer->weight = out;
+            }
             if (!swapped) SC_TRY(sc_tensor_floats(&model->file, tensor, 0, tensor->count, out));
             for (size_t e = 0; swapped && e < tensor->count; e++)
                 SC_TRY(sc_tensor_floats(&model->file, tensor, e % K * N + e / K, 1, out + e));
         }
     }
-    /* for the products, the packed matrix takes the weight's place */
     if (!linear || !model->pass) return SC_OK;
     SC_TRY(new_packed(&layer->matrix, K, N));
     pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, 1, K);
@@ -5666,7 +5677,6 @@ int sc_model_open(sc_model *model, const char *path, const sc_origin *given) {
     if (of && strtoul(of + 4, NULL, 10) > 1)
         return fail("%s: one of several shards of a model (expected all of it in one file: save it "
                     "with max_shard_size=\"100GB\")", path);
-    /* what the file is, its sizes, its settings */
     SC_TRY(sc_safetensors_open(&model->file, path));
     model->naming = naming_of(&model->file);
     int status = SC_OK;
@@ -5841,7 +5851,6 @@ static sc_origin read_origin(const sc_safetensors *file) {
     return origin;
 }
 
-/* Makes metadata of it. */
 static int put_origin(sc_writer *w, const sc_origin *origin) {
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
         const char *text = origin->text[k];
@@ -6009,9 +6018,8 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config)
     /* The settings: the sizes, then the metadata, then cfg.json if there is one. */
     snprintf(s.text[D_IN], sizeof *s.text, "%zu", sae->d_in);
     snprintf(s.text[D_SAE], sizeof *s.text, "%zu", sae->d_sae);
-    for (size_t i = 0; i < file->entries; i++) {
+    for (size_t i = 0; i < file->entries; i++)
         SC_TRY(take_setting(&s, file->metadata[i].key, file->metadata[i].value));
-    }
     FILE *cfg = fopen(config, "r");
     if (!cfg && errno != ENOENT)
         return fail("%s: cannot be opened: %s", config, strerror(errno));
@@ -6037,7 +6045,6 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config)
         if (sae->threshold[j] < 0)
             return fail("%s: threshold[%zu] is %g (expected at least 0)", file->path, j,
                         (double)sae->threshold[j]);
-    /* What else the metadata say. */
     sae->origin = read_origin(file);
     if (start) snprintf(sae->b_dec_start, sizeof sae->b_dec_start, "%s", start);
     sae->path = join_text(file->path, "");
@@ -6048,13 +6055,9 @@ static int read_sae(sc_sae *sae, const sc_safetensors *file, const char *config)
 int sc_sae_open(sc_sae *sae, const char *path) {
     char weights[MAX_PATH], config[MAX_PATH];
     sc_safetensors file;
-    struct stat about;
     *sae = (sc_sae){ 0 };
-    if (stat(path, &about) == 0 && S_ISDIR(about.st_mode)) {
-        SC_TRY(join_path(path, saelens_weights, weights));
-    } else {
-        SC_TRY(join_path("", path, weights));
-    }
+    if (is_folder(path)) SC_TRY(join_path(path, saelens_weights, weights));
+    else SC_TRY(join_path("", path, weights));
     int folder = (int)(base_name(weights) - weights);        /* its length */
     snprintf(config, sizeof config, "%.*scfg.json", folder, weights);
     SC_TRY(sc_safetensors_open(&file, weights));
@@ -6163,7 +6166,6 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
     static const sc_origin usual = {
         .text = { [SC_TOKENS] = "all", [SC_SQUARE] = "0", [SC_CROP] = "torchvision" } };
     const size_t room = sizeof *usual.text;
-    const size_t largest = 16384;                /* --square */
     sc_origin *now = &f->origin;
     sc_model *m = &f->model;
     f->skip_bad = o->skip_bad;
@@ -6171,9 +6173,8 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
     /* What the options leave open, a packed set says, else an SAE, else the model's file. */
     const sc_origin packed = read_origin(&f->set.packed);
     fill_origin(now, &packed);
-    for (size_t i = 0; i < saes; i++) {
+    for (size_t i = 0; i < saes; i++)
         fill_origin(now, &sae[i].origin);
-    }
     fill_origin(now, &usual);
     int status = sc_model_open(m, o->model, now);
     if (status == SC_USAGE && saes > 0)
@@ -6189,7 +6190,7 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
     if (class) f->T = 1;
     f->first_patch = !patches;
     f->preprocess.size = (int)m->image_size;
-    f->preprocess.square = (int)smaller(square, largest);
+    f->preprocess.square = (int)smaller(square, 16384);
     f->preprocess.crop_hf = strcmp(now->text[SC_CROP], "hf") == 0;
     /* What is in force. Each SAE has its own hook point. */
     strcpy(now->text[SC_LAYER], f->said.text[SC_LAYER]);
@@ -6211,7 +6212,6 @@ static int open_feed(feed *f, const options *o, const sc_sae *sae, size_t saes) 
     *f = (feed){ 0 };
     sc_origin *said = &f->said;
     const size_t room = sizeof *said->text;
-    /* What the options say of the origin. */
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++) {
         const char *text = o->origin[k];
         if (text) snprintf(said->text[k], room, "%s", text);
@@ -6228,7 +6228,6 @@ static int open_feed(feed *f, const options *o, const sc_sae *sae, size_t saes) 
     if (f->D > SC_MAX_WIDTH || f->T > most)
         return fail("%s: activations of %zu tokens x %zu are too large",
                     f->is_file ? o->acts : o->model, f->T, f->D);
-    /* The grid of patches */
     size_t patches = f->T - f->first_patch;
     while ((f->grid + 1) * (f->grid + 1) <= patches) f->grid++;
     if (f->grid * f->grid != patches) f->grid = 0;
@@ -6245,7 +6244,7 @@ static int add_tap(feed *f, sc_origin *origin) {
     if (f->is_file) return SC_OK;
     fill_origin(origin, &usual);
     long layer = strtol(origin->text[SC_LAYER], NULL, 10);
-    if (layer == 0 || labs(layer) > blocks)
+    if (layer == 0 || layer > blocks || layer < -blocks)
         return fail("%s: layer %ld (expected 1 to %ld, or -1 to -%ld)", f->model.file.path, layer,
                     blocks, blocks);
     if (layer < 0) layer += blocks + 1;
@@ -6347,7 +6346,6 @@ static int load_images(feed *f, size_t want) {
             if (ends) break;
             if (f->set.image[chosen].name) f->image[end++] = chosen;
         }
-        /* Load what is not loaded yet. */
         int status = parallel_for(end - f->count, load_task, f);
         if (status == SC_OK) {
             f->drawn = draw;
@@ -6388,8 +6386,7 @@ static int next_batch(feed *f, size_t want) {
     f->used += f->count;
     f->count = 0;
     SC_TRY(load_images(f, want));
-    if (f->is_file) return SC_OK;
-    if (f->taps == 0 && !f->logits) return SC_OK;
+    if (f->is_file || (f->taps == 0 && !f->logits)) return SC_OK;
     /* Forward passes; out: [count, model's tokens, stride] */
     for (size_t first = 0; first < f->count; first += images) {
         const unsigned char *pixels = f->pixels + first * S * S * 3;
@@ -6504,15 +6501,13 @@ SC_PRINTF(3, 4) static void move_setting(transfer *to, const char *key, const ch
 static void move_recipe(const training_run *run, transfer *to) {
     const options *o = run->o;
     const sc_sae *sae = &run->sae;
-    const sc_origin origin = sae->origin;
     /* What the SAE is, and of which activations. */
     move_setting(to, "architecture", "%s", architecture_of(sae));
     if (sae->topk) move_setting(to, "k", "%zu", sae->k);
     move_setting(to, "d_in", "%zu", sae->d_in);
     move_setting(to, "d_sae", "%zu", sae->d_sae);
     for (size_t k = 0; k < SC_ORIGIN_KEYS; k++)
-        move_setting(to, origin_keys[k], "%s", origin.text[k]);
-    /* How it is trained. */
+        move_setting(to, origin_keys[k], "%s", sae->origin.text[k]);
     if (!sae->topk) move_setting(to, "l1", "%.17g", o->l1);
     move_setting(to, "lr", "%.17g", o->lr);
     move_setting(to, "warmup", "%ld", o->warmup);
@@ -6525,7 +6520,6 @@ static void move_recipe(const training_run *run, transfer *to) {
     move_setting(to, "order", "%s", o->order);
 }
 
-/* Writes the SAE's file. */
 static int write_trained(sc_writer *w, void *context) {
     const training_run *run = context;
     transfer to = { .w = w };
@@ -6654,7 +6648,6 @@ static int open_log(training_run *run) {
             if (step == 0 || !strchr(line, '\n') || strtoull(line, NULL, 10) > step) break;
             end = ftello(run->log);
         }
-        /* Off with the other rows. */
         if (ferror(run->log) || fseeko(run->log, end, SEEK_SET) != 0 || ftruncate(fd, end) != 0)
             return write_failed(path, errno);
     }
@@ -6696,7 +6689,6 @@ static int open_run(training_run *run) {
     if (!o->init) SC_TRY(sc_sae_init(sae, f->D, n, (uint64_t)o->seed));
     if (!sae->k) sae->k = 32;
     SC_TRY(connect_sae(f, sae, o));
-    /* The batch, the steps, the order. */
     run->batch = (size_t)o->batch;
     if (run->batch > SC_MAX_BATCH_TOKENS / f->T)
         return usage("--batch: %zu images of %zu tokens are too many", run->batch, f->T);
@@ -6751,7 +6743,6 @@ static int train_steps(training_run *run) {
             SC_TRY(save_checkpoint(run));            /* a success leaves the reason as it is */
         }
         if (status != SC_OK) return fail("step %ju: %s", (uintmax_t)step, error_text);
-        /* The step is done. */
         run->next_draw = f->drawn;
         SC_TRY(log_step(run, &result));
         int due = step % (uint64_t)run->o->checkpoint_every == 0 || step == run->steps;
@@ -6765,7 +6756,6 @@ static int run_training(training_run *run) {
     const options *o = run->o;
     sc_train_options settings = { .l1 = o->l1, .lr = o->lr, .warmup = (size_t)o->warmup,
                                   .dead_window = (size_t)o->dead_window, .ghost = o->ghost };
-    /* A wrong path shows before the work begins. */
     SC_TRY(try_output(run->output));
     if (run->checkpoints) SC_TRY(try_output(run->checkpoint));
     SC_TRY(open_run(run));

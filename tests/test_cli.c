@@ -465,6 +465,7 @@ static void cli_test_models(void)
         { "blocks.1.mlp.fc2.weight", RESHAPED("blocks.1.mlp.fc2.weight", 100, 32) },
         { "blocks.1.mlp.fc1.weight", RESHAPED("blocks.1.mlp.fc1.weight", 99, 32) },
         { "blocks.0.mlp", RESHAPED("blocks.0.mlp.fc1.weight", 0, 32) },
+        { "fc1.weight has 0 numbers (expected", RESHAPED("blocks.0.mlp.fc1.weight", 1 << 30, 0) },
         { "qkv.weight", RESHAPED("blocks.0.attn.qkv.weight", 32, 32) },
         { "qkv.bias", RESHAPED("blocks.0.attn.qkv.bias", 32) },
         { "norm1.bias", RESHAPED("blocks.0.norm1.bias", 33) },

@@ -164,6 +164,12 @@ static void images_test_golden(void)
         free(pixels);
     }
     fclose(file);
+    /* 256 million rows that share one pixel: only those that the crop needs take memory */
+    const picture tall = { .width = 1, .height = MAX_PIXELS, .rgb = (const unsigned char *)"abc" };
+    pixels = new_array(224 * 224, 3);
+    check(resize_and_crop(&tall, 224, 0, pixels) == SC_OK && memcmp(pixels, "abc", 3) == 0 &&
+          memcmp(pixels, pixels + 3, 3 * 224 * 224 - 3) == 0, "a very tall image");
+    free(pixels);
 }
 
 /* --- Data sets --- */
@@ -289,6 +295,7 @@ static void images_test_list(void)
         { "# nothing\n", "without an image" }, { "", "without an image" },
         { "moved/b/x 3\n", "line 1: a blank before the label (expected path<TAB>label)" },
         { "# c\nmoved/a/x   12\n", "line 2: a blank before the label" },
+        { "# c\ra\rb\n", "line 1: a carriage return" }, { "a\nb\rc", "line 2: a carriage return" },
         { "a\t1 # c\n", "line 1: invalid label" }, { "moved/b/x \n", "line 1: a blank before the label" },
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -450,6 +457,17 @@ static void images_test_decoders(void)
     check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(), "cannot start ''"),
           "none");
     unsetenv("SAECLIP_DECODER");
+    struct rlimit files, few;                    /* one more file can be opened: the image */
+    int fd = dup(0);
+    close(fd);
+    getrlimit(RLIMIT_NOFILE, &files);
+    few = files;
+    few.rlim_cur = (rlim_t)fd + 1;
+    setrlimit(RLIMIT_NOFILE, &few);
+    int status = load_image(&set, 0, &images_one, pixel);
+    setrlimit(RLIMIT_NOFILE, &files);
+    check(status == MACHINE_FAILED && strstr(sc_error(), "cannot start 'djpeg': Too many open files"),
+          "a machine without a free file is not a missing program: %s", sc_error());
     char *path = strdup(getenv("PATH"));
     setenv("PATH", in_folder("images"), 1);
     check(sc_image_load(&set, 0, &images_one, pixel) == SC_FAILED && strstr(sc_error(),
