@@ -19,7 +19,7 @@
  *   13. Options and messages             14. Files
  *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 6425
+ *  Part IV: the program                      line 6430
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -5466,7 +5466,8 @@ static int load_block(void *context, size_t block) {
     for (enum role role = CLASS_TOKEN; role < ROLES; role++) {
         if (block > 0 && !is_in_block(role)) continue;
         /* these are not in every model, or not asked for */
-        if (role == PRE && !find_layer(model, PRE, 0, 0)) continue;
+        int norm = find_layer(model, PRE, 0, 0) || find_layer(model, PRE, 0, 1);
+        if (role == PRE && !norm) continue;
         if (role >= POST && !model->outputs) continue;
         SC_TRY(read_layer(model, role, block));
     }
@@ -6177,8 +6178,12 @@ static int open_model(feed *f, const options *o, const sc_sae *sae, size_t saes)
         fill_origin(now, &sae[i].origin);
     fill_origin(now, &usual);
     int status = sc_model_open(m, o->model, now);
-    if (status == SC_USAGE && saes > 0)
-        return usage("%s, from an option or from %s", sc_error(), sae->path);
+    /* an invalid setting of the model is an option's, or else an SAE's */
+    int from_options = 0;
+    for (size_t k = SC_MEAN; k <= SC_HEADS; k++)
+        from_options |= *f->said.text[k] != '\0';
+    if (status == SC_USAGE && saes > 0 && !from_options)
+        return fail("%s: %s", sae->path, sc_error());
     SC_TRY(status);
     /* Which tokens are kept, and how images are made. */
     size_t square = strtoul(now->text[SC_SQUARE], NULL, 10);

@@ -678,6 +678,7 @@ static void cli_test_late_refusals(void)
     static const cli_case cases[] = {
         { 1, "@scaled: tensor blocks.0.ls1.gamma has no place",
           "extract --quiet -m @scaled @photos -o @out" },
+        { 1, "@half_norm: tensor norm_pre.weight is missing", "extract --quiet --layer 1 -m @half_norm @photos -o @out" },
         { 1, "@mute: no tensor text_embeds [classes", "zeroshot --quiet -m @mute @photos" },
         { 1, "@jump: tensor threshold may change", "eval -s @jump --acts @acts" },
         { 2, "-s: given more than 16", "eval" MANY MANY MANY MANY " -s @sae --acts @acts" },
@@ -693,6 +694,7 @@ static void cli_test_late_refusals(void)
         { 0, NULL, NULL } };
 #undef MANY
     cli_edit(GOLDEN "clip_timm.safetensors", cli("@scaled"), (cli_change){ .add = "blocks.0.ls1.gamma" });
+    cli_edit(GOLDEN "vit_timm.safetensors", cli("@half_norm"), (cli_change){ .add = "norm_pre.bias" });
     cli_edit(GOLDEN "clip_hf.safetensors", cli("@mute"), (cli_change){ .drop = "text_embeds" });
     cli_edit(cli("@sae"), cli("@jump"), (cli_change){ .add = "threshold" });
     cli_edit(cli("@sae"), cli("@huge"), (cli_change){ .value_of = "b_enc", .value = 1e14f });

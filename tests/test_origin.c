@@ -98,11 +98,11 @@ static void origin_test_values(void)
         [SC_LAYER] = { "-1", "cli_bad_value: layer is -1 (expected 3", 1 },
         [SC_HOOK] = { "MLP", "cli_bad_value: does not name its hook point", 2 },
         [SC_TOKENS] = { "some", "cli_bad_value: tokens is some (expected all", 1 },
-        [SC_MEAN] = { "1,2", "--mean: invalid value '1,2' (", 2 },
-        [SC_STD] = { "a,b,c", "--std: invalid value 'a,b,c' (", 2 },
-        [SC_GELU] = { "relu", "--gelu: invalid value 'relu' (", 2 },
-        [SC_EPSILON] = { "2", "--eps: invalid value '2' (", 2 },
-        [SC_HEADS] = { "0.5", "--heads: invalid value '0.5' (", 2 },
+        [SC_MEAN] = { "1,2", "--mean: invalid value '1,2' (", 1 },
+        [SC_STD] = { "a,b,c", "--std: invalid value 'a,b,c' (", 1 },
+        [SC_GELU] = { "relu", "--gelu: invalid value 'relu' (", 1 },
+        [SC_EPSILON] = { "2", "--eps: invalid value '2' (", 1 },
+        [SC_HEADS] = { "0.5", "--heads: invalid value '0.5' (", 1 },
         [SC_SQUARE] = { "20000", "cli_bad_value: square is 20000 (expected 16384", 1 },
         [SC_CROP] = { "left", "cli_bad_value: crop is left (expected torchvision", 1 } };
     for (size_t k = SC_LAYER; k < SC_ORIGIN_KEYS; k++) {
