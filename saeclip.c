@@ -6,20 +6,20 @@
  * method is PatchSAE's (Lim et al., ICLR 2025). There are no dependencies. The order of each sum is
  * defined (section 1), so that every machine, compiler and number of threads gives the same bits.
  *
- *  Part I: the method                        line 84: read this; about 1570 lines
+ *  Part I: the method                        line 86: read this; about 1570 lines
  *    1. Numbers                           2. The vision transformer
  *    3. The sparse autoencoder            4. Training
  *    5. Measuring
- *  Part II: the same, fast                   line 1650
+ *  Part II: the same, fast                   line 1654
  *    6. Errors and memory                 7. Threads
  *    8. Kernels and matrix products       9. The vision transformer, fast
  *   10. Sparse codes                     11. Training steps
  *   12. Counting
- *  Part III: data in and out                 line 3760
+ *  Part III: data in and out                 line 3776
  *   13. Options and messages             14. Files
  *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 6430
+ *  Part IV: the program                      line 6446
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -69,9 +69,11 @@ char *(realpath)(const char *restrict path, char *restrict resolved);
 #define SC_PRINTF(text, first) __attribute__((format(printf, text, first)))
 /* Part of each caller, so that those of section 8 compile it for their instruction set. */
 #define SC_INLINE __attribute__((always_inline)) inline
+#define SC_APART __attribute__((noinline))
 #else
 #define SC_PRINTF(text, first)
 #define SC_INLINE inline
+#define SC_APART
 #endif
 
 #define SC_TRY(call)                                                                               \
@@ -541,7 +543,7 @@ static void linear_forward(float *out, const float *x, const sc_layer *linear, s
 
 /* row: [n]. row = exp(scale * row) / the sum of these over the row. Subtracting the largest entry
  * first changes nothing mathematically and avoids overflow. */
-static SC_INLINE void softmax_forward(float *row, size_t n, float scale) {
+static void softmax_forward(float *row, size_t n, float scale) {
     float largest = row_max(row, n);
     for (size_t e = 0; e < n; e++) {
         row[e] = exp32(scale * (row[e] - largest));
@@ -583,10 +585,12 @@ static void attention_forward(float *out, const float *qkv, float *scores, size_
 
 /* x: [count]. The activation function between the two layers of the MLP. */
 static SC_INLINE void gelu_forward(float *x, size_t count, activation_kind kind) {
-    for (size_t i = 0; i < count; i++) {
-        if (kind == QUICK_GELU) {
+    if (kind == QUICK_GELU) {
+        for (size_t i = 0; i < count; i++) {
             x[i] = quick_gelu(x[i]);
-        } else {
+        }
+    } else {
+        for (size_t i = 0; i < count; i++) {
             x[i] = gelu(x[i]);
         }
     }
@@ -1978,6 +1982,16 @@ SC_TARGET static void KERNEL(tile)(size_t terms, const float *a, const float *b,
     }
 }
 
+/* Part I's functions, compiled into vectors of this instruction set. Within larger functions clang
+ * does not find the vectors. */
+SC_TARGET static SC_APART void KERNEL(exponentials)(float *row, size_t n) {
+    for (size_t e = 0; e < n; e++) row[e] = exp32(row[e]);
+}
+
+SC_TARGET static SC_APART void KERNEL(gelu)(float *x, size_t n, activation_kind kind) {
+    gelu_forward(x, n, kind);
+}
+
 /* c = activation(sum + row_bias + bias + residual + 0) for some rows of a tile.
  * sum: [rows][COLUMNS], of which `columns` are used */
 SC_TARGET static SC_INLINE void KERNEL(finish_rows)(const float *sum, size_t rows, size_t columns,
@@ -1986,16 +2000,14 @@ SC_TARGET static SC_INLINE void KERNEL(finish_rows)(const float *sum, size_t row
         const float *residual = to->residual;
         float row_bias = to->row_bias ? to->row_bias[r] : 0;
         float x[SC_COLUMNS];
-        for (size_t j = 0; j < columns; j++) x[j] = sum[j] + row_bias;
-        if (to->bias) {
-            for (size_t j = 0; j < columns; j++) x[j] += to->bias[j];
+        if (residual) residual += r * to->c_stride;
+        for (size_t j = 0; j < columns; j++) {
+            float value = sum[j] + row_bias;
+            if (to->bias) value += to->bias[j];
+            if (residual) value += residual[j];
+            x[j] = value + 0.0f;
         }
-        if (to->residual) {
-            residual += r * to->c_stride;
-            for (size_t j = 0; j < columns; j++) x[j] += residual[j];
-        }
-        for (size_t j = 0; j < columns; j++) x[j] += 0.0f;
-        if (to->activation != NO_ACTIVATION) gelu_forward(x, columns, to->activation);
+        if (to->activation != NO_ACTIVATION) KERNEL(gelu)(x, columns, to->activation);
         memcpy(to->c + r * to->c_stride, x, columns * sizeof *x);
     }
 }
@@ -2093,9 +2105,13 @@ SC_TARGET static void KERNEL(add_chain)(const float *factor, const uint32_t *ind
         KERNEL(add_strip)(SC_PARTIAL_VECTORS, factor, index, count, rows, sum, n);
 }
 
-/* Part I's loops, compiled into vectors of this instruction set. */
+/* The bits of softmax_forward(). */
 SC_TARGET static void KERNEL(softmax)(float *row, size_t n, float scale) {
-    softmax_forward(row, n, scale);
+    float largest = row_max(row, n);
+    for (size_t e = 0; e < n; e++) row[e] = scale * (row[e] - largest);
+    KERNEL(exponentials)(row, n);
+    float sum = row_sum(row, n);
+    for (size_t e = 0; e < n; e++) row[e] /= sum;
 }
 
 SC_TARGET static void KERNEL(adam)(float *w, adam_moments moments, const float *dw, size_t n,
