@@ -6,20 +6,20 @@
  * method is PatchSAE's (Lim et al., ICLR 2025). There are no dependencies. The order of each sum is
  * defined (section 1), so that every machine, compiler and number of threads gives the same bits.
  *
- *  Part I: the method                        line 86: read this; about 1570 lines
+ *  Part I: the method                        line 87: read this; about 1570 lines
  *    1. Numbers                           2. The vision transformer
  *    3. The sparse autoencoder            4. Training
  *    5. Measuring
- *  Part II: the same, fast                   line 1654
+ *  Part II: the same, fast                   line 1655
  *    6. Errors and memory                 7. Threads
  *    8. Kernels and matrix products       9. The vision transformer, fast
  *   10. Sparse codes                     11. Training steps
  *   12. Counting
- *  Part III: data in and out                 line 3776
+ *  Part III: data in and out                 line 3809
  *   13. Options and messages             14. Files
  *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 6446
+ *  Part IV: the program                      line 6479
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -46,6 +46,7 @@
 #include <math.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdarg.h>
@@ -1800,8 +1801,9 @@ static struct {
     pthread_cond_t start, done;
     task_function *work;
     void *context;
-    size_t tasks, round;             /* round: the number of the parallel_for call, or STOP */
-    int busy;                        /* threads that have not finished this round */
+    size_t tasks;
+    atomic_size_t round;             /* the number of the parallel_for call, or STOP */
+    atomic_int busy;                 /* threads that have not finished this round */
     atomic_size_t next;              /* the next task to hand out */
     size_t failed_task;
     int status;                      /* of failed_task, if any failed */
@@ -1829,12 +1831,18 @@ static void run_tasks(void) {
     }
 }
 
+/* Waits briefly while a condition holds. Most rounds begin within microseconds of the one before,
+ * and a thread that sleeps takes 100 of them to wake up. */
+#define WAIT_WHILE(condition)                                                                      \
+    for (int tries = 0; tries < 200 && (condition); tries++) sched_yield()
+
 /* A thread waits for a round, helps with its tasks, and waits for the next. */
 static void *worker_main(void *argument) {
     size_t seen = 0;
     worker = (size_t)(intptr_t)argument;
-    pthread_mutex_lock(&pool.lock);
     for (;;) {
+        WAIT_WHILE(pool.round == seen);
+        pthread_mutex_lock(&pool.lock);
         while (pool.round == seen) pthread_cond_wait(&pool.start, &pool.lock);
         seen = pool.round;
         pthread_mutex_unlock(&pool.lock);
@@ -1842,6 +1850,7 @@ static void *worker_main(void *argument) {
         run_tasks();
         pthread_mutex_lock(&pool.lock);
         if (--pool.busy == 0) pthread_cond_signal(&pool.done);
+        pthread_mutex_unlock(&pool.lock);
     }
 }
 
@@ -1860,6 +1869,7 @@ static int parallel_for(size_t tasks, task_function *work, void *context) {
     }
     pthread_mutex_unlock(&pool.lock);
     run_tasks();
+    WAIT_WHILE(pool.busy > 0);
     pthread_mutex_lock(&pool.lock);
     while (pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
@@ -1996,17 +2006,14 @@ SC_TARGET static SC_APART void KERNEL(gelu)(float *x, size_t n, activation_kind 
  * sum: [rows][COLUMNS], of which `columns` are used */
 SC_TARGET static SC_INLINE void KERNEL(finish_rows)(const float *sum, size_t rows, size_t columns,
                                                     const tile_target *to) {
+    static const float none[SC_COLUMNS];
     for (size_t r = 0; r < rows; r++, sum += SC_COLUMNS) {
-        const float *residual = to->residual;
+        const float *bias = to->bias ? to->bias : none;
+        const float *residual = to->residual ? to->residual + r * to->c_stride : none;
         float row_bias = to->row_bias ? to->row_bias[r] : 0;
         float x[SC_COLUMNS];
-        if (residual) residual += r * to->c_stride;
-        for (size_t j = 0; j < columns; j++) {
-            float value = sum[j] + row_bias;
-            if (to->bias) value += to->bias[j];
-            if (residual) value += residual[j];
-            x[j] = value + 0.0f;
-        }
+        for (size_t j = 0; j < columns; j++)
+            x[j] = sum[j] + row_bias + bias[j] + residual[j] + 0.0f;
         if (to->activation != NO_ACTIVATION) KERNEL(gelu)(x, columns, to->activation);
         memcpy(to->c + r * to->c_stride, x, columns * sizeof *x);
     }
@@ -2768,9 +2775,9 @@ int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t 
  * Section 3 for a batch of tokens. Instead of a matrix f: [T, n], which would be mostly zeros, it
  * keeps codes: for each latent the tokens on which it fires, and its activations there.
  *
- * The batch is cut into tiles of up to 512 tokens, each the task of one thread. Some rows of
- * W_enc at a time are multiplied with all tokens of the tile, and the products become codes while
- * they are in the cache; then the codes are decoded.
+ * Encoding takes some latents at a time, each group the task of one thread: their rows of W_enc are
+ * multiplied with all tokens, and the products become codes while they are in the cache. So W_enc
+ * is read from memory once per batch. Decoding takes a tile of tokens at a time.
  * ============================================================================================ */
 
 static int new_sae(sc_sae *sae, size_t d_in, size_t d_sae) {
@@ -2811,29 +2818,22 @@ int sc_sae_init(sc_sae *sae, size_t d_in, size_t d_sae, uint64_t seed) {
 }
 
 enum {
-    TILE_TOKENS = 512,               /* the most tokens in a tile */
-    TILE_STRIDE = TILE_TOKENS + 16,  /* floats between rows of h, no power of two (section 8) */
+    TILE_TOKENS = 512,               /* the most tokens that are decoded at once */
     DENSE_SHARE = 8                  /* as a matrix if more than 1/8 of the codes are active */
 };
 
-/* The codes of a tile. */
+/* One worker's memory. */
 typedef struct {
-    size_t first, tokens;            /* where the tile begins in the batch, how long it is */
-    size_t *start;                   /* [n + 1]: latent j has codes start[j] .. start[j + 1] - 1 */
-    uint16_t *token;                 /* [start[n]], within the tile, ascending for each latent */
-    float *value;                    /* [start[n]], the activations */
-} tile_codes;
-
-/* One worker's memory for a tile. */
-typedef struct {
-    float *h;                        /* [rows_at_once(), TILE_STRIDE], pre-activations */
-    uint32_t index[TILE_TOKENS];     /* from find_above() */
-    float limit[TILE_TOKENS];        /* of each token: above it h can be active */
-    uint64_t *heap;                  /* [TILE_TOKENS, k], see offer_candidate() */
+    /* for encoding some latents */
+    float *h;                        /* [rows_at_once(), h_stride], pre-activations */
+    uint32_t *index;                 /* [h_stride], from find_above() */
+    float *limit;                    /* [h_stride], of each token: above it h can be active */
+    uint64_t *heap;                  /* [T, k], see offer_candidate() */
+    /* for decoding a tile */
     float *dense;                    /* [TILE_TOKENS, CHAIN], codes of 256 latents as a matrix */
     packed_matrix weights;           /* [CHAIN, D], the rows of W_dec of 256 latents */
     float *apart;                    /* [stride], x' - x of a token */
-} tile_scratch;
+} sae_scratch;
 
 /* A batch of T tokens on its way through the SAE. Rows of D numbers are `stride` floats apart. */
 typedef struct {
@@ -2845,17 +2845,17 @@ typedef struct {
     float *x;                        /* [T, D], the same, padded with zeros */
     float *centred;                  /* [T, D], x - b_dec */
     packed_matrix columns;           /* [D, T], the same as columns */
+    size_t h_stride;                 /* room for a row of h, a whole number of find_above()'s 32 */
+    size_t *start, *end;             /* [n]: latent j has codes start[j] .. end[j] - 1 */
+    uint32_t *token;                 /* of each code, ascending for each latent */
+    float *value;                    /* its activation */
     float *output;                   /* [T, D], x'; in training later its gradient */
     double *norm;                    /* [T], ||x|| */
     double *squared_error;           /* [T], ||x' - x||^2 */
     double *sum_f;                   /* [T], sum of f */
     double *active;                  /* [T], how many latents fire */
-    tile_codes *tile;                /* [tiles] */
     size_t tiles;
-    size_t *start;                   /* [tiles, n + 1], the tiles' start */
-    uint16_t *token;                 /* of all tiles, and */
-    float *value;                    /* the values: as many as there can be */
-    tile_scratch *scratch;           /* [workers] */
+    sae_scratch *scratch;            /* [workers] */
     memory_list memory;
 } sae_batch;
 
@@ -2866,54 +2866,65 @@ static void free_batch(sae_batch *batch) {
     *batch = (sae_batch){ 0 };
 }
 
-/* How many tiles T tokens are cut into: the same number for each thread. */
-static size_t tiles_of(size_t T) {
-    size_t threads = (size_t)thread_count();
-    size_t room = threads * (TILE_TOKENS / kernels->columns);
-    return smaller(panels_of(T), threads * parts_of(panels_of(T), room));
-}
-
-/* The most codes that a token can have. */
-static size_t most_codes(const sc_sae *sae) { return sae->topk ? sae->k : sae->d_sae; }
-
 /* Allocates a batch of up to `room` tokens. Only as much of the codes' room as is used takes
  * memory. */
 static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
     size_t workers = (size_t)thread_count();
-    *batch = (sae_batch){ .sae = sae, .reconstruct = 1, .columns = { .K = sae->d_in } };
+    size_t k = sae->topk ? sae->k : 0;
+    size_t codes = sae->topk ? k : sae->d_sae;           /* that a token can have */
+    /* 16 more, so that rows of h are not a power of two apart (section 8) */
+    size_t h_stride = parts_of(room, 32) * 32 + 16;
+    *batch = (sae_batch){ .sae = sae, .reconstruct = 1, .columns = { .K = sae->d_in },
+                          .h_stride = h_stride };
     const array_spec arrays[] = {
         ARRAY(batch->x, room, sae->stride),
         ARRAY(batch->centred, room, sae->stride),
         ARRAY(batch->output, room, sae->stride),
         ARRAY(batch->columns.data, panels_of(room) * kernels->columns, sae->d_in),
+        ARRAY(batch->start, sae->d_sae, 1),
+        ARRAY(batch->end, sae->d_sae, 1),
         ARRAY(batch->norm, room, 1),
         ARRAY(batch->squared_error, room, 1),
         ARRAY(batch->sum_f, room, 1),
         ARRAY(batch->active, room, 1),
-        ARRAY(batch->tile, tiles_of(room), 1),
-        ARRAY(batch->start, tiles_of(room), sae->d_sae + 1),
         ARRAY(batch->scratch, workers, 1) };
     SC_TRY(new_arrays(&batch->memory, arrays, COUNT(arrays)));
     for (size_t w = 0; w < workers; w++) {
-        tile_scratch *s = &batch->scratch[w];
+        sae_scratch *s = &batch->scratch[w];
         s->weights = (packed_matrix){ .N = sae->d_in, .panels = panels_of(sae->d_in) };
         const array_spec own[] = {
-            ARRAY(s->h, rows_at_once(), TILE_STRIDE),
-            ARRAY(s->heap, sae->topk ? sae->k : 0, TILE_TOKENS),
+            ARRAY(s->h, rows_at_once(), h_stride),
+            ARRAY(s->index, h_stride + CHAIN, 1),
+            ARRAY(s->limit, h_stride, 1),
+            ARRAY(s->heap, room, k),
             ARRAY(s->dense, TILE_TOKENS, CHAIN),
             ARRAY(s->weights.data, s->weights.panels * kernels->columns, CHAIN),
             ARRAY(s->apart, sae->stride, 1) };
         SC_TRY(new_arrays(&batch->memory, own, COUNT(own)));
     }
-    batch->token = reserve_array(room, most_codes(sae) * sizeof *batch->token);
-    batch->value = reserve_array(room, most_codes(sae) * sizeof *batch->value);
+    batch->token = reserve_array(room, codes * sizeof *batch->token);
+    batch->value = reserve_array(room, codes * sizeof *batch->value);
     return batch->token && batch->value ? SC_OK : SC_FAILED;
 }
 
-/* The panels of batch->columns with a tile's tokens: from the first one up to, but without, the
- * end. Only the last tile may end within a panel. */
-static size_t first_panel(const tile_codes *tile) { return tile->first / kernels->columns; }
-static size_t end_panel(const tile_codes *tile) { return panels_of(tile->first + tile->tokens); }
+/* The first token of a tile, or the end of the tile before it. Tiles have about the same length,
+ * of whole panels; only the last one may end within a panel. */
+static size_t tile_start(const sae_batch *batch, size_t tile) {
+    size_t panels = tile * batch->columns.panels / batch->tiles;
+    return smaller(panels * kernels->columns, batch->T);
+}
+
+/* The first code of latent j on this token or a later one. */
+static size_t code_from(const sae_batch *batch, size_t j, size_t token) {
+    size_t first = batch->start[j];
+    size_t end = batch->end[j];
+    while (first < end) {
+        size_t middle = (first + end) / 2;
+        if (batch->token[middle] < token) first = middle + 1;
+        else end = middle;
+    }
+    return first;
+}
 
 /* h = W_enc^T (x - b_dec) + b_enc of latents j .. j + count - 1: pre_activation_forward() with one
  * row per latent. first, end: panels of tokens; h: [count, their tokens], rows h_stride floats
@@ -2926,13 +2937,11 @@ static void pre_activations(const sae_batch *batch, size_t j, size_t count, size
     product_rows(W_enc, sae->stride, count, &batch->columns, first, end, &to);
 }
 
-/* topk_forward(), which takes the latents in order and keeps the k best of each token in a heap: no
- * number in it is larger than its children, those at 2 i + 1 and 2 i + 2. A candidate is the number
- * h 2^32 + (2^32 - 1 - j), with the bits of h, which order as integers since h > 0; so of equal
- * ones the lower latent is the better one. 0: no candidate yet. A new one takes the place of the
- * least, the first. Returns the h of the least then: below it there are no more candidates. */
-static float offer_candidate(uint64_t *heap, size_t k, float h, size_t j) {
-    uint64_t candidate = (uint64_t)bits_of_float(h) << 32 | (UINT32_MAX - j);
+/* topk_forward(), which keeps the k best latents of each token in a heap: no number in it is larger
+ * than its children, those at 2 i + 1 and 2 i + 2. A candidate is the number h 2^32 + (2^32 - 1 -
+ * j), with the bits of h, which order as integers since h > 0; so of equal ones the lower latent is
+ * the better one. 0: no candidate yet. The new one takes the place of the least, the first. */
+static void offer_candidate(uint64_t *heap, size_t k, uint64_t candidate) {
     size_t place = 0;
     for (size_t child = 1; child < k; child = 2 * place + 1) {
         if (child + 1 < k && heap[child + 1] < heap[child]) child++;
@@ -2941,81 +2950,107 @@ static float offer_candidate(uint64_t *heap, size_t k, float h, size_t j) {
         place = child;
     }
     heap[place] = candidate;
-    return float_of_bits((uint32_t)(heap[0] >> 32));
+}
+
+static uint64_t candidate_of(float h, size_t j) {
+    return (uint64_t)bits_of_float(h) << 32 | (UINT32_MAX - j);
+}
+
+static float candidate_h(uint64_t candidate) {
+    return float_of_bits((uint32_t)(candidate >> 32));
 }
 
 static size_t candidate_latent(uint64_t candidate) { return UINT32_MAX - (uint32_t)candidate; }
 
-/* The k best of each token become the tile's codes, sorted by latent: count, add up, place.
- * heap: [tokens, k] */
-static void select_codes(const sc_sae *sae, tile_codes *tile, const uint64_t *heap) {
-    size_t *start = tile->start;
-    size_t *next = start + 1;
-    size_t offers = tile->tokens * sae->k;
-    memset(start, 0, (sae->d_sae + 1) * sizeof *start);
-    for (size_t i = 0; i < offers; i++) {
-        if (heap[i]) next[candidate_latent(heap[i])]++;
-    }
-    /* from counts to beginnings: those of latent j at next[j], which end as those of j + 1 */
-    for (size_t j = 0, sum = 0; j < sae->d_sae; j++) {
-        size_t codes = next[j];
-        next[j] = sum;
-        sum += codes;
-    }
-    for (size_t i = 0; i < offers; i++) {
-        if (!heap[i]) continue;
-        size_t place = next[candidate_latent(heap[i])]++;
-        tile->token[place] = (uint16_t)(i / sae->k);
-        tile->value[place] = float_of_bits((uint32_t)(heap[i] >> 32));
-    }
-}
-
-/* The codes of a tile: encode_forward(), with relu_forward() in order of latents, or
- * topk_forward(). */
-static void encode_tile(sae_batch *batch, tile_codes *tile, tile_scratch *s) {
+/* Copies, centres and packs the tokens of one panel. */
+static int column_pack_task(void *context, size_t panel) {
+    sae_batch *batch = context;
     const sc_sae *sae = batch->sae;
     size_t stride = sae->stride;
-    size_t rows = rows_at_once();
-    size_t first = first_panel(tile);
-    size_t end = end_panel(tile);
-    size_t used = 0;
-    for (size_t t = tile->first; t < tile->first + tile->tokens; t++) {
+    size_t end = smaller((panel + 1) * kernels->columns, batch->T);
+    for (size_t t = panel * kernels->columns; t < end; t++) {
         float *x = batch->x + t * stride;
         memcpy(x, batch->given + t * batch->given_stride, sae->d_in * sizeof *x);
         for (size_t d = 0; d < stride; d++)
             batch->centred[t * stride + d] = x[d] - sae->b_dec[d];
     }
-    pack_panels(&batch->columns, first, end, batch->centred, 1, stride);
-    for (size_t t = 0; t < TILE_TOKENS; t++)
-        s->limit[t] = t < tile->tokens ? 0 : INFINITY;
-    if (sae->topk) memset(s->heap, 0, tile->tokens * sae->k * sizeof *s->heap);
-    for (size_t j = 0; j < sae->d_sae; j++) {
-        const float *h = s->h + j % rows * TILE_STRIDE;
+    pack_panels(&batch->columns, panel, panel + 1, batch->centred, 1, stride);
+    return SC_OK;
+}
+
+/* encode_forward() for some latents: their codes, or candidates in the worker's heaps, which come
+ * in the order of latents. */
+static int encode_task(void *context, size_t group) {
+    sae_batch *batch = context;
+    const sc_sae *sae = batch->sae;
+    sae_scratch *s = &batch->scratch[worker];
+    size_t first = group * rows_at_once();
+    size_t latents = smaller(sae->d_sae - first, rows_at_once());
+    size_t used = first * batch->T;                      /* room for all tokens */
+    pre_activations(batch, first, latents, 0, batch->columns.panels, s->h, batch->h_stride);
+    for (size_t j = first; j < first + latents; j++) {
+        const float *h = s->h + (j - first) * batch->h_stride;
         float threshold = sae->threshold ? sae->threshold[j] : 0;
-        if (j % rows == 0)
-            pre_activations(batch, j, smaller(sae->d_sae - j, rows), first, end, s->h,
-                            TILE_STRIDE);
-        tile->start[j] = used;
-        size_t found = kernels->find_above(h, s->limit, TILE_TOKENS, s->index);
+        size_t found = kernels->find_above(h, s->limit, parts_of(batch->T, 32) * 32, s->index);
+        batch->start[j] = used;
         for (size_t i = 0; i < found; i++) {
             size_t t = s->index[i];
             if (sae->topk) {
-                s->limit[t] = offer_candidate(s->heap + t * sae->k, sae->k, h[t], j);
+                uint64_t *heap = s->heap + t * sae->k;
+                offer_candidate(heap, sae->k, candidate_of(h[t], j));
+                s->limit[t] = candidate_h(*heap);
             } else {
-                tile->token[used] = (uint16_t)t;
-                tile->value[used] = h[t];
+                batch->token[used] = (uint32_t)t;
+                batch->value[used] = h[t];
                 used += h[t] > threshold;    /* otherwise the next one takes this place */
             }
         }
+        batch->end[j] = used;
     }
-    tile->start[sae->d_sae] = used;
-    if (sae->topk) select_codes(sae, tile, s->heap);
+    return SC_OK;
+}
+
+/* Joins the workers' candidates for the tokens of one panel, in the heaps of worker 0. */
+static int join_task(void *context, size_t panel) {
+    const sae_batch *batch = context;
+    size_t k = batch->sae->k;
+    size_t end = smaller((panel + 1) * kernels->columns, batch->T) * k;
+    for (size_t i = panel * kernels->columns * k; i < end; i++) {
+        uint64_t *heap = batch->scratch[0].heap + i / k * k;
+        for (int w = 1; w < thread_count(); w++) {
+            uint64_t candidate = batch->scratch[w].heap[i];
+            if (candidate > *heap) offer_candidate(heap, k, candidate);
+        }
+    }
+    return SC_OK;
+}
+
+/* The k best of each token become codes, sorted by latent: count, add up, place. */
+static void select_codes(sae_batch *batch) {
+    const uint64_t *heap = batch->scratch[0].heap;
+    size_t k = batch->sae->k;
+    size_t n = batch->sae->d_sae;
+    memset(batch->end, 0, n * sizeof *batch->end);
+    for (size_t i = 0; i < batch->T * k; i++) {
+        if (heap[i]) batch->end[candidate_latent(heap[i])]++;
+    }
+    for (size_t j = 0, sum = 0; j < n; j++) {
+        size_t codes = batch->end[j];
+        batch->start[j] = batch->end[j] = sum;
+        sum += codes;
+    }
+    for (size_t i = 0; i < batch->T * k; i++) {
+        if (!heap[i]) continue;
+        size_t place = batch->end[candidate_latent(heap[i])]++;
+        batch->token[place] = (uint32_t)(i / k);
+        batch->value[place] = candidate_h(heap[i]);
+    }
 }
 
 /* out += f W_dec for latents block .. block + latents - 1, at most 256, so one chain of each sum.
  * f: s->dense; out: [tokens, stride] */
 static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t latents, float *out,
-                         tile_scratch *s) {
+                         sae_scratch *s) {
     tile_target to = { .c = out, .c_stride = sae->stride, .residual = out };
     const float *W_dec = sae->W_dec + block * sae->stride;
     s->weights.K = latents;
@@ -3023,28 +3058,37 @@ static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t 
     product_rows(s->dense, CHAIN, tokens, &s->weights, 0, s->weights.panels, &to);
 }
 
-/* x' of a tile: decode_forward(), 256 latents, i.e. one chain, at a time. */
-static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scratch *s) {
+/* The codes of a tile, 256 latents, i.e. one chain, at a time: their sums over latents, the terms of
+ * activity_sum(), and x' if it is wanted: decode_forward(). */
+static void decode_tile(const sae_batch *batch, size_t first, size_t tokens, sae_scratch *s) {
     static const float zero[CHAIN];
     const sc_sae *sae = batch->sae;
     size_t stride = sae->stride;
-    float *out = batch->output + tile->first * stride;
+    float *out = batch->output + first * stride;
     float value[CHAIN];
-    memset(out, 0, tile->tokens * stride * sizeof *out);
+    memset(out, 0, tokens * stride * sizeof *out);
+    memset(batch->sum_f + first, 0, tokens * sizeof *batch->sum_f);
+    memset(batch->active + first, 0, tokens * sizeof *batch->active);
     for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
         size_t latents = smaller(sae->d_sae - block, CHAIN);
-        size_t codes = tile->start[block + latents] - tile->start[block];
-        memset(s->dense, 0, tile->tokens * CHAIN * sizeof *s->dense);
+        size_t codes = 0;
+        if (batch->reconstruct) memset(s->dense, 0, tokens * CHAIN * sizeof *s->dense);
         for (size_t i = 0; i < latents; i++) {
-            for (size_t c = tile->start[block + i]; c < tile->start[block + i + 1]; c++)
-                s->dense[tile->token[c] * CHAIN + i] = tile->value[c];
+            size_t c = code_from(batch, block + i, first);
+            for (; c < batch->end[block + i] && batch->token[c] < first + tokens; c++, codes++) {
+                size_t t = batch->token[c];
+                s->dense[(t - first) * CHAIN + i] = batch->value[c];
+                batch->sum_f[t] += batch->value[c];
+                batch->active[t]++;
+            }
         }
-        if (codes * DENSE_SHARE > tile->tokens * latents) {
-            decode_dense(sae, tile->tokens, block, latents, out, s);
+        if (!batch->reconstruct) continue;
+        if (codes * DENSE_SHARE > tokens * latents) {
+            decode_dense(sae, tokens, block, latents, out, s);
             continue;
         }
         /* only rows of W_dec with f > 0 are visited */
-        for (size_t t = 0; t < tile->tokens; t++) {
+        for (size_t t = 0; t < tokens; t++) {
             const float *f = s->dense + t * CHAIN;
             size_t count = kernels->find_above(f, zero, CHAIN, s->index);
             for (size_t i = 0; i < count; i++)
@@ -3053,22 +3097,22 @@ static void decode_tile(const sae_batch *batch, const tile_codes *tile, tile_scr
                                out + t * stride, stride);
         }
     }
-    for (size_t t = 0; t < tile->tokens; t++, out += stride) {
+    for (size_t t = 0; t < tokens; t++, out += stride) {
         for (size_t d = 0; d < sae->d_in; d++)
             out[d] = out[d] + sae->b_dec[d] + 0.0f;
     }
 }
 
-/* Encodes and decodes a tile; then the figures of each token that losses and statistics are made
- * of: those of token_errors(), and the terms of activity_sum(). */
-static int tile_task(void *context, size_t i) {
+/* Decodes a tile; then the figures of each token that losses and statistics are made of, those of
+ * token_errors(). */
+static int tile_task(void *context, size_t tile) {
     sae_batch *batch = context;
-    tile_codes *tile = &batch->tile[i];
-    tile_scratch *s = &batch->scratch[worker];
+    sae_scratch *s = &batch->scratch[worker];
     size_t stride = batch->sae->stride;
-    encode_tile(batch, tile, s);
-    if (batch->reconstruct) decode_tile(batch, tile, s);
-    for (size_t t = tile->first; t < tile->first + tile->tokens; t++) {
+    size_t first = tile_start(batch, tile);
+    size_t end = tile_start(batch, tile + 1);
+    decode_tile(batch, first, end - first, s);
+    for (size_t t = first; t < end; t++) {
         const float *x = batch->x + t * stride;
         const float *output = batch->output + t * stride;
         for (size_t d = 0; d < stride; d++)
@@ -3077,35 +3121,34 @@ static int tile_task(void *context, size_t i) {
         batch->squared_error[t] = 0;
         if (batch->reconstruct)
             batch->squared_error[t] = kernels->dot(s->apart, s->apart, stride);
-        batch->sum_f[t] = 0;
-        batch->active[t] = 0;
-    }
-    for (size_t c = 0; c < tile->start[batch->sae->d_sae]; c++) {
-        size_t t = tile->first + tile->token[c];
-        batch->sum_f[t] += tile->value[c];
-        batch->active[t]++;
     }
     return SC_OK;
 }
 
-/* Encodes and decodes T tokens, from 1 to as many as there is room for, in tiles of about the same
- * length, of whole panels. x: [T, D], rows x_stride floats apart */
+/* Encodes and decodes T tokens, from 1 to as many as there is room for.
+ * x: [T, D], rows x_stride floats apart */
 static int run_sae(sae_batch *batch, const float *x, size_t x_stride, size_t T) {
+    const sc_sae *sae = batch->sae;
+    size_t threads = (size_t)thread_count();
     size_t panels = panels_of(T);
-    size_t codes = most_codes(batch->sae);
     batch->given = x;
     batch->given_stride = x_stride;
     batch->T = batch->columns.N = T;
     batch->columns.panels = panels;
-    batch->tiles = tiles_of(T);
-    for (size_t i = 0; i < batch->tiles; i++) {
-        size_t first = i * panels / batch->tiles * kernels->columns;
-        size_t end = (i + 1) * panels / batch->tiles * kernels->columns;
-        batch->tile[i] = (tile_codes){ .first = first,
-                                       .tokens = smaller(end, T) - first,
-                                       .start = batch->start + i * (batch->sae->d_sae + 1),
-                                       .token = batch->token + first * codes,
-                                       .value = batch->value + first * codes };
+    /* the same number of tiles for each thread */
+    batch->tiles = threads * parts_of(panels, threads * (TILE_TOKENS / kernels->columns));
+    batch->tiles = smaller(batch->tiles, panels);
+    for (size_t w = 0; w < threads; w++) {
+        sae_scratch *s = &batch->scratch[w];
+        for (size_t t = 0; t < batch->h_stride; t++)
+            s->limit[t] = t < T ? 0 : INFINITY;
+        if (sae->topk) memset(s->heap, 0, T * sae->k * sizeof *s->heap);
+    }
+    SC_TRY(parallel_for(panels, column_pack_task, batch));
+    SC_TRY(parallel_for(parts_of(sae->d_sae, rows_at_once()), encode_task, batch));
+    if (sae->topk) {
+        SC_TRY(parallel_for(panels, join_task, batch));
+        select_codes(batch);
     }
     return parallel_for(batch->tiles, tile_task, batch);
 }
@@ -3122,12 +3165,9 @@ int sc_sae_encode(const sc_sae *sae, const float *x, size_t tokens, float *f) {
     batch.reconstruct = 0;
     if (status == SC_OK) status = run_sae(&batch, x, sae->d_in, tokens);
     memset(f, 0, tokens * n * sizeof *f);
-    for (size_t i = 0; i < batch.tiles; i++) {
-        const tile_codes *tile = &batch.tile[i];
-        for (size_t j = 0; j < n; j++) {
-            for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++)
-                f[(tile->first + tile->token[c]) * n + j] = tile->value[c];
-        }
+    for (size_t j = 0; j < n && status == SC_OK; j++) {
+        for (size_t c = batch.start[j]; c < batch.end[j]; c++)
+            f[batch.token[c] * n + j] = batch.value[c];
     }
     free_batch(&batch);
     return status;
@@ -3166,16 +3206,17 @@ enum { LATENTS_AT_ONCE = 64 };       /* they share 256 tokens while these are in
 
 /* The gradients of a latent so far, and what is needed for those of the next 256 tokens. */
 typedef struct {
-    uint32_t token[CHAIN];           /* those on which it fires, */
-    float f[CHAIN], dh[CHAIN];       /* and its f and dh there */
-    size_t count;                    /* how many they are */
-    size_t codes;                    /* of all tokens so far */
+    size_t next;                     /* its next code */
+    const uint32_t *token;           /* [count], those on which it fires, */
+    float dh[CHAIN];                 /* and its dh there */
+    size_t count;
     double db_enc;
 } latent_gradient;
 
 /* One worker's memory for the gradients of 64 latents. */
 typedef struct {
     latent_gradient latent[LATENTS_AT_ONCE];
+    uint32_t every[CHAIN];           /* all of the 256 tokens */
     float *e;                        /* [64, T], exp(h) of dead latents, else 0 */
     float *dW_enc, *dW_dec;          /* [64, stride] */
     float *dW_ghost;                 /* [64, stride], the part of dW_dec from the ghost loss */
@@ -3310,10 +3351,13 @@ static void dead_exponentials(const fast_trainer *t, size_t j, size_t count, siz
 }
 
 /* g = W_dec^T exp(h) over the dead latents, for a tile: ghost_forward(), 256 latents at a time. */
-static void ghost_decode(fast_trainer *t, const tile_codes *tile, tile_scratch *s) {
+static void ghost_decode(fast_trainer *t, size_t first, size_t tokens, sae_scratch *s) {
     const sc_sae *sae = t->sae;
-    float *out = t->ghost + tile->first * sae->stride;
-    memset(out, 0, tile->tokens * sae->stride * sizeof *out);
+    size_t panel = first / kernels->columns;
+    size_t end_panel = panels_of(first + tokens);
+    size_t row = t->batch.h_stride;
+    float *out = t->ghost + first * sae->stride;
+    memset(out, 0, tokens * sae->stride * sizeof *out);
     for (size_t block = 0; block < sae->d_sae; block += CHAIN) {
         size_t end = smaller(block + CHAIN, sae->d_sae);
         if (count_dead(t->state, block, end) == 0) continue;
@@ -3321,27 +3365,28 @@ static void ghost_decode(fast_trainer *t, const tile_codes *tile, tile_scratch *
         for (size_t j = block; j < end; j += rows_at_once()) {
             size_t count = smaller(end - j, rows_at_once());
             float *dense = s->dense + j - block;
-            dead_exponentials(t, j, count, first_panel(tile), end_panel(tile), s->h, TILE_STRIDE);
+            dead_exponentials(t, j, count, panel, end_panel, s->h, row);
             for (size_t i = 0; i < count; i++) {
-                for (size_t k = 0; k < tile->tokens; k++)
-                    dense[k * CHAIN + i] = s->h[i * TILE_STRIDE + k];
+                for (size_t k = 0; k < tokens; k++)
+                    dense[k * CHAIN + i] = s->h[i * row + k];
             }
         }
-        decode_dense(sae, tile->tokens, block, end - block, out, s);
+        decode_dense(sae, tokens, block, end - block, out, s);
     }
 }
 
 /* mse_backward() and ghost_token() for a tile: x' becomes dx', and g becomes dg. */
-static int gradient_task(void *context, size_t task) {
+static int gradient_task(void *context, size_t tile) {
     fast_trainer *t = context;
     const sc_sae *sae = t->sae;
     sae_batch *batch = &t->batch;
-    const tile_codes *tile = &batch->tile[task];
-    tile_scratch *s = &batch->scratch[worker];
+    sae_scratch *s = &batch->scratch[worker];
     size_t stride = sae->stride;
+    size_t first = tile_start(batch, tile);
+    size_t end = tile_start(batch, tile + 1);
     double scale = 1.0 / ((double)batch->T * (double)sae->d_in);
-    if (t->ghosts) ghost_decode(t, tile, s);
-    for (size_t i = tile->first; i < tile->first + tile->tokens; i++) {
+    if (t->ghosts) ghost_decode(t, first, end - first, s);
+    for (size_t i = first; i < end; i++) {
         const float *x = batch->x + i * stride;
         float *output = batch->output + i * stride;
         float *g = t->ghost + i * stride;
@@ -3394,52 +3439,45 @@ static int column_task(void *context, size_t task) {
     return SC_OK;
 }
 
+/* decode_backward() and l1_backward() of latent j on 256 tokens. dW_dec: [stride], added to */
+static void decoder_gradients(const fast_trainer *t, size_t j, size_t block, float *dW_dec,
+                              latent_gradient *l) {
+    const sae_batch *batch = &t->batch;
+    const float *f = batch->value + l->next;
+    size_t stride = t->sae->stride;
+    size_t first = l->next;
+    while (l->next < batch->end[j] && batch->token[l->next] < block + CHAIN) l->next++;
+    l->token = batch->token + first;
+    l->count = l->next - first;
+    if (l->count == 0) return;
+    /* df = W_dec . dx', and dh = df where f > 0; dW_dec += f dx', one chain */
+    kernels->dots(t->sae->W_dec + j * stride, batch->output, stride, l->token, l->count, l->dh);
+    for (size_t c = 0; c < l->count; c++)
+        l->dh[c] += t->l1;
+    kernels->add_chain(f, l->token, l->count, batch->output, dW_dec, stride);
+}
+
 /* ghost_backward() of latent j on 256 tokens or fewer: adds to dW_ghost, and to dh of every token,
  * so that l lists all of them. e: [256]; dW_ghost: [stride] */
 static void ghost_gradients(const fast_trainer *t, size_t j, size_t block, const float *e,
-                            float *dW_ghost, latent_gradient *l) {
+                            float *dW_ghost, latent_gradient *l, update_scratch *s) {
     size_t stride = t->sae->stride;
     size_t tokens = smaller(t->batch.T - block, CHAIN);
     size_t listed = l->count;
-    float *de = l->f;                                    /* f is not needed any more */
+    float de[CHAIN];
     /* from the end, so that nothing is overwritten before it is moved */
     for (size_t k = tokens; k-- > 0;) {
         float dh = 0;
         if (listed > 0 && l->token[listed - 1] == block + k) dh = l->dh[--listed];
         l->dh[k] = dh;
-        l->token[k] = (uint32_t)(block + k);
+        s->every[k] = (uint32_t)(block + k);
     }
-    kernels->dots(t->sae->W_dec + j * stride, t->ghost, stride, l->token, tokens, de);
-    kernels->add_chain(e, l->token, tokens, t->ghost, dW_ghost, stride);
+    kernels->dots(t->sae->W_dec + j * stride, t->ghost, stride, s->every, tokens, de);
+    kernels->add_chain(e, s->every, tokens, t->ghost, dW_ghost, stride);
     for (size_t k = 0; k < tokens; k++)
         l->dh[k] += e[k] * de[k];
+    l->token = s->every;
     l->count = tokens;
-}
-
-/* decode_backward() and l1_backward() of latent j on 256 tokens. tile: the first one with some of
- * them; dW_dec: [stride], added to */
-static void decoder_gradients(const fast_trainer *t, size_t j, size_t block,
-                              const tile_codes *tile, float *dW_dec, latent_gradient *l) {
-    const sae_batch *batch = &t->batch;
-    const tile_codes *end = batch->tile + batch->tiles;
-    size_t stride = t->sae->stride;
-    /* the codes: a tile may begin before the 256 tokens or end after them */
-    l->count = 0;
-    for (; tile < end && tile->first < block + CHAIN; tile++) {
-        for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++) {
-            size_t token = tile->first + tile->token[c];
-            if (token < block || token >= block + CHAIN) continue;
-            l->token[l->count] = (uint32_t)token;
-            l->f[l->count++] = tile->value[c];
-        }
-    }
-    if (l->count == 0) return;
-    /* df = W_dec . dx', and dh = df where f > 0; dW_dec += f dx', one chain */
-    l->codes += l->count;
-    kernels->dots(t->sae->W_dec + j * stride, batch->output, stride, l->token, l->count, l->dh);
-    for (size_t c = 0; c < l->count; c++)
-        l->dh[c] += t->l1;
-    kernels->add_chain(l->f, l->token, l->count, batch->output, dW_dec, stride);
 }
 
 /* The gradients of latents first .. first + count - 1, in s. For all of them 256 tokens at a time,
@@ -3447,11 +3485,10 @@ static void decoder_gradients(const fast_trainer *t, size_t j, size_t block,
 static void find_gradients(const fast_trainer *t, size_t first, size_t count, update_scratch *s) {
     const sae_batch *batch = &t->batch;
     size_t stride = t->sae->stride;
-    const tile_codes *tile = batch->tile;
     int ghosts = t->ghosts && count_dead(t->state, first, first + count) > 0;
     /* all sums begin at 0 */
     for (size_t i = 0; i < count; i++) {
-        s->latent[i].codes = 0;
+        s->latent[i].next = batch->start[first + i];
         s->latent[i].db_enc = 0;
     }
     memset(s->dW_dec, 0, count * stride * sizeof *s->dW_dec);
@@ -3463,12 +3500,11 @@ static void find_gradients(const fast_trainer *t, size_t first, size_t count, up
     for (size_t block = 0; block < batch->T; block += CHAIN) {
         /* decode_backward(), l1_backward() and ghost_backward() read rows of dx' and dg; then
          * encode_backward() reads those of x - b_dec */
-        while (tile->first + tile->tokens <= block) tile++;
         for (size_t i = 0; i < count; i++) {
-            decoder_gradients(t, first + i, block, tile, s->dW_dec + i * stride, &s->latent[i]);
+            decoder_gradients(t, first + i, block, s->dW_dec + i * stride, &s->latent[i]);
             if (ghosts && is_dead(t->state, first + i))
                 ghost_gradients(t, first + i, block, s->e + i * batch->T + block,
-                                s->dW_ghost + i * stride, &s->latent[i]);
+                                s->dW_ghost + i * stride, &s->latent[i], s);
         }
         /* dW_enc += dh (x - b_dec), one chain, and db_enc += dh */
         for (size_t i = 0; i < count; i++) {
@@ -3514,7 +3550,7 @@ static int update_task(void *context, size_t block) {
         kernels->adam(W_enc, enc, dW_enc, stride, t->adam);
         /* as count_silent_steps() */
         state->silent[j]++;
-        if (s->latent[i].codes > 0) state->silent[j] = 0;
+        if (t->batch.start[j] < t->batch.end[j]) state->silent[j] = 0;
         SC_TRY(check_latent(state, j));
     }
     return SC_OK;
@@ -3693,21 +3729,18 @@ static int count_task(void *context, size_t block) {
     for (size_t j = block * CHAIN; j < smaller(s->n, (block + 1) * CHAIN); j++) {
         latent_record *l = &s->latent[j];
         double sum[COUNTED_IMAGES] = { 0 };
-        for (size_t k = 0; k < s->batch->tiles; k++) {
-            const tile_codes *tile = &s->batch->tile[k];
-            for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++) {
-                float f = tile->value[c];
-                size_t i = (tile->first + tile->token[c]) / s->T;
-                size_t token = (tile->first + tile->token[c]) % s->T;
-                const sc_top patch = { f, (int64_t)s->image[i], (int64_t)token };
-                sum[i] += f;
-                l->tokens++;
-                exact_add_float(&l->activations, f);
-                s->histogram[worker][histogram_bin(f)]++;
-                /* compared as float32, as PyTorch does */
-                if (s->threshold >= 0 && f > (float)s->threshold) count_class(s, j, s->label[i]);
-                if (token >= s->first_patch) keep_largest(s->patch + j * s->P, s->P, patch);
-            }
+        for (size_t c = s->batch->start[j]; c < s->batch->end[j]; c++) {
+            float f = s->batch->value[c];
+            size_t i = s->batch->token[c] / s->T;
+            size_t token = s->batch->token[c] % s->T;
+            const sc_top patch = { f, (int64_t)s->image[i], (int64_t)token };
+            sum[i] += f;
+            l->tokens++;
+            exact_add_float(&l->activations, f);
+            s->histogram[worker][histogram_bin(f)]++;
+            /* compared as float32, as PyTorch does */
+            if (s->threshold >= 0 && f > (float)s->threshold) count_class(s, j, s->label[i]);
+            if (token >= s->first_patch) keep_largest(s->patch + j * s->P, s->P, patch);
         }
         for (size_t i = 0; i < s->count; i++) {
             float mean = (float)(sum[i] / (double)s->T);
@@ -7388,52 +7421,46 @@ static int spool_failed(void) {
 /* The sum of f_j over the batch's tokens from `first` up to, but without, `end`. */
 static double sum_codes(const sae_batch *b, size_t j, size_t first, size_t end) {
     double sum = 0;
-    for (size_t i = 0; i < b->tiles; i++) {
-        const tile_codes *tile = &b->tile[i];
-        for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++) {
-            size_t token = tile->first + tile->token[c];
-            if (token >= first && token < end) sum += tile->value[c];
-        }
-    }
+    for (size_t c = code_from(b, j, first); c < b->end[j] && b->token[c] < end; c++)
+        sum += b->value[c];
     return sum;
 }
 
-/* Appends the current batch to the temporary files. f: [TILE_TOKENS, n], a tile's codes */
+/* Appends the current batch to the temporary files. f: [T, n], an image's codes */
 static int spool_batch(const session *s, float *f) {
     const sae_batch *b = &s->batch[0];
     FILE *const *spool = s->spool;                           /* in the order of write_codes() */
     size_t T = s->data.T, n = b->sae->d_sae;
-    for (size_t i = 0; i < b->tiles; i++) {
-        const tile_codes *tile = &b->tile[i];
-        size_t first = s->data.used * T + tile->first, count = tile->tokens * n;
+    for (size_t i = 0; i < s->data.count; i++) {
+        size_t first = i * T, row = (s->data.used + i) * T;  /* in the batch, in the data set */
 
         /* Latent by latent becomes token by token. */
-        memset(f, 0, count * sizeof *f);
+        memset(f, 0, T * n * sizeof *f);
         for (size_t j = 0; j < n; j++) {
-            for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++)
-                f[tile->token[c] * n + j] = tile->value[c];
+            size_t c = code_from(b, j, first);
+            for (; c < b->end[j] && b->token[c] < first + T; c++)
+                f[(b->token[c] - first) * n + j] = b->value[c];
         }
 
         /* The lists and f itself. */
-        for (size_t e = 0; e < count; e++) {
-            int64_t row = (int64_t)(first + e / n);
+        for (size_t e = 0; e < T * n; e++) {
+            int64_t token = (int64_t)(row + e / n);
             int32_t index = (int32_t)(e % n);
             if (!(f[e] > 0)) continue;
-            fwrite(&row, sizeof row, 1, spool[0]);
+            fwrite(&token, sizeof token, 1, spool[0]);
             fwrite(&index, sizeof index, 1, spool[1]);
             fwrite(&f[e], sizeof *f, 1, spool[2]);
         }
-        if (spool[3]) fwrite(f, sizeof *f, count, spool[3]);
-    }
+        if (spool[3]) fwrite(f, sizeof *f, T * n, spool[3]);
 
-    /* Reconstructions, and the means of each image. */
+        /* The image's means. */
+        for (size_t j = 0; j < n && spool[5]; j++) {
+            float mean = (float)(sum_codes(b, j, first, first + T) / (double)T);
+            fwrite(&mean, sizeof mean, 1, spool[5]);
+        }
+    }
     for (size_t t = 0; t < b->T && spool[4]; t++)
         fwrite(b->output + t * b->sae->stride, sizeof *b->output, b->sae->d_in, spool[4]);
-    for (size_t e = 0; e < s->data.count * n && spool[5]; e++) {
-        size_t first = e / n * T;                            /* of the image's tokens */
-        float mean = (float)(sum_codes(b, e % n, first, first + T) / (double)T);
-        fwrite(&mean, sizeof mean, 1, spool[5]);
-    }
 
     /* A full disk ends the run at once. */
     errno = EIO;                                             /* where an earlier write failed */
@@ -7482,7 +7509,7 @@ static int command_encode(session *s) {
         if (wanted[i] && !s->spool[i]) return spool_failed();
     }
     s->batch[0].reconstruct = o->reconstruction;
-    SC_TRY(allocate(&s->memory, &f, TILE_TOKENS, s->sae[0].d_sae * sizeof *f));
+    SC_TRY(allocate(&s->memory, &f, s->data.T, s->sae[0].d_sae * sizeof *f));
     SC_TRY(start_feed(&s->data, MEASURE_IMAGES, NULL, NULL, 0));
     while ((status = next_encoded(s, s->data.set.count)) == SC_OK)
         SC_TRY(spool_batch(s, f));
@@ -7686,15 +7713,11 @@ static void find_masks(viewer *v, size_t j) {
     const feed *f = &v->s->data;
     const sae_batch *b = &v->s->batch[0];
     memset(v->mask, 0, MEASURE_IMAGES * v->patches * sizeof *v->mask);
-    for (size_t k = 0; k < b->tiles; k++) {
-        const tile_codes *tile = &b->tile[k];
-        for (size_t c = tile->start[j]; c < tile->start[j + 1]; c++) {
-            size_t row = tile->first + tile->token[c];
-            size_t image = row / f->T;
-            size_t token = row % f->T;
-            if (token < f->first_patch) continue;            /* the class token */
-            v->mask[image * v->patches + token - f->first_patch] = tile->value[c];
-        }
+    for (size_t c = b->start[j]; c < b->end[j]; c++) {
+        size_t image = b->token[c] / f->T;
+        size_t token = b->token[c] % f->T;
+        if (token < f->first_patch) continue;                /* the class token */
+        v->mask[image * v->patches + token - f->first_patch] = b->value[c];
     }
     if (v->kind != TOP_MASK) return;
     /* The SAE was not run: all values are 0. */
