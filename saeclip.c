@@ -1920,7 +1920,7 @@ enum {
     MAX_ROWS = 14,                   /* of the largest tile */
     TILES_AT_ONCE = 8,               /* tiles that use a block of B while it is in the cache */
     COLUMNS_AT_ONCE = 1536,          /* columns whose sums are kept from block to block */
-    SHARES = 8                       /* tasks per thread into which a product is divided */
+    SHARES = 4                       /* tasks per thread into which a product is divided */
 };
 
 /* Where a part of a product is stored, and what is added to it first: the sum, row_bias, bias and
@@ -1939,7 +1939,7 @@ typedef struct {
     const char *name;
     size_t rows, columns;            /* of a tile */
     /* matrix products: the chains of a tile, and what is added to them */
-    void (*tile)(size_t terms, const float *a, const float *b, float *sum);
+    void (*tile)(size_t rows, size_t terms, const float *a, const float *b, float *sum);
     void (*finish)(const float *sum, size_t rows, size_t columns, const tile_target *to);
     /* dot products: of two rows, of a row with listed rows */
     float (*dot)(const float *a, const float *b, size_t n);
@@ -1969,9 +1969,10 @@ typedef struct {
  * cycles for the one before it in its chain, and the processor starts one or two per cycle: a tile
  * has enough chains to keep it busy.
  * a: [TILE_ROWS][CHAIN_STRIDE]; b: [terms][COLUMNS]; sum: [TILE_ROWS][COLUMNS] */
-SC_TARGET static void KERNEL(tile)(size_t terms, const float *a, const float *b, float *sum) {
+SC_TARGET static SC_INLINE void KERNEL(tile_rows)(int rows, size_t terms, const float *a,
+                                                  const float *b, float *sum) {
     SC_V chain[SC_TILE_ROWS][SC_VECTORS];
-    SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++) {
+    SC_UNROLL for (int r = 0; r < rows; r++) {
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++) chain[r][v] = SC_SET(0.0f);
     }
     for (size_t k = 0; k < terms; k++, b += SC_COLUMNS) {
@@ -1980,16 +1981,23 @@ SC_TARGET static void KERNEL(tile)(size_t terms, const float *a, const float *b,
             SC_PREFETCH((uintptr_t)b + (CHAIN * SC_COLUMNS + v) * sizeof *b);  /* the next block */
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
             column[v] = SC_LOAD(b + v * SC_LANES);
-        SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++) {
+        SC_UNROLL for (int r = 0; r < rows; r++) {
             SC_V factor = SC_SET(a[r * CHAIN_STRIDE + k]);
             SC_UNROLL for (int v = 0; v < SC_VECTORS; v++)
                 chain[r][v] = SC_FMA(factor, column[v], chain[r][v]);
         }
     }
-    SC_UNROLL for (int r = 0; r < SC_TILE_ROWS; r++) {
+    SC_UNROLL for (int r = 0; r < rows; r++) {
         SC_UNROLL for (int v = 0; v < SC_VECTORS; v++, sum += SC_LANES)
             SC_STORE(sum, SC_LOAD(sum) + chain[r][v]);
     }
+}
+
+/* Half the rows where the last tile of a matrix needs no more. */
+SC_TARGET static void KERNEL(tile)(size_t rows, size_t terms, const float *a, const float *b,
+                                   float *sum) {
+    if (rows <= SC_TILE_ROWS / 2) KERNEL(tile_rows)(SC_TILE_ROWS / 2, terms, a, b, sum);
+    else KERNEL(tile_rows)(SC_TILE_ROWS, terms, a, b, sum);
 }
 
 /* Part I's functions, compiled into vectors of this instruction set. Within larger functions clang
@@ -2422,7 +2430,7 @@ static int product_part(void *context, size_t part) {
             const float *b_block = block_of(b, panel, block);
             for (size_t r = 0; r < rows; r += kernels->rows, sum += kernels->rows * columns) {
                 if (block == 0) memset(sum, 0, kernels->rows * columns * sizeof *sum);
-                kernels->tile(terms, copied + r * CHAIN_STRIDE, b_block, sum);
+                kernels->tile(rows - r, terms, copied + r * CHAIN_STRIDE, b_block, sum);
                 if (block + terms < b->K) continue;
                 /* the last terms: the tile is stored while it is in the cache */
                 tile_target tile = part_of(p->to, row + r, (panel - p->first) * columns);
