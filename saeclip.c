@@ -15,11 +15,11 @@
  *    8. Kernels and matrix products       9. The vision transformer, fast
  *   10. Sparse codes                     11. Training steps
  *   12. Counting
- *  Part III: data in and out                 line 3809
+ *  Part III: data in and out                 line 3800
  *   13. Options and messages             14. Files
  *   15. Images and data sets             16. Models' files
  *   17. SAEs' files                      18. Activations
- *  Part IV: the program                      line 6479
+ *  Part IV: the program                      line 6467
  *   19. Training runs                    20. Data sets through SAEs
  *   21. Looking                          22. Figures
  *   23. The atlas                        24. Info and compare
@@ -699,7 +699,7 @@ static void head_forward(float *logits, vit_arrays *a, const sc_model *m) {
     linear_forward(a->embedding, a->normed, head, 1, m->width, P);
     unit_row(a->embedding, P);
     for (size_t c = 0; c < m->classes; c++) {
-        logits[c] = sc_dot_plain(a->embedding, m->text + c * padded(P), P);
+        logits[c] = sc_dot_plain(a->embedding, m->text + c * P, P);
     }
 }
 
@@ -2491,6 +2491,7 @@ typedef struct sc_forward_pass {
     size_t count;
     size_t last;                     /* the last block that is needed, from 1 */
     const sc_layer *norm;            /* what norm_task applies */
+    float *logits;                   /* [B, classes], or NULL */
     float *x;                        /* [M, D], the residual stream */
     float *normed;                   /* [M, D], a norm's output, or the attention's */
     float *wide;                     /* [M, the largest of 3 D, H, 3 p^2 and outputs] */
@@ -2680,33 +2681,14 @@ static int forward_block(forward_pass *pass, size_t number, int attn_only) {
     return tap_output(pass, number, SC_RESID, pass->x, model->width);
 }
 
-/* head_forward(): a classifier's logits, head(norm(class token)); for CLIP with class prompts,
- * whose embeddings are unit rows, the cosines with them. out: [B, classes] */
-static int forward_head(forward_pass *pass, float *out) {
+/* head_forward() of one image. It is a small part of the work, and takes the plain loops. */
+static int logits_task(void *context, size_t image) {
+    const forward_pass *pass = context;
     const sc_model *model = pass->model;
-    const sc_layer *head = &model->layer[HEAD];
-    size_t P = model->outputs;
-    tile_target to = { .c = out, .c_stride = P, .bias = head->bias };
-    /* with prompts, the product is the projected class token, and goes into a row of wide */
-    if (model->text) {
-        to.c = pass->wide;
-        to.c_stride = pass->wide_stride;
-    }
-    for (size_t b = 0; b < pass->images; b++) {
-        const float *class_token = pass->x + b * model->tokens * model->width;
-        norm_row(pass->normed + b * pass->normed_stride, class_token, &model->layer[POST],
-                 model->epsilon, model->width);
-    }
-    SC_TRY(multiply(pass->normed, pass->images, pass->normed_stride, &head->matrix, to));
-    if (!model->text) return SC_OK;
-    /* the cosines with the prompts, rows of norm 1 */
-    for (size_t b = 0; b < pass->images; b++) {
-        float *row = pass->wide + b * pass->wide_stride;
-        memset(row + P, 0, (padded(P) - P) * sizeof *row);
-        unit_row(row, P);
-        for (size_t c = 0; c < model->classes; c++)
-            out[b * model->classes + c] = kernels->dot(row, model->text + c * padded(P), padded(P));
-    }
+    vit_arrays a = { .x = pass->x + image * model->tokens * model->width,
+                     .normed = pass->normed + image * pass->normed_stride,
+                     .embedding = pass->wide + image * pass->wide_stride };
+    head_forward(pass->logits + image * model->classes, &a, model);
     return SC_OK;
 }
 
@@ -2765,6 +2747,7 @@ int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t 
     pass->pixels = pixels;
     pass->taps = taps;
     pass->count = count;
+    pass->logits = head;
     /* the forward pass, up to the last block that is needed */
     SC_TRY(prepare_pass(pass));
     SC_TRY(embed(pass));
@@ -2774,7 +2757,7 @@ int sc_model_forward(const sc_model *model, const unsigned char *pixels, size_t 
                         || is_tapped(pass, last, SC_RESID);
         SC_TRY(forward_block(pass, number, !needs_mlp));
     }
-    return head ? forward_head(pass, head) : SC_OK;
+    return head ? parallel_for(images, logits_task, pass) : SC_OK;
 }
 
 /* ============================================================================================
@@ -5505,7 +5488,7 @@ static int read_layer(const sc_model *model, enum role role, size_t block) {
                 SC_TRY(sc_tensor_floats(&model->file, tensor, e % K * N + e / K, 1, out + e));
         }
     }
-    if (!linear || !model->pass) return SC_OK;
+    if (!linear || role == HEAD || !model->pass) return SC_OK;
     SC_TRY(new_packed(&layer->matrix, K, N));
     pack_panels(&layer->matrix, 0, layer->matrix.panels, layer->weight, 1, K);
     free(layer->weight);
@@ -5560,7 +5543,6 @@ static int open_head(sc_model *model) {
         return fail("%s: no head (expected %s [outputs, width])", model->file.path,
                     layers[HEAD].name[model->naming]);
     size_t outputs = head->shape[model->naming == OPENAI];   /* [width, outputs] there */
-    size_t P = padded(outputs);
     model->outputs = model->classes = outputs;           /* a classifier's outputs are classes */
     if (!text) return SC_OK;
     /* the classes are those of the text embeddings */
@@ -5568,13 +5550,11 @@ static int open_head(sc_model *model) {
         return fail("%s: tensor text_embeds (expected [classes, %zu], the projection's width)",
                     model->file.path, outputs);
     model->classes = text->shape[0];
-    model->text = new_array(model->classes, P * sizeof *model->text);
+    model->text = new_array(model->classes, outputs * sizeof *model->text);
     if (!model->text) return SC_FAILED;
-    for (size_t c = 0; c < model->classes; c++) {
-        float *row = model->text + c * P;
-        SC_TRY(sc_tensor_floats(&model->file, text, c * outputs, outputs, row));
-        unit_row(row, P);
-    }
+    SC_TRY(sc_tensor_floats(&model->file, text, 0, text->count, model->text));
+    for (size_t c = 0; c < model->classes; c++)
+        unit_row(model->text + c * outputs, outputs);
     return SC_OK;
 }
 
