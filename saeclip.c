@@ -1968,7 +1968,7 @@ typedef struct {
  * The chains are in registers; a row of b is loaded once for all rows of a. An addition waits 4
  * cycles for the one before it in its chain, and the processor starts one or two per cycle: a tile
  * has enough chains to keep it busy.
- * a: [TILE_ROWS][CHAIN_STRIDE]; b: [terms][COLUMNS]; sum: [TILE_ROWS][COLUMNS] */
+ * a: [rows][CHAIN_STRIDE]; b: [terms][COLUMNS]; sum: [rows][COLUMNS] */
 SC_TARGET static SC_INLINE void KERNEL(tile_rows)(int rows, size_t terms, const float *a,
                                                   const float *b, float *sum) {
     SC_V chain[SC_TILE_ROWS][SC_VECTORS];
@@ -1993,7 +1993,7 @@ SC_TARGET static SC_INLINE void KERNEL(tile_rows)(int rows, size_t terms, const 
     }
 }
 
-/* Half the rows where the last tile of a matrix needs no more. */
+/* A tile, or the upper half of it if no more rows are left. */
 SC_TARGET static void KERNEL(tile)(size_t rows, size_t terms, const float *a, const float *b,
                                    float *sum) {
     if (rows <= SC_TILE_ROWS / 2) KERNEL(tile_rows)(SC_TILE_ROWS / 2, terms, a, b, sum);
@@ -2835,7 +2835,7 @@ typedef struct {
     size_t given_stride;
     float *x;                        /* [T, D], the same, padded with zeros */
     float *centred;                  /* [T, D], x - b_dec */
-    packed_matrix columns;           /* [D, T], the same as columns */
+    packed_matrix columns;           /* [D, T], the same, a column per token */
     size_t h_stride;                 /* room for a row of h, a whole number of find_above()'s 32 */
     size_t *start, *end;             /* [n]: latent j has codes start[j] .. end[j] - 1 */
     uint32_t *token;                 /* of each code, ascending for each latent */
@@ -2969,8 +2969,8 @@ static int column_pack_task(void *context, size_t panel) {
     return SC_OK;
 }
 
-/* encode_forward() for some latents: their codes, or candidates in the worker's heaps, which come
- * in the order of latents. */
+/* encode_forward() for a group of latents: relu_forward() gives codes, topk_forward() candidates in
+ * the worker's heaps. Each worker takes groups in ascending order, as ties need it. */
 static int encode_task(void *context, size_t group) {
     sae_batch *batch = context;
     const sc_sae *sae = batch->sae;
@@ -3049,8 +3049,8 @@ static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t 
     product_rows(s->dense, CHAIN, tokens, &s->weights, 0, s->weights.panels, &to);
 }
 
-/* The codes of a tile, 256 latents, i.e. one chain, at a time: their sums over latents, the terms of
- * activity_sum(), and x' if it is wanted: decode_forward(). */
+/* decode_forward() for a tile of tokens, 256 latents, i.e. one chain, at a time, if x' is wanted. In
+ * any case adds up the codes of each token: the terms of activity_sum(). */
 static void decode_tile(const sae_batch *batch, size_t first, size_t tokens, sae_scratch *s) {
     static const float zero[CHAIN];
     const sc_sae *sae = batch->sae;
