@@ -3049,8 +3049,8 @@ static void decode_dense(const sc_sae *sae, size_t tokens, size_t block, size_t 
     product_rows(s->dense, CHAIN, tokens, &s->weights, 0, s->weights.panels, &to);
 }
 
-/* decode_forward() for a tile of tokens, 256 latents, i.e. one chain, at a time, if x' is wanted. In
- * any case adds up the codes of each token: the terms of activity_sum(). */
+/* decode_forward() for a tile of tokens, 256 latents, i.e. one chain, at a time, if x' is wanted.
+ * In any case adds up the codes of each token: the terms of activity_sum(). */
 static void decode_tile(const sae_batch *batch, size_t first, size_t tokens, sae_scratch *s) {
     static const float zero[CHAIN];
     const sc_sae *sae = batch->sae;
