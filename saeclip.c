@@ -2817,7 +2817,7 @@ enum {
 typedef struct {
     /* for encoding some latents */
     float *h;                        /* [rows_at_once(), h_stride], pre-activations */
-    uint32_t *index;                 /* [h_stride], from find_above() */
+    uint32_t *index;                 /* [h_stride + CHAIN], from find_above() */
     float *limit;                    /* [h_stride], of each token: above it h can be active */
     uint64_t *heap;                  /* [T, k], see offer_candidate() */
     /* for decoding a tile */
@@ -2836,7 +2836,7 @@ typedef struct {
     float *x;                        /* [T, D], the same, padded with zeros */
     float *centred;                  /* [T, D], x - b_dec */
     packed_matrix columns;           /* [D, T], the same, a column per token */
-    size_t h_stride;                 /* room for a row of h, a whole number of find_above()'s 32 */
+    size_t h_stride;                 /* of h: room in groups of 32 for find_above(), and 16 more */
     size_t *start, *end;             /* [n]: latent j has codes start[j] .. end[j] - 1 */
     uint32_t *token;                 /* of each code, ascending for each latent */
     float *value;                    /* its activation */
@@ -2857,7 +2857,7 @@ static void free_batch(sae_batch *batch) {
     *batch = (sae_batch){ 0 };
 }
 
-/* Allocates a batch of up to `room` tokens. Only as much of the codes' room as is used takes
+/* Allocates a batch of up to `room` tokens. Only those pages of the codes' room that are used take
  * memory. */
 static int new_batch(sae_batch *batch, const sc_sae *sae, size_t room) {
     size_t workers = (size_t)thread_count();
@@ -5441,8 +5441,8 @@ static const sc_tensor *find_layer(const sc_model *model, enum role role, size_t
 }
 
 /* Reads a layer. The weight of a linear layer is [N, K] in the file, as in PyTorch (OpenAI's
- * projection is [K, N]). It is packed for the products, unless the model is for Part I and has no
- * pass. A tensor that is missing or of another shape is refused. */
+ * projection is [K, N]). It is packed for the products, unless it is the head, or the model is for
+ * Part I and has no pass. A tensor that is missing or of another shape is refused. */
 static int read_layer(const sc_model *model, enum role role, size_t block) {
     const size_t sizes[] = { 1, model->width, 3 * model->width, model->hidden, model->tokens,
                              3 * model->patch * model->patch, model->outputs };
@@ -5558,7 +5558,7 @@ static int open_head(sc_model *model) {
     return SC_OK;
 }
 
-/* Reads and packs the weights of the first `blocks` blocks, and of the head if asked. */
+/* Reads the weights of the first `blocks` blocks, packed, and of the head if asked, not packed. */
 int sc_model_load(sc_model *model, size_t blocks, int head) {
     SC_TRY(choose_kernels());
     model->pass = new_array(1, sizeof *model->pass);
